@@ -1,0 +1,37 @@
+# make test builds .venv when it is missing or pyproject.toml has changed. OPTIONS go to the scripts: make train OPTIONS="--steps=20".
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+OPTIONS ?=
+
+.PHONY: test test-all lint types tests train bench clean
+
+test: lint types tests
+
+test-all: lint types $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ""
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+tests: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+# About two minutes: a small GPT under ZeRO-3 on two processes.
+train: $(READY)
+	$(BIN)/python experiments/train_gpt.py $(OPTIONS)
+
+bench: $(READY)
+	$(BIN)/python experiments/bench_step.py $(OPTIONS)
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test,plots]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,45 @@
+"""Clipping: nonlinear, so it reads the mean."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from funczero.chain import after, global_norm, pointwise, value
+from funczero.types import Grad, Out, Transform
+
+
+def clip_by_global_norm(limit: float, eps: float = 0.0) -> Transform:
+    """Scales the gradient by min(1, limit / (norm + eps)); touches only the factor, with no pass over the gradient.
+
+    Layout: the mean, sharded or not; the norm is that of the whole tree, exact on any mesh. `metrics.grad_norm` is before the clip.
+
+    Args:
+      limit: largest norm of the mean gradient; positive.
+      eps: torch and DeepSpeed (`gradient_clipping`) add 1e-6.
+
+    Source: Pascanu et al., arXiv 1211.5063.
+    """
+    name = f"clip_by_global_norm({limit:g})"
+    if not limit > 0:
+        raise ValueError(f"clip_by_global_norm: limit={limit!r} is not a positive norm; leave the transform out to clip nothing")
+
+    def transform(g: Grad) -> Grad:
+        g = value(g, name)
+
+        def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
+            assert out.factor is not None
+            norm = global_norm(out.grads, out.factor, g.layout, g.env) if out.norm is None else out.norm
+            return out._replace(factor=out.factor * (limit / (norm + eps)).clamp(max=1)), state
+
+        return after(g, name, g.layout, fn)
+
+    transform.__name__ = name
+    return transform
+
+
+def clip_by_value(limit: float) -> Transform:
+    """Clamps every value of the mean gradient to [-limit, limit]. Rewrites the gradient: its norm is unknown afterwards."""
+    if not limit > 0:
+        raise ValueError(f"clip_by_value: limit={limit!r} is not positive; leave the transform out to clip nothing")
+    return pointwise(f"clip_by_value({limit:g})", lambda x, factor: torch.clamp(x * factor, -limit, limit))

@@ -1,0 +1,197 @@
+"""Sums, gathers and scatters by axis name: the only module that sends. Launch, then wait; every byte is counted.
+
+Gathers and scatters are each other's transpose. Sums are taken locally after an all_to_all, in the fixed tree of order.py: half
+the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and the same bits on any number of ranks.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funczero.mesh import Mesh
+from funczero.order import tree_sum
+from funczero.spec import Slots, Where
+
+_ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
+
+
+class Travelling(NamedTuple):
+    """A collective under way; `wait()` finishes it."""
+
+    wait: Callable[[], Any]
+
+
+@contextmanager
+def count_bytes(step: Any) -> Iterator[Counter]:
+    """Counts what this process sends while it is open: (axis, verb, dtype) -> bytes, payload only.
+
+    Args:
+      step: a Step or its Mesh.
+    """
+    mesh = getattr(step, "mesh", step)
+    before, counter = Counter(mesh.sent), Counter()
+    yield counter
+    counter.update(mesh.sent)
+    counter.subtract(before)
+    for key in [k for k, n in counter.items() if not n]:
+        del counter[key]
+
+
+def _sent(mesh: Mesh, axis: str, verb: str, dtype: torch.dtype, n: int) -> None:
+    mesh.sent[axis, verb, str(dtype).removeprefix("torch.")] += n
+
+
+# --- one flat buffer --------------------------------------------------------------------------------------------------
+def launch_gather(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+    """Start to gather [n] into [W, n]; finish with wait."""
+    size, _, group = mesh.axes[axis]
+    _sent(mesh, axis, "all_gather", x.dtype, x.nbytes * (size - 1))
+    return _ops.all_gather_into_tensor(x, size, group).view(size, -1) if size > 1 else x.view(1, -1)
+
+
+def launch_exchange(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+    """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order."""
+    size, _, group = mesh.axes[axis]
+    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size)
+    return _ops.all_to_all_single(x, [x.shape[0] // size] * size, [x.shape[0] // size] * size, group) if size > 1 else x
+
+
+def wait(x: Tensor) -> Tensor:
+    """The tensor of a launched collective, complete."""
+    return _ops.wait_tensor(x)
+
+
+def sum_integers(x: Tensor, axes: tuple[str, ...], mesh: Mesh) -> Tensor:
+    """An int64 sum over axes: integers add in any order. One collective where the axes are the whole mesh."""
+    axes = tuple(a for a in axes if mesh.axes[a].size > 1)
+    if not axes:
+        return x
+    if mesh.world_group and {a for a, n in mesh.sizes().items() if n > 1} == set(axes):
+        size = torch.Size(n for n in mesh.sizes().values()).numel()
+        _sent(mesh, "+".join(axes), "all_reduce", x.dtype, 2 * x.nbytes * (size - 1) // size)
+        return wait(_ops.all_reduce(x, "sum", mesh.world_group))
+    for a in axes:
+        _sent(mesh, a, "all_reduce", x.dtype, 2 * x.nbytes * (mesh.axes[a].size - 1) // mesh.axes[a].size)
+        x = wait(_ops.all_reduce(x, "sum", mesh.axes[a].group))
+    return x
+
+
+# --- one unit of a Slots ----------------------------------------------------------------------------------------------
+def _pairs(where: Where, unit: int, axis: str, size: int, leaves: list[Tensor], wire: Tensor, own: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Matching views of a unit's leaves (here) and of the wire [W, n] (one step inwards), to be copied in either direction.
+
+    A leaf that the axis does not cut goes to every row of the wire, or comes from this rank's `own` buffer.
+    """
+    here, there = [], []
+    for i, x in zip(where.structure.members[unit], leaves, strict=True):
+        d, n = where.structure.leaves[i].dim(axis), x.numel()
+        offset = where.inner(axis, size, 0).slots[i].offset
+        if n == 0:
+            continue
+        if d is None:
+            here.append(x.reshape(1, n) if own is not None else x.reshape(1, n).expand(size, n))
+            there.append((wire if own is None else own.view(1, -1))[:, offset : offset + n])
+        elif d == 0 and x.shape[0] % size == 0:
+            here.append(x.reshape(size, n // size) if own is None else x.view(size, n // size))
+            there.append(wire[:, offset : offset + n // size])
+        else:
+            for q in range(size):
+                slot = where.inner(axis, size, q).slots[i]
+                if slot.shape[d]:
+                    here.append(x.narrow(d, slot.start[d] - where.slots[i].start[d], slot.shape[d]))
+                    there.append(wire[q, offset : offset + n // x.shape[d] * slot.shape[d]].view(slot.shape))
+    return here, there
+
+
+def _travels(inner: Where, unit: int, axis: str) -> int:
+    """Elements of a buffer that a gather must send: up to the last slot that the axis cuts."""
+    slots, leaves = inner.slots, inner.structure.leaves
+    return max((slots[i].offset + slots[i].length for i in inner.structure.members[unit] if leaves[i].dim(axis) is not None), default=0)
+
+
+def gather_unit(where: Where, unit: int, axis: str, mesh: Mesh, buffer: Tensor) -> Travelling:
+    """Start to gather one unit's buffer one step outwards, to `where`; waiting returns its buffer there."""
+    size, index, _ = mesh.axes[axis]
+    if size == 1:
+        return Travelling(lambda: buffer)
+    inner = where.inner(axis, size, index)
+    n = _travels(inner, unit, axis)
+    wire = launch_gather(buffer[:n], axis, mesh)
+
+    def finish() -> Tensor:
+        make = torch.zeros if where.gaps[unit] else torch.empty
+        out = make(where.lengths[unit], dtype=buffer.dtype, device=buffer.device)
+        here, there = _pairs(where, unit, axis, size, where.views(unit, out), wait(wire), buffer)
+        _copy(here, there)
+        return out
+
+    return Travelling(finish)
+
+
+def scatter_unit(where: Where, unit: int, axis: str, mesh: Mesh, leaves: list[Tensor], dtype: torch.dtype) -> Travelling:
+    """Start to sum one unit's leaves over an axis and keep this rank's part; waiting returns its buffer one step inwards.
+
+    The leaves travel in the dtype they come in and are added in `dtype`, in the tree over ranks.
+    """
+    size, index, _ = mesh.axes[axis]
+    inner = where.inner(axis, size, index)
+    make = torch.zeros if any(where.inner(axis, size, q).gaps[unit] for q in range(size)) else torch.empty
+    send = make(size, inner.lengths[unit], dtype=leaves[0].dtype, device=leaves[0].device)
+    here, there = _pairs(where, unit, axis, size, leaves, send, None)
+    _copy(there, here)
+    if size == 1:
+        return Travelling(lambda: send[0])
+    wire = launch_exchange(send, axis, mesh)
+    return Travelling(lambda: tree_sum(wait(wire).to(dtype)))
+
+
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    if to:
+        torch._foreach_copy_(to, source)
+
+
+# --- Slots ------------------------------------------------------------------------------------------------------------
+def all_gather(x: Slots, axis: str, mesh: Mesh) -> Slots:
+    """One step outwards: every leaf's parts over `axis`, joined. The innermost axis comes first.
+
+    Layout: sharded over (..., axis) -> sharded over (...). Empty buffers (frozen) stay empty.
+    """
+    if not x.where.coords or x.where.coords[-1][0] != axis:
+        raise ValueError(f"all_gather({axis!r}): the innermost axis of these leaves is {x.where.axes[-1:] or 'none'}; gather that one first")
+    where = x.where.outer
+    if mesh.axes[axis].size == 1:
+        return Slots(x.buffers, where)
+    flying = [gather_unit(where, u, axis, mesh, b) if b.numel() else Travelling(lambda u=u, b=b: b) for u, b in enumerate(x.buffers)]
+    return Slots(tuple(f.wait() for f in flying), where)
+
+
+def reduce_scatter(x: Slots, axis: str, mesh: Mesh, dtype: torch.dtype) -> Slots:
+    """Sum over `axis` and keep this rank's part: the transpose of all_gather. Outer axes come first.
+
+    Layout: unreduced over axis, sharded over (...) -> sharded over (..., axis). Sums are taken in `dtype`.
+    """
+    size, index, _ = mesh.axes[axis]
+    inner = x.where.inner(axis, size, index)
+    if size == 1:
+        return Slots(x.buffers, inner)
+    flying = [scatter_unit(x.where, u, axis, mesh, x.where.views(u, b), dtype) if b.numel() else Travelling(lambda b=b: b) for u, b in enumerate(x.buffers)]
+    return Slots(tuple(f.wait() for f in flying), inner)
+
+
+def cut(x: Slots, axis: str, mesh: Mesh) -> Slots:
+    """One step inwards without communication: this rank's part."""
+    size, index, _ = mesh.axes[axis]
+    inner = x.where.inner(axis, size, index)
+    if size == 1:
+        return Slots(x.buffers, inner)
+    out = inner.zeros(x.buffers[0].dtype, x.buffers[0].device)
+    for i, (a, b) in enumerate(zip(x.leaves(), out.leaves(), strict=True)):
+        if a is not None and b is not None and b.numel():
+            slot, origin = inner.slots[i], x.where.slots[i]
+            b.copy_(a[tuple(slice(s - o, s - o + n) for s, o, n in zip(slot.start, origin.start, slot.shape, strict=True))])
+    return Slots(tuple(b[: n.numel()] for b, n in zip(out.buffers, x.buffers, strict=True)), inner)

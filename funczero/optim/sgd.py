@@ -1,0 +1,59 @@
+"""Stochastic gradient descent with momentum: Polyak 1964, in torch's form."""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funczero import tree
+from funczero.optim import rates
+from funczero.spec import Slots
+from funczero.types import GradientTransformation
+
+
+class SGD(NamedTuple):
+    """The number of applied updates, and the momentum buffers (None without momentum)."""
+
+    count: Tensor
+    trace: Any
+
+
+def sgd(lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: rates.Rate = 0.0) -> GradientTransformation:
+    """p <- p - lr u, with g' = g + wd p, t <- momentum t + g', and u = t (or g' + momentum t with nesterov; g' without momentum).
+
+    Elementwise: each value depends on its own place alone.
+
+    Args:
+      lr: number, schedule of applied updates, rules [(regex, rate), ...] or tree.
+      momentum: in [0, 1).
+      weight_decay: added to the gradient (not decoupled); number, schedule, rules or tree.
+    """
+    if not 0 <= momentum < 1 or (nesterov and not momentum):
+        raise ValueError(f"sgd: momentum={momentum} must lie in [0, 1), and above 0 for nesterov={nesterov}")
+
+    def init(params: Any) -> SGD:
+        leaf = next(iter(tree.tensors(params)), torch.zeros(()))
+        return SGD(torch.zeros((), dtype=torch.float32, device=leaf.device), tree.map(torch.zeros_like, params) if momentum else None)
+
+    def update(grads: Any, state: SGD, params: Any) -> tuple[Any, SGD]:
+        step, decay = (rates.update_trees(r, params, state.count, w) for r, w in ((lr, "lr"), (weight_decay, "weight_decay")))
+        g = tree.map(lambda g, p, d: g + d * p, grads, params, decay)
+        trace = tree.map(lambda t, x: momentum * t + x, state.trace, g) if momentum else None
+        u = g if trace is None else tree.map(lambda x, t: x + momentum * t, g, trace) if nesterov else trace
+        return tree.map(lambda a, x: -a * x, step, u), SGD(state.count + 1, trace)
+
+    def apply(params: Slots, grads: Slots, factor: Tensor, state: SGD, ok: Tensor) -> tuple[Slots, SGD, dict[str, Tensor]]:
+        zero = torch.zeros((), dtype=grads.buffers[0].dtype, device=ok.device)
+        traces = (state.trace,) if momentum else ()
+        for a, d, (p, g, *t) in rates.groups(lr, weight_decay, params, grads, *traces):
+            rate, decay = rates.at(a, state.count), rates.at(d, state.count)
+            for i, (x, y) in enumerate(zip(p, g, strict=True)):
+                y = torch.addcmul(y.mul_(factor.to(y.dtype)), x, torch.as_tensor(decay, dtype=x.dtype, device=x.device))
+                if momentum:
+                    t[0][i].copy_(torch.where(ok, momentum * t[0][i] + y, t[0][i]))
+                    y = y + momentum * t[0][i] if nesterov else t[0][i]
+                x.sub_(torch.where(ok, y * rate, zero))
+        return params, SGD(state.count + ok, state.trace), {"lr": rates.shown(lr, state.count)}
+
+    return GradientTransformation(init, update, apply, "sgd", elementwise=True)

@@ -1,0 +1,260 @@
+"""The train step: a chain that ends in an update, as a pure function of (state, batch)."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, reduce
+from typing import Any, NamedTuple
+
+import torch
+from absl import logging
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from funczero import order, rng, tree
+from funczero.chain import Source, build, chain, configured, rank_of, refuse
+from funczero.collectives import all_gather, sum_integers
+from funczero.gradient import check_loss, open_rest
+from funczero.layers import Tape
+from funczero.mesh import Mesh, P, connect, plan_mesh
+from funczero.policy import Policy
+from funczero.spec import Lazy, Slots, lazy
+from funczero.types import ChainError, Env, Grad, Metrics, Out, Seed, TrainState
+
+
+class Eval(NamedTuple):
+    """A loss over all rows given, on all ranks."""
+
+    loss: Tensor  # mean over the weight
+    weight: Tensor
+
+
+class Step(NamedTuple):
+    """`state, metrics = step(state, batch)`: same inputs, same bits, and the inputs are left as they were (see donate)."""
+
+    init: Callable[..., TrainState]
+    update: Callable[[TrainState, Any], tuple[TrainState, Metrics | None]]
+    grad: Grad  # as planned: it prints and checks without any process
+    running: Callable[[], Grad]  # the same on the live mesh
+    source: Source
+    rebuild: Callable[[bool], Step]
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
+        """One update, or with a streamed chain one micro-batch (metrics None) and, with batch None, the update."""
+        return self.update(state, batch)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh with its count of bytes sent."""
+        return self.grad.env.mesh
+
+    def local_rows(self, batch: Any) -> Any:
+        """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device.
+
+        Raises:
+          ValueError: the rows do not divide by the number of micro-batches.
+        """
+        g = self.running()
+        rows = order.deal(batch, g.layout, g.env.mesh.index)
+        return rows if g.env.mesh.device.type == "cpu" else tree.map(lambda x: x.to(g.env.mesh.device, non_blocking=True), rows)
+
+    def view(self, state: TrainState) -> Any:
+        """The whole parameters in the compute dtype as fresh leaves that want a gradient, for a forward of your own (pullback)."""
+        slots = self.running().view(_views(state, self.grad.env.policy))
+        units = slots.where.structure.units
+        leaves = [x if x is None else x.detach().requires_grad_(not units[i.unit].frozen) for x, i in zip(slots.leaves(), slots.where.structure.leaves, strict=True)]
+        return slots.where.structure.unflatten(leaves)
+
+    def params(self, state: TrainState) -> Any:
+        """The whole masters as the tree given to init; a collective, and a copy."""
+        _usable(state)
+        mesh = self.running().env.mesh
+        whole = reduce(lambda x, a: all_gather(x, a, mesh), reversed(state.params.where.axes), state.params)
+        return whole.where.structure.unflatten([x if x is None else x.clone() for x in whole.leaves()])
+
+    def specs(self, params: Any) -> dict[str, Any]:
+        """The explicit PartitionSpec of every leaf: of `params`, `views`, `grads` and every transform's state, by name.
+
+        Args:
+          params: whole parameters, meta tensors do; nothing is allocated.
+        """
+        meta = _lazy(self.source, self.grad, params, torch.device("meta"))
+        state = self.grad.init(meta)
+        masters: Slots = state["params"]
+        rest = _coords(self.grad, self.grad.layout.rest)
+        out = {name: tree.map(_spec_tree, own, is_leaf=lambda x: isinstance(x, Slots)) for name, own in state.items()}
+        return out | {"grads": _spec_tree(masters), "views": _spec_tree(meta.at(rest, self.grad.env.policy.compute))}
+
+    def eval(self, loss_fn: Callable[..., Any]) -> Callable[[TrainState, Any], Eval]:
+        """A forward of `loss_fn(params, batch) -> (sum, weight)` with the current views: (state, this rank's rows) -> Eval."""
+
+        def evaluate(state: TrainState, batch: Any) -> Eval:
+            g = self.running()
+            tape = Tape(_views(state, g.env.policy), (), g.env, look=False, differentiate=False)
+            with torch.no_grad():
+                loss, weight, _ = check_loss(loss_fn(tape.whole.structure.unflatten(open_rest(tape)), batch), has_aux=False)
+            return _mean_over_ranks(torch.stack([loss.double(), weight.double().to(loss.device)]), g)
+
+        return evaluate
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    def __repr__(self) -> str:
+        return f"<Step {' | '.join(self.grad.names)}>"
+
+
+def train_step(*parts: Any, mesh: Mapping[str, int] | DeviceMesh | Mesh | None = None, policy: str | Policy | None = None, debug: bool = False) -> Step:
+    """A step from a chain: a gradient, transforms, and an optimizer that applies the update.
+
+    Args:
+      parts: left to right; see value_and_grad, accumulate, shard, all_reduce, scale_loss, clip_by_global_norm, adamw, zero.
+      mesh: axis sizes by name, outermost first, -1 for all that are left; or a DeviceMesh. A dict builds, prints and plans in
+        any process; the world is joined at the first init. None: no axes, one process.
+      policy: dtypes, as "params=float32,compute=bfloat16,accumulate=float32".
+      debug: log the first non-finite leaf of any update, and its rank.
+
+    Raises:
+      ChainError: the chain cannot mean what it says; the message shows it with the correction.
+    """
+    env = Env(plan_mesh(mesh), Policy.parse(policy), {})
+    flat = chain(*parts)
+    return _make(flat, env, debug, donated=False)
+
+
+def donate(step: Step) -> Step:
+    """The same step with the same bits, in place: the state it is given is used up, and raises when it is used again."""
+    return step.rebuild(True)
+
+
+def _make(parts: tuple[Any, ...], env: Env, debug: bool, donated: bool) -> Step:
+    planned = _built(parts, env._replace(donate=donated))
+    source = configured(parts)
+
+    @cache
+    def running() -> Grad:
+        return _built(parts, env._replace(mesh=connect(env.mesh), donate=donated))
+
+    def init(params: Any, key: int = 0) -> TrainState:
+        g = running()
+        own = _lazy(source, g, params, g.env.mesh.device)
+        _check_widening(params, g.env.policy)
+        state = g.init(own)
+        masters = state.pop("params")
+        rest = _coords(g, g.layout.rest)
+        views = None if masters.where.coords == rest else own.at(rest, g.env.policy.compute)
+        zero = torch.zeros((), dtype=torch.int64)
+        return TrainState(masters, views, state, zero, zero.to(g.env.mesh.device, copy=True), torch.tensor(key))
+
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
+        _usable(state)
+        g = running()
+        now = int(state.step)
+        seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(int(state.key), now), 0, debug)
+        views = _views(state, g.env.policy)
+        out, new = g.apply(views, {**state.chain, "params": state.params}, batch, seed)
+        masters = new.pop("params")
+        if out is None:
+            return state._replace(chain=new), None
+        if debug:
+            _tell_bad(out, masters, now)
+        wide = None if state.views is None else _renewed(out.grads, state.views)
+        fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
+        if donated:
+            state.step.fill_(-1 - now)  # the old value says so when it is used again
+        return fresh, _metrics(out, fresh)
+
+    return Step(init, update, planned, running, source, lambda donating: _make(parts, env, debug, donating))
+
+
+def _built(parts: tuple[Any, ...], env: Env) -> Grad:
+    g = build(parts, env)
+    if not g.layout.applied:
+        raise refuse(g, "train_step", "no optimizer applies an update; end the chain with one, as adamw(3e-4)")
+    if g.layout.sharded != g.layout.rest:
+        left = [a for a in g.layout.sharded if a not in g.layout.rest]
+        raise refuse(g, "train_step", f"the new parameters are still split over {left}; write shard({left[-1]!r}, ...) around what reduce_scatter opened, or all_gather({left[-1]!r}) after it")
+    return g
+
+
+def _coords(g: Grad, axes: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
+    return tuple((a, g.env.mesh.axes[a].size, g.env.mesh.index(a)) for a in axes)
+
+
+def _lazy(source: Source, g: Grad, params: Any, device: torch.device) -> Lazy:
+    return lazy(params, source.units, g.env.rules, source.frozen, device)
+
+
+def _check_widening(params: Any, policy: Policy) -> None:
+    for path, x in tree.paths(params):
+        if torch.finfo(x.dtype).bits > torch.finfo(policy.params).bits:
+            have, keep = (str(d).removeprefix("torch.") for d in (x.dtype, policy.params))
+            raise TypeError(f"init: parameter {path!r} is {have}, but the policy keeps masters in {keep}; write policy='{have}', or cast the parameters first")
+
+
+def _views(state: TrainState, policy: Policy) -> Slots:
+    _usable(state)
+    return state.params.to(policy.compute) if state.views is None else state.views
+
+
+def _renewed(new: Slots, old: Slots) -> Slots:
+    """New views; frozen leaves were not sent and stay."""
+    return Slots(tuple(o if u.frozen else n for n, o, u in zip(new.buffers, old.buffers, old.where.structure.units, strict=True)), old.where)
+
+
+def _usable(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(f"step: its first argument is a TrainState from step.init(params), but this is a {type(state).__name__}")
+    if int(state.step) < 0:
+        raise RuntimeError(f"step: this state was donated at step {-1 - int(state.step)} and its memory is in use; go on with the state that step(...) returned, or leave fz.donate out")
+
+
+def _metrics(out: Out, state: TrainState) -> Metrics:
+    device = out.loss.device
+    norm = out.logs.get("grad_norm", out.norm)
+    assert norm is not None and out.ok is not None
+    scale = out.logs.get("scale", torch.ones((), dtype=torch.float64, device=device))
+    lr = out.logs.get("lr", torch.full((), float("nan"), dtype=torch.float64, device=device))
+    return Metrics(out.loss, out.weight, norm, out.ok, out.weight == 0, scale, lr, state.updates, out.aux)
+
+
+def _tell_bad(out: Out, masters: Slots, now: int) -> None:
+    if out.bad is not None and int(out.bad[0]) >= 0:
+        leaf = masters.where.structure.leaves[int(out.bad[0])]
+        logging.warning("step %d: the gradient of %r is not finite on rank %d; the update is skipped", now, leaf.path, int(out.bad[1]))
+
+
+def _mean_over_ranks(sums: Tensor, g: Grad) -> Eval:
+    axes = g.layout.batch
+    index, size = rank_of(g.layout, g.env)
+    bits = torch.zeros(size, 2, dtype=torch.int64, device=sums.device)
+    bits[index] = sums.view(torch.int64)
+    loss, weight = order.tree_sum(sum_integers(bits.view(-1), axes, g.env.mesh).view(torch.float64).view(size, 2))
+    return Eval(loss / weight, weight)
+
+
+def _spec_tree(x: Any) -> Any:
+    if not isinstance(x, Slots):
+        return P()
+    return x.where.structure.unflatten([x.where.spec(i) for i in range(len(x.where.structure.leaves))])
+
+
+def describe(step: Step) -> str:
+    """The chain with the layout at every arrow, and what it cannot promise."""
+    g = step.grad
+    depth, lines = 0, []
+    for name, layout in zip(g.names, g.arrows, strict=True):
+        depth -= name == ")"
+        lines.append((f"{'  ' * depth}{name}", "" if name.startswith("shard(") and layout.batch == () else layout.describe()))
+        depth += name.startswith("shard(")
+    wide = max(len(a) for a, _ in lines)
+    notes = []
+    if g.layout.rest and not step.source.units:
+        notes.append("parameters are gathered whole in every forward; name their blocks with value_and_grad(..., units=('blocks',)) to hold two at a time")
+    odd = {a: n for a, n in g.layout.order if n & (n - 1)}
+    if odd:
+        notes.append(f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds")
+    head = f"train_step on {g.env.mesh} ({g.env.mesh.device.type}), {g.env.policy}{', donated' if g.env.donate else ''}"
+    return "\n".join([head, *(f"  {a:<{wide}}  -> {b}" if b else f"  {a}" for a, b in lines), *(f"  note: {n}" for n in notes)])
+
+
+__all__ = ["ChainError", "Eval", "Step", "describe", "donate", "train_step"]

@@ -1,0 +1,79 @@
+"""Pytrees: leaves, paths and maps, over torch's own registry."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+leaves = pytree.tree_leaves
+flatten = pytree.tree_flatten
+unflatten = pytree.tree_unflatten
+map = pytree.tree_map  # noqa: A001
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """One string for a key path: dict keys, list indices and field names, joined by '/'."""
+    return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def paths(tree: Any) -> list[tuple[str, Any]]:
+    """Every leaf with its path.
+
+    >>> paths({"a": [1, 2], "b": {"c": 3}})
+    [('a/0', 1), ('a/1', 2), ('b/c', 3)]
+    """
+    return [(path_name(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def where(ok: Tensor, new: Any, old: Any) -> Any:
+    """Leaf by leaf `new` where `ok`, else `old`; leaves that are no tensors must agree."""
+    return map(lambda n, o: torch.where(ok, n, o) if isinstance(n, Tensor) else n, new, old)
+
+
+def clone(tree: Any) -> Any:
+    """A copy of every tensor of a tree."""
+    return map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves."""
+    return [x for x in leaves(tree) if isinstance(x, Tensor)]
+
+
+def split_rows(batch: Any, n: int, what: str) -> list[Any]:
+    """A batch cut into n equal parts along dim 0, in order; every tensor has the same rows."""
+    if n == 1:
+        return [batch]
+    flat, treedef = flatten(batch)
+    rows = count_rows(flat, what)
+    if rows % n:
+        raise ValueError(f"{what}: a batch of {rows} rows does not divide into {n} equal parts; give a multiple of {n} rows")
+    parts = [x.split(rows // n) if rows else [x] * n for x in flat]
+    return [unflatten([p[i] for p in parts], treedef) for i in range(n)]
+
+
+def count_rows(flat: list[Any], what: str) -> int:
+    """Rows of a batch: dim 0, the same in every tensor."""
+    for x in flat:
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            raise TypeError(f"{what}: every leaf of a batch is a tensor with rows in dim 0, but one is {type(x).__name__}{' without dims' * isinstance(x, Tensor)}")
+    sizes = {x.shape[0] for x in flat}
+    if len(sizes) != 1:
+        raise ValueError(f"{what}: the tensors of a batch disagree on their rows (dim 0): {sorted(sizes)}")
+    return sizes.pop()
+
+
+def rule(rules: Any, path: str, default: Any) -> Any:
+    """The value of the first `(regex, value)` whose regex is found in the path."""
+    return next((value for regex, value in rules if re.search(regex, path)), default)
+
+
+def matcher(which: str | Callable[[str], bool] | None) -> Callable[[str], bool]:
+    """A predicate on paths from a regex, a predicate or None (never)."""
+    if which is None:
+        return lambda path: False
+    return which if callable(which) else lambda path: re.search(which, path) is not None

@@ -1,0 +1,133 @@
+"""The types everything stands on: what flows through a chain, and what a chain is checked against."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Tree = Any  # a pytree: nested dicts, lists, tuples and NamedTuples of tensors
+
+
+class ChainError(TypeError):
+    """A chain that cannot mean what it says; raised where it is built, in any process."""
+
+
+class Out(NamedTuple):
+    """What a gradient returns: a sum over examples left of the mean, a value right of it."""
+
+    loss: Tensor  # stacked per micro-batch until the mean
+    weight: Tensor  # stacked per micro-batch until the mean
+    aux: Any  # user's sums as [micro-batches, n] float64 until the mean, their tree after it; None without has_aux
+    grads: Any  # Slots (spec.py) at this place; right of the last optimizer: the new parameters
+    factor: Tensor | None = None  # a scalar still to be multiplied into grads: mean, unscale and clip touch only this
+    norm: Tensor | None = None  # of factor * grads, before any clip; None once a transform has rewritten grads
+    ok: Tensor | None = None  # bool scalar: may this update be applied?
+    bad: Tensor | None = None  # only while looking for it: non-finite values per leaf here; right of the mean: (leaf, rank)
+    logs: dict[str, Tensor] = {}  # scalars for the metrics: scale, lr
+
+
+class Seed(NamedTuple):
+    """What flows from the step to the gradient, right to left through the chain."""
+
+    cotangent: Tensor  # seed of the backward pass
+    key: int  # randomness of this update
+    index: int = 0  # global index of the micro-batch, filled in digit by digit
+    look: bool = False  # count non-finite values per leaf, to name the first
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The type of a gradient: what it is summed over, what it is split over, in which order.
+
+    >>> Layout(batch=("data",), unreduced=frozenset({"data"})).describe()
+    "sum, unreduced over ['data']"
+    """
+
+    batch: tuple[str, ...] = ()  # mesh axes the batch is split over
+    unreduced: frozenset[str] = frozenset()  # of these, the axes over which grads are still partial sums
+    sharded: tuple[str, ...] = ()  # mesh axes the grads are split over, outermost first
+    rest: tuple[str, ...] = ()  # mesh axes the views at rest are split over
+    order: tuple[tuple[str, int], ...] = ()  # the sums taken so far, first one first
+    mean: bool = False  # divided by the weight
+    applied: bool = False  # grads are new parameters
+
+    @property
+    def stride(self) -> int:
+        """Micro-batches summed so far: the place value of the next digit of the global index."""
+        return prod(n for _, n in self.order)
+
+    def describe(self) -> str:
+        """This layout in the words of a printed chain."""
+        words = ["new parameters" if self.applied else "mean" if self.mean else "sum"]
+        if self.unreduced:
+            words.append(f"unreduced over {[a for a in self.batch if a in self.unreduced]}")
+        words += [f"sharded over {list(self.sharded)}"] * bool(self.sharded) + [f"of {self.stride} micro-batches"] * (self.stride > 1)
+        return ", ".join(words)
+
+
+class Env(NamedTuple):
+    """Where and how a chain runs; the same for every transform of it."""
+
+    mesh: Any  # Mesh (mesh.py)
+    policy: Any  # Policy (policy.py)
+    rules: dict[str, Any]  # mesh axis -> how its bracket cuts leaves (spec.py)
+    donate: bool = False  # may the state be updated in place?
+
+
+class Grad(NamedTuple):
+    """A stateful gradient: pure functions, the layout of what they return, and the chain so far."""
+
+    init: Callable[[Any], dict[str, Any]]  # lazy parameters -> state, flat by transform name
+    view: Callable[[Any], Any]  # parameters at rest -> whole leaves that a forward may use
+    apply: Callable[[Any, dict[str, Any], Any, Seed], tuple[Out | None, dict[str, Any]]]
+    layout: Layout
+    names: tuple[str, ...]
+    env: Env
+    arrows: tuple[Layout, ...] = ()  # the layout right of every name
+    streams: bool = False  # does an accumulate to the left take one micro-batch a call?
+
+
+Transform = Callable[[Grad], Grad]  # wraps everything to its left in the chain
+
+
+class GradientTransformation(NamedTuple):
+    """optax's pair, unchanged; `apply` is the fused form, in place on what it is given.
+
+    `init(params) -> state`, `update(updates, state, params) -> (updates, state)`, and optionally
+    `apply(params, grads, factor, state, ok) -> (params, state, logs)`, which owns its arguments: a pure step hands it clones.
+    `elementwise` says that each value depends on its own place alone, so that it may be handed whole buffers.
+    """
+
+    init: Callable[[Tree], Any]
+    update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
+    apply: Callable[..., tuple[Tree, Any, dict[str, Tensor]]] | None = None
+    name: str = "lift"
+    elementwise: bool = False
+
+
+class TrainState(NamedTuple):
+    """A run as a value: everything that changes the trajectory is a leaf of it."""
+
+    params: Any  # the masters, as Slots: this rank's part, in policy.params
+    views: Any  # wider copies at rest in policy.compute; None where a view is the cast master
+    chain: dict[str, Any]  # state of each transform, by name
+    step: Tensor  # calls that closed an update, skipped ones included; -1 - n once donated at n
+    updates: Tensor  # applied updates
+    key: Tensor  # seed of the run's randomness
+
+
+class Metrics(NamedTuple):
+    """What a step reports: 0-d tensors, read without a sync until you print them."""
+
+    loss: Tensor  # mean over the update's weight, never scaled
+    weight: Tensor
+    grad_norm: Tensor  # of the mean gradient, before any clip
+    ok: Tensor  # was the update applied?
+    empty: Tensor  # did the update weigh nothing?
+    scale: Tensor  # loss scale used; 1 without scale_loss
+    lr: Tensor  # learning rate used; nan where the optimizer names none
+    updates: Tensor  # applied so far
+    aux: Any = None  # the user's sums

@@ -1,0 +1,33 @@
+"""What all tests share: one thread, as in the workers, and one pool of workers per world size."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+from funczero.testing import WorkerPool
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)  # bits of large sums depend on the number of threads
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(scope="session")
+def run_world() -> Iterator[Callable[..., list[Any]]]:
+    """`run_world(4, fn, *args, timeout=60)`: a module-level function in every rank of a gloo world of 4; its results by rank."""
+    pools: dict[int, WorkerPool] = {}
+
+    def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+        __tracebackhide__ = True
+        if size not in pools:
+            pools[size] = WorkerPool(size, preload=("pytest", "hypothesis"))
+        return pools[size].run(fn, *args, timeout=timeout)
+
+    yield run
+    for pool in pools.values():
+        pool.close()
