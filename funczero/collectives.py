@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from funczero.mesh import Mesh
 from funczero.order import tree_sum
 from funczero.spec import Slots, Where
 
+SHORT = 1 << 15  # bytes on all wires under which a message is all latency
 _ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
 
 
@@ -50,61 +52,107 @@ def _sent(mesh: Mesh, axis: str, verb: str, dtype: torch.dtype, n: int) -> None:
 def launch_gather(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
     """Start to gather [n] into [W, n]; finish with wait."""
     size, _, group = mesh.axes[axis]
+    if size == 1:
+        return x.view(1, -1)
     _sent(mesh, axis, "all_gather", x.dtype, x.nbytes * (size - 1))
-    return _ops.all_gather_into_tensor(x, size, group).view(size, -1) if size > 1 else x.view(1, -1)
+    return _gather_rows(x, size, group, mesh)
+
+
+def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
+    """[n] to [W, n]. A short message goes to every rank directly: gloo's gather and all_reduce take twice an exchange's latency."""
+    with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
+        if mesh.device.type == "cpu" and x.nbytes * size <= SHORT:
+            return _ops.all_to_all_single(x.expand(size, -1).reshape(-1), [x.numel()] * size, [x.numel()] * size, group).view(size, -1)
+        return _ops.all_gather_into_tensor(x, size, group).view(size, -1)
 
 
 def launch_exchange(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
     """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order."""
     size, _, group = mesh.axes[axis]
+    if size == 1:
+        return x
     _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size)
-    return _ops.all_to_all_single(x, [x.shape[0] // size] * size, [x.shape[0] // size] * size, group) if size > 1 else x
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.all_to_all_single(x, [1] * size, [1] * size, group)
 
 
 def wait(x: Tensor) -> Tensor:
     """The tensor of a launched collective, complete."""
-    return _ops.wait_tensor(x)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.wait_tensor(x)
 
 
 def sum_integers(x: Tensor, axes: tuple[str, ...], mesh: Mesh) -> Tensor:
     """An int64 sum over axes: integers add in any order. One collective where the axes are the whole mesh."""
     axes = tuple(a for a in axes if mesh.axes[a].size > 1)
-    if not axes:
-        return x
-    if mesh.world_group and {a for a, n in mesh.sizes().items() if n > 1} == set(axes):
-        size = torch.Size(n for n in mesh.sizes().values()).numel()
-        _sent(mesh, "+".join(axes), "all_reduce", x.dtype, 2 * x.nbytes * (size - 1) // size)
-        return wait(_ops.all_reduce(x, "sum", mesh.world_group))
+    if axes and mesh.world_group and {a for a, n in mesh.sizes().items() if n > 1} == set(axes):
+        return _sum_over(x, "+".join(axes), prod(mesh.sizes().values()), mesh.world_group, mesh)
     for a in axes:
-        _sent(mesh, a, "all_reduce", x.dtype, 2 * x.nbytes * (mesh.axes[a].size - 1) // mesh.axes[a].size)
-        x = wait(_ops.all_reduce(x, "sum", mesh.axes[a].group))
+        x = _sum_over(x, a, mesh.axes[a].size, mesh.axes[a].group, mesh)
     return x
 
 
+def _sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh) -> Tensor:
+    if mesh.device.type == "cpu" and x.nbytes * size <= SHORT:
+        _sent(mesh, name, "all_reduce", x.dtype, x.nbytes * (size - 1))
+        return wait(_gather_rows(x, size, group, mesh)).sum(0)
+    _sent(mesh, name, "all_reduce", x.dtype, 2 * x.nbytes * (size - 1) // size)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.wait_tensor(_ops.all_reduce(x, "sum", group))
+
+
 # --- one unit of a Slots ----------------------------------------------------------------------------------------------
-def _pairs(where: Where, unit: int, axis: str, size: int, leaves: list[Tensor], wire: Tensor, own: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Matching views of a unit's leaves (here) and of the wire [W, n] (one step inwards), to be copied in either direction.
+class _Piece(NamedTuple):
+    """A stretch of one leaf and where it lies on the wire."""
+
+    rank: int  # row of the wire; -1: an equal share in every row; -2: the whole leaf in every row
+    offset: int
+    numel: int  # in one row
+    dim: int
+    begin: int
+    shape: tuple[int, ...]
+
+
+def _plan(where: Where, unit: int, axis: str, size: int) -> list[list[_Piece]]:
+    """By member of a unit: how its rows here lie on the wire [W, n] one step inwards. Worked out once."""
+    key = (unit, axis, size)
+    if key in where.memo:
+        return where.memo[key]
+    inner = [where.inner(axis, size, q).slots for q in range(size)]
+    plan = []
+    for i in where.structure.members[unit]:
+        d, here, offset = where.structure.leaves[i].dim(axis), where.slots[i], inner[0][i].offset
+        n = prod(here.shape)
+        if n == 0:
+            plan.append([])
+        elif d is None:
+            plan.append([_Piece(-2, offset, n, 0, 0, here.shape)])
+        elif d == 0 and here.shape[0] % size == 0:
+            plan.append([_Piece(-1, offset, n // size, 0, 0, here.shape)])
+        else:
+            cuts = [(q, slots[i]) for q, slots in enumerate(inner)]
+            plan.append([_Piece(q, offset, prod(s.shape), d, s.start[d] - here.start[d], s.shape) for q, s in cuts if s.shape[d]])
+    where.memo[key] = plan
+    return plan
+
+
+def _pairs(plan: list[list[_Piece]], size: int, leaves: list[Tensor], wire: Tensor, own: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Matching views of leaves (here) and of the wire, to be copied in either direction.
 
     A leaf that the axis does not cut goes to every row of the wire, or comes from this rank's `own` buffer.
     """
     here, there = [], []
-    for i, x in zip(where.structure.members[unit], leaves, strict=True):
-        d, n = where.structure.leaves[i].dim(axis), x.numel()
-        offset = where.inner(axis, size, 0).slots[i].offset
-        if n == 0:
-            continue
-        if d is None:
-            here.append(x.reshape(1, n) if own is not None else x.reshape(1, n).expand(size, n))
-            there.append((wire if own is None else own.view(1, -1))[:, offset : offset + n])
-        elif d == 0 and x.shape[0] % size == 0:
-            here.append(x.reshape(size, n // size) if own is None else x.view(size, n // size))
-            there.append(wire[:, offset : offset + n // size])
-        else:
-            for q in range(size):
-                slot = where.inner(axis, size, q).slots[i]
-                if slot.shape[d]:
-                    here.append(x.narrow(d, slot.start[d] - where.slots[i].start[d], slot.shape[d]))
-                    there.append(wire[q, offset : offset + n // x.shape[d] * slot.shape[d]].view(slot.shape))
+    for pieces, x in zip(plan, leaves, strict=True):
+        for p in pieces:
+            if p.rank == -1:
+                here.append(x.reshape(size, p.numel))
+                there.append(wire.narrow(1, p.offset, p.numel))
+            elif p.rank == -2:
+                here.append(x.reshape(1, p.numel) if own is not None else x.reshape(1, p.numel).expand(size, p.numel))
+                there.append((wire if own is None else own.view(1, -1)).narrow(1, p.offset, p.numel))
+            else:
+                here.append(x.narrow(p.dim, p.begin, p.shape[p.dim]))
+                there.append(wire[p.rank, p.offset : p.offset + p.numel].view(p.shape))
     return here, there
 
 
@@ -126,7 +174,7 @@ def gather_unit(where: Where, unit: int, axis: str, mesh: Mesh, buffer: Tensor) 
     def finish() -> Tensor:
         make = torch.zeros if where.gaps[unit] else torch.empty
         out = make(where.lengths[unit], dtype=buffer.dtype, device=buffer.device)
-        here, there = _pairs(where, unit, axis, size, where.views(unit, out), wait(wire), buffer)
+        here, there = _pairs(_plan(where, unit, axis, size), size, where.views(unit, out), wait(wire), buffer)
         _copy(here, there)
         return out
 
@@ -142,7 +190,7 @@ def scatter_unit(where: Where, unit: int, axis: str, mesh: Mesh, leaves: list[Te
     inner = where.inner(axis, size, index)
     make = torch.zeros if any(where.inner(axis, size, q).gaps[unit] for q in range(size)) else torch.empty
     send = make(size, inner.lengths[unit], dtype=leaves[0].dtype, device=leaves[0].device)
-    here, there = _pairs(where, unit, axis, size, leaves, send, None)
+    here, there = _pairs(_plan(where, unit, axis, size), size, leaves, send, None)
     _copy(there, here)
     if size == 1:
         return Travelling(lambda: send[0])

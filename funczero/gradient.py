@@ -228,7 +228,7 @@ def _close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
     structure, where, env = tape.whole.structure, tape.whole, tape.env
     if not tape.seam:
         bad = torch.stack([(~g.isfinite()).sum() if g is not None else torch.zeros((), dtype=torch.int64, device=tape.port.device) for g in grads]) if tape.look else None
-        return where.pack(grads, tape.dtype, tape.port.device), bad
+        return Slots(where.pack(grads, tape.dtype, tape.port.device).buffers, tape.here), bad
     for u, unit in enumerate(structure.units):
         if not unit.seam and not unit.frozen and structure.members[u]:
             mine = [grads[i] for i in structure.members[u]]

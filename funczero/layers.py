@@ -55,11 +55,15 @@ class Tape:
         self.whole: Where = views.where.structure.whole
         self.dtype = views.buffers[0].dtype
         self.axes = (*self.rest, *scatter)  # outermost first
-        self.seam = bool(self.axes)
+        self.seam = any(env.mesh.axes[a].size > 1 for a in self.axes)  # over axes of size 1 there is nothing to do
+        self.here: Where = self.whole  # where gradients end up
+        for a in self.axes:
+            self.here = self.here.inner(a, env.mesh.axes[a].size, env.mesh.index(a))
         self.differentiate, self.look = differentiate, look
         self.port = torch.zeros((), device=views.buffers[0].device, requires_grad=differentiate)
         self.flying: dict[int, Travelling] = {}  # gathers under way
         self.open: dict[int, Tensor] = {}  # gathered buffers that the backward reads
+        self.kept: set[int] = set()  # of these, the forward's last block
         self.leaves: dict[int, Tensor] = {}  # by leaf number, where nothing is gathered or scattered
         self.uses: dict[int, int] = {}
         self.sums: dict[int, list[Tensor]] = {}  # gradients of a unit used more than once
@@ -71,15 +75,17 @@ class Tape:
     # --- gathers
     def launch(self, *group: int) -> None:
         """Start to gather units, unless they are here or under way."""
-        for unit in group if self.rest else ():
+        for unit in group if self.rest and self.seam else ():
             if unit not in self.flying and unit not in self.open:
                 self.flying[unit] = gather_unit(self.views.where.outer, unit, self.rest[-1], self.env.mesh, self.views.buffers[unit])
                 self.count(1)
 
     def take(self, unit: int) -> Tensor:
         """A unit's whole buffer; innermost axis first."""
-        if not self.rest:
+        if not self.rest or not self.seam:
             return self.views.buffers[unit]
+        for other in tuple(self.kept):  # it was not the last
+            self.drop(other)
         self.launch(unit)
         buffer, where = self.flying.pop(unit).wait(), self.views.where.outer
         for axis in reversed(self.rest[:-1]):
@@ -89,6 +95,9 @@ class Tape:
 
     def again(self, unit: int, group: Group, before: Group) -> Tensor:
         """The whole buffer for the backward: gathered at first touch, then the gathers of the block before it start."""
+        if unit in self.kept:
+            self.kept.remove(unit)
+            self.launch(*before)
         if unit not in self.open:
             for other in [u for u in self.open if u not in group and self.whole.structure.units[u].frozen]:
                 self.drop(other)  # nothing announces the last use of a frozen unit; it is gathered again if this was not it
@@ -96,8 +105,14 @@ class Tape:
             self.launch(*before)
         return self.open[unit]
 
+    def keep(self, buffers: dict[int, Tensor]) -> None:
+        """Hold on to the forward's last block, which the backward reads first."""
+        self.open |= buffers
+        self.kept |= set(buffers)
+
     def drop(self, unit: int) -> None:
         """Forget a gathered buffer."""
+        self.kept.discard(unit)
         if self.open.pop(unit, None) is not None:
             self.count(-1)
 
@@ -163,12 +178,13 @@ class Tape:
             self.scattering = None
         self.open.clear()
         self.flying.clear()
-        where = self.whole
-        for axis in self.axes:
-            where = where.inner(axis, self.env.mesh.axes[axis].size, self.env.mesh.index(axis))
+        where = self.here
         some = next(iter(self.grads.values()), None)
-        zeros = where.zeros(self.dtype if some is None else some.dtype, self.port.device, frozen=False)
-        return Slots(tuple(self.grads.get(u, z) for u, z in enumerate(zeros.buffers)), where)
+        dtype, device, units = self.dtype if some is None else some.dtype, self.port.device, self.whole.structure.units
+        for u, n in enumerate(where.lengths):
+            if u not in self.grads:
+                self.grads[u] = torch.zeros(0 if units[u].frozen else n, dtype=dtype, device=device)
+        return Slots(tuple(self.grads[u] for u in range(len(units))), where)
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
@@ -257,6 +273,7 @@ def run_unit(tape: Tape, group: Group, run: Run, before: Group = (), after: Grou
     if not tape.rest:
         return run(leaves)
     memory = {b.untyped_storage()._cdata: u for u, b in buffers.items()}
+    held = {} if after else buffers
     del buffers
 
     def pack(t: Tensor) -> Any:
@@ -268,7 +285,10 @@ def run_unit(tape: Tape, group: Group, run: Run, before: Group = (), after: Grou
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         out = run(leaves)
-    tape.count(-len(group))
+    if held:
+        tape.keep(held)
+    else:
+        tape.count(-len(group))
     return out
 
 

@@ -103,15 +103,16 @@ class Where:
         return tuple(a for a, _, _ in self.coords)
 
     @cached_property
-    def _memo(self) -> dict[Any, Any]:
+    def memo(self) -> dict[Any, Any]:
+        """What was worked out for this place: neighbours, and plans of what travels."""
         return {}
 
     def inner(self, axis: str, size: int, index: int) -> Where:
         """One step inwards."""
         key = (axis, size, index)
-        if key not in self._memo:
-            self._memo[key] = Where(self.structure, (*self.coords, key))
-        return self._memo[key]
+        if key not in self.memo:
+            self.memo[key] = Where(self.structure, (*self.coords, key))
+        return self.memo[key]
 
     @cached_property
     def outer(self) -> Where:

@@ -1,11 +1,14 @@
 """Odd parameters, a ragged loss, the chains of every stage, and a reference by hand: what the laws are tried on."""
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 
 import funczero as fz
-from funczero import P, rng
+from funczero import P, collectives, rng
+from funczero.testing import tree_hash
 
 MICROS, ROWS, TIME, BAD, UPDATES = 8, 3, 6, 3, 6
 LR, CLIP, B1, B2, EPS, DECAY = 1e-2, 0.15, 0.9, 0.99, 1e-8, 0.01
@@ -38,7 +41,8 @@ def batch(t, dtype=torch.float32, micros=MICROS):
     b["mask"][0, 0] = 1
     b["mask"][2 * ROWS : 3 * ROWS] = 0
     if t == BAD:
-        b["boost"][4 * ROWS + 1], b["mask"][4 * ROWS + 1, 0] = float("inf"), 1
+        row = (4 * ROWS + 1) % n
+        b["boost"][row], b["mask"][row, 0] = float("inf"), 1
     return b
 
 
@@ -75,6 +79,11 @@ def loss_remat(p, b):
 def loss_random(p, b, key):
     """With dropout."""
     return forward(p, b, key)
+
+
+def loss_random_remat(p, b, key):
+    """With dropout, blocks run again."""
+    return forward(p, b, key, remat=True)
 
 
 def split(b, k):
@@ -168,3 +177,24 @@ def train(parts, mesh, stream=0, updates=UPDATES, dtype=torch.float32, policy=No
 def source(world_axes=("data",), loss_fn=loss_plain, units=("blocks",), **kw):
     """The zoo's gradient."""
     return fz.value_and_grad(loss_fn, batch=P(tuple(world_axes)), units=units, **kw)
+
+
+def whole(slots, mesh):
+    """Any Slots of a state as the whole tree; a collective."""
+    joined = reduce(lambda x, a: collectives.all_gather(x, a, mesh), reversed(slots.where.axes), slots)
+    return joined.where.structure.unflatten([x if x is None else x.clone() for x in joined.leaves()])
+
+
+def bits(run):
+    """One hash of a run: masters, moments, counters, scale, and every metric of every update."""
+    masters, log, state, step = run
+    mesh, own = step.running().env.mesh, dict(state.chain)
+    moments = [(x.count, whole(x.mu, mesh), whole(x.nu, mesh)) for x in [own.pop("adamw")]]
+    return tree_hash([masters, moments, {n: x for n, x in own.items() if n == "scale_loss"}, state.step, state.updates, state.key, log])
+
+
+def everywhere(run_world, size, fn, *args):
+    """What fn returns, the same in every rank of a world; in this process where the world is one."""
+    first, *others = [fn(*args)] if size == 1 else run_world(size, fn, *args)
+    assert all(x == first for x in others)
+    return first

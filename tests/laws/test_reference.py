@@ -1,0 +1,55 @@
+"""Every stage is the reference: AdamW by hand on whole leaves in float64, with a clip, ragged weights and a skipped overflow."""
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+
+from funczero.mesh import world_size
+
+FORMS = {"whole": dict(units=()), "keep": dict(units=("blocks",)), "remat": dict(units=("blocks",), loss_fn=zoo.loss_remat)}
+
+
+def distance(run, truth):
+    """The largest distance of a run's masters, losses and norms from the reference."""
+    (masters, log, _, _), (want, losses, norms) = run, truth
+    pairs = list(zip(torch.utils._pytree.tree_leaves(masters), torch.utils._pytree.tree_leaves(want), strict=True))
+    pairs += [(torch.stack([m.loss for m in log]), torch.tensor(losses, dtype=torch.float64))]
+    pairs += [(torch.stack([m.grad_norm for m in log if m.ok]), torch.tensor(norms, dtype=torch.float64))]
+    return max((a - b).nan_to_num(0).abs().max().item() for a, b in pairs if a.numel())
+
+
+def runs(table, axes, k, **form):
+    """Every chain of a table: its distance, which updates were applied, and its bits."""
+    micros = k * world_size()
+    truth, out = zoo.reference(micros=micros, skip=(zoo.BAD,)), {}
+    for name, (parts, stream) in table(zoo.source(tuple(axes), **form), k, zoo.tx(scale=True)).items():
+        run = zoo.train(parts, axes, stream, dtype=torch.float64, policy="float64", micros=micros)
+        out[name] = distance(run, truth), [bool(m.ok) for m in run[1]], torch.isfinite(run[1][zoo.BAD].loss).item(), zoo.bits(run)
+    return out
+
+
+def check(found):
+    assert {n: d for n, (d, *_) in found.items() if not d < 1e-12} == {}
+    assert all(ok == [t != zoo.BAD for t in range(zoo.UPDATES)] and not finite for _, ok, finite, _ in found.values())
+    assert len({h for *_, h in found.values()}) == 1
+
+
+def flat(form, k):
+    return runs(zoo.flat_chains, {"data": world_size()}, k, **FORMS[form])
+
+
+def nested(form, k):
+    return runs(zoo.nested_chains, {"node": 2, "local": 2}, k, **FORMS[form])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("k", ["one", "all"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_stage_is_the_reference(run_world, world, k, form):
+    check(zoo.everywhere(run_world, world, flat, form, 1 if k == "one" else zoo.MICROS // world))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_nest_is_the_reference(run_world, form):
+    check(zoo.everywhere(run_world, 4, nested, form, 2))
