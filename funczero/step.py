@@ -109,15 +109,19 @@ def train_step(*parts: Any, mesh: Mapping[str, int] | DeviceMesh | Mesh | None =
     Args:
       parts: left to right; see value_and_grad, accumulate, shard, all_reduce, scale_loss, clip_by_global_norm, adamw, zero.
       mesh: axis sizes by name, outermost first, -1 for all that are left; or a DeviceMesh. A dict builds, prints and plans in
-        any process; the world is joined at the first init. None: no axes, one process.
+        any process; the world is joined at the first init. None: all processes on the one axis of the batch.
       policy: dtypes, as "params=float32,compute=bfloat16,accumulate=float32".
       debug: log the first non-finite leaf of any update, and its rank.
 
     Raises:
       ChainError: the chain cannot mean what it says; the message shows it with the correction.
     """
-    env = Env(plan_mesh(mesh), Policy.parse(policy), {})
     flat = chain(*parts)
+    if mesh is None and flat and isinstance(flat[0], Source):
+        if len(flat[0].batch) > 1:
+            raise ChainError(f"train_step: the batch is split over {list(flat[0].batch)}; write their sizes, as mesh={{{', '.join(f'{a!r}: 2' for a in flat[0].batch)}}}")
+        mesh = dict.fromkeys(flat[0].batch, -1)
+    env = Env(plan_mesh(mesh), Policy.parse(policy), {})
     return _make(flat, env, debug, donated=False)
 
 
