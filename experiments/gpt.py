@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
 
 
 def init(seed: int, sizes: Sizes) -> dict:
-    """Float32 parameters, normal: what writes to the residual stream is scaled down by the root of the number of writers, so that its variance does not grow with depth."""
+    """Float32 parameters, normal; what writes to the residual stream is divided by the root of how many do, so that its variance does not grow with depth."""
     layers, width, heads = sizes
     head = width // heads
     if heads * head != width or head % 2:

@@ -10,20 +10,20 @@ Expect:
     The losses of all stages agree to float32 rounding. Bytes sent are the ZeRO paper's: stage 3 is 1.5 times stages 0 to 2.
 Found:
     (to be measured)
-
-Writes metrics.jsonl (one line an update) and loss.png to --out.
 """
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the slow imports: ctrl-c ends this process without a traceback
 
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 from absl import app, flags
 from rich.console import Console
-from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -42,14 +41,14 @@ from funczero import P
 
 F = flags.FLAGS
 flags.DEFINE_integer("stage", 3, "ZeRO stage: 0 shards nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters.", lower_bound=0, upper_bound=3)
-flags.DEFINE_string("mesh", "", "Mesh axes and their sizes, outermost first, such as data=2 or node=2,local=2; -1 for all that are left. Default: all processes on one axis.")
+flags.DEFINE_string("mesh", "", "Axes and sizes, outermost first, such as data=2 or node=2,local=2; -1: all that are left. Default: all processes on one axis.")
 flags.DEFINE_integer("nproc", None, "Processes to start when torchrun has not; default: as many as --mesh needs, or 2.", lower_bound=1, upper_bound=1024)
 flags.DEFINE_integer("threads", 1, "CPU threads of each process.", lower_bound=1, upper_bound=1024)
 flags.DEFINE_string("policy", "float32", "Dtypes, one for all or params=float32,compute=bfloat16,accumulate=float32.")
 flags.DEFINE_float("scale_loss", 0.0, "First dynamic loss scale, for compute=float16, such as 65536; 0: none.", lower_bound=0.0)
 flags.DEFINE_integer("accumulate", 1, "Micro-batches an update, in each process.", lower_bound=1)
 flags.DEFINE_bool("remat", False, "Save only the blocks' inputs and run each block again in the backward: less memory, a third more time.")
-flags.DEFINE_integer("steps", 600, "Updates.", lower_bound=1)
+flags.DEFINE_integer("steps", 800, "Updates.", lower_bound=1)
 flags.DEFINE_integer("batch", 16, "Windows of text in an update, over all processes; a multiple of processes x accumulate.", lower_bound=1)
 flags.DEFINE_integer("length", 128, "Bytes in a window.", lower_bound=1)
 flags.DEFINE_integer("layers", 4, "Blocks of the model.", lower_bound=1)
@@ -64,11 +63,11 @@ flags.DEFINE_integer("seed", 0, "Seed of the parameters, the batches and the sam
 flags.DEFINE_integer("eval_every", 200, "Updates between two measurements of the held-out text; also at the start and the end.", lower_bound=1)
 flags.DEFINE_integer("eval_batches", 8, "Held-out batches of --batch windows, always the same.", lower_bound=1)
 flags.DEFINE_integer("sample", 300, "Bytes to sample at the end; 0: none.", lower_bound=0)
-flags.DEFINE_string("out", "runs/train_gpt", "Folder for metrics.jsonl, loss.png and the processes' logs.")
+flags.DEFINE_string("out", "runs/train_gpt", "Folder for metrics.jsonl (a line an update), loss.png and what the processes write to stderr (rank0.log, ...).")
 
 
 class Plan(NamedTuple):
-    """Everything that flags can get wrong, built and checked before any process is started."""
+    """What the flags ask for, built and checked before any process is started."""
 
     mesh: dict[str, int]
     params: dict
@@ -107,26 +106,23 @@ def plan() -> Plan:
 
 def mesh_sizes() -> dict[str, int]:
     """--mesh as axis sizes, checked against the number of processes."""
-    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else F.nproc
+    world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else F.nproc
     pairs = [part.partition("=") for part in F.mesh.split(",") if part]
     if not all(name and size.removeprefix("-").isdigit() and (int(size) > 0 or int(size) == -1) for name, _, size in pairs):
         raise ValueError(f"--mesh={F.mesh} does not name axes and their sizes; write --mesh=data=2 or --mesh=node=2,local=2")
     mesh = {name: int(size) for name, _, size in pairs} or {"data": -1}
-    sized, free = math.prod(n for n in mesh.values() if n > 0), [name for name, n in mesh.items() if n == -1]
+    free, sized = [name for name, n in mesh.items() if n == -1], math.prod(n for n in mesh.values() if n > 0)
     world = world or (max(2, sized) if free else sized)
     if len(mesh) < len(pairs) or len(free) > 1 or (world % sized if free else world != sized):
-        raise ValueError(f"--mesh={F.mesh} does not lay out {world} processes; name every axis once, at most one of size -1, so that the sizes multiply to {world}")
+        raise ValueError(f"--mesh={F.mesh} does not lay out {world} processes; name each axis once, one of size -1 at most, and sizes that multiply to them")
     return mesh | {name: world // sized for name in free}
 
 
 def launch(world: int) -> int:
-    """Run this command line in `world` processes, as torchrun would; when one ends badly all end, and its log is shown once. Returns the exit status."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    """Run this command line in `world` processes, as torchrun would; when one ends badly all end, and its log is shown. Returns the exit status."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": F.threads}
-    for old in Path(F.out).glob("rank*.log"):
-        old.unlink()
     logs = [Path(F.out) / f"rank{rank}.log" for rank in range(world)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes inherit it: ctrl-c reaches this one alone, and this one ends the others
     ranks = []
@@ -144,13 +140,13 @@ def launch(world: int) -> int:
         for p in ranks:
             p.kill()
             p.wait()
-        if sys.stdout.isatty():
-            print("\033[?25h", end="", flush=True)  # a bar that was killed leaves the cursor hidden
+        Console().show_cursor()  # a bar that was killed leaves it hidden
     if not bad:
         return 0
     first = min(bad, key=lambda rank: logs[rank].stat().st_mtime)  # the others fail because the first one did
-    print(logs[first].read_text(errors="replace") + f"train_gpt: process {first} of {world} ended with status {ranks[first].returncode}", file=sys.stderr)
-    return abs(ranks[first].returncode)
+    status = ranks[first].returncode
+    print(f"{logs[first].read_text(errors='replace')}train_gpt: process {first} of {world} ended with status {status}", file=sys.stderr)
+    return status if status > 0 else 128 - status
 
 
 class Report:
@@ -168,13 +164,6 @@ class Report:
         """A line above the bar."""
         self.bar.console.print(text)
 
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Time that does not count as training."""
-        start = time.perf_counter()
-        yield
-        self.then += time.perf_counter() - start
-
     def write(self, **record: float) -> None:
         """One line of metrics.jsonl."""
         if self.file:
@@ -190,7 +179,7 @@ class Report:
         bits = loss / math.log(2)
         scalars = {name: getattr(m, name).item() for name in ("lr", "grad_norm", "ok", "scale")}
         self.write(step=number, loss=loss, bits_per_byte=bits, tokens_per_second=rate, bytes_sent=sent, **scalars)
-        text = f"loss {loss:.3f}  bits/byte {bits:.3f}  {self.rate:,.0f} tokens/s  sent {decimal(sent)}/step  lr {m.lr.item():.1e}"
+        text = f"loss {loss:.3f}  bits/byte {bits:.3f}  {self.rate:,.0f} tokens/s  sent {sent / 1e6:.2f} MB/step  lr {m.lr.item():.1e}"
         self.bar.update(self.task, completed=number, description=text)
         if self.bar.disable and (number == 1 or number % max(1, F.steps // 20) == 0):
             self.say(f"step {number:5d}  {text}")
@@ -201,7 +190,7 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError:
             return self.say("no loss.png: matplotlib is not installed; pip install matplotlib")
-        axes = Figure(figsize=(8, 5), layout="constrained").add_subplot(xlabel="updates", ylabel="bits per byte", title=f"ZeRO-{F.stage}, seed {F.seed}")
+        axes = Figure(layout="constrained").add_subplot(xlabel="updates", ylabel="bits per byte", title=f"ZeRO-{F.stage}, seed {F.seed}")
         for name, style, label in (("bits_per_byte", "-", "training batch"), ("held_out_bits_per_byte", "o-", "held-out text")):
             points = [(r["step"], r[name]) for r in self.records if name in r]
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1)
@@ -215,16 +204,15 @@ def train(own: Plan) -> None:
     torch.set_num_threads(F.threads)
     step, state, world = own.step, own.step.init(own.params), fz.init_distributed()
     report, unigram = Report(world.rank == 0), fz.data.unigram_entropy(own.held_out)
-    count = sum(x.numel() for x in tree_leaves(own.params))
+    evaluate, count = step.eval(own.loss_fn), sum(x.numel() for x in tree_leaves(own.params))
     report.say(f"{step}\n{count:,} parameters, {len(own.train):,} bytes to train on, {len(own.held_out):,} held out; results in {F.out}")
-    evaluate = step.eval(own.loss_fn)
 
     def measure(number: int) -> None:
-        with report.apart():
-            batches = fz.data.sample_batches(own.held_out, F.eval_batches, F.batch, F.length)
-            bits = sum(evaluate(state, step.local_rows(batch)).loss.item() for batch in batches) / F.eval_batches / math.log(2)
+        batches = fz.data.sample_batches(own.held_out, F.eval_batches, F.batch, F.length)
+        bits = sum(evaluate(state, step.local_rows(batch)).loss.item() for batch in batches) / F.eval_batches / math.log(2)
         report.write(step=number, held_out_bits_per_byte=bits, unigram_bits_per_byte=unigram)
         report.say(f"step {number:5d}  held-out bits/byte {bits:.4f}  (single bytes: {unigram:.4f})")
+        report.then = time.perf_counter()  # this was no training
 
     with report.bar:
         for number in range(F.steps):
@@ -238,8 +226,8 @@ def train(own: Plan) -> None:
     if report.speaks:
         report.plot(unigram)
         if F.sample:
-            text = gpt.sample(whole, F.heads, b"def ", F.sample, F.length, 0.8, torch.Generator().manual_seed(F.seed))
-            report.say(text.decode(errors="replace"))
+            generator = torch.Generator().manual_seed(F.seed)
+            report.say(gpt.sample(whole, F.heads, b"def ", F.sample, F.length, 0.8, generator).decode(errors="replace"))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -250,18 +238,13 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r} is not a flag; write --flag=value, or --help for the list")
         own = plan()
-    except (ValueError, OSError, fz.ChainError) as error:
+    except (ValueError, OSError, fz.ChainError) as error:  # the same in every process
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt: {error}", file=sys.stderr)
         sys.exit(2)
     if "RANK" not in os.environ:
         sys.exit(launch(math.prod(own.mesh.values())))
-    try:
-        train(own)
-    except KeyboardInterrupt:  # under torchrun
-        os._exit(128 + signal.SIGINT)
-    except FloatingPointError as error:
-        sys.exit(f"train_gpt: {error}")
+    train(own)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funczero import order, tree
 from funczero.collectives import sum_integers
-from funczero.norm import BINS, folds, norm_of, square_bins
+from funczero.norm import BINS, CHUNK, folds, norm_of, square_bins
 from funczero.spec import Rules, Slots
 from funczero.types import ChainError, Env, Grad, GradientTransformation, Layout, Out, Seed, Transform
 
@@ -235,11 +235,13 @@ def mean(g: Grad) -> Grad:
     if lay.unreduced:
         raise refuse(g, "mean", _partial(lay))
 
+    places = torch.tensor(order.indices(lay, env.mesh.index), device=env.mesh.device)
+
     def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
         columns = [out.loss[:, None].double(), out.weight[:, None].double()] + ([] if out.aux is None else [out.aux[0]])
         rows = torch.cat(columns, 1)
         bits = torch.zeros(lay.stride, rows.shape[1], dtype=torch.int64, device=rows.device)
-        bits[order.indices(lay, env.mesh.index)[: len(rows)]] = rows.view(torch.int64)
+        bits.index_copy_(0, places[: len(rows)], rows.view(torch.int64))
         parts = [bits.view(-1), _norm_bins(out.grads, lay, env)]
         if out.bad is not None:
             parts.append(_place_of(out.bad, lay, env))
@@ -259,11 +261,16 @@ def mean(g: Grad) -> Grad:
 def _norm_bins(grads: Slots, lay: Layout, env: Env) -> Tensor:
     """This rank's share of the norm: every value counted on one rank only."""
     first = all(env.mesh.index(a) == 0 for a in lay.batch if a not in lay.sharded)
-    total = torch.zeros(1 + BINS, dtype=torch.int64, device=grads.buffers[0].device)
+    mine = []
     for u, buffer in enumerate(grads.buffers):
         for axes, start, stop in grads.where.sections[u] if buffer.numel() and first else ():
             if all(env.mesh.index(a) == 0 for a in axes):
-                total += square_bins(buffer[start:stop])
+                mine.append(buffer[start:stop])
+    if sum(x.numel() for x in mine) <= CHUNK:
+        mine = [torch.cat(mine)] if mine else []
+    total = torch.zeros(1 + BINS, dtype=torch.int64, device=grads.buffers[0].device)
+    for x in mine:
+        total += square_bins(x)
     return total
 
 

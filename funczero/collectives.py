@@ -6,7 +6,7 @@ the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and the same 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from funczero.mesh import Mesh
 from funczero.order import tree_sum
 from funczero.spec import Slots, Where
 
+MESSAGE = 1 << 22  # bytes of neighbouring units that share one message
 SHORT = 1 << 15  # bytes on all wires under which a message is all latency
 _ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
 
@@ -158,44 +159,50 @@ def _pairs(plan: list[list[_Piece]], size: int, leaves: list[Tensor], wire: Tens
 
 def _travels(inner: Where, unit: int, axis: str) -> int:
     """Elements of a buffer that a gather must send: up to the last slot that the axis cuts."""
-    slots, leaves = inner.slots, inner.structure.leaves
-    return max((slots[i].offset + slots[i].length for i in inner.structure.members[unit] if leaves[i].dim(axis) is not None), default=0)
+    key = ("travels", unit, axis)
+    if key not in inner.memo:
+        slots, leaves = inner.slots, inner.structure.leaves
+        inner.memo[key] = max((slots[i].offset + slots[i].length for i in inner.structure.members[unit] if leaves[i].dim(axis) is not None), default=0)
+    return inner.memo[key]
 
 
-def gather_unit(where: Where, unit: int, axis: str, mesh: Mesh, buffer: Tensor) -> Travelling:
-    """Start to gather one unit's buffer one step outwards, to `where`; waiting returns its buffer there."""
+def gather_units(where: Where, units: Sequence[int], axis: str, mesh: Mesh, buffers: Sequence[Tensor]) -> Travelling:
+    """Start to gather units one step outwards, to `where`, as one message; waiting returns their buffers there."""
     size, index, _ = mesh.axes[axis]
     if size == 1:
-        return Travelling(lambda: buffer)
+        return Travelling(lambda: list(buffers))
     inner = where.inner(axis, size, index)
-    n = _travels(inner, unit, axis)
-    wire = launch_gather(buffer[:n], axis, mesh)
+    parts = [b.narrow(0, 0, _travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
+    wire = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), axis, mesh)
 
-    def finish() -> Tensor:
-        make = torch.zeros if where.gaps[unit] else torch.empty
-        out = make(where.lengths[unit], dtype=buffer.dtype, device=buffer.device)
-        here, there = _pairs(_plan(where, unit, axis, size), size, where.views(unit, out), wait(wire), buffer)
-        _copy(here, there)
+    def finish() -> list[Tensor]:
+        out, offset, whole = [], 0, wait(wire)
+        for u, own, part in zip(units, buffers, parts, strict=True):
+            make = torch.zeros if where.gaps[u] else torch.empty
+            out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
+            here, there = _pairs(_plan(where, u, axis, size), size, where.views(u, out[-1]), whole.narrow(1, offset, part.numel()), own)
+            _copy(here, there)
+            offset += part.numel()
         return out
 
     return Travelling(finish)
 
 
-def scatter_unit(where: Where, unit: int, axis: str, mesh: Mesh, leaves: list[Tensor], dtype: torch.dtype) -> Travelling:
-    """Start to sum one unit's leaves over an axis and keep this rank's part; waiting returns its buffer one step inwards.
+def scatter_units(where: Where, units: Sequence[int], axis: str, mesh: Mesh, leaves: Sequence[list[Tensor]], dtype: torch.dtype) -> Travelling:
+    """Start to sum units' leaves over an axis and keep this rank's part, as one message; waiting returns their buffers one step inwards.
 
     The leaves travel in the dtype they come in and are added in `dtype`, in the tree over ranks.
     """
     size, index, _ = mesh.axes[axis]
     inner = where.inner(axis, size, index)
-    make = torch.zeros if any(where.inner(axis, size, q).gaps[unit] for q in range(size)) else torch.empty
-    send = make(size, inner.lengths[unit], dtype=leaves[0].dtype, device=leaves[0].device)
-    here, there = _pairs(_plan(where, unit, axis, size), size, leaves, send, None)
-    _copy(there, here)
-    if size == 1:
-        return Travelling(lambda: send[0])
+    lengths = [inner.lengths[u] for u in units]
+    make = torch.zeros if any(where.inner(axis, size, q).gaps[u] for u in units for q in range(size)) else torch.empty
+    send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
+    for u, xs, row in zip(units, leaves, send.split_with_sizes(lengths, 1), strict=True):
+        here, there = _pairs(_plan(where, u, axis, size), size, xs, row, None)
+        _copy(there, here)
     wire = launch_exchange(send, axis, mesh)
-    return Travelling(lambda: tree_sum(wait(wire).to(dtype)))
+    return Travelling(lambda: list(tree_sum(wait(wire).to(dtype) if size > 1 else wire).split_with_sizes(lengths)))
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:
@@ -214,8 +221,8 @@ def all_gather(x: Slots, axis: str, mesh: Mesh) -> Slots:
     where = x.where.outer
     if mesh.axes[axis].size == 1:
         return Slots(x.buffers, where)
-    flying = [gather_unit(where, u, axis, mesh, b) if b.numel() else Travelling(lambda u=u, b=b: b) for u, b in enumerate(x.buffers)]
-    return Slots(tuple(f.wait() for f in flying), where)
+    flying = [(us, gather_units(where, us, axis, mesh, [x.buffers[u] for u in us])) for us in _messages(x)]
+    return Slots(_landed(flying, x), where)
 
 
 def reduce_scatter(x: Slots, axis: str, mesh: Mesh, dtype: torch.dtype) -> Slots:
@@ -227,8 +234,27 @@ def reduce_scatter(x: Slots, axis: str, mesh: Mesh, dtype: torch.dtype) -> Slots
     inner = x.where.inner(axis, size, index)
     if size == 1:
         return Slots(x.buffers, inner)
-    flying = [scatter_unit(x.where, u, axis, mesh, x.where.views(u, b), dtype) if b.numel() else Travelling(lambda b=b: b) for u, b in enumerate(x.buffers)]
-    return Slots(tuple(f.wait() for f in flying), inner)
+    flying = [(us, scatter_units(x.where, us, axis, mesh, [x.where.views(u, x.buffers[u]) for u in us], dtype)) for us in _messages(x)]
+    return Slots(_landed(flying, x), inner)
+
+
+def _messages(x: Slots) -> list[list[int]]:
+    """Units that travel together: small ones share a message, large ones overlap each other's copies. Empty ones (frozen) stay."""
+    out: list[list[int]] = []
+    room = 0
+    for u, b in enumerate(x.buffers):
+        if b.numel():
+            if not out or b.nbytes > room:
+                out.append([])
+                room = MESSAGE
+            out[-1].append(u)
+            room -= b.nbytes
+    return out
+
+
+def _landed(flying: list[tuple[list[int], Travelling]], x: Slots) -> tuple[Tensor, ...]:
+    done = {u: b for us, f in flying for u, b in zip(us, f.wait(), strict=True)}
+    return tuple(done.get(u, b) for u, b in enumerate(x.buffers))
 
 
 def cut(x: Slots, axis: str, mesh: Mesh) -> Slots:

@@ -60,7 +60,8 @@ def text_files(paths: Sequence[str | Path]) -> list[Piece]:
         if not path.exists():
             raise FileNotFoundError(f"data: there is no file or folder {str(path)!r}; give a text file, or a folder that holds {' or '.join(SUFFIXES)} files")
         root, files = (path, sorted(path.rglob("*"))) if path.is_dir() else (path.parent, [path])
-        pieces = [Piece(file.relative_to(root).as_posix(), file, 0, file.stat().st_size) for file in files if file.is_file() and (file == path or _wanted(file, root))]
+        wanted = [file for file in files if file.is_file() and (file == path or _wanted(file, root))]
+        pieces = [Piece(file.relative_to(root).as_posix(), file, 0, file.stat().st_size) for file in wanted]
         if not any(piece.stop for piece in pieces):
             raise ValueError(f"data: {str(path)!r} holds no text; give a file that is not empty, or a folder that holds {' or '.join(SUFFIXES)} files")
         for piece in pieces:
@@ -76,12 +77,12 @@ def _wanted(file: Path, root: Path) -> bool:
 def load(paths: Sequence[str | Path] = ()) -> tuple[Corpus, Corpus]:
     """The training and the held-out corpus of `paths` (without any: Python's own library).
 
-    The split is by file, so that no held-out text was trained on: a file is held out by a hash of its name, one in twenty, whatever else is there. When the hash
-    leaves a side empty, the file of lowest hash is held out alone. A lone file is cut instead: its last twentieth is held out.
+    The split is by file, so that no held-out text was trained on: one file in twenty is held out, by a hash of its name, whatever else is there.
+    When that leaves a side empty, the file of lowest hash is held out alone. A lone file is cut instead: its last twentieth is held out.
     """
     pieces = text_files(paths or [standard_library()])
     if len(pieces) == 1:
-        (name, path, _, size), = pieces
+        name, path, _, size = pieces[0]
         cut = size - math.ceil(size / SHARE)
         if not cut:
             raise ValueError(f"data: {str(path)!r} holds one byte, too little to train on and hold out; give more text")
@@ -106,7 +107,7 @@ def _spans(corpus: Corpus, start: int, length: int) -> Iterator[np.ndarray]:
     index = int(np.searchsorted(corpus.ends, start, side="right"))
     while length:
         piece = corpus.pieces[index]
-        first = start - (int(corpus.ends[index]) - piece.stop)  # position in the file: the corpus position where its byte 0 would lie is ends - stop
+        first = start - int(corpus.ends[index]) + piece.stop  # place in the file
         taken = min(length, piece.stop - first)
         yield np.asarray(np.memmap(piece.path, np.uint8, mode="r")[first : first + taken])
         start, length, index = start + taken, length - taken, index + 1
@@ -128,15 +129,13 @@ def sample_batches(corpus: Corpus, count: int, rows: int, length: int) -> Iterat
 def _room(corpus: Corpus, length: int) -> int:
     """The number of places where a window of length + 1 bytes can begin."""
     if len(corpus) <= length:
-        raise ValueError(
-            f"data: a side of the split holds {len(corpus)} bytes (first file {str(corpus.pieces[0].path)!r}), a window needs {length + 1}; give more text or a shorter length"
-        )
+        where = str(corpus.pieces[0].path)
+        raise ValueError(f"data: the text from {where!r} on holds {len(corpus)} bytes, but a window is {length + 1}; give more text or a shorter length")
     return len(corpus) - length
 
 
 def _shifted(window: np.ndarray) -> dict[str, torch.Tensor]:
-    tokens = torch.from_numpy(window.astype(np.int64))
-    return {"x": tokens[:, :-1].contiguous(), "y": tokens[:, 1:].contiguous()}
+    return {"x": torch.from_numpy(window[:, :-1].astype(np.int64)), "y": torch.from_numpy(window[:, 1:].astype(np.int64))}
 
 
 def unigram_entropy(corpus: Corpus) -> float:

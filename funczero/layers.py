@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from funczero import rng, tree
-from funczero.collectives import Travelling, gather_unit, scatter_unit
+from funczero.collectives import Travelling, gather_units, scatter_units
 from funczero.spec import Slots, Where
 from funczero.types import Env
 
@@ -77,7 +77,7 @@ class Tape:
         """Start to gather units, unless they are here or under way."""
         for unit in group if self.rest and self.seam else ():
             if unit not in self.flying and unit not in self.open:
-                self.flying[unit] = gather_unit(self.views.where.outer, unit, self.rest[-1], self.env.mesh, self.views.buffers[unit])
+                self.flying[unit] = gather_units(self.views.where.outer, (unit,), self.rest[-1], self.env.mesh, (self.views.buffers[unit],))
                 self.count(1)
 
     def take(self, unit: int) -> Tensor:
@@ -87,10 +87,10 @@ class Tape:
         for other in tuple(self.kept):  # it was not the last
             self.drop(other)
         self.launch(unit)
-        buffer, where = self.flying.pop(unit).wait(), self.views.where.outer
+        (buffer,), where = self.flying.pop(unit).wait(), self.views.where.outer
         for axis in reversed(self.rest[:-1]):
             where = where.outer
-            buffer = gather_unit(where, unit, axis, self.env.mesh, buffer).wait()
+            (buffer,) = gather_units(where, (unit,), axis, self.env.mesh, (buffer,)).wait()
         return buffer
 
     def again(self, unit: int, group: Group, before: Group) -> Tensor:
@@ -155,14 +155,14 @@ class Tape:
         if self.look:
             self.bad[unit] = torch.stack([(~x.isfinite()).sum() for x in leaves])
         mesh, dtype, where = self.env.mesh, self.env.policy.accumulate, self.whole
-        first = scatter_unit(where, unit, self.axes[0], mesh, leaves, dtype)
+        first = scatter_units(where, (unit,), self.axes[0], mesh, (leaves,), dtype)
 
         def finish() -> Tensor:
-            buffer, here = first.wait(), where
+            (buffer,), here = first.wait(), where
             for outer, axis in zip(self.axes, self.axes[1:], strict=False):
                 here = here.inner(outer, mesh.axes[outer].size, mesh.index(outer))
                 if mesh.axes[axis].size > 1:
-                    buffer = scatter_unit(here, unit, axis, mesh, here.views(unit, buffer), dtype).wait()
+                    (buffer,) = scatter_units(here, (unit,), axis, mesh, (here.views(unit, buffer),), dtype).wait()
             return buffer
 
         before, self.scattering = self.scattering, (unit, finish)

@@ -1,0 +1,81 @@
+"""Weights, moments, metrics and scale are bitwise the same on any world, at every stage, in any nest, streamed or not, in place or pure."""
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+import zoo
+
+import funczero as fz
+from funczero.mesh import world_size
+
+POLICIES = {
+    "fp32": "float32",
+    "bf16": "params=float32,compute=bfloat16,accumulate=float32",
+    "fp16": "params=float32,compute=float16,accumulate=float32",
+}  # fmt: skip
+LOSSES = {"keep": dict(), "remat": dict(loss_fn=zoo.loss_random_remat), "whole": dict(units=())}
+
+
+def source(axes, form="keep"):
+    return zoo.source(tuple(axes), rng=True, **{"loss_fn": zoo.loss_random, **LOSSES[form]})
+
+
+@cache
+def truth(policy):
+    """One rank, nothing sharded, nothing in place, no units: the bits that all others have."""
+    parts, _ = zoo.flat_chains(source(["data"], "whole"), zoo.MICROS, zoo.tx(scale=True))["0 grad acc ar"]
+    return zoo.bits(zoo.train(parts, {"data": 1}, policy=POLICIES[policy]))
+
+
+def hashes(policy, axes, form, donated):
+    """The bits of every chain on a mesh, in every rank; `donated` says whether in place: always, never, or every other chain."""
+    k, table = zoo.MICROS // world_size(), zoo.flat_chains if len(axes) == 1 else zoo.nested_chains
+    chains = table(source(axes, form), k, zoo.tx(scale=True)).items()
+    return {n: zoo.bits(zoo.train(parts, axes, s, policy=POLICIES[policy], donate=(i + donated) % 2 == 1)) for i, (n, (parts, s)) in enumerate(chains)}
+
+
+def others(found, policy):
+    return {name: h for name, h in found.items() if h != truth(policy)}
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_one_hash_on_every_world_and_at_every_stage(run_world, world, policy):
+    assert others(zoo.everywhere(run_world, world, hashes, policy, {"data": world}, "keep", 0), policy) == {}
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [{"node": 2, "local": 2}], ids=str)
+def test_one_hash_in_every_nest(run_world, sizes, policy):
+    assert others(zoo.everywhere(run_world, 4, hashes, policy, sizes, "keep", 0), policy) == {}
+
+
+@pytest.mark.parametrize(("policy", "form"), [("fp32", "remat"), ("bf16", "whole"), ("fp16", "keep")])
+def test_one_hash_however_blocks_run_and_whatever_is_donated(run_world, policy, form):
+    assert others(zoo.everywhere(run_world, 2, hashes, policy, {"data": 2}, form, 1), policy) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"node": 2, "local": 4}, {"node": 4, "local": 2}, {"data": 8}], ids=str)
+@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+def test_one_hash_on_eight_ranks(run_world, sizes, policy):
+    assert others(run_world(8, hashes, policy, sizes, "keep", 0, timeout=300)[0], policy) == {}
+
+
+def dealt(places):
+    """ZeRO-3 with each rank's micro-batches chosen by hand: the masters after three updates."""
+    step = fz.train_step(fz.shard("data", zoo.source(), fz.accumulate(4), *zoo.tx()), mesh={"data": 2})
+    state, rank = step.init(zoo.params()), step.running().env.mesh.index("data")
+    for t in range(3):
+        micros = zoo.split(zoo.batch(t), zoo.MICROS)
+        state, _ = step(state, {n: torch.cat([micros[i][n] for i in places[rank]]) for n in micros[0]})
+    return torch.cat([x.flatten() for x in torch.utils._pytree.tree_leaves(step.params(state))]).tolist()
+
+
+def test_rows_dealt_otherwise_agree_to_rounding_and_not_in_bits(run_world):
+    """The negative control: with another tree of sums the same loss gives other bits, so the hashes above can fail."""
+    ours, theirs = (torch.tensor(zoo.everywhere(run_world, 2, dealt, p)) for p in ([[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 1, 2, 3], [4, 5, 6, 7]]))
+    assert not torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
