@@ -34,6 +34,7 @@ import torch.distributed as dist
 from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch.utils._pytree import tree_leaves, tree_map
 
 import funczero as fz
@@ -42,7 +43,7 @@ from funczero import P
 F = flags.FLAGS
 flags.DEFINE_integer("stage", 3, "ZeRO stage: 0 shards nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters.", lower_bound=0, upper_bound=3)
 flags.DEFINE_string("mesh", "", "Axes and sizes, outermost first, such as data=2 or node=2,local=2; -1: all that are left. Default: all processes on one axis.")
-flags.DEFINE_integer("nproc", None, "Processes to start when torchrun has not; default: as many as --mesh needs, or 2.", lower_bound=1, upper_bound=1024)
+flags.DEFINE_integer("nproc", None, "Processes to start when torchrun has not; default: what --mesh needs, or one an accelerator, or 2.", lower_bound=1, upper_bound=1024)
 flags.DEFINE_integer("threads", 1, "CPU threads of each process.", lower_bound=1, upper_bound=1024)
 flags.DEFINE_string("policy", "float32", "Dtypes, one for all or params=float32,compute=bfloat16,accumulate=float32.")
 flags.DEFINE_float("scale_loss", 0.0, "First dynamic loss scale, for compute=float16, such as 65536; 0: none.", lower_bound=0.0)
@@ -112,7 +113,7 @@ def mesh_sizes() -> dict[str, int]:
         raise ValueError(f"--mesh={F.mesh} does not name axes and their sizes; write --mesh=data=2 or --mesh=node=2,local=2")
     mesh = {name: int(size) for name, _, size in pairs} or {"data": -1}
     free, sized = [name for name, n in mesh.items() if n == -1], math.prod(n for n in mesh.values() if n > 0)
-    world = world or (max(2, sized) if free else sized)
+    world = world or (max(torch.accelerator.device_count() or 2, sized) if free else sized)
     if len(mesh) < len(pairs) or len(free) > 1 or (world % sized if free else world != sized):
         raise ValueError(f"--mesh={F.mesh} does not lay out {world} processes; name each axis once, one of size -1 at most, and sizes that multiply to them")
     return mesh | {name: world // sized for name in free}
@@ -156,13 +157,11 @@ class Report:
         self.speaks, self.records, self.rate, self.then = speaks, [], 0.0, time.perf_counter()
         self.file = (Path(F.out) / "metrics.jsonl").open("w") if speaks else None
         console = Console(quiet=not speaks, soft_wrap=True, highlight=False, markup=False)
-        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=console, disable=not (speaks and console.is_terminal))
+        self.say = console.print  # a line above the bar
+        whole = Column(no_wrap=True)  # on a narrow terminal the numbers take a second line, the rest stays
+        left, right = (MofNCompleteColumn(table_column=whole), TimeRemainingColumn(table_column=whole)), TextColumn("{task.description}", table_column=Column())
+        self.bar = Progress(BarColumn(20), *left, right, console=console, disable=not (speaks and console.is_terminal))
         self.task = self.bar.add_task("", total=F.steps)
-
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        self.bar.console.print(text)
 
     def write(self, **record: float) -> None:
         """One line of metrics.jsonl."""

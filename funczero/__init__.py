@@ -39,6 +39,8 @@ from funczero.gradient import per_row as per_row
 from funczero.gradient import pull as pull
 from funczero.gradient import pullback as pullback
 from funczero.gradient import value_and_grad as value_and_grad
+from funczero.init import init as init
+from funczero.init import leaf as leaf
 from funczero.layers import gather as gather
 from funczero.layers import layers as layers
 from funczero.loss_scale import scale_loss as scale_loss

@@ -145,7 +145,7 @@ def _name(part: Any) -> str:
         return f"shard({part.axis!r}, {', '.join(map(_name, part.parts))})"
     if isinstance(part, Lift):
         return part.tx.name
-    return getattr(part, "name", None) or getattr(part, "__name__", type(part).__name__)
+    return str(getattr(part, "name", None) or getattr(part, "__name__", type(part).__name__))
 
 
 def _flatten(parts: Sequence[Any]) -> tuple[Any, ...]:
@@ -330,7 +330,6 @@ def pointwise(name: str, fn: Callable[[Tensor, Tensor], Tensor]) -> Transform:
 
 def rewritten(out: Out, grads: Slots) -> Out:
     """Out with other gradients: their factor is one and their norm unknown."""
-    assert out.factor is not None
     logs = out.logs if out.norm is None else {"grad_norm": out.norm, **out.logs}
     return out._replace(grads=grads, factor=torch.ones_like(out.factor), norm=None, logs=logs)
 

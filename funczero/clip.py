@@ -28,7 +28,6 @@ def clip_by_global_norm(limit: float, eps: float = 0.0) -> Transform:
         g = value(g, name)
 
         def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
-            assert out.factor is not None
             norm = global_norm(out.grads, out.factor, g.layout, g.env) if out.norm is None else out.norm
             return out._replace(factor=out.factor * (limit / (norm + eps)).clamp(max=1)), state
 

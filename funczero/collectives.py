@@ -37,7 +37,8 @@ def count_bytes(step: Any) -> Iterator[Counter]:
       step: a Step or its Mesh.
     """
     mesh = getattr(step, "mesh", step)
-    before, counter = Counter(mesh.sent), Counter()
+    before: Counter = Counter(mesh.sent)
+    counter: Counter = Counter()
     yield counter
     counter.update(mesh.sent)
     counter.subtract(before)
@@ -120,7 +121,7 @@ def _plan(where: Where, unit: int, axis: str, size: int) -> list[list[_Piece]]:
     if key in where.memo:
         return where.memo[key]
     inner = [where.inner(axis, size, q).slots for q in range(size)]
-    plan = []
+    plan: list[list[_Piece]] = []
     for i in where.structure.members[unit]:
         d, here, offset = where.structure.leaves[i].dim(axis), where.slots[i], inner[0][i].offset
         n = prod(here.shape)

@@ -96,7 +96,7 @@ def freeze(which: str | Callable[[str], bool]) -> Configure:
       which: a regex searched in the path, or a predicate on it.
     """
     matches = tree.matcher(which)
-    return Configure(f"freeze({which!r})", lambda s: s._replace(frozen=lambda path, old=s.frozen: old(path) or matches(path)))
+    return Configure(f"freeze({which!r})", lambda s: s._replace(frozen=lambda path: s.frozen(path) or matches(path)))
 
 
 def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -225,7 +225,7 @@ def _shape_of(x: Any) -> str:
 
 def _close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
     """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
-    structure, where, env = tape.whole.structure, tape.whole, tape.env
+    structure, where = tape.whole.structure, tape.whole
     if not tape.seam:
         bad = torch.stack([(~g.isfinite()).sum() if g is not None else torch.zeros((), dtype=torch.int64, device=tape.port.device) for g in grads]) if tape.look else None
         return Slots(where.pack(grads, tape.dtype, tape.port.device).buffers, tape.here), bad

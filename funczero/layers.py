@@ -26,6 +26,11 @@ class Ref:
         """Leaf number `leaf` of what the tape holds."""
         info = tape.whole.structure.leaves[leaf]
         self.tape, self.leaf, self.unit, self.path, self.shape, self.dtype = tape, leaf, info.unit, info.path, torch.Size(info.shape), tape.dtype
+        self.device, self.requires_grad = tape.port.device, tape.differentiate and not tape.whole.structure.frozen(leaf)
+
+    def is_floating_point(self) -> bool:
+        """Modules ask their parameters for a dtype."""
+        return True
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
@@ -40,7 +45,10 @@ class Ref:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise TypeError(f"parameter {self.path!r} is inside a unit that is not open; run its blocks with fz.layers(block, params[...], x) or open it with fz.gather(params[...])")
+        remedy = "run its blocks with fz.layers(block, params[...], x) or open it with fz.gather(params[...])"
+        if "/" not in self.path:  # a module's parameter
+            remedy = "a module may read it only inside that block's forward; leave its list out of fz.stateless(..., units=[...])"
+        raise TypeError(f"parameter {self.path!r} is inside a unit that is not open; {remedy}")
 
     def __repr__(self) -> str:
         return f"<closed parameter {self.path!r} {tuple(self.shape)} {self.dtype}>"
@@ -229,7 +237,7 @@ class _Rerun(torch.autograd.Function):
             leaves = tape.open_leaves(opened)
             own = {u: [leaves[i].detach().requires_grad_() for i in tape.whole.structure.members[u]] for u in ctx.group if not units[u].frozen}
             leaves |= {i: x for u, xs in own.items() for i, x in zip(tape.whole.structure.members[u], xs, strict=True)}
-            inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in ctx.saved_tensors]
+            inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[5:], strict=True)]
             outs = ctx.run(leaves, inputs)
         pairs = [(o, g) for o, g in zip(outs, gouts, strict=True) if g is not None and o.requires_grad]
         wanted = [x for xs in own.values() for x in xs] + [x for x in inputs if x.requires_grad]
@@ -311,11 +319,12 @@ def layers(block: Callable[..., Any], blocks: Sequence[Any], x: Any, *shared: An
     """
     _no_captures(block)
     auxes = []
-    groups = [_group_of(b) for b in blocks]
-    for i, b in enumerate(blocks):
+    opened = [tree.flatten(b) for b in blocks]
+    groups = [group_of(refs) for refs, _ in opened]
+    for i, params in enumerate(opened):
         kwargs = {} if key is None else {"key": rng.fold(key, i)}
         around = (groups[i - 1] if i else (), groups[i + 1] if i + 1 < len(groups) else ())
-        x = _run_block(block, b, groups[i], (x, *shared), kwargs, around, remat)
+        x = run_block(block, params, groups[i], (x, *shared), kwargs, around, remat)
         if isinstance(x, tuple):
             x, aux = x
             auxes.append(aux)
@@ -333,18 +342,20 @@ def gather(params: Any) -> Any:
     return tree.unflatten([leaves[r.leaf] if isinstance(r, Ref) else r for r in flat], treedef)
 
 
-def _group_of(b: Any) -> Group:
-    refs = [r for r in tree.leaves(b) if isinstance(r, Ref)]
-    names = {r.tape.whole.structure.units[r.unit].name for r in refs}
+def group_of(leaves: list[Any]) -> Group:
+    """The units that one block's closed parameters lie in."""
+    refs = {r.unit: r for r in leaves if isinstance(r, Ref)}
+    names = {r.tape.whole.structure.units[u].name for u, r in refs.items()}
     if len(names) > 1:
         raise TypeError(f"fz.layers: one block holds parameters of the units {sorted(names)}; give it a list with one tree a block")
-    return tuple(dict.fromkeys(r.unit for r in refs))
+    return tuple(refs)
 
 
-def _run_block(block: Callable[..., Any], b: Any, group: Group, args: tuple[Any, ...], kwargs: dict[str, Any], around: Any, remat: bool) -> Any:
+def run_block(block: Callable[..., Any], params: tuple[list[Any], Any], group: Group, args: tuple[Any, ...], kwargs: dict[str, Any], around: Any, remat: bool) -> Any:
+    """block(params, *args, **kwargs) on one block, in either form; params is flat: (leaves, treedef)."""
+    refs, bdef = params
     if not group and not remat:
-        return block(b, *args, **kwargs)
-    refs, bdef = tree.flatten(b)
+        return block(tree.unflatten(refs, bdef), *args, **kwargs)
     flat, adef = tree.flatten(args)
     values = refs + flat
     taken = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
@@ -354,7 +365,10 @@ def _run_block(block: Callable[..., Any], b: Any, group: Group, args: tuple[Any,
         own = [leaves[v.leaf] if isinstance(v, Ref) else v for v in values]
         for i, t in zip(taken, inputs, strict=True):
             own[i] = t
-        outs, spec = tree.flatten(block(tree.unflatten(own[: len(refs)], bdef), *tree.unflatten(own[len(refs) :], adef), **kwargs))
+        out = block(tree.unflatten(own[: len(refs)], bdef), *tree.unflatten(own[len(refs) :], adef), **kwargs)
+        if isinstance(out, Tensor):
+            return (out,)
+        outs, spec = tree.flatten(out)
         outdef[:] = [spec]
         return tuple(outs)
 
@@ -367,7 +381,7 @@ def _run_block(block: Callable[..., Any], b: Any, group: Group, args: tuple[Any,
         outs = _Rerun.apply(tape, group, around, run, tape.port, *inputs)
     else:
         outs = run_unit(tape, group, lambda leaves: run(leaves, inputs), *around)
-    return tree.unflatten(list(outs), outdef[0])
+    return tree.unflatten(list(outs), outdef[0]) if outdef else outs[0]
 
 
 def _checkpoint(run: Callable[..., Any], leaves: dict[int, Tensor], inputs: list[Tensor]) -> Any:
@@ -381,6 +395,8 @@ def _no_captures(block: Callable[..., Any]) -> None:
     seen: list[Any] = [block]
     for fn in seen:
         plain = getattr(fn, "func", fn)  # functools.partial
+        if not (getattr(plain, "__closure__", None) or plain is not fn):
+            continue
         cells = [c.cell_contents for c in getattr(plain, "__closure__", None) or () if c.cell_contents is not fn]
         for x in tree.leaves((cells, getattr(fn, "args", ()), getattr(fn, "keywords", {}))):
             if isinstance(x, Ref) or isinstance(x, Tensor) and x.requires_grad:

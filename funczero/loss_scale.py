@@ -91,7 +91,6 @@ def scale_loss(
             return (None, state) if out is None else close(out, state, own, factor)
 
         def close(out: Out, state: dict[str, Any], own: ScaleLoss, factor: Tensor) -> tuple[Out, dict[str, Any]]:
-            assert out.ok is not None and out.factor is not None and out.norm is not None
             counts = out.weight > 0  # an update of weight 0 is skipped without touching the scale
             overflow = ~out.ok & counts
             new = own

@@ -81,9 +81,9 @@ def norm_of(bins: Tensor, n: int = 2) -> Tensor:
     """float64 0-d: the square root of the sum in `bins`; of them only the top n count, whoever filled lower ones."""
     if bins.device.type == "cpu":
         whole = bins.tolist()[1:]
-        top = max((k for k, units in enumerate(whole) if units), default=n - 1)
-        total = sum(whole[top - k] << (n - 1 - k) * WIDTH for k in range(n) if top >= k)
-        return torch.tensor(math.sqrt(math.ldexp(total, (top - n + 1) * WIDTH + LOW)), dtype=torch.float64)
+        high = max((k for k, units in enumerate(whole) if units), default=n - 1)
+        exact = sum(whole[high - k] << (n - 1 - k) * WIDTH for k in range(n) if high >= k)
+        return torch.tensor(math.sqrt(math.ldexp(exact, (high - n + 1) * WIDTH + LOW)), dtype=torch.float64)
     units = bins[1:]
     places = torch.arange(BINS, device=bins.device)
     top = ((units != 0) * places).max().clamp(min=n - 1)

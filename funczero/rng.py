@@ -36,6 +36,6 @@ def dropout(x: Tensor, p: float, key: int) -> Tensor:
     return x * keep.to(x.dtype) / (1 - p)
 
 
-def normal(shape: Iterable[int], key: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+def normal(key: int, shape: Iterable[int], std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal values for a leaf, drawn on the CPU so that every device starts from the same ones."""
     return torch.randn(tuple(shape), generator=generator(key), dtype=dtype) * std

@@ -253,6 +253,15 @@ class Slots(NamedTuple):
         return Slots(tuple(b[:0] if u.frozen else b for b, u in zip(self.buffers, frozen, strict=True)), self.where)
 
 
+@dataclass(frozen=True, eq=False)
+class Fill:
+    """A parameter that is not there yet: its shape, its dtype, and how to draw the whole leaf (see fz.init)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[..., Tensor]
+
+
 class Lazy(NamedTuple):
     """Parameters that are read part by part: `read(leaf, slices)` returns that part of a leaf. Nothing whole is ever built here."""
 
@@ -289,7 +298,7 @@ def lazy(params: Any, units: Sequence[str], rules: dict[str, Rules], frozen: Cal
     leaves = []
     for i, p in enumerate(first):
         path, x = named[p]
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, (Tensor, Fill)) or not x.dtype.is_floating_point:
             what = f"a {x.dtype} tensor" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise TypeError(f"init: parameter {path!r} is {what}; parameters are floating tensors, other values go into the batch or the loss function")
         name = keys[i].pop() if len(keys[i]) == 1 else ""  # a leaf tied across units is gathered with the rest
@@ -299,7 +308,12 @@ def lazy(params: Any, units: Sequence[str], rules: dict[str, Rules], frozen: Cal
         if not any(k.name.startswith(u) for k in kinds):
             raise ValueError(f"value_and_grad: units={u!r} names no list of blocks among the parameters; paths begin with {sorted({n.split('/')[0] for n, _ in named})[:8]}")
     values = [flat[p] for p in first]
-    return Lazy(Structure(treedef, places, tuple(leaves), tuple(kinds)), lambda i, cut: values[i].detach()[cut], device)
+
+    def read(i: int, cut: tuple[slice, ...]) -> Tensor:
+        x = values[i]
+        return (x.make() if isinstance(x, Fill) else x.detach())[cut]
+
+    return Lazy(Structure(treedef, places, tuple(leaves), tuple(kinds)), read, device)
 
 
 def _unit_of(path: str, units: Sequence[str]) -> str:

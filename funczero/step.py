@@ -215,7 +215,6 @@ def _usable(state: Any) -> None:
 def _metrics(out: Out, state: TrainState) -> Metrics:
     device = out.loss.device
     norm = out.logs.get("grad_norm", out.norm)
-    assert norm is not None and out.ok is not None
     scale = out.logs.get("scale", torch.ones((), dtype=torch.float64, device=device))
     lr = out.logs.get("lr", torch.full((), float("nan"), dtype=torch.float64, device=device))
     return Metrics(out.loss, out.weight, norm, out.ok, out.weight == 0, scale, lr, state.updates, out.aux)

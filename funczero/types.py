@@ -22,10 +22,10 @@ class Out(NamedTuple):
     weight: Tensor  # stacked per micro-batch until the mean
     aux: Any  # user's sums as [micro-batches, n] float64 until the mean, their tree after it; None without has_aux
     grads: Any  # Slots (spec.py) at this place; right of the last optimizer: the new parameters
-    factor: Tensor | None = None  # a scalar still to be multiplied into grads: mean, unscale and clip touch only this
-    norm: Tensor | None = None  # of factor * grads, before any clip; None once a transform has rewritten grads
-    ok: Tensor | None = None  # bool scalar: may this update be applied?
-    bad: Tensor | None = None  # only while looking for it: non-finite values per leaf here; right of the mean: (leaf, rank)
+    factor: Any = None  # tensors from here on: a scalar still to be multiplied into grads: mean, unscale and clip touch only this
+    norm: Any = None  # of factor * grads, before any clip; None once a transform has rewritten grads
+    ok: Any = None  # bool scalar: may this update be applied?
+    bad: Any = None  # only while looking for it: non-finite values per leaf here; right of the mean: (leaf, rank)
     logs: dict[str, Tensor] = {}  # scalars for the metrics: scale, lr
 
 

@@ -8,7 +8,11 @@ import torch.nn.functional as F
 
 import funczero as fz
 from funczero import P, collectives, rng
+from funczero.chain import build
+from funczero.mesh import connect, plan_mesh
+from funczero.spec import lazy
 from funczero.testing import tree_hash
+from funczero.types import Env, Seed
 
 MICROS, ROWS, TIME, BAD, UPDATES = 8, 3, 6, 3, 6
 LR, CLIP, B1, B2, EPS, DECAY = 1e-2, 0.15, 0.9, 0.99, 1e-8, 0.01
@@ -191,6 +195,24 @@ def bits(run):
     mesh, own = step.running().env.mesh, dict(state.chain)
     moments = [(x.count, whole(x.mu, mesh), whole(x.nu, mesh)) for x in [own.pop("adamw")]]
     return tree_hash([masters, moments, {n: x for n, x in own.items() if n == "scale_loss"}, state.step, state.updates, state.key, log])
+
+
+class Sums:
+    """A chain without a step: `sums(batch)` is the Out of one apply, on this rank's rows as they are given."""
+
+    def __init__(self, *parts, mesh, tree=None, policy="float64", frozen=lambda path: False):
+        """Parameters rest where the chain says; float64 throughout."""
+        flat = fz.chain(*parts)
+        self.grad = build(flat, Env(connect(plan_mesh(mesh)), fz.Policy.parse(policy), {}))
+        self.mesh = self.grad.env.mesh
+        params_ = lazy(params(torch.float64) if tree is None else tree, flat[0].units, self.grad.env.rules, frozen, self.mesh.device)
+        at = lambda axes: params_.at(tuple((a, self.mesh.axes[a].size, self.mesh.index(a)) for a in axes), self.grad.env.policy.compute)
+        self.views, self.state = at(self.grad.layout.rest), self.grad.init(params_)
+
+    def __call__(self, batch):
+        """The sum (or value) of one call."""
+        out, _ = self.grad.apply(self.views, self.state, batch, Seed(torch.ones((), dtype=torch.float64), 0))
+        return out
 
 
 def everywhere(run_world, size, fn, *args):

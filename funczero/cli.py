@@ -1,0 +1,51 @@
+"""The `funczero` command."""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`funczero {parity}`; the exit code is 1 when a promise is broken, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="funczero", description="ZeRO as a chain of pure functions, on torch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("parity", help="run your step builder at every stage and world, and compare", description=_parity.__doc__)
+    p.add_argument("file", nargs="?", help="a .py file or a module with make_step(stage=, accumulate=) -> (step, params) and make_batch(t)")
+    p.add_argument("--stages", default="0,1,2,3", help="ZeRO stages, comma-separated")
+    p.add_argument("--worlds", default="1,2,4", help="numbers of processes, comma-separated")
+    p.add_argument("--micro_batches", type=int, default=8, help="micro-batches of one update, on all processes together")
+    p.add_argument("--updates", type=int, default=5, help="updates a run")
+    p.add_argument("--tolerance", type=float, default=1e-5, help="largest allowed difference to the unsharded run")
+    args = parser.parse_args(argv)
+    try:
+        return _parity(args)
+    except ValueError as e:
+        print(f"funczero: {e}", file=sys.stderr)
+        return 2
+
+
+def _numbers(text: str, what: str) -> list[int]:
+    parts = [x.strip() for x in text.split(",") if x.strip()]
+    if not parts or not all(x.isdigit() for x in parts):
+        raise ValueError(f"parity: --{what}={text!r} is not a list of numbers; write for example --{what}=1,2,4")
+    return [int(x) for x in parts]
+
+
+def _parity(args: argparse.Namespace) -> int:
+    """Runs a step builder at every stage and world on this machine and prints hashes, differences, bytes and seconds."""
+    from funczero.parity import load, parity
+
+    where = args.file or "funczero.example"
+    for name in ("make_step", "make_batch"):
+        load(f"{where}:{name}")
+    report = parity(
+        f"{where}:make_step", f"{where}:make_batch", _numbers(args.stages, "stages"), _numbers(args.worlds, "worlds"),
+        args.micro_batches, args.updates, args.tolerance,
+    )  # fmt: skip
+    print(report)
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
