@@ -28,6 +28,7 @@
 from funczero import data as data
 from funczero import rng as rng
 from funczero import schedules as schedules
+from funczero import tree as tree
 from funczero.accumulate import accumulate as accumulate
 from funczero.chain import chain as chain
 from funczero.chain import mean as mean

@@ -171,15 +171,13 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Look twice a second, until this rank leaves or all are told."""
-        with contextlib.suppress(RuntimeError):  # the store is gone, and its host with it: there is nobody to ask
+        with contextlib.suppress(RuntimeError):  # the store is gone, and its host with it: there is nobody left to ask
             while not self.told and not self.leaving.wait(PERIOD) and dist.is_initialized() and dist.group.WORLD is self.world:
                 self.look()
                 self.notice()
-            patience = time.monotonic() + PATIENCE if self.raised else 0.0
-            while self.told and time.monotonic() < patience and not self.leaving.wait(PERIOD / 10):
-                pass  # an exception is on its way out; it is shown first
             if not self.told:
                 self.part()
+            self.settle("told" if self.told else "done")
         if self.told:
             self.end()
         self.store = self.anchor = None
@@ -201,11 +199,101 @@ class Watch(threading.Thread):
             self.published = (self.count, self.inside)
             self.store.set(f"tail/{self.rank}", zlib.compress(json.dumps([self.count, list(self.log)[-TAIL:]]).encode()))
             self.store.set(f"at/{self.rank}", f"{self.count} {self.sum} {int(self.inside)}")
-        if self.store.check(["told"]):
-            self.told = self.store.get("told").decode()
-            return
         for peer in self.peers:
             count, checksum, _ = self.at(peer)
-            behind = self.count - count
-            if 0 <= behind < len(self.log) and count and self.log[-1 - behind][0] != checksum:
-                return self.tell(peer)
+            if count and 0 <= self.count - count < len(self.log) and self.log[count - self.count - 1][0] != checksum:
+                self.store.compare_set("verdict", "", self.verdict(peer))
+        if self.store.check(["verdict"]):
+            self.told = self.store.get("verdict").decode()
+
+    def at(self, rank: int) -> tuple[int, ...]:
+        """What a rank published: entries so far, their checksum, and whether it is inside a call."""
+        return tuple(map(int, self.store.get(f"at/{rank}").split())) if self.store.check([f"at/{rank}"]) else (0, 0, 1)
+
+    def part(self) -> None:
+        """This rank launches nothing more: its last entry says so, and is compared with what the others do now."""
+        error = sys.last_value if hasattr(sys, "last_value") else None
+        why = self.raised[2] if self.raised else _words(error) if error else f"after step {self.context[1]}"
+        self.fresh.append(("", 0, "", 0, "left", "", "", 0, why))
+        self.raised, until = None, time.monotonic() + LINGER
+        self.look()
+        self.store.add("left", 1)
+        while not self.told and time.monotonic() < until:
+            last = self.store.add("left", 0) == self.size
+            self.look()
+            if last:
+                return
+            time.sleep(PERIOD / 10)
+
+    def settle(self, what: str) -> None:
+        """Wait until every rank knows as much, for rank 0 may hold the store and a rank that ends cuts the others' connections."""
+        until = time.monotonic() + LINGER
+        self.store.add(what, 1)
+        while (self.rank == 0 or self.told) and self.store.add(what, 0) < self.size and time.monotonic() < until:
+            time.sleep(PERIOD / 10)
+
+    def end(self) -> None:
+        """Say it once, with the line of the caller's code, and end the process: no exception reaches a thread inside a gloo wait."""
+        if self.raised:  # an exception is on its way out and is shown first
+            self.leaving.wait(PATIENCE)
+        print(f"funczero: {self.told}{_place_of(self.caller)}", file=sys.stderr, flush=True)
+        if not (self.leaving.is_set() and hasattr(sys, "last_value")):  # else it ends by itself, with an error
+            sys.stdout.flush()
+            os._exit(1)
+
+    def notice(self) -> None:
+        """One line, and no end, when this rank has long waited for one that is alive outside of any call."""
+        if self.inside and self.noticed != self.count and time.monotonic() - self.still > NOTICE:
+            idle = [r for r in range(self.size) if self.at(r)[0] < self.count and not self.at(r)[2]]
+            if idle:
+                self.noticed = self.count
+                print(f"funczero: rank {self.rank} {self.log[-1][1]} and has waited {NOTICE:g} s for {_ranks(idle)}, alive in no call", file=sys.stderr, flush=True)
+
+    def verdict(self, peer: int) -> str:
+        """The message: who is odd, where, what the others do, and what to change."""
+        tails: dict[int, dict[int, Any]] = {}
+        for r in range(self.size):
+            if self.store.check([f"tail/{r}"]):
+                count, tail = json.loads(zlib.decompress(self.store.get(f"tail/{r}")))
+                tails[r] = {count - len(tail) + i: entry for i, entry in enumerate(tail)}
+        own = {self.count - len(self.log) + i: entry for i, entry in enumerate(self.log)}
+        n = next(i for i, (checksum, _) in tails[peer].items() if i in own and own[i][0] != checksum)
+        entries = {r: Entry(*tail[n][1]) for r, tail in tails.items() if n in tail}
+        usual = _usual(entries.values())
+        odd = next((r for r, e in entries.items() if e[:-1] != usual[:-1]), peer)
+        others = [r for r, e in entries.items() if e[:-1] == usual[:-1]]
+        return f"rank {odd} {entries[odd]}, while {_ranks(others)} {usual}; {self.remedy(entries[odd], usual)}"
+
+    def remedy(self, odd: Entry, usual: Entry) -> str:
+        """What to write instead."""
+        if odd.text:
+            return "an error on one rank ends all" if ":" in odd.text else "every rank must make as many calls: give every rank as many batches"
+        if odd.spec != usual.spec:
+            here, there = (zlib.decompress(self.store.get(f"text/{e.spec}")).decode().split("\n") for e in (odd, usual))
+            line = next(((a, b) for a, b in zip(here, there) if a != b), (here[len(there) :][:1], there[len(here) :][:1]))
+            return f"every rank must build the same chain from like parameters, but {line[0]!r} stands there where {line[1]!r} stands here"
+        if odd.call != usual.call:
+            return f"every rank must make the same calls: {odd.call if odd.call != UPDATE else usual.call} on all ranks or on none"
+        if odd.step != usual.step:
+            return "every rank must hold the same state: restore the same checkpoint, and make as many updates"
+        if odd.rows != usual.rows:
+            return "every rank must be given as many rows, as step.local_rows deals them"
+        return "every rank must launch the same collectives: no branch of the loss may depend on the rank or its rows"
+
+
+def _usual(entries: Any) -> Entry:
+    """What most ranks do; where two are as many, the plainer."""
+    found = Counter(e[:-1] for e in entries)
+    return max(entries, key=lambda e: (found[e[:-1]], not e.text, e.call == UPDATE))
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:8]))}{' ...' * (len(ranks) > 8)}"
+
+
+def _place_of(thread: int) -> str:
+    """Where a thread is in the caller's own code."""
+    frame, ours = sys._current_frames().get(thread), (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    while frame is not None and frame.f_code.co_filename.startswith(ours):
+        frame = frame.f_back
+    return "" if frame is None else f" (this rank is at {frame.f_code.co_filename}:{frame.f_lineno})"

@@ -47,7 +47,10 @@ def count_bytes(step: Any) -> Iterator[Counter]:
 
 
 def _sent(mesh: Mesh, axis: str, verb: str, dtype: torch.dtype, n: int) -> None:
-    mesh.sent[axis, verb, str(dtype).removeprefix("torch.")] += n
+    name = str(dtype).removeprefix("torch.")
+    mesh.sent[axis, verb, name] += n
+    if mesh.watch is not None:
+        mesh.watch.note(verb, axis, name, n)
 
 
 # --- one flat buffer --------------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = Non
         flat = structure.treedef.flatten_up_to(pull(seed.cotangent.to(loss.dtype)))
         grads: list[Any] = [None] * len(structure.leaves)
         for place, g in zip(structure.places, flat, strict=True):
-            grads[place] = g if grads[place] is None or g is None or g is grads[place] else grads[place] + g
+            if g is not None:
+                grads[place] = g if grads[place] is None or g is grads[place] else grads[place] + g
         return loss, weight, None, [None if structure.frozen(i) else g for i, g in enumerate(grads)]
 
     return Source("pullback", lambda source, env: _build(source, env, pulled, forward=False), _batch_axes(batch), (), frozen)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from funczero import order, rng, tree
 from funczero.chain import Source, build, chain, configured, rank_of, refuse
+from funczero.check import UPDATE, recorded, watched
 from funczero.collectives import all_gather, sum_integers
 from funczero.gradient import check_loss, open_rest
 from funczero.layers import Tape
@@ -67,6 +68,9 @@ class Step(NamedTuple):
     def params(self, state: TrainState) -> Any:
         """The whole masters as the tree given to init; a collective, and a copy."""
         _usable(state)
+        return recorded("step.params", self._whole, self.running)(state)
+
+    def _whole(self, state: TrainState) -> Any:
         mesh = self.running().env.mesh
         whole = reduce(lambda x, a: all_gather(x, a, mesh), reversed(state.params.where.axes), state.params)
         return whole.where.structure.unflatten([x if x is None else x.clone() for x in whole.leaves()])
@@ -94,7 +98,7 @@ class Step(NamedTuple):
                 loss, weight, _ = check_loss(loss_fn(tape.whole.structure.unflatten(open_rest(tape)), batch), has_aux=False)
             return _mean_over_ranks(torch.stack([loss.double(), weight.double().to(loss.device)]), g)
 
-        return evaluate
+        return recorded("step.eval", evaluate, self.running)
 
     def __str__(self) -> str:
         return describe(self)
@@ -103,7 +107,7 @@ class Step(NamedTuple):
         return f"<Step {' | '.join(self.grad.names)}>"
 
 
-def train_step(*parts: Any, mesh: Mapping[str, int] | DeviceMesh | Mesh | None = None, policy: str | Policy | None = None, debug: bool = False) -> Step:
+def train_step(*parts: Any, mesh: Mapping[str, int] | DeviceMesh | Mesh | None = None, policy: str | Policy | None = None, debug: bool = False, check: int | bool = 10) -> Step:
     """A step from a chain: a gradient, transforms, and an optimizer that applies the update.
 
     Args:
@@ -112,6 +116,8 @@ def train_step(*parts: Any, mesh: Mapping[str, int] | DeviceMesh | Mesh | None =
         any process; the world is joined at the first init. None: all processes on the one axis of the batch.
       policy: dtypes, as "params=float32,compute=bfloat16,accumulate=float32".
       debug: log the first non-finite leaf of any update, and its rank.
+      check: for so many updates ranks compare what they launch, and one that differs ends all with a message instead of a hang
+        (check.py); 0: never, True: always.
 
     Raises:
       ChainError: the chain cannot mean what it says; the message shows it with the correction.
@@ -122,7 +128,7 @@ def train_step(*parts: Any, mesh: Mapping[str, int] | DeviceMesh | Mesh | None =
             raise ChainError(f"train_step: the batch is split over {list(flat[0].batch)}; write their sizes, as mesh={{{', '.join(f'{a!r}: 2' for a in flat[0].batch)}}}")
         mesh = dict.fromkeys(flat[0].batch, -1)
     env = Env(plan_mesh(mesh), Policy.parse(policy), {})
-    return _make(flat, env, debug, donated=False)
+    return _make(flat, env, debug, check, donated=False)
 
 
 def donate(step: Step) -> Step:
@@ -130,13 +136,13 @@ def donate(step: Step) -> Step:
     return step.rebuild(True)
 
 
-def _make(parts: tuple[Any, ...], env: Env, debug: bool, donated: bool) -> Step:
+def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bool) -> Step:
     planned = _built(parts, env._replace(donate=donated))
     source = configured(parts)
 
     @cache
     def running() -> Grad:
-        return _built(parts, env._replace(mesh=connect(env.mesh), donate=donated))
+        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, check)), donate=donated))
 
     def init(params: Any, key: int = 0) -> TrainState:
         g = running()
@@ -167,7 +173,7 @@ def _make(parts: tuple[Any, ...], env: Env, debug: bool, donated: bool) -> Step:
             state.step.fill_(-1 - now)  # the old value says so when it is used again
         return fresh, _metrics(out, fresh)
 
-    return Step(init, update, planned, running, source, lambda donating: _make(parts, env, debug, donating))
+    return Step(init, recorded(UPDATE, update, running), planned, running, source, lambda donating: _make(parts, env, debug, check, donating))
 
 
 def _built(parts: tuple[Any, ...], env: Env) -> Grad:

@@ -95,10 +95,11 @@ def split(b, k):
     return [{n: x.chunk(k)[i] for n, x in b.items()} for i in range(k)]
 
 
-def reference(updates=UPDATES, micros=MICROS, loss_fn=loss_plain, skip=()):
+def reference(updates=UPDATES, micros=MICROS, loss_fn=loss_plain, skip=(), frozen=lambda path: False):
     """AdamW with a clip by global norm in float64, unsharded, by hand: masters by path, losses, norms."""
     tree = params(torch.float64)
     flat, where = torch.utils._pytree.tree_flatten(tree)
+    still = {id(x) for path, x in fz.tree.paths(tree) if frozen(path)}
     unique = list({id(x): x for x in flat}.values())
     index = [next(j for j, u in enumerate(unique) if u is x) for x in flat]
     p = [x.clone() for x in unique]
@@ -111,10 +112,13 @@ def reference(updates=UPDATES, micros=MICROS, loss_fn=loss_plain, skip=()):
         if t in skip:
             continue
         g = [torch.zeros_like(x) if y is None else y for x, y in zip(q, torch.autograd.grad(loss / weight, q, allow_unused=True))]
+        g = [x * 0 if id(u) in still else x for x, u in zip(g, unique)]
         norm = sum((x * x).sum() for x in g).sqrt()
         norms.append(norm.item())
         n += 1
         for i, x in enumerate(g):
+            if id(unique[i]) in still:
+                continue
             x = x * min(1.0, CLIP / norm)
             m[i], v[i] = B1 * m[i] + (1 - B1) * x, B2 * v[i] + (1 - B2) * x * x
             p[i] = p[i] * (1 - LR * DECAY) - LR * (m[i] / (1 - B1**n)) / ((v[i] / (1 - B2**n)).sqrt() + EPS)
