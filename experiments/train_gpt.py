@@ -43,7 +43,7 @@ from funczero import P
 F = flags.FLAGS
 flags.DEFINE_integer("stage", 3, "ZeRO stage: 0 shards nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters.", lower_bound=0, upper_bound=3)
 flags.DEFINE_string("mesh", "", "Axes and sizes, outermost first, such as data=2 or node=2,local=2; -1: all that are left. Default: all processes on one axis.")
-flags.DEFINE_integer("nproc", None, "Processes to start when torchrun has not; default: what --mesh needs, or one an accelerator, or 2.", lower_bound=1, upper_bound=1024)
+flags.DEFINE_integer("nproc", None, "Processes to start when torchrun has not; default: for --mesh, or one an accelerator, or 2.", lower_bound=1)
 flags.DEFINE_integer("threads", 1, "CPU threads of each process.", lower_bound=1, upper_bound=1024)
 flags.DEFINE_string("policy", "float32", "Dtypes, one for all or params=float32,compute=bfloat16,accumulate=float32.")
 flags.DEFINE_float("scale_loss", 0.0, "First dynamic loss scale, for compute=float16, such as 65536; 0: none.", lower_bound=0.0)
@@ -178,7 +178,7 @@ class Report:
         bits = loss / math.log(2)
         scalars = {name: getattr(m, name).item() for name in ("lr", "grad_norm", "ok", "scale")}
         self.write(step=number, loss=loss, bits_per_byte=bits, tokens_per_second=rate, bytes_sent=sent, **scalars)
-        text = f"loss {loss:.3f}  bits/byte {bits:.3f}  {self.rate:,.0f} tokens/s  sent {sent / 1e6:.2f} MB/step  lr {m.lr.item():.1e}"
+        text = f"loss {loss:.3f}  bits/byte {bits:.3f}  {self.rate:,.0f} tokens/s  sent {sent / 1e6:.2f} MB/step  lr {m.lr.item():.1e}{'' if m.ok else '  skipped'}"
         self.bar.update(self.task, completed=number, description=text)
         if self.bar.disable and (number == 1 or number % max(1, F.steps // 20) == 0):
             self.say(f"step {number:5d}  {text}")

@@ -232,6 +232,8 @@ def mean(g: Grad) -> Grad:
     bins: integer sums have no order. Left of it are sums, right of it values. A weight of zero leaves ok false.
     """
     lay, env = g.layout, g.env
+    if lay.mean:
+        raise refuse(g, "mean", "the mean is already taken, here or by a nonlinear transform left of it; leave this one out")
     if lay.unreduced:
         raise refuse(g, "mean", _partial(lay))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -161,6 +162,7 @@ class Watch(threading.Thread):
         self.peers = {(self.rank - 1) % self.size, (self.rank + 1) % self.size}
         self.still, self.noticed = time.monotonic(), -1  # when the count last moved; the count at which a notice was given
         self.leaving = threading.Event()
+        self.aborting = _slow_abort()
         atexit.register(self.leave)
 
     def leave(self) -> None:
@@ -257,7 +259,7 @@ class Watch(threading.Thread):
                 count, tail = json.loads(zlib.decompress(self.store.get(f"tail/{r}")))
                 tails[r] = {count - len(tail) + i: entry for i, entry in enumerate(tail)}
         own = {self.count - len(self.log) + i: entry for i, entry in enumerate(self.log)}
-        n = next(i for i, (checksum, _) in tails[peer].items() if i in own and own[i][0] != checksum)
+        n = next((i for i, (checksum, _) in tails[peer].items() if i in own and own[i][0] != checksum), self.count)
         entries = {r: Entry(*tail[n][1]) for r, tail in tails.items() if n in tail}
         usual = _usual(entries.values())
         odd = next((r for r, e in entries.items() if e[:-1] != usual[:-1]), peer)
@@ -279,6 +281,23 @@ class Watch(threading.Thread):
         if odd.rows != usual.rows:
             return "every rank must be given as many rows, as step.local_rows deals them"
         return "every rank must launch the same collectives: no branch of the loss may depend on the rank or its rows"
+
+
+def _slow_abort() -> Any:
+    """Gloo ends the process from a thread of its own when a message is longer than expected; make it wait until the ranks are compared."""
+    try:
+        library, kind = ctypes.CDLL("libstdc++.so.6"), ctypes.CFUNCTYPE(None)
+        library._ZSt13set_terminatePFvvE.restype = ctypes.c_void_p
+
+        def handler() -> None:
+            time.sleep(LINGER + 4 * PERIOD)
+            kind(before)()
+
+        callback = kind(handler)
+        before = library._ZSt13set_terminatePFvvE(callback)
+        return callback
+    except (AttributeError, OSError):  # another C++ library: the message of gloo stands alone
+        return None
 
 
 def _usual(entries: Any) -> Entry:

@@ -29,7 +29,8 @@ def clip_by_global_norm(limit: float, eps: float = 0.0) -> Transform:
 
         def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
             norm = global_norm(out.grads, out.factor, g.layout, g.env) if out.norm is None else out.norm
-            return out._replace(factor=out.factor * (limit / (norm + eps)).clamp(max=1)), state
+            shrink = (limit / (norm + eps)).clamp(max=1)
+            return out._replace(factor=out.factor * shrink, norm=norm * shrink, logs={"grad_norm": norm, **out.logs}), state
 
         return after(g, name, g.layout, fn)
 

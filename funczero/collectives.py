@@ -132,7 +132,7 @@ def _plan(where: Where, unit: int, axis: str, size: int) -> list[list[_Piece]]:
             plan.append([])
         elif d is None:
             plan.append([_Piece(-2, offset, n, 0, 0, here.shape)])
-        elif d == 0 and here.shape[0] % size == 0:
+        elif d == 0 and all(slots[i].shape[0] * size == here.shape[0] for slots in inner):
             plan.append([_Piece(-1, offset, n // size, 0, 0, here.shape)])
         else:
             cuts = [(q, slots[i]) for q, slots in enumerate(inner)]

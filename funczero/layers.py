@@ -19,6 +19,9 @@ from funczero.spec import Slots, Where
 from funczero.types import Env
 
 
+SMALL = 1 << 15  # elements under which a unit's gradient is not worth a message of its own
+
+
 class Ref:
     """A parameter inside a unit, before the unit is opened: it has a shape and a dtype, and no values."""
 
@@ -75,7 +78,8 @@ class Tape:
         self.leaves: dict[int, Tensor] = {}  # by leaf number, where nothing is gathered or scattered
         self.uses: dict[int, int] = {}
         self.sums: dict[int, list[Tensor]] = {}  # gradients of a unit used more than once
-        self.scattering: tuple[int, Callable[[], Tensor]] | None = None
+        self.late: dict[int, list[Tensor]] = {}  # gradients of small units, which share the last message
+        self.scattering: tuple[Group, Callable[[], list[Tensor]]] | None = None
         self.grads: dict[int, Tensor] = {}
         self.bad: dict[int, Tensor] = {}
         self.live = self.peak = 0
@@ -159,31 +163,41 @@ class Tape:
             self.scatter(unit, full)
 
     def scatter(self, unit: int, leaves: list[Tensor]) -> None:
-        """Start to scatter a unit's gradient over all axes, outermost first; the one before it is finished meanwhile."""
+        """Start to scatter a unit's gradient, or put it aside for the last message if it is all latency."""
         if self.look:
             self.bad[unit] = torch.stack([(~x.isfinite()).sum() for x in leaves])
-        mesh, dtype, where = self.env.mesh, self.env.policy.accumulate, self.whole
-        first = scatter_units(where, (unit,), self.axes[0], mesh, (leaves,), dtype)
+        if self.whole.lengths[unit] < SMALL:
+            self.late[unit] = leaves
+        else:
+            self._send((unit,), [leaves])
 
-        def finish() -> Tensor:
-            (buffer,), here = first.wait(), where
+    def _send(self, units: Group, leaves: list[list[Tensor]]) -> None:
+        """Over all axes, outermost first; the message before this one is finished meanwhile."""
+        mesh, dtype, where = self.env.mesh, self.env.policy.accumulate, self.whole
+        first = scatter_units(where, units, self.axes[0], mesh, leaves, dtype)
+
+        def finish() -> list[Tensor]:
+            buffers, here = first.wait(), where
             for outer, axis in zip(self.axes, self.axes[1:], strict=False):
                 here = here.inner(outer, mesh.axes[outer].size, mesh.index(outer))
                 if mesh.axes[axis].size > 1:
-                    (buffer,) = scatter_units(here, (unit,), axis, mesh, (here.views(unit, buffer),), dtype).wait()
-            return buffer
+                    buffers = scatter_units(here, units, axis, mesh, [here.views(u, b) for u, b in zip(units, buffers, strict=True)], dtype).wait()
+            return buffers
 
-        before, self.scattering = self.scattering, (unit, finish)
-        if before is not None:
-            self.grads[before[0]] = before[1]()
+        before, self.scattering = self.scattering, (units, finish)
+        self._finish(before)
+
+    def _finish(self, sent: tuple[Group, Callable[[], list[Tensor]]] | None) -> None:
+        if sent is not None:
+            self.grads |= dict(zip(sent[0], sent[1](), strict=True))
 
     def finish(self) -> Slots:
         """This rank's gradients of all units, once every backward has run; units that no backward reached are zero."""
         for unit in list(self.sums):
             self.scatter(unit, self.sums.pop(unit))
-        if self.scattering is not None:
-            self.grads[self.scattering[0]] = self.scattering[1]()
-            self.scattering = None
+        if self.late:
+            self._send(tuple(self.late), list(self.late.values()))
+        self._finish(self.scattering)
         self.open.clear()
         self.flying.clear()
         where = self.here
@@ -375,7 +389,7 @@ def run_block(block: Callable[..., Any], params: tuple[list[Any], Any], group: G
     inputs = [values[i] for i in taken]
     tape = next((v.tape for v in refs if isinstance(v, Ref)), None)
     if tape is None or remat and not tape.seam:
-        outs = _checkpoint(run, {} if tape is None else tape.leaves, inputs)
+        outs = _checkpoint(run, {v.leaf: v.tape.leaves[v.leaf] for v in refs if isinstance(v, Ref)}, inputs)
     elif remat and torch.is_grad_enabled() and tape.differentiate:
         tape.use(group)
         outs = _Rerun.apply(tape, group, around, run, tape.port, *inputs)

@@ -23,7 +23,7 @@ class Out(NamedTuple):
     aux: Any  # user's sums as [micro-batches, n] float64 until the mean, their tree after it; None without has_aux
     grads: Any  # Slots (spec.py) at this place; right of the last optimizer: the new parameters
     factor: Any = None  # tensors from here on: a scalar still to be multiplied into grads: mean, unscale and clip touch only this
-    norm: Any = None  # of factor * grads, before any clip; None once a transform has rewritten grads
+    norm: Any = None  # of factor * grads; None once a transform has rewritten grads
     ok: Any = None  # bool scalar: may this update be applied?
     bad: Any = None  # only while looking for it: non-finite values per leaf here; right of the mean: (leaf, rank)
     logs: dict[str, Tensor] = {}  # scalars for the metrics: scale, lr

@@ -1,0 +1,334 @@
+"""Any `torch.nn.Module` as a pure loss function of a flat dict of parameters, with ZeRO-3 per block inside the module's own loop.
+
+The module is never touched. A snapshot of its tree is taken once, without parameters; every call runs on a fresh copy of it, so
+nothing that a forward leaves behind outlives the call. On the copy each repeated block has a `forward` of ours: it opens its unit
+at the seam (layers.py), binds the parameters, runs, and lets them go.
+"""
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funczero import rng, tree
+from funczero.layers import Ref, group_of, run_block, run_unit
+
+
+def stateless(module: nn.Module, loss: Callable[..., Any], units: str | Sequence[str] | None = None, remat: bool = False) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """(loss_fn, params): a module as a pure loss over {dotted name: tensor}; its repeated blocks are units, gathered one by one.
+
+    The values are the module's own. value_and_grad reads `loss_fn.units`; `loss_fn.trainable` tells which paths require grad (None: all).
+    What a forward draws is a function of the key that value_and_grad(loss_fn, rng=True) hands in, and of its place; without one
+    drawing is refused. Tied parameters are one tensor. With whole tensors, outside of any step, loss_fn may return anything.
+
+    >>> loss_fn, params = stateless(nn.Linear(2, 1, bias=False), lambda model, x: (model(x).sum(), torch.tensor(float(len(x)))))
+    >>> [x.item() for x in loss_fn({"weight": torch.ones(1, 2)}, torch.ones(3, 2))], list(params)
+    ([6.0, 3.0], ['weight'])
+
+    Args:
+      module: read once, now, with its training mode and buffers; to evaluate write another, stateless(module.eval(), loss). Buffers
+        follow the parameters' device; a forward that changes one, as batch norm in training, is refused.
+      loss: loss(model, batch) -> (sum, weight); model is called like the module, and lives only in there.
+      units: paths of lists of blocks, such as "transformer.h"; () for none. By default the repeated lists (ModuleList, ModuleDict,
+        Sequential of one type), at the depth where least is gathered at once.
+      remat: save only each block's inputs and run it again in the backward; so does a block that has gradient_checkpointing set.
+
+    Raises:
+      ValueError: units names no list of blocks, or the module has no values (meta).
+    """
+    meta = next((n for n, p in [*module.named_parameters(), *module.named_buffers()] if p.is_meta), None)
+    if meta is not None:
+        raise ValueError(f"stateless: {meta!r} is on the meta device and has no values; write module.to_empty(device=...) and load them first")
+    snapshot = _Snapshot(module, _lists(module, units), remat)
+
+    def loss_fn(params: dict[str, Any], batch: Any, key: int | None = None) -> Any:
+        call = _Call(snapshot, params, key is not None)
+        with _scope(key, call.device, lambda: _drew(snapshot.root, "", tuple(f"{u.path}." for u in snapshot.units))):
+            result = loss(call.copies[id(snapshot.root)], batch)
+        call.check_buffers()
+        snapshot.check_leaves("", result, [*tree.tensors((params, batch)), *call.ports()])
+        return result
+
+    frozen, once = snapshot.frozen, dict[int, Tensor]()
+    loss_fn.units, loss_fn.trainable = snapshot.lists, (lambda path: path not in frozen) if frozen else None  # type: ignore[attr-defined]
+    return loss_fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
+
+
+# --- which lists are units --------------------------------------------------------------------------------------------
+def _lists(module: nn.Module, units: str | Sequence[str] | None) -> tuple[str, ...]:
+    kinds, modules = (nn.ModuleList, nn.ModuleDict, nn.Sequential), dict(module.named_modules())
+    found = [path for path, m in modules.items() if path and isinstance(m, kinds) and _alike(list(m.children()))]
+    if units is None:
+        return _leanest(module, found)
+    units = (units,) if isinstance(units, str) else tuple(units)
+    for u in units:
+        blocks = list(modules[u].children()) if u in modules else []
+        if not any(list(b.parameters()) for b in blocks) or list(modules[u].parameters(recurse=False)):
+            raise ValueError(f"stateless: units={u!r} names no list of blocks in {type(module).__name__}; its repeated lists are {found}")
+    return units
+
+
+def _alike(blocks: list[nn.Module]) -> bool:
+    """Are these repeated blocks? Bare layers of torch.nn are not: a list of them is as often read as called."""
+    like = len(blocks) > 1 and len({type(b) for b in blocks}) == 1 and all(list(b.parameters()) for b in blocks)
+    return like and all(list(b.children()) or not type(b).__module__.startswith("torch.nn.") for b in blocks)
+
+
+def _leanest(module: nn.Module, found: list[str]) -> tuple[str, ...]:
+    """Of nested lists (stages of blocks, blocks of experts) the outer or the inner ones, by what is held: the rest and two units."""
+    outer = tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
+    inner = tuple(p for p in found if not any(q.startswith(f"{p}.") for q in found))
+
+    def held(level: tuple[str, ...]) -> int:
+        sizes = [sum(p.numel() for p in b.parameters()) for path in level for b in module.get_submodule(path).children()]
+        return 2 * max(sizes) - sum(sizes)
+
+    return min(outer, inner, key=held) if found else ()
+
+
+# --- the snapshot -----------------------------------------------------------------------------------------------------
+class _Slot(NamedTuple):
+    """A place that holds a tensor: `getattr(module, box)[key]`."""
+
+    module: int  # id in the snapshot
+    box: str
+    key: Any
+    name: str
+
+
+class _Unit(NamedTuple):
+    path: str
+    module: int  # id in the snapshot
+    slots: tuple[_Slot, ...]
+    again: bool  # run again in the backward
+
+
+class _Snapshot:
+    """The tree of modules as it was: attributes, copies of buffers, and instead of parameters the places where they belong."""
+
+    def __init__(self, module: nn.Module, lists: tuple[str, ...], remat: bool) -> None:
+        """lists: paths of lists of blocks."""
+        copies, named = _copies(_wiring(module)), list(module.named_parameters(remove_duplicate=False))
+        self.root, self.lists, self.sound = copies[id(module)], lists, set[str]()
+        self.names, self.frozen = {n for n, _ in named}, {n for n, p in named if not p.requires_grad}
+        self.slots: list[_Slot] = []
+        self.buffers: list[tuple[_Slot, Tensor]] = []
+        first, kept = {id(p): n for n, p in reversed(named)}, dict[int, Tensor]()
+        for path, original in module.named_modules():
+            for slot, x in _tensors(copies[id(original)], path):
+                if id(x) in first:  # in _parameters, or in a list, as an RNN keeps them
+                    self.slots.append(slot if slot.name in self.names else slot._replace(name=first[id(x)]))
+                else:
+                    self.buffers.append((slot, kept.setdefault(id(x), x.detach().clone())))
+        self.units = self._units(module, copies, remat)
+        self.wiring = _wiring(self.root, nn.Module().__dict__.keys() - {"_parameters", "_buffers", "_modules"})
+        modules = {id(m): m for m in copies.values()}
+        _put(modules, [(slot, None) for slot in self.slots] + self.buffers)
+
+    def _units(self, module: nn.Module, copies: dict[int, nn.Module], remat: bool) -> list[_Unit]:
+        found: dict[int, _Unit] = {}
+        for path in self.lists:
+            above = [module, *(module.get_submodule(path[:i]) for i, c in enumerate(path) if c == ".")]
+            for name, block in module.get_submodule(path).named_children():
+                inside = {id(copies[id(m)]) for m in block.modules()}
+                asking = [copies[id(m)] for m in (*above, *block.modules()) if getattr(m, "gradient_checkpointing", False) is True and m.training]
+                for m in asking:
+                    m.__dict__["gradient_checkpointing"] = False  # the seam does it
+                unit = _Unit(f"{path}.{name}", id(copies[id(block)]), tuple(s for s in self.slots if s.module in inside), remat or bool(asking))
+                found.setdefault(unit.module, unit)
+        return list(found.values())
+
+    def check_leaves(self, path: str, result: Any, own: list[Tensor]) -> None:
+        """Refuse a graph that ends in a leaf of which nobody would hear, for its gradient would be lost; walked once a path."""
+        if path in self.sound or not torch.is_grad_enabled():
+            return
+        known, seen = {id(x) for x in own}, {x.grad_fn for x in own}
+        todo = [x.grad_fn for x in tree.tensors(result) if x.grad_fn is not None and x.grad_fn not in seen]
+        while todo:
+            node = todo.pop()
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                where = f"unit {path!r}, which runs again in the backward (remat)," if path else "the forward"
+                what = f"reads a tensor of shape {tuple(leaf.shape)} that needs a gradient but is neither a parameter nor an argument of it"
+                raise TypeError(f"stateless: {where} {what}, so its gradient would be lost; register it as a parameter there, or hand it in")
+            seen.add(node)
+            todo += [n for n, _ in node.next_functions if n is not None and n not in seen]
+        self.sound.add(path)
+
+
+def _tensors(m: nn.Module, path: str) -> list[tuple[_Slot, Tensor]]:
+    """Every tensor among a module's attributes and in their containers."""
+    boxes = [("__dict__", m.__dict__), *((k, v) for k, v in m.__dict__.items() if type(v) in (dict, OrderedDict, list))]
+    pairs = [(box, key, x) for box, held in boxes for key, x in (enumerate(held) if type(held) is list else held.items()) if isinstance(x, Tensor)]
+    return [(_Slot(id(m), box, key, f"{path}.{key}".lstrip(".")), x) for box, key, x in pairs]
+
+
+def _put(modules: dict[int, nn.Module], values: Iterable[tuple[_Slot, Any]]) -> None:
+    """Put values in their places."""
+    for slot, x in values:
+        getattr(modules[slot.module], slot.box)[slot.key] = x
+
+
+def _wiring(root: nn.Module, apart: Iterable[str] = ()) -> list[tuple[nn.Module, list[str]]]:
+    """Every module, with the attributes that its copy may not share: containers, and what refers to other modules."""
+    kinds = (dict, OrderedDict, list, MethodType, partial)
+    return [(m, [k for k, v in m.__dict__.items() if k not in apart and (type(v) in kinds or isinstance(v, nn.Module))]) for m in root.modules()]
+
+
+def _copies(wiring: list[tuple[nn.Module, list[str]]]) -> dict[int, nn.Module]:
+    """A copy of every module, by the original's id: attributes and containers of its own, the same tensors, wired among themselves."""
+    memo = {id(m): object.__new__(type(m)) for m, _ in wiring}
+
+    def wired(x: Any) -> Any:
+        if isinstance(x, nn.Module):
+            return memo.get(id(x), x)
+        if type(x) is MethodType:
+            return MethodType(x.__func__, wired(x.__self__))
+        return partial(wired(x.func), *map(wired, x.args), **x.keywords) if type(x) is partial else x
+
+    for m, names in wiring:
+        own = memo[id(m)].__dict__
+        own.update(m.__dict__)
+        for name in names:
+            v, kind = own[name], type(own[name])
+            if kind is dict or kind is OrderedDict:
+                own[name] = kind((k, wired(x)) for k, x in v.items()) if v else kind()
+            else:
+                own[name] = [wired(x) for x in v] if kind is list else wired(v)
+    return memo
+
+
+# --- one call ---------------------------------------------------------------------------------------------------------
+class _Call:
+    """One forward: a fresh copy with its parameters bound. Units are closed until they run; the backward may run them again."""
+
+    def __init__(self, snapshot: _Snapshot, params: dict[str, Any], keyed: bool) -> None:
+        """params: whole tensors, or Refs inside the units."""
+        _check_params(snapshot, params)
+        self.snapshot, self.params, self.keyed = snapshot, params, keyed
+        self.device = next((x.device for x in params.values()), torch.device("cpu"))
+        self.copies, self.forwards = _copies(snapshot.wiring), list[Callable[..., Any]]()
+        self.buffers = snapshot.buffers = [(slot, x.to(self.device)) for slot, x in snapshot.buffers]
+        self.versions = [x._version for _, x in self.buffers]
+        _put(self.copies, [(s, params[s.name]) for s in snapshot.slots] + self.buffers)
+        self.groups = [group_of([params[s.name] for s in u.slots]) for u in snapshot.units]
+        for i, unit in enumerate(snapshot.units):
+            block = self.copies[unit.module]
+            self.forwards.append(block.__dict__.get("forward") or partial(type(block).forward, block))
+            block.__dict__["forward"] = partial(_enter, weakref.ref(self), i)  # weak: a cycle would hold the gathered rest until a collection
+
+    def ports(self) -> list[Tensor]:
+        """Leaves of the graph that stand for closed parameters."""
+        tapes = {id(r.tape): r.tape for r in self.params.values() if isinstance(r, Ref)}
+        return [x for t in tapes.values() for x in (t.port, *t.leaves.values())]
+
+    def run(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Unit i: opened, bound, run, closed. Its seed is drawn at its place in the forward, so that running it again repeats it."""
+        unit, groups = self.snapshot.units[i], self.groups
+        seed = rng.fold(int(torch.randint(2**62, ())), unit.path) if self.keyed else None
+        closed = {s.name: self.params[s.name] for s in unit.slots}
+        around = (groups[i - 1] if i else (), groups[i + 1] if i + 1 < len(groups) else ())
+        if unit.again and torch.is_grad_enabled():
+            return run_block(partial(self.repeat, unit, i, seed), tree.flatten(closed), groups[i], _repeatable(unit.path, args, kwargs), {}, around, True)
+        ref = next((r for r in closed.values() if isinstance(r, Ref)), None)
+
+        def opened(leaves: dict[int, Tensor]) -> Any:
+            return self.block(i, seed, {n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs)
+
+        return opened({}) if ref is None else run_unit(ref.tape, groups[i], opened, *around)
+
+    def block(self, i: int, seed: int | None, own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's own forward on open parameters."""
+        unit = self.snapshot.units[i]
+        _put(self.copies, [(s, own[s.name]) for s in unit.slots])
+        try:
+            with _scope(seed, self.device, lambda: _drew(self.copies[unit.module], f"{unit.path}.")):
+                return self.forwards[i](*args, **kwargs)
+        finally:
+            _put(self.copies, [(s, self.params[s.name]) for s in unit.slots])
+
+    def repeat(self, unit: _Unit, i: int, seed: int | None, own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same, one of two times; the remat form would miss what is changed, and gradients of what is read past it."""
+        inputs = tree.tensors((args, kwargs))
+        versions = [x._version for x in inputs]
+        out = self.block(i, seed, own, args, kwargs)
+        if versions != [x._version for x in inputs]:
+            raise RuntimeError(f"stateless: unit {unit.path!r} runs again in the backward (remat), but changes an input in place; write x = x + y, or leave out remat")
+        self.snapshot.check_leaves(unit.path, out, [*own.values(), *inputs])
+        return out
+
+    def check_buffers(self) -> None:
+        """Refuse what would be forgotten: a changed buffer. One outside the state_dict may be replaced on the copy."""
+        for (slot, x), version in zip(self.buffers, self.versions, strict=True):
+            module = self.copies[slot.module]
+            lasting = slot.box == "_buffers" and slot.key not in module._non_persistent_buffers_set
+            if x._version != version or lasting and module._buffers.get(slot.key) is not x:
+                remedy = "write fz.stateless(module.eval(), ...), or use a layer without running state (BatchNorm: track_running_stats=False)"
+                raise RuntimeError(f"stateless: the forward of {type(module).__name__} changes buffer {slot.name!r}, but a pure loss has nowhere to keep it; {remedy}")
+
+
+def _enter(call: Any, i: int, *args: Any, **kwargs: Any) -> Any:
+    """A unit's forward, on the copy."""
+    if call() is None:
+        raise RuntimeError("stateless: this model lives only within the loss it was handed to; call loss_fn(params, batch) again")
+    return call().run(i, args, kwargs)
+
+
+def _check_params(snapshot: _Snapshot, params: Any) -> None:
+    if not isinstance(params, dict) or params.keys() != snapshot.names:
+        odd = f"differ in {sorted(snapshot.names ^ params.keys())[0]!r}" if isinstance(params, dict) else f"are a {type(params).__name__}"
+        raise ValueError(f"stateless: the parameters {odd}; give a flat dict with the names of the one that stateless returned")
+    taught = next((n for n in snapshot.frozen if params[n].requires_grad), None)
+    if taught is not None:
+        remedy = "write value_and_grad(loss_fn, trainable=loss_fn.trainable, ...), or module.requires_grad_() before fz.stateless"
+        raise TypeError(f"stateless: parameter {taught!r} is frozen in the module (requires_grad=False) but is differentiated here; {remedy}")
+
+
+def _repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Arguments without empty key-value caches, which a block that runs twice would fill twice; other objects are refused."""
+
+    def kept(x: Any) -> Any:
+        cache = callable(getattr(x, "get_seq_length", None))
+        return None if cache and int(x.get_seq_length()) == 0 else x
+
+    both = tuple(map(kept, args)), {k: False if k == "use_cache" else kept(x) for k, x in kwargs.items()}
+    odd = next((x for x in tree.leaves(both) if hasattr(x, "__dict__") and not isinstance(x, Tensor) and not callable(x)), None)
+    if odd is not None:
+        why = f"it is handed a {type(odd).__name__}, which may change in between or hold tensors that need a gradient; leave that out, or leave out remat"
+        raise TypeError(f"stateless: unit {path!r} runs again in the backward (remat), but {why}")
+    return both
+
+
+# --- randomness -------------------------------------------------------------------------------------------------------
+@contextmanager
+def _scope(key: int | None, device: torch.device, drew: Callable[[], Exception]) -> Iterator[None]:
+    """What torch draws in here comes from the key alone; without a key nothing may be drawn. The generators are left as they were."""
+    generators = [torch.default_generator, *([torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else [])]
+    before = [g.get_state() for g in generators]
+    try:
+        for g in generators if key is not None else ():
+            g.manual_seed(key)  # type: ignore[arg-type]
+        yield
+        if key is None and not all(torch.equal(g.get_state(), s) for g, s in zip(generators, before, strict=True)):
+            raise drew()
+    finally:
+        for g, s in zip(generators, before, strict=True):
+            g.set_state(s)
+
+
+def _drew(m: nn.Module, path: str, apart: tuple[str, ...] = ()) -> Exception:
+    """Who drew random numbers, as far as can be told: the first active dropout layer that is not inside what stands apart."""
+    active = {path + n: x for n, x in m.named_modules() if isinstance(x, nn.modules.dropout._DropoutNd) and x.training and x.p > 0}
+    who = next((n for n in active if not n.startswith(apart)), "")
+    what = f"{who!r} ({type(active[who]).__name__}, p={active[who].p})" if who else f"the forward of {path.rstrip('.') or type(m).__name__!r}"
+    return RuntimeError(
+        f"stateless: {what} draws from torch's global generator, so the loss would not be a function of its arguments; "
+        "write value_and_grad(loss_fn, ..., rng=True), or fz.stateless(module.eval(), ...) where nothing should be dropped"
+    )

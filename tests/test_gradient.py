@@ -1,0 +1,190 @@
+"""Where gradients come from: a loss, or somebody else's forward; aux sums, keys, rows, and what is trained."""
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+
+import funczero as fz
+from funczero import P, rng, tree
+from funczero.mesh import world_size
+
+MESH = {"data": -1}
+
+
+def moments(p, b):
+    """Sums beside the loss."""
+    loss, weight = zoo.loss_plain(p, b)
+    return loss, weight, {"sum": b["mask"].sum() * 3, "rows": len(b["x"]), "square": [loss.detach() ** 2]}
+
+
+def auxes(k):
+    """Aux by stage."""
+    out = []
+    for stage in range(4):
+        _, log, _, _ = zoo.train(fz.zero(zoo.source(loss_fn=moments, has_aux=True), *zoo.tx(), stage=stage, accumulate=zoo.MICROS // world_size()), MESH, updates=2)
+        out.append([[x.item() for x in tree.leaves(m.aux)] for m in log])
+    return out
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_aux_is_summed_in_the_gradients_order(run_world, world):
+    """The user's own tree of 0-d sums: the same bits on any world and at every stage."""
+    alone = auxes(1)
+    assert alone == [alone[0]] * 4 == zoo.everywhere(run_world, world, auxes, 1)
+    b = zoo.batch(0)
+    assert alone[0][0][:2] == [3 * b["mask"].sum().item(), len(b["x"])]
+
+
+def test_aux_keeps_its_tree_and_stays_out_of_the_gradient():
+    (with_aux, log, *_), (without, *_) = (zoo.train(fz.zero(zoo.source(**kw), *zoo.tx(), stage=3), {"data": 1}, updates=2) for kw in (dict(loss_fn=moments, has_aux=True), {}))
+    assert zoo.tree_hash(with_aux) == zoo.tree_hash(without)
+    assert set(log[0].aux) == {"sum", "rows", "square"} and log[0].aux["sum"].dtype == torch.float64
+
+
+def test_a_mean_over_rows_is_a_sum_with_its_rows():
+    loss = fz.per_row(lambda p, b: (b["x"] @ p["w"]).square().mean())
+    p, b = {"w": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])}
+    total, weight = loss(p, b)
+    assert (total.item(), weight.item()) == (14.0, 3.0)
+    assert loss(p, {"x": torch.zeros(0, 2)})[0].item() == 0 and loss(p, {"x": torch.zeros(0, 2)})[1].item() == 0
+
+
+def test_a_mean_over_rows_keeps_its_key_and_its_units():
+    def loss(p, b, key):
+        return (b["x"] * p["w"]).mean() * key
+
+    loss.units = ("blocks",)
+    assert fz.per_row(loss)({"w": torch.ones(())}, {"x": torch.ones(2)}, 3)[0] == 6
+    assert fz.value_and_grad(fz.per_row(loss)).units == ("blocks",) == fz.value_and_grad(loss).units
+    assert fz.value_and_grad(loss, units=()).units == () and fz.value_and_grad(loss, units="layers").units == ("layers",)
+
+
+def keys(k, chain):
+    """The keys that a loss saw in two updates, by stage, in the order of this rank's time."""
+    seen = []
+
+    def loss(p, b, key):
+        seen.append((int(b["i"][0]), key))
+        return p["w"].sum() * 0, torch.ones(())
+
+    g = fz.value_and_grad(loss, batch=P("data"), rng=True)
+    step = fz.train_step(*fz.zero(g, fz.sgd(0.1), stage=chain, accumulate=k), mesh=MESH)
+    state = step.init({"w": torch.ones(2)}, key=5)
+    for _ in range(2):
+        state, _ = step(state, step.local_rows({"i": torch.arange(4)}))
+    return seen
+
+
+def all_keys():
+    return [keys(4 // world_size(), stage) for stage in range(4)]
+
+
+def test_a_key_belongs_to_a_step_and_a_micro_batch(run_world):
+    """Whoever computes it, and whenever: micro-batch i of step t sees one key, and no two are alike."""
+    want = {(t, i): rng.fold(rng.fold(5, t), i) for t in range(2) for i in range(4)}
+    assert len(set(want.values())) == 8
+    for world in (1, 2):
+        for by_stage in [all_keys()] if world == 1 else run_world(world, all_keys):
+            for seen in by_stage:
+                half = len(seen) // 2
+                assert all(want[n // half, i] == key for n, (i, key) in enumerate(seen))
+
+
+def test_a_skipped_update_does_not_repeat_its_keys():
+    g = fz.value_and_grad(lambda p, b, key: (p["w"].sum() * b["x"].sum(), torch.ones(()), torch.tensor(float(key % 2**20))), batch=P("data"), rng=True, has_aux=True)
+    step = fz.train_step(g, fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
+    state = step.init({"w": torch.ones(2)})
+    state, first = step(state, {"x": torch.tensor([torch.nan])})
+    state, second = step(state, {"x": torch.ones(1)})
+    assert not first.ok and second.ok and first.aux != second.aux
+
+
+@pytest.mark.parametrize("trainable", ["head|norm", lambda path: path.startswith(("head", "norm"))])
+def test_trainable_is_the_rest_of_frozen(trainable):
+    runs = [
+        zoo.train(fz.zero(zoo.source(trainable=trainable), *zoo.tx(), stage=2), {"data": 1}, updates=2)[0],
+        zoo.train(fz.zero(zoo.source(), fz.freeze(lambda path: not path.startswith(("head", "norm"))), *zoo.tx(), stage=2), {"data": 1}, updates=2)[0],
+    ]
+    assert zoo.tree_hash(runs[0]) == zoo.tree_hash(runs[1])
+    assert torch.equal(runs[0]["embed"], zoo.params()["embed"]) and not torch.equal(runs[0]["head"]["w"], zoo.params()["head"]["w"])
+
+
+def test_a_loss_that_needs_no_parameter_has_a_gradient_of_zero():
+    step = fz.train_step(fz.shard("data", fz.value_and_grad(lambda p, b: (b["x"].sum(), torch.ones(())), batch=P("data")), fz.sgd(1.0)), mesh={"data": 1})
+    state, m = step(step.init({"w": torch.ones(2)}), {"x": torch.ones(3)})
+    assert m.ok and m.grad_norm == 0 and m.loss == 3 and torch.equal(step.params(state)["w"], torch.ones(2))
+
+
+def test_batches_are_any_tree_of_tensors():
+    step = fz.train_step(fz.value_and_grad(lambda p, b: ((b[0] * p).sum() + b[1]["y"][0].sum(), torch.ones(())), batch=P("data")), fz.accumulate(2), fz.all_reduce("data"), fz.sgd(1.0), mesh={"data": 1})
+    state, m = step(step.init(torch.ones(())), step.local_rows((torch.ones(4), {"y": [torch.ones(4, 2)]})))
+    assert m.loss == 6 and m.weight == 2 and step.params(state) == -1
+
+
+# --- pullback: the same chain with its leaf turned inside out -----------------------------------------------------------
+def mine(b, views):
+    """A forward that the chain does not see; as the zoo's loss wants its leaves."""
+    return zoo.loss_plain(views, b)
+
+
+def pulled(chain, k, policy, dtype):
+    """A run in which the caller computes every loss at step.view(state)."""
+    step = fz.train_step(*chain, mesh=MESH, policy=policy)
+    state, log = step.init(zoo.params(dtype), key=7), []
+    for t in range(zoo.UPDATES):
+        rows = step.local_rows(zoo.batch(t, dtype))
+        views = step.view(state)  # one set of leaves an update
+        for b in zoo.split(rows, k):
+            loss, weight = mine(b, views)
+            state, m = step(state, (fz.pull(loss, views), loss, weight))
+        state, m = step(state, None)
+        log.append(m)
+    return zoo.bits((step.params(state), log, state, step))
+
+
+def both(policy, dtype):
+    """By stage: pullback and value_and_grad, streamed."""
+    k, out = zoo.MICROS // world_size(), {}
+    acc, right = fz.accumulate(k, stream=True), zoo.tx(scale=True)
+    chains = {
+        0: lambda g: (g, acc, fz.all_reduce("data"), *right),
+        1: lambda g: (g, acc, fz.shard("data", *right)),
+        2: lambda g: (g, fz.shard("data", acc, *right)),
+        3: lambda g: (fz.shard("data", g, acc, *right),),
+    }
+    for stage, chain in chains.items():
+        loss = zoo.bits(zoo.train(chain(zoo.source()), MESH, k, policy=policy, dtype=dtype))
+        out[stage] = loss == pulled(chain(fz.pullback(P("data"))), k, policy, dtype)
+    return out
+
+
+@pytest.mark.parametrize("policy", ["float32", "compute=bfloat16"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_pulled_gradient_is_the_losses_gradient_bit_for_bit(run_world, world, policy):
+    assert zoo.everywhere(run_world, world, both, policy, torch.float32) == dict.fromkeys(range(4), True)
+
+
+def test_a_pulled_mean_loss_weighs_one():
+    """`weight` 1 a micro-batch: the mean of means."""
+    step = fz.train_step(fz.shard("data", fz.pullback(P("data")), fz.accumulate(2, stream=True), fz.scale_loss(weight=1), fz.sgd(1.0)), mesh={"data": 1})
+    state = step.init({"w": torch.zeros(2)})
+    views = step.view(state)
+    for x in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 4.0])):
+        loss = (views["w"] * x).sum()
+        state, _ = step(state, (fz.pull(loss, views), loss, 1.0))
+    state, m = step(state, None)
+    assert step.params(state)["w"].tolist() == [-0.5, -2.0] and m.weight == 2 and m.scale == 2**16
+
+
+def test_pull_gives_none_where_nothing_depends_and_one_gradient_for_a_tied_leaf():
+    w = torch.ones(2, requires_grad=True)
+    views = {"a": w, "b": w, "c": torch.ones(3, requires_grad=True), "frozen": torch.ones(1)}
+    got = fz.pull((views["a"] + views["b"]).sum(), views)(torch.tensor(2.0))
+    assert got["a"] is got["b"] and got["a"].tolist() == [4.0, 4.0] and got["c"] is None and got["frozen"] is None
+
+
+def test_frozen_views_want_no_gradient():
+    step = fz.train_step(fz.shard("data", fz.pullback(P("data"), trainable="head"), fz.freeze("head/b"), fz.sgd(1.0)), mesh={"data": 1})
+    views = dict(tree.paths(step.view(step.init(zoo.params()))))
+    assert {n for n, x in views.items() if x.requires_grad} == {"head/w"}  # head/scale is 'norm' by its first path

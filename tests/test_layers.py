@@ -1,0 +1,278 @@
+"""The seam: closed parameters, blocks one by one, at most two units open, and the plain loop's bits."""
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+
+import funczero as fz
+from funczero import P, gradient, rng
+from funczero.layers import Ref, Tape
+from funczero.mesh import world_size
+
+BLOCKS = 5
+
+
+def params(n=BLOCKS):
+    g = torch.Generator().manual_seed(0)
+    return {"in": torch.randn(4, 6, generator=g) / 2, "blocks": [{"w": torch.randn(6, 6, generator=g) / 2, "b": torch.randn(6, generator=g)} for _ in range(n)]}
+
+
+def block(p, x, scale=1.0, key=None):
+    h = torch.tanh(x @ p["w"] + p["b"])
+    return x + scale * (h if key is None else rng.dropout(h, 0.3, key))
+
+
+def rows(n=8):
+    return {"x": torch.randn(n, 4, generator=torch.Generator().manual_seed(1))}
+
+
+def total(h):
+    return h.square().sum(), torch.full((), float(len(h)))
+
+
+# --- the plain loop -----------------------------------------------------------------------------------------------------
+def test_open_blocks_run_in_turn():
+    p = params()
+    x = want = rows()["x"] @ p["in"]
+    for b in p["blocks"]:
+        want = block(b, want, 0.5)
+    assert torch.equal(fz.layers(block, p["blocks"], x, 0.5), want) and torch.equal(fz.layers(block, p["blocks"], x, 0.5, remat=True), want)
+    assert fz.layers(block, [], x) is x
+
+
+def test_each_block_has_a_key_of_its_own():
+    seen = []
+    fz.layers(lambda p, x, key: seen.append(key) or x, [{}, {}, {}], torch.ones(1), key=9)
+    assert seen == [rng.fold(9, i) for i in range(3)]
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_aux_values_come_as_a_list(remat):
+    def noisy(p, x):
+        y = block(p, x)
+        return y, {"mean": y.mean(), "n": torch.tensor(1.0)}
+
+    x, auxes = fz.layers(noisy, params()["blocks"], torch.ones(2, 6), remat=remat)
+    assert len(auxes) == BLOCKS and set(auxes[0]) == {"mean", "n"} and torch.equal(auxes[-1]["mean"], x.mean())
+
+
+def test_x_may_be_a_tree():
+    def pair(p, x):
+        return {"a": x["a"] + 1, "b": x["b"] * 2}
+
+    got = fz.layers(pair, [{}, {}], {"a": torch.zeros(1), "b": torch.ones(1)}, remat=True)
+    assert got["a"] == 2 and got["b"] == 4
+
+
+# --- closed parameters --------------------------------------------------------------------------------------------------
+class Watched(Tape):
+    """A tape that remembers itself, and which units were open in the order they were opened."""
+
+    last: Watched
+
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        Watched.last, self.opened = self, []
+
+    def take(self, unit):
+        self.opened.append(self.whole.structure.units[unit].name)
+        return super().take(unit)
+
+
+def seen_by(loss, units=("blocks",), stage=3, monkeypatch=None, p=None):
+    """The tape of one update."""
+    monkeypatch.setattr(gradient, "Tape", Watched)
+    step = fz.train_step(*fz.zero(fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1), stage=stage), mesh={"data": world_size()})
+    step(step.init(p or params()), rows(8 // world_size()))
+    return Watched.last
+
+
+def stack(remat):
+    return lambda p, b: total(fz.layers(block, p["blocks"], b["x"] @ p["in"], remat=remat))
+
+
+def opened(remat):
+    """Units in the order they were gathered, and how many were gathered at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        tape = seen_by(stack(remat), monkeypatch=patch)
+    return tape.opened, tape.peak, tape.live, len(tape.open), len(tape.flying)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_at_most_two_blocks_are_gathered_at_once(run_world, remat):
+    """The one that computes and the one that travels, however many there are; and nothing is left open."""
+    names = [f"blocks/{i}" for i in range(BLOCKS)]
+    order, peak, live, left, flying = zoo.everywhere(run_world, 2, opened, remat)
+    back = names[::-1] if order.count(names[-1]) == 2 else names[-2::-1]  # the last block may stay open for the backward
+    assert order == ["", *names, *back] and peak <= 2 and (live, left, flying) == (0, 0, 0)
+
+
+def test_a_closed_parameter_has_a_shape_and_no_values():
+    def loss(p, b):
+        ref = p["blocks"][1]["w"]
+        assert isinstance(ref, Ref) and ref.shape == (6, 6) and ref.dtype == torch.bfloat16
+        assert repr(ref) == "<closed parameter 'blocks/1/w' (6, 6) torch.bfloat16>" and not hasattr(ref, "__array__")
+        for use in (lambda: ref.sum(), lambda: torch.exp(ref), lambda: ref[0], lambda: ref.grad, lambda: torch.stack([b["x"], ref])):
+            with pytest.raises(TypeError, match=r"parameter 'blocks/1/w' is inside a unit that is not open; run its blocks with fz.layers|not subscriptable"):
+                use()
+        return stack(False)(p, {"x": b["x"].bfloat16()})
+
+    step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units="blocks"), fz.sgd(0.1)), mesh={"data": 1}, policy="compute=bfloat16")
+    step(step.init(params()), rows())
+
+
+def opening(stage):
+    """The same loss with blocks gathered by hand, by fz.layers, and twice; masters after two updates."""
+
+    def by_hand(p, b):
+        h = b["x"] @ p["in"]
+        for q in p["blocks"]:
+            h = block(fz.gather(q), h)
+        return total(h)
+
+    def at_once(p, b):
+        h = b["x"] @ p["in"]
+        for q in fz.gather(p["blocks"]):
+            h = block(q, h)
+        return total(h)
+
+    out = []
+    for loss, units in ((by_hand, "blocks"), (at_once, "blocks"), (stack(False), "blocks"), (stack(True), "blocks"), (stack(False), ())):
+        g = fz.value_and_grad(loss, batch=P("data"), units=units)
+        step = fz.train_step(*fz.zero(g, fz.sgd(0.1, momentum=0.9), stage=stage, accumulate=4 // world_size()), mesh={"data": -1})
+        state = step.init(params())
+        for _ in range(2):
+            state, _ = step(state, step.local_rows(rows()))
+        out.append(zoo.tree_hash(step.params(state)))
+    return out
+
+
+def openings():
+    return [opening(stage) for stage in range(4)]
+
+
+def test_however_blocks_are_opened_the_bits_are_those_of_the_plain_loop(run_world):
+    alone = openings()
+    assert len({h for hs in alone for h in hs}) == 1 and zoo.everywhere(run_world, 2, openings) == alone
+
+
+def shared_inputs(remat):
+    """Gradients reach what blocks share: a parameter, and a value computed from one; and not an integer."""
+
+    def loss(p, b):
+        def one(q, x, bias, at, half):
+            return block(q, x[:, at]) * half + bias
+
+        at = torch.arange(6).flip(0)
+        return total(fz.layers(one, p["blocks"], b["x"] @ p["in"], p["bias"] * 2, at, p["half"], remat=remat))
+
+    out = []
+    for units in ((), ("blocks",)):
+        step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1)), mesh={"data": -1})
+        state = step.init(params() | {"bias": torch.zeros(6), "half": torch.tensor(0.5)})
+        state, _ = step(state, step.local_rows(rows()))
+        got = step.params(state)
+        out.append((zoo.tree_hash(got), bool((got["bias"] != 0).all()), got["half"].item() != 0.5))
+    return out
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_what_blocks_share_learns_from_all_of_them(run_world, remat):
+    for world in (1, 2):
+        plain, closed = zoo.everywhere(run_world, world, shared_inputs, remat)
+        assert plain == closed and plain[1:] == (True, True)
+
+
+def odd_uses():
+    """Blocks used in another order, in part, twice, or not at all; frozen in part; a loss that opens some and reads one leaf of another."""
+
+    def backwards(p, b):
+        return total(fz.layers(block, p["blocks"][::-1], b["x"] @ p["in"]))
+
+    def some(p, b):
+        return total(fz.layers(block, p["blocks"][1:4:2], b["x"] @ p["in"]))
+
+    def twice(p, b):
+        h = fz.layers(block, p["blocks"], b["x"] @ p["in"])
+        return total(fz.layers(block, p["blocks"], h, remat=True))
+
+    def none(p, b):
+        return total(b["x"] @ p["in"])
+
+    def mixed(p, b):
+        h = fz.layers(block, p["blocks"][:2], b["x"] @ p["in"])
+        return total(h * fz.gather(p["blocks"][4]["b"]) + fz.gather(p["blocks"][4])["b"])
+
+    def detour(p, b):
+        with torch.no_grad():
+            h = fz.layers(block, p["blocks"], b["x"] @ p["in"])
+        return total(fz.layers(block, p["blocks"][:2], h + b["x"] @ p["in"]))
+
+    out = {}
+    for loss in (backwards, some, twice, none, mixed, detour):
+        for ice in ("^$", r"blocks/\d/w", "blocks/[13]"):
+            for units in ((), ("blocks",)):
+                g = fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.freeze(ice), fz.accumulate(2), fz.sgd(0.1))
+                step = fz.train_step(g, mesh={"data": -1})
+                state = step.init(params())
+                for _ in range(2):
+                    state, m = step(state, step.local_rows(rows()))
+                out[loss.__name__, ice, units] = zoo.tree_hash([step.params(state), m.grad_norm])
+    return out
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_blocks_may_be_used_in_any_way(run_world, world):
+    found = zoo.everywhere(run_world, world, odd_uses)
+    assert {n: h for n, h in found.items() if h != found[n[0], n[1], ()]} == {}
+
+
+def second_order():
+    """A penalty on the gradient at the blocks' input, through the keep form."""
+
+    def loss(p, b):
+        h = b["x"] @ p["in"]
+        (g,) = torch.autograd.grad(total(fz.layers(block, p["blocks"], h))[0], h, create_graph=True)
+        return total(g)
+
+    out = []
+    for units in ((), ("blocks",)):
+        step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.01)), mesh={"data": -1})
+        state, m = step(step.init(params()), step.local_rows(rows()))
+        out.append((zoo.tree_hash(step.params(state)), m.grad_norm.item()))
+    return out
+
+
+def test_second_derivatives_through_kept_blocks_are_those_of_the_plain_loop(run_world):
+    plain, closed = zoo.everywhere(run_world, 2, second_order)
+    assert plain == closed
+
+
+def aborted():
+    """A forward that raises leaves nothing behind: the next update is as if it had not been."""
+    fail = [True]
+
+    def loss(p, b):
+        h = fz.layers(block, p["blocks"][:3], b["x"] @ p["in"])
+        if fail[0]:
+            raise ArithmeticError("a bad batch")
+        return total(fz.layers(block, p["blocks"][3:], h))
+
+    step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units="blocks"), fz.sgd(0.1)), mesh={"data": -1})
+    state = step.init(params())
+    with pytest.raises(ArithmeticError):
+        step(state, step.local_rows(rows()))
+    fail[0] = False
+    state, _ = step(state, step.local_rows(rows()))
+    return zoo.tree_hash(step.params(state)) == opening(3)[0] or zoo.tree_hash(step.params(state))
+
+
+def clean():
+    step = fz.train_step(fz.shard("data", fz.value_and_grad(stack(False), batch=P("data"), units="blocks"), fz.sgd(0.1)), mesh={"data": -1})
+    state, _ = step(step.init(params()), step.local_rows(rows()))
+    return zoo.tree_hash(step.params(state))
+
+
+def test_a_forward_that_raises_leaves_nothing_stale(run_world):
+    assert zoo.everywhere(run_world, 2, aborted) == zoo.everywhere(run_world, 2, clean)

@@ -1,0 +1,106 @@
+"""Named processes: specs, sizes, worlds and groups."""
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import zoo
+from torch.distributed.device_mesh import DeviceMesh
+
+import funczero as fz
+from funczero import P
+from funczero.mesh import World, connect, plan_mesh, world_size
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A process that torchrun has not started and that has joined nothing."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+
+
+def test_a_spec_names_axes_by_dim():
+    spec = P("data", None, ("node", "local"))
+    assert repr(spec) == "P('data', None, ('node', 'local'))" and spec == P("data", None, ("node", "local")) != P("data")
+    assert spec.axes() == (("data", 0), ("node", 2), ("local", 2)) and P().axes() == ()
+    assert len({P("a"), P("a"), P(None, "a")}) == 2
+
+
+@pytest.mark.parametrize("dims", [(0,), (["data"],), (("data", 1),), (b"data",)])
+def test_a_spec_takes_names_only(dims):
+    with pytest.raises(TypeError, match="is not a mesh axis; write a name, a tuple of names or None for every tensor dim"):
+        P(*dims)
+
+
+def test_without_torchrun_the_world_is_one(alone):
+    assert fz.init_distributed() == World(0, 1, 0) == fz.init_distributed() and world_size() == 1
+
+
+def test_the_world_size_is_known_before_it_is_joined(alone, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert world_size() == 8 and plan_mesh({"node": 2, "local": -1}).sizes() == {"node": 2, "local": 4}
+
+
+def test_torchruns_environment_is_joined_once():
+    """In a process of its own: a world of one that torchrun describes."""
+    code = (
+        "import os, funczero as fz, torch.distributed as dist\n"
+        "from funczero.mesh import connect, plan_mesh\n"
+        "print(fz.init_distributed(), dist.is_initialized(), fz.init_distributed(), connect(plan_mesh({'data': -1})).sizes(), fz.make_mesh({'data': -1}))"
+    )
+    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env | {"PYTHONPATH": ":".join(p for p in sys.path if p)})
+    world = "World(rank=0, size=1, local_rank=0)"
+    assert done.stdout.startswith(f"{world} True {world} {{'data': 1}} DeviceMesh"), done.stderr
+
+
+@pytest.mark.parametrize(("sizes", "want"), [(None, {}), ({}, {}), ({"data": 4}, {"data": 4}), ({"data": -1}, {"data": 1}), ({"node": 1, "local": -1}, {"node": 1, "local": 1})])
+def test_a_plan_needs_no_processes(alone, sizes, want):
+    mesh = plan_mesh(sizes)
+    assert mesh.sizes() == want and not mesh.connected and all(mesh.index(a) == 0 for a in want)
+    assert str(mesh) == (", ".join(f"{a}={n}" for a, n in want.items()) or "no axes")
+
+
+def test_a_mesh_of_this_process_needs_no_network():
+    mesh = fz.make_mesh({"node": 1, "data": -1})
+    assert isinstance(mesh, DeviceMesh) and mesh.mesh_dim_names == ("node", "data") and mesh.size() == 1
+    assert plan_mesh(mesh).connected and connect(plan_mesh(mesh)).sizes() == {"node": 1, "data": 1}
+
+
+def places(sizes):
+    """This rank's place, its groups' members, and whether a second connection is the first one."""
+    mesh = connect(plan_mesh(sizes))
+    members = {a: sorted(gathered(mesh, a)) for a in sizes if sizes[a] > 1}
+    return [mesh.index(a) for a in sizes], members, connect(mesh) is mesh, bool(mesh.world_group), {a: mesh.axes[a].group == "" for a in sizes}
+
+
+def gathered(mesh, axis):
+    """The ranks that share an axis with this one."""
+    out = torch.ops._c10d_functional.all_gather_into_tensor(torch.tensor([dist.get_rank()]), mesh.axes[axis].size, mesh.axes[axis].group)
+    return torch.ops._c10d_functional.wait_tensor(out).tolist()
+
+
+def test_ranks_lie_in_rows_of_the_last_axis(run_world):
+    found = run_world(4, places, {"node": 2, "one": 1, "local": 2})
+    assert [at for at, *_ in found] == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
+    assert [m for _, m, *_ in found] == [{"node": [r % 2, r % 2 + 2], "local": [r // 2 * 2, r // 2 * 2 + 1]} for r in range(4)]
+    assert all(same and whole and alone == {"node": False, "one": True, "local": False} for *_, same, whole, alone in found)
+
+
+def meshes_given():
+    """One update on a mesh by sizes, on torch's own, and on a Mesh that another step connected."""
+    made = fz.make_mesh({"data": 2})
+    parts = fz.zero(zoo.source(), *zoo.tx(), stage=3, accumulate=4)
+    first = fz.train_step(*parts, mesh=made)
+    return {zoo.bits(zoo.train(parts, mesh, updates=1)) for mesh in ({"data": -1}, {"data": 2}, made, first.mesh)}
+
+
+def test_a_mesh_is_sizes_or_torchs_own(run_world):
+    assert all(len(found) == 1 for found in run_world(2, meshes_given))

@@ -1,0 +1,81 @@
+"""Pytrees: paths, maps, rows and rules."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import ones
+
+from funczero import tree
+
+
+class Pair(NamedTuple):
+    left: object
+    right: object
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        (3, [""]),
+        ({"b": 1, "a": [2, (3, 4)]}, ["b", "a/0", "a/1/0", "a/1/1"]),
+        (Pair(1, {"w": 2}), ["left", "right/w"]),
+        ({"blocks.0.w": 1}, ["blocks.0.w"]),
+        ({}, []),
+    ],
+)
+def test_every_leaf_has_a_path(value, names):
+    assert [n for n, _ in tree.paths(value)] == names
+    assert [x for _, x in tree.paths(value)] == tree.leaves(value)
+
+
+def test_where_chooses_leaf_by_leaf_and_leaves_others_alone():
+    new, old = {"w": ones(2), "n": 3}, {"w": torch.zeros(2), "n": 3}
+    for ok, want in ((True, 1.0), (False, 0.0)):
+        got = tree.where(torch.tensor(ok), new, old)
+        assert got["w"].tolist() == [want] * 2 and got["n"] == 3
+
+
+def test_a_clone_shares_no_memory():
+    x = {"w": ones(2), "n": None, "s": "text"}
+    y = tree.clone(x)
+    y["w"].zero_()
+    assert x["w"].sum() == 2 and y["n"] is None and y["s"] == "text" and tree.tensors(x) == [x["w"]]
+
+
+def test_rows_split_in_order_and_share_memory():
+    batch = {"x": torch.arange(6).view(6, 1), "y": [torch.arange(6)]}
+    parts = tree.split_rows(batch, 3, "here")
+    assert [p["y"][0].tolist() for p in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert parts[1]["x"].data_ptr() == batch["x"][2:].data_ptr()
+    assert tree.split_rows(batch, 1, "here")[0] is batch
+
+
+def test_no_rows_split_into_parts_of_none():
+    assert [p["x"].shape for p in tree.split_rows({"x": ones(0, 3)}, 2, "here")] == [(0, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "words"),
+    [
+        ({"x": ones(5)}, ValueError, "here: a batch of 5 rows does not divide into 2 equal parts; give a multiple of 2 rows"),
+        ({"x": ones(4), "y": ones(2)}, ValueError, r"here: the tensors of a batch disagree on their rows \(dim 0\): \[2, 4\]"),
+        ({"x": ones(())}, TypeError, "one is Tensor without dims"),
+        ({"x": "text"}, TypeError, "one is str"),
+    ],
+)
+def test_rows_that_do_not_split_are_named(batch, error, words):
+    with pytest.raises(error, match=words):
+        tree.split_rows(batch, 2, "here")
+
+
+def test_the_first_rule_that_matches_counts():
+    rules = [("bias$", 0.0), ("head", 2.0), ("", 1.0)]
+    assert [tree.rule(rules, p, None) for p in ("head/bias", "head/w", "w")] == [0.0, 2.0, 1.0]
+    assert tree.rule([("x", 1)], "w", 7) == 7
+
+
+@pytest.mark.parametrize(("which", "hits"), [(None, []), ("a$", ["a", "b/a"]), (str.isalpha, ["a", "c"])])
+def test_a_matcher_is_a_regex_a_predicate_or_nothing(which, hits):
+    assert [p for p in ("a", "b/a", "c") if tree.matcher(which)(p)] == hits
