@@ -31,7 +31,6 @@ from funczero import schedules as schedules
 from funczero import tree as tree
 from funczero.accumulate import accumulate as accumulate
 from funczero.chain import chain as chain
-from funczero.chain import mean as mean
 from funczero.clip import clip_by_global_norm as clip_by_global_norm
 from funczero.clip import clip_by_value as clip_by_value
 from funczero.collectives import count_bytes as count_bytes
@@ -45,6 +44,7 @@ from funczero.init import leaf as leaf
 from funczero.layers import gather as gather
 from funczero.layers import layers as layers
 from funczero.loss_scale import scale_loss as scale_loss
+from funczero.mean import mean as mean
 from funczero.mesh import P as P
 from funczero.mesh import init_distributed as init_distributed
 from funczero.mesh import make_mesh as make_mesh

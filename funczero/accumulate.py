@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from funczero import order, tree
-from funczero.chain import refuse, slot_name
 from funczero.spec import Slots
+from funczero.transform import refuse, slot_name
 from funczero.types import Grad, Out, Seed, Transform
 
 

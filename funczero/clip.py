@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from funczero.chain import after, global_norm, pointwise, value
+from funczero.mean import global_norm, pointwise, value
+from funczero.transform import after
 from funczero.types import Grad, Out, Transform
 
 

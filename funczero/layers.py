@@ -18,7 +18,6 @@ from funczero.collectives import Travelling, gather_units, scatter_units
 from funczero.spec import Slots, Where
 from funczero.types import Env
 
-
 SMALL = 1 << 15  # elements under which a unit's gradient is not worth a message of its own
 
 

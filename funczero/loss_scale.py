@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero.chain import after, refuse, slot_name, value
+from funczero.mean import value
+from funczero.transform import after, refuse, slot_name
 from funczero.types import Grad, Out, Seed, Transform
 
 

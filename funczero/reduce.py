@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from funczero import collectives
-from funczero.chain import after, refuse
 from funczero.spec import Slots
+from funczero.transform import after, refuse
 from funczero.types import Grad, Transform
 
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from funczero import collectives
-from funczero.chain import Bracket, Source, chain, fold, refuse
+from funczero.chain import Bracket, Source, chain, fold
 from funczero.mesh import P
 from funczero.reduce import closed, summed
 from funczero.spec import Rules
+from funczero.transform import refuse
 from funczero.types import ChainError, Grad
 
 

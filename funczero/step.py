@@ -11,15 +11,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from funczero import order, rng, tree
-from funczero.chain import Source, build, chain, configured, rank_of, refuse
+from funczero.chain import Source, build, chain, configured
 from funczero.check import UPDATE, recorded, watched
 from funczero.collectives import all_gather, sum_integers
 from funczero.gradient import check_loss, open_rest
 from funczero.layers import Tape
+from funczero.mean import rank_of
 from funczero.mesh import Mesh, P, connect, plan_mesh
 from funczero.policy import Policy
 from funczero.spec import Lazy, Slots, lazy
+from funczero.transform import refuse
 from funczero.types import ChainError, Env, Grad, Metrics, Out, Seed, TrainState
+from funczero.update import coords
 
 
 class Eval(NamedTuple):
@@ -84,7 +87,7 @@ class Step(NamedTuple):
         meta = _lazy(self.source, self.grad, params, torch.device("meta"))
         state = self.grad.init(meta)
         masters: Slots = state["params"]
-        rest = _coords(self.grad, self.grad.layout.rest)
+        rest = coords(self.grad, self.grad.layout.rest)
         out = {name: tree.map(_spec_tree, own, is_leaf=lambda x: isinstance(x, Slots)) for name, own in state.items()}
         return out | {"grads": _spec_tree(masters), "views": _spec_tree(meta.at(rest, self.grad.env.policy.compute))}
 
@@ -150,7 +153,7 @@ def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bo
         _check_widening(params, g.env.policy)
         state = g.init(own)
         masters = state.pop("params")
-        rest = _coords(g, g.layout.rest)
+        rest = coords(g, g.layout.rest)
         views = None if masters.where.coords == rest else own.at(rest, g.env.policy.compute)
         zero = torch.zeros((), dtype=torch.int64)
         return TrainState(masters, views, state, zero, zero.to(g.env.mesh.device, copy=True), torch.tensor(key))
@@ -184,10 +187,6 @@ def _built(parts: tuple[Any, ...], env: Env) -> Grad:
         left = [a for a in g.layout.sharded if a not in g.layout.rest]
         raise refuse(g, "train_step", f"the new parameters are still split over {left}; write shard({left[-1]!r}, ...) around what reduce_scatter opened, or all_gather({left[-1]!r}) after it")
     return g
-
-
-def _coords(g: Grad, axes: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
-    return tuple((a, g.env.mesh.axes[a].size, g.env.mesh.index(a)) for a in axes)
 
 
 def _lazy(source: Source, g: Grad, params: Any, device: torch.device) -> Lazy:

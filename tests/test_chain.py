@@ -9,7 +9,8 @@ import zoo
 
 import funczero as fz
 from funczero import P, tree
-from funczero.chain import after, pointwise
+from funczero.mean import pointwise
+from funczero.transform import after
 from funczero.types import GradientTransformation
 
 MESH = {"data": 1}
