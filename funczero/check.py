@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from absl import logging
 from torch import Tensor
 
 from funczero import tree
@@ -33,7 +32,7 @@ from funczero.types import Grad, TrainState
 
 PERIOD = 0.5  # seconds between two looks
 LINGER = 2.0  # seconds that a rank which ends stays, so that the others can compare and hear
-PATIENCE = 6.0  # seconds after which an exception that did not end the process says that a rank will not go on
+PATIENCE = 5.5  # seconds after which an exception that did not end the process says that a rank will not go on
 NOTICE = 30.0  # seconds of waiting for a rank that is alive elsewhere, before that is said
 TAIL, MEMORY = 256, 1 << 14  # entries published, entries remembered
 UPDATE = "step(state, batch)"
@@ -85,7 +84,7 @@ class Record:
         """fn(state, *batch), with its name, step and rows, and what it raises."""
         watch, now = self.watch, int(state.step)
         self.first = now if self.first < 0 else self.first
-        self.open = self.open and now - self.first < self.limit
+        self.open = self.open and now - self.first < self.limit and watch.is_alive()
         if not self.open:
             return fn(state, *batch)
         spec, rows = self.spec(state.params.where.structure), {str(len(x)) for x in tree.leaves(batch) if isinstance(x, Tensor) and x.dim()}
@@ -94,6 +93,8 @@ class Record:
             return fn(state, *batch)
         except BaseException as error:
             watch.raised = (time.monotonic(), type(error).__name__, f"{_words(error)} in {name} at step {now}")
+            if not watch.is_alive():
+                error.add_note("funczero: rank 0 has left the world; every rank must make as many calls")
             raise
         finally:
             watch.context, watch.inside = ("no call", now, "", spec), False
@@ -118,16 +119,9 @@ def watched(mesh: Mesh, grad: Grad, check: int | bool) -> Mesh:
     if not check or world_size() == 1 or prod(mesh.sizes().values()) != world_size():
         return mesh
     init_distributed()
-    if dist.get_backend() in ("fake", "threaded"):
+    if dist.get_backend() in ("fake", "threaded", "mpi"):  # simulated, or without a store
         return mesh
-    watch = next((t for t in threading.enumerate() if isinstance(t, Watch) and t.world is dist.group.WORLD), None)
-    if watch is None:
-        try:
-            watch = Watch()
-        except (RuntimeError, AttributeError) as error:
-            logging.warning("check: this world's store cannot be read from a thread (%s); ranks are not compared", error)
-            return mesh
-        watch.start()
+    watch = next((t for t in threading.enumerate() if isinstance(t, Watch) and t.world is dist.group.WORLD), None) or Watch()
     record = Record(watch, grad, inf if check is True or check < 0 else check)
     if not mesh.connected:  # groups are about to be made, by all ranks
         watch.context = ("train_step", 0, "", record.spec(None))
@@ -139,22 +133,22 @@ class Watch(threading.Thread):
     """This process's log and the thread that compares it; one for all steps of a world."""
 
     def __init__(self) -> None:
-        """Opens its own connection to the store, and a namespace for this world."""
+        """Opens its own connection to the store, and a namespace for this world; starts to look."""
         super().__init__(name="funczero-check", daemon=True)
         self.world, self.rank, self.size, self.pid = dist.group.WORLD, dist.get_rank(), dist.get_world_size(), os.getpid()
         self.anchor: Any = dist.distributed_c10d._get_default_store()  # keeps rank 0's server up while others ask
-        clone = self.anchor.clone()
+        clone = self.anchor.clone()  # the main thread may be waiting on the connection of the first
         self.store: Any = dist.PrefixStore(f"funczero/check/{clone.add(f'funczero/check/{self.rank}', 1)}", clone)
         self.fresh: deque[tuple[Any, ...]] = deque()  # entries from the main thread
         self.texts: deque[tuple[int, str]] = deque()  # chains and leaves by checksum
         self.context: tuple[str, int, str, int] = ("no call", 0, "", 0)
-        self.inside, self.caller = False, 0
         self.raised: tuple[float, str, str] | None = None  # when, its type, in words
         self.log: deque[tuple[int, Entry]] = deque(maxlen=MEMORY)  # (checksum so far, entry)
-        self.count, self.sum, self.told, self.published = 0, 0, "", (-1, False)
+        self.count, self.sum, self.told, self.published, self.inside, self.caller = 0, 0, "", (-1, False), False, 0
         self.moved, self.noticed = time.monotonic(), -1  # when the count did; the count at which a notice was given
         self.leaving, self.aborting = threading.Event(), _slow_abort()
         atexit.register(self.leave)
+        self.start()
 
     def leave(self) -> None:
         """At exit: compare the last entries, then let go."""
@@ -163,16 +157,20 @@ class Watch(threading.Thread):
             self.join(2 * LINGER + PATIENCE)
 
     def run(self) -> None:
-        """Look twice a second, until this rank leaves or is told."""
-        with contextlib.suppress(RuntimeError):  # the store is gone, and its host with it: there is nobody to ask
-            while not self.told and not self.leaving.wait(PERIOD) and dist.is_initialized() and dist.group.WORLD is self.world:
+        """Look twice a second, until this rank leaves or is told, or rank 0 takes the store along."""
+        lent, closing = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", False
+        with contextlib.suppress(RuntimeError):  # the store is gone: there is nobody to ask
+            while not (self.told or closing or self.leaving.wait(PERIOD)) and dist.is_initialized() and dist.group.WORLD is self.world:
+                closing = lent and self.rank > 0 and self.store.check(["closing"])
                 self.look()
-            if not self.told:
+            if not (self.told or closing):
                 self.part()
-            self.store.add("heard", 1)
-            until = time.monotonic() + LINGER  # rank 0 may hold the store, and a process that ends breaks connections of the others
-            while self.rank == 0 and self.store.add("heard", 0) < self.size and time.monotonic() < until:
+            until, heard = time.monotonic() + LINGER, self.store.add("heard", 1)
+            if self.rank == 0:
+                self.store.set("closing", "")
+            while self.rank == 0 and heard < self.size and time.monotonic() < until:
                 time.sleep(PERIOD / 10)
+                heard = self.store.add("heard", 0)
         if self.told:
             self.end()
         self.store = self.anchor = None
@@ -182,14 +180,14 @@ class Watch(threading.Thread):
         if self.raised and time.monotonic() - self.raised[0] > PATIENCE:
             self.fresh.append((*self.context, "raised", self.raised[1], "", 0, self.raised[2]))
             self.raised = None
-        while self.texts:
-            checksum, text = self.texts.popleft()
-            self.store.set(f"text/{checksum}", zlib.compress(text.encode()))
         while self.fresh:
             entry = Entry(*self.fresh.popleft())
             self.sum = zlib.crc32(repr(entry[:-1]).encode(), self.sum)
             self.log.append((self.sum, entry))
             self.count, self.moved = self.count + 1, time.monotonic()
+        while self.texts:
+            checksum, text = self.texts.popleft()
+            self.store.set(f"text/{checksum}", zlib.compress(text.encode()))
         if self.published != (self.count, self.inside):
             self.published = (self.count, self.inside)
             self.store.set(f"tail/{self.rank}", zlib.compress(json.dumps([self.count, list(self.log)[-TAIL:]]).encode()))
@@ -197,11 +195,13 @@ class Watch(threading.Thread):
         for peer in {(self.rank - 1) % self.size, (self.rank + 1) % self.size}:
             count, checksum, _ = self.at(peer)
             if count and 0 <= self.count - count < len(self.log) and self.log[count - self.count - 1][0] != checksum:
-                self.store.compare_set("verdict", "", self.verdict(peer))
+                self.judge(peer)
         if self.store.check(["verdict"]):
             self.told = self.store.get("verdict").decode()
         elif self.inside and self.noticed != self.count and time.monotonic() - self.moved > NOTICE:
-            self.notice()
+            if idle := [r for r in range(self.size) if self.at(r)[0] < self.count and not self.at(r)[2]]:  # no proof: said, and not ended
+                self.noticed = self.count
+                print(f"funczero: rank {self.rank} {self.log[-1][1]} and has waited {NOTICE:g} s for {_ranks(idle)}, alive in no call", file=sys.stderr, flush=True)
 
     def at(self, rank: int) -> tuple[int, ...]:
         """What a rank published: entries so far, their checksum, and whether it is inside a call."""
@@ -225,20 +225,14 @@ class Watch(threading.Thread):
     def end(self) -> None:
         """Say it once, with the line of the caller's code, and end the process: no exception reaches a thread inside a wait."""
         self.leaving.wait(PATIENCE if self.raised else 2 * PERIOD)  # an exception on its way out is shown first; others hear before a connection breaks
-        print(f"funczero: {self.told}{_place_of(self.caller)}", file=sys.stderr, flush=True)
+        place = "" if self.leaving.is_set() else f" (this rank is at {_place_of(self.caller)})"
+        print(f"funczero: {self.told}{place}", file=sys.stderr, flush=True)
         if not (self.leaving.is_set() and hasattr(sys, "last_value")):  # else it ends by itself, with an error
             sys.stdout.flush()
             os._exit(1)
 
-    def notice(self) -> None:
-        """One line, and no end: this rank has long waited for one that is alive outside of any call."""
-        idle = [r for r in range(self.size) if self.at(r)[0] < self.count and not self.at(r)[2]]
-        if idle:
-            self.noticed = self.count
-            print(f"funczero: rank {self.rank} {self.log[-1][1]} and has waited {NOTICE:g} s for {_ranks(idle)}, alive in no call", file=sys.stderr, flush=True)
-
-    def verdict(self, peer: int) -> str:
-        """The message: who is odd, where, what the others do, and what to change."""
+    def judge(self, peer: int) -> None:
+        """Write the message that all ranks print: who is odd, where, what the others do, and what to change."""
         entries, n = {}, -1
         own = {self.count - len(self.log) + i: checksum for i, (checksum, _) in enumerate(self.log)}
         for r in (peer, *range(self.size)):
@@ -247,19 +241,24 @@ class Watch(threading.Thread):
             n = next((i for i, (checksum, _) in by_number.items() if own.get(i, checksum) != checksum), -1) if n < 0 else n
             if n in by_number:
                 entries[r] = Entry(*by_number[n][1])
+        if not entries:  # the peer is too far ahead; it will compare
+            return
         found = Counter(e[:-1] for e in entries.values())
         usual = max(entries.values(), key=lambda e: (found[e[:-1]], not e.text, e.call == UPDATE))  # what most do; of two, the plainer
         odd = next((r for r, e in sorted(entries.items()) if e[:-1] != usual[:-1]), peer)
         others = sorted(r for r, e in entries.items() if e[:-1] == usual[:-1])
-        return f"rank {odd} {entries[odd]}, while {_ranks(others)} {usual}; {self.remedy(entries[odd], usual)}"
+        self.store.compare_set("verdict", "", f"rank {odd} {entries[odd]}, while {_ranks(others)} {usual}; {self.remedy(entries[odd], usual)}")
 
     def remedy(self, odd: Entry, usual: Entry) -> str:
         """What to write instead."""
-        if odd.text or usual.text:
-            return "every rank must make as many calls: give every rank as many batches" if odd.text.startswith("after") else "an error on one rank ends all"
+        gone, there = (odd, usual) if odd.text else (usual, odd)
+        if gone.text and not gone.text.startswith("after"):
+            return "an error on one rank ends all"
+        if gone.text:
+            return f"every rank must make as many calls of {there.call}{': give every rank as many batches' * (there.call == UPDATE)}"
         if odd.spec != usual.spec:
-            here, there = (zlib.decompress(self.store.get(f"text/{e.spec}")).decode().split("\n") + [""] for e in (odd, usual))
-            a, b = next((a, b) for a, b in zip(here, there, strict=False) if a != b)
+            one, many = (zlib.decompress(self.store.get(f"text/{e.spec}")).decode().split("\n") + [""] for e in (odd, usual))
+            a, b = next((a, b) for a, b in zip(one, many, strict=False) if a != b)
             return f"every rank must build the same chain from like parameters, but one has {a!r} where others have {b!r}"
         if odd.call != usual.call:
             return f"every rank must make the same calls: {odd.call if odd.call != UPDATE else usual.call} on all ranks or on none"
@@ -283,7 +282,7 @@ def _place_of(thread: int) -> str:
     frame, ours = sys._current_frames().get(thread), (os.path.dirname(__file__), os.path.dirname(torch.__file__))
     while frame is not None and frame.f_code.co_filename.startswith(ours):
         frame = frame.f_back
-    return "" if frame is None else f" (this rank is at {frame.f_code.co_filename}:{frame.f_lineno})"
+    return "its start" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _slow_abort() -> Any:

@@ -81,6 +81,14 @@ def launch_exchange(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
         return _ops.all_to_all_single(x, [1] * size, [1] * size, group)
 
 
+def _launch_backend_sum(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+    """Start the backend's own reduce-scatter of [W, n], in whatever order it adds."""
+    size, _, group = mesh.axes[axis]
+    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.reduce_scatter_tensor(x, "sum", size, group)
+
+
 def wait(x: Tensor) -> Tensor:
     """The tensor of a launched collective, complete."""
     with torch._C._AutoDispatchBelowAutograd():
@@ -205,6 +213,9 @@ def scatter_units(where: Where, units: Sequence[int], axis: str, mesh: Mesh, lea
     for u, xs, row in zip(units, leaves, send.split_with_sizes(lengths, 1), strict=True):
         here, there = _pairs(_plan(where, u, axis, size), size, xs, row, None)
         _copy(there, here)
+    if mesh.sums == "backend" and size > 1:
+        part = _launch_backend_sum(send.to(dtype), axis, mesh)
+        return Travelling(lambda: list(wait(part).view(-1).split_with_sizes(lengths)))
     wire = launch_exchange(send, axis, mesh)
     return Travelling(lambda: list(tree_sum(wait(wire).to(dtype) if size > 1 else wire).split_with_sizes(lengths)))
 
@@ -240,6 +251,18 @@ def reduce_scatter(x: Slots, axis: str, mesh: Mesh, dtype: torch.dtype) -> Slots
         return Slots(x.buffers, inner)
     flying = [(us, scatter_units(x.where, us, axis, mesh, [x.where.views(u, x.buffers[u]) for u in us], dtype)) for us in _messages(x)]
     return Slots(_landed(flying, x), inner)
+
+
+def all_reduce(x: Slots, axis: str, mesh: Mesh, dtype: torch.dtype) -> Slots:
+    """The sum over `axis`, whole on every rank, taken in `dtype`: a scatter and a gather, or what the backend does."""
+    size, _, group = mesh.axes[axis]
+    if mesh.sums == "tree" or size == 1:
+        return all_gather(reduce_scatter(x, axis, mesh, dtype), axis, mesh)
+    for b in x.buffers:
+        _sent(mesh, axis, "all_reduce", dtype, 2 * b.numel() * dtype.itemsize * (size - 1) // size)
+    with torch._C._AutoDispatchBelowAutograd():
+        flying = [_ops.all_reduce(b.to(dtype), "sum", group) for b in x.buffers]
+    return Slots(tuple(wait(b) for b in flying), x.where)
 
 
 def _messages(x: Slots) -> list[list[int]]:

@@ -197,6 +197,7 @@ class Tape:
         if self.late:
             self._send(tuple(self.late), list(self.late.values()))
         self._finish(self.scattering)
+        self.scattering = None  # it refers to this tape: a cycle would hold the gradients until a collection
         self.open.clear()
         self.flying.clear()
         where = self.here

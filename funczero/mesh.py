@@ -59,6 +59,7 @@ class Mesh(NamedTuple):
     sent: Counter  # (axis, verb, dtype) -> bytes sent by this process
     world_group: str = ""  # the group of all, where the mesh spans them
     connected: bool = False
+    sums: str = "tree"  # how gradients are added over ranks: in the one tree, or by the "backend" as it likes
     watch: Any = None  # the record that other ranks compare (check.py); None: nobody looks
 
     def sizes(self) -> dict[str, int]:
@@ -185,7 +186,7 @@ def connect(mesh: Mesh) -> Mesh:
         raise ValueError(_wrong_world(sizes, world.size))
     if world.size == 1:
         return mesh._replace(connected=True)
-    return _connected(make_mesh(sizes, mesh.device.type))._replace(sent=mesh.sent, device=mesh.device, watch=mesh.watch)
+    return _connected(make_mesh(sizes, mesh.device.type))._replace(sent=mesh.sent, device=mesh.device, sums=mesh.sums, watch=mesh.watch)
 
 
 def _connected(mesh: DeviceMesh) -> Mesh:

@@ -37,7 +37,7 @@ def all_reduce(axis: str) -> Transform:
 
     def transform(g: Grad) -> Grad:
         mesh, wide = g.env.mesh, g.env.policy.accumulate
-        return summed(g, axis, f"all_reduce({axis!r})", lambda x: collectives.all_gather(collectives.reduce_scatter(x, axis, mesh, wide), axis, mesh), ())
+        return summed(g, axis, f"all_reduce({axis!r})", lambda x: collectives.all_reduce(x, axis, mesh, wide), ())
 
     transform.__name__ = f"all_reduce({axis!r})"
     return transform

@@ -185,24 +185,25 @@ def _wiring(root: nn.Module, apart: Iterable[str] = ()) -> list[tuple[nn.Module,
 def _copies(wiring: list[tuple[nn.Module, list[str]]]) -> dict[int, nn.Module]:
     """A copy of every module, by the original's id: attributes and containers of its own, the same tensors, wired among themselves."""
     memo = {id(m): object.__new__(type(m)) for m, _ in wiring}
-
-    def wired(x: Any) -> Any:
-        if isinstance(x, nn.Module):
-            return memo.get(id(x), x)
-        if type(x) is MethodType:
-            return MethodType(x.__func__, wired(x.__self__))
-        return partial(wired(x.func), *map(wired, x.args), **x.keywords) if type(x) is partial else x
-
     for m, names in wiring:
         own = memo[id(m)].__dict__
         own.update(m.__dict__)
         for name in names:
             v, kind = own[name], type(own[name])
             if kind is dict or kind is OrderedDict:
-                own[name] = kind((k, wired(x)) for k, x in v.items()) if v else kind()
+                own[name] = kind((k, _wired(x, memo)) for k, x in v.items()) if v else kind()
             else:
-                own[name] = [wired(x) for x in v] if kind is list else wired(v)
+                own[name] = [_wired(x, memo) for x in v] if kind is list else _wired(v, memo)
     return memo
+
+
+def _wired(x: Any, memo: dict[int, nn.Module]) -> Any:
+    """A value among the copies: modules and what is bound to them are the copies' own."""
+    if isinstance(x, nn.Module):
+        return memo.get(id(x), x)
+    if type(x) is MethodType:
+        return MethodType(x.__func__, _wired(x.__self__, memo))
+    return partial(_wired(x.func, memo), *(_wired(a, memo) for a in x.args), **x.keywords) if type(x) is partial else x
 
 
 # --- one call ---------------------------------------------------------------------------------------------------------

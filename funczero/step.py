@@ -110,7 +110,14 @@ class Step(NamedTuple):
         return f"<Step {' | '.join(self.grad.names)}>"
 
 
-def train_step(*parts: Any, mesh: Mapping[str, int] | DeviceMesh | Mesh | None = None, policy: str | Policy | None = None, debug: bool = False, check: int | bool = 10) -> Step:
+def train_step(
+    *parts: Any,
+    mesh: Mapping[str, int] | DeviceMesh | Mesh | None = None,
+    policy: str | Policy | None = None,
+    sums: str = "tree",
+    debug: bool = False,
+    check: int | bool = 10,
+) -> Step:
     """A step from a chain: a gradient, transforms, and an optimizer that applies the update.
 
     Args:
@@ -118,6 +125,7 @@ def train_step(*parts: Any, mesh: Mapping[str, int] | DeviceMesh | Mesh | None =
       mesh: axis sizes by name, outermost first, -1 for all that are left; or a DeviceMesh. A dict builds, prints and plans in
         any process; the world is joined at the first init. None: all processes on the one axis of the batch.
       policy: dtypes, as "params=float32,compute=bfloat16,accumulate=float32".
+      sums: how gradients are added over ranks: in the one "tree" (the same bits on any mesh), or by the "backend" as it likes.
       debug: log the first non-finite leaf of any update, and its rank.
       check: for so many updates ranks compare what they launch, and one that differs ends all with a message instead of a hang
         (check.py); 0: never, True: always.
@@ -130,7 +138,9 @@ def train_step(*parts: Any, mesh: Mapping[str, int] | DeviceMesh | Mesh | None =
         if len(flat[0].batch) > 1:
             raise ChainError(f"train_step: the batch is split over {list(flat[0].batch)}; write their sizes, as mesh={{{', '.join(f'{a!r}: 2' for a in flat[0].batch)}}}")
         mesh = dict.fromkeys(flat[0].batch, -1)
-    env = Env(plan_mesh(mesh), Policy.parse(policy), {})
+    if sums not in ("tree", "backend"):
+        raise ValueError(f"train_step: sums={sums!r} is neither 'tree' nor 'backend'; leave it out for the same bits on any mesh")
+    env = Env(plan_mesh(mesh)._replace(sums=sums), Policy.parse(policy), {})
     return _make(flat, env, debug, check, donated=False)
 
 
@@ -261,6 +271,8 @@ def describe(step: Step) -> str:
     odd = {a: n for a, n in g.layout.order if n & (n - 1)}
     if odd:
         notes.append(f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds")
+    if g.env.mesh.sums == "backend":
+        notes.append("gradients are added over ranks by the backend: the same-bits promise is off")
     head = f"train_step on {g.env.mesh} ({g.env.mesh.device.type}), {g.env.policy}{', donated' if g.env.donate else ''}"
     return "\n".join([head, *(f"  {a:<{wide}}  -> {b}" if b else f"  {a}" for a, b in lines), *(f"  note: {n}" for n in notes)])
 

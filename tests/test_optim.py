@@ -1,0 +1,231 @@
+"""Optimizers: torch's own, an oracle in plain arithmetic, rates by rule, tree and schedule, and optax's pair by hand."""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import zoo
+
+import funczero as fz
+from funczero import P, tree
+from funczero.optim import rates
+
+MESH = {"data": -1}
+F32, F64 = torch.float32, torch.float64
+
+
+def masters(tx, stage=3, dtype=F32, updates=4, policy=None, batch=zoo.batch, **kw):
+    """Whole masters after some updates of the zoo, and its metrics."""
+    parts = fz.zero(zoo.source(), tx, stage=stage, accumulate=zoo.MICROS // fz.mesh.world_size())
+    got, log, state, _ = zoo.train(parts, MESH, dtype=dtype, updates=updates, policy=policy or str(dtype).removeprefix("torch."), **kw)
+    return dict(tree.paths(got)), log, state
+
+
+def torchs(make, updates=4, dtype=F64):
+    """The same by torch.optim, unsharded."""
+    p = zoo.params(dtype)
+    unique = list({id(x): x.requires_grad_() for x in tree.leaves(p)}.values())
+    optimizer = make(unique)
+    for t in [t for t in range(updates) if t != zoo.BAD]:
+        loss, weight = zoo.loss_plain(p, zoo.batch(t, dtype))
+        for x, g in zip(unique, torch.autograd.grad(loss / weight, unique, allow_unused=True), strict=True):
+            x.grad = torch.zeros_like(x) if g is None else g
+        optimizer.step()
+    return {n: x.detach() for n, x in tree.paths(p)}
+
+
+def close(a, b, atol):
+    for n in b:
+        torch.testing.assert_close(a[n], b[n], rtol=0, atol=atol, msg=lambda m, n=n: f"{n}: {m}")
+
+
+PAIRS = {
+    "adamw": (fz.adamw(1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 1e-2, (0.8, 0.95), 1e-6, 0.1)),
+    "adamw, no decay": (fz.adamw(1e-2, weight_decay=0.0), lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.0)),
+    "sgd": (fz.sgd(0.5), lambda p: torch.optim.SGD(p, 0.5)),
+    "momentum": (fz.sgd(0.5, momentum=0.9), lambda p: torch.optim.SGD(p, 0.5, momentum=0.9)),
+    "nesterov, decay": (fz.sgd(0.5, 0.9, nesterov=True, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.5, 0.9, nesterov=True, weight_decay=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_optimizer_is_torchs(name):
+    tx, make = PAIRS[name]
+    want = torchs(make)
+    close(masters(tx, dtype=F64)[0], want, 1e-13)
+    close(masters(tx)[0], {n: x.float() for n, x in want.items()}, 2e-5 if "adamw" in name else 2e-6)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(F64, 1e-13), (F32, 1e-6)])
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_fused_form_is_the_plain_one(name, dtype, atol):
+    """`update` in plain arithmetic, lifted, is the oracle of `apply`."""
+    tx, _ = PAIRS[name]
+    close(masters(tx, dtype=dtype)[0], masters(fz.lift((tx.init, tx.update)), dtype=dtype)[0], atol)
+
+
+class ByHand(NamedTuple):
+    """AdamW as somebody writes it against optax: a pair of functions on trees."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+def by_hand_init(params):
+    return ByHand(0, tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, params))
+
+
+def by_hand_update(grads, state, params):
+    n = state.count + 1
+    mu = tree.map(lambda m, g: zoo.B1 * m + (1 - zoo.B1) * g, state.mu, grads)
+    nu = tree.map(lambda v, g: zoo.B2 * v + (1 - zoo.B2) * g * g, state.nu, grads)
+    step = lambda m, v, p: -zoo.LR * (m / (1 - zoo.B1**n) / ((v / (1 - zoo.B2**n)).sqrt() + zoo.EPS) + zoo.DECAY * p)
+    return tree.map(step, mu, nu, params), ByHand(n, mu, nu)
+
+
+def lifted(dtype):
+    """By stage: the pair's masters as a list, and their distance from the fused AdamW's."""
+    out = []
+    for stage in range(4):
+        hand, fused = (masters(tx, stage, dtype)[0] for tx in (fz.lift((by_hand_init, by_hand_update)), fz.adamw(**zoo.TX)))
+        out.append((max((hand[n] - fused[n]).abs().max().item() for n in hand if hand[n].numel()), zoo.tree_hash(hand)))
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(F64, 1e-13), (F32, 1e-6)])
+def test_a_pair_by_hand_is_adamw_at_every_stage(run_world, dtype, atol):
+    for world in (1, 2):
+        found = zoo.everywhere(run_world, world, lifted, dtype)
+        assert max(d for d, _ in found) < atol
+
+
+def test_an_integer_in_a_lifted_state_may_stay_one():
+    _, _, state = masters(fz.lift((by_hand_init, by_hand_update), name="mine"))
+    assert state.chain["mine"].count == 4 and [*state.chain] == ["mine"]
+
+
+def test_a_lifted_pair_sees_parts_and_is_tried_on_parts():
+    shapes = []
+
+    def init(params):
+        shapes.append(sorted(tuple(x.shape) for x in tree.leaves(params)))
+        return ()
+
+    tx = fz.lift((init, lambda u, s, p: (tree.map(lambda g: -g, u), s)), name="descend")
+    assert shapes[0] == [(8,), (8, 6)] and shapes[1] == [(3,), (3, 6)] and tx.name == "descend" and tx.elementwise
+    fz.lift((init, lambda u, s, p: (u, s)), elementwise=True)  # trusted
+    assert len(shapes) == 3
+
+
+# --- rates ------------------------------------------------------------------------------------------------------------
+def by_path(rate):
+    """A tree of rates like the zoo's parameters."""
+    return tree.unflatten([rate(n) for n, _ in tree.paths(zoo.params())], tree.flatten(zoo.params())[1])
+
+
+RULES = [(r"blocks/1|head/b", 3e-2), ("embed", 0.0), (r"/w$", fz.schedules.warmup_cosine(1e-2, 2, 8)), ("", 1e-2)]
+DECAYS = [(r"/b$|norm|gain", 0.0), ("", 0.2)]
+
+
+def rated(kind):
+    """Runs with rates by rule, by tree, and by hand."""
+    lr = RULES if kind == "rules" else by_path(lambda n: tree.rule(RULES, "norm" if n == "head/scale" else n, None))
+    decay = DECAYS if kind == "rules" else by_path(lambda n: tree.rule(DECAYS, "norm" if n == "head/scale" else n, None))
+    return {make.__name__: [zoo.tree_hash(masters(make(lr, weight_decay=decay), stage, F64)[0]) for stage in range(4)] for make in (fz.adamw, fz.sgd)}
+
+
+def test_rules_and_trees_of_rates_are_one_thing(run_world):
+    rules = rated("rules")
+    assert rules == rated("tree") == zoo.everywhere(run_world, 2, rated, "rules") and all(len(set(h)) == 1 for h in rules.values())
+
+
+def test_each_leaf_has_its_own_rate():
+    """A group a leaf in torch.optim; rates that are schedules read the applied updates."""
+    paths = list({id(x): n for n, x in reversed(tree.paths(zoo.params()))}.values())
+    unique = {n: tree.rule(RULES, n, None) for n in paths}
+
+    def make(leaves):
+        order = list({id(x): n for n, x in reversed(list(tree.paths(zoo.params())))}.values())
+        first = {}
+        for n, x in tree.paths(zoo.params()):
+            first.setdefault(len(first) if n != "head/scale" else "tied", n)
+        names = [n for k, n in first.items() if k != "tied"]
+        groups = [{"params": [x], "lr": 0.0, "weight_decay": tree.rule(DECAYS, n, None), "path": n} for x, n in zip(leaves, names, strict=True)]
+        optimizer = torch.optim.AdamW(groups)
+        plain, count = optimizer.step, [0]
+
+        def step():
+            for group in optimizer.param_groups:
+                rate = tree.rule(RULES, group["path"], None)
+                group["lr"] = rate(torch.tensor(count[0])).item() if callable(rate) else rate
+            count[0] += 1
+            return plain()
+
+        optimizer.step = step
+        assert order and unique
+        return optimizer
+
+    close(masters(fz.adamw(RULES, weight_decay=DECAYS), dtype=F64)[0], torchs(make), 1e-13)
+
+
+def test_a_rate_follows_applied_updates_and_is_reported():
+    schedule = fz.schedules.warmup_cosine(1e-2, 4, 10)
+    _, log, _ = masters(fz.adamw(schedule), updates=6)
+    assert [m.lr.item() for m in log] == pytest.approx([schedule(torch.tensor(u)).item() for u in (0, 1, 2, 3, 3, 4)])  # update 3 was skipped
+    assert [int(m.updates) for m in log] == [1, 2, 3, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("lr", "shown"), [(0.25, 0.25), (RULES, 1e-2), (lambda u: torch.tensor(0.5), 0.5), ([("", 0.125)], 0.125)])
+def test_the_rate_shown_is_the_number_or_the_default(lr, shown):
+    for make in (fz.adamw, fz.sgd):
+        assert masters(make(lr), updates=1)[1][0].lr.item() == shown
+
+
+def test_a_tree_of_rates_is_shown_as_nan():
+    assert masters(fz.sgd(by_path(lambda n: 0.1)), updates=1)[1][0].lr.isnan()
+
+
+@pytest.mark.parametrize(
+    ("lr", "error", "words"),
+    [
+        ([("blocks", 1.0)], ValueError, "lr: no rule matches parameter 'embed'; end the rules with"),
+        ({"embed": 1.0}, TypeError, "lr: dict is neither a number, a schedule, rules"),
+        (by_path(lambda n: True if n == "conv" else 1.0), TypeError, "lr: the value for parameter 'conv' is neither a number nor a schedule"),
+    ],
+)
+def test_rates_that_fit_no_leaf_are_named(lr, error, words):
+    with pytest.raises(error, match=words):
+        masters(fz.adamw(lr), updates=1)
+
+
+def test_leaves_of_one_rate_share_a_kernel_call():
+    x = fz.spec.lazy(zoo.params(), ("blocks",), {}, lambda path: False, torch.device("cpu")).at((), F32)
+    assert len(rates.groups(0.1, 0.2, x, x)) == 1 and len(rates.groups(0.1, 0.2, x, x)[0][2][0]) == len(x.buffers)
+    by_rule = rates.groups([("blocks", 1.0), ("", 2.0)], DECAYS, x, x, x)
+    assert sorted((a, d) for a, d, _ in by_rule) == [(1.0, 0.0), (1.0, 0.2), (2.0, 0.0), (2.0, 0.2)]
+    assert sum(t.numel() for _, _, (p, *_) in by_rule for t in p) == sum(b.numel() for b in x.buffers)
+
+
+@pytest.mark.parametrize("policy", ["params=bfloat16,compute=bfloat16", "params=float64,compute=float32"])
+def test_masters_and_moments_live_in_the_params_dtype(policy):
+    want = fz.Policy.parse(policy).params
+    for tx in (fz.adamw(1e-2), fz.sgd(1e-2, momentum=0.9)):
+        got, log, state = masters(tx, dtype=torch.bfloat16, policy=policy, updates=2)
+        held = [x for x in tree.tensors(next(iter(state.chain.values()))) if x.dim()]
+        assert {x.dtype for x in (*got.values(), *held)} == {want} and log[-1].ok
+
+
+def test_moments_are_one_hash_however_leaves_are_rated():
+    """Rules that say the same for every leaf go slot by slot, and one number by whole buffers: the same bits."""
+    runs = [masters(make, dtype=F32)[0] for make in (fz.adamw(1e-2, weight_decay=0.1), fz.adamw([("w", 1e-2), ("", 1e-2)], weight_decay=[("", 0.1)]))]
+    assert zoo.tree_hash(runs[0]) == zoo.tree_hash(runs[1])
+
+
+def test_adamw_counts_in_its_own_state():
+    step = fz.train_step(fz.value_and_grad(lambda p, b: ((p * b["x"]).sum(), torch.ones(())), batch=P("data")), fz.shard("data", fz.adamw(0.1)), mesh={"data": 1})
+    state = step.init(torch.zeros(3))
+    for x in (1.0, torch.nan, 1.0):
+        state, _ = step(state, {"x": torch.tensor([x])})
+    assert state.chain["adamw"].count == 2 == int(state.updates) and int(state.step) == 3
