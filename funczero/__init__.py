@@ -57,6 +57,7 @@ from funczero.reduce import all_reduce as all_reduce
 from funczero.reduce import reduce_scatter as reduce_scatter
 from funczero.shard import shard as shard
 from funczero.spec import Slots as Slots
+from funczero.stateless import stateless as stateless
 from funczero.step import Step as Step
 from funczero.step import donate as donate
 from funczero.step import train_step as train_step

@@ -18,7 +18,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from math import inf, prod
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ class Record:
 
     def call(self, name: str, fn: Callable[..., Any], state: TrainState, *batch: Any) -> Any:
         """fn(state, *batch), with its name, step and rows, and what it raises."""
-        watch, now = self.watch, int(state.step)
+        watch, now = self.watch, int(state.step) if self.open else 0
         self.first = now if self.first < 0 else self.first
         self.open = self.open and now - self.first < self.limit and watch.is_alive()
         if not self.open:
@@ -137,7 +137,7 @@ class Watch(threading.Thread):
         super().__init__(name="funczero-check", daemon=True)
         self.world, self.rank, self.size, self.pid = dist.group.WORLD, dist.get_rank(), dist.get_world_size(), os.getpid()
         self.anchor: Any = dist.distributed_c10d._get_default_store()  # keeps rank 0's server up while others ask
-        clone = self.anchor.clone()  # the main thread may be waiting on the connection of the first
+        clone = self.anchor.clone()  # type: ignore[attr-defined]  # the main thread may be waiting on the connection of the first
         self.store: Any = dist.PrefixStore(f"funczero/check/{clone.add(f'funczero/check/{self.rank}', 1)}", clone)
         self.fresh: deque[tuple[Any, ...]] = deque()  # entries from the main thread
         self.texts: deque[tuple[int, str]] = deque()  # chains and leaves by checksum
@@ -198,10 +198,10 @@ class Watch(threading.Thread):
                 self.judge(peer)
         if self.store.check(["verdict"]):
             self.told = self.store.get("verdict").decode()
-        elif self.inside and self.noticed != self.count and time.monotonic() - self.moved > NOTICE:
-            if idle := [r for r in range(self.size) if self.at(r)[0] < self.count and not self.at(r)[2]]:  # no proof: said, and not ended
-                self.noticed = self.count
-                print(f"funczero: rank {self.rank} {self.log[-1][1]} and has waited {NOTICE:g} s for {_ranks(idle)}, alive in no call", file=sys.stderr, flush=True)
+        late = self.inside and self.noticed != self.count and time.monotonic() - self.moved > NOTICE
+        if late and (idle := [r for r in range(self.size) if self.at(r)[0] < self.count and not self.at(r)[2]]):  # no proof: said, and not ended
+            self.noticed = self.count
+            print(f"funczero: rank {self.rank} {self.log[-1][1]} and has waited {NOTICE:g} s for {_ranks(idle)}, alive in no call", file=sys.stderr, flush=True)
 
     def at(self, rank: int) -> tuple[int, ...]:
         """What a rank published: entries so far, their checksum, and whether it is inside a call."""
@@ -209,31 +209,28 @@ class Watch(threading.Thread):
 
     def part(self) -> None:
         """This rank launches nothing more: its last entry says so, and is compared with what the others do."""
-        error, until = sys.last_value if hasattr(sys, "last_value") else None, time.monotonic() + LINGER
-        why = self.raised[2] if self.raised else _words(error) if error else ""
-        self.fresh.append(("", 0, "", 0, "left", "", "", 0, f"with {why}" if why else f"after step {self.context[1]}"))
+        error, until = getattr(sys, "last_value", None), time.monotonic() + LINGER
+        why = f"with {self.raised[2]}" if self.raised else f"with {_words(error)}" if error else f"after step {self.context[1]}"
+        self.fresh.append(("", 0, "", 0, "left", "", "", 0, why))
         self.raised = None
         self.look()
         self.store.add("left", 1)
         while not self.told and time.monotonic() < until:
-            all_left = self.store.add("left", 0) == self.size
+            until = 0.0 if self.store.add("left", 0) == self.size else until  # all left: one last look
             self.look()
-            if all_left:
-                return
             time.sleep(PERIOD / 10)
 
     def end(self) -> None:
         """Say it once, with the line of the caller's code, and end the process: no exception reaches a thread inside a wait."""
         self.leaving.wait(PATIENCE if self.raised else 2 * PERIOD)  # an exception on its way out is shown first; others hear before a connection breaks
-        place = "" if self.leaving.is_set() else f" (this rank is at {_place_of(self.caller)})"
-        print(f"funczero: {self.told}{place}", file=sys.stderr, flush=True)
+        print(f"funczero: {self.told}{'' if self.leaving.is_set() else _place_of(self.caller)}", file=sys.stderr, flush=True)
         if not (self.leaving.is_set() and hasattr(sys, "last_value")):  # else it ends by itself, with an error
             sys.stdout.flush()
             os._exit(1)
 
     def judge(self, peer: int) -> None:
         """Write the message that all ranks print: who is odd, where, what the others do, and what to change."""
-        entries, n = {}, -1
+        n, entries = -1, {}
         own = {self.count - len(self.log) + i: checksum for i, (checksum, _) in enumerate(self.log)}
         for r in (peer, *range(self.size)):
             count, tail = json.loads(zlib.decompress(self.store.get(f"tail/{r}"))) if self.store.check([f"tail/{r}"]) else (0, [])
@@ -243,10 +240,10 @@ class Watch(threading.Thread):
                 entries[r] = Entry(*by_number[n][1])
         if not entries:  # the peer is too far ahead; it will compare
             return
-        found = Counter(e[:-1] for e in entries.values())
+        found, entries = Counter(e[:-1] for e in entries.values()), dict(sorted(entries.items()))
         usual = max(entries.values(), key=lambda e: (found[e[:-1]], not e.text, e.call == UPDATE))  # what most do; of two, the plainer
-        odd = next((r for r, e in sorted(entries.items()) if e[:-1] != usual[:-1]), peer)
-        others = sorted(r for r, e in entries.items() if e[:-1] == usual[:-1])
+        odd = next((r for r, e in entries.items() if e[:-1] != usual[:-1]), peer)
+        others = [r for r, e in entries.items() if e[:-1] == usual[:-1]]
         self.store.compare_set("verdict", "", f"rank {odd} {entries[odd]}, while {_ranks(others)} {usual}; {self.remedy(entries[odd], usual)}")
 
     def remedy(self, odd: Entry, usual: Entry) -> str:
@@ -273,8 +270,8 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
-def _ranks(ranks: Collection[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, list(ranks)[:8]))}{' ...' * (len(ranks) > 8)}"
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{' ...' * (len(ranks) > 8)}"
 
 
 def _place_of(thread: int) -> str:
@@ -282,7 +279,7 @@ def _place_of(thread: int) -> str:
     frame, ours = sys._current_frames().get(thread), (os.path.dirname(__file__), os.path.dirname(torch.__file__))
     while frame is not None and frame.f_code.co_filename.startswith(ours):
         frame = frame.f_back
-    return "its start" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return "" if frame is None else f" (this rank is at {frame.f_code.co_filename}:{frame.f_lineno})"
 
 
 def _slow_abort() -> Any:

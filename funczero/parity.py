@@ -13,7 +13,7 @@ import torch
 from funczero import tree
 from funczero.collectives import count_bytes
 from funczero.step import donate
-from funczero.testing import WorkerPool, tree_hash
+from funczero.pool import WorkerPool, tree_hash
 
 
 class Row(NamedTuple):

@@ -83,7 +83,7 @@ def _run(size: int, timeout: float, call: Callable[[], Any]) -> list[Any]:
         return sum(c._count for c in list(group._cur_coll_on_pgs.values()) if c._count < c._world_size)
 
     ranks = [threading.Thread(target=rank_of, args=(r,), name=f"rank{r}of{size}", daemon=True) for r in range(size)]
-    isolate = torch._C._distributed_c10d._set_thread_isolation_mode
+    isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
     isolate(True)  # before the world is replaced: groups of the same name belong to different ranks
     threaded._install_threaded_pg()
     try:

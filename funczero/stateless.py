@@ -25,8 +25,8 @@ def stateless(module: nn.Module, loss: Callable[..., Any], units: str | Sequence
     """(loss_fn, params): a module as a pure loss over {dotted name: tensor}; its repeated blocks are units, gathered one by one.
 
     The values are the module's own. value_and_grad reads `loss_fn.units`; `loss_fn.trainable` tells which paths require grad (None: all).
-    What a forward draws is a function of the key that value_and_grad(loss_fn, rng=True) hands in, and of its place; without one
-    drawing is refused. Tied parameters are one tensor. With whole tensors, outside of any step, loss_fn may return anything.
+    What a forward draws is a function of the key of value_and_grad(loss_fn, rng=True) and of its place; without a key drawing is
+    refused. Tied parameters are one tensor. Given whole tensors, outside of any step, loss_fn is a plain function.
 
     >>> loss_fn, params = stateless(nn.Linear(2, 1, bias=False), lambda model, x: (model(x).sum(), torch.tensor(float(len(x)))))
     >>> [x.item() for x in loss_fn({"weight": torch.ones(1, 2)}, torch.ones(3, 2))], list(params)
@@ -35,9 +35,8 @@ def stateless(module: nn.Module, loss: Callable[..., Any], units: str | Sequence
     Args:
       module: read once, now, with its training mode and buffers; to evaluate write another, stateless(module.eval(), loss). Buffers
         follow the parameters' device; a forward that changes one, as batch norm in training, is refused.
-      loss: loss(model, batch) -> (sum, weight); model is called like the module, and lives only in there.
-      units: paths of lists of blocks, such as "transformer.h"; () for none. By default the repeated lists (ModuleList, ModuleDict,
-        Sequential of one type), at the depth where least is gathered at once.
+      loss: loss(model, batch) -> (sum, weight); model is called like the module.
+      units: paths of lists of blocks, as "transformer.h"; () for none. By default the lists (ModuleList, ModuleDict, Sequential) of one type.
       remat: save only each block's inputs and run it again in the backward; so does a block that has gradient_checkpointing set.
 
     Raises:
@@ -50,10 +49,13 @@ def stateless(module: nn.Module, loss: Callable[..., Any], units: str | Sequence
 
     def loss_fn(params: dict[str, Any], batch: Any, key: int | None = None) -> Any:
         call = _Call(snapshot, params, key is not None)
+        copies = call.bound(snapshot)
+        versions = [x._version for _, x in snapshot.buffers]
         with _scope(key, call.device, lambda: _drew(snapshot.root, "", tuple(f"{u.path}." for u in snapshot.units))):
-            result = loss(call.copies[id(snapshot.root)], batch)
-        call.check_buffers()
-        snapshot.check_leaves("", result, [*tree.tensors((params, batch)), *call.ports()])
+            result = loss(copies[id(snapshot.root)], batch)
+        _check_buffers(copies, snapshot.buffers, versions)
+        ports = [x for t in {r.tape for r in params.values() if isinstance(r, Ref)} for x in (t.port, *t.leaves.values())]  # stand for what is closed
+        snapshot.check_leaves("", result, [*tree.tensors((params, batch)), *ports])
         return result
 
     frozen, once = snapshot.frozen, dict[int, Tensor]()
@@ -63,10 +65,18 @@ def stateless(module: nn.Module, loss: Callable[..., Any], units: str | Sequence
 
 # --- which lists are units --------------------------------------------------------------------------------------------
 def _lists(module: nn.Module, units: str | Sequence[str] | None) -> tuple[str, ...]:
-    kinds, modules = (nn.ModuleList, nn.ModuleDict, nn.Sequential), dict(module.named_modules())
-    found = [path for path, m in modules.items() if path and isinstance(m, kinds) and _alike(list(m.children()))]
+    """The lists named, or those found: of nested ones (stages of blocks, blocks of experts) the outer or the inner, whichever holds less."""
+    modules = dict(module.named_modules())
+    found = [path for path, m in modules.items() if path and isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and _alike(list(m.children()))]
+    outer = tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
+    inner = tuple(p for p in found if not any(q.startswith(f"{p}.") for q in found))
+
+    def held(lists: tuple[str, ...]) -> int:  # the rest and two units, less a constant
+        sizes = [sum(p.numel() for p in b.parameters()) for path in lists for b in modules[path].children()]
+        return 2 * max(sizes) - sum(sizes)
+
     if units is None:
-        return _leanest(module, found)
+        return min(outer, inner, key=held) if found else ()
     units = (units,) if isinstance(units, str) else tuple(units)
     for u in units:
         blocks = list(modules[u].children()) if u in modules else []
@@ -81,32 +91,15 @@ def _alike(blocks: list[nn.Module]) -> bool:
     return like and all(list(b.children()) or not type(b).__module__.startswith("torch.nn.") for b in blocks)
 
 
-def _leanest(module: nn.Module, found: list[str]) -> tuple[str, ...]:
-    """Of nested lists (stages of blocks, blocks of experts) the outer or the inner ones, by what is held: the rest and two units."""
-    outer = tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
-    inner = tuple(p for p in found if not any(q.startswith(f"{p}.") for q in found))
-
-    def held(level: tuple[str, ...]) -> int:
-        sizes = [sum(p.numel() for p in b.parameters()) for path in level for b in module.get_submodule(path).children()]
-        return 2 * max(sizes) - sum(sizes)
-
-    return min(outer, inner, key=held) if found else ()
-
-
 # --- the snapshot -----------------------------------------------------------------------------------------------------
-class _Slot(NamedTuple):
-    """A place that holds a tensor: `getattr(module, box)[key]`."""
-
-    module: int  # id in the snapshot
-    box: str
-    key: Any
-    name: str
+Slot = tuple[int, str, Any, str]  # module (its id in the snapshot), box, key, name: the tensor at getattr(module, box)[key]
+Places = list[tuple[Any, Any, str]]  # the same on one copy: box, key, name
 
 
 class _Unit(NamedTuple):
     path: str
-    module: int  # id in the snapshot
-    slots: tuple[_Slot, ...]
+    module: int  # its id in the snapshot
+    slots: list[Slot]
     again: bool  # run again in the backward
 
 
@@ -114,23 +107,22 @@ class _Snapshot:
     """The tree of modules as it was: attributes, copies of buffers, and instead of parameters the places where they belong."""
 
     def __init__(self, module: nn.Module, lists: tuple[str, ...], remat: bool) -> None:
-        """lists: paths of lists of blocks."""
         copies, named = _copies(_wiring(module)), list(module.named_parameters(remove_duplicate=False))
         self.root, self.lists, self.sound = copies[id(module)], lists, set[str]()
         self.names, self.frozen = {n for n, _ in named}, {n for n, p in named if not p.requires_grad}
-        self.slots: list[_Slot] = []
-        self.buffers: list[tuple[_Slot, Tensor]] = []
+        self.slots: list[Slot] = []
+        self.buffers: list[tuple[Slot, Tensor]] = []
         first, kept = {id(p): n for n, p in reversed(named)}, dict[int, Tensor]()
         for path, original in module.named_modules():
-            for slot, x in _tensors(copies[id(original)], path):
+            for (m, box, key, name), x in _tensors(copies[id(original)], path):
                 if id(x) in first:  # in _parameters, or in a list, as an RNN keeps them
-                    self.slots.append(slot if slot.name in self.names else slot._replace(name=first[id(x)]))
+                    self.slots.append((m, box, key, name if box == "_parameters" else first[id(x)]))
                 else:
-                    self.buffers.append((slot, kept.setdefault(id(x), x.detach().clone())))
+                    self.buffers.append(((m, box, key, name), kept.setdefault(id(x), x.detach().clone())))
         self.units = self._units(module, copies, remat)
         self.wiring = _wiring(self.root, nn.Module().__dict__.keys() - {"_parameters", "_buffers", "_modules"})
-        modules = {id(m): m for m in copies.values()}
-        _put(modules, [(slot, None) for slot in self.slots] + self.buffers)
+        for held, key, _ in _places(self.slots, {id(m): m for m in copies.values()}):
+            held[key] = None  # the snapshot keeps no parameter alive
 
     def _units(self, module: nn.Module, copies: dict[int, nn.Module], remat: bool) -> list[_Unit]:
         found: dict[int, _Unit] = {}
@@ -141,7 +133,7 @@ class _Snapshot:
                 asking = [copies[id(m)] for m in (*above, *block.modules()) if getattr(m, "gradient_checkpointing", False) is True and m.training]
                 for m in asking:
                     m.__dict__["gradient_checkpointing"] = False  # the seam does it
-                unit = _Unit(f"{path}.{name}", id(copies[id(block)]), tuple(s for s in self.slots if s.module in inside), remat or bool(asking))
+                unit = _Unit(f"{path}.{name}", id(copies[id(block)]), [s for s in self.slots if s[0] in inside], remat or bool(asking))
                 found.setdefault(unit.module, unit)
         return list(found.values())
 
@@ -163,17 +155,11 @@ class _Snapshot:
         self.sound.add(path)
 
 
-def _tensors(m: nn.Module, path: str) -> list[tuple[_Slot, Tensor]]:
+def _tensors(m: nn.Module, path: str) -> list[tuple[Slot, Tensor]]:
     """Every tensor among a module's attributes and in their containers."""
     boxes = [("__dict__", m.__dict__), *((k, v) for k, v in m.__dict__.items() if type(v) in (dict, OrderedDict, list))]
     pairs = [(box, key, x) for box, held in boxes for key, x in (enumerate(held) if type(held) is list else held.items()) if isinstance(x, Tensor)]
-    return [(_Slot(id(m), box, key, f"{path}.{key}".lstrip(".")), x) for box, key, x in pairs]
-
-
-def _put(modules: dict[int, nn.Module], values: Iterable[tuple[_Slot, Any]]) -> None:
-    """Put values in their places."""
-    for slot, x in values:
-        getattr(modules[slot.module], slot.box)[slot.key] = x
+    return [((id(m), box, key, f"{path}.{key}".lstrip(".")), x) for box, key, x in pairs]
 
 
 def _wiring(root: nn.Module, apart: Iterable[str] = ()) -> list[tuple[nn.Module, list[str]]]:
@@ -208,78 +194,75 @@ def _wired(x: Any, memo: dict[int, nn.Module]) -> Any:
 
 # --- one call ---------------------------------------------------------------------------------------------------------
 class _Call:
-    """One forward: a fresh copy with its parameters bound. Units are closed until they run; the backward may run them again."""
+    """One forward. Its copies of the blocks hold it, and never the other way: a cycle would keep gathered memory until a collection."""
 
     def __init__(self, snapshot: _Snapshot, params: dict[str, Any], keyed: bool) -> None:
-        """params: whole tensors, or Refs inside the units."""
         _check_params(snapshot, params)
-        self.snapshot, self.params, self.keyed = snapshot, params, keyed
+        self.units, self.check_leaves, self.params, self.keyed = snapshot.units, snapshot.check_leaves, params, keyed
         self.device = next((x.device for x in params.values()), torch.device("cpu"))
-        self.copies, self.forwards = _copies(snapshot.wiring), list[Callable[..., Any]]()
-        self.buffers = snapshot.buffers = [(slot, x.to(self.device)) for slot, x in snapshot.buffers]
-        self.versions = [x._version for _, x in self.buffers]
-        _put(self.copies, [(s, params[s.name]) for s in snapshot.slots] + self.buffers)
-        self.groups = [group_of([params[s.name] for s in u.slots]) for u in snapshot.units]
-        for i, unit in enumerate(snapshot.units):
-            block = self.copies[unit.module]
-            self.forwards.append(block.__dict__.get("forward") or partial(type(block).forward, block))
-            block.__dict__["forward"] = partial(_enter, weakref.ref(self), i)  # weak: a cycle would hold the gathered rest until a collection
+        self.groups = [group_of([params[name] for *_, name in u.slots]) for u in self.units]
 
-    def ports(self) -> list[Tensor]:
-        """Leaves of the graph that stand for closed parameters."""
-        tapes = {id(r.tape): r.tape for r in self.params.values() if isinstance(r, Ref)}
-        return [x for t in tapes.values() for x in (t.port, *t.leaves.values())]
+    def bound(self, snapshot: _Snapshot) -> dict[int, nn.Module]:
+        """A fresh copy of the modules, with parameters in their places; units are closed until they run."""
+        copies = _copies(snapshot.wiring)
+        snapshot.buffers = [(slot, x.to(self.device)) for slot, x in snapshot.buffers]
+        for (m, box, key, _), x in snapshot.buffers:
+            getattr(copies[m], box)[key] = x
+        _bind(_places(snapshot.slots, copies), self.params)
+        for i, unit in enumerate(self.units):
+            block = copies[unit.module]
+            block.__dict__["forward"] = partial(self.run, i, weakref.ref(block), _places(unit.slots, copies), block.__dict__.get("forward"))
+        return copies
 
-    def run(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, i: int, block: Callable[[], Any], places: Places, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Unit i: opened, bound, run, closed. Its seed is drawn at its place in the forward, so that running it again repeats it."""
-        unit, groups = self.snapshot.units[i], self.groups
+        unit, groups, module = self.units[i], self.groups, block()
         seed = rng.fold(int(torch.randint(2**62, ())), unit.path) if self.keyed else None
-        closed = {s.name: self.params[s.name] for s in unit.slots}
+        closed = {name: self.params[name] for _, _, name in places}
         around = (groups[i - 1] if i else (), groups[i + 1] if i + 1 < len(groups) else ())
+
+        def once(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            _bind(places, own)
+            try:
+                with _scope(seed, self.device, lambda: _drew(module, f"{unit.path}.")):
+                    return (forward or partial(type(module).forward, module))(*args, **kwargs)
+            finally:
+                _bind(places, self.params)
+
+        def twice(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            inputs = tree.tensors((args, kwargs))
+            versions = [x._version for x in inputs]
+            out = once(own, args, kwargs)
+            if versions != [x._version for x in inputs]:
+                raise RuntimeError(f"stateless: unit {unit.path!r} runs again in the backward (remat), but changes an input in place; write x = x + y, or leave out remat")
+            self.check_leaves(unit.path, out, [*own.values(), *inputs])
+            return out
+
         if unit.again and torch.is_grad_enabled():
-            return run_block(partial(self.repeat, unit, i, seed), tree.flatten(closed), groups[i], _repeatable(unit.path, args, kwargs), {}, around, True)
-        ref = next((r for r in closed.values() if isinstance(r, Ref)), None)
-
-        def opened(leaves: dict[int, Tensor]) -> Any:
-            return self.block(i, seed, {n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs)
-
-        return opened({}) if ref is None else run_unit(ref.tape, groups[i], opened, *around)
-
-    def block(self, i: int, seed: int | None, own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's own forward on open parameters."""
-        unit = self.snapshot.units[i]
-        _put(self.copies, [(s, own[s.name]) for s in unit.slots])
-        try:
-            with _scope(seed, self.device, lambda: _drew(self.copies[unit.module], f"{unit.path}.")):
-                return self.forwards[i](*args, **kwargs)
-        finally:
-            _put(self.copies, [(s, self.params[s.name]) for s in unit.slots])
-
-    def repeat(self, unit: _Unit, i: int, seed: int | None, own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same, one of two times; the remat form would miss what is changed, and gradients of what is read past it."""
-        inputs = tree.tensors((args, kwargs))
-        versions = [x._version for x in inputs]
-        out = self.block(i, seed, own, args, kwargs)
-        if versions != [x._version for x in inputs]:
-            raise RuntimeError(f"stateless: unit {unit.path!r} runs again in the backward (remat), but changes an input in place; write x = x + y, or leave out remat")
-        self.snapshot.check_leaves(unit.path, out, [*own.values(), *inputs])
-        return out
-
-    def check_buffers(self) -> None:
-        """Refuse what would be forgotten: a changed buffer. One outside the state_dict may be replaced on the copy."""
-        for (slot, x), version in zip(self.buffers, self.versions, strict=True):
-            module = self.copies[slot.module]
-            lasting = slot.box == "_buffers" and slot.key not in module._non_persistent_buffers_set
-            if x._version != version or lasting and module._buffers.get(slot.key) is not x:
-                remedy = "write fz.stateless(module.eval(), ...), or use a layer without running state (BatchNorm: track_running_stats=False)"
-                raise RuntimeError(f"stateless: the forward of {type(module).__name__} changes buffer {slot.name!r}, but a pure loss has nowhere to keep it; {remedy}")
+            return run_block(twice, tree.flatten(closed), groups[i], _repeatable(unit.path, args, kwargs), {}, around, True)
+        tape = next((r.tape for r in closed.values() if isinstance(r, Ref)), None)
+        if tape is None:
+            return once(closed, args, kwargs)
+        return run_unit(tape, groups[i], lambda leaves: once({n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs), *around)
 
 
-def _enter(call: Any, i: int, *args: Any, **kwargs: Any) -> Any:
-    """A unit's forward, on the copy."""
-    if call() is None:
-        raise RuntimeError("stateless: this model lives only within the loss it was handed to; call loss_fn(params, batch) again")
-    return call().run(i, args, kwargs)
+def _places(slots: Sequence[Slot], copies: dict[int, nn.Module]) -> Places:
+    return [(getattr(copies[m], box), key, name) for m, box, key, name in slots]
+
+
+def _bind(places: Places, values: dict[str, Any]) -> None:
+    for held, key, name in places:
+        held[key] = values[name]
+
+
+def _check_buffers(copies: dict[int, nn.Module], buffers: list[tuple[Slot, Tensor]], versions: list[int]) -> None:
+    """Refuse what would be forgotten: a changed buffer. One outside the state_dict may be replaced on the copy."""
+    for ((m, box, key, name), x), version in zip(buffers, versions, strict=True):
+        module = copies[m]
+        lasting = box == "_buffers" and key not in module._non_persistent_buffers_set
+        if x._version != version or lasting and module._buffers.get(key) is not x:
+            remedy = "write fz.stateless(module.eval(), ...), or use a layer without running state (BatchNorm: track_running_stats=False)"
+            raise RuntimeError(f"stateless: the forward of {type(module).__name__} changes buffer {name!r}, but a pure loss has nowhere to keep it; {remedy}")
 
 
 def _check_params(snapshot: _Snapshot, params: Any) -> None:
@@ -294,12 +277,8 @@ def _check_params(snapshot: _Snapshot, params: Any) -> None:
 
 def _repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Arguments without empty key-value caches, which a block that runs twice would fill twice; other objects are refused."""
-
-    def kept(x: Any) -> Any:
-        cache = callable(getattr(x, "get_seq_length", None))
-        return None if cache and int(x.get_seq_length()) == 0 else x
-
-    both = tuple(map(kept, args)), {k: False if k == "use_cache" else kept(x) for k, x in kwargs.items()}
+    empty = lambda x: callable(getattr(x, "get_seq_length", None)) and int(x.get_seq_length()) == 0
+    both = tuple(None if empty(x) else x for x in args), {k: False if k == "use_cache" else None if empty(x) else x for k, x in kwargs.items()}
     odd = next((x for x in tree.leaves(both) if hasattr(x, "__dict__") and not isinstance(x, Tensor) and not callable(x)), None)
     if odd is not None:
         why = f"it is handed a {type(odd).__name__}, which may change in between or hold tensors that need a gradient; leave that out, or leave out remat"

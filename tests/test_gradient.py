@@ -42,6 +42,11 @@ def test_aux_keeps_its_tree_and_stays_out_of_the_gradient():
     assert set(log[0].aux) == {"sum", "rows", "square"} and log[0].aux["sum"].dtype == torch.float64
 
 
+def test_aux_is_summed_over_a_stream_too():
+    runs = [zoo.train((fz.shard("data", zoo.source(loss_fn=moments, has_aux=True), fz.accumulate(4, stream=s), *zoo.tx()),), {"data": 1}, 4 if s else 0, updates=2) for s in (False, True)]
+    assert zoo.bits(runs[0]) == zoo.bits(runs[1])
+
+
 def test_a_mean_over_rows_is_a_sum_with_its_rows():
     loss = fz.per_row(lambda p, b: (b["x"] @ p["w"]).square().mean())
     p, b = {"w": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])}

@@ -228,6 +228,34 @@ def test_blocks_may_be_used_in_any_way(run_world, world):
     assert {n: h for n, h in found.items() if h != found[n[0], n[1], ()]} == {}
 
 
+def two_lists():
+    """An encoder and a decoder: units of two lists, of other shapes, one inside a subtree."""
+    g = torch.Generator().manual_seed(2)
+    draw = lambda *s: torch.randn(s, generator=g) / 2
+    p = {"enc": {"blocks": [{"w": draw(4, 4), "b": draw(4)} for _ in range(3)]}, "dec": [{"w": draw(4, 4), "b": draw(4), "n": {"s": draw(4)}} for _ in range(2)]}
+
+    def loss(p, b):
+        memory = fz.layers(block, p["enc"]["blocks"], b["x"])
+        return total(fz.layers(lambda q, x, m: block(q, x) * q["n"]["s"] + m, p["dec"], b["x"], memory, remat=True))
+
+    out = []
+    for units in ((), ("dec",), ("enc/blocks", "dec"), ("enc", "dec")):
+        step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1)), mesh={"data": -1})
+        try:
+            state, m = step(step.init(p), step.local_rows(rows()))
+        except TypeError as error:
+            out.append(str(error))
+        else:
+            out.append(zoo.tree_hash([step.params(state), m]))
+    return out
+
+
+def test_units_may_be_several_lists(run_world):
+    for world in (1, 2):
+        *same, wrong = zoo.everywhere(run_world, world, two_lists)
+        assert len(set(same)) == 1 and "is one" not in wrong
+
+
 def second_order():
     """A penalty on the gradient at the blocks' input, through the keep form."""
 

@@ -141,33 +141,25 @@ def test_rules_and_trees_of_rates_are_one_thing(run_world):
     assert rules == rated("tree") == zoo.everywhere(run_world, 2, rated, "rules") and all(len(set(h)) == 1 for h in rules.values())
 
 
+class Scheduled(torch.optim.AdamW):
+    """torch's AdamW with a group a leaf, whose rates may be schedules of its own steps."""
+
+    def __init__(self, leaves):
+        names = [n for n, _ in tree.paths(zoo.params()) if n != "head/scale"]  # tied: named by its first path
+        rate = lambda rules, n: tree.rule(rules, n, None)
+        super().__init__([{"params": [x], "weight_decay": rate(DECAYS, n), "rate": rate(RULES, n)} for n, x in zip(names, leaves, strict=True)])
+        self.steps = 0
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            rate = group["rate"]
+            group["lr"] = rate(torch.tensor(self.steps)).item() if callable(rate) else rate
+        self.steps += 1
+        return super().step(closure)
+
+
 def test_each_leaf_has_its_own_rate():
-    """A group a leaf in torch.optim; rates that are schedules read the applied updates."""
-    paths = list({id(x): n for n, x in reversed(tree.paths(zoo.params()))}.values())
-    unique = {n: tree.rule(RULES, n, None) for n in paths}
-
-    def make(leaves):
-        order = list({id(x): n for n, x in reversed(list(tree.paths(zoo.params())))}.values())
-        first = {}
-        for n, x in tree.paths(zoo.params()):
-            first.setdefault(len(first) if n != "head/scale" else "tied", n)
-        names = [n for k, n in first.items() if k != "tied"]
-        groups = [{"params": [x], "lr": 0.0, "weight_decay": tree.rule(DECAYS, n, None), "path": n} for x, n in zip(leaves, names, strict=True)]
-        optimizer = torch.optim.AdamW(groups)
-        plain, count = optimizer.step, [0]
-
-        def step():
-            for group in optimizer.param_groups:
-                rate = tree.rule(RULES, group["path"], None)
-                group["lr"] = rate(torch.tensor(count[0])).item() if callable(rate) else rate
-            count[0] += 1
-            return plain()
-
-        optimizer.step = step
-        assert order and unique
-        return optimizer
-
-    close(masters(fz.adamw(RULES, weight_decay=DECAYS), dtype=F64)[0], torchs(make), 1e-13)
+    close(masters(fz.adamw(RULES, weight_decay=DECAYS), dtype=F64)[0], torchs(Scheduled), 1e-13)
 
 
 def test_a_rate_follows_applied_updates_and_is_reported():

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from funczero import testing
+from funczero import pool as testing
 from funczero.testing import WorkerPool, tree_hash
 
 

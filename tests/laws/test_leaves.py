@@ -54,6 +54,20 @@ def test_what_is_frozen_keeps_its_bits_and_costs_nothing(run_world, world):
     assert len({h for *_, h in found.values()}) == 1
 
 
+def frozen_nests():
+    """The same in nests, where parameters at rest are wider than their masters."""
+    out = {}
+    for i, (name, (parts, _)) in enumerate(zoo.nested_chains(zoo.source(("node", "local")), zoo.MICROS // 4, (fz.freeze(FROZEN), *zoo.tx())).items()):
+        masters, log, _, _ = zoo.train(parts, {"node": 2, "local": 2}, updates=3, dtype=torch.float64, policy="float64", donate=i % 2 == 1)
+        out[name] = zoo.tree_hash([masters, log])
+    return out
+
+
+def test_what_is_frozen_stays_so_in_every_nest(run_world):
+    alone = {h for *_, h in freezing().values()}
+    assert set(zoo.everywhere(run_world, 4, frozen_nests).values()) == alone
+
+
 def frozen_bytes():
     """Elements of gradients sent in an update and of parameters gathered; and the closed form of the first."""
     out = []

@@ -57,11 +57,58 @@ def test_one_hash_however_blocks_run_and_whatever_is_donated(run_world, policy, 
     assert others(zoo.everywhere(run_world, 2, hashes, policy, {"data": 2}, form, 1), policy) == {}
 
 
+def odd_nests(k):
+    """Streams in nests, a frozen part, axes named in another order, and an axis that no batch is split over: name -> (parts, stream, mesh)."""
+    g, acc, sh, tx = source(("node", "local")), fz.accumulate, fz.shard, zoo.tx(scale=True)
+    nest, aside = {"node": 2, "local": 2}, {"data": 2, "aside": 2}
+    return {
+        "hpZ stream": ((sh("local", g, sh("node", acc(k, stream=True), *tx)),), k, nest),
+        "hpZ once stream": ((sh("local", g, acc(k, stream=True), sh("node", *tx)),), k, nest),
+        "ZeRO-3 loop, stream": ((sh("local", sh("node", g, acc(2), acc(k // 2, stream=True), *tx)),), k // 2, nest),
+        "batch the other way": ((sh("node", sh("local", source(("local", "node")), acc(k), *tx)),), 0, nest),
+        "aside 1": ((source(["data"]), acc(2 * k), sh("data", *tx)), 0, aside),
+        "aside 3": ((sh("data", source(["data"]), acc(2 * k), *tx),), 0, aside),
+    }
+
+
+def odd_hashes():
+    chains = odd_nests(zoo.MICROS // 4).items()
+    return {n: zoo.bits(zoo.train(parts, mesh, s, policy="float32", donate=i % 2 == 1)) for i, (n, (parts, s, mesh)) in enumerate(chains)}
+
+
+def test_one_hash_in_odd_nests(run_world):
+    assert others(zoo.everywhere(run_world, 4, odd_hashes), "fp32") == {}
+
+
+def deep():
+    """Three brackets, in every way they may stand around the gradient."""
+    axes = ("pod", "node", "local")
+    g, acc, sh, tx, out = source(axes), fz.accumulate, fz.shard, zoo.tx(scale=True), {}
+    chains = {
+        "ZeRO-3": (sh("local", sh("node", sh("pod", g, *tx))),),
+        "hpZ": (sh("local", g, sh("node", sh("pod", *tx))),),
+        "hpZ of two": (sh("local", sh("node", g, sh("pod", *tx))),),
+        "MiCS": (sh("local", sh("node", g, fz.all_reduce("pod"), *tx)),),
+        "ZeRO-1": (g, acc(1), sh("pod", sh("node", sh("local", *tx)))),
+        "ZeRO-2 and a sum": (g, fz.all_reduce("node"), sh("local", sh("pod", *tx))),
+    }
+    for name, parts in chains.items():
+        out[name] = zoo.bits(zoo.train(parts, dict.fromkeys(axes, 2)))
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"node": 2, "local": 4}, {"node": 4, "local": 2}, {"data": 8}], ids=str)
 @pytest.mark.parametrize("policy", ["fp32", "bf16"])
 def test_one_hash_on_eight_ranks(run_world, sizes, policy):
-    assert others(run_world(8, hashes, policy, sizes, "keep", 0, timeout=300)[0], policy) == {}
+    found = run_world(8, hashes, policy, sizes, "keep", 0, timeout=300)
+    assert others(found[0], policy) == {} and all(f == found[0] for f in found)
+
+
+@pytest.mark.slow
+def test_one_hash_in_three_brackets(run_world):
+    found = run_world(8, deep, timeout=300)
+    assert others(found[0], "fp32") == {} and all(f == found[0] for f in found)
 
 
 def dealt(places):
