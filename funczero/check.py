@@ -52,9 +52,9 @@ class Entry(NamedTuple):
     text: str = ""  # not compared
 
     def __str__(self) -> str:
-        given = f" with {self.rows} rows" if self.rows else ""
         size = f" of {self.nbytes} bytes of {self.dtype}" if self.dtype else ""
-        return f"{self.verb} {self.text}" if self.text else f"is at step {self.step} in {self.call}{given}, {self.verb} over {self.axis!r}{size}"
+        rows = f" with {self.rows} rows" if self.rows else ""
+        return f"{self.verb} {self.text}" if self.text else f"launched {self.verb} over {self.axis!r}{size} in {self.call}{rows} at step {self.step}"
 
 
 class Record:
@@ -119,8 +119,8 @@ def watched(mesh: Mesh, grad: Grad, check: int | bool) -> Mesh:
     if not check or world_size() == 1 or prod(mesh.sizes().values()) != world_size():
         return mesh
     init_distributed()
-    if dist.get_backend() in ("fake", "threaded", "mpi"):  # simulated, or without a store
-        return mesh
+    if dist.get_backend() in ("fake", "threaded") or not hasattr(dist.distributed_c10d._get_default_store(), "clone"):
+        return mesh  # simulated, or without a store that a thread can ask
     watch = next((t for t in threading.enumerate() if isinstance(t, Watch) and t.world is dist.group.WORLD), None) or Watch()
     record = Record(watch, grad, inf if check is True or check < 0 else check)
     if not mesh.connected:  # groups are about to be made, by all ranks
@@ -137,7 +137,7 @@ class Watch(threading.Thread):
         super().__init__(name="funczero-check", daemon=True)
         self.world, self.rank, self.size, self.pid = dist.group.WORLD, dist.get_rank(), dist.get_world_size(), os.getpid()
         self.anchor: Any = dist.distributed_c10d._get_default_store()  # keeps rank 0's server up while others ask
-        clone = self.anchor.clone()  # type: ignore[attr-defined]  # the main thread may be waiting on the connection of the first
+        clone = self.anchor.clone()  # type: ignore[attr-defined]  # the main thread may be waiting on the connection of the original
         self.store: Any = dist.PrefixStore(f"funczero/check/{clone.add(f'funczero/check/{self.rank}', 1)}", clone)
         self.fresh: deque[tuple[Any, ...]] = deque()  # entries from the main thread
         self.texts: deque[tuple[int, str]] = deque()  # chains and leaves by checksum

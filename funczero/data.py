@@ -140,7 +140,8 @@ def _shifted(window: np.ndarray) -> dict[str, torch.Tensor]:
 
 def unigram_entropy(corpus: Corpus) -> float:
     """Bits per byte of a model that knows only how often each byte occurs: -sum p log2 p."""
-    counts = sum(np.bincount(np.memmap(piece.path, np.uint8, mode="r")[piece.start : piece.stop], minlength=256) for piece in corpus.pieces)
+    pieces = [np.bincount(np.memmap(p.path, np.uint8, mode="r")[p.start : p.stop], minlength=256) for p in corpus.pieces]
+    counts = np.sum(pieces, axis=0)
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log2(p)).sum())
 

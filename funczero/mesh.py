@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -186,7 +187,13 @@ def connect(mesh: Mesh) -> Mesh:
         raise ValueError(_wrong_world(sizes, world.size))
     if world.size == 1:
         return mesh._replace(connected=True)
-    return _connected(make_mesh(sizes, mesh.device.type))._replace(sent=mesh.sent, device=mesh.device, sums=mesh.sums, watch=mesh.watch)
+    return _connected(_shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type))._replace(sent=mesh.sent, device=mesh.device, sums=mesh.sums, watch=mesh.watch)
+
+
+@lru_cache(maxsize=16)
+def _shared_mesh(world: Any, sizes: tuple[tuple[str, int], ...], device: str) -> DeviceMesh:
+    """Steps of one world with the same axes share their process groups: each costs sockets and threads that torch never frees."""
+    return make_mesh(dict(sizes), device)
 
 
 def _connected(mesh: DeviceMesh) -> Mesh:

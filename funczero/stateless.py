@@ -1,8 +1,7 @@
 """Any `torch.nn.Module` as a pure loss function of a flat dict of parameters, with ZeRO-3 per block inside the module's own loop.
 
-The module is never touched. A snapshot of its tree is taken once, without parameters; every call runs on a fresh copy of it, so
-nothing that a forward leaves behind outlives the call. On the copy each repeated block has a `forward` of ours: it opens its unit
-at the seam (layers.py), binds the parameters, runs, and lets them go.
+The module is never touched. A snapshot of its tree is taken once, without parameters; every call runs on a fresh copy of it, where each
+repeated block has a `forward` of ours: it opens its unit at the seam (layers.py), binds the parameters, runs, and lets them go.
 """
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from funczero import rng, tree
 from funczero.layers import Ref, group_of, run_block, run_unit
 
 
-def stateless(module: nn.Module, loss: Callable[..., Any], units: str | Sequence[str] | None = None, remat: bool = False) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+def stateless(module: nn.Module, loss: Callable[..., Any], units: Sequence[str] | None = None, remat: bool = False) -> tuple[Callable, dict[str, Tensor]]:
     """(loss_fn, params): a module as a pure loss over {dotted name: tensor}; its repeated blocks are units, gathered one by one.
 
     The values are the module's own. value_and_grad reads `loss_fn.units`; `loss_fn.trainable` tells which paths require grad (None: all).
@@ -63,8 +62,7 @@ def stateless(module: nn.Module, loss: Callable[..., Any], units: str | Sequence
     return loss_fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
 
 
-# --- which lists are units --------------------------------------------------------------------------------------------
-def _lists(module: nn.Module, units: str | Sequence[str] | None) -> tuple[str, ...]:
+def _lists(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...]:
     """The lists named, or those found: of nested ones (stages of blocks, blocks of experts) the outer or the inner, whichever holds less."""
     modules = dict(module.named_modules())
     found = [path for path, m in modules.items() if path and isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and _alike(list(m.children()))]
@@ -74,7 +72,6 @@ def _lists(module: nn.Module, units: str | Sequence[str] | None) -> tuple[str, .
     def held(lists: tuple[str, ...]) -> int:  # the rest and two units, less a constant
         sizes = [sum(p.numel() for p in b.parameters()) for path in lists for b in modules[path].children()]
         return 2 * max(sizes) - sum(sizes)
-
     if units is None:
         return min(outer, inner, key=held) if found else ()
     units = (units,) if isinstance(units, str) else tuple(units)
@@ -85,15 +82,14 @@ def _lists(module: nn.Module, units: str | Sequence[str] | None) -> tuple[str, .
     return units
 
 
-def _alike(blocks: list[nn.Module]) -> bool:
+def _alike(bs: list[nn.Module]) -> bool:
     """Are these repeated blocks? Bare layers of torch.nn are not: a list of them is as often read as called."""
-    like = len(blocks) > 1 and len({type(b) for b in blocks}) == 1 and all(list(b.parameters()) for b in blocks)
-    return like and all(list(b.children()) or not type(b).__module__.startswith("torch.nn.") for b in blocks)
+    blocks = all(list(b.parameters()) and (list(b.children()) or not type(b).__module__.startswith("torch.nn.")) for b in bs)
+    return blocks and len({type(b) for b in bs}) == 1 < len(bs)
 
 
 # --- the snapshot -----------------------------------------------------------------------------------------------------
-Slot = tuple[int, str, Any, str]  # module (its id in the snapshot), box, key, name: the tensor at getattr(module, box)[key]
-Places = list[tuple[Any, Any, str]]  # the same on one copy: box, key, name
+Slot = tuple[int, str, Any, str]  # module (its id in the snapshot), box, key, name: the place of a tensor is getattr(module, box)[key]
 
 
 class _Unit(NamedTuple):
@@ -133,8 +129,8 @@ class _Snapshot:
                 asking = [copies[id(m)] for m in (*above, *block.modules()) if getattr(m, "gradient_checkpointing", False) is True and m.training]
                 for m in asking:
                     m.__dict__["gradient_checkpointing"] = False  # the seam does it
-                unit = _Unit(f"{path}.{name}", id(copies[id(block)]), [s for s in self.slots if s[0] in inside], remat or bool(asking))
-                found.setdefault(unit.module, unit)
+                m = copies[id(block)]
+                found.setdefault(id(m), _Unit(f"{path}.{name}", id(m), [s for s in self.slots if s[0] in inside], remat or bool(asking)))
         return list(found.values())
 
     def check_leaves(self, path: str, result: Any, own: list[Tensor]) -> None:
@@ -147,9 +143,9 @@ class _Snapshot:
             node = todo.pop()
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) not in known:
-                where = f"unit {path!r}, which runs again in the backward (remat)," if path else "the forward"
+                who = f"unit {path!r}, which runs again in the backward (remat)," if path else "the forward"
                 what = f"reads a tensor of shape {tuple(leaf.shape)} that needs a gradient but is neither a parameter nor an argument of it"
-                raise TypeError(f"stateless: {where} {what}, so its gradient would be lost; register it as a parameter there, or hand it in")
+                raise TypeError(f"stateless: {who} {what}, so its gradient would be lost; register it as a parameter there, or hand it in")
             seen.add(node)
             todo += [n for n, _ in node.next_functions if n is not None and n not in seen]
         self.sound.add(path)
@@ -164,8 +160,7 @@ def _tensors(m: nn.Module, path: str) -> list[tuple[Slot, Tensor]]:
 
 def _wiring(root: nn.Module, apart: Iterable[str] = ()) -> list[tuple[nn.Module, list[str]]]:
     """Every module, with the attributes that its copy may not share: containers, and what refers to other modules."""
-    kinds = (dict, OrderedDict, list, MethodType, partial)
-    return [(m, [k for k, v in m.__dict__.items() if k not in apart and (type(v) in kinds or isinstance(v, nn.Module))]) for m in root.modules()]
+    return [(m, [k for k, v in m.__dict__.items() if k not in apart and isinstance(v, (dict, list, MethodType, partial, nn.Module))]) for m in root.modules()]
 
 
 def _copies(wiring: list[tuple[nn.Module, list[str]]]) -> dict[int, nn.Module]:
@@ -197,7 +192,13 @@ class _Call:
     """One forward. Its copies of the blocks hold it, and never the other way: a cycle would keep gathered memory until a collection."""
 
     def __init__(self, snapshot: _Snapshot, params: dict[str, Any], keyed: bool) -> None:
-        _check_params(snapshot, params)
+        if not isinstance(params, dict) or params.keys() != snapshot.names:
+            odd = f"differ in {sorted(snapshot.names ^ params.keys())[0]!r}" if isinstance(params, dict) else f"are a {type(params).__name__}"
+            raise ValueError(f"stateless: the parameters {odd}; give a flat dict with the names of the one that stateless returned")
+        taught = next((n for n in snapshot.frozen if params[n].requires_grad), None)
+        if taught is not None:
+            remedy = "write value_and_grad(loss_fn, trainable=loss_fn.trainable, ...), or module.requires_grad_() before fz.stateless"
+            raise TypeError(f"stateless: parameter {taught!r} is frozen in the module (requires_grad=False) but is differentiated here; {remedy}")
         self.units, self.check_leaves, self.params, self.keyed = snapshot.units, snapshot.check_leaves, params, keyed
         self.device = next((x.device for x in params.values()), torch.device("cpu"))
         self.groups = [group_of([params[name] for *_, name in u.slots]) for u in self.units]
@@ -214,7 +215,7 @@ class _Call:
             block.__dict__["forward"] = partial(self.run, i, weakref.ref(block), _places(unit.slots, copies), block.__dict__.get("forward"))
         return copies
 
-    def run(self, i: int, block: Callable[[], Any], places: Places, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self, i: int, block: Any, places: list[Any], forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Unit i: opened, bound, run, closed. Its seed is drawn at its place in the forward, so that running it again repeats it."""
         unit, groups, module = self.units[i], self.groups, block()
         seed = rng.fold(int(torch.randint(2**62, ())), unit.path) if self.keyed else None
@@ -230,27 +231,25 @@ class _Call:
                 _bind(places, self.params)
 
         def twice(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            inputs = tree.tensors((args, kwargs))
-            versions = [x._version for x in inputs]
+            before = [(x, x._version) for x in tree.tensors((args, kwargs))]
             out = once(own, args, kwargs)
-            if versions != [x._version for x in inputs]:
-                raise RuntimeError(f"stateless: unit {unit.path!r} runs again in the backward (remat), but changes an input in place; write x = x + y, or leave out remat")
-            self.check_leaves(unit.path, out, [*own.values(), *inputs])
+            if any(x._version != version for x, version in before):
+                why = "changes an input in place; write x = x + y, or leave out remat"
+                raise RuntimeError(f"stateless: unit {unit.path!r} runs again in the backward (remat), but {why}")
+            self.check_leaves(unit.path, out, [*own.values(), *(x for x, _ in before)])
             return out
-
         if unit.again and torch.is_grad_enabled():
             return run_block(twice, tree.flatten(closed), groups[i], _repeatable(unit.path, args, kwargs), {}, around, True)
         tape = next((r.tape for r in closed.values() if isinstance(r, Ref)), None)
-        if tape is None:
-            return once(closed, args, kwargs)
-        return run_unit(tape, groups[i], lambda leaves: once({n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs), *around)
+        opened = lambda leaves: once({n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs)
+        return opened({}) if tape is None else run_unit(tape, groups[i], opened, *around)
 
 
-def _places(slots: Sequence[Slot], copies: dict[int, nn.Module]) -> Places:
+def _places(slots: Sequence[Slot], copies: dict[int, nn.Module]) -> list[tuple[Any, Any, str]]:
     return [(getattr(copies[m], box), key, name) for m, box, key, name in slots]
 
 
-def _bind(places: Places, values: dict[str, Any]) -> None:
+def _bind(places: list[tuple[Any, Any, str]], values: dict[str, Any]) -> None:
     for held, key, name in places:
         held[key] = values[name]
 
@@ -265,16 +264,6 @@ def _check_buffers(copies: dict[int, nn.Module], buffers: list[tuple[Slot, Tenso
             raise RuntimeError(f"stateless: the forward of {type(module).__name__} changes buffer {name!r}, but a pure loss has nowhere to keep it; {remedy}")
 
 
-def _check_params(snapshot: _Snapshot, params: Any) -> None:
-    if not isinstance(params, dict) or params.keys() != snapshot.names:
-        odd = f"differ in {sorted(snapshot.names ^ params.keys())[0]!r}" if isinstance(params, dict) else f"are a {type(params).__name__}"
-        raise ValueError(f"stateless: the parameters {odd}; give a flat dict with the names of the one that stateless returned")
-    taught = next((n for n in snapshot.frozen if params[n].requires_grad), None)
-    if taught is not None:
-        remedy = "write value_and_grad(loss_fn, trainable=loss_fn.trainable, ...), or module.requires_grad_() before fz.stateless"
-        raise TypeError(f"stateless: parameter {taught!r} is frozen in the module (requires_grad=False) but is differentiated here; {remedy}")
-
-
 def _repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Arguments without empty key-value caches, which a block that runs twice would fill twice; other objects are refused."""
     empty = lambda x: callable(getattr(x, "get_seq_length", None)) and int(x.get_seq_length()) == 0
@@ -286,21 +275,20 @@ def _repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return both
 
 
-# --- randomness -------------------------------------------------------------------------------------------------------
 @contextmanager
 def _scope(key: int | None, device: torch.device, drew: Callable[[], Exception]) -> Iterator[None]:
     """What torch draws in here comes from the key alone; without a key nothing may be drawn. The generators are left as they were."""
-    generators = [torch.default_generator, *([torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else [])]
-    before = [g.get_state() for g in generators]
+    here = (torch.default_generator, *([torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else []))
+    generators = [(g, g.get_state()) for g in here]
     try:
-        for g in generators if key is not None else ():
+        for g, _ in generators if key is not None else ():
             g.manual_seed(key)  # type: ignore[arg-type]
         yield
-        if key is None and not all(torch.equal(g.get_state(), s) for g, s in zip(generators, before, strict=True)):
+        if key is None and not all(torch.equal(g.get_state(), state) for g, state in generators):
             raise drew()
     finally:
-        for g, s in zip(generators, before, strict=True):
-            g.set_state(s)
+        for g, state in generators:
+            g.set_state(state)
 
 
 def _drew(m: nn.Module, path: str, apart: tuple[str, ...] = ()) -> Exception:
@@ -308,7 +296,5 @@ def _drew(m: nn.Module, path: str, apart: tuple[str, ...] = ()) -> Exception:
     active = {path + n: x for n, x in m.named_modules() if isinstance(x, nn.modules.dropout._DropoutNd) and x.training and x.p > 0}
     who = next((n for n in active if not n.startswith(apart)), "")
     what = f"{who!r} ({type(active[who]).__name__}, p={active[who].p})" if who else f"the forward of {path.rstrip('.') or type(m).__name__!r}"
-    return RuntimeError(
-        f"stateless: {what} draws from torch's global generator, so the loss would not be a function of its arguments; "
-        "write value_and_grad(loss_fn, ..., rng=True), or fz.stateless(module.eval(), ...) where nothing should be dropped"
-    )
+    remedy = "write value_and_grad(loss_fn, ..., rng=True), or fz.stateless(module.eval(), ...) where nothing should be dropped"
+    return RuntimeError(f"stateless: {what} draws from torch's global generator, so the loss would not be a function of its arguments; {remedy}")

@@ -287,11 +287,10 @@ def _peaks():
         loss_fn, params = stateless(build(Plain), loss, remat=remat)
 
         def spied(params, batch, loss_fn=loss_fn):
-            tapes.append(weakref.ref(next(r.tape for r in params.values() if isinstance(r, Ref))))
-            peaks.append(tapes[-1]())
+            tapes.append(next(r.tape for r in params.values() if isinstance(r, Ref)))
             return loss_fn(params, batch)
 
-        spied.units, peaks = loss_fn.units, []
+        spied.units = loss_fn.units
         step = fz.train_step(*fz.zero(fz.value_and_grad(spied, batch=P("data")), fz.sgd(1.0), stage=3), mesh={"data": -1})
         state = step.init(params)
         most.clear()
@@ -299,8 +298,9 @@ def _peaks():
         Tape.take = watched
         state, _ = step(state, step.local_rows(batch()))
         Tape.take = take
-        booked = peaks.pop().peak
-        gone = [t() is None for t in tapes] == [True] * len(tapes) and not len(live)
+        tape = tapes.pop()
+        booked, tape = tape.peak, weakref.ref(tape)
+        gone = tape() is None and not len(live)
         gc.enable()
         out[remat] = booked, max(most), gone
     return out
@@ -549,8 +549,9 @@ def _models():
     tokens = torch.randint(1, 32, (4, 8), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(8) < torch.tensor([8, 5, 7, 3])[:, None]).long()
     plain, masked = {"input_ids": tokens, "labels": tokens}, {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
+    off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     return {
-        "gpt2": (t.GPT2LMHeadModel, t.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)), plain, 1),
+        "gpt2": (t.GPT2LMHeadModel, t.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0, **off), plain, 1),
         "llama": (t.LlamaForCausalLM, t.LlamaConfig(**small, num_key_value_heads=1), masked, 1),
         "bert": (t.BertForMaskedLM, t.BertConfig(**small, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), masked, 1),
         "t5": (t.T5ForConditionalGeneration, t.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=32, dropout_rate=0.0), {**masked, "decoder_input_ids": tokens}, 2),

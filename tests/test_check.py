@@ -1,0 +1,274 @@
+"""Ranks that go apart are told so, all of them, within seconds; ranks that do not are left alone. Every case is a script, run as real processes."""
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import funczero as fz
+from funczero import P
+from funczero.check import UPDATE, Entry
+
+LIMIT = 10.0  # seconds from going apart to the end of every process
+
+PRELUDE = '''
+import os, sys, time
+import torch
+import funczero as fz
+from funczero import P
+
+torch.set_num_threads(1)
+RANK = int(os.environ["RANK"])
+bad = slow = 0
+
+def loss_fn(params, batch):
+    if bad:
+        raise ValueError("bad sample 17")
+    time.sleep(slow)
+    out = torch.tanh(batch["x"] @ params["w1"]) @ params["w2"]
+    return (out - batch["y"]).square().sum(), torch.tensor(float(len(out)))
+
+def make(stage=3, accumulate=2, **kw):
+    grad = fz.value_and_grad(loss_fn, batch=P("data"))
+    return fz.train_step(*fz.zero(grad, fz.clip_by_global_norm(1.0), fz.adamw(1e-2), stage=stage, accumulate=accumulate), mesh={"data": -1}, **kw)
+
+def apart():
+    print("apart", time.time(), flush=True)
+
+g = torch.Generator().manual_seed(0)
+params = {"w1": torch.randn(8, 16, generator=g), "w2": torch.randn(16, 4, generator=g)}
+rows = {"x": torch.randn(24, 8, generator=g), "y": torch.randn(24, 4, generator=g)}
+'''
+
+
+class End(NamedTuple):
+    """How a rank ended: its exit code, what it wrote, and when (seconds since the epoch)."""
+
+    code: int
+    out: str
+    err: str
+    when: float
+
+
+def start(folder, text, size=2):
+    """The script as `size` processes, each until its own end, of which 90 seconds are waited for."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    script = folder / "script.py"
+    script.write_text(PRELUDE + text)
+    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    files = [(open(folder / f"out{r}", "w+"), open(folder / f"err{r}", "w+")) for r in range(size)]
+    ranks = [subprocess.Popen([sys.executable, script], env={**os.environ, **world, "RANK": str(r)}, stdout=o, stderr=e) for r, (o, e) in enumerate(files)]
+    ended: dict[int, float] = {}
+    try:
+        until = time.monotonic() + 90
+        while len(ended) < size and time.monotonic() < until:
+            ended |= {r: time.time() for r, p in enumerate(ranks) if r not in ended and p.poll() is not None}
+            time.sleep(0.05)
+    finally:
+        for p in ranks:
+            if p.poll() is None:
+                p.kill()
+            p.wait()
+        texts = []
+        for pair in files:
+            for f in pair:
+                f.seek(0)
+                texts.append(f.read())
+                f.close()
+    assert len(ended) == size, f"ranks {sorted(set(range(size)) - set(ended))} hang\n" + "\n".join(texts)
+    return [End(p.returncode, texts[2 * r], texts[2 * r + 1], ended[r]) for r, p in enumerate(ranks)]
+
+
+def told(ends):
+    """The one message of all ranks, each of which ended with an error and in time."""
+    went = max(float(e.out.split("apart ")[1].split()[0]) for e in ends if "apart " in e.out)
+    assert [e.code for e in ends] == [1] * len(ends), ends
+    assert all(e.when - went < LIMIT for e in ends), [e.when - went for e in ends]
+    lines = [[line.split(" (this rank is at ")[0] for line in e.err.splitlines() if line.startswith("funczero: ")] for e in ends]
+    assert all(line == lines[0] and len(line) == 1 for line in lines), lines
+    return lines[0][0].removeprefix("funczero: ")
+
+
+def test_one_evaluation_more_on_one_rank(tmp_path):
+    ends = start(tmp_path, """
+step = make(stage=1, accumulate=1)
+state = step.init(params)
+for t in range(6):
+    if t == 3 and RANK == 1:
+        apart()
+        step.eval(loss_fn)(state, step.local_rows(rows))
+    state, m = step(state, step.local_rows(rows))
+""", size=3)  # fmt: skip
+    message = told(ends)
+    assert re.match(r"rank 1 launched all_reduce over 'data' of \d+ bytes of int64 in step.eval with 8 rows at step 3, ", message), message
+    assert re.search(r", while ranks 0, 2 launched reduce_scatter over 'data' of \d+ bytes of float32 in step\(state, batch\) with 8 rows at step 3; ", message), message
+    assert message.endswith("; every rank must make the same calls: step.eval on all ranks or on none"), message
+    assert all(re.search(r" \(this rank is at .*script.py:\d+\)\n$", e.err) for e in ends if "Error" not in e.err)  # unless gloo broke the wait first
+
+
+def test_one_batch_fewer_on_one_rank(tmp_path):
+    message = told(start(tmp_path, """
+step = make()
+state = step.init(params)
+for t in range(3 + (RANK == 0)):
+    state, m = step(state, step.local_rows(rows))
+apart()
+"""))  # fmt: skip
+    assert re.match(r"rank 1 left after step 2, while rank 0 launched all_gather over 'data' of \d+ bytes of float32 in step\(state, batch\) with 12 rows at step 3; ", message), message
+    assert message.endswith("every rank must make as many calls of step(state, batch): give every rank as many batches"), message
+
+
+def test_an_error_in_the_loss_of_one_rank(tmp_path):
+    ends = start(tmp_path, """
+step = make()
+state = step.init(params)
+for t in range(6):
+    if t == 3 and RANK == 1:
+        bad = 1
+        apart()
+    state, m = step(state, step.local_rows(rows))
+""")  # fmt: skip
+    message = told(ends)
+    assert message.startswith("rank 1 left with ValueError: bad sample 17 in step(state, batch) at step 3, while rank 0 launched reduce_scatter over 'data' of "), message
+    assert message.endswith(" at step 3; an error on one rank ends all"), message
+    assert "Traceback" in ends[1].err and "ValueError: bad sample 17\n" in ends[1].err  # its own, by itself
+
+
+@pytest.mark.slow
+def test_an_error_that_one_rank_survives(tmp_path):
+    message = told(start(tmp_path, """
+step = make()
+state = step.init(params)
+for t in range(6):
+    if t == 3 and RANK == 1:
+        bad = 1
+        apart()
+    try:
+        state, m = step(state, step.local_rows(rows))
+    except ValueError:
+        time.sleep(60)
+"""))  # fmt: skip
+    assert message.startswith("rank 1 raised ValueError: bad sample 17 in step(state, batch) at step 3, while rank 0 launched reduce_scatter over 'data' of "), message
+
+
+@pytest.mark.parametrize("at", [3, 5], ids=["in the middle", "at the end"])
+def test_saving_on_rank_0_only(tmp_path, at):
+    message = told(start(tmp_path, f"""
+step = make()
+state = step.init(params)
+for t in range(6):
+    state, m = step(state, step.local_rows(rows))
+    if t == {at} and RANK == 0:
+        apart()
+        torch.save(step.params(state), "nothing")
+"""))  # fmt: skip
+    if at == 3:
+        assert re.match(r"rank 0 launched all_gather over 'data' of \d+ bytes of float32 in step.params at step 4, while rank 1 launched all_gather over 'data' of ", message), message
+        assert " in step(state, batch) with 12 rows at step 4; " in message, message
+        assert message.endswith("; every rank must make the same calls: step.params on all ranks or on none"), message
+    else:
+        assert re.match(r"rank 1 left after step 5, while rank 0 launched all_gather over 'data' of \d+ bytes of float32 in step.params at step 6; ", message), message
+        assert message.endswith("; every rank must make as many calls of step.params"), message
+
+
+def test_another_chain_on_one_rank(tmp_path):
+    message = told(start(tmp_path, """
+step = make(accumulate=2 + 2 * RANK)
+apart()
+state = step.init(params)
+for t in range(6):
+    state, m = step(state, step.local_rows(rows))
+"""))  # fmt: skip
+    assert message.startswith("rank 1 launched connect over 'data=2' in train_step at step 0, while rank 0 launched "), message
+    assert "every rank must build the same chain from like parameters, but one has 'accumulate(4) -> " in message and "where others have 'accumulate(2) -> " in message
+
+
+def test_another_spec_on_one_rank(tmp_path):
+    message = told(start(tmp_path, """
+grad = fz.value_and_grad(loss_fn, batch=P("data"))
+step = fz.train_step(fz.shard("data", grad, fz.adamw(1e-2), threshold=100 * RANK), mesh={"data": -1})
+apart()
+state = step.init(params)
+for t in range(6):
+    state, m = step(state, step.local_rows(rows))
+"""))  # fmt: skip
+    assert "every rank must build the same chain from like parameters, but one has \"Leaf(path='w2', shape=(16, 4), unit=0, dims=(('data', None),))\" where others" in message
+
+
+def test_other_rows_on_one_rank(tmp_path):
+    message = told(start(tmp_path, """
+step = make(stage=0, accumulate=1)
+state = step.init(params)
+for t in range(6):
+    mine = step.local_rows(rows)
+    if t == 3 and RANK == 1:
+        apart()
+        mine = {n: x[:-1] for n, x in mine.items()}
+    state, m = step(state, mine)
+time.sleep(60)
+"""))  # fmt: skip
+    assert message.startswith("rank 1 launched reduce_scatter over 'data' of ") and " in step(state, batch) with 11 rows at step 3, while rank 0 launched " in message, message
+    assert " in step(state, batch) with 12 rows at step 3; " in message, message
+    assert message.endswith("; every rank must be given as many rows, as step.local_rows deals them"), message
+
+
+HEALTHY = """
+step = make(stage=0)
+state = step.init(params)
+for t in range(4):
+    slow = 0 if t != 2 or RANK == 0 else SLEEP
+    state, m = step(state, step.local_rows(rows))
+    if RANK == 0:
+        step.params(state)  # nothing is sent at stage 0
+        try:
+            step(m, rows)
+        except TypeError:
+            pass
+if RANK == 0:
+    torch.distributed.destroy_process_group()
+time.sleep(3 * RANK)  # one rank ends long before the other
+print("end")
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, pytest.param(12, marks=pytest.mark.slow)])
+def test_ranks_that_do_the_same_are_left_alone(tmp_path, seconds):
+    ends = start(tmp_path, f"SLEEP = {seconds}\n{HEALTHY}")
+    assert [(e.code, e.out, [line for line in e.err.splitlines() if "funczero" in line or "TCPStore" in line]) for e in ends] == [(0, "end\n", [])] * 2, ends
+
+
+def test_a_long_wait_for_a_rank_elsewhere_is_said_and_not_ended(tmp_path):
+    ends = start(tmp_path, """
+import funczero.check
+funczero.check.NOTICE = 1.0
+step = make()
+state = step.init(params)
+for t in range(3):
+    if t == 2 and RANK == 1:
+        time.sleep(4)
+    state, m = step(state, step.local_rows(rows))
+""")  # fmt: skip
+    assert [e.code for e in ends] == [0, 0], ends
+    line, = (line for line in ends[0].err.splitlines() if line.startswith("funczero: "))
+    assert line.startswith("funczero: rank 0 launched all_gather over 'data' of ") and line.endswith(" at step 2 and has waited 1 s for rank 1, alive in no call")
+
+
+def test_nobody_looks_in_a_world_of_one_or_when_told_not_to():
+    grad = fz.value_and_grad(lambda p, b: ((p["w"] * b).sum(), torch.tensor(1.0)), batch=P("data"))
+    for check in (0, 10, True):
+        step = fz.train_step(grad, fz.all_reduce("data"), fz.adamw(1e-2), mesh={"data": 1}, check=check)
+        assert step.running().env.mesh.watch is None
+
+
+def test_an_entry_says_what_was_launched():
+    assert str(Entry(UPDATE, 3, "8", 7, "all_gather", "data", "float32", 64)) == "launched all_gather over 'data' of 64 bytes of float32 in step(state, batch) with 8 rows at step 3"
+    assert str(Entry("", 0, "", 0, "left", text="after step 3")) == "left after step 3"
