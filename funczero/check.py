@@ -145,7 +145,7 @@ class Watch(threading.Thread):
         self.raised: tuple[float, str, str] | None = None  # when, its type, in words
         self.log: deque[tuple[int, Entry]] = deque(maxlen=MEMORY)  # (checksum so far, entry)
         self.count, self.sum, self.told, self.published, self.inside, self.caller = 0, 0, "", (-1, False), False, 0
-        self.moved, self.noticed = time.monotonic(), -1  # when the count did; the count at which a notice was given
+        self.moved, self.noticed, self.doubt = time.monotonic(), -1, 0.0  # when the count did; the count of the last notice; when a difference was seen
         self.leaving, self.aborting = threading.Event(), _slow_abort()
         atexit.register(self.leave)
         self.start()
@@ -238,7 +238,8 @@ class Watch(threading.Thread):
             n = next((i for i, (checksum, _) in by_number.items() if own.get(i, checksum) != checksum), -1) if n < 0 else n
             if n in by_number:
                 entries[r] = Entry(*by_number[n][1])
-        if not entries:  # the peer is too far ahead; it will compare
+        self.doubt = self.doubt or time.monotonic()
+        if not entries or len(entries) < self.size and time.monotonic() - self.doubt < 2 * PERIOD:  # others are about to be there, and have a vote
             return
         found, entries = Counter(e[:-1] for e in entries.values()), dict(sorted(entries.items()))
         usual = max(entries.values(), key=lambda e: (found[e[:-1]], not e.text, e.call == UPDATE))  # what most do; of two, the plainer

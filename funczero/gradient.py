@@ -11,9 +11,9 @@ from torch import Tensor
 from funczero import order, rng, tree
 from funczero.chain import Configure, Source
 from funczero.collectives import all_gather
-from funczero.layers import Ref, Tape
 from funczero.mesh import P
 from funczero.spec import Slots
+from funczero.tape import Ref, Tape
 from funczero.types import ChainError, Env, Grad, Layout, Out, Seed
 
 

@@ -12,8 +12,8 @@ import torch
 
 from funczero import tree
 from funczero.collectives import count_bytes
-from funczero.step import donate
 from funczero.pool import WorkerPool, tree_hash
+from funczero.step import donate
 
 
 class Row(NamedTuple):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from funczero import rng, tree
-from funczero.layers import Ref, group_of, run_block, run_unit
+from funczero.layers import group_of, run_block, run_unit
+from funczero.tape import Ref
 
 
 def stateless(module: nn.Module, loss: Callable[..., Any], units: Sequence[str] | None = None, remat: bool = False) -> tuple[Callable, dict[str, Tensor]]:

@@ -15,11 +15,11 @@ from funczero.chain import Source, build, chain, configured
 from funczero.check import UPDATE, recorded, watched
 from funczero.collectives import all_gather, sum_integers
 from funczero.gradient import check_loss, open_rest
-from funczero.layers import Tape
 from funczero.mean import rank_of
 from funczero.mesh import Mesh, P, connect, plan_mesh
 from funczero.policy import Policy
 from funczero.spec import Lazy, Slots, lazy
+from funczero.tape import Tape
 from funczero.transform import refuse
 from funczero.types import ChainError, Env, Grad, Metrics, Out, Seed, TrainState
 from funczero.update import coords

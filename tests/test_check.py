@@ -160,7 +160,7 @@ for t in range(6):
     assert message.startswith("rank 1 raised ValueError: bad sample 17 in step(state, batch) at step 3, while rank 0 launched reduce_scatter over 'data' of "), message
 
 
-@pytest.mark.parametrize("at", [3, 5], ids=["in the middle", "at the end"])
+@pytest.mark.parametrize("at", [3, pytest.param(5, marks=pytest.mark.slow)], ids=["in the middle", "at the end"])
 def test_saving_on_rank_0_only(tmp_path, at):
     message = told(start(tmp_path, f"""
 step = make()
@@ -189,7 +189,7 @@ for t in range(6):
     state, m = step(state, step.local_rows(rows))
 """))  # fmt: skip
     assert message.startswith("rank 1 launched connect over 'data=2' in train_step at step 0, while rank 0 launched "), message
-    assert "every rank must build the same chain from like parameters, but one has 'accumulate(4) -> " in message and "where others have 'accumulate(2) -> " in message
+    assert re.search(r"; every rank must build the same chain from like parameters, but one has .accumulate\(4\) -> sum, .* where others have .accumulate\(2\) -> sum, ", message), message
 
 
 def test_another_spec_on_one_rank(tmp_path):
@@ -246,6 +246,7 @@ def test_ranks_that_do_the_same_are_left_alone(tmp_path, seconds):
     assert [(e.code, e.out, [line for line in e.err.splitlines() if "funczero" in line or "TCPStore" in line]) for e in ends] == [(0, "end\n", [])] * 2, ends
 
 
+@pytest.mark.slow
 def test_a_long_wait_for_a_rank_elsewhere_is_said_and_not_ended(tmp_path):
     ends = start(tmp_path, """
 import funczero.check

@@ -7,8 +7,8 @@ import zoo
 
 import funczero as fz
 from funczero import P, gradient, rng
-from funczero.layers import Ref, Tape
 from funczero.mesh import world_size
+from funczero.tape import Ref, Tape
 
 BLOCKS = 5
 

@@ -221,6 +221,6 @@ class Sums:
 
 def everywhere(run_world, size, fn, *args):
     """What fn returns, the same in every rank of a world; in this process where the world is one."""
-    first, *others = [fn(*args)] if size == 1 else run_world(size, fn, *args)
+    first, *others = [fn(*args)] if size == 1 else run_world(size, fn, *args, timeout=300.0)
     assert all(x == first for x in others)
     return first

@@ -140,8 +140,7 @@ def test_a_tensor_in_every_block_learns_from_all_of_them(run_world, form):
 
 def cuts(world, axes):
     """Chains whose brackets cut columns, keep leaves whole, or keep small ones."""
-    g, k = zoo.source(tuple(axes)), zoo.MICROS // world
-    sh, acc, tx = fz.shard, fz.accumulate(zoo.MICROS // world), zoo.tx(scale=True)
+    g, sh, acc, tx = zoo.source(tuple(axes)), fz.shard, fz.accumulate(zoo.MICROS // world), zoo.tx(scale=True)
     ways = {"columns": dict(rules=RULES), "small whole": dict(threshold=30), "all whole": dict(threshold=10**9), "both": dict(rules=RULES[:2], threshold=12)}
     for name, how in ways.items():
         if "data" in axes:

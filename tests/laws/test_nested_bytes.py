@@ -87,8 +87,8 @@ def expected(structure, moves, policy, opens):
             if verb == "S":
                 elements, born = sum(inner.lengths), policy.accumulate
             else:
-                times = lambda i: opens.get(structure.units[structure.leaves[i].unit].name, 1) if verb == "F" else 1
-                elements = sum(s.length * times(i) for i, s in enumerate(inner.slots) if structure.leaves[i].dim(axis) is not None)
+                times = [opens.get(structure.units[leaf.unit].name, 1) if verb == "F" else 1 for leaf in structure.leaves]
+                elements = sum(s.length * n for s, n, leaf in zip(inner.slots, times, structure.leaves, strict=True) if leaf.dim(axis) is not None)
             key = axis, "reduce_scatter" if verb == "S" else "all_gather", str(dtype).removeprefix("torch.")
             out[key] += elements * dtype.itemsize * (K if many else 1) * (MESH[axis] - 1)
     rows = K * 4

@@ -31,7 +31,7 @@ def moved(make, donate, scaled):
         step = fz.train_step(*parts, mesh={"data": -1})
         step = fz.donate(step) if donate else step
         state = step.init(zoo.params())
-        for t, b in ((0, zoo.batch(0)), (zoo.BAD, make(zoo.BAD))):
+        for b in (zoo.batch(0), make(zoo.BAD)):
             rows, before = step.local_rows(b), leaves(state)
             for x in [*zoo.split(rows, stream), None] if stream else [rows]:
                 state, m = step(state, x)

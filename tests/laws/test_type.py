@@ -58,52 +58,43 @@ def parts(nested):
     return [fz.shard(x[0], *parts(x[1:])) if isinstance(x, list) else make[x.split()[0]](*x.split()[1:]) for x in nested]
 
 
-def meaningful(nested):
-    """The specification. Sums are taken once an axis, before the mean; nonlinear transforms read whole sums; one update; what opens closes."""
-    unreduced, open_, rest, mean, applied = set(AXES), [], [], False, False
-
-    def optimizers(xs, path=()):
-        return [p for i, x in enumerate(xs) for p in (optimizers(x[1:], (*path, i)) if isinstance(x, list) else [path] if x == "sgd" else [])]
-
-    def walk(xs):
-        nonlocal mean, applied
-        for i, x in enumerate(xs):
-            verb, axis = (("[", x[0]) if isinstance(x, list) else (*x.split(), None)[:2])
-            ok = {
-                "grad": not rest or True, "acc": not mean, "ar": axis in unreduced and not mean, "rs": axis in unreduced and not mean,
-                "[": axis in unreduced and not mean, "ag": open_[-1:] == [axis] and axis not in rest,
-                "mean": not unreduced and not mean, "clip": not unreduced and not applied, "value": not unreduced and not applied, "sgd": not unreduced and not applied,
-            }[verb]  # fmt: skip
-            if not ok:
-                return False
-            if verb in ("ar", "rs", "["):
-                unreduced.discard(axis)
-                open_.extend([axis] * (verb != "ar"))
-            if verb == "ag":
-                open_.pop()
-            mean |= verb in ("mean", "clip", "value", "sgd")
-            applied |= verb == "sgd" and (len(seen) == 1)
-            if verb == "sgd":
-                seen.pop()
-            if verb == "[" and (not x[1:] or not walk(x[1:]) or open_[-1:] != [axis]):
-                return False
-            if verb == "[":
-                open_.pop()
-        return True
-
-    places = optimizers(nested)
-    seen = list(places)
-    source = nested
-    while source and isinstance(source[0], list):  # brackets around the gradient: at rest, with nothing after them
-        if len(source) > 1 or source[0][0] in rest or len(source[0]) < 2:
-            return False
-        rest.append(source[0][0])
-        source = source[0][1:]
-    if not source or source[0] != "grad" or len(set(places)) != 1:
+def meaningful(words):
+    """The specification: sums once an axis and before the mean, nonlinear transforms on whole sums, one update, and what opens closes."""
+    n = words.index("grad") if "grad" in words else len(words)
+    rest = [w[2:] for w in words[:n] if w.startswith("[")]  # brackets around the gradient: at rest
+    if len(rest) < n or len(set(rest)) < n or words.count("grad") != 1:
         return False
-    unreduced -= set(rest)
-    open_ += rest
-    return walk(source[1:]) and applied and open_ == rest
+    unreduced, opened, mean, ended, inside = set(AXES) - set(rest), [("[", a) for a in rest], False, False, set()
+    left, depth = words.count("sgd"), [*range(n)]  # updates to come; brackets open here, by name
+    for i, w in enumerate(words[n + 1 :], n):
+        verb, axis = (*w.split(), "")[:2]
+        if ended and verb != "]":  # nothing follows what rests
+            return False
+        if verb in ("ar", "rs", "["):
+            if mean or axis not in unreduced:
+                return False
+            unreduced.remove(axis)
+            opened += [(verb, axis)] * (verb != "ar")
+            depth += [i] * (verb == "[")
+        elif verb == "ag":
+            if opened[-1:] != [("rs", axis)]:
+                return False
+            opened.pop()
+        elif verb == "]":
+            if not opened or opened.pop()[0] == "rs" or words[i].startswith("["):
+                return False
+            ended |= depth.pop() < n
+        elif verb == "acc":
+            if mean:
+                return False
+        else:
+            if unreduced or verb == "mean" and mean or not left:
+                return False
+            mean = True
+            if verb == "sgd":
+                left -= 1
+                inside.add(tuple(depth))
+    return not left and len(inside) == 1 and not opened
 
 
 def meaning(words, n):
@@ -172,7 +163,7 @@ def test_a_chain_is_accepted_if_and_only_if_it_means_something(seed):
     if parse(words) is None:
         return
     step, here = build(words, {"a": 2, "b": 2}), build(words, {"a": 1, "b": 1})
-    assert (step is not None) == (here is not None) == meaningful(parse(words)), words
+    assert (step is not None) == (here is not None) == meaningful(words), words
     if here is not None:
         assert off(words, here) < 1e-13, words
 
@@ -182,7 +173,7 @@ def sample(n):
     rng, found = random.Random(0), []
     while len(found) < n:
         words = random_words(rng)
-        if parse(words) is not None and words not in found and meaningful(parse(words)):
+        if parse(words) is not None and words not in found and meaningful(words):
             found.append(words)
     return found
 

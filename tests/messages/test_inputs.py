@@ -160,7 +160,10 @@ INPUTS = {
         "value_and_grad: the loss function returned (a tensor of shape (), a tensor of shape (4,)); "
         "both are 0-d: the sum of losses and the sum of weights of this micro-batch",
     ),
-    "three values": (returns(ones(()), ones(()), ones(())), TypeError, f"value_and_grad: the loss function returned {'(a tensor of shape (), a tensor of shape (), a tensor of shape ())'}; return {WANT}"),
+    "three values": (
+        returns(ones(()), ones(()), ones(())), TypeError,
+        f"value_and_grad: the loss function returned (a tensor of shape (), a tensor of shape (), a tensor of shape ()); return {WANT}",
+    ),
     "no aux": (
         returns(ones(()), ones(()), has_aux=True), TypeError,
         "value_and_grad: the loss function returned (a tensor of shape (), a tensor of shape ()); return (sum of losses, sum of weights, aux)",
