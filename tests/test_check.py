@@ -65,27 +65,19 @@ def start(folder, text, size=2):
     script = folder / "script.py"
     script.write_text(PRELUDE + text)
     world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    files = [(open(folder / f"out{r}", "w+"), open(folder / f"err{r}", "w+")) for r in range(size)]
-    ranks = [subprocess.Popen([sys.executable, script], env={**os.environ, **world, "RANK": str(r)}, stdout=o, stderr=e) for r, (o, e) in enumerate(files)]
+    envs = [{**os.environ, **world, "RANK": str(r)} for r in range(size)]
+    ranks = [subprocess.Popen([sys.executable, script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for env in envs]
     ended: dict[int, float] = {}
-    try:
-        until = time.monotonic() + 90
-        while len(ended) < size and time.monotonic() < until:
-            ended |= {r: time.time() for r, p in enumerate(ranks) if r not in ended and p.poll() is not None}
-            time.sleep(0.05)
-    finally:
-        for p in ranks:
-            if p.poll() is None:
-                p.kill()
-            p.wait()
-        texts = []
-        for pair in files:
-            for f in pair:
-                f.seek(0)
-                texts.append(f.read())
-                f.close()
-    assert len(ended) == size, f"ranks {sorted(set(range(size)) - set(ended))} hang\n" + "\n".join(texts)
-    return [End(p.returncode, texts[2 * r], texts[2 * r + 1], ended[r]) for r, p in enumerate(ranks)]
+    until = time.monotonic() + 90
+    while len(ended) < size and time.monotonic() < until:
+        ended |= {r: time.time() for r, p in enumerate(ranks) if r not in ended and p.poll() is not None}
+        time.sleep(0.05)
+    for p in ranks:
+        if p.poll() is None:
+            p.kill()
+    texts = [p.communicate() for p in ranks]
+    assert len(ended) == size, f"ranks {sorted(set(range(size)) - set(ended))} hang\n{texts}"
+    return [End(p.returncode, *texts[r], ended[r]) for r, p in enumerate(ranks)]
 
 
 def told(ends):
@@ -222,7 +214,7 @@ time.sleep(60)
 
 
 HEALTHY = """
-step = make(stage=0)
+step = make(stage=0, accumulate=1)
 state = step.init(params)
 for t in range(4):
     slow = 0 if t != 2 or RANK == 0 else SLEEP
