@@ -24,32 +24,43 @@ class _Rerun(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tape: Tape, group: Group, around: tuple[Group, Group], run: Callable[..., Any], port: Tensor, *inputs: Tensor) -> Any:
-        ctx.tape, ctx.group, ctx.before, ctx.run, ctx.state = tape, group, around[0], run, torch.get_rng_state()
+        ctx.tape, ctx.group, ctx.before, ctx.run, ctx.state, ctx.needs = tape, group, around[0], run, torch.get_rng_state(), ctx.needs_input_grad[5:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
-        return _run_once(tape, group, lambda leaves: run(leaves, inputs), around[1])
+        opened = {u: tape.take(u) for u in group}
+        tape.launch(*around[1])
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: None):  # torch chooses kernels by what needs a gradient:
+            outs, _, _ = _run_fresh(ctx, opened, inputs)  # a graph that keeps nothing, so that both runs give the same bits
+        tape.count(-len(group))
+        return tuple(x.detach() if isinstance(x, Tensor) else x for x in outs)
 
     @staticmethod
     def backward(ctx: Any, *gouts: Tensor | None) -> tuple[Any, ...]:
-        tape, units = ctx.tape, ctx.tape.whole.structure.units
+        tape = ctx.tape
         first_order()
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(ctx.state)
             opened = {u: tape.again(u, ctx.group, ctx.before) for u in ctx.group}
-            leaves = tape.open_leaves(opened)
-            own = {u: [leaves[i].detach().requires_grad_() for i in tape.whole.structure.members[u]] for u in ctx.group if not units[u].frozen}
-            leaves |= {i: x for u, xs in own.items() for i, x in zip(tape.whole.structure.members[u], xs, strict=True)}
-            inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[5:], strict=True)]
-            outs = ctx.run(leaves, inputs)
+            outs, own, inputs = _run_fresh(ctx, opened, ctx.saved_tensors)
         pairs = [(o, g) for o, g in zip(outs, gouts, strict=True) if g is not None and o.requires_grad]
         wanted = [x for xs in own.values() for x in xs] + [x for x in inputs if x.requires_grad]
         grads = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wanted))
-        del opened, leaves, outs, pairs
+        del opened, outs, pairs
         for u in ctx.group:
             tape.drop(u)
         for u, xs in own.items():
             tape.arrive(u, [next(grads) for _ in xs])
         return (None, None, None, None, None, *(next(grads) if x.requires_grad else None for x in inputs))
+
+
+def _run_fresh(ctx: Any, opened: dict[int, Tensor], saved: Sequence[Tensor]) -> tuple[Any, dict[int, list[Tensor]], list[Tensor]]:
+    """A block as a function of fresh leaves: (its outputs, its units' leaves, its inputs)."""
+    whole, inputs = ctx.tape.whole, [x.detach().requires_grad_(need) for x, need in zip(saved, ctx.needs, strict=True)]
+    leaves = ctx.tape.open_leaves(opened)
+    own = {u: [leaves[i].detach().requires_grad_() for i in whole.structure.members[u]] for u in ctx.group if not whole.structure.units[u].frozen}
+    leaves |= {i: x for u, xs in own.items() for i, x in zip(whole.structure.members[u], xs, strict=True)}
+    with torch.enable_grad():
+        return ctx.run(leaves, inputs), own, inputs
 
 
 def _run_once(tape: Tape, group: Group, run: Run, after: Group) -> Any:

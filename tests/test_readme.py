@@ -24,4 +24,4 @@ def test_example_runs_alone_and_under_torchrun(tmp_path):
     alone = run(sys.executable, str(script))
     both = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
     assert re.fullmatch(r"loss 0\.\d+ after 100 updates\n", alone), alone
-    assert sorted(both.splitlines()) == [alone.strip()] * 2
+    assert re.findall(r"loss 0\.\d+ after 100 updates", both) == [alone.strip()] * 2  # two ranks may share a line
