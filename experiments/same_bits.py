@@ -12,7 +12,8 @@ Expect:
     one hash of weights and one of logs in float32, one of each in bfloat16; in place and pure, keep and remat, streamed, every nesting.
 
 Found (2 cores, torch 2.13, one thread a process):
-    FOUND
+    20 updates, worlds 1, 2, 4, 8, 57 chains: in float32 one hash of weights (2f2f2f2e059d) and one of logs, in bfloat16 compute one of
+    each (00ea69305053); one update skipped in every run; four minutes. Bytes differ by up to nine times, bits by none.
 """
 
 import sys

@@ -9,7 +9,9 @@ Expect:
     Two minutes on two cores. Held-out bits per byte fall from 8 to well below the entropy of single bytes (4.6), which no model without context can pass.
     The losses of all stages agree to float32 rounding. Bytes sent are the ZeRO paper's: stage 3 is 1.5 times stages 0 to 2.
 Found:
-    (to be measured)
+    2 min 9 s on two cores, stage 3, two processes: held-out bits per byte 8.03 at the start, 2.55 after 200 updates, 1.896 after 800; single bytes: 4.639.
+    The 800 losses of stage 0 are those of stage 3, bit for bit. 4.59 MB a step are sent at stage 3, 3.41 at stage 0: two gathers of all blocks but the last, which
+    stays open from the forward to the backward, and a scatter.
 """
 
 import signal

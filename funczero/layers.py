@@ -32,7 +32,9 @@ class _Rerun(torch.autograd.Function):
         with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: None):  # torch chooses kernels by what needs a gradient:
             outs, _, _ = _run_fresh(ctx, opened, inputs)  # a graph that keeps nothing, so that both runs give the same bits
         tape.count(-len(group))
-        return tuple(x.detach() if isinstance(x, Tensor) else x for x in outs)
+        result = tuple(x.detach() if isinstance(x, Tensor) else x for x in outs)
+        ctx.mark_non_differentiable(*(y for x, y in zip(outs, result, strict=True) if isinstance(x, Tensor) and not x.requires_grad))
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gouts: Tensor | None) -> tuple[Any, ...]:
