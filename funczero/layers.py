@@ -29,7 +29,7 @@ class _Rerun(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         opened = {u: tape.take(u) for u in group}
         tape.launch(*around[1])
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: None):  # torch chooses kernels by what needs a gradient:
+        with torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):  # torch chooses kernels by what needs a gradient:
             outs, _, _ = _run_fresh(ctx, opened, inputs)  # a graph that keeps nothing, so that both runs give the same bits
         tape.count(-len(group))
         result = tuple(x.detach() if isinstance(x, Tensor) else x for x in outs)
@@ -53,6 +53,10 @@ class _Rerun(torch.autograd.Function):
         for u, xs in own.items():
             tape.arrive(u, [next(grads) for _ in xs])
         return (None, None, None, None, None, *(next(grads) if x.requires_grad else None for x in inputs))
+
+
+def _keep_nothing(x: Any) -> Any:
+    return None
 
 
 def _run_fresh(ctx: Any, opened: dict[int, Tensor], saved: Sequence[Tensor]) -> tuple[Any, dict[int, list[Tensor]], list[Tensor]]:
