@@ -166,7 +166,7 @@ def open_rest(tape: Tape, forward: bool = True) -> list[Any]:
             buffer = tape.take(u)
             tape.count(-1)
             _spread(out, tape, u, buffer, learn)
-        tape.launch(*seams[:1])
+        tape.ahead(*seams[:1])
         for u in seams:
             if tape.seam:
                 for i in structure.members[u]:

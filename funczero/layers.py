@@ -28,7 +28,7 @@ class _Rerun(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         opened = {u: tape.take(u) for u in group}
-        tape.launch(*around[1])
+        tape.ahead(*around[1])
         with torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):  # torch chooses kernels by what needs a gradient:
             outs, _, _ = _run_fresh(ctx, opened, inputs)  # a graph that keeps nothing, so that both runs give the same bits
         tape.count(-len(group))
@@ -72,7 +72,7 @@ def _run_fresh(ctx: Any, opened: dict[int, Tensor], saved: Sequence[Tensor]) -> 
 def _run_once(tape: Tape, group: Group, run: Run, after: Group) -> Any:
     """A forward that nothing will differentiate."""
     opened = {u: tape.take(u) for u in group}
-    tape.launch(*after)
+    tape.ahead(*after)
     out = run(tape.open_leaves(opened))
     tape.count(-len(group))
     return out
@@ -89,7 +89,7 @@ def run_unit(tape: Tape, group: Group, run: Run, before: Group = (), after: Grou
     if not torch.is_grad_enabled() or not tape.differentiate:
         return _run_once(tape, group, run, after)
     buffers = {u: tape.take(u) for u in group}
-    tape.launch(*after)
+    tape.ahead(*after)
     leaves = tape.open_leaves(buffers, track=True)
     if not tape.rest:
         return run(leaves)

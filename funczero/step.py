@@ -115,6 +115,7 @@ def train_step(
     mesh: Mapping[str, int] | DeviceMesh | Mesh | None = None,
     policy: str | Policy | None = None,
     sums: str = "tree",
+    prefetch: bool = True,
     debug: bool = False,
     check: int | bool = 10,
 ) -> Step:
@@ -126,6 +127,7 @@ def train_step(
         any process; the world is joined at the first init. None: all processes on the one axis of the batch.
       policy: dtypes, as "params=float32,compute=bfloat16,accumulate=float32".
       sums: how gradients are added over ranks: in the one "tree" (the same bits on any mesh), or by the "backend" as it likes.
+      prefetch: start the next block's gather while one computes: one unit more in memory, the same bits.
       debug: log the first non-finite leaf of any update, and its rank.
       check: for so many updates ranks compare what they launch, and one that differs ends all with a message instead of a hang
         (check.py); 0: never, True: always.
@@ -140,7 +142,7 @@ def train_step(
         mesh = dict.fromkeys(flat[0].batch, -1)
     if sums not in ("tree", "backend"):
         raise ValueError(f"train_step: sums={sums!r} is neither 'tree' nor 'backend'; leave it out for the same bits on any mesh")
-    env = Env(plan_mesh(mesh)._replace(sums=sums), Policy.parse(policy), {})
+    env = Env(plan_mesh(mesh)._replace(sums=sums), Policy.parse(policy), {}, prefetch=prefetch)
     return _make(flat, env, debug, check, donated=False)
 
 

@@ -86,6 +86,11 @@ class Tape:
                 self.flying[unit] = gather_units(self.views.where.outer, (unit,), self.rest[-1], self.env.mesh, (self.views.buffers[unit],))
                 self.count(1)
 
+    def ahead(self, *group: int) -> None:
+        """Start gathers that are not needed yet, unless the step says to wait."""
+        if self.env.prefetch:
+            self.launch(*group)
+
     def take(self, unit: int) -> Tensor:
         """A unit's whole buffer; innermost axis first."""
         if not self.rest or not self.seam:
@@ -103,12 +108,12 @@ class Tape:
         """The whole buffer for the backward: gathered at first touch, then the gathers of the block before it start."""
         if unit in self.kept:
             self.kept.remove(unit)
-            self.launch(*before)
+            self.ahead(*before)
         if unit not in self.open:
             for other in [u for u in self.open if u not in group and self.whole.structure.units[u].frozen]:
                 self.drop(other)  # nothing announces the last use of a frozen unit; it is gathered again if this was not it
             self.open[unit] = self.take(unit)
-            self.launch(*before)
+            self.ahead(*before)
         return self.open[unit]
 
     def keep(self, buffers: dict[int, Tensor]) -> None:

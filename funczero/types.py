@@ -75,6 +75,7 @@ class Env(NamedTuple):
     policy: Any  # Policy (policy.py)
     rules: dict[str, Any]  # mesh axis -> how its bracket cuts leaves (spec.py)
     donate: bool = False  # may the state be updated in place?
+    prefetch: bool = True  # does the next block's gather start while one computes?
 
 
 class Grad(NamedTuple):

@@ -299,3 +299,12 @@ def clean():
 
 def test_a_forward_that_raises_leaves_nothing_stale(run_world):
     assert zoo.everywhere(run_world, 2, aborted) == zoo.everywhere(run_world, 2, clean)
+
+
+def prefetched(ahead):
+    zoo_run = zoo.train(fz.zero(zoo.source(), *zoo.tx(scale=True), stage=3, accumulate=4), {"data": 2}, prefetch=ahead)
+    return zoo.bits(zoo_run)
+
+
+def test_prefetch_changes_no_bit(run_world):
+    assert len({h for ahead in (True, False) for h in run_world(2, prefetched, ahead)}) == 1
