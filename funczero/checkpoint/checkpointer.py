@@ -330,6 +330,16 @@ class Checkpointer:
             folder.clean(self.directory)
             folder.prune(self.directory, self.keep)
 
+    def names(self) -> list[str]:
+        """The committed checkpoints in order of their commits; rank 0 looks, and all get the same answer."""
+        self._number += 1
+        key, peers = f"{self._number}/names", self.peers
+        if peers.rank == 0:
+            found = folder.listing(self.directory, self.max_metadata)
+            peers.put(key, [[e.path.name.removesuffix(folder.NEW) for e in found.entries], list(found.damaged)])
+        ((whole, damaged),) = peers.wait([(0, key)], "names", join=self.join)
+        return [*whole, *damaged]
+
     def restore(
         self,
         name: int | str | float = "latest",

@@ -55,6 +55,8 @@ def size(text: str) -> int:
 def _told(run: Any, args: argparse.Namespace) -> int:
     try:
         return run(args)
+    except BrokenPipeError:
+        raise
     except (CheckpointError, OSError) as e:
         raise ValueError(str(e)) from None
 
