@@ -46,16 +46,17 @@ flags.DEFINE_list("contenders", NAMES, "Whom to run.")
 flags.DEFINE_integer("rounds", 7, "Visits of everyone that count; one more comes before.")
 flags.DEFINE_string("folder", "", "Where to write (empty: a new temporary folder): the disk that is measured.")
 
-
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]  # what was read, and what it must equal
+Costs = dict[str, dict[str, float]]  # of a round: seconds and bytes by contender and column
 
 
 class Contender(NamedTuple):
-    """Three acts on the checkpoint at a path; `restore` gives this rank's tensors."""
+    """Three acts on the checkpoint at a path, and an end."""
 
-    save: Callable[[Path], None]
+    save: Callable[[Path], Any] = lambda path: None
     wait: Callable[[], None] = lambda: None
     restore: Callable[[Path], Pairs] | None = None
+    close: Callable[[], None] = lambda: None
 
 
 def whole_tree(megabytes: int, blocks: int = 8) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def zero_contender(tree: dict[str, Any], folder: Path, reader: bool) -> Contende
             own.close()
         return list(zip(fz.tree.tensors(got), fz.tree.tensors(state), strict=True))
 
-    return Contender(lambda path: ck.save(state, int(path.name)), lambda: ck.wait(), restore)
+    return Contender(restore=restore) if ck is None else Contender(lambda path: ck.save(state, int(path.name)), ck.wait, restore, ck.close)
 
 
 def torch_contenders(tree: dict[str, Any]) -> dict[str, Contender]:
@@ -107,34 +108,40 @@ def torch_contenders(tree: dict[str, Any]) -> dict[str, Contender]:
     named = {f"{kind}/{name}": y for name, x in leaves.items() for kind, y in zip(("params", "mu", "nu"), (x, *moments(x)), strict=True)}
     shards = {name: distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None).clone() for name, x in named.items()}
     out = {name: torch.ones_like(x) for name, x in shards.items()}
-    mine, buffers = ([x.to_local() for x in own.values()] for own in (shards, out))
+    mine, read = ([x.to_local() for x in own.values()] for own in (shards, out))
+    buffers: list[torch.Tensor] = []
 
     def restore(path: Path) -> Pairs:
         dcp.load(out, storage_reader=dcp.FileSystemReader(path))
-        return list(zip(buffers, mine, strict=True))
+        return list(zip(read, mine, strict=True))
 
     def later(path: Path) -> None:
         pending[:] = [dcp.async_save(shards, storage_writer=dcp.FileSystemWriter(path), process_group=group)]
 
+    def copy(path: Path) -> None:
+        buffers.extend([torch.zeros_like(x) for x in mine] if not buffers else [])  # in the round that does not count
+        torch._foreach_copy_(buffers, mine)
+
     return {
         "dcp": Contender(lambda path: dcp.save(shards, storage_writer=dcp.FileSystemWriter(path)), restore=restore),
         "dcp-async": Contender(later, lambda: pending[0].result(), restore),
-        "copy": Contender(lambda path: torch._foreach_copy_(buffers, mine)),
+        "copy": Contender(copy),
         "clone": Contender(lambda path: [x.clone() for x in mine]),
     }
 
 
 def memory(field: str) -> int:
-    """Bytes of this process: VmRSS, or VmHWM, the most since `forget`."""
+    """Bytes of this process: VmRSS, or VmHWM, the most there was."""
     return 1024 * int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)))
 
 
 def timed(barrier: Callable[[], Any], *parts: Callable[[], Any]) -> tuple[list[float], int, Any]:
     """Seconds from the start until each part is done, the growth of memory, and what the last returned; the disk is quiet before."""
     os.sync()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before, ends, got = memory("VmRSS"), [], None
     barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the most there was
-    before, start, ends, got = memory("VmRSS"), time.perf_counter(), [], None
+    start = time.perf_counter()
     for part in parts:
         got = part()
         ends.append(time.perf_counter() - start)
@@ -163,7 +170,7 @@ def visit(c: Contender, path: Path, reader: bool, all_three: Barrier) -> dict[st
     return cost
 
 
-def measure(o: dict, tree: dict[str, Any], folder: Path, reader: bool, all_three: Barrier) -> list[dict[str, dict[str, float]]]:
+def measure(o: dict, tree: dict[str, Any], folder: Path, reader: bool, all_three: Barrier) -> list[Costs]:
     """All rounds of one size: what everyone cost, as this process saw it."""
     contenders = torch_contenders(tree)
     if "funczero" in o["contenders"]:
@@ -172,6 +179,8 @@ def measure(o: dict, tree: dict[str, Any], folder: Path, reader: bool, all_three
     for number in range(o["rounds"] + 1):
         names = random.Random(number).sample(o["contenders"], len(o["contenders"]))
         rounds.append({name: visit(contenders[name], folder / name / str(number), reader, all_three) for name in names})
+    for name in o["contenders"]:
+        contenders[name].close()
     return rounds
 
 
@@ -187,7 +196,7 @@ def worker(index: int, folder: str, o: dict, all_three: Barrier) -> None:
     dist.destroy_process_group()
 
 
-def table(megabytes: str, names: list[str], processes: list[list[dict[str, dict[str, float]]]]) -> None:
+def table(megabytes: str, names: list[str], processes: list[list[Costs]]) -> None:
     """A line for everyone: medians over the rounds of the slowest process, and in brackets the range; memory is the most of all rounds."""
     count = 12 * sum(x.numel() for block in whole_tree(int(megabytes))["blocks"] for x in block.values())
     print(f"\n{count / 1e6:.0f} MB of state, {len(processes[0]) - 1} rounds; ms and MB\n{'':10}" + "".join(f"{c:>19}" for c in TIMES) + "".join(f"{c:>7}" for c in BYTES))
