@@ -1,0 +1,237 @@
+"""From disk into a state of any world, mesh, stage and policy: each rank reads the ranges that it holds, and shapes never come from disk."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from funczero import tree
+from funczero.accumulate import Accumulate
+from funczero.checkpoint import client, names
+from funczero.checkpoint.arrays import Array, CheckpointError, Reader, dtype_name, numpy_view, torch_dtype
+from funczero.checkpoint.layout import Box
+from funczero.checkpoint.manifest import ARRAYS, Manifest
+from funczero.checkpoint.names import Part, named
+from funczero.spec import Fill, Slots, Where
+from funczero.types import Out, TrainState
+
+
+class Want(NamedTuple):
+    """What a restore asks for."""
+
+    strict: bool = True
+    only: tuple[str, ...] = ()  # regexes on names; others stay as they are in `like`
+    rename: tuple[tuple[str, str], ...] = ()  # (regex, replacement) from the state's names to the checkpoint's
+
+
+class Context(NamedTuple):
+    """Who restores."""
+
+    rank: int
+    size: int
+    coords: list[dict[str, tuple[int, int]]]  # of all ranks
+    chain: str | None  # as printed
+
+
+def blank(step: Any, params: Any) -> TrainState:
+    """A step's state, all parameters zero, from a tree of parameters or of meta tensors: built here part by part, to be filled."""
+    made: dict[int, Fill] = {}
+    empty = lambda x: made.setdefault(id(x), Fill(tuple(x.shape), x.dtype, partial(torch.zeros, tuple(x.shape), dtype=x.dtype)))
+    for path, x in tree.paths(params):
+        if not isinstance(x, (Tensor, Fill)):
+            raise TypeError(f"restore: parameter {path!r} of like= is a {type(x).__name__}; give (step, params) with params a tree of tensors, meta tensors do")
+    return step.init(tree.map(empty, params))
+
+
+def fill(path: Path, manifest: Manifest, state: TrainState, want: Want, context: Context) -> tuple[TrainState, list[str]]:
+    """`state` filled in place with what a checkpoint holds, and notes on what was not taken as it is.
+
+    Raises:
+      CheckpointError: a name is missing, a shape or a kind of dtype differs, an array is damaged; the state is then to be thrown away.
+    """
+    notes: list[str] = []
+    state, dropped = _windows(state, manifest, context, notes)
+    all_parts = {name: part for name, part in named(state, context.rank, context.size).parts.items() if name not in dropped}
+    pick = lambda name: not want.only or any(re.search(regex, name) for regex in want.only)
+    parts = {name: part for name, part in all_parts.items() if pick(name)}
+    if not parts:
+        raise CheckpointError(f"restore: no leaf's name matches {list(want.only)}; names begin with {_heads(all_parts)}")
+    source = {name: _source(name, manifest, want.rename) for name in parts}
+    parts = _present(parts, source, manifest, want, notes)
+    if want.strict and not want.only:
+        _refuse_strangers(source, manifest, notes)
+    reader = Reader(path / ARRAYS, manifest.arrays)
+    later: list[Callable[[], Any]] = []
+    cast: dict[tuple[str, str], int] = {}
+    for name, part in parts.items():
+        array = manifest.arrays[source[name]]
+        _check(name, part, array, cast)
+        later += _read(reader, source[name], array, part)
+    views: Slots | None = state.views
+    if views is not None:
+        for name, part in _views(views, all_parts).items():
+            if pick(name) and name in parts:
+                later += _read(reader, source[name], manifest.arrays[source[name]], part)
+    reader.finish()
+    for copy in later:
+        copy()
+    notes += [f"{n} leaves were cast from {a} to {b}, as the policy says" for (a, b), n in cast.items()]
+    return state, notes
+
+
+def load_client(path: Path, manifest: Manifest, only: Sequence[str] | None = None) -> Any:
+    """The client state of a checkpoint."""
+    reader, made = Reader(path / ARRAYS, manifest.arrays), {}
+    for name in client.names(manifest.client):
+        if name not in manifest.arrays:
+            raise CheckpointError(f"restore: the client state refers to {name!r}, which is not in the checkpoint")
+        made[name] = read_whole(reader, name, manifest.arrays[name])
+    reader.finish()
+    return client.decode(manifest.client, made.__getitem__)
+
+
+def read_whole(reader: Reader, name: str, array: Array) -> Tensor:
+    """Start to read a whole array; its shape was checked against the sizes of the files."""
+    out = torch.empty(array.shape, dtype=torch_dtype(array.dtype))
+    reader.read(name, Box((0,) * len(array.shape), array.shape), numpy_view(out))
+    return out
+
+
+def _read(reader: Reader, name: str, array: Array, part: Part) -> list[Callable[[], Any]]:
+    """Start to read into a part; what is left to do when the bytes are there."""
+    box = Box(part.start, tuple(part.value.shape))
+    direct = part.value.device.type == "cpu" and part.value.is_contiguous() and dtype_name(part.value.dtype) == array.dtype
+    target = part.value if direct else torch.empty(box.shape, dtype=torch_dtype(array.dtype))
+    reader.read(name, box, numpy_view(target))
+    copies = part.also if direct else (part.value, *part.also)
+    return [partial(x.copy_, target) for x in copies]
+
+
+def _source(name: str, manifest: Manifest, rename: Sequence[tuple[str, str]]) -> str:
+    """The name under which a leaf is stored."""
+    for regex, replacement in rename:
+        name = re.sub(regex, replacement, name)
+    if name in manifest.arrays:
+        return name
+    pieces = name.split("/")
+    for k in range(1, len(pieces)):  # a tied leaf, and its moments, are stored under its first path
+        tied = manifest.ties.get("/".join(("params", *pieces[k:])))
+        if tied is not None and (other := "/".join((*pieces[:k], *tied.split("/")[1:]))) in manifest.arrays:
+            return other
+    return name
+
+
+def _present(parts: dict[str, Part], source: dict[str, str], manifest: Manifest, want: Want, notes: list[str]) -> dict[str, Part]:
+    """The parts that the checkpoint has. A transform that it knows nothing of starts fresh, half of one is an error."""
+    missing = [name for name in parts if source[name] not in manifest.arrays]
+    by_head: dict[str, list[str]] = {}
+    for name in missing:
+        by_head.setdefault(name.split("/")[0], []).append(name)
+    for head, lost in by_head.items():
+        known = any(n == head or n.startswith(head + "/") for n in manifest.arrays)
+        if not known and head != "params":
+            notes.append(f"the checkpoint holds nothing of {head!r}, which starts fresh")
+        elif want.strict:
+            raise CheckpointError(
+                f"restore: the checkpoint has no {', '.join(map(repr, lost[:5]))}{f' and {len(lost) - 5} more' * (len(lost) > 5)}; "
+                f"it holds names that begin with {_heads(manifest.arrays)}; rename=[(regex, replacement)] maps names, strict=False leaves these as they are"
+            )
+        else:
+            notes.append(f"{len(lost)} leaves are not in the checkpoint and stay as they were: {', '.join(lost[:5])}{' ...' * (len(lost) > 5)}")
+    return {name: part for name, part in parts.items() if source[name] in manifest.arrays}
+
+
+def _refuse_strangers(source: dict[str, str], manifest: Manifest, notes: list[str]) -> None:
+    """Parameters that the state has no place for are an error; a transform that the chain no longer has is told."""
+    used = set(source.values())
+    heads = {name.split("/")[0] for name in used}
+    left = [n for n in manifest.arrays if n not in used and not n.startswith("client/") and n != "client" and not re.match(r"[^/]+/(partial/|count$)", n)]
+    for head in sorted({n.split("/")[0] for n in left}):
+        mine = [n for n in left if n.split("/")[0] == head]
+        if head in heads:
+            raise CheckpointError(f"restore: the checkpoint also holds {', '.join(map(repr, mine[:5]))}, for which the state has no place; restore with strict=False to leave them out")
+        notes.append(f"{head!r} of the checkpoint is not in this chain and was left out")
+
+
+def _heads(names: Any) -> list[str]:
+    return sorted({"/".join(n.split("/")[:2]) for n in names})[:8]
+
+
+def _check(name: str, part: Part, array: Array, cast: dict[tuple[str, str], int]) -> None:
+    if part.shape != array.shape:
+        raise CheckpointError(f"restore: {name!r} has shape {list(part.shape)} in the state and {list(array.shape)} in the checkpoint; build the state of the same model")
+    have, want = torch_dtype(array.dtype), part.value.dtype
+    if have != want:
+        if not (have.is_floating_point and want.is_floating_point):
+            raise CheckpointError(f"restore: {name!r} is {dtype_name(want)} in the state and {array.dtype} in the checkpoint; only floating dtypes are cast")
+        cast[array.dtype, dtype_name(want)] = cast.get((array.dtype, dtype_name(want)), 0) + 1
+
+
+def _views(views: Slots, parts: dict[str, Part]) -> dict[str, Part]:
+    """Wider copies of the masters: the same leaves, other ranges."""
+    leaves, slots = views.leaves(), views.where.slots
+    out = {}
+    for name, part in parts.items():
+        if name == "params" or name.startswith("params/"):
+            x = leaves[part.leaf]
+            assert x is not None
+            out[name] = part._replace(value=x, start=slots[part.leaf].start, where=views.where)
+    return out
+
+
+def window(state: TrainState) -> dict[str, Any]:
+    """How the partial sums of a streamed accumulate lie, as JSON, for whoever continues the window."""
+    out: dict[str, Any] = {}
+    for name, own in state.chain.items():
+        if isinstance(own, Accumulate) and own.partial:
+            out[name] = {"count": int(own.count), "partial": [_form(p) for p in own.partial]}
+    return out
+
+
+def _form(out: Out) -> dict[str, Any]:
+    try:
+        aux = None if out.aux is None else pytree.treespec_dumps(out.aux[1])
+    except Exception:  # a node type that has no name in JSON
+        aux = ""
+    tensors = {"loss": out.loss, "weight": out.weight, "aux": None if out.aux is None else out.aux[0], "bad": out.bad}
+    forms = {k: None if x is None else [dtype_name(x.dtype), list(x.shape)] for k, x in tensors.items()}
+    return {**forms, "spec": aux, "axes": list(out.grads.where.axes), "grads": [[dtype_name(b.dtype), list(b.shape)] for b in out.grads.buffers]}
+
+
+def _windows(state: TrainState, manifest: Manifest, context: Context, notes: list[str]) -> tuple[TrainState, set[str]]:
+    """The state with empty partial sums of a window that is continued, and the counts of those that are replayed from their start."""
+    chain, dropped = dict(state.chain), set()
+    for name, own in state.chain.items():
+        form = manifest.window.get(name) if isinstance(own, Accumulate) else None
+        partial: tuple[Out, ...] = ()
+        if form is not None:
+            same = context.chain is not None and (manifest.world, manifest.about.get("chain")) == (context.size, context.chain)
+            if same and all(p["spec"] != "" for p in form["partial"]):
+                partial = tuple(_empty(p, state, context) for p in form["partial"])
+            else:
+                dropped.add(f"{names.escape(name)}/count")
+                notes.append(f"{form['count']} micro-batches of an open window were left out: go on with the first one of update {manifest.step}; parameters have not moved")
+        if isinstance(own, Accumulate):
+            chain[name] = Accumulate(torch.zeros_like(own.count), partial)
+    return state._replace(chain=chain), dropped
+
+
+def _empty(form: dict[str, Any], state: TrainState, context: Context) -> Out:
+    where: Where = state.params.where
+    here = Where(where.structure, tuple((a, *context.coords[context.rank][a]) for a in form["axes"]))
+    device = state.params.buffers[0].device
+    lengths = [0 if u.frozen else n for n, u in zip(here.lengths, where.structure.units, strict=True)]
+    make = lambda x: None if x is None else torch.zeros(x[1], dtype=torch_dtype(x[0]), device=device)
+    scalars = [x[1] for k in ("loss", "weight", "aux", "bad") if (x := form[k]) is not None]
+    if [x[1] for x in form["grads"]] not in ([[n] for n in lengths], [[n] for n in here.lengths]) or any(prod(x) > 1 << 24 for x in scalars):
+        raise CheckpointError("restore: the open window's sums do not fit this model; restore without the step, and the update is replayed")
+    aux = None if form["aux"] is None else (make(form["aux"]), pytree.treespec_loads(form["spec"]))
+    buffers: Any = tuple(make(x) for x in form["grads"])
+    return Out(make(form["loss"]), make(form["weight"]), aux, Slots(buffers, here), bad=make(form["bad"]))  # type: ignore[arg-type]
