@@ -7,7 +7,7 @@ Run:
 How: float32 parameters and AdamW's two moments of a transformer, whose bytes are the same for all: a TrainState of a stage-3 chain, or DTensors in Shard(0).
 Two gloo processes of one thread save; both restore, then a third restores alone what two have written. A round visits everyone in a new order; `sync` comes
 before each part, and every restored bit is compared. `stall`: save() returns; `total`: committed, on disk; `read 2`, `read 1`: a restore by two processes and
-by one, from a warm page cache (DCP into tensors that are there already, funczero into new ones); all the slower rank's. `disk`: bytes stored. `+save`, `+read`:
+by one, from a warm page cache (`dcp` into tensors that are there, `dcp-async` and funczero into new ones); all the slower rank's. `disk`: bytes stored. `+save`, `+read`:
 the most by which a rank's memory grew in any round, the first included (so that buffers kept from then on count). `copy` is one copy of the rank's state
 into memory that is there already, `clone` into new memory: what a stall is measured by.
 
@@ -107,13 +107,13 @@ def torch_contenders(tree: dict[str, Any]) -> dict[str, Contender]:
     leaves = {f"{i}/{name}": x for i, block in enumerate(tree["blocks"]) for name, x in block.items()}
     named = {f"{kind}/{name}": y for name, x in leaves.items() for kind, y in zip(("params", "mu", "nu"), (x, *moments(x)), strict=True)}
     shards = {name: distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None).clone() for name, x in named.items()}
-    out = {name: torch.ones_like(x) for name, x in shards.items()}
-    mine, read = ([x.to_local() for x in own.values()] for own in (shards, out))
-    buffers: list[torch.Tensor] = []
+    there = {name: torch.zeros_like(x) for name, x in shards.items()}
+    mine, buffers = [x.to_local() for x in shards.values()], list[torch.Tensor]()
 
-    def restore(path: Path) -> Pairs:
+    def restore(path: Path, new: bool = False) -> Pairs:
+        out = {name: torch.empty_like(x) for name, x in shards.items()} if new else there
         dcp.load(out, storage_reader=dcp.FileSystemReader(path))
-        return list(zip(read, mine, strict=True))
+        return [(out[name].to_local(), x.to_local()) for name, x in shards.items()]
 
     def later(path: Path) -> None:
         pending[:] = [dcp.async_save(shards, storage_writer=dcp.FileSystemWriter(path), process_group=group)]
@@ -124,7 +124,7 @@ def torch_contenders(tree: dict[str, Any]) -> dict[str, Contender]:
 
     return {
         "dcp": Contender(lambda path: dcp.save(shards, storage_writer=dcp.FileSystemWriter(path)), restore=restore),
-        "dcp-async": Contender(later, lambda: pending[0].result(), restore),
+        "dcp-async": Contender(later, lambda: pending[0].result(), lambda path: restore(path, new=True)),
         "copy": Contender(copy),
         "clone": Contender(lambda path: [x.clone() for x in mine]),
     }
