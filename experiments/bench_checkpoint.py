@@ -214,7 +214,8 @@ def worker(index: int, folder: str, o: dict, all_three: Barrier) -> None:
 def table(megabytes: str, names: list[str], processes: list[list[Costs]]) -> None:
     """A line for everyone: medians over the rounds of the slowest process, and in brackets the range; memory is the most of all rounds."""
     count = 12 * sum(x.numel() for block in whole_tree(int(megabytes))["blocks"] for x in block.values())
-    print(f"\n{count / 1e6:.0f} MB of state, {len(processes[0]) - 1} rounds; ms and MB\n{'':10}" + "".join(f"{c:>19}" for c in TIMES) + "".join(f"{c:>7}" for c in BYTES))
+    print(f"\n{count / 1e6:.0f} MB of state, {len(processes[0]) - 1} rounds; ms and MB")
+    print(f"{'':10}" + "".join(f"{c:>19}" for c in TIMES) + "".join(f"{c:>7}" for c in BYTES))
     for name in names:
         line = f"{name:10}"
         for column in TIMES + BYTES:
