@@ -5,9 +5,9 @@ so that a chunk of another array, or of another save, is found out, too.
 """
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable
-from math import prod
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from funczero.checkpoint.layout import Box, touched
 from funczero.checkpoint.names import stored
 
 FLIGHT = 128 << 20  # bytes under way at a time
+GROUP = 64  # arrays opened at a time
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
@@ -111,84 +112,109 @@ def write(folder: Path, arrays: dict[str, Array], chunks: Iterable[tuple[str, tu
     store = ts.KvStore.open(_kvstore(folder), context=context).result()
     tails: dict[str, dict[str, str]] = {}
     for (name, where), tail in zip(keys, _tails(store, keys), strict=True):
-        tails.setdefault(name, {})[where] = tail
+        tails.setdefault(name, {})[where] = tail.result().value.hex()
     return tails
 
 
-def _tails(store: Any, keys: list[tuple[str, str]]) -> list[str]:
-    reads = [store.read(f"{stored(name)}/{key}", byte_range=slice(-4, None)) for name, key in keys]
-    return [r.result().value.hex() for r in reads]
+def _tails(store: Any, keys: list[tuple[str, str]]) -> list[Any]:
+    """The checksums of chunks, under way."""
+    return [store.read(f"{stored(name)}/{key}", byte_range=slice(-4, None)) for name, key in keys]
+
+
+class Ask(NamedTuple):
+    """A part of an array that is wanted."""
+
+    name: str
+    box: Box
+    room: Callable[[], Tensor]  # where it goes, made when it is read; contiguous, on the CPU, of the array's dtype
+    done: Callable[[Tensor], Any]
 
 
 class Reader:
-    """A committed store, read part by part."""
+    """A committed store: `ask` for parts, then `finish` reads them, many at a time."""
 
     def __init__(self, folder: Path, arrays: dict[str, Array]) -> None:
         """`arrays`: what the manifest says of each."""
         import tensorstore as ts
 
         self._ts, self._folder, self._arrays, self._context = ts, folder, arrays, _context()
-        self._waiting: deque[tuple[str, int, Any]] = deque()
-        self._under_way = 0
+        self._asked: list[Ask] = []
         try:
             self._store = ts.KvStore.open(_kvstore(folder), context=self._context).result()
         except Exception as e:
             raise CheckpointError(f"checkpoint: the arrays in {str(folder)!r} cannot be opened ({_short(e)})") from None
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
-        """Start to read a part of an array into `out`, which is of its dtype and shape; `finish` waits.
-
-        Raises:
-          CheckpointError: the array is not the manifest's, or a checksum differs; it names the leaf.
-        """
-        array = self._arrays[name]
-        self._check(name, array, box)
-        if not prod(box.shape):
-            return
-        try:
-            source = self._open(name, array)[box.slices()]
-            target = self._ts.array(out, copy=False, write=True)
-            future = target.write(source.translate_to[(0,) * source.ndim] if source.ndim else source)
-        except CheckpointError:
-            raise
-        except Exception as e:
-            raise CheckpointError(damaged(name, _short(e))) from None
-        self._waiting.append((name, out.nbytes, future))
-        self._under_way += out.nbytes
-        while self._under_way > FLIGHT:
-            self._wait_one()
+    def ask(self, name: str, box: Box, room: Callable[[], Tensor], done: Callable[[Tensor], Any] = lambda x: None) -> None:
+        """Remember to read a part of an array."""
+        self._asked.append(Ask(name, box, room, done))
 
     def finish(self) -> None:
-        """Wait for all that was asked for."""
-        while self._waiting:
-            self._wait_one()
+        """Read all that was asked for.
 
-    def _wait_one(self) -> None:
-        name, size, future = self._waiting.popleft()
-        self._under_way -= size
-        try:
-            future.result()
-        except Exception as e:
-            raise CheckpointError(damaged(name, _short(e))) from None
+        Raises:
+          CheckpointError: an array is not the manifest's, or a checksum differs; it names the leaf.
+        """
+        asked, self._asked = self._asked, []
+        waiting: deque[tuple[Ask, Tensor, Any]] = deque()
+        under_way = 0
+        for first in range(0, len(asked), GROUP):
+            for ask, opened, tails in [self._start(ask) for ask in asked[first : first + GROUP]]:
+                with _naming(ask.name):
+                    self._check(ask, opened, tails)
+                    out = ask.room()
+                    waiting.append((ask, out, self._read(ask, opened, out)))
+                under_way += _nbytes(out)
+                while under_way > FLIGHT:
+                    under_way -= self._wait(*waiting.popleft())
+        while waiting:
+            self._wait(*waiting.popleft())
 
-    def _open(self, name: str, array: Array) -> Any:
-        spec = {"driver": "zarr3", "kvstore": _kvstore(self._folder, stored(name) + "/"), "fill_missing_data_reads": False}
-        opened = self._ts.open(spec, open=True, read=True, context=self._context).result()
-        have = (tuple(opened.shape), opened.dtype.name, tuple(opened.chunk_layout.read_chunk.shape or ()))
+    def _start(self, ask: Ask) -> tuple[Ask, Any, list[Any]]:
+        """Open an array and look at its checksums, both under way."""
+        spec = {"driver": "zarr3", "kvstore": _kvstore(self._folder, stored(ask.name) + "/"), "fill_missing_data_reads": False}
+        return ask, self._ts.open(spec, open=True, read=True, context=self._context), _tails(self._store, self._keys(ask))
+
+    def _keys(self, ask: Ask) -> list[tuple[str, str]]:
+        return [(ask.name, key_name(key)) for key in touched(ask.box, self._arrays[ask.name].chunk)]
+
+    def _check(self, ask: Ask, opened: Any, tails: list[Any]) -> None:
+        """The store's array, and the checksums of the chunks under a part, against the manifest's."""
+        array, found = self._arrays[ask.name], opened.result()
+        have = (tuple(found.shape), found.dtype.name, tuple(found.chunk_layout.read_chunk.shape or ()))
         if have != (array.shape, array.dtype, array.chunk):
-            raise CheckpointError(damaged(name, f"the store holds shape {have[0]}, dtype {have[1]}, chunks {have[2]}; the manifest says {array.shape}, {array.dtype}, {array.chunk}"))
-        return opened
+            raise CheckpointError(damaged(ask.name, f"the store holds {have[1]} {have[0]} in chunks {have[2]}; the manifest says {array.dtype} {array.shape} in {array.chunk}"))
+        for (_, key), tail in zip(self._keys(ask), tails, strict=True):
+            value = tail.result().value.hex()
+            if value != array.tails.get(key):
+                raise CheckpointError(damaged(ask.name, f"chunk {key} is {'another one' if value else 'missing'}"))
 
-    def _check(self, name: str, array: Array, box: Box) -> None:
-        """The stored checksums of the chunks under a part against the manifest's."""
-        keys = [(name, key_name(key)) for key in touched(box, array.chunk)]
-        try:
-            found = _tails(self._store, keys)
-        except Exception as e:
-            raise CheckpointError(damaged(name, _short(e))) from None
-        for (_, key), tail in zip(keys, found, strict=True):
-            if tail != array.tails.get(key):
-                raise CheckpointError(damaged(name, f"chunk {key} is {'missing' if not tail else 'another one'}"))
+    def _read(self, ask: Ask, opened: Any, out: Tensor) -> Any:
+        if not out.numel():
+            return None
+        source = opened.result()[ask.box.slices()]
+        return self._ts.array(numpy_view(out), copy=False, write=True).write(source.translate_to[(0,) * source.ndim] if source.ndim else source)
+
+    def _wait(self, ask: Ask, out: Tensor, future: Any) -> int:
+        with _naming(ask.name):
+            if future is not None:
+                future.result()
+        ask.done(out)
+        return _nbytes(out)
+
+
+def _nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of the store name the leaf."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as e:
+        raise CheckpointError(damaged(name, _short(e))) from None
 
 
 def damaged(name: str, why: str) -> str:

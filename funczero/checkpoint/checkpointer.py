@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -22,7 +22,7 @@ from funczero.checkpoint.layout import Box, Deal, Piece, deal
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.names import Names, named, whole
 from funczero.checkpoint.peers import Peers
-from funczero.checkpoint.restore import Context, Want, blank, fill, load_client, window
+from funczero.checkpoint.restore import Context, Want, fill, load_client, template, window
 from funczero.spec import Slots
 from funczero.types import TrainState
 
@@ -368,16 +368,21 @@ class Checkpointer:
         number, peers = self._number, self.peers
         only = (only,) if isinstance(only, str) else tuple(only)
         want = Want(strict, only, tuple(rename))
-        target: TrainState = blank(*like) if type(like) is tuple else tree.clone(like)
-        chain = self._step if type(like) is not tuple else like[0]
+        if isinstance(like, TrainState):
+            target, given, step = like, like, self._step
+            fresh: Callable[[], TrainState] = lambda: given
+        else:
+            step = like[0]
+            target, fresh = template(*like)
+        device = target.params.buffers[0].device if step is None else step.running().env.mesh.device
         with peers.beating():
             peers.put(f"{number}/ready/{peers.rank}", {"coords": _coords(target), "error": None})
             choices = self._choices(number, name, fallback)
             coords = [{a: tuple(c) for a, c in r["coords"].items()} for r in peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "restore", join=self.join)]
-            context = Context(peers.rank, peers.size, coords, None if chain is None else _chain(chain))
+            context = Context(peers.rank, peers.size, coords, None if step is None else _chain(step), device)
             problems = []
             for attempt, path in enumerate(choices):
-                result, problem = self._tried(Path(path), target, want, context, f"{number}/read/{attempt}")
+                result, problem = self._tried(Path(path), target, fresh, want, context, f"{number}/read/{attempt}")
                 if result is not None:
                     for note in result.notes if peers.rank == 0 else ():
                         logging.warning("restore %s: %s", result.name, note)
@@ -402,14 +407,14 @@ class Checkpointer:
             raise KINDS.get(kind, CheckpointError)(text)
         return answer
 
-    def _tried(self, path: Path, target: TrainState, want: Want, context: Context, key: str) -> tuple[Restored | None, str]:
+    def _tried(self, path: Path, like: TrainState, fresh: Callable[[], TrainState], want: Want, context: Context, key: str) -> tuple[Restored | None, str]:
         """One checkpoint on all ranks: all have read it, or none has."""
         mine, done = "", None
         try:
             found = manifest.load(path, self.max_metadata)
             if self.peers.rank == 0 and (broken := manifest.check_files(path, found)):
                 raise CheckpointError(f"checkpoint {str(path)!r}: {'; '.join(broken[:3])}{f'; and {len(broken) - 3} more' * (len(broken) > 3)}")
-            state, notes = fill(path, found, target, want, context)
+            state, notes = fill(path, found, like, fresh, want, context)
             name = path.name.removesuffix(folder.NEW)
             done = Restored(state, load_client(path, found), name, found.step, found.metrics, tuple(notes))
         except (CheckpointError, ValueError, TypeError, OSError) as e:

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from funczero import tree
 from funczero.accumulate import Accumulate
 from funczero.checkpoint import client, names
-from funczero.checkpoint.arrays import Array, CheckpointError, Reader, dtype_name, numpy_view, torch_dtype
+from funczero.checkpoint.arrays import Array, CheckpointError, Reader, dtype_name, torch_dtype
 from funczero.checkpoint.layout import Box
 from funczero.checkpoint.manifest import ARRAYS, Manifest
 from funczero.checkpoint.names import Part, named
@@ -38,53 +39,88 @@ class Context(NamedTuple):
     size: int
     coords: list[dict[str, tuple[int, int]]]  # of all ranks
     chain: str | None  # as printed
+    device: torch.device  # of a state that is built
 
 
-def blank(step: Any, params: Any) -> TrainState:
-    """A step's state, all parameters zero, from a tree of parameters or of meta tensors: built here part by part, to be filled."""
+def template(step: Any, params: Any) -> tuple[TrainState, Callable[[], TrainState]]:
+    """The form of a step's state, without memory, and how to make a fresh one for what a checkpoint does not hold."""
     made: dict[int, Fill] = {}
     empty = lambda x: made.setdefault(id(x), Fill(tuple(x.shape), x.dtype, partial(torch.zeros, tuple(x.shape), dtype=x.dtype)))
     for path, x in tree.paths(params):
         if not isinstance(x, (Tensor, Fill)):
             raise TypeError(f"restore: parameter {path!r} of like= is a {type(x).__name__}; give (step, params) with params a tree of tensors, meta tensors do")
-    return step.init(tree.map(empty, params))
+    shapes = tree.map(empty, params)
+    fresh = lambda: step.init(shapes)
+    try:
+        return step.abstract(shapes), fresh
+    except (NotImplementedError, RuntimeError):  # an optimizer that looks at values when it starts
+        state = fresh()
+        return state, lambda: state
 
 
-def fill(path: Path, manifest: Manifest, state: TrainState, want: Want, context: Context) -> tuple[TrainState, list[str]]:
-    """`state` filled in place with what a checkpoint holds, and notes on what was not taken as it is.
+def roomy(like: TrainState, device: torch.device) -> TrainState:
+    """A state of the same form in new memory, its values still to be filled in; padding is zero."""
+
+    def new(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        place = device if x.is_meta else x.device
+        if place.type != "cpu" or x.numel() * x.element_size() < 4 << 20:
+            return torch.empty_like(x, device=place)
+        memory = torch.from_numpy(np.empty(x.numel() * x.element_size() + 64, np.uint8))  # numpy asks for huge pages: new memory costs more than reading
+        start = -memory.data_ptr() % 64
+        return memory[start : start + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+
+    state = tree.map(new, like)
+    for slots in tree.leaves(state, is_leaf=lambda x: isinstance(x, Slots)):
+        if isinstance(slots, Slots):
+            for buffer, gap in zip(slots.buffers, slots.where.gaps, strict=True):
+                if gap:
+                    buffer.zero_()
+    return state
+
+
+def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], TrainState], want: Want, context: Context) -> tuple[TrainState, list[str]]:
+    """A new state of the form of `like` with what a checkpoint holds, of `fresh()` with what it does not, and notes on what was not taken as it is.
 
     Raises:
-      CheckpointError: a name is missing, a shape or a kind of dtype differs, an array is damaged; the state is then to be thrown away.
+      CheckpointError: a name is missing, a shape or a kind of dtype differs, an array is damaged.
     """
     notes: list[str] = []
-    state, dropped = _windows(state, manifest, context, notes)
-    all_parts = {name: part for name, part in named(state, context.rank, context.size).parts.items() if name not in dropped}
-    pick = lambda name: not want.only or any(re.search(regex, name) for regex in want.only)
-    parts = {name: part for name, part in all_parts.items() if pick(name)}
-    if not parts:
-        raise CheckpointError(f"restore: no leaf's name matches {list(want.only)}; names begin with {_heads(all_parts)}")
+    state, dropped = _windows(roomy(like, context.device), manifest, context, notes)
+    everything = named(state, context.rank, context.size).parts
+    asked = {n: p for n, p in everything.items() if n not in dropped and (not want.only or any(re.search(regex, n) for regex in want.only))}
+    if want.only and not asked:
+        raise CheckpointError(f"restore: no leaf's name matches {list(want.only)}; names begin with {_heads(everything)}")
     known = {names.stored(n): n for n in manifest.arrays}  # keys with dots, as modules and exported files have them, are paths, too
-    source = {name: _source(name, manifest, known, want.rename) for name in parts}
-    parts = _present(parts, source, manifest, want, notes)
+    source = {name: _source(name, manifest, known, want.rename) for name in asked}
+    parts = _present(asked, source, manifest, want, notes)
     if want.strict and not want.only:
         _refuse_strangers(source, manifest, notes)
-    reader = Reader(path / ARRAYS, manifest.arrays)
-    later: list[Callable[[], Any]] = []
     cast: dict[tuple[str, str], int] = {}
     for name, part in parts.items():
-        array = manifest.arrays[source[name]]
-        _check(name, part, array, cast)
-        later += _read(reader, source[name], array, part)
-    views: Slots | None = state.views
-    if views is not None:
-        for name, part in _views(views, all_parts).items():
-            if pick(name) and name in parts:
-                later += _read(reader, source[name], manifest.arrays[source[name]], part)
+        _check(name, part, manifest.arrays[source[name]], cast)
+    views = {} if state.views is None else _views(state.views, everything)
+    _keep(everything, views, set(parts), dropped, fresh, context)
+    reader = Reader(path / ARRAYS, manifest.arrays)
+    for name, part in [*parts.items(), *((n, v) for n, v in views.items() if n in parts)]:
+        _read(reader, source[name], manifest.arrays[source[name]], part)
     reader.finish()
-    for copy in later:
-        copy()
     notes += [f"{n} leaves were cast from {a} to {b}, as the policy says" for (a, b), n in cast.items()]
     return state, notes
+
+
+def _keep(everything: dict[str, Part], views: dict[str, Part], read: set[str], dropped: set[str], fresh: Callable[[], TrainState], context: Context) -> None:
+    """What is not read stays as it is in a fresh state, or in the one that was given."""
+    left = [n for n in everything if n not in read and n not in dropped and "/partial/" not in n]
+    if left:
+        given = fresh()
+        parts = named(given, context.rank, context.size).parts
+        others = {} if given.views is None else _views(given.views, parts)
+        for mine, theirs in ((everything, parts), (views, others)):
+            for n in (n for n in left if n in mine):
+                for x in (mine[n].value, *mine[n].also):
+                    x.copy_(theirs[n].value)
 
 
 def load_client(path: Path, manifest: Manifest, only: Sequence[str] | None = None) -> Any:
@@ -99,20 +135,18 @@ def load_client(path: Path, manifest: Manifest, only: Sequence[str] | None = Non
 
 
 def read_whole(reader: Reader, name: str, array: Array) -> Tensor:
-    """Start to read a whole array; its shape was checked against the sizes of the files."""
+    """Ask for a whole array; its shape was checked against the sizes of the files."""
     out = torch.empty(array.shape, dtype=torch_dtype(array.dtype))
-    reader.read(name, Box((0,) * len(array.shape), array.shape), numpy_view(out))
+    reader.ask(name, Box((0,) * len(array.shape), array.shape), lambda: out)
     return out
 
 
-def _read(reader: Reader, name: str, array: Array, part: Part) -> list[Callable[[], Any]]:
-    """Start to read into a part; what is left to do when the bytes are there."""
-    box = Box(part.start, tuple(part.value.shape))
-    direct = part.value.device.type == "cpu" and part.value.is_contiguous() and dtype_name(part.value.dtype) == array.dtype
-    target = part.value if direct else torch.empty(box.shape, dtype=torch_dtype(array.dtype))
-    reader.read(name, box, numpy_view(target))
-    copies = part.also if direct else (part.value, *part.also)
-    return [partial(x.copy_, target) for x in copies]
+def _read(reader: Reader, name: str, array: Array, part: Part) -> None:
+    """Ask for a part; where it lies elsewhere or in another dtype it is copied when the bytes are there."""
+    x, box = part.value, Box(part.start, tuple(part.value.shape))
+    direct = x.device.type == "cpu" and x.is_contiguous() and dtype_name(x.dtype) == array.dtype
+    copies = part.also if direct else (x, *part.also)
+    reader.ask(name, box, (lambda: x) if direct else (lambda: torch.empty(box.shape, dtype=torch_dtype(array.dtype))), lambda read: [c.copy_(read) for c in copies])
 
 
 def _source(name: str, manifest: Manifest, known: dict[str, str], rename: Sequence[tuple[str, str]]) -> str:
@@ -220,7 +254,7 @@ def _windows(state: TrainState, manifest: Manifest, context: Context, notes: lis
                 dropped.add(f"{names.escape(name)}/count")
                 notes.append(f"{form['count']} micro-batches of an open window were left out: go on with the first one of update {manifest.step}; parameters have not moved")
         if isinstance(own, Accumulate):
-            chain[name] = Accumulate(torch.zeros_like(own.count), partial)
+            chain[name] = Accumulate(torch.zeros(own.count.shape, dtype=own.count.dtype), partial)
     return state._replace(chain=chain), dropped
 
 
