@@ -85,10 +85,12 @@ def deal(parts: dict[str, Part], ranks: list[Coords], rank: int) -> Deal:
         boxes, block = _boxes(part, ranks, places)
         itemsize = part.value.element_size()
         chunk = out.chunks[name] = chunk_shape(block, part.shape, itemsize)
-        out.boxes[name] = boxes[rank]
+        mine = boxes[rank]
+        if mine is not None:
+            out.boxes[name] = mine
         holders: dict[Box, list[int]] = {}
         for r, box in enumerate(boxes):
-            if prod(box.shape):
+            if box is not None and 0 not in box.shape:
                 holders.setdefault(box, []).append(r)
         for key, pieces in sorted(_meetings(list(holders), chunk).items()):
             pieces.sort(key=lambda p: (-prod(p[0].shape), p[0].start))
@@ -101,11 +103,13 @@ def deal(parts: dict[str, Part], ranks: list[Coords], rank: int) -> Deal:
     return out
 
 
-def _boxes(part: Part, ranks: list[Coords], places: dict[tuple[Any, ...], list[Where]]) -> tuple[list[Box], tuple[int, ...]]:
+def _boxes(part: Part, ranks: list[Coords], places: dict[tuple[Any, ...], list[Where]]) -> tuple[list[Box | None], tuple[int, ...]]:
     """Every rank's part of a leaf, and the shape of a full one."""
     if part.own:
         row = (1, *part.shape[1:])
         return [Box((r,) + (0,) * (len(row) - 1), row) for r in range(len(ranks))], row
+    if part.root:
+        return [Box((0,) * len(part.shape), part.shape), *[None] * (len(ranks) - 1)], part.shape
     if part.where is None:
         return [Box((0,) * len(part.shape), part.shape)] * len(ranks), part.shape
     axes = part.where.axes
