@@ -34,6 +34,7 @@ from funczero.chain import chain as chain
 from funczero.clip import clip_by_global_norm as clip_by_global_norm
 from funczero.clip import clip_by_value as clip_by_value
 from funczero.collectives import count_bytes as count_bytes
+from funczero.deepspeed.build import from_deepspeed as from_deepspeed
 from funczero.gradient import freeze as freeze
 from funczero.gradient import per_row as per_row
 from funczero.gradient import pull as pull

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 Schedule = Callable[[Tensor], Tensor]  # 0-d count of applied updates -> 0-d float64
+TORCH = (  # the schedules of torch.optim.lr_scheduler that numbers alone describe
+    "StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR",
+)  # fmt: skip
 
 
 def constant(value: float) -> Schedule:
@@ -175,6 +178,37 @@ def lr_range_test(start: float = 1e-3, steps: int = 2000, rate: float = 1.0, sta
     def schedule(updates: Tensor) -> Tensor:
         k = updates.double() / steps
         return start * (1 + rate * (k.floor() if staircase else k))
+
+    return schedule
+
+
+def from_torch(name: str, lr: float, **options: Any) -> Schedule:
+    """A schedule of torch.optim.lr_scheduler: its rate after so many `step()` calls.
+
+    They are loops, not formulas: values are computed in order once and kept, 8 bytes an update.
+
+    Args:
+      name: one of TORCH.
+      lr: the rate that it starts from or multiplies.
+      options: its arguments; cycle_momentum must be False, because a schedule moves one number.
+
+    >>> [from_torch("StepLR", 1.0, step_size=2, gamma=0.5)(torch.tensor(u)).item() for u in (0, 1, 2, 5)]
+    [1.0, 1.0, 0.5, 0.25]
+    """
+    if name not in TORCH:
+        raise ValueError(f"from_torch: {name!r} is not a schedule that numbers alone describe; write one of {', '.join(TORCH)}")
+    if name in ("CyclicLR", "OneCycleLR") and options.get("cycle_momentum", True):
+        raise ValueError(f"from_torch: {name} would move the momentum too; write cycle_momentum=False, or one_cycle and one_cycle_momentum")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **options)
+    seen = [float(optimizer.param_groups[0]["lr"])]
+
+    def schedule(updates: Tensor) -> Tensor:
+        while len(seen) <= int(updates):
+            optimizer.step()  # a parameter without a gradient: it only tells torch that an update came first
+            scheduler.step()
+            seen.append(float(optimizer.param_groups[0]["lr"]))
+        return torch.full((), seen[int(updates)], dtype=torch.float64, device=updates.device)
 
     return schedule
 
