@@ -5,9 +5,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from funczero.deepspeed.explain import add_commands as add_config_commands
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {parity}`; the exit code is 1 when a promise is broken, 2 for bad input."""
+    """`funczero {parity, config}`; the exit code is 1 when a promise is broken or configs differ, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="funczero", description="ZeRO as a chain of pure functions, on torch.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("parity", help="run your step builder at every stage and world, and compare", description=_parity.__doc__)
@@ -17,9 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--micro_batches", type=int, default=8, help="micro-batches of one update, on all processes together")
     p.add_argument("--updates", type=int, default=5, help="updates a run")
     p.add_argument("--tolerance", type=float, default=1e-5, help="largest allowed difference to the unsharded run")
+    p.set_defaults(run=_parity)
+    add_config_commands(commands)
     args = parser.parse_args(argv)
     try:
-        return _parity(args)
+        return int(args.run(args))
     except ValueError as e:
         print(f"funczero: {e}", file=sys.stderr)
         return 2

@@ -162,7 +162,7 @@ def rates_of(config: Config, lr: float | None = None) -> Rates:
     try:
         return _scheduled(kind.value, p, own)
     except (ValueError, TypeError) as e:
-        said = f"{kind.value} starts from the optimizer's lr, and there is none; add optimizer.params.lr" if own is None else f"{e}"
+        said = f"{kind.value} starts from the optimizer's lr, and there is none; add optimizer.params.lr" if own is None else f"{e}; write scheduler.params that hold"
         raise ConfigError(f"{config.where('scheduler.type')}{said}") from None
 
 
@@ -202,17 +202,17 @@ def optimizer_of(config: Config, given: Optimizer | None = None, rates: Rates | 
     if given is not None:
         if lr is None:
             raise ConfigError(f"{config.name}: optimizer= is a function of the learning rate, but the config gives none; add a scheduler, or write an optimizer with its own")
-        return given(lr)
+        return given(lr)  # type: ignore[operator]
     try:
         return _made(kind, config.block("optimizer.params"), lr, momentum)
     except (ValueError, TypeError) as e:
-        raise ConfigError(f"{config.where('optimizer.type')}{e}") from None
+        raise ConfigError(f"{config.where('optimizer.type')}{e}; write optimizer.params that hold") from None
 
 
 def _made(kind: str, p: dict[str, Any], lr: Any, momentum: Schedule | None) -> GradientTransformation:
     b1, b2 = p.get("betas", (0.9, 0.999))
     if momentum is not None:  # OneCycle forces the second beta
-        b1, b2 = momentum, 0.99  # type: ignore[assignment]
+        b1, b2 = momentum, 0.99
     name, decay = kind.lower(), p.get("weight_decay", 0.0)
     if name in ("adam", "adamw"):
         make = optim.adamw if name == "adamw" or p["adam_w_mode"] else optim.adam

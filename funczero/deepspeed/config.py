@@ -109,7 +109,7 @@ def resolve(config: str | Path | Mapping[str, Any], world: int | World | None = 
     values |= {name: Value(x, "derived") for name, x in zip(NAMES, triad, strict=True) if values[name].value is None}
     resolved = Config(doc.name, values, size, triad, tuple(notes))
     _agree(resolved)
-    return resolved._replace(notes=(*notes, *_lossy(resolved)))
+    return resolved._replace(notes=(*notes, *_unused(resolved), *_lossy(resolved)))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -134,9 +134,10 @@ def _dynamic(doc: Document) -> dict[str, Key]:
             raise ConfigError(f"{doc.where(block)}{own!r} is no block; write {{\"type\": ..., \"params\": {{...}}}}")
         name, where = own.get("type"), doc.where(f"{block}.type" if "type" in own else block)
         if not isinstance(name, str):
-            wrong = [k for k in own if get_close_matches(str(k), ["type"], 1, 0.5)]
-            said = f"there is no 'type' (but {wrong[0]!r})" if wrong and name is None else f"its type is {name!r}"
-            raise ConfigError(f"{where}{said}; write \"type\": {'Adam' if block == 'optimizer' else 'WarmupLR'!r}")
+            near = get_close_matches("type", [k for k in own if isinstance(k, str) and k != "params"], 1, 0.5)
+            if name is None and near and "type" not in own:
+                raise ConfigError(f"{doc.where(f'{block}.{near[0]}')}there is no such key; write 'type'")
+            raise ConfigError(f"{where}it has no type that is text; write \"type\": {_json('Adam' if block == 'optimizer' else 'WarmupLR')}")
         params = own.get("params")
         torch_adam = isinstance(params, dict) and params.get("torch_adam") is True and (name.lower() == "adamw" or params.get("adam_w_mode") is not False)
         if isinstance(params, dict) and block == "optimizer" and "max_grad_norm" in params:
@@ -154,7 +155,7 @@ def _entries(doc: Document, raw: Mapping[Any, Any], prefix: str, spelling: str, 
         spelled = spelling + key
         path = ALIASES.get(prefix + key, prefix + key)
         origin = "file" if doc.lines else "dict"
-        if spelled != path and prefix == spelling:
+        if spelled != path:
             origin = f"alias {spelled}"
         if path == "zero_optimization" and isinstance(value, bool):
             yield _Z + "stage", int(value), "alias zero_optimization: " + str(value).lower(), spelled
@@ -234,8 +235,9 @@ def _checked(where: str, key: Key, value: Any) -> Any:
         out = out.lower() if isinstance(out, str) else out
         if out not in key.choices:
             raise ConfigError(f"{where}{_json(value)} does not exist; write one of {', '.join(map(_json, key.choices))}")
-    if key.low > -math.inf and any(x < key.low for x in (out if isinstance(out, tuple) else (out,))):
-        raise ConfigError(f"{where}{_json(value)} is too small; write at least {key.low:g}")
+    for x in out if isinstance(out, tuple) else (out,):
+        if isinstance(x, (int, float)) and not key.low <= x < key.below:
+            raise ConfigError(f"{where}{_json(value)} is out of range; write {f'at least {key.low:g}' * (x < key.low) or f'less than {key.below:g}'}")
     return out
 
 
@@ -258,6 +260,21 @@ def _judged(doc: Document, found: Mapping[str, Value], table: Mapping[str, Key])
         elif key.handling == NO_OP and value != key.default:
             notes.append(f"{name} = {_json(value)} changes nothing: {key.say}")
     return notes
+
+
+def _unused(c: Config) -> list[str]:
+    """Values of the optimizer that its scheduler does not read."""
+    kind, top = c.value("scheduler.type"), c.block("scheduler.params")
+    given = lambda name: c.values.get(f"optimizer.params.{name}", Value(None, "default")).origin != "default"
+    out = []
+    if given("lr") and (kind in ("LRRangeTest", "OneCycle") or top.get("warmup_max_lr") is not None):
+        out.append(f"optimizer.params.lr = {c.value('optimizer.params.lr')} is not used: {kind} writes its own rates")
+    if kind == "OneCycle" and top["cycle_momentum"]:
+        if "optimizer.params.betas" not in c.values:
+            out.append(f"{kind} cycles no momentum: {c.value('optimizer.type')} has no betas")
+        elif given("betas"):
+            out.append(f"optimizer.params.betas is not used: {kind} moves the first and sets the second to 0.99")
+    return out
 
 
 def _lossy(c: Config) -> list[str]:

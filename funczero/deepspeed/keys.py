@@ -29,11 +29,12 @@ class Key(NamedTuple):
     low: float = -math.inf  # smallest number
     choices: tuple[Any, ...] = ()  # texts without regard to case
     off: tuple[Any, ...] = ()  # values beside the default that a refused key may have
+    below: float = math.inf  # numbers are smaller than it
 
 
-def honour(default: Any, kind: str = "", low: float = -math.inf, choices: tuple[Any, ...] = ()) -> Key:
+def honour(default: Any, kind: str = "", low: float = -math.inf, choices: tuple[Any, ...] = (), below: float = math.inf) -> Key:
     """A key that does what it does there."""
-    return Key(kind or kind_of(default), default, HONOURED, "", low, choices)
+    return Key(kind or kind_of(default), default, HONOURED, "", low, choices, below=below)
 
 
 def refuse(default: Any, say: str, kind: str = "", off: tuple[Any, ...] = (), low: float = -math.inf) -> Key:

@@ -11,7 +11,7 @@ from funczero.deepspeed.keys import ConfigError, Key, honour, ignore, kind_of, r
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.schedules import TORCH
 
-_RATES: dict[str, Key] = {"weight_decay": honour(0.0, low=0), "eps": honour(1e-8, low=0), "betas": honour((0.9, 0.999), low=0), "lr": honour(1e-3, low=0)}
+_RATES: dict[str, Key] = {"weight_decay": honour(0.0, low=0), "eps": honour(1e-8, low=1e-300), "betas": honour((0.9, 0.999), low=0, below=1), "lr": honour(1e-3, low=0)}
 _PLAIN = {"amsgrad": refuse(False, "delete the key"), "bias_correction": refuse(True, "moments are always corrected here; delete the key")}
 _ADAM = {
     **_RATES,
@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {  # in lower case; any case is understo
     "adam": _ADAM,
     "adamw": _ADAM,
     "lion": {k: _RATES[k] for k in ("lr", "betas", "weight_decay")},
-    "adagrad": {"lr": honour(1e-2, low=0), "eps": honour(1e-10, low=0), "weight_decay": honour(0.0, low=0)},
+    "adagrad": {"lr": honour(1e-2, low=0), "eps": honour(1e-10, low=1e-300), "weight_decay": honour(0.0, low=0)},
 }
 _WHOLE = "it needs whole leaves, which no bracket deals out yet; write AdamW, or Lion"
 _FOREIGN = {
@@ -56,8 +56,8 @@ SCHEDULERS: dict[str, dict[str, Key]] = {
         "cycle_second_stair_count": honour(None, "int", 0),
         "decay_step_size": honour(0.0, low=0),
         "cycle_momentum": honour(True),
-        "cycle_min_mom": honour(0.8, "rate", 0),
-        "cycle_max_mom": honour(0.9, "rate", 0),
+        "cycle_min_mom": honour(0.8, "rate", 0, below=1),
+        "cycle_max_mom": honour(0.9, "rate", 0, below=1),
         "decay_mom_rate": honour(0.0),
     },
     "WarmupLR": {**_WARMUP, "warmup_max_lr": honour(None, "rate")},
@@ -80,7 +80,7 @@ def optimizer_keys(name: str, where: str, torch_adam: bool) -> dict[str, Key]:
         return {**own, "weight_decay": honour(0.01, low=0)} if decays else own
     if name == "SGD":
         keys = {**_signature(torch.optim.SGD), "maximize": refuse(False, "delete the key"), "dampening": refuse(0.0, "delete the key")}
-        return {**keys, "lr": honour(1e-3, low=0), "momentum": honour(0.0, low=0)}
+        return {**keys, "lr": honour(1e-3, low=0), "momentum": honour(0.0, low=0, below=1)}
     if name in ELEMENTWISE:
         return _signature(getattr(torch.optim, name))
     if name.lower() in _FOREIGN:
