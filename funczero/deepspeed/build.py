@@ -162,8 +162,12 @@ def rates_of(config: Config, lr: float | None = None) -> Rates:
     try:
         return _scheduled(kind.value, p, own)
     except (ValueError, TypeError) as e:
-        said = f"{kind.value} starts from the optimizer's lr, and there is none; add optimizer.params.lr" if own is None else f"{e}; write scheduler.params that hold"
+        said = "it starts from the optimizer's lr, and there is none; add optimizer.params.lr" if own is None else _remedied(e, "scheduler.params")
         raise ConfigError(f"{config.where('scheduler.type')}{said}") from None
+
+
+def _remedied(error: Exception, block: str) -> str:
+    return f"{error}" if "write" in str(error) else f"{error}; write other {block}"
 
 
 def _scheduled(kind: str, p: dict[str, Any], own: Any) -> Rates:
@@ -206,7 +210,7 @@ def optimizer_of(config: Config, given: Optimizer | None = None, rates: Rates | 
     try:
         return _made(kind, config.block("optimizer.params"), lr, momentum)
     except (ValueError, TypeError) as e:
-        raise ConfigError(f"{config.where('optimizer.type')}{e}; write optimizer.params that hold") from None
+        raise ConfigError(f"{config.where('optimizer.type')}{_remedied(e, 'optimizer.params')}") from None
 
 
 def _made(kind: str, p: dict[str, Any], lr: Any, momentum: Schedule | None) -> GradientTransformation:
