@@ -5,6 +5,7 @@ Run:
     python experiments/train_gpt.py --stage=1 --accumulate=2 --data=my/notes,my/book.txt
     python experiments/train_gpt.py --mesh=node=2,local=2                  # four processes
     torchrun --nproc-per-node=4 experiments/train_gpt.py --stage=2         # processes that somebody else starts
+    python experiments/train_gpt.py --deepspeed_config=ds_config.json      # batch, precision, stage, optimizer and schedule as DeepSpeed's file says
 Expect:
     Two minutes on two cores. Held-out bits per byte fall from 8 to well below the entropy of single bytes (4.6), which no model without context can pass.
     The losses of all stages agree to float32 rounding. Bytes sent are the ZeRO paper's: stage 3 is 1.5 times stages 0 to 2.
@@ -66,6 +67,7 @@ flags.DEFINE_integer("seed", 0, "Seed of the parameters, the batches and the sam
 flags.DEFINE_integer("eval_every", 200, "Updates between two measurements of the held-out text; also at the start and the end.", lower_bound=1)
 flags.DEFINE_integer("eval_batches", 8, "Held-out batches of --batch windows, always the same.", lower_bound=1)
 flags.DEFINE_integer("sample", 300, "Bytes to sample at the end; 0: none.", lower_bound=0)
+flags.DEFINE_string("deepspeed_config", "", "A ds_config.json that says batch, accumulation, precision, stage, clip, optimizer and schedule; it replaces the flags for them.")
 flags.DEFINE_string("out", "runs/train_gpt", "Folder for metrics.jsonl (a line an update), loss.png and what the processes write to stderr (rank0.log, ...).")
 
 
@@ -83,28 +85,43 @@ class Plan(NamedTuple):
 def plan() -> Plan:
     """The step and the data of this command line, in any process. Raises ValueError or OSError with one sentence."""
     mesh = mesh_sizes()
-    micros = math.prod(mesh.values()) * F.accumulate
-    if F.batch % micros:
-        near = micros * math.ceil(F.batch / micros)
-        raise ValueError(f"--batch={F.batch} windows do not divide into {micros} micro-batches (processes x --accumulate={F.accumulate}); write --batch={near}")
     loss_fn = partial(gpt.loss_fn, heads=F.heads, remat=F.remat)
-    axis = tuple(mesh)
-    grad = fz.value_and_grad(loss_fn, batch=P(axis), units=("blocks",))
-    scale = [fz.scale_loss(F.scale_loss)] if F.scale_loss else []
-    clip = [fz.clip_by_global_norm(F.clip)] if F.clip else []
-    lr = fz.schedules.warmup_cosine(F.lr, min(F.warmup, F.steps), F.steps, end=F.lr / 10)
-    adamw = fz.adamw(lr, b1=0.9, b2=0.95, weight_decay=[("norm", 0.0), ("", F.weight_decay)])
-    step = fz.train_step(*fz.zero(grad, *scale, *clip, adamw, stage=F.stage, axis=axis, accumulate=F.accumulate), mesh=mesh, policy=F.policy)
+    step = (from_deepspeed if F.deepspeed_config else from_flags)(mesh, loss_fn)
     train, held_out = fz.data.load([path for text in F.data for path in text.split(",") if path])
     for corpus in (train, held_out):
         fz.data.batch(corpus, 0, 0, 1, F.length)  # too short a text says so here
-    params, dtype = gpt.init(F.seed, gpt.Sizes(F.layers, F.width, F.heads)), fz.Policy.parse(F.policy).params
+    params, dtype = gpt.init(F.seed, gpt.Sizes(F.layers, F.width, F.heads)), step.grad.env.policy.params
     try:
         Path(F.out).mkdir(parents=True, exist_ok=True)
         (Path(F.out) / "metrics.jsonl").touch()
     except OSError as error:
         raise ValueError(f"--out={F.out} is no folder to write to ({error.strerror}); name another one") from None
     return Plan(mesh, tree_map(lambda x: x.to(dtype), params), loss_fn, fz.donate(step), train, held_out)
+
+
+def from_flags(mesh: dict[str, int], loss_fn: partial) -> fz.Step:
+    """The step that the flags spell out."""
+    micros = math.prod(mesh.values()) * F.accumulate
+    if F.batch % micros:
+        near = micros * math.ceil(F.batch / micros)
+        raise ValueError(f"--batch={F.batch} windows do not divide into {micros} micro-batches (processes x --accumulate={F.accumulate}); write --batch={near}")
+    axis = tuple(mesh)
+    grad = fz.value_and_grad(loss_fn, batch=P(axis), units=("blocks",))
+    scale = [fz.scale_loss(F.scale_loss)] if F.scale_loss else []
+    clip = [fz.clip_by_global_norm(F.clip)] if F.clip else []
+    lr = fz.schedules.warmup_cosine(F.lr, min(F.warmup, F.steps), F.steps, end=F.lr / 10)
+    adamw = fz.adamw(lr, b1=0.9, b2=0.95, weight_decay=[("norm", 0.0), ("", F.weight_decay)])
+    return fz.train_step(*fz.zero(grad, *scale, *clip, adamw, stage=F.stage, axis=axis, accumulate=F.accumulate), mesh=mesh, policy=F.policy)
+
+
+def from_deepspeed(mesh: dict[str, int], loss_fn: partial) -> fz.Step:
+    """The step that --deepspeed_config describes; --stage, --batch and --accumulate become the file's."""
+    said = [name for name in ("stage", "policy", "scale_loss", "accumulate", "batch", "lr", "warmup", "weight_decay", "clip") if F[name].present]
+    if said:
+        raise ValueError(f"--{said[0]}={F[said[0]].value} and --deepspeed_config={F.deepspeed_config} say it twice; write it in the file alone")
+    chain, config = fz.from_deepspeed(F.deepspeed_config, loss_fn, world=math.prod(mesh.values()), axis=tuple(mesh), units=("blocks",))
+    F.stage, F.batch, F.accumulate = config.value("zero_optimization.stage"), config.triad.batch, config.triad.steps
+    return fz.train_step(*chain, mesh=mesh, policy=config.policy)
 
 
 def mesh_sizes() -> dict[str, int]:

@@ -14,7 +14,7 @@ from funczero import optim, schedules
 from funczero.accumulate import accumulate
 from funczero.clip import clip_by_global_norm
 from funczero.deepspeed.config import Config, dtype_name, resolve
-from funczero.deepspeed.keys import ConfigError
+from funczero.deepspeed.keys import ENGINE, KEYS, ConfigError
 from funczero.gradient import pullback as pulled
 from funczero.gradient import value_and_grad
 from funczero.loss_scale import scale_loss
@@ -81,6 +81,9 @@ def from_deepspeed(
         raise TypeError("from_deepspeed: a chain has one gradient; write from_deepspeed(config, loss_fn), or from_deepspeed(config, pullback=True)")
     if loss_fn is not None and resolved.value("fp16.auto_cast"):
         raise ConfigError(f"{resolved.where('fp16.auto_cast')}a loss function casts its own inputs; delete the key and write batch[...].half() in it")
+    if loss_fn is not None:
+        mine = [path for path in ENGINE if resolved.value(path) != KEYS[path].default]
+        resolved = resolved._replace(notes=(*resolved.notes, *(f"{path} is an engine's, and this chain has none" for path in mine)))
     if resolved.notes and os.environ.get("RANK", "0") == "0":
         logging.warning("%s: %s", resolved.name, "; ".join(resolved.notes))
     split = P((axis,) if isinstance(axis, str) else axis)

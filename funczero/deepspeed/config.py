@@ -1,7 +1,6 @@
 """ds_config.json as a value: every key with its value and where it came from, or one sentence about the first that cannot stand."""
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches

@@ -216,6 +216,10 @@ _REST: dict[str, Key] = {
 
 KEYS: dict[str, Key] = {**_TOP, **_REMOVED, **_PRECISION, **{f"zero_optimization.{k}": v for k, v in _ZERO.items()}, **_REST}
 LITERAL_AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages")  # "auto" is a value of these, not a place to fill
+ENGINE = (  # honoured by an engine; a chain by itself has no loader, no prints, no checkpoints and no boundary but its own
+    "managed_gradient_accumulation", "dataloader_drop_last", "steps_per_print", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "checkpoint.tag_validation", "checkpoint.load_universal", "checkpoint.use_node_local_storage",
+)  # fmt: skip
 
 _Z = "zero_optimization."
 ALIASES: dict[str, str] = {
