@@ -243,5 +243,18 @@ def test_what_a_scheduler_does_not_read_is_said():
     assert "optimizer.params.lr = 0.1 is not used: OneCycle" in notes({"type": "Adam", "params": {"lr": 0.1}}, one)
     assert "optimizer.params.betas is not used" in notes({"type": "Adam", "params": {"betas": [0.9, 0.9]}}, one)
     assert "OneCycle cycles no momentum: SGD has no betas" in notes({"type": "SGD"}, one)
-    assert not notes({"type": "Adam", "params": {"lr": 0.1}}, {"type": "WarmupLR"})
+    for own in ({}, {"warmup_max_lr": 0.1}):
+        assert not notes({"type": "Adam", "params": {"lr": 0.1}}, {"type": "WarmupLR", "params": own})
     assert "lr = 0.1 is not used: WarmupDecayLR" in notes({"type": "Adam", "params": {"lr": 0.1}}, {"type": "WarmupDecayLR", "params": {"total_num_steps": 5}})
+
+
+def test_where_deepspeed_does_otherwise_is_said():
+    said = lambda **keys: " ".join(ds.differences(resolve(**keys)))
+    assert "gradient_clipping is absent" in said() and "gradient_clipping" not in said(gradient_clipping=1.0)
+    assert "summed in float32 here, in bfloat16 there" in said(bf16={"enabled": True})
+    assert "in bfloat16 there" not in said(bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
+    assert "at stage 0, only the gradient is divided" in said(fp16={"enabled": True}) and "on which the scale doubles" in said(fp16={"enabled": True})
+    assert "doubles" not in said(fp16={"enabled": True, "loss_scale": 128}, zero_optimization={"stage": 1})
+    sgd = {"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 1}}
+    assert "zero_allow_untested_optimizer" in said(**sgd) and "untested" not in said(**sgd, zero_allow_untested_optimizer=True)
+    assert "it enters the weights" in said() and "it enters the weights" not in said(zero_optimization=True)

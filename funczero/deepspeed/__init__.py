@@ -9,6 +9,8 @@ from funczero.deepspeed.build import rates_of as rates_of
 from funczero.deepspeed.config import Config as Config
 from funczero.deepspeed.config import Value as Value
 from funczero.deepspeed.config import resolve as resolve
+from funczero.deepspeed.explain import diff as diff
+from funczero.deepspeed.explain import differences as differences
 from funczero.deepspeed.keys import KEYS as KEYS
 from funczero.deepspeed.keys import ConfigError as ConfigError
 from funczero.deepspeed.keys import Key as Key

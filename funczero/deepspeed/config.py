@@ -151,6 +151,8 @@ def _entries(doc: Document, raw: Mapping[Any, Any], prefix: str, spelling: str, 
     for key, value in raw.items():
         if not isinstance(key, str):
             raise ConfigError(f"{doc.where(prefix.rstrip('.') or repr(key))}the key {key!r} is a {type(key).__name__}; write text")
+        if "." in key:
+            raise ConfigError(f"{doc.where(spelling + key)}there is no such key; write blocks in blocks, {{{_json(key.split('.')[0])}: {{...}}}}")
         spelled = spelling + key
         path = ALIASES.get(prefix + key, prefix + key)
         origin = "file" if doc.lines else "dict"
@@ -198,7 +200,7 @@ def _spelling(v: Value, path: str) -> str:
 def _filled(doc: Document, found: dict[str, Value], table: Mapping[str, Key], auto: Mapping[str, Any]) -> dict[str, Value]:
     """The one place where "auto" is replaced."""
     for name in auto:
-        if name not in table and name != "hidden_size":
+        if name not in table and name != "hidden_size" and not name.startswith(("optimizer.params.", "scheduler.params.")):
             raise ConfigError(f"auto: {name}: {_unknown('', name, table)}")
     width = auto.get("hidden_size")
     given = {path: fn(_checked("auto: hidden_size: ", Key("int", 1, low=1), width)) for path, fn in _BY_WIDTH.items() if width is not None} | dict(auto)
@@ -266,7 +268,7 @@ def _unused(c: Config) -> list[str]:
     kind, top = c.value("scheduler.type"), c.block("scheduler.params")
     given = lambda name: c.values.get(f"optimizer.params.{name}", Value(None, "default")).origin != "default"
     out = []
-    if given("lr") and (kind in ("LRRangeTest", "OneCycle") or top.get("warmup_max_lr") is not None):
+    if given("lr") and (kind in ("LRRangeTest", "OneCycle") or top.get("warmup_max_lr") not in (None, c.value("optimizer.params.lr"))):
         out.append(f"optimizer.params.lr = {c.value('optimizer.params.lr')} is not used: {kind} writes its own rates")
     if kind == "OneCycle" and top["cycle_momentum"]:
         if "optimizer.params.betas" not in c.values:

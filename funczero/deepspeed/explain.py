@@ -71,7 +71,7 @@ def differences(config: Config) -> list[str]:
         "leaves under stage3_param_persistence_threshold also keep whole moments; there those are split": stage == 3,
         f"{kind} runs under ZeRO, value by value; there it needs zero_allow_untested_optimizer": kind not in (None, *_TESTED) and stage > 0 and not config.value("zero_allow_untested_optimizer"),
         "after loading a checkpoint the rate is schedule(updates) at once; there it is the constructor's until the next step": scheduler is not None,
-        f"parameters and moments are cut by rows, leaf by leaf; there {'every leaf' if stage == 3 else 'one flat buffer'} is": stage > 0,
+        f"shards are rows of a leaf; there they are pieces of {'a flattened leaf' if stage == 3 else 'one flat buffer'}": stage > 0,
     }
     return [text for text, holds in rules.items() if holds]
 
