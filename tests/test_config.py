@@ -147,7 +147,15 @@ FREE = {k: v for k, v in ds.KEYS.items() if "." not in k or k.split(".")[0] not 
 @pytest.mark.parametrize("path", [p for p, k in FREE.items() if k.handling == NO_OP])
 def test_a_no_op_leaves_a_note(path):
     key = ds.KEYS[path]
-    other = key.choices[-1] if key.choices and key.choices[-1] != key.default else key.choices[0] if key.choices else (not key.default) if key.kind == "flag" else OTHER[key.kind]
+    other = (
+        key.choices[-1]
+        if key.choices and key.choices[-1] != key.default
+        else key.choices[0]
+        if key.choices
+        else (not key.default)
+        if key.kind == "flag"
+        else OTHER[key.kind]
+    )
     c = resolve(**place(path, other))
     assert [n for n in c.notes if n.startswith(f"{path} = ") and key.say in n] and c.value(path) == other
     assert not resolve(**place(path, key.default)).notes
@@ -188,8 +196,14 @@ OLD = {
     "stage, false": ({"zero_optimization": False}, {"zero_optimization.stage": 0}),
     "bfloat16": ({"bfloat16": {"enabled": True}}, {"bf16.enabled": True}),
     "without its prefix": ({"zero_optimization": {"stage": 3, "param_persistence_threshold": 7}}, {"zero_optimization.stage3_param_persistence_threshold": 7}),
-    "fp16 weights": ({"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": True}}, {"zero_optimization.stage3_gather_16bit_weights_on_model_save": True}),
-    "16-bit weights": ({"zero_optimization": {"gather_16bit_weights_on_model_save": True}}, {"zero_optimization.stage3_gather_16bit_weights_on_model_save": True}),
+    "fp16 weights": (
+        {"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": True}},
+        {"zero_optimization.stage3_gather_16bit_weights_on_model_save": True},
+    ),
+    "16-bit weights": (
+        {"zero_optimization": {"gather_16bit_weights_on_model_save": True}},
+        {"zero_optimization.stage3_gather_16bit_weights_on_model_save": True},
+    ),
     "cpu_offload, off": ({"zero_optimization": {"cpu_offload": False}}, {"zero_optimization.offload_optimizer.device": "none"}),
     "allgather_size": ({"zero_optimization": True, "allgather_size": 1000}, {"zero_optimization.allgather_bucket_size": 1000}),
 }
@@ -228,11 +242,20 @@ def test_auto_is_filled_from_arguments_in_one_place():
 def test_values_carry_their_origin():
     c = ds.resolve(PAGE, 4)
     origins = {p: v.origin for p, v in c.values.items()}
-    assert [origins[p] for p in (*NAMES, "zero_optimization.stage", "gradient_clipping")] == ["dict", "derived", "dict", "alias zero_optimization: true", "default"]
+    assert [origins[p] for p in (*NAMES, "zero_optimization.stage", "gradient_clipping")] == [
+        "dict",
+        "derived",
+        "dict",
+        "alias zero_optimization: true",
+        "default",
+    ]
     assert c.triad == (8, 2, 1) and c.policy == "params=float32,compute=float16,accumulate=float32"
 
 
-@pytest.mark.parametrize(("kind", "params", "default"), [("Adam", {}, 0.0), ("AdamW", {}, 0.0), ("adamw", {"torch_adam": True}, 0.01), ("Adam", {"torch_adam": True, "adam_w_mode": False}, 0.0)])
+@pytest.mark.parametrize(
+    ("kind", "params", "default"),
+    [("Adam", {}, 0.0), ("AdamW", {}, 0.0), ("adamw", {"torch_adam": True}, 0.01), ("Adam", {"torch_adam": True, "adam_w_mode": False}, 0.0)],
+)
 def test_weight_decay_is_zero_unless_it_is_torchs_adamw(kind, params, default):
     assert resolve(optimizer={"type": kind, "params": params}).value("optimizer.params.weight_decay") == default
 

@@ -86,7 +86,15 @@ def kind(config, path):
 def typo(rng, config):
     path, block, key = rng.choice(list(places(config)))
     i = rng.randrange(len(key))
-    new = rng.choice([key[:i] + key[i + 1 :], key[:i] + key[i] + key[i:], key[:i] + rng.choice("xqz_") + key[i:], key[: i - 1] + key[i : i + 1] + key[i - 1 : i] + key[i + 1 :], key + "s"])
+    new = rng.choice(
+        [
+            key[:i] + key[i + 1 :],
+            key[:i] + key[i] + key[i:],
+            key[:i] + rng.choice("xqz_") + key[i:],
+            key[: i - 1] + key[i : i + 1] + key[i - 1 : i] + key[i + 1 :],
+            key + "s",
+        ]
+    )
     own = f"{path.rpartition('.')[0]}.{new}".lstrip(".")
     if new in block or not new or own in ds.KEYS or own in ALIASES:
         return None

@@ -115,7 +115,12 @@ def test_an_optimizer_is_its_type_at_every_stage(kind):
     params, name = TYPES[kind]
     hashes = set()
     for stage in range(4):
-        config = {"train_batch_size": 24, "gradient_accumulation_steps": 8, "optimizer": {"type": kind, "params": {"lr": 1e-2, **params}}, "zero_optimization": {"stage": stage}}
+        config = {
+            "train_batch_size": 24,
+            "gradient_accumulation_steps": 8,
+            "optimizer": {"type": kind, "params": {"lr": 1e-2, **params}},
+            "zero_optimization": {"stage": stage},
+        }
         chain, c = fz.from_deepspeed(config, zoo.loss_plain, world=1, units=("blocks",))
         masters, log, state, _ = zoo.train(chain, **c.arguments, updates=2)
         assert name in state.chain and log[-1].ok
@@ -164,7 +169,9 @@ def test_fp16_keys_are_the_golden_machine_through_a_whole_chain(case, stage):
 @pytest.mark.parametrize("stage", range(4))
 def test_the_update_on_which_the_scale_doubles_is_whole(stage):
     """There it is halved, because the new scale divides a gradient that the old one multiplied."""
-    steps, log, _ = run({**SGD, "fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1}, "zero_optimization": {"stage": stage}}, xs=[0.5] * 5)
+    steps, log, _ = run(
+        {**SGD, "fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1}, "zero_optimization": {"stage": stage}}, xs=[0.5] * 5
+    )
     assert [m.scale.item() for m in log] == [16, 16, 32, 64, 128]
     assert all(s.tolist() == steps[0].tolist() for s in steps[1:2]) and all(s.tolist() == pytest.approx((0.5 * GRADIENT).tolist(), rel=2e-3) for s in steps)
     assert [m.grad_norm.item() for m in log] == pytest.approx([0.25] * 5, rel=2e-3)
@@ -189,12 +196,20 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
 
 
 def test_qgz_with_its_wrong_mean_is_refused_by_name():
-    with pytest.raises(ds.ConfigError, match="zero_optimization.zero_quantized_gradients: true would change the training: a quantised wire does not exist here yet"):
+    with pytest.raises(
+        ds.ConfigError, match="zero_optimization.zero_quantized_gradients: true would change the training: a quantised wire does not exist here yet"
+    ):
         run({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}})
 
 
 def test_every_offload_and_zeropp_key_is_refused_by_name():
-    for key, value in {"zero_hpz_partition_size": 2, "zero_quantized_weights": True, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "nvme"}, "cpu_offload": True}.items():
+    for key, value in {
+        "zero_hpz_partition_size": 2,
+        "zero_quantized_weights": True,
+        "offload_param": {"device": "cpu"},
+        "offload_optimizer": {"device": "nvme"},
+        "cpu_offload": True,
+    }.items():
         with pytest.raises(ds.ConfigError, match=f"zero_optimization.{key}.*would change the training"):
             ds.resolve({"train_batch_size": 8, "zero_optimization": {"stage": 3, key: value}}, 1)
 
@@ -244,7 +259,13 @@ def faces(world_rows=8, k=2):
     data = [{"x": torch.randn(world_rows, 6, generator=g), "y": torch.randn(world_rows, generator=g)} for _ in range(3)]
     for stage in range(4):
         for precision in ({}, {"fp16": {"enabled": True, "initial_scale_power": 8}}, {"bf16": {"enabled": True}}):
-            config = {"train_batch_size": world_rows, "gradient_accumulation_steps": k, "zero_optimization": {"stage": stage}, "optimizer": {"type": "Adam"}, **precision}
+            config = {
+                "train_batch_size": world_rows,
+                "gradient_accumulation_steps": k,
+                "zero_optimization": {"stage": stage},
+                "optimizer": {"type": "Adam"},
+                **precision,
+            }
             hashes = []
             for pullback in (False, True):
                 chain, c = fz.from_deepspeed(config, *(() if pullback else (mean_loss,)), pullback=pullback, weight=float(k * fz.mesh.world_size()))
@@ -279,14 +300,22 @@ def test_the_scale_of_a_streamed_window_is_seeded_as_deepspeeds():
 
 def test_an_optimizer_of_the_call_comes_first():
     warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 0.5, "warmup_type": "linear"}}
-    names = lambda **kw: fz.train_step(*(built := fz.from_deepspeed({"train_batch_size": 8, **kw.pop("keys", {})}, linear, world=1, **kw))[0], **built[1].arguments).grad.names
+    names = lambda **kw: (
+        fz.train_step(*(built := fz.from_deepspeed({"train_batch_size": 8, **kw.pop("keys", {})}, linear, world=1, **kw))[0], **built[1].arguments).grad.names
+    )
     assert "sgd" in names(optimizer=fz.sgd(0.1)) and "sgd" in names(optimizer=fz.sgd(0.1), keys={"optimizer": {"type": "Adam"}})
     assert "lion" in names(optimizer=lambda lr: fz.lion(lr), keys={"scheduler": warmup})
     assert "lion" in names(optimizer=fz.lion, keys={"optimizer": {"type": "Adam", "params": {"lr": 0.25}}})
 
 
 def test_what_only_an_engine_reads_is_said_of_a_chain_without_one():
-    config = {"train_batch_size": 8, "optimizer": {"type": "Adam"}, "steps_per_print": 5, "checkpoint": {"tag_validation": "FAIL"}, "dataloader_drop_last": False}
+    config = {
+        "train_batch_size": 8,
+        "optimizer": {"type": "Adam"},
+        "steps_per_print": 5,
+        "checkpoint": {"tag_validation": "FAIL"},
+        "dataloader_drop_last": False,
+    }
     said = ("steps_per_print is an engine's, and this chain has none", "checkpoint.tag_validation is an engine's, and this chain has none")
     assert fz.from_deepspeed(config, linear, world=1)[1].notes == said
     assert fz.from_deepspeed(config, pullback=True, world=1)[1].notes == ()

@@ -115,6 +115,9 @@ def test_both_configs_train_to_plain_torchs_losses(text, gpt):
 def test_a_config_and_flags_that_say_it_twice_end_with_one_sentence(text):
     twice = start(text, "twice", "--stage=2", config=PAGE)
     broken = start(text, "broken", config={**PAGE, "gradient_cliping": 0.5})
-    for run, said in ((twice, "train_gpt: --stage=2 and --deepspeed_config="), (broken, "train_gpt: broken.json:1: gradient_cliping: there is no such key; write 'gradient_clipping'\n")):
+    for run, said in (
+        (twice, "train_gpt: --stage=2 and --deepspeed_config="),
+        (broken, "train_gpt: broken.json:1: gradient_cliping: there is no such key; write 'gradient_clipping'\n"),
+    ):
         out, err = run.communicate(timeout=90)
         assert run.returncode == 2 and not out and err.startswith(said) and err.count("\n") == 1

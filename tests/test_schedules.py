@@ -17,7 +17,10 @@ CYCLE = {
     "cycle_second_stair_count": "second_stairs", "decay_step_size": "decay_steps",
 }  # fmt: skip
 NAMES = {
-    "LRRangeTest": (schedules.lr_range_test, {"lr_range_test_" + a: b for a, b in {"min_lr": "start", "step_size": "steps", "step_rate": "rate", "staircase": "staircase"}.items()}),
+    "LRRangeTest": (
+        schedules.lr_range_test,
+        {"lr_range_test_" + a: b for a, b in {"min_lr": "start", "step_size": "steps", "step_rate": "rate", "staircase": "staircase"}.items()},
+    ),
     "WarmupLR": (schedules.warmup_lr, WARMUP),
     "WarmupDecayLR": (schedules.warmup_decay_lr, WARMUP),
     "WarmupCosineLR": (schedules.warmup_cosine_lr, {**WARMUP, "warmup_min_ratio": "start_ratio", "cos_min_ratio": "end_ratio"}),

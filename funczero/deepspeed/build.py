@@ -93,7 +93,9 @@ def from_deepspeed(
     return chain_of(resolved, gradient, optimizer_of(resolved, optimizer), axis=axis, stream=pullback, weight=weight), resolved
 
 
-def chain_of(config: Config, source: Any, optimizer: GradientTransformation, axis: str | tuple[str, ...] = "data", stream: bool = False, weight: float | None = None) -> tuple[Any, ...]:
+def chain_of(
+    config: Config, source: Any, optimizer: GradientTransformation, axis: str | tuple[str, ...] = "data", stream: bool = False, weight: float | None = None
+) -> tuple[Any, ...]:
     """A Source and an optimizer with everything between them that the config asks for.
 
     Args:
@@ -118,8 +120,13 @@ def on_values(config: Config, weight: float | None = None) -> tuple[Transform, .
         static = fp16["loss_scale"]
         parts.append(
             scale_loss(
-                static or 2.0 ** fp16["initial_scale_power"], weight, not static, fp16["loss_scale_window"], fp16["hysteresis"],
-                float(fp16["min_loss_scale"]), fp16["consecutive_hysteresis"],
+                static or 2.0 ** fp16["initial_scale_power"],
+                weight,
+                not static,
+                fp16["loss_scale_window"],
+                fp16["hysteresis"],
+                float(fp16["min_loss_scale"]),
+                fp16["consecutive_hysteresis"],
             )  # fmt: skip
         )
     if config.value("gradient_allreduce_op") == "sum":
@@ -200,15 +207,21 @@ def optimizer_of(config: Config, given: Optimizer | None = None, rates: Rates | 
     """
     kind = config.value("optimizer.type")
     if given is None and kind is None:
-        raise ConfigError(f"{config.name}: neither the config nor the call names an optimizer; add \"optimizer\": {{\"type\": \"Adam\"}}, or write optimizer=fz.adamw(...)")
+        raise ConfigError(
+            f'{config.name}: neither the config nor the call names an optimizer; add "optimizer": {{"type": "Adam"}}, or write optimizer=fz.adamw(...)'
+        )
     if given is not None and callable(getattr(given, "init", None)):
         if config.value("scheduler.type") is not None:
-            raise ConfigError(f"{config.where('scheduler.type')}the optimizer of the call has its own rate; write optimizer=lambda lr: fz.adamw(lr), or delete the scheduler")
+            raise ConfigError(
+                f"{config.where('scheduler.type')}the optimizer of the call has its own rate; write optimizer=lambda lr: fz.adamw(lr), or delete the scheduler"
+            )
         return given  # type: ignore[return-value]
     lr, momentum = rates or rates_of(config)
     if given is not None:
         if lr is None:
-            raise ConfigError(f"{config.name}: optimizer= is a function of the learning rate, but the config gives none; add a scheduler, or write an optimizer with its own")
+            raise ConfigError(
+                f"{config.name}: optimizer= is a function of the learning rate, but the config gives none; add a scheduler, or write an optimizer with its own"
+            )
         return given(lr)  # type: ignore[operator]
     try:
         return _made(kind, config.block("optimizer.params"), lr, momentum)
@@ -232,5 +245,5 @@ def _made(kind: str, p: dict[str, Any], lr: Any, momentum: Schedule | None) -> G
         return optim.sgd(lr, p["momentum"], p["nesterov"], decay)
     own = {k: v for k, v in p.items() if k not in ("lr", "weight_decay", "foreach", "differentiable", "fused", "capturable")}
     if momentum is not None and "betas" in own:
-        raise ValueError(f"the momentum of torch.optim.{kind} cannot follow a schedule here; write \"cycle_momentum\": false, or AdamW")
+        raise ValueError(f'the momentum of torch.optim.{kind} cannot follow a schedule here; write "cycle_momentum": false, or AdamW')
     return optim.from_torch(kind, lr, decay, **own)

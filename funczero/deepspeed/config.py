@@ -11,10 +11,15 @@ from funczero.deepspeed.keys import ALIASES, KEYS, LITERAL_AUTO, NO_OP, REFUSED,
 from funczero.deepspeed.options import optimizer_keys, scheduler_keys
 from funczero.deepspeed.read import Document, read
 from funczero.deepspeed.triad import BATCH, MICRO, NAMES, STEPS, Triad, World, derive
+from funczero.deepspeed.typed import as_json, typed
 from funczero.mesh import world_size
 
 _Z = "zero_optimization."
-_BY_WIDTH = {_Z + "reduce_bucket_size": lambda h: h * h, _Z + "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h), _Z + "stage3_param_persistence_threshold": lambda h: 10 * h}
+_BY_WIDTH = {
+    _Z + "reduce_bucket_size": lambda h: h * h,
+    _Z + "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h),
+    _Z + "stage3_param_persistence_threshold": lambda h: 10 * h,
+}
 DTYPES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
@@ -96,7 +101,7 @@ def resolve(config: str | Path | Mapping[str, Any], world: int | World | None = 
         if origin.startswith("alias"):
             notes.append(f"{spelled} is an old spelling of {path}")
     found = _filled(doc, found, table, auto or {})
-    found = {path: v._replace(value=_checked(doc.where(path), table[path], v.value)) for path, v in found.items()}
+    found = {path: v._replace(value=typed(doc.where(path), table[path], v.value)) for path, v in found.items()}
     notes += _judged(doc, found, table)
     missing = next((path for path, key in table.items() if key.default is ... and path not in found), None)
     if missing:
@@ -130,13 +135,13 @@ def _dynamic(doc: Document) -> dict[str, Key]:
         if own is None:
             continue
         if not isinstance(own, dict):
-            raise ConfigError(f"{doc.where(block)}{own!r} is no block; write {{\"type\": ..., \"params\": {{...}}}}")
+            raise ConfigError(f'{doc.where(block)}{own!r} is no block; write {{"type": ..., "params": {{...}}}}')
         name, where = own.get("type"), doc.where(f"{block}.type" if "type" in own else block)
         if not isinstance(name, str):
             near = get_close_matches("type", [k for k in own if isinstance(k, str) and k != "params"], 1, 0.5)
             if name is None and near and "type" not in own:
                 raise ConfigError(f"{doc.where(f'{block}.{near[0]}')}there is no such key; write 'type'")
-            raise ConfigError(f"{where}it has no type that is text; write \"type\": {_json('Adam' if block == 'optimizer' else 'WarmupLR')}")
+            raise ConfigError(f'{where}it has no type that is text; write "type": {as_json("Adam" if block == "optimizer" else "WarmupLR")}')
         params = own.get("params")
         torch_adam = isinstance(params, dict) and params.get("torch_adam") is True and (name.lower() == "adamw" or params.get("adam_w_mode") is not False)
         if isinstance(params, dict) and block == "optimizer" and "max_grad_norm" in params:
@@ -152,7 +157,7 @@ def _entries(doc: Document, raw: Mapping[Any, Any], prefix: str, spelling: str, 
         if not isinstance(key, str):
             raise ConfigError(f"{doc.where(prefix.rstrip('.') or repr(key))}the key {key!r} is a {type(key).__name__}; write text")
         if "." in key:
-            raise ConfigError(f"{doc.where(spelling + key)}there is no such key; write blocks in blocks, {{{_json(key.split('.')[0])}: {{...}}}}")
+            raise ConfigError(f"{doc.where(spelling + key)}there is no such key; write blocks in blocks, {{{as_json(key.split('.')[0])}: {{...}}}}")
         spelled = spelling + key
         path = ALIASES.get(prefix + key, prefix + key)
         origin = "file" if doc.lines else "dict"
@@ -161,7 +166,7 @@ def _entries(doc: Document, raw: Mapping[Any, Any], prefix: str, spelling: str, 
         if path == "zero_optimization" and isinstance(value, bool):
             yield _Z + "stage", int(value), "alias zero_optimization: " + str(value).lower(), spelled
         elif path in (_Z + "cpu_offload", _Z + "cpu_offload_param"):
-            device = _checked(doc.where(spelled), Key("flag", False), value)
+            device = typed(doc.where(spelled), Key("flag", False), value)
             yield _Z + ("offload_param" if "param" in path else "offload_optimizer") + ".device", "cpu" if device else "none", f"alias {spelled}", spelled
         elif path in table:
             yield path, value, origin, spelled
@@ -203,47 +208,13 @@ def _filled(doc: Document, found: dict[str, Value], table: Mapping[str, Key], au
         if name not in table and name != "hidden_size" and not name.startswith(("optimizer.params.", "scheduler.params.")):
             raise ConfigError(f"auto: {name}: {_unknown('', name, table)}")
     width = auto.get("hidden_size")
-    given = {path: fn(_checked("auto: hidden_size: ", Key("int", 1, low=1), width)) for path, fn in _BY_WIDTH.items() if width is not None} | dict(auto)
+    given = {path: fn(typed("auto: hidden_size: ", Key("int", 1, low=1), width)) for path, fn in _BY_WIDTH.items() if width is not None} | dict(auto)
     open_ = [p for p, v in found.items() if isinstance(v.value, str) and v.value.lower() == "auto" and p not in LITERAL_AUTO and table[p].kind != "off"]
     unresolved = [p for p in open_ if p not in given]
     if unresolved:
         lines = ", ".join(f"{p}{f' (line {doc.lines[p]})' if p in doc.lines else ''}" for p in unresolved)
-        raise ConfigError(f"{doc.name}: nobody filled in \"auto\" of {lines}; write values, or hand them over as auto={{{unresolved[0]!r}: ...}}")
+        raise ConfigError(f'{doc.name}: nobody filled in "auto" of {lines}; write values, or hand them over as auto={{{unresolved[0]!r}: ...}}')
     return {p: v._replace(value=given[p], origin="auto") if p in open_ else v for p, v in found.items()}
-
-
-def _checked(where: str, key: Key, value: Any) -> Any:
-    """A value in the type of its key, or one sentence."""
-    flag, number = isinstance(value, bool), isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 2**63
-    if key.kind == "rate" and isinstance(value, list) and len(value) == 1:
-        return _checked(where, key, value[0])
-    if value is None and (key.default is None or key.kind in ("off", "any")):
-        return value
-    want = {
-        "int": (number and value == int(value), "a whole number", int),
-        "number": (number, "a number", float),
-        "rate": (number, "one number (a file has one group of parameters)", float),
-        "flag": (flag, "true or false", bool),
-        "text": (isinstance(value, str), "text", str),
-        "list": (isinstance(value, list), "a list", list),
-        "pair": (isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value), "a list of two numbers", tuple),
-    }.get(key.kind, (True, "", lambda x: x))
-    if not want[0]:
-        default = "" if key.default in (None, ...) else f"; the default is {_json(key.default)}"
-        raise ConfigError(f"{where}{_json(value)} is not {want[1]}; write {want[1]}{default}")
-    out: Any = want[2](value)
-    if key.choices:
-        out = out.lower() if isinstance(out, str) else out
-        if out not in key.choices:
-            raise ConfigError(f"{where}{_json(value)} does not exist; write one of {', '.join(map(_json, key.choices))}")
-    for x in out if isinstance(out, tuple) else (out,):
-        if isinstance(x, (int, float)) and not key.low <= x < key.below:
-            raise ConfigError(f"{where}{_json(value)} is out of range; write {f'at least {key.low:g}' * (x < key.low) or f'less than {key.below:g}'}")
-    return out
-
-
-def _json(x: Any) -> str:
-    return {True: "true", False: "false", None: "null"}[x] if isinstance(x, bool) or x is None else f'"{x}"' if isinstance(x, str) else str(list(x) if isinstance(x, tuple) else x)
 
 
 def _judged(doc: Document, found: Mapping[str, Value], table: Mapping[str, Key]) -> list[str]:
@@ -257,9 +228,9 @@ def _judged(doc: Document, found: Mapping[str, Value], table: Mapping[str, Key])
                 raise ConfigError(f"{where}it is switched on: {key.say}")
             notes.append(f"{name} is switched off: {key.say}")
         elif key.handling == REFUSED and value not in (key.default, *key.off):
-            raise ConfigError(f"{where}{_json(value)} would change the training: {key.say}")
+            raise ConfigError(f"{where}{as_json(value)} would change the training: {key.say}")
         elif key.handling == NO_OP and value != key.default:
-            notes.append(f"{name} = {_json(value)} changes nothing: {key.say}")
+            notes.append(f"{name} = {as_json(value)} changes nothing: {key.say}")
     return notes
 
 
@@ -281,19 +252,25 @@ def _unused(c: Config) -> list[str]:
 def _lossy(c: Config) -> list[str]:
     """Sums that round more than they must."""
     wire, wide = dtype_name(c.value("communication_data_type")), dtype_name(c.value("data_types.grad_accum_dtype"))
-    out = [] if wire in (None, "float32", c.compute) else [f"communication_data_type rounds gradients to {wire} before they are sent: the same-bits promise is off"]
+    out = (
+        []
+        if wire in (None, "float32", c.compute)
+        else [f"communication_data_type rounds gradients to {wire} before they are sent: the same-bits promise is off"]
+    )
     return out if wide in (None, "float32") else [*out, f"data_types.grad_accum_dtype sums gradients in {wide}: the same-bits promise is off"]
 
 
 def _agree(c: Config) -> None:
     """Contradictions between keys that are each well by themselves."""
     if c.value("fp16.enabled") and c.value("bf16.enabled"):
-        raise ConfigError(f"{c.where('bf16.enabled')}fp16 and bf16 are both enabled; write \"enabled\": false in one of them")
+        raise ConfigError(f'{c.where("bf16.enabled")}fp16 and bf16 are both enabled; write "enabled": false in one of them')
     own = dtype_name(c.value("data_types.param_dtype"))
     if own not in (None, c.compute):
         raise ConfigError(f"{c.where('data_types.param_dtype')}it says {own}, but the enabled precision is {c.compute}; delete it, or enable that precision")
     if c.value("gradient_allreduce_op") == "sum" and c.value(_Z + "stage") == 3:
-        raise ConfigError(f"{c.where('gradient_allreduce_op')}\"sum\" is not defined at stage 3; write \"mean\" and a learning rate {c.world.size} times larger, or stage 2")
+        raise ConfigError(
+            f'{c.where("gradient_allreduce_op")}"sum" is not defined at stage 3; write "mean" and a learning rate {c.world.size} times larger, or stage 2'
+        )
     if c.value("data_parallel_size") not in (None, c.world.size):
         raise ConfigError(f"{c.where('data_parallel_size')}{c.value('data_parallel_size')} is not the world size {c.world.size} ({c.world.origin}); delete it")
     wire = dtype_name(c.value("communication_data_type"))

@@ -69,7 +69,9 @@ def differences(config: Config) -> list[str]:
         "hysteresis counts and the floor raises; there, at stage 0, neither does": fp16["enabled"] and stage == 0 and not fp16["loss_scale"],
         "the update on which the scale doubles is whole; there it is halved": fp16["enabled"] and not fp16["loss_scale"],
         "leaves under stage3_param_persistence_threshold also keep whole moments; there those are split": stage == 3,
-        f"{kind} runs under ZeRO, value by value; there it needs zero_allow_untested_optimizer": kind not in (None, *_TESTED) and stage > 0 and not config.value("zero_allow_untested_optimizer"),
+        f"{kind} runs under ZeRO, value by value; there it needs zero_allow_untested_optimizer": kind not in (None, *_TESTED)
+        and stage > 0
+        and not config.value("zero_allow_untested_optimizer"),
         "after loading a checkpoint the rate is schedule(updates) at once; there it is the constructor's until the next step": scheduler is not None,
         f"shards are rows of a leaf; there they are pieces of {'a flattened leaf' if stage == 3 else 'one flat buffer'}": stage > 0,
     }
@@ -96,7 +98,9 @@ def explain(config: Config, parameters: float | None = None) -> str:
     try:
         tx = optimizer_of(config)
     except ConfigError as e:
-        return "\n".join([*lines, "", "chain", f"  none: {e}", *_section("notes", config.notes), *_section("DeepSpeed would do otherwise", differences(config))])
+        return "\n".join(
+            [*lines, "", "chain", f"  none: {e}", *_section("notes", config.notes), *_section("DeepSpeed would do otherwise", differences(config))]
+        )
     step = train_step(*chain_of(config, value_and_grad(_no_loss, P("data")), tx), **config.arguments)
     lines += ["", "chain", *(f"  {x}" for x in str(step).splitlines()), *_rates(config)]
     rows = memory(config, tx)
@@ -155,7 +159,9 @@ def add_commands(commands: Any) -> None:
     two.add_argument("other", help="another one")
     for p in (one, two):
         p.add_argument("--world", type=int, help="ranks that share the batch; default: WORLD_SIZE, or 1")
-        p.add_argument("--auto", action="append", default=[], metavar="KEY=VALUE", help='a value for a key that says "auto", as optimizer.params.lr=1e-4; may be repeated')
+        p.add_argument(
+            "--auto", action="append", default=[], metavar="KEY=VALUE", help='a value for a key that says "auto", as optimizer.params.lr=1e-4; may be repeated'
+        )
     one.set_defaults(run=_resolve)
     two.set_defaults(run=_diff)
 

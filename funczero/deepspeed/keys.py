@@ -130,8 +130,14 @@ _PRECISION: dict[str, Key] = {
 
 _ZERO: dict[str, Key] = {
     "stage": honour(0, choices=(0, 1, 2, 3)),
-    **{k: ignore(v, LAYOUT) for k, v in {"contiguous_gradients": True, "round_robin_gradients": False, "parameter_alignment": False, "elastic_checkpoint": False}.items()},
-    **{k: ignore(True, "sums are those of one fixed tree, whatever sends them") for k in ("reduce_scatter", "allgather_partitions", "use_multi_rank_bucket_allreduce")},
+    **{
+        k: ignore(v, LAYOUT)
+        for k, v in {"contiguous_gradients": True, "round_robin_gradients": False, "parameter_alignment": False, "elastic_checkpoint": False}.items()
+    },
+    **{
+        k: ignore(True, "sums are those of one fixed tree, whatever sends them")
+        for k in ("reduce_scatter", "allgather_partitions", "use_multi_rank_bucket_allreduce")
+    },
     **{k: ignore(500_000_000, MESSAGES, low=1) for k in ("reduce_bucket_size", "allgather_bucket_size")},
     "overlap_comm": ignore(None, ORDER, "flag"),
     "compute_grad_norm": ignore(True, "the norm comes with the mean"),
@@ -151,7 +157,10 @@ _ZERO: dict[str, Key] = {
     "offload_optimizer.device": Key("text", "none", REFUSED, OFFLOAD, choices=("none", "cpu", "nvme")),
     "offload_optimizer.nvme_path": ignore(None, LAYOUT, "text"),
     "offload_optimizer.buffer_count": ignore(4, LAYOUT, low=1),
-    **{f"offload_optimizer.{k}": ignore(v, LAYOUT) for k, v in {"pin_memory": True, "pipeline_read": False, "pipeline_write": False, "fast_init": False}.items()},
+    **{
+        f"offload_optimizer.{k}": ignore(v, LAYOUT)
+        for k, v in {"pin_memory": True, "pipeline_read": False, "pipeline_write": False, "fast_init": False}.items()
+    },
     "offload_optimizer.ratio": ignore(1.0, LAYOUT, low=0),
     "offload_optimizer.super_offload": ignore(False, ORDER),
     "offload_optimizer.cpuadam_cores_perc": ignore(0.8, ORDER, low=0),
@@ -195,19 +204,37 @@ _REST: dict[str, Key] = {
         for block in ("tensorboard", "csv_monitor")
         for k, v in {"enabled": False, "output_path": "", "job_name": "DeepSpeedJobName"}.items()
     },
-    **{f"wandb.{k}": ignore(v, LOG, "" if v is not None else "text") for k, v in {"enabled": False, "group": None, "team": None, "project": "deepspeed"}.items()},
+    **{
+        f"wandb.{k}": ignore(v, LOG, "" if v is not None else "text")
+        for k, v in {"enabled": False, "group": None, "team": None, "project": "deepspeed"}.items()
+    },
     "comet.enabled": ignore(False, LOG),
     "comet.samples_log_interval": ignore(100, LOG, low=1),
     **{f"comet.{k}": ignore(None, LOG, "any") for k in ("project", "workspace", "api_key", "experiment_name", "experiment_key", "online", "mode")},
     **{f"comms_logger.{k}": ignore(v, LOG) for k, v in {"enabled": False, "verbose": False, "prof_all": True, "debug": False, "prof_ops": []}.items()},
     **{
         f"flops_profiler.{k}": ignore(v, LOG, "" if v is not None else "text")
-        for k, v in {"enabled": False, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": True, "output_file": None, "recompute_fwd_factor": 0.0}.items()
+        for k, v in {
+            "enabled": False,
+            "profile_step": 1,
+            "module_depth": -1,
+            "top_modules": 1,
+            "detailed": True,
+            "output_file": None,
+            "recompute_fwd_factor": 0.0,
+        }.items()
     },
     **{f"timers.throughput.{k}": ignore(True, LOG) for k in ("enabled", "synchronized")},
     **{
         f"aio.{k}": ignore(v, LAYOUT)
-        for k, v in {"block_size": 1048576, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False, "overlap_events": True, "use_gds": False}.items()
+        for k, v in {
+            "block_size": 1048576,
+            "queue_depth": 8,
+            "intra_op_parallelism": 1,
+            "single_submit": False,
+            "overlap_events": True,
+            "use_gds": False,
+        }.items()
     },
     "optimizer.type": honour(None, "text"),
     "optimizer.legacy_fusion": ignore(False, "there is one implementation of every optimizer"),

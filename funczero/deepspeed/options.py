@@ -11,7 +11,12 @@ from funczero.deepspeed.keys import ConfigError, Key, honour, ignore, kind_of, r
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.schedules import TORCH
 
-_RATES: dict[str, Key] = {"weight_decay": honour(0.0, low=0), "eps": honour(1e-8, low=1e-300), "betas": honour((0.9, 0.999), low=0, below=1), "lr": honour(1e-3, low=0)}
+_RATES: dict[str, Key] = {
+    "weight_decay": honour(0.0, low=0),
+    "eps": honour(1e-8, low=1e-300),
+    "betas": honour((0.9, 0.999), low=0, below=1),
+    "lr": honour(1e-3, low=0),
+}
 _PLAIN = {"amsgrad": refuse(False, "delete the key"), "bias_correction": refuse(True, "moments are always corrected here; delete the key")}
 _ADAM = {
     **_RATES,

@@ -199,14 +199,19 @@ def test_the_command_resolves_and_compares(tmp_path, capsys):
     assert main(["config", "diff", str(a), str(a), "--world=8", auto]) == 0
     assert main(["config", "resolve", str(a), "--world=8"]) == 2
     assert capsys.readouterr().err == (
-        'funczero: a.json: nobody filled in "auto" of optimizer.params.lr (line 7); write values, or hand them over as auto={\'optimizer.params.lr\': ...}\n'
+        "funczero: a.json: nobody filled in \"auto\" of optimizer.params.lr (line 7); write values, or hand them over as auto={'optimizer.params.lr': ...}\n"
     )
 
 
 def test_memory_is_what_a_state_holds(tmp_path):
     """Masters, views and moments of a real step, on one rank of one."""
     for stage in range(4):
-        config = {"train_batch_size": 8, "bf16": {"enabled": True}, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}, "optimizer": {"type": "Adam"}}
+        config = {
+            "train_batch_size": 8,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "optimizer": {"type": "Adam"},
+        }
         chain, c = fz.from_deepspeed(config, loss, world=1)
         state = fz.train_step(*chain, **c.arguments).init({"w": torch.zeros(160)})
         held = {"masters": [state.params], "views": [state.views], "moments": list(state.chain["adamw"][1:])}
