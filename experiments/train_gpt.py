@@ -6,6 +6,7 @@ Run:
     python experiments/train_gpt.py --mesh=node=2,local=2                  # four processes
     torchrun --nproc-per-node=4 experiments/train_gpt.py --stage=2         # processes that somebody else starts
     python experiments/train_gpt.py --save_every=100 --resume=auto         # goes on where it was ended, on any number of processes and at any stage
+    python experiments/train_gpt.py --deepspeed_config=ds_config.json      # batch, precision, stage, optimizer and schedule as DeepSpeed's file says
 Expect:
     Two minutes on two cores. Held-out bits per byte fall from 8 to well below the entropy of single bytes (4.6), which no model without context can pass.
     The losses of all stages agree to float32 rounding. Bytes sent are the ZeRO paper's: stage 3 is 1.5 times stages 0 to 2.
@@ -13,6 +14,7 @@ Found:
     2 min 9 s on two cores, stage 3, two processes: held-out bits per byte 8.03 at the start, 2.55 after 200 updates, 1.896 after 800; single bytes: 4.639.
     The 800 losses of stage 0 are those of stage 3, bit for bit. 4.59 MB a step are sent at stage 3, 3.41 at stage 0: two gathers of all blocks but the last, which
     stays open from the forward to the backward, and a scatter.
+    --deepspeed_config, a tiny model on two processes: the losses of fp16 ZeRO-1 and of bf16 ZeRO-2 (4 micro-batches, clip, WarmupDecayLR) are unsharded torch's, bit for bit.
 """
 
 import signal
@@ -71,6 +73,7 @@ flags.DEFINE_integer("sample", 300, "Bytes to sample at the end; 0: none.", lowe
 flags.DEFINE_integer("save_every", 0, "Updates between two checkpoints in --out/checkpoints, also at the end and on SIGTERM and SIGUSR1; 0: none.", lower_bound=0)
 flags.DEFINE_string("resume", "never", "auto: from the last checkpoint where there is one; a number: from that update's; never.")
 flags.DEFINE_integer("keep", 3, "Checkpoints that stay.", lower_bound=1)
+flags.DEFINE_string("deepspeed_config", "", "A ds_config.json that says batch, accumulation, precision, stage, clip, optimizer and schedule; it replaces the flags for them.")
 flags.DEFINE_string("out", "runs/train_gpt", "Folder for metrics.jsonl (a line an update), loss.png and what the processes write to stderr (rank0.log, ...).")
 
 
@@ -88,22 +91,12 @@ class Plan(NamedTuple):
 def plan() -> Plan:
     """The step and the data of this command line, in any process. Raises ValueError or OSError with one sentence."""
     mesh = mesh_sizes()
-    micros = math.prod(mesh.values()) * F.accumulate
-    if F.batch % micros:
-        near = micros * math.ceil(F.batch / micros)
-        raise ValueError(f"--batch={F.batch} windows do not divide into {micros} micro-batches (processes x --accumulate={F.accumulate}); write --batch={near}")
     loss_fn = partial(gpt.loss_fn, heads=F.heads, remat=F.remat)
-    axis = tuple(mesh)
-    grad = fz.value_and_grad(loss_fn, batch=P(axis), units=("blocks",))
-    scale = [fz.scale_loss(F.scale_loss)] if F.scale_loss else []
-    clip = [fz.clip_by_global_norm(F.clip)] if F.clip else []
-    lr = fz.schedules.warmup_cosine(F.lr, min(F.warmup, F.steps), F.steps, end=F.lr / 10)
-    adamw = fz.adamw(lr, b1=0.9, b2=0.95, weight_decay=[("norm", 0.0), ("", F.weight_decay)])
-    step = fz.train_step(*fz.zero(grad, *scale, *clip, adamw, stage=F.stage, axis=axis, accumulate=F.accumulate), mesh=mesh, policy=F.policy)
+    step = (from_deepspeed if F.deepspeed_config else from_flags)(mesh, loss_fn)
     train, held_out = fz.data.load([path for text in F.data for path in text.split(",") if path])
     for corpus in (train, held_out):
         fz.data.batch(corpus, 0, 0, 1, F.length)  # too short a text says so here
-    params, dtype = gpt.init(F.seed, gpt.Sizes(F.layers, F.width, F.heads)), fz.Policy.parse(F.policy).params
+    params, dtype = gpt.init(F.seed, gpt.Sizes(F.layers, F.width, F.heads)), step.grad.env.policy.params
     if F.resume not in ("auto", "never") and not F.resume.isdigit():
         raise ValueError(f"--resume={F.resume} is neither auto, never nor a number of updates; write --resume=auto")
     if F.resume == "never" and F.save_every and (folder := Path(F.out, "checkpoints")).is_dir() and any(folder.glob("[0-9]*")):
@@ -114,6 +107,31 @@ def plan() -> Plan:
     except OSError as error:
         raise ValueError(f"--out={F.out} is no folder to write to ({error.strerror}); name another one") from None
     return Plan(mesh, tree_map(lambda x: x.to(dtype), params), loss_fn, fz.donate(step), train, held_out)
+
+
+def from_flags(mesh: dict[str, int], loss_fn: partial) -> fz.Step:
+    """The step that the flags spell out."""
+    micros = math.prod(mesh.values()) * F.accumulate
+    if F.batch % micros:
+        near = micros * math.ceil(F.batch / micros)
+        raise ValueError(f"--batch={F.batch} windows do not divide into {micros} micro-batches (processes x --accumulate={F.accumulate}); write --batch={near}")
+    axis = tuple(mesh)
+    grad = fz.value_and_grad(loss_fn, batch=P(axis), units=("blocks",))
+    scale = [fz.scale_loss(F.scale_loss)] if F.scale_loss else []
+    clip = [fz.clip_by_global_norm(F.clip)] if F.clip else []
+    lr = fz.schedules.warmup_cosine(F.lr, min(F.warmup, F.steps), F.steps, end=F.lr / 10)
+    adamw = fz.adamw(lr, b1=0.9, b2=0.95, weight_decay=[("norm", 0.0), ("", F.weight_decay)])
+    return fz.train_step(*fz.zero(grad, *scale, *clip, adamw, stage=F.stage, axis=axis, accumulate=F.accumulate), mesh=mesh, policy=F.policy)
+
+
+def from_deepspeed(mesh: dict[str, int], loss_fn: partial) -> fz.Step:
+    """The step that --deepspeed_config describes; --stage, --batch and --accumulate become the file's."""
+    said = [name for name in ("stage", "policy", "scale_loss", "accumulate", "batch", "lr", "warmup", "weight_decay", "clip") if F[name].present]
+    if said:
+        raise ValueError(f"--{said[0]}={F[said[0]].value} and --deepspeed_config={F.deepspeed_config} say it twice; write it in the file alone")
+    chain, config = fz.from_deepspeed(F.deepspeed_config, loss_fn, world=math.prod(mesh.values()), axis=tuple(mesh), units=("blocks",))
+    F.stage, F.batch, F.accumulate = config.value("zero_optimization.stage"), config.triad.batch, config.triad.steps
+    return fz.train_step(*chain, mesh=mesh, policy=config.policy)
 
 
 def mesh_sizes() -> dict[str, int]:

@@ -37,6 +37,7 @@ from funczero.checkpoint import Notice as Notice
 from funczero.clip import clip_by_global_norm as clip_by_global_norm
 from funczero.clip import clip_by_value as clip_by_value
 from funczero.collectives import count_bytes as count_bytes
+from funczero.deepspeed.build import from_deepspeed as from_deepspeed
 from funczero.gradient import freeze as freeze
 from funczero.gradient import per_row as per_row
 from funczero.gradient import pull as pull
@@ -51,8 +52,12 @@ from funczero.mean import mean as mean
 from funczero.mesh import P as P
 from funczero.mesh import init_distributed as init_distributed
 from funczero.mesh import make_mesh as make_mesh
+from funczero.optim import adagrad as adagrad
+from funczero.optim import adam as adam
 from funczero.optim import adamw as adamw
+from funczero.optim import from_torch as from_torch
 from funczero.optim import lift as lift
+from funczero.optim import lion as lion
 from funczero.optim import sgd as sgd
 from funczero.policy import Policy as Policy
 from funczero.reduce import all_gather as all_gather

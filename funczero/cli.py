@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-import funczero.checkpoint.cli as checkpoint_commands
+from funczero.checkpoint.cli import add as add_checkpoint_commands
+from funczero.deepspeed.explain import add_commands as add_config_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {parity, inspect, verify, diff, export, import}`; the exit code is 1 when a promise is broken, 2 for bad input."""
+    """`funczero {parity, inspect, verify, diff, export, import, config}`; exit code 1: a promise is broken, or things differ; 2: bad input."""
     parser = argparse.ArgumentParser(prog="funczero", description="ZeRO as a chain of pure functions, on torch.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("parity", help="run your step builder at every stage and world, and compare", description=_parity.__doc__)
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--updates", type=int, default=5, help="updates a run")
     p.add_argument("--tolerance", type=float, default=1e-5, help="largest allowed difference to the unsharded run")
     p.set_defaults(run=_parity)
-    checkpoint_commands.add(commands)
+    add_checkpoint_commands(commands)
+    add_config_commands(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

@@ -10,7 +10,7 @@ from funczero.reduce import all_reduce
 from funczero.shard import shard
 
 
-def zero(grad: Any, *transforms: Any, stage: int, axis: str | tuple[str, ...] = "data", accumulate: int = 1, threshold: int = 0) -> tuple[Any, ...]:
+def zero(grad: Any, *transforms: Any, stage: int, axis: str | tuple[str, ...] = "data", accumulate: Any = 1, threshold: int = 0) -> tuple[Any, ...]:
     """The chain of a ZeRO stage, to be handed on: train_step(*zero(grad, adamw(lr), stage=2), mesh=...).
 
     0: nothing is sharded. 1: optimizer state. 2: + gradients. 3: + parameters. All give the same bits.
@@ -20,7 +20,7 @@ def zero(grad: Any, *transforms: Any, stage: int, axis: str | tuple[str, ...] = 
       transforms: what works on the mean: scale_loss, clips, the optimizer last.
       stage: 0 to 3 (DeepSpeed: zero_optimization.stage).
       axis: the mesh axis, or axes outermost first, that state is sharded over.
-      accumulate: micro-batches an update.
+      accumulate: micro-batches an update, or the parts that sum over time, as (accumulate(4, stream=True),).
       threshold: leaves with fewer elements stay whole.
 
     Source: Rajbhandari et al., ZeRO, arXiv 1910.02054.
@@ -28,7 +28,7 @@ def zero(grad: Any, *transforms: Any, stage: int, axis: str | tuple[str, ...] = 
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"zero: stage={stage!r} does not exist; write 0, 1, 2 or 3")
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
-    acc = () if accumulate == 1 else (accumulate_(accumulate),)
+    acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
 
     def bracket(*inside: Any) -> Any:
         return reduce(lambda parts, a: (shard(a, *parts, threshold=threshold),), reversed(axes), inside)[0]

@@ -51,7 +51,7 @@ def test_inspect_tells_all_without_reading_arrays(saved, capsys, tmp_path):
     start = time.perf_counter()
     code, out, _ = run(capsys, "inspect", tmp_path / "2")
     assert code == 0 and time.perf_counter() - start < 5
-    for text in ("step 2, 2 updates, commit 2, written by 1 ranks", "loss 1.5", "accumulate(8)", '"lr": 0.1', '"epoch": 3', "params/blocks/0/w", "float32", "[5, 7]", "140 bytes", "params/head/scale", "is params/norm"):
+    for text in ("step 2, 2 updates, commit 2, written by 1 ranks", "loss 1.5", "accumulate(8)", '"lr": 0.1', '"epoch": 3', "params/blocks/0/w", "float32", "[5, 7]", "140 bytes", "is params/norm"):
         assert text in out, text
     assert run(capsys, "inspect", directory)[1].startswith(str(directory / "2"))
     code, _, err = run(capsys, "inspect", tmp_path / "none")

@@ -1,7 +1,14 @@
 """Optimizers as optax-shaped pairs, one a file; the fused form is torch's kernel on whole buffers."""
 
+from funczero.optim.adagrad import Adagrad as Adagrad
+from funczero.optim.adagrad import adagrad as adagrad
 from funczero.optim.adamw import AdamW as AdamW
+from funczero.optim.adamw import adam as adam
 from funczero.optim.adamw import adamw as adamw
+from funczero.optim.from_torch import FromTorch as FromTorch
+from funczero.optim.from_torch import from_torch as from_torch
 from funczero.optim.lift import lift as lift
+from funczero.optim.lion import Lion as Lion
+from funczero.optim.lion import lion as lion
 from funczero.optim.sgd import SGD as SGD
 from funczero.optim.sgd import sgd as sgd

@@ -1,4 +1,4 @@
-"""AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101."""
+"""AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101; Adam: Kingma and Ba, arXiv 1412.6980."""
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -20,49 +20,61 @@ class AdamW(NamedTuple):
     nu: Any
 
 
-def adamw(lr: rates.Rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: rates.Rate = 0.01) -> GradientTransformation:
+def adamw(lr: rates.Rate, b1: rates.Beta = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: rates.Rate = 0.01) -> GradientTransformation:
     """p <- p (1 - lr wd) - lr m' / (sqrt(v') + eps), with m', v' the bias-corrected moments of the gradient and its square.
 
     Elementwise: each value depends on its own place alone. The fused form is torch's kernel; `update` is the plain oracle.
 
     Args:
       lr: number, schedule of applied updates, rules [(regex, rate), ...] or tree; DeepSpeed: optimizer.params.lr.
-      b1, b2: decay of the moments per update, in [0, 1).
+      b1, b2: decay of the moments per update, in [0, 1); b1 may be a schedule (DeepSpeed: OneCycle's momentum).
       eps: added to the root of the second moment; positive.
       weight_decay: decoupled, per update times lr; number, schedule, rules or tree.
     """
-    if not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0):
-        raise ValueError(f"adamw: b1={b1}, b2={b2} must lie in [0, 1) and eps={eps} be positive")
+    return _adam("adamw", lr, b1, b2, eps, weight_decay)
+
+
+def adam(lr: rates.Rate, b1: rates.Beta = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: rates.Rate = 0.0) -> GradientTransformation:
+    """p <- p - lr m' / (sqrt(v') + eps): as adamw, with wd p added to the gradient before its moments.
+
+    Args: as adamw's; DeepSpeed: optimizer.type Adam with adam_w_mode false.
+    """
+    return _adam("adam", lr, b1, b2, eps, weight_decay)
+
+
+def _adam(name: str, lr: rates.Rate, b1: rates.Beta, b2: float, eps: float, weight_decay: rates.Rate) -> GradientTransformation:
+    if not ((callable(b1) or 0 <= b1 < 1) and 0 <= b2 < 1 and eps > 0):
+        raise ValueError(f"{name}: b1={b1}, b2={b2} must lie in [0, 1) and eps={eps} be positive")
+    decoupled = name == "adamw"
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
 
     def init(params: Any) -> AdamW:
         leaf = next(iter(tree.tensors(params)), torch.zeros(()))
         return AdamW(torch.zeros((), dtype=torch.float32, device=leaf.device), *(tree.map(torch.zeros_like, params) for _ in range(2)))
 
     def update(grads: Any, state: AdamW, params: Any) -> tuple[Any, AdamW]:
-        n = state.count + 1
-        mu = tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        n, beta = state.count + 1, float(rates.at(b1, state.count))
+        step, decay = (rates.update_trees(r, params, state.count, what) for r, what in ((lr, "lr"), (weight_decay, "weight_decay")))
+        if not decoupled:
+            grads, decay = tree.map(lambda g, p, d: g + d * p, grads, params, decay), tree.map(lambda d: 0.0, decay)
+        mu = tree.map(lambda m, g: beta * m + (1 - beta) * g, state.mu, grads)
         nu = tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
-        step = rates.update_trees(lr, params, state.count, "lr")
-        decay = rates.update_trees(weight_decay, params, state.count, "weight_decay")
-        one, two = 1 - b1 ** n.double().item(), 1 - b2 ** n.double().item()
+        one, two = 1 - beta ** n.double().item(), 1 - b2 ** n.double().item()
         updates = tree.map(lambda m, v, p, a, d: -a * (m / one / ((v / two).sqrt() + eps) + d * p), mu, nu, params, step, decay)
         return updates, AdamW(n, mu, nu)
 
     def apply(params: Slots, grads: Slots, factor: Tensor, state: AdamW, ok: Tensor) -> tuple[Slots, AdamW, dict[str, Tensor]]:
         found, inverse = (~ok).float(), (1 / factor).float()
         before, n = state.count, state.count + ok
+        beta = float(rates.at(b1, before))
         if grads.buffers[0].dtype != torch.float32:  # the kernel takes its scale in float32
             torch._foreach_mul_(list(grads.buffers), factor.to(grads.buffers[0].dtype))
             inverse = torch.ones_like(inverse)
         for a, d, (p, g, m, v) in rates.groups(lr, weight_decay, params, grads, state.mu, state.nu):
-            torch._fused_adamw_(
-                p, g, m, v, [], [n] * len(p), lr=rates.at(a, before), beta1=b1, beta2=b2, weight_decay=_number(rates.at(d, before)), eps=eps,
+            kernel(
+                p, g, m, v, [], [n] * len(p), lr=rates.at(a, before), beta1=beta, beta2=b2, weight_decay=float(rates.at(d, before)), eps=eps,
                 amsgrad=False, maximize=False, grad_scale=inverse, found_inf=found,
             )  # fmt: skip
         return params, AdamW(n, state.mu, state.nu), {"lr": rates.shown(lr, before)}
 
-    return GradientTransformation(init, update, apply, "adamw", elementwise=True)
-
-
-def _number(x: float | Tensor) -> float:
-    return float(x)
+    return GradientTransformation(init, update, apply, name, elementwise=True)

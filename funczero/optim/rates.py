@@ -11,6 +11,7 @@ from funczero import tree
 from funczero.spec import Slots
 
 Rate = float | Callable[[Tensor], Tensor] | Sequence[tuple[str, Any]] | Any
+Beta = float | Callable[[Tensor], Tensor]  # one for all leaves
 
 
 def leaf_rates(rate: Rate, params: Slots, what: str) -> list[Any]:

@@ -1,0 +1,100 @@
+"""The elementwise classes of torch.optim as optimizers of a chain: their own arithmetic, with the state as a value."""
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funczero import tree
+from funczero.optim import rates
+from funczero.types import ChainError, GradientTransformation
+
+ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
+Groups = list[tuple[Any, list[list[Tensor]]]]  # (weight decay, [params, grads, *moments])
+
+
+class FromTorch(NamedTuple):
+    """The class's own state: what is one number for all values, and what is like the parameters."""
+
+    scalars: dict[str, Tensor]  # step, and eta, mu, mu_product where the class has them
+    moments: dict[str, Any]
+
+
+def from_torch(name: str, lr: float | rates.Beta, weight_decay: rates.Rate = 0.0, **options: Any) -> GradientTransformation:
+    """torch.optim's class of this name, value by value; a skipped update leaves its state alone.
+
+    Law: the values of the class's own single-tensor step, on any mesh.
+
+    Args:
+      name: one of ELEMENTWISE; sgd, adamw, adam and adagrad of this package are the same formulas, faster.
+      lr: number, or schedule of applied updates.
+      weight_decay: as the class means it; number, schedule, rules or tree.
+      options: the class's other arguments.
+
+    Raises:
+      ChainError: the class reads more of a leaf than one place (Adafactor, Muon, LBFGS, SparseAdam), or does not exist.
+
+    >>> from_torch("RMSprop", 1e-3, momentum=0.9).name
+    'rmsprop'
+    """
+    if name not in ELEMENTWISE:
+        raise ChainError(f"from_torch: torch.optim.{name} is not known to work value by value; write one of {', '.join(ELEMENTWISE)}, or sgd")
+    cls, known = getattr(torch.optim, name), set(inspect.signature(getattr(torch.optim, name)).parameters) - {"params", "lr", "foreach", "differentiable"}
+    if not set(options) <= known:
+        raise TypeError(f"from_torch: torch.optim.{name} takes no {sorted(set(options) - known)[0]!r} here; write some of {sorted(known)}")
+    if not callable(lr) and (isinstance(lr, bool) or not isinstance(lr, (int, float))):
+        raise TypeError(f"from_torch: lr is a {type(lr).__name__}, but these classes keep one number for all leaves; write a number or a schedule")
+
+    def optimizer(groups: list[tuple[float, list[Tensor]]], rate: float) -> torch.optim.Optimizer:
+        return cls([{"params": p} | ({"weight_decay": d} if "weight_decay" in known else {}) for d, p in groups], lr=rate, foreach=False, **options)
+
+    def fresh(leaf: Tensor) -> dict[str, Tensor]:
+        """The state that the class gives a parameter before its first step."""
+        p = leaf.detach().clone()
+        p.grad = torch.zeros_like(p)
+        own = optimizer([(0.0, [p])], float(rates.at(lr, torch.zeros((), dtype=torch.int64))))
+        lists: list[list[Tensor]] = [[] for _ in list(inspect.signature(own._init_group).parameters)[1:]]  # type: ignore[attr-defined]
+        own._init_group(own.param_groups[0], *lists)  # type: ignore[attr-defined]
+        return {k: x for k, x in own.state[p].items() if isinstance(x, Tensor)}
+
+    def init(params: Any) -> FromTorch:
+        probe = fresh(torch.zeros(1, device=next(iter(tree.tensors(params)), torch.zeros(())).device))
+        moments = {k: tree.map(lambda p, k=k: fresh(p)[k], params) for k, x in probe.items() if x.dim()}
+        return FromTorch({k: x for k, x in probe.items() if not x.dim()}, moments)
+
+    def step(groups: Groups, state: FromTorch) -> dict[str, Tensor]:
+        """The class's step in place on groups; the new scalars, which one value of its own counts: this rank may hold no other."""
+        own = optimizer([(float(rates.at(d, state.scalars["step"])), trees[0]) for d, trees in groups], float(rates.at(lr, state.scalars["step"])))
+        counter, *rest = (torch.zeros(1, device=state.scalars["step"].device) for _ in range(2 + len(state.moments)))
+        own.param_groups[0]["params"].append(counter)
+        for p, g, *moments in [(counter, *rest), *(x for _, trees in groups for x in zip(*trees, strict=True))]:
+            p.grad = g
+            own.state[p] = {k: x.clone() for k, x in state.scalars.items()} | dict(zip(state.moments, moments, strict=True))
+        own.step()
+        return {k: own.state[counter][k] for k in state.scalars}
+
+    def update(grads: Any, state: FromTorch, params: Any) -> tuple[Any, FromTorch]:
+        mine = tree.clone((params, grads, *state.moments.values()))
+        decay = tree.leaves(rates.update_trees(weight_decay, params, state.scalars["step"], "weight_decay"))
+        groups = [(d, [[x] for x in leaf]) for d, *leaf in zip(decay, *map(tree.leaves, mine), strict=True)]
+        scalars = step(groups, state)
+        return tree.map(torch.sub, mine[0], params), FromTorch(scalars, dict(zip(state.moments, mine[2:], strict=True)))
+
+    def apply(params: Any, grads: Any, factor: Tensor, state: FromTorch, ok: Tensor) -> tuple[Any, FromTorch, dict[str, Tensor]]:
+        """The class steps on clones, which count where ok."""
+        old = [(d, trees) for _, d, trees in rates.groups(0.0, weight_decay, params, grads, *state.moments.values())]
+        new = [(d, [[x.detach().clone() for x in xs] for xs in trees]) for d, trees in old]
+        for _, (_, gs, *_) in new:
+            for g in gs:
+                g.mul_(factor.to(g.dtype))
+        scalars = step(new, state)
+        for (_, before), (_, after) in zip(old, new, strict=True):
+            for xs, ys in zip((before[0], *before[2:]), (after[0], *after[2:]), strict=True):
+                for x, y in zip(xs, ys, strict=True):
+                    x.copy_(torch.where(ok, y, x))
+        scalars = {k: torch.where(ok.to(x.device), x, state.scalars[k]) for k, x in scalars.items()}
+        return params, FromTorch(scalars, state.moments), {"lr": rates.shown(lr, state.scalars["step"]).to(ok.device)}
+
+    return GradientTransformation(init, update, apply, name.lower(), elementwise=True)
