@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration file over the same chain."""
+"""DeepSpeed's configuration file and its engine over the same chain: `import funczero.deepspeed as deepspeed`."""
 
 from funczero.deepspeed.build import Rates as Rates
 from funczero.deepspeed.build import chain_of as chain_of
@@ -16,3 +16,6 @@ from funczero.deepspeed.keys import ConfigError as ConfigError
 from funczero.deepspeed.keys import Key as Key
 from funczero.deepspeed.triad import Triad as Triad
 from funczero.deepspeed.triad import World as World
+from funczero.deepspeed.comm import init_distributed as init_distributed
+from funczero.deepspeed.engine import Engine as DeepSpeedEngine
+from funczero.deepspeed.entry import initialize as initialize

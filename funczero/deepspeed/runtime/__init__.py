@@ -1,0 +1,1 @@
+"""Places where user code looks for parts of DeepSpeed's runtime."""
