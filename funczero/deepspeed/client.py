@@ -91,7 +91,9 @@ def _stepped(client: Any, groups: list[Group], home: Mapping[str, int], keys: An
     ps = {i: torch.nn.Parameter(x.detach()) for i, x in mine}
     own = _again(client, [[p for i, p in ps.items() if group_of[i] == n] for n in range(len(groups))], groups)
     for i, p in ps.items():
-        p.grad = gs[i] * factor.to(gs[i].dtype)  # type: ignore[union-attr]
+        g = gs[i]
+        assert g is not None
+        p.grad = g * factor.to(g.dtype)
         if bool(state.started):
             scalars, like = keys[group_of[i]]
             own.state[p] = {k: state.scalars[k][i].clone() for k in scalars} | {k: moments[k][i] for k in like}
@@ -125,7 +127,7 @@ def _state_keys(client: Any) -> list[tuple[list[str], list[str]]]:
         p.grad = torch.ones(2, 3)
         own = _again(client, [[p] if i == n else [] for i in range(len(groups))], groups)
         own.step()
-        kept = {k: x for k, x in own.state[p].items() if isinstance(x, (Tensor, int, float)) and not isinstance(x, bool)}
+        kept: dict[str, Any] = {k: x for k, x in own.state[p].items() if isinstance(x, (Tensor, int, float)) and not isinstance(x, bool)}
         odd = next((k for k, x in kept.items() if not isinstance(x, Tensor) or x.shape not in ((), p.shape)), None)
         if odd is not None:
             raise TypeError(f"optimizer: {type(client).__name__} keeps {odd!r} as no tensor like its parameter; give one of torch.optim.{', '.join(KNOWN)}")

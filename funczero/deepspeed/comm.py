@@ -5,7 +5,6 @@ import datetime
 import os
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from absl import logging
 from torch import nn
@@ -88,12 +87,12 @@ def broadcast_module(module: nn.Module) -> None:
                 dist.broadcast(x.data, 0)
 
 
-def broadcast_text(text: str) -> str:
-    """Rank 0's text."""
-    held = [text]
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text."""
+    held: list[Any] = [text] * get_world_size()
     if get_world_size() > 1:
-        dist.broadcast_object_list(held, 0)
-    return held[0]
+        dist.all_gather_object(held, text)
+    return held
 
 
 def __getattr__(name: str) -> Any:
@@ -103,6 +102,3 @@ def __getattr__(name: str) -> Any:
     if not dist.is_initialized() and mesh.world_size() == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return getattr(dist, name)
-
-
-__all__ = ["ReduceOp", "barrier", "broadcast_module", "get_local_rank", "get_rank", "get_world_size", "init_distributed", "is_initialized", "torch"]

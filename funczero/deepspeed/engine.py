@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,9 +11,12 @@ from absl import logging
 from torch import Tensor, nn
 
 from funczero import tree
+from funczero.deepspeed import comm
+from funczero.deepspeed.build import Rates
 from funczero.deepspeed.config import Config
 from funczero.deepspeed.held import stamp
 from funczero.deepspeed.optimizer import DIRECT, EngineOptimizer
+from funczero.deepspeed.saving import Saving
 from funczero.deepspeed.window import amended, taken
 from funczero.step import Step, donate
 from funczero.types import Metrics, TrainState
@@ -32,7 +35,7 @@ INSTEAD = {
 }
 
 
-class Engine(nn.Module):
+class Engine(Saving, nn.Module):
     """A module under a chain: `loss = engine(batch); engine.backward(loss); engine.step()`.
 
     Law: the weights, scale and schedule are bit for bit those of `engine.train_step`, the step of `fz.from_deepspeed(config, pullback=True)`,
@@ -44,11 +47,12 @@ class Engine(nn.Module):
     Source: DeepSpeed 0.19.8, DeepSpeedEngine.
     """
 
-    def __init__(self, module: nn.Module, leaves: Any, config: Config, step: Step, state: TrainState) -> None:
+    def __init__(self, module: nn.Module, leaves: Any, config: Config, step: Step, state: TrainState, rates: Sequence[Rates] = ()) -> None:
         """Use initialize.
 
         Args:
           leaves: how a forward reads parameters: held.Whole or sharded.Sharded.
+          rates: the config's schedule by group.
         """
         super().__init__()
         self.module = module
@@ -65,6 +69,11 @@ class Engine(nn.Module):
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
         self.client_lr_scheduler = False
+        self._rates, self._checkpointers = rates, dict[str, Any]()
+        world = step.running().env.mesh
+        self.device, self.mp_world_size = world.device, 1
+        self.global_rank, self.local_rank = comm.get_rank(), comm.get_local_rank()
+        self.world_size = self.dp_world_size = comm.get_world_size()
         self._leaves.renew(step, state)
 
     # --- the three moments
@@ -147,6 +156,14 @@ class Engine(nn.Module):
         self._leaves.renew(self._step, state)
         if self.optimizer is not None:
             self.optimizer.pull(state)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """The module's, under "module."; at stage 3 they have shapes and no values."""
+        return self.module.named_parameters(f"{prefix}.module" if prefix else "module", recurse, remove_duplicate)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """The module's, under "module."."""
+        return self.module.named_buffers(f"{prefix}.module" if prefix else "module", recurse, remove_duplicate)
 
     # --- boundaries
     def is_gradient_accumulation_boundary(self) -> bool:

@@ -79,12 +79,11 @@ def initialize(
         groups = [dict(g) for g in client.param_groups]
     step, leaves, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
     state = step.init(leaves.start())
-    engine = Engine(leaves.module, leaves, resolved, step, state)
+    engine = Engine(leaves.module, leaves, resolved, step, state, rates)
     take(model, engine, leaves.kind)
     leaves.taken()
-    engine.global_rank, engine.local_rank, engine.world_size = comm.get_rank(), comm.get_local_rank(), comm.get_world_size()
-    engine.device, engine.dp_world_size, engine.mp_world_size = step.running().env.mesh.device, engine.world_size, 1
     engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), client)
+    engine.optimizer.pull(state)
     engine.lr_scheduler, engine.client_lr_scheduler = _scheduler(engine.optimizer, lr_scheduler, bool(rates))
     if training_data is not None:
         engine.training_dataloader = Loader(engine, training_data, collate_fn)
@@ -163,7 +162,7 @@ def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_sch
     if rates and lr_scheduler is not None:
         raise ConfigError(f"{config.where('scheduler.type')}the call gives lr_scheduler=, too; delete one of the two")
     whole, frozen = config.value("zero_optimization.stage") < 3, lambda path: path in trained
-    leaves = Whole(model) if whole else Sharded(model)
+    leaves: Any = Whole(model) if whole else Sharded(model)
     source = pullback(P("data"), trainable=frozen) if whole else seam_pullback(P("data"), frozen, leaves.units)
     weight = 2.0 ** round(math.log2(config.triad.steps))
     chain = chain_of(config, source, grouped(name, make, numbers, rates), stream=True, weight=weight)  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Gr
     shown = {n: tuple(map(float, x)) if n == "betas" else float(x) for n, x in shown.items()}
     if rates_of(config).momentum is not None and "betas" in shown:
         shown["betas"] = (shown["betas"][0], 0.99)  # OneCycle forces the second beta
-    out = []
+    out: list[Group] = []
     for i, g in enumerate(given):
         odd = next((n for n in g if n not in ("params", "name", "param_names", *shown)), None)
         if odd is not None:
@@ -128,7 +128,7 @@ def config_optimizer(config: Config, home: Mapping[str, int]) -> Make:
         first = groups[0]
         if len({g.get("betas") for g in groups}) > 1:
             raise ValueError("param_groups: the groups have different betas, but this optimizer keeps one pair for all; write the same in each")
-        by = {n: first[n] if len({g[n] for g in groups}) == 1 else {path: groups[i][n] for path, i in home.items()} for n in ("lr", "weight_decay") if n in first}
+        by: dict[str, Any] = {n: first[n] if len({g[n] for g in groups}) == 1 else {path: groups[i][n] for path, i in home.items()} for n in ("lr", "weight_decay") if n in first}
         return _made(kind, {**fixed, **by, **({"betas": first["betas"]} if "betas" in first else {})}, by["lr"], None)
 
     return make

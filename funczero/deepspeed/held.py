@@ -4,7 +4,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from funczero.step import Step
 from funczero.types import TrainState
 
 CLIP = "clip_grad_norm_: gradients of an engine's parameters are the chain's, not .grad; write \"gradient_clipping\" in the config, and read engine.get_global_grad_norm()"
+_GRAD: Any = Tensor.grad  # torch's own property
 
 
 class Held(nn.Parameter):
@@ -24,19 +25,19 @@ class Held(nn.Parameter):
     home: tuple[Any, str]  # weak reference to the engine, dotted name
 
     @property
-    def grad(self) -> Any:  # type: ignore[override]
+    def grad(self) -> Any:
         """None, as far as the engine goes; torch's clip is refused here, because it would clip nothing."""
         if sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.clip_grad":
             raise RuntimeError(CLIP)
-        return Tensor.grad.__get__(self)  # type: ignore[attr-defined]
+        return _GRAD.__get__(self)
 
     @grad.setter
     def grad(self, value: Any) -> None:
-        Tensor.grad.__set__(self, value)  # type: ignore[attr-defined]
+        _GRAD.__set__(self, value)
 
     @grad.deleter
     def grad(self) -> None:
-        Tensor.grad.__delete__(self)  # type: ignore[attr-defined]
+        _GRAD.__delete__(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy is an ordinary parameter."""
@@ -71,7 +72,8 @@ class Whole:
     kind = Held
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.named = module, named(module)
+        self.module = self.user = module
+        self.named = named(module)
         self.params = list({id(p): p for p in self.named.values()}.values())
         self.at: tuple[Tensor, ...] = ()
         self.versions: list[int] = []
@@ -127,10 +129,21 @@ def whole_views(step: Step, state: TrainState) -> Slots:
     return g.view(state.params.to(g.env.policy.compute) if state.views is None else state.views)
 
 
-def differentiate(loss: Tensor, wanted: list[Tensor], cotangent: Tensor, retain: bool, over: float, ports: tuple[Tensor, ...] = ()) -> list[Tensor | None]:
-    """Gradients at `wanted`; leaves of nobody's engine under the loss get theirs added to .grad, as (loss / over).backward() would."""
-    known = {id(x) for x in (*wanted, *ports)}
-    others = [x for x in _leaves(loss) if id(x) not in known and not hasattr(x, "home")]
+OLD = "backward: this loss comes from a forward before the last update, and the parameters have moved since; run engine(batch) again after engine.step()"
+
+
+def differentiate(loss: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, retain: bool, over: float, ports: tuple[Tensor, ...] = (), owner: Any = None) -> list[Tensor | None]:
+    """Gradients at `wanted`; leaves of nobody's engine under the loss get theirs added to .grad, as (loss / over).backward() would.
+
+    Args:
+      owner: the `home` of leaves that were made for one window.
+    """
+    known, leaves = {id(x) for x in (*wanted, *ports)}, _leaves(loss)
+    if owner is not None and any(getattr(x, "home", None) is owner and id(x) not in known for x in leaves):
+        raise RuntimeError(OLD)
+    if not any(id(x) in known for x in leaves):
+        raise RuntimeError("engine.backward: this loss depends on no parameter of this engine that is trained; compute it from what engine(batch) returns")
+    others = [x for x in leaves if id(x) not in known and not hasattr(x, "home")]
     found = torch.autograd.grad(loss, [*wanted, *ports, *others], cotangent, retain_graph=retain, allow_unused=True)
     for x, g in zip(others, found[len(known) :], strict=True):
         if g is not None:
@@ -159,9 +172,7 @@ def stamp(out: Any, window: int, clock: list[int]) -> None:
 
     def check(grads: Any) -> None:
         if clock[0] != window:
-            raise RuntimeError(
-                f"backward: this loss comes from a forward before update {clock[0]}, and the parameters have moved since; run engine(batch) again after engine.step()"
-            )
+            raise RuntimeError(OLD)
 
     for x in tree.leaves(out):
         for t in (x,) if isinstance(x, Tensor) else tuple(getattr(x, "__dict__", {}).values()):

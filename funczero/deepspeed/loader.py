@@ -1,9 +1,9 @@
 """The loader of `training_data`: rows dealt by rank, a new order every epoch, and the position is the engine's."""
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
-import weakref
 
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -31,7 +31,7 @@ class Loader:
         return self.batches.per_epoch * self.k
 
     def __iter__(self) -> Iterator[Any]:
-        engine = self._engine()
+        engine: Any = self._engine()
         step, taken = divmod(engine.micro_steps, self.k)
         epoch = step // self.batches.per_epoch
         at = self.batches.at(step, stop=(epoch + 1) * self.batches.per_epoch)

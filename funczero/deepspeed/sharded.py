@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funczero.check import recorded
 from funczero.chain import Source
-from funczero.deepspeed.held import Held, differentiate, named
+from funczero.check import recorded
+from funczero.deepspeed.held import OLD, Held, differentiate, named
 from funczero.gradient import _close, open_rest, pullback
 from funczero.mesh import P
 from funczero.stateless import _Call, _lists, _Snapshot
@@ -34,7 +34,7 @@ class Closed(Held):
                 return func(*args, **(kwargs or {}))
         own = next((x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Closed)), None)
         name = "?" if own is None else own.home[1]
-        raise TypeError(
+        raise RuntimeError(  # a TypeError would be taken for an operand that does not fit
             f"parameter {name!r} is sharded (stage 3) and has no values here; call engine(...) or engine.module(...), read engine.module.state_dict(), "
             "or open it: with deepspeed.zero.GatheredParameters(params): ..."
         )
@@ -53,6 +53,7 @@ class Sharded:
         self.snapshot = _Snapshot(model, _lists(model, None), remat=False)
         self.units = self.snapshot.lists
         self.module = Gathering(self)
+        self.owner = object()  # the home of every leaf that is opened for a window
         self.tape: Tape | None = None
         self.whole: list[Any] = []
         self.step: Any = None
@@ -83,7 +84,7 @@ class Sharded:
         whole = open_rest(tape)
         for x in (tape.port, *whole, *tape.leaves.values()):
             if isinstance(x, Tensor):
-                x.home = None  # type: ignore[attr-defined]  # an engine's own
+                x.home = self.owner  # type: ignore[attr-defined]
         if learn:
             self.tape, self.whole = tape, whole
         return whole
@@ -116,13 +117,13 @@ class Sharded:
         """The vector-Jacobian product of a loss as this rank's part: units are scattered as their gradients are born."""
         tape, whole = self.tape, self.whole
         if tape is None:
-            raise RuntimeError("engine.backward: no forward of this engine ran since the last update, so the loss cannot depend on its parameters; run engine(batch) first")
+            raise RuntimeError(OLD)
 
         def vjp(cotangent: Tensor, look: bool) -> Any:
             tape.look = look
             wanted = {i: x for i, x in enumerate(whole) if isinstance(x, Tensor) and x.requires_grad} | {i: x for i, x in tape.leaves.items() if x.requires_grad}
             before = dict(tape.uses)
-            found = differentiate(loss, list(wanted.values()), cotangent, retain, over, (tape.port,))
+            found = differentiate(loss, list(wanted.values()), cotangent, retain, over, (tape.port,), self.owner)
             grads: list[Any] = [None] * len(tape.whole.structure.leaves)
             for i, g in zip(wanted, found, strict=True):
                 grads[i] = g
