@@ -31,7 +31,7 @@ def client_groups(client: torch.optim.Optimizer) -> list[Group]:
     name = type(client).__name__
     if name in NEVER:
         raise TypeError(f"optimizer: torch.optim.{name} cannot work here: {NEVER[name]}; give torch.optim.AdamW(model.parameters())")
-    if client.state:
+    if any(float(x) > 0 for own in client.state.values() for k, x in own.items() if k == "step"):
         raise ValueError(f"optimizer: this {name} has taken steps already; hand it over before its first, and load a checkpoint with engine.load_checkpoint")
     rows = [{k: _plain(v) for k, v in g.items() if k not in ("params", "initial_lr") and _numeric(v)} for g in client.param_groups]
     names = [n for n in rows[0] if all(n in r for r in rows)]
@@ -59,7 +59,8 @@ def client_optimizer(client: torch.optim.Optimizer, home: Mapping[str, int]) -> 
     """
     known = type(client).__module__.startswith(("torch.optim", "funczero.")) and {c.__name__ for c in type(client).__mro__} & set(KNOWN)
     elementwise = bool(known) or _elementwise(client)
-    keys = _state_keys(client)
+    eager = _eager(client)
+    keys = _state_keys(client, eager)
 
     def make(groups: list[Group]) -> GradientTransformation:
         def init(params: Slots) -> Client:
@@ -71,7 +72,7 @@ def client_optimizer(client: torch.optim.Optimizer, home: Mapping[str, int]) -> 
             logs = {"lr": torch.tensor(groups[0]["lr"], dtype=torch.float64, device=ok.device)}
             if not bool(ok):
                 return params, state, logs
-            return params, _stepped(client, groups, home, keys, params, grads, factor, state), logs
+            return params, _stepped(client, groups, home, (keys, eager), params, grads, factor, state), logs
 
         return GradientTransformation(init, _no_update, apply, type(client).__name__.lower(), elementwise)
 
@@ -82,8 +83,9 @@ def _no_update(*args: Any) -> Any:
     raise NotImplementedError("a client's optimizer is only applied")
 
 
-def _stepped(client: Any, groups: list[Group], home: Mapping[str, int], keys: Any, params: Slots, grads: Slots, factor: Tensor, state: Client) -> Client:
+def _stepped(client: Any, groups: list[Group], home: Mapping[str, int], kinds: Any, params: Slots, grads: Slots, factor: Tensor, state: Client) -> Client:
     """The class's own step, in place on params and moments."""
+    keys, eager = kinds
     structure = params.where.structure
     mine = [(i, x) for i, x in enumerate(params.leaves()) if x is not None and not structure.frozen(i)]
     group_of = {i: home[structure.leaves[i].path] for i, _ in mine}
@@ -97,6 +99,8 @@ def _stepped(client: Any, groups: list[Group], home: Mapping[str, int], keys: An
         if bool(state.started):
             scalars, like = keys[group_of[i]]
             own.state[p] = {k: state.scalars[k][i].clone() for k in scalars} | {k: moments[k][i] for k in like}
+        elif eager[group_of[i]]:
+            own.state[p] = _first(eager[group_of[i]], p)
     own.step()
     scalars = {k: x.clone() for k, x in state.scalars.items()}
     for i, p in ps.items():
@@ -119,13 +123,30 @@ def _again(client: Any, params: list[list[Any]], groups: list[Group]) -> Any:
     return own
 
 
-def _state_keys(client: Any) -> list[tuple[list[str], list[str]]]:
+def _eager(client: Any) -> list[dict[str, Tensor]]:
+    """By group: the state that the class makes when it is built, as 0-d values; what is like the leaf is tagged by a dim."""
+    out: list[dict[str, Tensor]] = []
+    for g in client.param_groups:
+        held = sorted((p for p in g["params"] if p in client.state), key=lambda p: -p.dim())
+        like = {k for p in held[:1] for k, x in client.state[p].items() if isinstance(x, Tensor) and (x.dim() or not p.dim() and k != "step")}
+        out.append({k: x.detach().flatten()[:1] if k in like else x.detach().clone() for p in held[:1] for k, x in client.state[p].items() if isinstance(x, Tensor)})
+    return out
+
+
+def _first(eager: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+    """The state that a leaf begins with."""
+    return {k: torch.full_like(p.detach(), float(x)) if x.dim() else x.clone() for k, x in eager.items()}
+
+
+def _state_keys(client: Any, eager: list[dict[str, Tensor]]) -> list[tuple[list[str], list[str]]]:
     """By group: what the class keeps as one number a leaf, and what is like the leaf."""
     out, groups = [], client_groups(client)
     for n in range(len(groups)):
         p = torch.nn.Parameter(torch.ones(2, 3))
         p.grad = torch.ones(2, 3)
         own = _again(client, [[p] if i == n else [] for i in range(len(groups))], groups)
+        if eager[n]:
+            own.state[p] = _first(eager[n], p)
         own.step()
         kept: dict[str, Any] = {k: x for k, x in own.state[p].items() if isinstance(x, (Tensor, int, float)) and not isinstance(x, bool)}
         odd = next((k for k, x in kept.items() if not isinstance(x, Tensor) or x.shape not in ((), p.shape)), None)

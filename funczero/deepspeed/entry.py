@@ -16,10 +16,11 @@ from funczero.deepspeed.client import client_groups, client_optimizer
 from funczero.deepspeed.config import Config, resolve
 from funczero.deepspeed.engine import Engine
 from funczero.deepspeed.groups import Group, Make, config_groups, config_optimizer, group_rates, grouped
-from funczero.deepspeed.held import Whole, named, take
+from funczero.deepspeed.held import Closed, Whole, named, take
 from funczero.deepspeed.keys import ConfigError
 from funczero.deepspeed.loader import Loader
 from funczero.deepspeed.optimizer import EngineOptimizer, with_numbers
+from funczero.deepspeed.partition import reopen
 from funczero.deepspeed.runtime.lr_schedules import FromConfig
 from funczero.deepspeed.sharded import Sharded, seam_pullback
 from funczero.gradient import pullback
@@ -71,14 +72,13 @@ def initialize(
     resolved = resolve(given, world_size())
     if resolved.notes and comm.get_rank() == 0:
         logging.warning("%s: %s", resolved.name, "; ".join(resolved.notes))
-    model.to(plan_mesh({"data": -1}).device)
-    comm.broadcast_module(model)
+    _place(model, resolved.value("zero_optimization.stage") == 3)
     groups = _groups(model, model_parameters)
     client = optimizer if optimizer is None or isinstance(optimizer, torch.optim.Optimizer) else optimizer(groups)
     if client is not None:
         groups = [dict(g) for g in client.param_groups]
     step, leaves, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
-    state = step.init(leaves.start())
+    state = step.init(leaves.start(resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1))
     engine = Engine(leaves.module, leaves, resolved, step, state, rates)
     take(model, engine, leaves.kind)
     leaves.taken()
@@ -101,6 +101,17 @@ def _refuse(model: Any, mpu: Any, mesh_param: Any, dist_init_required: bool | No
         raise ValueError(f"initialize: {'mpu' if mpu is not None else 'mesh_param'}= asks for model parallelism, and there is only data parallelism here; leave it out")
     if dist_init_required is False and not torch.distributed.is_initialized():
         raise RuntimeError("initialize: dist_init_required=False, but no world is there; call deepspeed.init_distributed() first, or leave it out")
+
+
+def _place(model: nn.Module, cut: bool) -> None:
+    """Rank 0's values on this process's device; what zero.Init has cut stays so, or becomes whole where it is held whole."""
+    closed = [p for p in model.parameters() if isinstance(p, Closed) and p.home[0] is None]
+    device = plan_mesh({"data": -1}).device
+    if not closed:
+        model.to(device)
+    for p in closed if not cut else ():
+        reopen(p)
+    comm.broadcast_module(model)
 
 
 def _config_of(args: Any, config: Any, config_params: Any) -> Any:

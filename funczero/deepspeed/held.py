@@ -48,6 +48,32 @@ class Held(nn.Parameter):
         return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
 
 
+ALLOWED = {
+    "__get__", "__set__", "__delete__", "numel", "nelement", "size", "dim", "ndimension", "element_size", "is_floating_point", "is_complex", "requires_grad_",
+    "stride", "is_contiguous", "__hash__", "__repr__", "__len__",
+}  # fmt: skip
+
+
+class Closed(Held):
+    """A parameter of a module at stage 3: it has a shape and a dtype, and no values."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What asks for no value; any other use is refused, with the correction."""
+        if func.__name__ in ALLOWED and getattr(func, "__self__", None) is not Tensor.data:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        own = next((x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Closed)), None)
+        name = "?" if own is None else own.home[1]
+        raise RuntimeError(  # a TypeError would be taken for an operand that does not fit
+            f"parameter {name!r} is sharded (stage 3) and has no values here; call engine(...) or engine.module(...), read engine.module.state_dict(), "
+            "or open it: with deepspeed.zero.GatheredParameters(params): ..."
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"<sharded parameter {self.home[1]!r} {tuple(self.shape)} {self.dtype}>"
+
+
 def named(module: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by its dotted names; tied ones under each of them."""
     return dict(module.named_parameters(remove_duplicate=False))
@@ -63,7 +89,7 @@ def take(module: nn.Module, engine: Any, cls: type[Held]) -> None:
             if cls is not Held and not p.is_meta:
                 torch.utils.swap_tensors(p, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad))
             p.__class__ = cls
-            p.home = (weakref.ref(engine), name)  # type: ignore[attr-defined]
+            p.home, p.part = (weakref.ref(engine), name), None  # type: ignore[attr-defined]
 
 
 class Whole:
@@ -78,7 +104,7 @@ class Whole:
         self.at: tuple[Tensor, ...] = ()
         self.versions: list[int] = []
 
-    def start(self) -> dict[str, Tensor]:
+    def start(self, threshold: int) -> dict[str, Tensor]:
         """The parameters to begin with, ties kept."""
         once: dict[int, Tensor] = {}
         return {n: once.setdefault(id(p), p.detach()) for n, p in self.named.items()}

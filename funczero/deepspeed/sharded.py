@@ -9,38 +9,14 @@ from torch import Tensor, nn
 
 from funczero.chain import Source
 from funczero.check import recorded
-from funczero.deepspeed.held import OLD, Held, differentiate, named
+from funczero.deepspeed.held import OLD, Closed, differentiate, named
+from funczero.deepspeed.partition import start_of
 from funczero.gradient import _close, open_rest, pullback
 from funczero.mesh import P
 from funczero.stateless import _Call, _lists, _Snapshot
 from funczero.step import Step
 from funczero.tape import Tape
 from funczero.types import Env, Grad, Out, Seed, TrainState
-
-ALLOWED = {
-    "__get__", "__set__", "__delete__", "numel", "nelement", "size", "dim", "ndimension", "element_size", "is_floating_point", "is_complex", "requires_grad_",
-    "stride", "is_contiguous", "__hash__", "__repr__", "__len__",
-}  # fmt: skip
-
-
-class Closed(Held):
-    """A parameter of a module at stage 3: it has a shape and a dtype, and no values."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What asks for no value; any other use is refused, with the correction."""
-        if func.__name__ in ALLOWED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        own = next((x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Closed)), None)
-        name = "?" if own is None else own.home[1]
-        raise RuntimeError(  # a TypeError would be taken for an operand that does not fit
-            f"parameter {name!r} is sharded (stage 3) and has no values here; call engine(...) or engine.module(...), read engine.module.state_dict(), "
-            "or open it: with deepspeed.zero.GatheredParameters(params): ..."
-        )
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"<sharded parameter {self.home[1]!r} {tuple(self.shape)} {self.dtype}>"
 
 
 class Sharded:
@@ -59,9 +35,10 @@ class Sharded:
         self.step: Any = None
         self.state: Any = None
 
-    def start(self) -> dict[str, Any]:
-        """The parameters to begin with, ties kept."""
-        return whole_start(self.named)
+    def start(self, threshold: int) -> dict[str, Any]:
+        """The parameters to begin with, ties kept; what zero.Init has cut stays cut, but for leaves under the threshold."""
+        once: dict[int, Any] = {}
+        return {n: once[id(p)] if id(p) in once else once.setdefault(id(p), start_of(p, p.numel() < threshold)) for n, p in self.named.items()}
 
     def taken(self) -> None:
         """The user's module is empty now; its buffers are the clone's."""
@@ -145,12 +122,6 @@ class Sharded:
         seen = [i for i, x in [*enumerate(self.whole), *self.tape.leaves.items()] if isinstance(x, Tensor) and x.grad is not None]
         leaves = self.tape.whole.structure.leaves
         return leaves[seen[0]].path if seen else leaves[0].path if self.tape.port.grad is not None else None
-
-
-def whole_start(names: dict[str, nn.Parameter]) -> dict[str, Any]:
-    """Parameters by name as step.init takes them, ties kept."""
-    once: dict[int, Any] = {}
-    return {n: once.setdefault(id(p), getattr(p, "fill", None) or p.detach()) for n, p in names.items()}
 
 
 class Gathering(nn.Module):
