@@ -140,6 +140,10 @@ class Whole:
 
         return vjp
 
+    def reread(self) -> None:
+        """What was opened shows the views again; writes so far are known."""
+        self.versions = [p._version for p in self.params]
+
     def edited(self) -> str | None:
         """A parameter that somebody wrote into since the last update, which the masters did not hear of."""
         return next((p.home[1] for p, v in zip(self.params, self.versions, strict=True) if p._version != v), None)  # type: ignore[attr-defined]

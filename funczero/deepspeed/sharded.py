@@ -55,6 +55,8 @@ class Sharded:
     def _open(self) -> list[Any]:
         g, learn = self.step.running(), torch.is_grad_enabled()
         if learn and self.tape is not None:
+            for u in list(self.tape.open):  # what a backward of another engine's loss left open is gathered again where it is read
+                self.tape.drop(u)
             return self.whole
         views = self.state.params.to(g.env.policy.compute) if self.state.views is None else self.state.views
         tape = Tape(views, (), g.env, look=False, differentiate=learn)
@@ -110,6 +112,9 @@ class Sharded:
             return slots, bad
 
         return vjp
+
+    def reread(self) -> None:
+        """Nothing was shown."""
 
     def edited(self) -> str | None:
         """Nobody can write into what holds nothing."""

@@ -53,11 +53,11 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
             raise RuntimeError("GatheredParameters: a window of micro-batches is open, and parameters stand still within it; write right after an update")
     with opened(waiting, rank):
         values = [read_leaf(p.home[0]().state.params, p.home[1]) for p in inside]
-        before = [(p.data, p.__class__) for p in inside]
+        before = [(None if isinstance(p, Closed) else p.data, p.__class__, p.dtype) for p in inside]
         for p, x in zip(inside, values, strict=True):
             assert x is not None
             _show(p, x)
-        versions = [x._version for x in inside]
+        versions = [p._version for p in inside]
         failed = True
         try:
             yield
@@ -65,14 +65,14 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
         finally:
             now = [p.data for p in inside]
             touched = [p.home[1] for p, v in zip(inside, versions, strict=True) if p._version != v]
-            for p, (data, cls) in zip(inside, before, strict=True):
-                _hide(p, data, cls)
+            for p, was in zip(inside, before, strict=True):
+                _hide(p, *was)
+            for e in engines.values():
+                e._leaves.reread()
             if not failed:
                 _back(inside, now, touched, rank)
                 for e in engines.values() if rank is not None else ():
                     e.state = e._state
-                for e in engines.values() if rank is None else ():
-                    e._leaves.renew(e._step, e._state) if not hasattr(e._leaves, "tape") else None
 
 
 def _show(p: Any, value: Tensor) -> None:
@@ -86,10 +86,10 @@ def _show(p: Any, value: Tensor) -> None:
         p.data = value
 
 
-def _hide(p: Any, data: Tensor, cls: Any) -> None:
+def _hide(p: Any, data: Any, cls: Any, dtype: torch.dtype) -> None:
     if cls is Closed:
         grad, home = p.requires_grad, p.home
-        torch.utils.swap_tensors(p, nn.Parameter(torch.empty(p.shape, dtype=data.dtype, device="meta"), grad))
+        torch.utils.swap_tensors(p, nn.Parameter(torch.empty(p.shape, dtype=dtype, device="meta"), grad))
         p.__class__, p.home = cls, home
     else:
         p.data = data
