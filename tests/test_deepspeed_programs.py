@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -247,3 +250,87 @@ def test_programs_on_one_process():
     assert all(p(s) < (2e-4 if p is masked else 3e-5) for p in (classifier, masked, gan, scheduled) for s in (0, 3))
 
 
+def hugging_face(stage, checkpointing):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=3, n_head=2, pad_token_id=0))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    engine, _, _, _ = deepspeed.initialize(model=model, config=config(stage, 2, 2, bf16={"enabled": True}))
+    engine.train()
+    torch.manual_seed(5)
+    losses = []
+    for i in range(4):
+        ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(i))
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    engine.eval()
+    with torch.no_grad():
+        said = engine.module.generate(ids[:, :4], attention_mask=torch.ones_like(ids[:, :4]), max_new_tokens=4, do_sample=False)
+    return losses, engine.get_global_grad_norm(), said.tolist(), engine.module.config.n_layer
+
+
+def test_a_hugging_face_model_with_dropout_and_checkpointing_is_the_same_at_every_stage(run_world):
+    results = [run_world(2, hugging_face, stage, again) for stage, again in ((0, False), (2, True), (3, False), (3, True))]
+    assert all(r == results[0] for r in results) and results[0][0][0][-1] < results[0][0][0][0]
+
+
+class Watched(nn.Linear):
+    """Notes how many elements of all that was built so far are in memory, each time one more is there."""
+
+    built: list = []
+    seen: list = []
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        Watched.built.append(self)
+        Watched.seen.append(sum((p.part if hasattr(p, "part") else p).numel() for m in Watched.built for p in m.parameters()))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = Watched(16, 64), Watched(64, 16)
+
+
+def built_in_pieces():
+    Watched.built.clear()
+    Watched.seen.clear()
+    with deepspeed.zero.Init():
+        nn.ModuleList(Pair() for _ in range(6))
+    total, largest = 6 * (2 * 16 * 64 + 80), 16 * 64 + 64
+    return max(Watched.seen) <= total / comm.get_world_size() + largest and sum(p.part.numel() for m in Watched.built for p in m.parameters()) == total / comm.get_world_size()
+
+
+def test_a_rank_holds_its_share_and_one_module_while_a_model_is_built(run_world):
+    assert all(run_world(2, built_in_pieces))
+
+
+ALONE = """
+import torch, torch.nn.functional as F
+import funczero.deepspeed as deepspeed
+from torch import nn
+net = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
+engine, *_ = deepspeed.initialize(model=net, config={"train_batch_size": 8, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3, "param_persistence_threshold": 0}})
+x = torch.ones(4, 8)
+for step in range(4):
+    engine.backward(engine(x).square().mean())
+    engine.step()
+    if step == 1 and deepspeed.comm.get_rank() == 0:
+        with torch.no_grad():
+            engine(x)
+print("went on")
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_rank_0_alone_ends_with_rank_call_and_remedy(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "alone.py")]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "went on" not in done.stdout and time.monotonic() - start < 25
+    said = next(line for line in done.stderr.splitlines() if line.startswith("funczero: "))
+    assert "rank 0 launched all_gather" in said and "in engine(batch) under no_grad" in said and "every rank must make the same calls: engine(batch) on all ranks or on none" in said

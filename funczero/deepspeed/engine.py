@@ -14,6 +14,7 @@ from funczero import tree
 from funczero.deepspeed import comm
 from funczero.deepspeed.build import Rates
 from funczero.deepspeed.config import Config
+from funczero.deepspeed.facts import Facts
 from funczero.deepspeed.held import stamp
 from funczero.deepspeed.optimizer import DIRECT, EngineOptimizer
 from funczero.deepspeed.saving import Saving
@@ -35,7 +36,7 @@ INSTEAD = {
 }
 
 
-class Engine(Saving, nn.Module):
+class Engine(Facts, Saving, nn.Module):
     """A module under a chain: `loss = engine(batch); engine.backward(loss); engine.step()`.
 
     Law: the weights, scale and schedule are bit for bit those of `engine.train_step`, the step of `fz.from_deepspeed(config, pullback=True)`,
@@ -135,8 +136,8 @@ class Engine(Saving, nn.Module):
         self.state, self.metrics = self._step(self.optimizer.push(self._state), None)
         self._micro, self._updated = 0, bool(self.metrics.ok)  # type: ignore[union-attr]
         self.global_samples += self.config_.triad.batch
+        self.optimizer.stepped()
         if self._updated and self.client_lr_scheduler:
-            self.optimizer.stepped()
             self.lr_scheduler.step(**lr_kwargs)
         every = self.config_.value("steps_per_print")
         if every and self.global_steps % every == 0 and self.global_rank == 0:
@@ -220,59 +221,6 @@ class Engine(Saving, nn.Module):
         """By group: betas, or momentum."""
         return [g.get("betas", g.get("momentum")) for g in self.optimizer.param_groups]
 
-    def get_batch_info(self) -> tuple[int, int, int]:
-        """Rows of an update, rows of a micro-batch on a rank, micro-batches of an update."""
-        return tuple(self.config_.triad)  # type: ignore[return-value]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The resolved values by their dotted keys."""
-        return {path: v.value for path, v in self.config_.values.items()}
-
-    def train_batch_size(self) -> int:
-        """Rows of an update."""
-        return self.config_.triad.batch
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Rows of a micro-batch on a rank."""
-        return self.config_.triad.micro
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of an update."""
-        return self._k
-
-    def gradient_clipping(self) -> float:
-        """Largest norm of a mean gradient; 0: off."""
-        return self.config_.value("gradient_clipping")
-
-    def zero_optimization_stage(self) -> int:
-        """0 to 3."""
-        return self.config_.value("zero_optimization.stage")
-
-    def zero_optimization(self) -> bool:
-        """Is anything sharded?"""
-        return self.zero_optimization_stage() > 0
-
-    def loss_scale(self) -> float:
-        """The config's static scale; 0 for a dynamic one, which is optimizer.cur_scale."""
-        return self.config_.value("fp16.loss_scale") if self.fp16_enabled() else 1.0
-
-    def dynamic_loss_scale(self) -> bool:
-        """Does the scale move?"""
-        return self.fp16_enabled() and not self.config_.value("fp16.loss_scale")
-
-    def fp16_enabled(self) -> bool:
-        """Are forward and backward in float16?"""
-        return self.config_.value("fp16.enabled")
-
-    def bfloat16_enabled(self) -> bool:
-        """In bfloat16?"""
-        return self.config_.value("bf16.enabled")
-
-    def steps_per_print(self) -> int | None:
-        """Updates between two printed lines."""
-        return self.config_.value("steps_per_print")
-
     def _set_scale(self, scale: float) -> None:
         own = self._state.chain.get("scale_loss")
         if own is None or taken(self._state):
@@ -283,6 +231,12 @@ class Engine(Saving, nn.Module):
     def basic_optimizer(self) -> EngineOptimizer:
         """The optimizer's face; the moments are in engine.state."""
         return self.optimizer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:  # a plain attribute: a module's own way takes ten times as long
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
