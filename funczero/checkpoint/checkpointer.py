@@ -142,12 +142,12 @@ class Checkpointer:
             mine, error = self._prepared(state, name, client_state if peers.rank == 0 else None, metrics, overwrite)
             peers.put(f"{number}/ready/{peers.rank}", {"coords": _coords(state) if error is None else {}, "error": _told(error)})
             go = self._agreed(number, mine[0] if mine else "", error)
-        if mine and go["name"] != mine[0]:
-            logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, mine[0], go["name"])
-        assert mine is not None
-        _, found, told = mine
-        own = self._dealt(found, go["coords"])
-        values = self._copied(found, own)
+            if mine and go["name"] != mine[0]:
+                logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, mine[0], go["name"])
+            assert mine is not None
+            _, found, told = mine
+            own = self._dealt(found, go["coords"])
+            values = self._copied(found, own)
         job = partial(self._write, number, go["name"], overwrite, found, own, values, told)
         failed: list[BaseException] = []
         thread = threading.Thread(target=partial(_caught, job, failed), name=f"funczero-save-{go['name']}", daemon=True)
