@@ -3,3 +3,4 @@
 from funczero.checkpoint.arrays import CheckpointError as CheckpointError
 from funczero.checkpoint.checkpointer import Checkpointer as Checkpointer
 from funczero.checkpoint.checkpointer import Restored as Restored
+from funczero.checkpoint.notice import Notice as Notice

@@ -142,17 +142,35 @@ class Checkpointer:
             mine, error = self._prepared(state, name, client_state if peers.rank == 0 else None, metrics, overwrite)
             peers.put(f"{number}/ready/{peers.rank}", {"coords": _coords(state) if error is None else {}, "error": _told(error)})
             go = self._agreed(number, mine[0] if mine else "", error)
-            if mine and go["name"] != mine[0]:
-                logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, mine[0], go["name"])
             assert mine is not None
-            _, found, told = mine
+            text, found, told = mine
+            if go["name"] != text:
+                logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, text, go["name"])
             own = self._dealt(found, go["coords"])
             values = self._copied(found, own)
-        job = partial(self._write, number, go["name"], overwrite, found, own, values, told)
+        self._start(go["name"], overwrite, found, own, values, told._replace(name=go["name"]))
+
+    def save_named(self, found: Names, name: str) -> None:
+        """Save leaves by their names as one process, without a state and without a copy: the tensors stay untouched until `wait`."""
+        self.wait()
+        self._number += 1
+        self._refuse_taken(name, overwrite=False)
+        told = Manifest(name, 0, 0, 0, {}, found.ties, {}, None, 1, {}, {"config": self._config}, manifest.versions())
+        own = deal(found.parts, [{}], 0)
+        values = [(p, found.parts[p.name].value.detach().contiguous()[p.box.slices()]) for p in own.pieces]
+        self._start(name, False, found, own, values, told)
+
+    def _start(self, name: str, overwrite: bool, found: Names, own: Deal, values: list[tuple[Piece, Tensor]], told: Manifest) -> None:
         failed: list[BaseException] = []
-        thread = threading.Thread(target=partial(_caught, job, failed), name=f"funczero-save-{go['name']}", daemon=True)
-        self._saving = _Saving(number, go["name"], thread, failed)
+        job = partial(self._write, self._number, name, overwrite, found, own, values, told)
+        thread = threading.Thread(target=partial(_caught, job, failed), name=f"funczero-save-{name}", daemon=True)
+        self._saving = _Saving(self._number, name, thread, failed)
         thread.start()
+
+    def _refuse_taken(self, name: str, overwrite: bool) -> None:
+        """An error where there is a checkpoint of this name."""
+        if not overwrite and ((self.directory / name).exists() or (self.directory / (name + folder.NEW)).exists()):
+            raise FileExistsError(f"save: {str(self.directory / name)!r} is there already; choose another name, or write overwrite=True")
 
     def poll(self) -> str | None:
         """At a step boundary: has the save under way ended? Its name if it is committed now; all ranks are told at the same boundary.
@@ -208,11 +226,7 @@ class Checkpointer:
                 text, 0, int(state.step), int(state.updates), {}, found.ties, numbers, encoded, self.peers.size, window(state), about, manifest.versions()
             )  # fmt: skip
             if self.peers.rank == 0:
-                here = folder.listing(self.directory, self.max_metadata)
-                taken = (self.directory / text).exists() or (self.directory / (text + folder.NEW)).exists()
-                if taken and not overwrite:
-                    raise FileExistsError(f"save: {str(self.directory / text)!r} is there already; choose another name, or write overwrite=True")
-                told = told._replace(sequence=1 + max((e.manifest.sequence for e in here.entries), default=0))
+                self._refuse_taken(text, overwrite)
             return (text, found, told), None
         except (ValueError, TypeError, OSError, CheckpointError) as e:
             return None, e
@@ -249,7 +263,8 @@ class Checkpointer:
         sizes = [-(-prod(p.box.shape) * found.parts[p.name].value.element_size() // 64) * 64 for p in held]
         pinned = any(x.value.device.type == "cuda" for x in found.parts.values())
         if self._arena.numel() < sum(sizes):
-            self._arena = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+            memory = torch.from_numpy(np.empty(sum(sizes), np.uint8))  # numpy asks for huge pages: the first copy is not ten times slower
+            self._arena = memory.pin_memory() if pinned else memory
         out, sources, at = [], [], 0
         for piece, size in zip(held, sizes, strict=True):
             source = found.parts[piece.name].value.detach()[piece.box.slices(own.boxes[piece.name].start)]
@@ -303,9 +318,9 @@ class Checkpointer:
         with folder.saving(self.directory):
             folder.clean(self.directory)
             final = self.directory / name
+            self._refuse_taken(name, overwrite)
+            told = told._replace(sequence=1 + max((e.manifest.sequence for e in folder.listing(self.directory, self.max_metadata).entries), default=0))
             target = final.with_name(name + folder.NEW) if final.exists() else final
-            if target != final and not overwrite:
-                raise FileExistsError(f"save: {str(final)!r} is there already; choose another name, or write overwrite=True")
             finished = lambda path: manifest.seal(path, told._replace(arrays={n: a._replace(tails=tails[n]) for n, a in arrays.items()}))
             try:
                 commit.commit(target, [tuple(n.split("/")) for n in arrays], commit.Hooks(everybody, finished))
@@ -315,6 +330,16 @@ class Checkpointer:
                 folder.swap(target, final)
             folder.clean(self.directory)
             folder.prune(self.directory, self.keep)
+
+    def names(self) -> list[str]:
+        """The committed checkpoints in order of their commits; rank 0 looks, and all get the same answer."""
+        self._number += 1
+        key, peers = f"{self._number}/names", self.peers
+        if peers.rank == 0:
+            found = folder.listing(self.directory, self.max_metadata)
+            peers.put(key, [[e.path.name.removesuffix(folder.NEW) for e in found.entries], list(found.damaged)])
+        ((whole, damaged),) = peers.wait([(0, key)], "names", join=self.join)
+        return [*whole, *damaged]
 
     def restore(
         self,

@@ -6,11 +6,11 @@ one process: the ranks meet in the world's store.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +32,22 @@ class Hooks(NamedTuple):
     seal: Callable[[Path], None]  # given the checkpoint's folder, complete and not yet renamed
 
 
-@cache
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """orbax tells absl's log each of its steps, which calls basicConfig() where the program has not, so that a later one of its own would do nothing."""
+    root, absl, silent = logging.getLogger(), logging.getLogger("absl"), logging.NullHandler()
+    told = lambda record: record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
+    root.addHandler(silent)
+    absl.addFilter(told)
+    try:
+        yield
+    finally:
+        absl.removeFilter(told)
+        root.handlers[:] = [h for h in root.handlers if h is not silent]
+
+
 def _orbax() -> Any:
-    """orbax, quietly."""
-    root = logging.getLogger()
-    handlers = list(root.handlers)
+    """orbax; JAX stays on the CPU unless the program already uses it."""
     try:
         if "jax" not in sys.modules:
             import jax
@@ -45,16 +56,18 @@ def _orbax() -> Any:
         import orbax.checkpoint as ocp
     except ImportError as e:
         raise CheckpointError(f"save: orbax-checkpoint cannot be imported ({e}); pip install orbax-checkpoint") from e
-    finally:
-        root.handlers[:] = handlers  # its import adds one, and a later basicConfig() would do nothing
     return ocp
 
 
 def commit(final: Path, names: list[tuple[str, ...]], hooks: Hooks) -> None:
     """Save leaves of these paths into `final`: all of it appears there at once, or nothing."""
-    ocp = _orbax()
+    with _quiet():
+        _save(_orbax(), final, names, hooks)
 
-    class Arrays(ocp.type_handlers.TypeHandler):  # type: ignore[name-defined]
+
+def _save(ocp: Any, final: Path, names: list[tuple[str, ...]], hooks: Hooks) -> None:
+
+    class Arrays(ocp.type_handlers.TypeHandler):
         """Leaves whose bytes the ranks write themselves."""
 
         def typestr(self) -> str:
@@ -73,7 +86,7 @@ def commit(final: Path, names: list[tuple[str, ...]], hooks: Hooks) -> None:
 
             return [ocp.future.CommitFutureAwaitingContractedSignals(run(), name="ranks")]
 
-    class Handler(ocp.CompositeCheckpointHandler):  # type: ignore[name-defined]
+    class Handler(ocp.CompositeCheckpointHandler):
         """Seals a checkpoint between its last file and its rename."""
 
         def finalize(self, directory: Any) -> None:
@@ -81,7 +94,7 @@ def commit(final: Path, names: list[tuple[str, ...]], hooks: Hooks) -> None:
             hooks.seal(Path(directory))
 
     @ocp.args.register_with_handler(Handler, for_save=True, for_restore=True)
-    class Args(ocp.args.Composite):  # type: ignore[name-defined]
+    class Args(ocp.args.Composite):
         """The same items."""
 
     import jax

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import zlib
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -39,6 +40,7 @@ class Manifest(NamedTuple):
     files: dict[str, tuple[int, int | None]] = {}  # path -> (bytes, crc32 of the small ones)
 
 
+@cache
 def versions() -> dict[str, str]:
     """What wrote this."""
 

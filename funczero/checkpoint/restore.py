@@ -63,7 +63,8 @@ def fill(path: Path, manifest: Manifest, state: TrainState, want: Want, context:
     parts = {name: part for name, part in all_parts.items() if pick(name)}
     if not parts:
         raise CheckpointError(f"restore: no leaf's name matches {list(want.only)}; names begin with {_heads(all_parts)}")
-    source = {name: _source(name, manifest, want.rename) for name in parts}
+    known = {names.stored(n): n for n in manifest.arrays}  # keys with dots, as modules and exported files have them, are paths, too
+    source = {name: _source(name, manifest, known, want.rename) for name in parts}
     parts = _present(parts, source, manifest, want, notes)
     if want.strict and not want.only:
         _refuse_strangers(source, manifest, notes)
@@ -114,12 +115,12 @@ def _read(reader: Reader, name: str, array: Array, part: Part) -> list[Callable[
     return [partial(x.copy_, target) for x in copies]
 
 
-def _source(name: str, manifest: Manifest, rename: Sequence[tuple[str, str]]) -> str:
+def _source(name: str, manifest: Manifest, known: dict[str, str], rename: Sequence[tuple[str, str]]) -> str:
     """The name under which a leaf is stored."""
     for regex, replacement in rename:
         name = re.sub(regex, replacement, name)
-    if name in manifest.arrays:
-        return name
+    if names.stored(name) in known:
+        return known[names.stored(name)]
     pieces = name.split("/")
     for k in range(1, len(pieces)):  # a tied leaf, and its moments, are stored under its first path
         tied = manifest.ties.get("/".join(("params", *pieces[k:])))
