@@ -217,7 +217,7 @@ class Checkpointer:
             for key in arrays:
                 if key in found.parts:
                     raise ValueError(f"save: {key!r} is both in the state and in the client state; rename a transform")
-            found = found._replace(parts=found.parts | {key: whole(x) for key, x in arrays.items()})
+            found = found._replace(parts=found.parts | {key: whole(x)._replace(first=True) for key, x in arrays.items()})
             numbers = {str(k): float(v) for k, v in (metrics or {}).items()}
             about = {"config": self._config}
             if self._step is not None:

@@ -77,7 +77,7 @@ def _divisor(n: int, least: int) -> int:
 
 
 def deal(parts: dict[str, Part], ranks: list[Coords], rank: int) -> Deal:
-    """The pieces of this rank; every rank comes to the same deal from the same coordinates."""
+    """The pieces of this rank; every rank comes to the same deal from the same coordinates (what rank 0 alone knows of comes last)."""
     places: dict[tuple[Any, ...], list[Where]] = {}
     load = [0] * len(ranks)
     out = Deal({}, [], {})
@@ -88,7 +88,7 @@ def deal(parts: dict[str, Part], ranks: list[Coords], rank: int) -> Deal:
         out.boxes[name] = boxes[rank]
         holders: dict[Box, list[int]] = {}
         for r, box in enumerate(boxes):
-            if prod(box.shape):
+            if prod(box.shape) and (r == 0 or not part.first):
                 holders.setdefault(box, []).append(r)
         for key, pieces in sorted(_meetings(list(holders), chunk).items()):
             pieces.sort(key=lambda p: (-prod(p[0].shape), p[0].start))
