@@ -86,7 +86,7 @@ def guardian(life):
             os._exit(one(rank, life, store))
         ranks.append(pid)
     if "clock" in life:
-        while not (place / "rank0").exists() or not (place / "rank1").exists():  # both are training
+        while not all((place / f"rank{r}").exists() and (place / f"rank{r}").stat().st_size for r in range(2)):  # both have joined the world
             time.sleep(0.002)
         time.sleep(life["clock"])
         for rank in life["victims"]:
@@ -127,6 +127,7 @@ def one(rank, life, store):
         else:
             world = dist.FileStore(str(store), 2)
         dist.init_process_group("gloo", store=world, rank=rank, world_size=2)
+        say("joined")
         {"point": at_point, "clock": by_clock}["clock" if "clock" in life else "point"](rank, life, say)
     except BaseException as e:
         say("raised", kind=type(e).__name__, text=str(e))
@@ -227,7 +228,7 @@ def by_clock(rank, life, say):
     from funczero.checkpoint import Checkpointer
 
     step = checkpoints.make(CHAIN, 2)
-    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=2)
+    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=2, join=3.0)
     restored = ck.restore(like=(step, checkpoints.abstract()))
     state, t = restored.state, restored.step
     say("trains", step=t)

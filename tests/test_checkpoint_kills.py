@@ -111,3 +111,42 @@ def clean(directory, names):
     assert {p.name for p in directory.iterdir()} == {*names, ".funczero-lock"}
     for e in found.entries:
         assert not manifest.check_files(e.path, e.manifest, strangers=True)
+
+
+@pytest.mark.slow
+def test_killed_at_100_random_moments(tmp_path):
+    """One run after another, each of 100 lives goes on where the last one ended. With -s it prints what happened."""
+    rng, directory, log = random.Random(0), tmp_path / "run", []
+    reference, step = uninterrupted(0), checkpoints.make(CHAIN, 1)
+    with Checkpointer(directory, step=step, keep=2) as ck:
+        ck.save(step.init(zoo.params(), key=7), 0)
+    with nursery() as n:
+        for i in range(100):
+            victims, clock = rng.choice([[0], [1], [0, 1]]), rng.uniform(0.0, 0.8)
+            n.start(tmp_path, clock=clock, victims=victims)
+            told = n.told(tmp_path)
+            assert all(told[r]["ended"] == -9 for r in victims), told
+            survivors = [e for r in {0, 1} - set(victims) for e in told[r]["events"] if e["what"] == "raised"]
+            assert len(survivors) == 2 - len(victims) and all(told[r]["ended"] == 1 for r in {0, 1} - set(victims)), told
+            saves = [e["step"] for e in told[0]["events"] if e["what"] == "saves"]
+            there = folder.listing(directory)
+            assert not there.damaged and not there.other
+            found = Checkpointer(directory).restore(like=(step, checkpoints.abstract()))
+            reference = uninterrupted(found.step) if found.step not in reference else reference
+            assert bits([checkpoints.parts(found.state)]) == reference[found.step]
+            asked = max(saves, default=0)
+            log.append((i, victims, clock, asked, found.step, found.name, there.half, [e.path.name for e in there.entries], survivors[0]["kind"] if survivors else "-"))
+            assert found.step >= asked - 2  # every save but the last one was waited for
+        n.start(tmp_path, clock=3.0, victims=[0, 1])
+        n.told(tmp_path)
+    with Checkpointer(directory, step=step, keep=2) as ck:
+        found = ck.restore(like=(step, checkpoints.abstract()))
+        stop = found.step + 6
+        assert bits([checkpoints.parts(checkpoints.train(step, found.state, found.step, stop))]) == uninterrupted(stop)[stop]
+        ck.save(found.state, "after")
+        ck.wait()
+        clean(directory, {e.path.name for e in folder.listing(directory).entries})
+    print("\nlife  dies   at s   last save  found  named      half written                            complete               survivor raised")
+    for i, victims, clock, asked, step_, name, half, entries, kind in log:
+        print(f"{i:4}  {str(victims):6} {clock:5.3f}  {asked:9}  {step_:5}  {name:9}  {', '.join(half) or '-':38}  {', '.join(entries):21}  {kind}")
+    print(f"in the middle of a save: {sum(bool(x[6]) or x[3] > x[4] for x in log)} of {len(log)}")
