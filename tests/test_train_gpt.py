@@ -117,8 +117,9 @@ def losses(out):
     return [[r[k] for k in ("step", "loss", "grad_norm", "lr", "ok")] for r in records if "loss" in r]
 
 
-def test_a_notice_ends_a_run_cleanly_and_it_goes_on_elsewhere_with_the_same_bits(text):
+def test_a_notice_ends_a_run_cleanly_and_it_goes_on_elsewhere_with_the_same_bits(text, tmp_path_factory):
     flags = ["--steps=24", "--eval_every=12", "--sample=0", f"--data={text}"]
+    text = tmp_path_factory.mktemp("out")
     whole = start(*flags, "--accumulate=2", f"--out={text}/whole")
     run = start(*flags, "--accumulate=2", "--save_every=5", "--resume=auto", f"--out={text}/run")
     while not (text / "run" / "checkpoints" / "5").exists():

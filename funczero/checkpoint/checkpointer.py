@@ -163,7 +163,7 @@ class Checkpointer:
     def _start(self, name: str, overwrite: bool, found: Names, own: Deal, values: list[tuple[Piece, Tensor]], told: Manifest) -> None:
         failed: list[BaseException] = []
         job = partial(self._write, self._number, name, overwrite, found, own, values, told)
-        thread = threading.Thread(target=partial(_caught, job, failed), name=f"funczero-save-{name}", daemon=True)
+        thread = threading.Thread(target=partial(_caught, job, failed), name=f"funczero-save-{name}")  # no daemon: a process that ends waits for it, and never for long
         self._saving = _Saving(self._number, name, thread, failed)
         thread.start()
 

@@ -104,7 +104,7 @@ class Peers:
                 while not stop.wait(BEAT):
                     store.set(f"beat/{self.rank}", repr(time.monotonic()))
 
-        thread = threading.Thread(target=beat, name="funczero-pulse", daemon=True)
+        thread = threading.Thread(target=beat, name="funczero-pulse")
         thread.start()
         try:
             yield
