@@ -142,12 +142,13 @@ class Checkpointer:
             mine, error = self._prepared(state, name, client_state if peers.rank == 0 else None, metrics, overwrite)
             peers.put(f"{number}/ready/{peers.rank}", {"coords": _coords(state) if error is None else {}, "error": _told(error)})
             go = self._agreed(number, mine[0] if mine else "", error)
-        assert mine is not None
-        text, found, told = mine
-        if go["name"] != text:
-            logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, text, go["name"])
-        own = self._dealt(found, go["coords"])
-        self._start(go["name"], overwrite, found, own, self._copied(found, own), told._replace(name=go["name"]))
+            assert mine is not None
+            text, found, told = mine
+            if go["name"] != text:
+                logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, text, go["name"])
+            own = self._dealt(found, go["coords"])
+            values = self._copied(found, own)
+        self._start(go["name"], overwrite, found, own, values, told._replace(name=go["name"]))
 
     def save_named(self, found: Names, name: str) -> None:
         """Save leaves by their names as one process, without a state and without a copy: the tensors stay untouched until `wait`."""
@@ -216,7 +217,7 @@ class Checkpointer:
             for key in arrays:
                 if key in found.parts:
                     raise ValueError(f"save: {key!r} is both in the state and in the client state; rename a transform")
-            found = found._replace(parts=found.parts | {key: whole(x)._replace(root=True) for key, x in arrays.items()})
+            found = found._replace(parts=found.parts | {key: whole(x)._replace(first=True) for key, x in arrays.items()})
             numbers = {str(k): float(v) for k, v in (metrics or {}).items()}
             about = {"config": self._config}
             if self._step is not None:

@@ -69,7 +69,7 @@ class Peers:
         for rank, key in keys:
             start, pause = time.monotonic(), 0.0005
             while not self.there(key, store):
-                self._alive(rank, what, store)
+                self._alive(rank, what, store, came=join is None)
                 if join is not None and time.monotonic() - start > join:
                     raise CheckpointError(f"{what}: rank {rank} did not come within {join:g} s, while rank {self.rank} waits; every rank calls save and restore, at the same step")
                 time.sleep(pause)
@@ -77,18 +77,17 @@ class Peers:
             out.append(self.get_bytes(key, store or self.store) if raw else self.get(key, store))
         return out
 
-    def _alive(self, rank: int, what: str, store: Any) -> None:
-        """Look at a rank's pulse, at most ten times a second."""
-        value, when = self._seen.get(rank, (b"", 0.0))
+    def _alive(self, rank: int, what: str, store: Any, came: bool) -> None:
+        """Look at a rank's pulse, at most ten times a second. Of one that `came` already, the lack of any pulse is silence, too."""
+        value, when = self._seen.get(rank, (None, 0.0))
         now = time.monotonic()
-        if rank == self.rank or (value and now - when < 0.1):
+        if rank == self.rank or (value is not None and now - when < 0.1):
             return
-        if self.there(f"beat/{rank}", store):
-            beat = self.get_bytes(f"beat/{rank}", store or self.store)
-            if beat != value:
-                self._seen[rank] = (beat, now)
-            elif now - when > DEAD:
-                raise CheckpointError(f"{what}: rank {rank} has not been heard of for {now - when:.0f} s; its process was ended, or its machine is lost")
+        beat = self.get_bytes(f"beat/{rank}", store or self.store) if self.there(f"beat/{rank}", store) else b""
+        if beat != value:
+            self._seen[rank] = (beat, now)
+        elif now - when > DEAD and (beat or came):
+            raise CheckpointError(f"{what}: rank {rank} has not been heard of for {now - when:.0f} s; its process was ended, or its machine is lost")
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
