@@ -160,7 +160,7 @@ def at_point(rank, life, say):
 
 def arm(point, rank, victims, pids, say):
     """Patch the function at which somebody dies."""
-    from funczero.checkpoint import checkpointer, commit, folder, manifest
+    from funczero.checkpoint import commit, folder, manifest, saving
 
     def myself():
         if rank in victims:
@@ -185,7 +185,7 @@ def arm(point, rank, victims, pids, say):
 
         setattr(where, name, patched)
 
-    def some(folder_, arrays, chunks, write=checkpointer.write):
+    def some(folder_, arrays, chunks, write=saving.write):
         def given():
             yield from chunks[:3]
             time.sleep(0.05)
@@ -202,14 +202,14 @@ def arm(point, rank, victims, pids, say):
         rmtree(path)
 
     if point == "chunk":
-        checkpointer.write = some
+        saving.write = some
     elif point == "pruning":
         folder.shutil = SimpleNamespace(rmtree=half)
     else:
         where, name, die, after = {
-            "copied": (checkpointer.Checkpointer, "_copied", myself, True),
-            "made": (checkpointer, "_pieces", myself, False),
-            "written": (checkpointer, "write", myself, True),
+            "copied": (saving.Staging, "copied", myself, True),
+            "made": (saving, "_pieces", myself, False),
+            "written": (saving, "write", myself, True),
             "merged": (manifest, "seal", everyone, False),
             "sealed": (manifest, "seal", everyone, True),
             "renamed": (commit, "commit", everyone, True),

@@ -28,6 +28,7 @@ class Peers:
         first = base.clone()
         self._space = f"funczero/checkpoint/{first.add(f'funczero/checkpoint/count/{self.rank}', 1)}"  # the n-th of every rank belong together
         self.store = self.connection()
+        self._mine: list[str] = []  # keys that this rank has published
         self._seen: dict[int, tuple[bytes, float]] = {}
 
     def connection(self) -> Any:
@@ -36,11 +37,20 @@ class Peers:
 
     def put(self, key: str, value: Any, store: Any = None) -> None:
         """Publish JSON."""
+        self._mine.append(key)
         self._ask(lambda: (store or self.store).set(key, zlib.compress(json.dumps(value).encode(), 1)))
 
     def put_bytes(self, key: str, value: bytes, store: Any) -> None:
         """Publish bytes."""
+        self._mine.append(key)
         self._ask(lambda: store.set(key, value))
+
+    def forget(self, number: int) -> None:
+        """Take back what this rank published for calls before `number`, which all ranks have left."""
+        old = lambda key: key.split("/")[0].isdigit() and int(key.split("/")[0]) < number
+        for key in [k for k in self._mine if old(k)]:
+            self._ask(lambda key=key: self.store.delete_key(key))
+        self._mine = [k for k in self._mine if not old(k)]
 
     def there(self, key: str, store: Any = None) -> bool:
         """Has it been published?"""
