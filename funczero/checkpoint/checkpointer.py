@@ -177,8 +177,8 @@ class Checkpointer:
             return self._ended() if peers.get(key) <= self._polls else None
         if peers.rank == 0 and not self._saving.thread.is_alive():
             peers.put(key, self._polls + 1)  # seen by all at the next boundary: no rank gets there before rank 0 has left this one
-        elif self._saving.failed:
-            return self._ended()  # rank 0 cannot be reached
+        elif self._saving.failed and not peers.there(f"{number}/end"):
+            return self._ended()  # rank 0 is lost; what it told its peers, it tells them at a boundary, too
         return None
 
     def wait(self) -> str | None:
