@@ -19,7 +19,7 @@ import torch.distributed as dist
 import zoo
 
 import funczero as fz
-from funczero.checkpoint import Checkpointer, CheckpointError, checkpointer, commit, folder, manifest, peers
+from funczero.checkpoint import Checkpointer, CheckpointError, commit, folder, manifest, peers, saving
 from funczero.testing import tree_hash
 
 CHAIN = "3 [grad acc"
@@ -112,8 +112,8 @@ def no_space(victim, where):
     if dist.get_rank() != victim:
         return nullcontext()
     return {
-        "write": patched(checkpointer, "write", full),
-        "tensorstore": patched(checkpointer, "write", cannot),
+        "write": patched(saving, "write", full),
+        "tensorstore": patched(saving, "write", cannot),
         "merge": patched(commit, "_nested", cannot),
         "seal": patched(manifest, "seal", full),
     }[where]
@@ -186,7 +186,7 @@ def a_writer_raises(ck, state, directory, victim):
     def raises(*args, **kw):
         raise ZeroDivisionError("a bug")
 
-    with patched(checkpointer, "write", raises) if dist.get_rank() == victim else nullcontext():
+    with patched(saving, "write", raises) if dist.get_rank() == victim else nullcontext():
         return saves(ck, state, "bad")
 
 
@@ -325,7 +325,7 @@ def test_two_processes_in_one_folder(tmp_path):
     step, state = started(1)
     ck, other = Checkpointer(tmp_path, step=step), Checkpointer(tmp_path)
     inside, go = threading.Event(), threading.Event()
-    write = checkpointer.write
+    write = saving.write
 
     def slow(*args, **kw):
         out = write(*args, **kw)
@@ -333,7 +333,7 @@ def test_two_processes_in_one_folder(tmp_path):
         go.wait(20)
         return out
 
-    with patched(checkpointer, "write", slow):
+    with patched(saving, "write", slow):
         ck.save(state, 1)
         assert inside.wait(20)
         code = f"""if True:
@@ -359,7 +359,7 @@ def polled(directory, victim):
     step, state = started(2)
     rank, out = dist.get_rank(), []
     ck = Checkpointer(directory, step=step)
-    write = checkpointer.write
+    write = saving.write
 
     def late(*args, **kw):
         time.sleep(0.1)
@@ -367,7 +367,7 @@ def polled(directory, victim):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(*args, **kw)
 
-    with patched(checkpointer, "write", late):
+    with patched(saving, "write", late):
         ck.save(state, "polled")
         for t in range(1, 200):
             time.sleep(0.01 * (rank == t % 2))
@@ -402,7 +402,7 @@ def test_failures_are_told_once_by_wait_close_and_the_next_save(tmp_path):
 
     for how in ("wait", "close", "save", "exit", "poll"):
         ck = Checkpointer(tmp_path / how)
-        with patched(checkpointer, "write", fails):
+        with patched(saving, "write", fails):
             ck.save(state, 1)
             ck._saving.thread.join()
             with pytest.raises((OSError, CheckpointError), match="No space left"):
@@ -424,14 +424,14 @@ def donated(directory):
     step, state = started(2)
     step = fz.donate(step)
     state = checkpoints.train(step, state, 1, 2)
-    before, write = checkpoints.parts(state), checkpointer.write
+    before, write = checkpoints.parts(state), saving.write
 
     def slow(folder_, leaves, chunks):
         time.sleep(0.2)
         return write(folder_, leaves, chunks)
 
     ck = Checkpointer(directory, step=step)
-    with patched(checkpointer, "write", slow):
+    with patched(saving, "write", slow):
         ck.save(state, 2, client_state={"x": (x := torch.ones(3))})
         x.zero_() if dist.get_rank() == 0 else None
         state = checkpoints.train(step, state, 2, 5)
