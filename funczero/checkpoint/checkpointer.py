@@ -258,6 +258,7 @@ class Checkpointer:
         only: str | Sequence[str] = (),
         rename: Sequence[tuple[str, str]] = (),
         fallback: bool = False,
+        donate: bool = False,
     ) -> Restored:
         """A state of the form of `like`, filled from a checkpoint of any world, mesh and stage; each rank reads its ranges alone.
 
@@ -267,6 +268,7 @@ class Checkpointer:
           strict: names and shapes must match both ways; otherwise leaves that are missing stay as `like` has them, and others are left out.
           only: regexes on names ("^params/"): others stay as `like` has them.
           rename: (regex, replacement) from the state's names to the checkpoint's.
+          donate: fill the memory of `like`, a state, instead of new memory; what is not read stays, and after an error it holds some of both.
           fallback: pass over damaged checkpoints, with a line each.
 
         Raises:
@@ -289,7 +291,7 @@ class Checkpointer:
             choices = self._choices(number, name, fallback)
             coords = [{a: tuple(c) for a, c in r["coords"].items()} for r in peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "restore", join=self.join)]
             peers.forget(number)  # all are here
-            context = Context(peers.rank, peers.size, coords, None if step is None else _chain(step), device)
+            context = Context(peers.rank, peers.size, coords, None if step is None else _chain(step), device, donate and isinstance(like, TrainState))
             problems = []
             for attempt, path in enumerate(choices):
                 result, problem = self._tried(Path(path), target, fresh, want, context, f"{number}/read/{attempt}")

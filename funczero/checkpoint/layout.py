@@ -1,6 +1,6 @@
 """Who writes what: every leaf is one logical array cut into chunks, every chunk has one writer, and the bytes are dealt evenly.
 
-A chunk is a full part of a rank, or a piece of it of at most 16 MiB: readers fetch whole chunks. Where cuts of nested brackets do not divide, some rows of a
+A chunk is a full part of a rank, or a piece of it of at most 4 MiB: readers fetch whole chunks. Where cuts of nested brackets do not divide, some rows of a
 chunk lie with a neighbour, who sends them to the writer. Equal parts (replicas) are dealt by bytes.
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from funczero.checkpoint.names import Part
 from funczero.spec import Where
 
-CAP = 16 << 20  # bytes of a chunk
+CAP = 4 << 20  # bytes of a chunk: small enough to be decoded in a cache, large enough to count little
 
 Coords = Mapping[str, tuple[int, int]]  # mesh axis -> (size, a rank's index)
 

@@ -40,6 +40,7 @@ class Context(NamedTuple):
     coords: list[dict[str, tuple[int, int]]]  # of all ranks
     chain: str | None  # as printed
     device: torch.device  # of a state that is built
+    donated: bool = False  # may `like` itself be filled?
 
 
 def template(step: Any, params: Any) -> tuple[TrainState, Callable[[], TrainState]]:
@@ -87,7 +88,7 @@ def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], T
       CheckpointError: a name is missing, a shape or a kind of dtype differs, an array is damaged.
     """
     notes: list[str] = []
-    state, dropped = _windows(roomy(like, context.device), manifest, context, notes)
+    state, dropped = _windows(like if context.donated else roomy(like, context.device), manifest, context, notes)
     everything = named(state, context.rank, context.size).parts
     asked = {n: p for n, p in everything.items() if n not in dropped and (not want.only or any(re.search(regex, n) for regex in want.only))}
     if want.only and not asked:
@@ -101,7 +102,8 @@ def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], T
     for name, part in parts.items():
         _check(name, part, manifest.arrays[source[name]], cast)
     views = {} if state.views is None else _views(state.views, everything)
-    _keep(everything, views, set(parts), dropped, fresh, context)
+    if not context.donated:
+        _keep(everything, views, set(parts), dropped, fresh, context)
     reader = Reader(path / ARRAYS, manifest.arrays)
     for name, part in [*parts.items(), *((n, v) for n, v in views.items() if n in parts)]:
         _read(reader, source[name], manifest.arrays[source[name]], part)
