@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {parity}`; the exit code is 1 when a promise is broken, 2 for bad input."""
+    """`funczero {parity, launch}`; the exit code is 1 when a promise is broken, 2 for bad input."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["launch"]:
+        return _launch(words[1:])
     parser = argparse.ArgumentParser(prog="funczero", description="ZeRO as a chain of pure functions, on torch.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("parity", help="run your step builder at every stage and world, and compare", description=_parity.__doc__)
@@ -17,12 +20,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--micro_batches", type=int, default=8, help="micro-batches of one update, on all processes together")
     p.add_argument("--updates", type=int, default=5, help="updates a run")
     p.add_argument("--tolerance", type=float, default=1e-5, help="largest allowed difference to the unsharded run")
-    args = parser.parse_args(argv)
+    commands.add_parser("launch", add_help=False, help="one command for one machine or a hostfile of them; funczero launch --help")
+    args = parser.parse_args(words)
     try:
         return _parity(args)
     except ValueError as e:
         print(f"funczero: {e}", file=sys.stderr)
         return 2
+
+
+def _launch(words: Sequence[str]) -> int:
+    """Everything behind the script is the script's, so these words are not argparse's."""
+    from funczero.launch.run import main
+
+    return main(words)
 
 
 def _numbers(text: str, what: str) -> list[int]:

@@ -163,3 +163,15 @@ def torchrun_arguments(orders: Mapping[str, Any], python: str, entry: str, folde
         where = ["--rdzv-backend=c10d", f"--rdzv-endpoint={addr}:{port}", f"--rdzv-id={orders['run']}", f"--rdzv-conf=is_host={host}"]
         where += [f"--local-addr={bare(orders['host'])}"] * (orders["nodes"] > 1) + [f"--max-restarts={orders['max_restarts']}"]
     return [f"--nnodes={orders['nodes']}", f"--nproc-per-node={len(orders['slots'])}", *where, "--no-python", python, "-I", entry, folder]
+
+
+def without(plan: Plan, lost: set[str]) -> Plan:
+    """The same launch on the hosts that are left; ranks are dealt anew, and rank 0's address is that of the first of them."""
+    nodes, first = [], 0
+    for node in plan.nodes:
+        if node.host not in lost:
+            nodes.append(node._replace(rank=len(nodes), first=first))
+            first += len(node.slots)
+    moved = nodes[0].host != plan.nodes[0].host
+    o = plan.options._replace(master_addr="" if moved else plan.options.master_addr)
+    return plan._replace(options=o, nodes=tuple(nodes), world=first, master_addr=_address(o, nodes), run=uuid.uuid4().hex[:12])

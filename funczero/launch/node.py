@@ -35,14 +35,15 @@ FULL = 1000  # messages that wait for a slow launcher before the ranks have to w
 class Speaker:
     """Standard output in a thread of its own: a launcher that does not read cannot keep this process from ending its ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, node: int) -> None:
+        self.node = node
         self.waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._write, daemon=True)
         self.thread.start()
 
     def say(self, **event: Any) -> None:
         """One event to the launcher."""
-        self.waiting.put(f"{MARK}{json.dumps(event)}\n".encode())
+        self.waiting.put(f"{MARK}{json.dumps({'node': self.node} | event)}\n".encode())
 
     def close(self) -> None:
         """Wait a moment until all is said."""
@@ -293,7 +294,7 @@ def main(argv: Sequence[str] = ()) -> int:
     orders, early = read_orders(argv)
     if orders is None:
         return 0
-    speaker, code = Speaker(), 1
+    speaker, code = Speaker(orders["node_rank"]), 1
     try:
         if "preflight" in orders:
             from funczero.launch.preflight import facts
