@@ -167,7 +167,8 @@ def torchrun_arguments(orders: Mapping[str, Any], python: str, entry: str, folde
 
 def without(plan: Plan, lost: set[str]) -> Plan:
     """The same launch on the hosts that are left; ranks are dealt anew, and rank 0's address is that of the first of them."""
-    nodes, first = [], 0
+    nodes: list[Node] = []
+    first = 0
     for node in plan.nodes:
         if node.host not in lost:
             nodes.append(node._replace(rank=len(nodes), first=first))

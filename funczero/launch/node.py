@@ -6,28 +6,27 @@ of the launcher. What it says are lines that begin with the ASCII record separat
 """
 from __future__ import annotations
 
-import base64
 import json
 import os
 import queue
 import selectors
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from funczero.launch.agent import fork_agent
 from funczero.launch.job import rank_command, torchrun_arguments
+from funczero.launch.orders import prepare, read_orders
 from funczero.launch.processes import Ending, adopt_orphans, exit_status, reap, send
 
 MARK = "\x1e"
+STDIN = ("stdin", "")
 TRACEBACK = "Traceback (most recent call last):"
 FULL = 1000  # messages that wait for a slow launcher before the ranks have to wait, too
 
@@ -64,7 +63,7 @@ class Node:
 
     def __init__(self, orders: Mapping[str, Any], speaker: Speaker, early: bytes) -> None:
         self.orders, self.speaker, self.heard, self.said = orders, speaker, time.monotonic(), 0.0
-        self.buffers: dict[Any, bytes] = {"stdin": early}
+        self.buffers: dict[tuple[str, Any], bytes] = {STDIN: early}
         self.ranks: dict[int, dict[str, Any]] = {}  # by local rank: rank, pid, restart
         self.deaths: list[tuple[float, int, int]] = []  # (when, local rank, code) of this start
         self.traces: dict[int, float] = {}  # when a traceback began, by local rank
@@ -87,7 +86,7 @@ class Node:
             os.mkfifo(path, 0o600)
             fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # also a writer, so that it never ends
             self.selector.register(fd, selectors.EVENT_READ, (name, local))
-        self.selector.register(0, selectors.EVENT_READ, ("stdin", ""))
+        self.selector.register(0, selectors.EVENT_READ, STDIN)
         entry = str(Path(__file__).with_name("entry.py"))
         ends = [os.open(self.folder / name, os.O_WRONLY) for name in ("agent", "told")]
         self.agent = fork_agent(torchrun_arguments(orders, sys.executable, entry, str(self.folder)), *ends)
@@ -98,8 +97,8 @@ class Node:
         """Until nothing that was started here is left; the exit code of this host."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: self.end())
-        if self.buffers["stdin"]:
-            self.take("stdin", "", b"")
+        if self.buffers[STDIN]:
+            self.take(STDIN, b"")
         over = False
         while not over:
             quick = 0.05 if self.ending or self.agent_code is not None else 0.5
@@ -113,7 +112,7 @@ class Node:
         while self.read(0):
             pass
         for key in list(self.selector.get_map().values()):
-            self.take(*key.data, b"\n" if self.buffers.get(key.data) else b"")
+            self.take(key.data, b"\n" if self.buffers.get(key.data) else b"")
         shutil.rmtree(self.folder, ignore_errors=True)
         return 1 if self.failed or self.agent_code else 0
 
@@ -147,13 +146,13 @@ class Node:
                 self.selector.unregister(0)
                 self.end()
             else:
-                self.take(*key.data, data)
+                self.take(key.data, data)
                 found = True
         return found
 
-    def take(self, name: str, local: Any, data: bytes) -> None:
+    def take(self, key: tuple[str, Any], data: bytes) -> None:
         """Bytes of one pipe, by whole lines; a bar that rewrites its line is a line each time."""
-        key = name if name == "stdin" else (name, local)
+        name, local = key
         whole = (self.buffers.get(key, b"") + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         head, newline, self.buffers[key] = whole.rpartition(b"\n")
         if not newline and len(whole) > 1 << 16:
@@ -225,67 +224,6 @@ class Node:
         if self.agent_code and not self.failed and self.ending is None:
             self.failed = True
             self.speaker.say(error=f"torchrun's agent ended with status {exit_status(self.agent_code)}")
-
-
-def read_orders(argv: Sequence[str]) -> tuple[dict[str, Any] | None, bytes]:
-    """The orders and what followed them: from standard input, or with pdsh, which hands on none, from the command line: HOSTNUMBER and all hosts' orders."""
-    if argv:
-        return json.loads(zlib.decompress(base64.urlsafe_b64decode(argv[1])))[int(argv[0])], b""
-    data = b""
-    while b"\n" not in data:
-        piece = os.read(0, 1 << 16)
-        if not piece:
-            return None, b""
-        data += piece
-    line, _, rest = data.partition(b"\n")
-    return json.loads(line), rest
-
-
-def prepare(orders: dict[str, Any]) -> None:
-    """Take over folder, environment and devices; pick the port where that was left to this host.
-
-    Raises:
-      ValueError: the run cannot start here; one sentence says why.
-    """
-    try:
-        os.chdir(orders["cwd"])
-    except OSError as error:
-        raise ValueError(f"the working folder {orders['cwd']!r} is not there ({error.strerror}); every host needs it, so start from a shared one") from None
-    script = orders["script"]
-    if not (orders["module"] or orders["no_python"] or os.path.exists(script)):
-        raise ValueError(f"the script {script!r} is not in {orders['cwd']}; every host needs it at the same place")
-    os.environ.update(orders["env"])
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices(orders["slots"], os.environ.get("CUDA_VISIBLE_DEVICES"))
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3"
-    if len(orders["slots"]) > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's rule, without its banner
-    if orders["node_rank"] == 0:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", orders["master_port"]))
-            except OSError as error:
-                raise ValueError(f"port {orders['master_port']} cannot be had ({error.strerror}); name another one with --master_port") from None
-            orders["master_port"] = probe.getsockname()[1]
-    else:
-        try:
-            socket.getaddrinfo(orders["master_addr"], orders["master_port"])
-        except OSError:
-            raise ValueError(f"the address of rank 0's host, {orders['master_addr']!r}, means nothing here; add --master_addr=ADDRESS that all hosts know") from None
-
-
-def devices(slots: Sequence[int], visible: str | None) -> str:
-    """CUDA_VISIBLE_DEVICES of a host: its slots, counted among what it lets this user see.
-
-    >>> devices([0, 2], None), devices([0, 2], "4,5,6,7"), devices([0, 1], "")
-    ('0,2', '4,6', '')
-    """
-    if visible is None:
-        return ",".join(map(str, slots))
-    seen = [name.strip() for name in visible.split(",") if name.strip()]
-    if seen and max(slots) >= len(seen):
-        raise ValueError(f"slot {max(slots)} is asked for, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(seen)} devices here; use slots below {len(seen)}")
-    return ",".join(seen[s] for s in slots) if seen else ""
 
 
 def main(argv: Sequence[str] = ()) -> int:

@@ -69,7 +69,7 @@ def ask(plan: Plan) -> dict[str, dict[str, Any]]:
         except OSError as error:
             answers[node.host] = {"said": f"{command.argv[0]}: {error.strerror}"}
             return
-        for line in done.stdout.decode(errors="replace").splitlines():
+        for line in done.stdout.decode(errors="replace").split("\n"):
             mark, event = line.partition("\x1e")[1:]
             if mark and "facts" in (found := json.loads(event)):
                 answers[node.host] = found["facts"] | {"arrived": time.time()}

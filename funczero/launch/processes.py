@@ -1,6 +1,7 @@
 """Process trees: who descends from this process, ending all of them, and dying with one's parent."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -41,7 +42,7 @@ def descendants() -> list[int]:
 
 def reap() -> dict[int, int]:
     """Exit codes of the children that have ended, by process id; below zero: the signal."""
-    codes = {}
+    codes: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -55,10 +56,8 @@ def reap() -> dict[int, int]:
 def send(pids: list[int], number: int) -> None:
     """A signal to each process that is still there."""
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
 
 
 class Ending:

@@ -1,6 +1,7 @@
 """`funczero launch`: starts the nodes, shows what they say, ends all of them when one fails, and starts again on the hosts that are left."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -157,17 +158,16 @@ class Launch:
         self.restarted, self.beat = 0, 0.0
         self.told: set[int] = set()  # connections that have taken their orders
         self.words: dict[int, list[str]] = {}  # what a connection said itself: ssh's complaints, a login script's greeting
-        if plan.options.launcher == "pdsh" and not plan.options.no_ssh and not all(node.local for node in plan.nodes):
-            self.links = {-1: start(pdsh_command(plan._replace(options=plan.options._replace(max_restarts=restarts))), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)}
-        else:
-            commands = {node.rank: node_command(plan, node, **more) for node in _own(plan)}
-            self.links = {rank: start(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank, c in commands.items()}
-            for rank, c in commands.items():
+        commands = commands_of(plan._replace(options=plan.options._replace(max_restarts=restarts)))
+        self.links = {rank: start(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank, c in commands.items()}
+        self.open = set(self.links)
+        for rank, c in commands.items():
+            if c.stdin:
                 threading.Thread(target=self._order, args=(rank, c.stdin), daemon=True).start()
         self.nodes = {node.rank for node in _own(plan)}
         for rank, link in self.links.items():
-            threading.Thread(target=self._listen, args=(rank, link), daemon=True).start()
-            threading.Thread(target=self._complaints, args=(rank, link), daemon=True).start()
+            threading.Thread(target=self._listen, args=(rank, link, link.stdout), daemon=True).start()
+            threading.Thread(target=self._complaints, args=(rank, link.stderr), daemon=True).start()
 
     def run(self) -> None:
         """Until every node has ended and every connection is closed."""
@@ -222,24 +222,21 @@ class Launch:
         self.told.add(rank)
 
     def _tell(self, rank: int, data: bytes) -> None:
-        pipe = self.links[rank].stdin
-        try:
+        pipe: Any = self.links[rank].stdin
+        with contextlib.suppress(OSError, ValueError):  # it has gone; its output says so as well
             pipe.write(data)
             pipe.flush()
-        except (OSError, ValueError):
-            pass  # it has gone; its output says so as well
 
     def _close(self, rank: int) -> None:
         if self.plan.options.launcher == "pdsh" and rank < 0:
             self.links[rank].terminate()  # its connections end with it, and so does every node's input
-        try:
-            self.links[rank].stdin.close()
-        except OSError:
-            pass
+        pipe: Any = self.links[rank].stdin
+        with contextlib.suppress(OSError):
+            pipe.close()
 
-    def _listen(self, rank: int, link: subprocess.Popen) -> None:
+    def _listen(self, rank: int, link: subprocess.Popen, output: Any) -> None:
         """A thread for each connection: a node's events, and other people's words."""
-        for line in link.stdout:
+        for line in output:
             text = line.decode(errors="replace").rstrip("\n")
             front, mark, event = text.partition(MARK)
             if mark:
@@ -248,8 +245,8 @@ class Launch:
                 self.inbox.put((rank, "word", text))
         self.inbox.put((rank, "closed", link.wait()))
 
-    def _complaints(self, rank: int, link: subprocess.Popen) -> None:
-        for line in link.stderr:
+    def _complaints(self, rank: int, output: Any) -> None:
+        for line in output:
             self.inbox.put((rank, "word", line.decode(errors="replace").rstrip("\n")))
 
     def _signal(self, _: None, number: int) -> None:
