@@ -138,3 +138,64 @@ def cut(hosts: dict[str, Host], name: str) -> None:
     """The cable of a host is pulled: nobody is told."""
     number = list(hosts).index(name)
     _sh(hosts[next(iter(hosts))], f"ip link set to{number} down")
+
+
+SLURM = """
+ClusterName=test
+SlurmctldHost={names[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/%n.munge
+CryptoType=crypto/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n.spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+NodeName={nodes} CPUs=2 RealMemory=1000 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
+
+
+@contextlib.contextmanager
+def slurm(hosts: dict[str, Host]) -> Iterator[dict[str, str]]:
+    """SLURM over all hosts, the first one its controller; yields the environment its commands need. Its daemons end with it."""
+    folder, names = Path(tempfile.mkdtemp(prefix="funczero-slurm-")), list(hosts)
+    (folder / "key").write_bytes(os.urandom(128))
+    (folder / "key").chmod(0o400)
+    (folder / "state").mkdir()
+    daemons: list[subprocess.Popen] = []
+
+    def daemon(host: Host, *words: str) -> None:
+        log = (folder / f"{host.name}.{words[0]}").open("w")
+        daemons.append(subprocess.Popen(host.enter(words), env=os.environ | {"SLURM_CONF": str(folder / host.name)}, stdout=log, stderr=log))
+
+    def until(words: Sequence[str], want: str) -> None:
+        deadline = time.monotonic() + 30
+        while want not in subprocess.run(words, env=os.environ | {"SLURM_CONF": str(folder / names[0])}, capture_output=True, text=True).stdout:
+            assert time.monotonic() < deadline, {log.name: log.read_text()[-500:] for log in folder.glob("*.*d")}
+            time.sleep(0.2)
+
+    try:
+        for name, host in hosts.items():
+            conf = SLURM.format(names=names, folder=folder, nodes=",".join(names))
+            (folder / name).write_text(conf.replace(f"{folder}/%n.munge", f"{folder}/{name}.munge"))
+            files = [f"--{kind}={folder}/{name}.{kind}" for kind in ("pid-file", "log-file", "seed-file")]
+            daemon(host, "munged", "-F", "--force", f"--key-file={folder}/key", f"--socket={folder}/{name}.munge", *files)
+        for name in names:
+            until(["ls", str(folder)], f"{name}.munge\n")
+        daemon(hosts[names[0]], "slurmctld", "-D")
+        for name, host in hosts.items():
+            daemon(host, "slurmd", "-D", "-N", name)
+        until(hosts[names[0]].enter(["sinfo", "-h", "-o", "%D %t"]), f"{len(names)} idle")
+        yield {"SLURM_CONF": str(folder / names[0])}
+    finally:
+        for process in reversed(daemons):
+            process.terminate()
+        for process in daemons:
+            process.wait(10)
+        shutil.rmtree(folder, ignore_errors=True)

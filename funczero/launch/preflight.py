@@ -119,5 +119,5 @@ def preflight(plan: Plan) -> int:
         a = answers[node.host]
         disk = f"{a['disk']:.0f} GiB" if "disk" in a else ""
         table.add_row(node.host, str(len(node.slots)), *(str(a.get(name, "")) for name in SAME), disk, "; ".join(bad[node.host]) or "ready")
-    Console(soft_wrap=not os.isatty(1), highlight=False, markup=False).print(table)
+    Console(width=None if os.isatty(1) else 500, highlight=False, markup=False).print(table)
     return 1 if any(bad.values()) else 0
