@@ -148,5 +148,5 @@ def _check(o: Options) -> None:
 def hint(o: Options) -> str:
     """One line for an option that was written behind the script but looks like ours; '' where there is none."""
     ours = {name for names, _ in FLAGS for name in names if len(name) > 2} - {"--local_rank", "--module"}
-    there = [word for word in o.args if word.partition("=")[0] in ours]
+    there = [name for word in o.args if (name := word.partition("=")[0]) in ours]
     return f"{there[0]} stands behind {o.script} and belongs to it; an option of funczero launch stands in front of the script" if there else ""

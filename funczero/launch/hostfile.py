@@ -120,7 +120,7 @@ def _parts(text: str, hosts: Mapping[str, int]) -> list[str]:
     parts: list[str] = []
     for piece in text.split("@"):
         joined = f"{parts[-1]}@{piece}" if parts else ""
-        if any(joined == host or joined.startswith(f"{host}:") for host in hosts if "@" in host):
+        if any(host.startswith(f"{parts[-1]}@") and f"{joined}:".startswith(f"{host}:") for host in hosts if parts):
             parts[-1] = joined
         else:
             parts.append(piece)

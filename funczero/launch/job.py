@@ -46,7 +46,8 @@ def make_plan(o: Options, environ: Mapping[str, str], cwd: str) -> Plan:
     Raises:
       ValueError: nothing is left to run on, or rank 0's address is not one that other hosts can reach.
     """
-    chosen = choose(_pool(o, environ), o.include, o.exclude, o.num_nodes, o.num_gpus)
+    asked = o._replace(num_nodes=-1) if o.launcher == "slurm" and not o.hostfile else o  # there the allocation has the nodes
+    chosen = choose(_pool(asked, environ), o.include, o.exclude, asked.num_nodes, o.num_gpus)
     empty = [host for host, slots in chosen.items() if not slots]
     if empty or not chosen:
         raise ValueError(f"{f'{empty[0]} has slots=0' if empty else '--exclude leaves no slot'}, so there is nothing to run there; write slots=1 or more, or exclude less")
@@ -161,8 +162,9 @@ def torchrun_arguments(orders: Mapping[str, Any], python: str, entry: str, folde
     if orders["max_restarts"]:
         host = "true" if orders["node_rank"] == 0 else "false"
         where = ["--rdzv-backend=c10d", f"--rdzv-endpoint={addr}:{port}", f"--rdzv-id={orders['run']}", f"--rdzv-conf=is_host={host}"]
-        where += [f"--local-addr={bare(orders['host'])}"] * (orders["nodes"] > 1) + [f"--max-restarts={orders['max_restarts']}"]
-    return [f"--nnodes={orders['nodes']}", f"--nproc-per-node={len(orders['slots'])}", *where, "--no-python", python, "-I", entry, folder]
+        local = orders["master_addr"] if orders["node_rank"] == 0 else bare(orders["host"])
+        where += [f"--local-addr={local}", f"--max-restarts={orders['max_restarts']}"]
+    return [f"--nnodes={orders['nodes']}", f"--nproc-per-node={len(orders['slots'])}", *where, f"--log-dir={folder}", "--no-python", python, "-I", entry, folder]
 
 
 def without(plan: Plan, lost: set[str]) -> Plan:

@@ -166,8 +166,7 @@ class Launch:
                 threading.Thread(target=self._order, args=(rank, c.stdin), daemon=True).start()
         self.nodes = {node.rank for node in _own(plan)}
         for rank, link in self.links.items():
-            threading.Thread(target=self._listen, args=(rank, link, link.stdout), daemon=True).start()
-            threading.Thread(target=self._complaints, args=(rank, link.stderr), daemon=True).start()
+            threading.Thread(target=self._listen, args=(rank, link, link.stdout, link.stderr), daemon=True).start()
 
     def run(self) -> None:
         """Until every node has ended and every connection is closed."""
@@ -234,8 +233,10 @@ class Launch:
         with contextlib.suppress(OSError):
             pipe.close()
 
-    def _listen(self, rank: int, link: subprocess.Popen, output: Any) -> None:
+    def _listen(self, rank: int, link: subprocess.Popen, output: Any, errors: Any) -> None:
         """A thread for each connection: a node's events, and other people's words."""
+        other = threading.Thread(target=self._complaints, args=(rank, errors), daemon=True)
+        other.start()
         for line in output:
             text = line.decode(errors="replace").rstrip("\n")
             front, mark, event = text.partition(MARK)
@@ -243,6 +244,7 @@ class Launch:
                 self.inbox.put((rank, "event", json.loads(event)))
             else:
                 self.inbox.put((rank, "word", text))
+        other.join(1.0)  # why it was closed goes before that it was
         self.inbox.put((rank, "closed", link.wait()))
 
     def _complaints(self, rank: int, output: Any) -> None:
