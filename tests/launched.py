@@ -15,12 +15,13 @@ def show() -> None:
     print(json.dumps({"argv": sys.argv[1:], "cwd": os.getcwd(), "env": env, "host": os.uname().nodename}), flush=True)
 
 
-def linger(daemon: bool = False) -> None:
+def linger(daemon: bool = False) -> int:
     """Stay, with a child that has left this session; only the end of the tree ends it."""
     if daemon:
         subprocess.Popen(["sleep", "100"], start_new_session=True)
     print("ready", flush=True)
     time.sleep(100)
+    return 1
 
 
 def main() -> int:
@@ -38,12 +39,19 @@ def main() -> int:
         linger()
     elif mode == "deaf":  # a rank that SIGTERM does not end, next to one that dies
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return 3 if rank == int(who) else linger()
+        if rank != int(who):
+            linger()
+        time.sleep(2)
+        return 3
     elif mode == "daemon":
         linger(daemon=True)
-    elif mode == "once":  # fails the first time torchrun starts it
+    elif mode == "once":  # the first time torchrun starts it, one rank fails and the others wait for it
         show()
-        return int(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and rank == 0) * 7
+        if rank == 0 and not os.path.exists("again"):
+            time.sleep(1)
+            open("again", "x").close()
+            return 7
+        return 0 if os.path.exists("again") else linger()
     elif mode == "save":  # a run that is told to end saves and ends
         came = []
         for number in (signal.SIGUSR1, signal.SIGTERM):

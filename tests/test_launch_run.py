@@ -42,11 +42,18 @@ def world(tmp_path):
         return subprocess.Popen([*LAUNCH, *front, *words], env=clean | own | (env or {}), cwd=cwd, **pipes)
 
     yield start
-    assert os.listdir(tmp_path / "tmp") == []  # no pipe and no folder stays
+    since = time.monotonic()
+    while os.listdir(tmp_path / "tmp"):  # no pipe and no folder stays
+        assert time.monotonic() - since < 5, os.listdir(tmp_path / "tmp")
+        time.sleep(0.05)
 
 
 def finish(process, timeout=60):
-    out, err = process.communicate(timeout=timeout)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it leaves nothing
+        raise
     return process.returncode, out.decode(errors="surrogateescape"), err.decode(errors="surrogateescape")
 
 
@@ -135,8 +142,8 @@ def test_the_exit_code_is_the_first_failures(world, words, code, last):
 def test_a_rank_that_sigterm_does_not_end_is_killed_after_three_seconds(world):
     process = world("--num_gpus=2", SCRIPT, "deaf", "1", hostfile=False)
     ready(process, 1)
-    since = time.monotonic()
-    assert finish(process)[0] == 3 and 2 < time.monotonic() - since < 5 and mine(SCRIPT) == []
+    since = time.monotonic()  # two seconds before the other one dies
+    assert finish(process)[0] == 3 and 4 < time.monotonic() - since < 8 and mine(SCRIPT) == []
 
 
 @pytest.mark.slow
@@ -174,7 +181,7 @@ def test_a_notice_reaches_every_rank(world, number):
 def test_torchrun_restarts_ranks(world):
     code, out, err = finish(world("--max_restarts=1", SCRIPT, "once"))
     assert code == 0, err
-    assert {rank["env"]["TORCHELASTIC_RESTART_COUNT"] for rank in shown(out)} == {"0", "1"} and "ended with code 7; torchrun starts the ranks again" in err
+    assert [rank["env"]["RANK"] for rank in shown(out)] == ["0", "0", "1", "1"] and "rank 0 on 127.0.0.2 ended with code 7; torchrun starts the ranks again" in err
     assert finish(world("--max_restarts=1", "--num_gpus=2", SCRIPT, "exit", "0", "5", hostfile=False))[0] == 5
 
 

@@ -185,7 +185,7 @@ class Node:
             send([born["pid"] for born in self.ranks.values()], message["signal"])
 
     def _born(self, born: dict) -> None:
-        if born["restart"] > max((r["restart"] for r in self.ranks.values()), default=0):
+        if born["local"] in self.ranks:  # torchrun has started all of them again
             self.ranks, self.deaths, self.traces = {}, [], {}
         self.ranks[born["local"]] = born
         self.speaker.say(born=born["rank"], restart=born["restart"], world=born["world"], pid=born["pid"])
@@ -201,8 +201,11 @@ class Node:
         self.deaths.append((time.monotonic(), local, told["code"]))
         if told["code"] == 0:
             return
-        last = self.noticed or self.ranks[local]["restart"] >= self.orders["max_restarts"]
-        if self.ending is None and last:
+        again = self.orders["max_restarts"] > 0 and not self.noticed
+        last = not again or self.ranks[local]["restart"] >= self.orders["max_restarts"]
+        if self.ending is None and again and -told["code"] in (signal.SIGTERM, signal.SIGKILL):
+            pass  # perhaps the agent itself, because another host's ranks start again; what it makes of it, `judge` says
+        elif self.ending is None and last:
             self.fail(local, told["code"])
             self.end()
         elif self.ending is None:
@@ -218,12 +221,13 @@ class Node:
         self.speaker.say(failed=self.rank(local), code=code, age=time.monotonic() - began)
 
     def judge(self) -> None:
-        """The agent has ended. With an error that no rank explains it was the agent's own."""
+        """The agent has ended: with an error, the rank that died first is the cause, or the agent itself."""
         while self.read(0):
             pass
         if self.agent_code and not self.failed and self.ending is None:
+            bad = [(local, code) for _, local, code in sorted(self.deaths) if code]
             self.failed = True
-            self.speaker.say(error=f"torchrun's agent ended with status {exit_status(self.agent_code)}")
+            self.fail(*bad[0]) if bad else self.speaker.say(error=f"torchrun's agent ended with status {exit_status(self.agent_code)}")
 
 
 def main(argv: Sequence[str] = ()) -> int:
