@@ -5,6 +5,7 @@ Run:
     python experiments/train_gpt.py --stage=1 --accumulate=2 --data=my/notes,my/book.txt
     python experiments/train_gpt.py --mesh=node=2,local=2                  # four processes
     torchrun --nproc-per-node=4 experiments/train_gpt.py --stage=2         # processes that somebody else starts
+    python experiments/train_gpt.py --save_every=100 --resume=auto         # goes on where it was ended, on any number of processes and at any stage
 Expect:
     Two minutes on two cores. Held-out bits per byte fall from 8 to well below the entropy of single bytes (4.6), which no model without context can pass.
     The losses of all stages agree to float32 rounding. Bytes sent are the ZeRO paper's: stage 3 is 1.5 times stages 0 to 2.
@@ -26,6 +27,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +68,9 @@ flags.DEFINE_integer("seed", 0, "Seed of the parameters, the batches and the sam
 flags.DEFINE_integer("eval_every", 200, "Updates between two measurements of the held-out text; also at the start and the end.", lower_bound=1)
 flags.DEFINE_integer("eval_batches", 8, "Held-out batches of --batch windows, always the same.", lower_bound=1)
 flags.DEFINE_integer("sample", 300, "Bytes to sample at the end; 0: none.", lower_bound=0)
+flags.DEFINE_integer("save_every", 0, "Updates between two checkpoints in --out/checkpoints, also at the end and on SIGTERM and SIGUSR1; 0: none.", lower_bound=0)
+flags.DEFINE_string("resume", "never", "auto: from the last checkpoint where there is one; a number: from that update's; never.")
+flags.DEFINE_integer("keep", 3, "Checkpoints that stay.", lower_bound=1)
 flags.DEFINE_string("out", "runs/train_gpt", "Folder for metrics.jsonl (a line an update), loss.png and what the processes write to stderr (rank0.log, ...).")
 
 
@@ -99,6 +104,10 @@ def plan() -> Plan:
     for corpus in (train, held_out):
         fz.data.batch(corpus, 0, 0, 1, F.length)  # too short a text says so here
     params, dtype = gpt.init(F.seed, gpt.Sizes(F.layers, F.width, F.heads)), fz.Policy.parse(F.policy).params
+    if F.resume not in ("auto", "never") and not F.resume.isdigit():
+        raise ValueError(f"--resume={F.resume} is neither auto, never nor a number of updates; write --resume=auto")
+    if F.resume == "never" and F.save_every and (folder := Path(F.out, "checkpoints")).is_dir() and any(folder.glob("[0-9]*")):
+        raise ValueError(f"{folder} holds checkpoints of another run; go on with it by --resume=auto, or name another --out")
     try:
         Path(F.out).mkdir(parents=True, exist_ok=True)
         (Path(F.out) / "metrics.jsonl").touch()
@@ -133,7 +142,9 @@ def launch(world: int) -> int:
         env = os.environ | {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         with log.open("wb") as stderr:
             ranks.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=env, stderr=stderr))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    passed_on = lambda number, _: [p.send_signal(number) for p in ranks if p.poll() is None]  # each saves at its next step boundary, and ends
+    signal.signal(signal.SIGTERM, passed_on if F.save_every else lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGUSR1, passed_on if F.save_every else signal.SIG_DFL)
     signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))
     try:
         while any(p.poll() is None for p in ranks) and not any(p.poll() for p in ranks):
@@ -155,15 +166,21 @@ def launch(world: int) -> int:
 class Report:
     """What rank 0 tells: metrics.jsonl, one bar on a terminal or a plain line now and then elsewhere, and loss.png. The other ranks are silent."""
 
-    def __init__(self, speaks: bool) -> None:
+    def __init__(self, speaks: bool, start: int) -> None:
         self.speaks, self.records, self.rate, self.then = speaks, [], 0.0, time.perf_counter()
-        self.file = (Path(F.out) / "metrics.jsonl").open("w") if speaks else None
+        path = Path(F.out) / "metrics.jsonl"
+        if start and speaks:  # what came after the checkpoint is done again
+            told = map(json.loads, path.read_text().splitlines())
+            self.records = [r for r in told if r["step"] < start + ("loss" in r)]
+        self.file = path.open("w") if speaks else None
+        if self.file:
+            self.file.writelines(json.dumps(r) + "\n" for r in self.records)
         console = Console(quiet=not speaks, soft_wrap=True, highlight=False, markup=False)
         self.say = console.print  # a line above the bar
         whole = Column(no_wrap=True)  # on a narrow terminal the numbers take a second line, the rest stays
         left, right = (MofNCompleteColumn(table_column=whole), TimeRemainingColumn(table_column=whole)), TextColumn("{task.description}", table_column=Column())
         self.bar = Progress(BarColumn(20), *left, right, console=console, disable=not (speaks and console.is_terminal))
-        self.task = self.bar.add_task("", total=F.steps)
+        self.task = self.bar.add_task("", total=F.steps, completed=start)
 
     def write(self, **record: float) -> None:
         """One line of metrics.jsonl."""
@@ -203,8 +220,11 @@ class Report:
 def train(own: Plan) -> None:
     """One rank's run."""
     torch.set_num_threads(F.threads)
-    step, state, world = own.step, own.step.init(own.params), fz.init_distributed()
-    report, unigram = Report(world.rank == 0), fz.data.unigram_entropy(own.held_out)
+    step, world = own.step, fz.init_distributed()
+    checkpoints = fz.Checkpointer(Path(F.out, "checkpoints"), keep=F.keep, step=step, config=F.flag_values_dict())
+    state = begin(own, checkpoints)
+    start = int(state.step)
+    report, unigram = Report(world.rank == 0, start), fz.data.unigram_entropy(own.held_out)
     evaluate, count = step.eval(own.loss_fn), sum(x.numel() for x in tree_leaves(own.params))
     report.say(f"{step}\n{count:,} parameters, {len(own.train):,} bytes to train on, {len(own.held_out):,} held out; results in {F.out}")
 
@@ -215,20 +235,45 @@ def train(own: Plan) -> None:
         report.say(f"step {number:5d}  held-out bits/byte {bits:.4f}  (single bytes: {unigram:.4f})")
         report.then = time.perf_counter()  # this was no training
 
-    with report.bar:
-        for number in range(F.steps):
+    with report.bar, fz.Notice() if F.save_every else nullcontext() as notice:
+        for number in range(start, F.steps):
             if number % F.eval_every == 0:
                 measure(number)
             with fz.count_bytes(step) as sent:
                 state, metrics = step(state, step.local_rows(fz.data.batch(own.train, F.seed, number, F.batch, F.length)))
             report.update(number + 1, metrics, sum(sent.values()))
+            if notice:
+                checkpoints.poll()
+                told = notice.given()
+                if told or (number + 1) % F.save_every == 0 or number + 1 == F.steps:
+                    checkpoints.save(state, number + 1, metrics={"loss": metrics.loss.item()})
+                if told:
+                    checkpoints.close()
+                    report.say(f"stopped by {notice.name or 'a signal to another process'} after update {number + 1}; --resume=auto goes on from there")
+                    return leave()
         measure(F.steps)
+    checkpoints.close()
     whole = step.params(state)
     if report.speaks:
         report.plot(unigram)
         if F.sample:
             generator = torch.Generator().manual_seed(F.seed)
             report.say(gpt.sample(whole, F.heads, b"def ", F.sample, F.length, 0.8, generator).decode(errors="replace"))
+    leave()
+
+
+def begin(own: Plan, checkpoints: fz.Checkpointer) -> fz.TrainState:
+    """The state to start from; a fresh one in place of a checkpoint only by --resume=auto, which says so."""
+    if F.resume == "auto" and not checkpoints.names():
+        if fz.init_distributed().rank == 0:
+            print(f"train_gpt: {checkpoints.directory} holds no checkpoint; this run starts at update 0", file=sys.stderr)
+    elif F.resume != "never":
+        return checkpoints.restore("latest" if F.resume == "auto" else F.resume, like=(own.step, own.params)).state
+    return own.step.init(own.params)
+
+
+def leave() -> None:
+    """The end of a process that is in step with the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -31,6 +31,9 @@ from funczero import schedules as schedules
 from funczero import tree as tree
 from funczero.accumulate import accumulate as accumulate
 from funczero.chain import chain as chain
+from funczero.checkpoint import Checkpointer as Checkpointer
+from funczero.checkpoint import CheckpointError as CheckpointError
+from funczero.checkpoint import Notice as Notice
 from funczero.clip import clip_by_global_norm as clip_by_global_norm
 from funczero.clip import clip_by_value as clip_by_value
 from funczero.collectives import count_bytes as count_bytes

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
+import funczero.checkpoint.cli as checkpoint_commands
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {parity, launch}`; the exit code is 1 when a promise is broken, 2 for bad input."""
+    """`funczero {parity, launch, inspect, verify, diff, export, import}`; the exit code is 1 when a promise is broken, 2 for bad input."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
         return _launch(words[1:])
@@ -20,10 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--micro_batches", type=int, default=8, help="micro-batches of one update, on all processes together")
     p.add_argument("--updates", type=int, default=5, help="updates a run")
     p.add_argument("--tolerance", type=float, default=1e-5, help="largest allowed difference to the unsharded run")
+    p.set_defaults(run=_parity)
     commands.add_parser("launch", add_help=False, help="one command for one machine or a hostfile of them; funczero launch --help")
+    checkpoint_commands.add(commands)
     args = parser.parse_args(words)
     try:
-        return _parity(args)
+        return args.run(args)
+    except BrokenPipeError:  # the reader, as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ValueError as e:
         print(f"funczero: {e}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 The position in the data is a number of the state (`state.step`), so nothing here has a state of its own: a run that is resumed, or that runs on other ranks,
 asks for the same batch and gets the same bytes. Files are mapped into memory while a window of them is read; nothing is copied or cached on disk.
+`Batches` promises the same for any map-style dataset (dataset.py).
 """
 
 import hashlib
@@ -15,6 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from funczero.dataset import Batches as Batches
+from funczero.dataset import Row as Row
+from funczero.dataset import epoch_order as epoch_order
 
 SUFFIXES = (".py", ".txt")
 SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -144,8 +149,3 @@ def unigram_entropy(corpus: Corpus) -> float:
     counts = np.sum(pieces, axis=0)
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log2(p)).sum())
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits the `n` items of any map-style dataset: a permutation, int64 [n], a pure function of its arguments."""
-    return np.random.default_rng([seed, epoch]).permutation(n)

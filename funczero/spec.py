@@ -87,7 +87,7 @@ class Slot(NamedTuple):
     length: int  # padded
     shape: tuple[int, ...]  # of the part
     start: tuple[int, ...]  # of the part in the leaf
-    cut: bool  # is it split over any of the axes?
+    block: tuple[int, ...]  # shape of a full part; that of a late rank may be less
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Where:
                 per[d] = -(-per[d] // size)
                 start[d], stop[d] = min(start[d] + index * per[d], stop[d]), min(start[d] + (index + 1) * per[d], stop[d])
         shape = tuple(b - a for a, b in zip(start, stop, strict=True))
-        return Slot(offset, -(-prod(per) // GRAIN) * GRAIN, shape, tuple(start), per != list(leaf.shape))
+        return Slot(offset, -(-prod(per) // GRAIN) * GRAIN, shape, tuple(start), tuple(per))
 
     @cached_property
     def gaps(self) -> tuple[bool, ...]:

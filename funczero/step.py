@@ -91,6 +91,15 @@ class Step(NamedTuple):
         out = {name: tree.map(_spec_tree, own, is_leaf=lambda x: isinstance(x, Slots)) for name, own in state.items()}
         return out | {"grads": _spec_tree(masters), "views": _spec_tree(meta.at(rest, self.grad.env.policy.compute))}
 
+    def abstract(self, params: Any) -> TrainState:
+        """The state that init would give as shapes: on the meta device, without memory. A checkpoint is restored into this form.
+
+        Args:
+          params: whole parameters, meta tensors do.
+        """
+        g = self.running()
+        return _initial(g, _lazy(self.source, g, params, torch.device("meta")), 0)
+
     def eval(self, loss_fn: Callable[..., Any]) -> Callable[[TrainState, Any], Eval]:
         """A forward of `loss_fn(params, batch) -> (sum, weight)` with the current views: (state, this rank's rows) -> Eval."""
 
@@ -161,14 +170,8 @@ def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bo
 
     def init(params: Any, key: int = 0) -> TrainState:
         g = running()
-        own = _lazy(source, g, params, g.env.mesh.device)
         _check_widening(params, g.env.policy)
-        state = g.init(own)
-        masters = state.pop("params")
-        rest = coords(g, g.layout.rest)
-        views = None if masters.where.coords == rest else own.at(rest, g.env.policy.compute)
-        zero = torch.zeros((), dtype=torch.int64)
-        return TrainState(masters, views, state, zero, zero.to(g.env.mesh.device, copy=True), torch.tensor(key))
+        return _initial(g, _lazy(source, g, params, g.env.mesh.device), key)
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
         _usable(state)
@@ -199,6 +202,15 @@ def _built(parts: tuple[Any, ...], env: Env) -> Grad:
         left = [a for a in g.layout.sharded if a not in g.layout.rest]
         raise refuse(g, "train_step", f"the new parameters are still split over {left}; write shard({left[-1]!r}, ...) around what reduce_scatter opened, or all_gather({left[-1]!r}) after it")
     return g
+
+
+def _initial(g: Grad, own: Lazy, key: int) -> TrainState:
+    state = g.init(own)
+    masters = state.pop("params")
+    rest = coords(g, g.layout.rest)
+    views = None if masters.where.coords == rest else own.at(rest, g.env.policy.compute)
+    zero = torch.zeros((), dtype=torch.int64)
+    return TrainState(masters, views, state, zero, zero.to(own.device, copy=True), torch.tensor(key))
 
 
 def _lazy(source: Source, g: Grad, params: Any, device: torch.device) -> Lazy:

@@ -123,13 +123,6 @@ def test_unigram_entropy(tmp_path):
     assert 0 < entropy("constant", "biased") < entropy("biased")
 
 
-def test_epoch_order_is_a_pure_permutation():
-    orders = [data.epoch_order(100, *at) for at in ((0, 0), (0, 0), (0, 1), (1, 0))]
-    assert all(sorted(order) == list(range(100)) for order in orders)
-    assert (orders[0] == orders[1]).all() and (orders[0] != orders[2]).any() and (orders[0] != orders[3]).any()
-    assert len(data.epoch_order(0, 0, 0)) == 0
-
-
 def test_errors_name_the_path_and_the_remedy(tmp_path):
     (tmp_path / "image.png").write_bytes(b"x")
     (tmp_path / "nothing.txt").write_bytes(b"")

@@ -109,3 +109,31 @@ def test_gpt_samples_are_a_function_of_the_generator(gpt):
 def test_gpt_refuses_heads_that_do_not_fit(gpt):
     with pytest.raises(ValueError, match="width 10 over 3 heads .* write a width that is a multiple of 6"):
         gpt.init(0, gpt.Sizes(layers=1, width=10, heads=3))
+
+
+def losses(out):
+    """Every update's numbers that do not depend on time and world."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [[r[k] for k in ("step", "loss", "grad_norm", "lr", "ok")] for r in records if "loss" in r]
+
+
+def test_a_notice_ends_a_run_cleanly_and_it_goes_on_elsewhere_with_the_same_bits(text, tmp_path_factory):
+    flags = ["--steps=24", "--eval_every=12", "--sample=0", f"--data={text}"]
+    text = tmp_path_factory.mktemp("out")
+    whole = start(*flags, "--accumulate=2", f"--out={text}/whole")
+    run = start(*flags, "--accumulate=2", "--save_every=5", "--resume=auto", f"--out={text}/run")
+    while not (text / "run" / "checkpoints" / "5").exists():
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    status, out, err = finish(run)
+    assert status == 0 and "stopped by SIGTERM after update" in out, (out, err)
+    stopped = int(out.split("after update ")[1].split(";")[0])
+    assert (text / "run" / "checkpoints" / str(stopped)).exists() and len(losses(text / "run")) == stopped
+    status, out, err = finish(start(*flags, "--nproc=4", "--stage=1", "--save_every=5", "--resume=auto", f"--out={text}/run"))
+    assert status == 0, err
+    assert finish(whole)[0] == 0 and losses(text / "run") == losses(text / "whole") and len(losses(text / "whole")) == 24
+    status, _, err = finish(start(*flags, "--save_every=5", f"--out={text}/run"))
+    assert status == 2 and "holds checkpoints of another run" in err
+    status, _, err = finish(start(*flags, "--resume=7", f"--out={text}/run"))
+    assert status == 1 and "there is no checkpoint '7'" in err and "found complete: " in err

@@ -1,0 +1,6 @@
+"""Checkpoints on orbax: from any mesh to any mesh, never half, never a pickle. Importing this loads neither JAX nor orbax nor tensorstore."""
+
+from funczero.checkpoint.arrays import CheckpointError as CheckpointError
+from funczero.checkpoint.checkpointer import Checkpointer as Checkpointer
+from funczero.checkpoint.checkpointer import Restored as Restored
+from funczero.checkpoint.notice import Notice as Notice

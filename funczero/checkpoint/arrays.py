@@ -1,0 +1,227 @@
+"""Arrays on disk: zarr3 in orbax's OCDBT store, written and read with tensorstore; what a chunk's checksum is, and that it is still that.
+
+Facts: zarr v3's `crc32c` codec puts a checksum of four bytes behind every chunk, and a reader compares it; the bytes themselves go into the manifest,
+so that a chunk of another array, or of another save, is found out, too.
+"""
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funczero.checkpoint.layout import Box, touched
+from funczero.checkpoint.names import stored
+
+FLIGHT = 128 << 20  # bytes under way at a time
+GROUP = 64  # arrays opened at a time
+CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is not what it should be, or could not be written."""
+
+
+class Array(NamedTuple):
+    """One leaf as the manifest has it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+    tails: dict[str, str] = {}  # chunk -> its checksum, hexadecimal
+
+
+def key_name(key: tuple[int, ...]) -> str:
+    """A chunk's key in the store."""
+    return "/".join(("c", *map(str, key)))
+
+
+def numpy_view(x: Tensor) -> np.ndarray:
+    """A CPU tensor's memory as numpy sees it, in its true dtype."""
+    name = dtype_name(x.dtype)
+    if name == "bfloat16" or name.startswith("float8"):
+        import ml_dtypes
+
+        return x.view(torch.int16 if name == "bfloat16" else torch.uint8).numpy().view(getattr(ml_dtypes, name))
+    return x.numpy()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as torch, numpy and zarr call it: float32, bfloat16, float8_e4m3fn."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of that name; CheckpointError where torch has none."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"checkpoint: {name!r} is no dtype of this torch")
+    return dtype
+
+
+def _context() -> Any:
+    import tensorstore as ts
+
+    return ts.Context({"cache_pool#o": {"total_bytes_limit": 100_000_000}})
+
+
+def _kvstore(folder: Path, path: str = "", **more: Any) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{folder}/"}  # written once under a name of its own: no lock and rename for the data
+    return {"driver": "ocdbt", "base": {**base, "file_io_locking": {"mode": "non_atomic"}}, "manifest": base, "cache_pool": "cache_pool#o", "path": path, **more}
+
+
+def write(folder: Path, arrays: dict[str, Array], chunks: Iterable[tuple[str, tuple[int, ...], Box, np.ndarray]]) -> dict[str, dict[str, str]]:
+    """Write pieces of arrays into a store of this process alone, and return the checksum of every chunk: name -> chunk -> hexadecimal.
+
+    Args:
+      folder: the process's store; orbax merges those of all.
+      arrays: every array to create.
+      chunks: (name, chunk, place, values) in any order; the values stay as they are until this returns.
+    """
+    import tensorstore as ts
+
+    context = _context()
+    config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8, "manifest_kind": "single"}
+    kv = lambda path: _kvstore(folder, path, config=config, assume_config=True, target_data_file_size=2**31)
+    opened = {}
+    for name, a in arrays.items():
+        grid = {"name": "regular", "configuration": {"chunk_shape": a.chunk}}
+        metadata = {"shape": a.shape, "chunk_grid": grid, "codecs": CODECS}
+        spec = {"driver": "zarr3", "dtype": a.dtype, "kvstore": kv(stored(name) + "/"), "metadata": metadata, "store_data_equal_to_fill_value": True}
+        opened[name] = ts.open(spec, create=True, open=True, context=context)
+    waiting: deque[tuple[int, Any]] = deque()
+    under_way, keys = 0, []
+    for name, key, box, values in chunks:
+        target = opened[name].result()
+        waiting.append((values.nbytes, target[box.slices()].write(values, can_reference_source_data_indefinitely=True)))
+        keys.append((name, key_name(key)))
+        under_way += values.nbytes
+        while under_way > FLIGHT:
+            size, future = waiting.popleft()
+            future.result()
+            under_way -= size
+    for _, future in waiting:
+        future.result()
+    for future in opened.values():
+        future.result()
+    store = ts.KvStore.open(_kvstore(folder), context=context).result()
+    tails: dict[str, dict[str, str]] = {}
+    for (name, where), tail in zip(keys, _tails(store, keys), strict=True):
+        tails.setdefault(name, {})[where] = tail.result().value.hex()
+    return tails
+
+
+def _tails(store: Any, keys: list[tuple[str, str]]) -> list[Any]:
+    """The checksums of chunks, under way."""
+    return [store.read(f"{stored(name)}/{key}", byte_range=slice(-4, None)) for name, key in keys]
+
+
+class Ask(NamedTuple):
+    """A part of an array that is wanted."""
+
+    name: str
+    box: Box
+    room: Callable[[], Tensor]  # where it goes, made when it is read; contiguous, on the CPU, of the array's dtype
+    done: Callable[[Tensor], Any]
+
+
+class Reader:
+    """A committed store: `ask` for parts, then `finish` reads them, many at a time."""
+
+    def __init__(self, folder: Path, arrays: dict[str, Array]) -> None:
+        """`arrays`: what the manifest says of each."""
+        import tensorstore as ts
+
+        self._ts, self._folder, self._arrays, self._context = ts, folder, arrays, _context()
+        self._asked: list[Ask] = []
+        try:
+            self._store = ts.KvStore.open(_kvstore(folder), context=self._context).result()
+        except Exception as e:
+            raise CheckpointError(f"checkpoint: the arrays in {str(folder)!r} cannot be opened ({_short(e)})") from None
+
+    def ask(self, name: str, box: Box, room: Callable[[], Tensor], done: Callable[[Tensor], Any] = lambda x: None) -> None:
+        """Remember to read a part of an array."""
+        self._asked.append(Ask(name, box, room, done))
+
+    def finish(self) -> None:
+        """Read all that was asked for.
+
+        Raises:
+          CheckpointError: an array is not the manifest's, or a checksum differs; it names the leaf.
+        """
+        asked, self._asked = self._asked, []
+        waiting: deque[tuple[Ask, Tensor, Any]] = deque()
+        under_way = 0
+        for first in range(0, len(asked), GROUP):
+            for ask, opened, tails in [self._start(ask) for ask in asked[first : first + GROUP]]:
+                with _naming(ask.name):
+                    self._check(ask, opened, tails)
+                    out = ask.room()
+                    waiting.append((ask, out, self._read(ask, opened, out)))
+                under_way += _nbytes(out)
+                while under_way > FLIGHT:
+                    under_way -= self._wait(*waiting.popleft())
+        while waiting:
+            self._wait(*waiting.popleft())
+
+    def _start(self, ask: Ask) -> tuple[Ask, Any, list[Any]]:
+        """Open an array and look at its checksums, both under way."""
+        spec = {"driver": "zarr3", "kvstore": _kvstore(self._folder, stored(ask.name) + "/"), "fill_missing_data_reads": False}
+        return ask, self._ts.open(spec, open=True, read=True, context=self._context), _tails(self._store, self._keys(ask))
+
+    def _keys(self, ask: Ask) -> list[tuple[str, str]]:
+        return [(ask.name, key_name(key)) for key in touched(ask.box, self._arrays[ask.name].chunk)]
+
+    def _check(self, ask: Ask, opened: Any, tails: list[Any]) -> None:
+        """The store's array, and the checksums of the chunks under a part, against the manifest's."""
+        array, found = self._arrays[ask.name], opened.result()
+        have = (tuple(found.shape), found.dtype.name, tuple(found.chunk_layout.read_chunk.shape or ()))
+        if have != (array.shape, array.dtype, array.chunk):
+            raise CheckpointError(damaged(ask.name, f"the store holds {have[1]} {have[0]} in chunks {have[2]}; the manifest says {array.dtype} {array.shape} in {array.chunk}"))
+        for (_, key), tail in zip(self._keys(ask), tails, strict=True):
+            value = tail.result().value.hex()
+            if value != array.tails.get(key):
+                raise CheckpointError(damaged(ask.name, f"chunk {key} is {'another one' if value else 'missing'}"))
+
+    def _read(self, ask: Ask, opened: Any, out: Tensor) -> Any:
+        if not out.numel():
+            return None
+        source = opened.result()[ask.box.slices()]
+        return self._ts.array(numpy_view(out), copy=False, write=True).write(source.translate_to[(0,) * source.ndim] if source.ndim else source)
+
+    def _wait(self, ask: Ask, out: Tensor, future: Any) -> int:
+        with _naming(ask.name):
+            if future is not None:
+                future.result()
+        ask.done(out)
+        return _nbytes(out)
+
+
+def _nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of the store name the leaf."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as e:
+        raise CheckpointError(damaged(name, _short(e))) from None
+
+
+def damaged(name: str, why: str) -> str:
+    """The sentence on a leaf that is not what was saved."""
+    return f"checkpoint: leaf {name!r} is damaged: {why}"
+
+
+def _short(e: Exception) -> str:
+    """An error of the store without its source locations."""
+    return str(e).split(" [", 1)[0].strip() or type(e).__name__

@@ -1,0 +1,148 @@
+"""What a checkpoint says of itself: one JSON file beside the arrays, its sha256 in another, and the sizes of all files."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import zlib
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from funczero.checkpoint.arrays import Array, CheckpointError, torch_dtype
+
+FILE, SEAL, ARRAYS = "funczero.json", "funczero.sha256", "state"
+STAMPED, LAST = "_CHECKPOINT_METADATA", "commit_success.txt"  # orbax's own: completed, and written, after the seal
+FORMAT = 1
+SMALL = 1 << 20  # bytes; files up to here are checked whole, larger ones by their chunks
+LIMIT = 256 << 20  # bytes of the JSON file that a reader takes
+
+
+class Manifest(NamedTuple):
+    """A checkpoint without its arrays."""
+
+    name: str
+    sequence: int  # of commits in its folder; the largest is the latest
+    step: int
+    updates: int
+    arrays: dict[str, Array]
+    ties: dict[str, str]  # another name of a leaf -> the stored one
+    metrics: dict[str, float]
+    client: Any  # encoded (client.py)
+    world: int  # ranks that wrote it
+    window: dict[str, Any]  # a streamed accumulate in mid-window: its transform -> how its partial sums lie
+    about: dict[str, Any]  # chain, specs, config: what a reader may want to know, and nothing else needs
+    versions: dict[str, str]
+    files: dict[str, tuple[int, int | None]] = {}  # path -> (bytes, crc32 of the small ones)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What wrote this."""
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {name: of(name) for name in ("funczero", "torch", "orbax-checkpoint", "tensorstore")} | {"python": platform.python_version()}
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write a checkpoint's manifest when all else is there."""
+    files = {}
+    for path in _files(folder):
+        size = path.stat().st_size
+        late = path.name == STAMPED
+        files[path.relative_to(folder).as_posix()] = (-1 if late else size, _crc(path) if late or size <= SMALL else None)
+    body = manifest._replace(files=files)._asdict() | {"format": FORMAT, "arrays": {n: a._asdict() for n, a in manifest.arrays.items()}}
+    text = json.dumps(body, allow_nan=True, ensure_ascii=True, separators=(",", ":")).encode()
+    for name, content in ((FILE, text), (SEAL, f"{hashlib.sha256(text).hexdigest()}  {FILE}\n".encode())):
+        with (folder / name).open("wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def _crc(path: Path) -> int:
+    """A checksum of a file; of orbax's own without the time of the commit, which is filled in between the seal and the rename."""
+    content = path.read_bytes()
+    if path.name == STAMPED:
+        content, n = re.subn(rb'"commit_timestamp_nsecs": ?(null|[0-9]{1,20})', b"", content)
+        content += b"%d" % n
+    return zlib.crc32(content)
+
+
+def _files(folder: Path) -> list[Path]:
+    own = (folder / FILE, folder / SEAL)
+    return [p for p in sorted(folder.rglob("*")) if p not in own and (p.is_symlink() or not p.is_dir())]
+
+
+def load(folder: Path, limit: int = LIMIT) -> Manifest:
+    """A checkpoint's manifest, its checksum and its form checked.
+
+    Raises:
+      CheckpointError: there is none, it is damaged, or it asks for what no checkpoint holds.
+    """
+    path = folder / FILE
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} has {size} bytes, more than {limit}; raise max_metadata= if you trust it")
+        text, sums = path.read_bytes(), (folder / SEAL).read_text().split()
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"checkpoint {str(folder)!r}: {getattr(e, 'filename', None) or SEAL} cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    if sums[:1] != [hashlib.sha256(text).hexdigest()]:
+        raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} does not have the sha256 that {SEAL} names; one of them was changed or damaged")
+    try:
+        return _parse(json.loads(text), folder)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+        raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} has not the form of a manifest ({type(e).__name__}: {e})") from None
+
+
+def _parse(body: dict[str, Any], folder: Path) -> Manifest:
+    if body["format"] != FORMAT:
+        raise CheckpointError(f"checkpoint {str(folder)!r} has format {body['format']!r}, this version reads {FORMAT}; use the funczero that wrote it ({body.get('versions')})")
+    arrays = {}
+    for name, a in body["arrays"].items():
+        _safe(name, folder)
+        shape, chunk = tuple(a["shape"]), tuple(a["chunk"])
+        if len(shape) != len(chunk) or not all(type(n) is int and n >= 0 for n in shape) or not all(type(n) is int and n > 0 for n in chunk):
+            raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} has shape {list(shape)} in chunks {list(chunk)}, which no array has")
+        arrays[name] = Array(shape, a["dtype"], chunk, dict(a["tails"]))
+    files = {_safe(path, folder): (int(size), crc) for path, (size, crc) in body["files"].items()}
+    most, asked = sum(size for size, _ in files.values()), sum(prod(a.shape) * torch_dtype(a.dtype).itemsize for a in arrays.values())
+    if asked > most:  # nothing is compressed
+        raise CheckpointError(f"checkpoint {str(folder)!r}: its leaves would have {asked} bytes, its files have {most}")
+    return Manifest(**{f: body[f] for f in Manifest._fields if f not in ("arrays", "files")}, arrays=arrays, files=files)
+
+
+def _safe(name: str, folder: Path) -> str:
+    """A relative path that stays inside its folder."""
+    if not name or name.startswith("/") or "\x00" in name or "\\" in name or ".." in name.split("/"):
+        raise CheckpointError(f"checkpoint {str(folder)!r}: {name!r} is no name of a leaf or file inside it")
+    return name
+
+
+def check_files(folder: Path, manifest: Manifest, strangers: bool = False) -> list[str]:
+    """What is wrong with the files of a checkpoint, a sentence each: missing ones, other sizes, other contents of small ones; with `strangers` also what was put there."""
+    problems = []
+    for path, (size, crc) in manifest.files.items():
+        file = folder / path
+        try:
+            have = file.stat().st_size
+            if have != size >= 0:
+                problems.append(f"file {path!r} has {have} bytes instead of {size}")
+            elif crc is not None and _crc(file) != crc:
+                problems.append(f"file {path!r} was changed or damaged")
+        except OSError as e:
+            problems.append(f"file {path!r} cannot be read ({e.strerror})")
+    there = {p.relative_to(folder).as_posix() for p in _files(folder)} - {LAST} if strangers else set()
+    return problems + [f"file {path!r} does not belong to it" for path in sorted(there - set(manifest.files))]

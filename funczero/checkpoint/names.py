@@ -1,0 +1,170 @@
+"""What a checkpoint calls every leaf of a state. No stage, bracket, mesh or tuple index is in a name, so the same run has the same names everywhere.
+
+`step`, `updates`, `key`; `params/<path>`; `<transform>/<field>/<path>`, as `adamw/mu/blocks/0/w` and `scale_loss/scale`. Parts of a path are joined by "/" in
+manifests and messages, by "." in the arrays' store and in exported files.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from funczero import tree
+from funczero.accumulate import Accumulate
+from funczero.spec import Slots, Structure, Where
+from funczero.types import TrainState
+
+
+class Part(NamedTuple):
+    """This rank's part of one leaf."""
+
+    value: Tensor  # a restore fills it in place
+    shape: tuple[int, ...]  # of the whole leaf
+    start: tuple[int, ...]  # of the part in it
+    where: Where | None = None  # the place whose cuts this leaf has; None: every rank holds the whole, or with `own` a row
+    leaf: int = -1  # its number there
+    own: bool = False  # does dim 0 count the ranks, so that each holds its row?
+    root: bool = False  # does rank 0 alone hold it?
+    also: tuple[Tensor, ...] = ()  # the same values once more, where a tie is kept apart in memory
+
+
+class Names(NamedTuple):
+    """A state by name, and the names that tied leaves are also known by."""
+
+    parts: dict[str, Part]
+    ties: dict[str, str]  # another path of params -> the one that is stored
+
+
+def escape(key: Any) -> str:
+    """One part of a path as it is written: "/" and what does not print as %XX.
+
+    >>> escape("a/b"), escape(0), escape("layers.0.weight"), escape("")
+    ('a%2Fb', '0', 'layers.0.weight', '%')
+    """
+    return re.sub(r"[%/\x00-\x1f\x7f\ud800-\udfff]", lambda m: f"%{ord(m[0]):02X}", str(key)) or "%"
+
+
+def stored(name: str) -> str:
+    """A name as the store of arrays has it."""
+    return name.replace("/", ".")
+
+
+def named(state: TrainState, rank: int = 0, size: int = 1) -> Names:
+    """Every leaf of a state by its name on disk, in a fixed order.
+
+    Raises:
+      ValueError: two leaves have the same name.
+      TypeError: a leaf is no tensor, or is cut in a way that nothing tells.
+    """
+    parts: dict[str, Part] = {}
+    masters: Slots = state.params
+    for field in ("step", "updates", "key"):
+        parts[field] = whole(getattr(state, field))
+    _add(parts, ("params",), masters, masters)
+    for transform, own in state.chain.items():
+        if isinstance(own, Accumulate):
+            _window(parts, escape(transform), own, rank, size)
+        else:
+            _add(parts, (escape(transform),), own, masters)
+    _refuse_collisions(list(parts))
+    paths = _paths(masters.where.structure)
+    first = {i: p for p, i in reversed(paths)}
+    return Names(parts, {"/".join(("params", *p)): "/".join(("params", *first[i])) for p, i in paths if p != first[i]})
+
+
+def whole(x: Tensor) -> Part:
+    """What every rank holds alike."""
+    return Part(x, tuple(x.shape), (0,) * x.dim())
+
+
+def _add(parts: dict[str, Part], path: tuple[str, ...], node: Any, masters: Slots) -> None:
+    """The leaves below a node of the state."""
+    if node is None:
+        return
+    if isinstance(node, Slots):
+        return _mirror(parts, path, [() if x is None else (x,) for x in node.leaves()], node.where)
+    if (values := _mirrored(node, masters)) is not None:
+        return _mirror(parts, path, values, masters.where)
+    if isinstance(node, Tensor):
+        _put(parts, path, whole(node))
+        return
+    children = _children(node)
+    if children is None:
+        raise TypeError(f"checkpoint: {'/'.join(path)!r} of the state is a {type(node).__name__}; every leaf of a state is a tensor")
+    for key, child in children:
+        _add(parts, (*path, escape(key)), child, masters)
+
+
+def _children(node: Any) -> list[tuple[Any, Any]] | None:
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return list(zip(node._fields, node, strict=True))
+    if isinstance(node, dict):
+        return list(node.items())
+    return list(enumerate(node)) if isinstance(node, (list, tuple)) else None
+
+
+def _mirrored(node: Any, masters: Slots) -> list[tuple[Tensor, ...]] | None:
+    """By leaf number the tensors of a tree that is shaped like the parameters, as a lifted optimizer keeps them; None for another tree."""
+    structure, slots = masters.where.structure, masters.where.slots
+    flat, treedef = tree.flatten(node)
+    if treedef != structure.treedef or not all(isinstance(x, Tensor) for x in flat):
+        return None
+    values: list[tuple[Tensor, ...]] = [()] * len(structure.leaves)
+    for place, x in zip(structure.places, flat, strict=True):
+        if not structure.frozen(place):
+            if tuple(x.shape) != slots[place].shape:
+                return None
+            values[place] += (x,)
+    return values
+
+
+def _mirror(parts: dict[str, Part], path: tuple[str, ...], values: Sequence[tuple[Tensor, ...]], where: Where) -> None:
+    seen: set[int] = set()
+    for below, i in _paths(where.structure):
+        if i not in seen and values[i]:
+            seen.add(i)
+            first, *others = values[i]
+            _put(parts, (*path, *below), Part(first, where.structure.leaves[i].shape, where.slots[i].start, where, i, also=tuple(others)))
+
+
+def _paths(structure: Structure) -> list[tuple[tuple[str, ...], int]]:
+    """Every path of the parameters in order, with the number of the leaf that stands there."""
+    memo = structure.whole.memo
+    if "checkpoint paths" not in memo:
+        found = pytree.tree_flatten_with_path(structure.unflatten(range(len(structure.leaves))))[0]
+        memo["checkpoint paths"] = [(tuple(escape(tree.path_name((k,))) for k in path), i) for path, i in found]
+    return memo["checkpoint paths"]
+
+
+def _window(parts: dict[str, Part], name: str, own: Accumulate, rank: int, size: int) -> None:
+    """A streaming accumulate in mid-window: partial sums that each rank has for itself, as rows of arrays with a row a rank."""
+    _put(parts, (name, "count"), whole(own.count))
+    for i, partial in enumerate(own.partial):
+        for j, x in enumerate(tree.tensors(partial)):
+            _put(parts, (name, "partial", str(i), str(j)), Part(x[None], (size, *x.shape), (rank,) + (0,) * x.dim(), own=True))
+
+
+def _put(parts: dict[str, Part], path: tuple[str, ...], part: Part) -> None:
+    name = "/".join(path)
+    if name in parts:
+        raise ValueError(_collision(name, name))
+    parts[name] = part
+
+
+def _refuse_collisions(names: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(stored(name), name)
+        if other != name:
+            raise ValueError(_collision(other, name))
+    inner = {name[:i] for name in names for i, c in enumerate(name) if c == "/"}
+    for name in names:
+        if name in inner:
+            raise ValueError(f"checkpoint: {name!r} is a leaf, and other leaves' names begin with it; rename one of them")
+
+
+def _collision(a: str, b: str) -> str:
+    return f"checkpoint: two leaves would both be stored as {stored(a)!r} ({a!r} and {b!r}); rename a key of the parameters, or a transform"

@@ -1,0 +1,272 @@
+"""From disk into a state of any world, mesh, stage and policy: each rank reads the ranges that it holds, and shapes never come from disk."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from funczero import tree
+from funczero.accumulate import Accumulate
+from funczero.checkpoint import client, names
+from funczero.checkpoint.arrays import Array, CheckpointError, Reader, dtype_name, torch_dtype
+from funczero.checkpoint.layout import Box
+from funczero.checkpoint.manifest import ARRAYS, Manifest
+from funczero.checkpoint.names import Part, named
+from funczero.spec import Fill, Slots, Where
+from funczero.types import Out, TrainState
+
+
+class Want(NamedTuple):
+    """What a restore asks for."""
+
+    strict: bool = True
+    only: tuple[str, ...] = ()  # regexes on names; others stay as they are in `like`
+    rename: tuple[tuple[str, str], ...] = ()  # (regex, replacement) from the state's names to the checkpoint's
+
+
+class Context(NamedTuple):
+    """Who restores."""
+
+    rank: int
+    size: int
+    coords: list[dict[str, tuple[int, int]]]  # of all ranks
+    chain: str | None  # as printed
+    device: torch.device  # of a state that is built
+
+
+def template(step: Any, params: Any) -> tuple[TrainState, Callable[[], TrainState]]:
+    """The form of a step's state, without memory, and how to make a fresh one for what a checkpoint does not hold."""
+    made: dict[int, Fill] = {}
+    empty = lambda x: made.setdefault(id(x), Fill(tuple(x.shape), x.dtype, partial(torch.zeros, tuple(x.shape), dtype=x.dtype)))
+    for path, x in tree.paths(params):
+        if not isinstance(x, (Tensor, Fill)):
+            raise TypeError(f"restore: parameter {path!r} of like= is a {type(x).__name__}; give (step, params) with params a tree of tensors, meta tensors do")
+    shapes = tree.map(empty, params)
+    fresh = lambda: step.init(shapes)
+    try:
+        return step.abstract(shapes), fresh
+    except (NotImplementedError, RuntimeError):  # an optimizer that looks at values when it starts
+        state = fresh()
+        return state, lambda: state
+
+
+def roomy(like: TrainState, device: torch.device) -> TrainState:
+    """A state of the same form in new memory, its values still to be filled in; padding is zero."""
+
+    def new(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        place = device if x.is_meta else x.device
+        if place.type != "cpu" or x.numel() * x.element_size() < 4 << 20:
+            return torch.empty_like(x, device=place)
+        memory = torch.from_numpy(np.empty(x.numel() * x.element_size() + 64, np.uint8))  # numpy asks for huge pages: new memory costs more than reading
+        start = -memory.data_ptr() % 64
+        return memory[start : start + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+
+    state = tree.map(new, like)
+    for slots in tree.leaves(state, is_leaf=lambda x: isinstance(x, Slots)):
+        if isinstance(slots, Slots):
+            for buffer, gap in zip(slots.buffers, slots.where.gaps, strict=True):
+                if gap:
+                    buffer.zero_()
+    return state
+
+
+def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], TrainState], want: Want, context: Context) -> tuple[TrainState, list[str]]:
+    """A new state of the form of `like` with what a checkpoint holds, of `fresh()` with what it does not, and notes on what was not taken as it is.
+
+    Raises:
+      CheckpointError: a name is missing, a shape or a kind of dtype differs, an array is damaged.
+    """
+    notes: list[str] = []
+    state, dropped = _windows(roomy(like, context.device), manifest, context, notes)
+    everything = named(state, context.rank, context.size).parts
+    asked = {n: p for n, p in everything.items() if n not in dropped and (not want.only or any(re.search(regex, n) for regex in want.only))}
+    if want.only and not asked:
+        raise CheckpointError(f"restore: no leaf's name matches {list(want.only)}; names begin with {_heads(everything)}")
+    known = {names.stored(n): n for n in manifest.arrays}  # keys with dots, as modules and exported files have them, are paths, too
+    source = {name: _source(name, manifest, known, want.rename) for name in asked}
+    parts = _present(asked, source, manifest, want, notes)
+    if want.strict and not want.only:
+        _refuse_strangers(source, manifest, notes)
+    cast: dict[tuple[str, str], int] = {}
+    for name, part in parts.items():
+        _check(name, part, manifest.arrays[source[name]], cast)
+    views = {} if state.views is None else _views(state.views, everything)
+    _keep(everything, views, set(parts), dropped, fresh, context)
+    reader = Reader(path / ARRAYS, manifest.arrays)
+    for name, part in [*parts.items(), *((n, v) for n, v in views.items() if n in parts)]:
+        _read(reader, source[name], manifest.arrays[source[name]], part)
+    reader.finish()
+    notes += [f"{n} leaves were cast from {a} to {b}, as the policy says" for (a, b), n in cast.items()]
+    return state, notes
+
+
+def _keep(everything: dict[str, Part], views: dict[str, Part], read: set[str], dropped: set[str], fresh: Callable[[], TrainState], context: Context) -> None:
+    """What is not read stays as it is in a fresh state, or in the one that was given."""
+    left = [n for n in everything if n not in read and n not in dropped and "/partial/" not in n]
+    if left:
+        given = fresh()
+        parts = named(given, context.rank, context.size).parts
+        others = {} if given.views is None else _views(given.views, parts)
+        for mine, theirs in ((everything, parts), (views, others)):
+            for n in (n for n in left if n in mine):
+                for x in (mine[n].value, *mine[n].also):
+                    x.copy_(theirs[n].value)
+
+
+def load_client(path: Path, manifest: Manifest, only: Sequence[str] | None = None) -> Any:
+    """The client state of a checkpoint."""
+    reader, made = Reader(path / ARRAYS, manifest.arrays), {}
+    for name in client.names(manifest.client):
+        if name not in manifest.arrays:
+            raise CheckpointError(f"restore: the client state refers to {name!r}, which is not in the checkpoint")
+        made[name] = read_whole(reader, name, manifest.arrays[name])
+    reader.finish()
+    return client.decode(manifest.client, made.__getitem__)
+
+
+def read_whole(reader: Reader, name: str, array: Array) -> Tensor:
+    """Ask for a whole array; its shape was checked against the sizes of the files."""
+    out = torch.empty(array.shape, dtype=torch_dtype(array.dtype))
+    reader.ask(name, Box((0,) * len(array.shape), array.shape), lambda: out)
+    return out
+
+
+def _read(reader: Reader, name: str, array: Array, part: Part) -> None:
+    """Ask for a part; where it lies elsewhere or in another dtype it is copied when the bytes are there."""
+    x, box = part.value, Box(part.start, tuple(part.value.shape))
+    direct = x.device.type == "cpu" and x.is_contiguous() and dtype_name(x.dtype) == array.dtype
+    copies = part.also if direct else (x, *part.also)
+    reader.ask(name, box, (lambda: x) if direct else (lambda: torch.empty(box.shape, dtype=torch_dtype(array.dtype))), lambda read: [c.copy_(read) for c in copies])
+
+
+def _source(name: str, manifest: Manifest, known: dict[str, str], rename: Sequence[tuple[str, str]]) -> str:
+    """The name under which a leaf is stored."""
+    for regex, replacement in rename:
+        name = re.sub(regex, replacement, name)
+    if names.stored(name) in known:
+        return known[names.stored(name)]
+    pieces = name.split("/")
+    for k in range(1, len(pieces)):  # a tied leaf, and its moments, are stored under its first path
+        tied = manifest.ties.get("/".join(("params", *pieces[k:])))
+        if tied is not None and (other := "/".join((*pieces[:k], *tied.split("/")[1:]))) in manifest.arrays:
+            return other
+    return name
+
+
+def _present(parts: dict[str, Part], source: dict[str, str], manifest: Manifest, want: Want, notes: list[str]) -> dict[str, Part]:
+    """The parts that the checkpoint has. A transform that it knows nothing of starts fresh, half of one is an error."""
+    missing = [name for name in parts if source[name] not in manifest.arrays]
+    by_head: dict[str, list[str]] = {}
+    for name in missing:
+        by_head.setdefault(name.split("/")[0], []).append(name)
+    for head, lost in by_head.items():
+        known = any(n == head or n.startswith(head + "/") for n in manifest.arrays)
+        if not known and head != "params":
+            notes.append(f"the checkpoint holds nothing of {head!r}, which starts fresh")
+        elif want.strict:
+            raise CheckpointError(
+                f"restore: the checkpoint has no {', '.join(map(repr, lost[:5]))}{f' and {len(lost) - 5} more' * (len(lost) > 5)}; "
+                f"it holds names that begin with {_heads(manifest.arrays)}; rename=[(regex, replacement)] maps names, strict=False leaves these as they are"
+            )
+        else:
+            notes.append(f"{len(lost)} leaves are not in the checkpoint and stay as they were: {', '.join(lost[:5])}{' ...' * (len(lost) > 5)}")
+    return {name: part for name, part in parts.items() if source[name] in manifest.arrays}
+
+
+def _refuse_strangers(source: dict[str, str], manifest: Manifest, notes: list[str]) -> None:
+    """Parameters that the state has no place for are an error; a transform that the chain no longer has is told."""
+    used = set(source.values())
+    heads = {name.split("/")[0] for name in used}
+    left = [n for n in manifest.arrays if n not in used and not n.startswith("client/") and n != "client" and not re.match(r"[^/]+/(partial/|count$)", n)]
+    for head in sorted({n.split("/")[0] for n in left}):
+        mine = [n for n in left if n.split("/")[0] == head]
+        if head in heads:
+            raise CheckpointError(f"restore: the checkpoint also holds {', '.join(map(repr, mine[:5]))}, for which the state has no place; restore with strict=False to leave them out")
+        notes.append(f"{head!r} of the checkpoint is not in this chain and was left out")
+
+
+def _heads(names: Any) -> list[str]:
+    return sorted({"/".join(n.split("/")[:2]) for n in names})[:8]
+
+
+def _check(name: str, part: Part, array: Array, cast: dict[tuple[str, str], int]) -> None:
+    if part.shape != array.shape:
+        raise CheckpointError(f"restore: {name!r} has shape {list(part.shape)} in the state and {list(array.shape)} in the checkpoint; build the state of the same model")
+    have, want = torch_dtype(array.dtype), part.value.dtype
+    if have != want:
+        if not (have.is_floating_point and want.is_floating_point):
+            raise CheckpointError(f"restore: {name!r} is {dtype_name(want)} in the state and {array.dtype} in the checkpoint; only floating dtypes are cast")
+        cast[array.dtype, dtype_name(want)] = cast.get((array.dtype, dtype_name(want)), 0) + 1
+
+
+def _views(views: Slots, parts: dict[str, Part]) -> dict[str, Part]:
+    """Wider copies of the masters: the same leaves, other ranges."""
+    leaves, slots = views.leaves(), views.where.slots
+    out = {}
+    for name, part in parts.items():
+        if name == "params" or name.startswith("params/"):
+            x = leaves[part.leaf]
+            assert x is not None
+            out[name] = part._replace(value=x, start=slots[part.leaf].start, where=views.where)
+    return out
+
+
+def window(state: TrainState) -> dict[str, Any]:
+    """How the partial sums of a streamed accumulate lie, as JSON, for whoever continues the window."""
+    out: dict[str, Any] = {}
+    for name, own in state.chain.items():
+        if isinstance(own, Accumulate) and own.partial:
+            out[name] = {"count": int(own.count), "partial": [_form(p) for p in own.partial]}
+    return out
+
+
+def _form(out: Out) -> dict[str, Any]:
+    try:
+        aux = None if out.aux is None else pytree.treespec_dumps(out.aux[1])
+    except Exception:  # a node type that has no name in JSON
+        aux = ""
+    tensors = {"loss": out.loss, "weight": out.weight, "aux": None if out.aux is None else out.aux[0], "bad": out.bad}
+    forms = {k: None if x is None else [dtype_name(x.dtype), list(x.shape)] for k, x in tensors.items()}
+    return {**forms, "spec": aux, "axes": list(out.grads.where.axes), "grads": [[dtype_name(b.dtype), list(b.shape)] for b in out.grads.buffers]}
+
+
+def _windows(state: TrainState, manifest: Manifest, context: Context, notes: list[str]) -> tuple[TrainState, set[str]]:
+    """The state with empty partial sums of a window that is continued, and the counts of those that are replayed from their start."""
+    chain, dropped = dict(state.chain), set()
+    for name, own in state.chain.items():
+        form = manifest.window.get(name) if isinstance(own, Accumulate) else None
+        partial: tuple[Out, ...] = ()
+        if form is not None:
+            same = context.chain is not None and (manifest.world, manifest.about.get("chain")) == (context.size, context.chain)
+            if same and all(p["spec"] != "" for p in form["partial"]):
+                partial = tuple(_empty(p, state, context) for p in form["partial"])
+            else:
+                dropped.add(f"{names.escape(name)}/count")
+                notes.append(f"{form['count']} micro-batches of an open window were left out: go on with the first one of update {manifest.step}; parameters have not moved")
+        if isinstance(own, Accumulate):
+            chain[name] = Accumulate(torch.zeros(own.count.shape, dtype=own.count.dtype), partial)
+    return state._replace(chain=chain), dropped
+
+
+def _empty(form: dict[str, Any], state: TrainState, context: Context) -> Out:
+    where: Where = state.params.where
+    here = Where(where.structure, tuple((a, *context.coords[context.rank][a]) for a in form["axes"]))
+    device = state.params.buffers[0].device
+    lengths = [0 if u.frozen else n for n, u in zip(here.lengths, where.structure.units, strict=True)]
+    make = lambda x: None if x is None else torch.zeros(x[1], dtype=torch_dtype(x[0]), device=device)
+    scalars = [x[1] for k in ("loss", "weight", "aux", "bad") if (x := form[k]) is not None]
+    if [x[1] for x in form["grads"]] not in ([[n] for n in lengths], [[n] for n in here.lengths]) or any(prod(x) > 1 << 24 for x in scalars):
+        raise CheckpointError("restore: the open window's sums do not fit this model; restore without the step, and the update is replayed")
+    aux = None if form["aux"] is None else (make(form["aux"]), pytree.treespec_loads(form["spec"]))
+    buffers: Any = tuple(make(x) for x in form["grads"])
+    return Out(make(form["loss"]), make(form["weight"]), aux, Slots(buffers, here), bad=make(form["bad"]))  # type: ignore[arg-type]

@@ -1,0 +1,47 @@
+"""Law: a state that was saved is restored bit for bit on any world, mesh and stage, and training on gives the bits of the uninterrupted run."""
+from __future__ import annotations
+
+import checkpoints
+import pytest
+import zoo
+
+from funczero.checkpoint import Checkpointer
+
+SAVED = [(2, "3 [grad acc"), (1, "0 grad acc ar"), (4, "hpZ"), (3, "1 grad acc [")]
+STAGES = ["0 grad acc ar", "1 grad acc [", "2 grad [acc", "3 [grad acc"]
+NESTED = ["MiCS", "ZeRO-3", "hpZ", "hpZ outwards"]
+HALF = 4
+
+
+def saved(directory, chain, size):
+    """Train to HALF where the world allows the zoo's batch, and save."""
+    step = checkpoints.make(chain, size)
+    state = step.init(zoo.params(), key=7)
+    state = checkpoints.train(step, state, 0, HALF) if zoo.MICROS % size == 0 else state
+    with Checkpointer(directory, step=step) as ck:
+        ck.save(state, HALF, client_state={"rank 0's": [1, (2, 3)]})
+    return checkpoints.parts(state)
+
+
+def restored(directory, chain, size):
+    """Read it here: the parts, what the notes say, and after the rest of the run the parts again."""
+    step = checkpoints.make(chain, size)
+    found = Checkpointer(directory).restore(like=(step, checkpoints.abstract()))
+    assert found.client_state == {"rank 0's": [1, (2, 3)]} and found.name == str(HALF)
+    first = checkpoints.parts(found.state)
+    on = zoo.MICROS % size == 0
+    return first, found.notes, checkpoints.parts(checkpoints.train(step, found.state, int(found.state.step), zoo.UPDATES)) if on else None
+
+
+@pytest.mark.parametrize(("size", "chain"), SAVED)
+def test_from_any_mesh_to_any_mesh(run_world, tmp_path, size, chain):
+    before = checkpoints.joined(run_world(size, saved, tmp_path, chain, size) if size > 1 else [saved(tmp_path, chain, 1)])
+    whole = checkpoints.make("0 grad acc ar", 1)
+    end = checkpoints.joined([checkpoints.parts(checkpoints.train(whole, whole.init(zoo.params(), key=7), 0, zoo.UPDATES))])
+    for world, chains in ((1, STAGES), (2, STAGES), (3, STAGES), (4, NESTED)):
+        for other in chains if size == 2 else chains[-1:]:
+            got = run_world(world, restored, tmp_path, other, world) if world > 1 else [restored(tmp_path, other, 1)]
+            assert not checkpoints.same(before, checkpoints.joined([g[0] for g in got])), (world, other)
+            assert got[0][1] == ()
+            if got[0][2] is not None and size != 3:
+                assert not checkpoints.same(end, checkpoints.joined([g[2] for g in got])), (world, other)
