@@ -100,9 +100,9 @@ def test_the_remote_command_is_constant(plan):
 def test_pdsh_gets_letters_and_digits(plan):
     command = pdsh_command(plan("--launcher=pdsh", script=("train.py", "a b", "'$(x)")))
     front, (remote,) = command.argv[:-1], command.argv[-1:]
-    assert list(front) == "pdsh -S -R ssh -f 1024 -w worker-1,worker-2".split()
+    assert list(front) == ["pdsh", "-S", "-R", "ssh", "-f", "1024", "-w", "worker-1,worker-2"]
     *words, told = remote.split(" ")
-    assert words == "python3 -m funczero.launch.node %n".split() and set(told) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_=")
+    assert words == ["python3", "-m", "funczero.launch.node", "%n"] and set(told) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_=")
     orders = json.loads(zlib.decompress(base64.urlsafe_b64decode(told)))
     assert [o["host"] for o in orders] == ["worker-1", "worker-2"] and orders[1]["args"] == ["a b", "'$(x)"]
 

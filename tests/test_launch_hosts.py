@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.skipif(bool(machi
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "tests" / "launched.py")
 LAUNCH = [sys.executable, "-m", "funczero.cli", "launch"]
-SMALL = "--steps=4 --batch=8 --length=32 --layers=2 --width=32 --heads=2 --sample=0 --eval_every=100 --eval_batches=1 --warmup=2".split()
+MODEL = ["--batch=8", "--length=32", "--layers=2", "--width=32", "--heads=2", "--sample=0", "--eval_every=1000", "--eval_batches=1", "--warmup=2"]
+SMALL = ["--steps=4", *MODEL]
+LONG = ["--steps=60", "--save_every=5", "--resume=auto", *MODEL]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
 TOOLS = {"ssh": (), "pdsh": ("pdsh",), "openmpi": ("mpirun.openmpi",), "mpich": ("mpiexec.hydra",), "slurm": ("srun", "slurmctld", "slurmd", "munged")}
 
@@ -104,7 +106,14 @@ def test_two_hosts_train_zero_3_to_the_same_bits(request, hosts, hostfile, tmp_p
     assert "held-out bits/byte" in out and not left(hosts)
 
 
-@pytest.mark.parametrize("command", ["mpirun.openmpi -n 2 --host worker-1:1,worker-2:1 -x MASTER_ADDR=worker-1", "mpiexec.hydra -n 2 -ppn 1 -hosts worker-1,worker-2 -genv MASTER_ADDR worker-1", "srun -n 2 -N 2"])
+BY_HAND = [
+    "mpirun.openmpi -n 2 --host worker-1:1,worker-2:1 -x MASTER_ADDR=worker-1",
+    "mpiexec.hydra -n 2 -ppn 1 -hosts worker-1,worker-2 -genv MASTER_ADDR worker-1",
+    "srun -n 2 -N 2",
+]
+
+
+@pytest.mark.parametrize("command", BY_HAND)
 def test_without_the_launcher_the_same_program_is_reached(request, hosts, tmp_path, alone, command):
     tool = command.split()[0]
     if absent := machines.missing(*(TOOLS["slurm"] if tool == "srun" else (tool,))):
@@ -205,6 +214,49 @@ def test_a_notice_is_passed_on(hosts, hostfile, transport, number):
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
     assert out.count(f"saved after {number.name if transport == 'ssh' else 'SIGUSR1'}") == 2
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The losses of a longer run that nobody disturbs, in one process."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    subprocess.run([sys.executable, "tests/elastic.py", *LONG, "--nproc=1", f"--out={out}"], cwd=ROOT, env=ENV, check=True, capture_output=True, timeout=120)
+    return losses(out)
+
+
+def until_updates(process, folder, number):
+    """Wait until the run has made so many updates."""
+    since = time.monotonic()
+    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < number:
+        assert time.monotonic() - since < 60 and process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("what", ["rank 0", "rank 1", "worker-1", "worker-2"])
+def test_what_is_lost_is_made_again_with_the_same_bits(hostfile, tmp_path, uninterrupted, what):
+    with machines.cluster() as hosts:
+        process = start(hosts, hostfile, "--max_restarts=1", "--lost_after=5", "tests/elastic.py", *LONG, f"--out={tmp_path}")
+        until_updates(process, tmp_path, 12)
+        if what in hosts:
+            hosts[what].kill()
+        else:
+            rank = hosts["worker-1" if what == "rank 0" else "worker-2"].processes()
+            os.kill(next(pid for pid, words in rank.items() if "train_gpt.py" in words), signal.SIGKILL)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert losses(tmp_path) == uninterrupted and len(uninterrupted) == 60
+        assert what not in hosts or f"{what} lost; start 1 of at most 1 again, on " in err
+
+
+def test_a_notice_saves_and_the_run_goes_on_elsewhere(hosts, hostfile, tmp_path, uninterrupted):
+    words = [hostfile, "tests/elastic.py", *LONG, f"--out={tmp_path}"]
+    process = start(hosts, *words)
+    until_updates(process, tmp_path, 12)
+    os.kill(inner(process), signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and 12 <= len(losses(tmp_path)) < 60, err
+    code, out, err = launch(hosts, "--include=worker-2", *words)
+    assert code == 0 and losses(tmp_path) == uninterrupted, err
 
 
 def test_a_start_takes_little_longer_than_torchruns(hosts, hostfile, capsys):
