@@ -26,7 +26,8 @@ def linger(daemon: bool = False) -> int:
 
 def main() -> int:
     """`show` is all it does without a known first argument."""
-    rank, argv = int(os.environ.get("RANK", "0")), sys.argv[1:]
+    argv, names = sys.argv[1:], ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    rank = next((int(os.environ[name]) for name in names if name in os.environ), 0)
     mode, who = (argv + ["", ""])[:2]
     if mode == "die" and who == str(rank):
         time.sleep(0.2)

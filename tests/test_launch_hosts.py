@@ -153,6 +153,20 @@ def test_a_dying_rank_ends_all_hosts(hosts, hostfile, transport):
     until_nothing_is_left(hosts, 5)
 
 
+DEATHS = {"openmpi": (("exit", "1", "7"), (7,)), "mpich": (("kill", "1"), (9, 137)), "slurm": (("exit", "1", "7"), (7, 143))}  # srun's code is the largest one
+
+
+@pytest.mark.parametrize("transport", DEATHS)
+def test_a_dying_rank_ends_the_others_where_mpi_starts_them(request, hosts, hostfile, transport):
+    if absent := machines.missing(*TOOLS[transport]):
+        pytest.skip(absent)
+    words, codes = DEATHS[transport]
+    since = time.monotonic()
+    code, _, err = launch(hosts, f"--launcher={transport}", hostfile, SCRIPT, *words, env=request.getfixturevalue("slurm") if transport == "slurm" else None)
+    assert code in codes and time.monotonic() - since < 20, err
+    until_nothing_is_left(hosts, 5)
+
+
 @pytest.mark.parametrize("name", ["worker-1", "worker-2"])
 def test_a_lost_host_ends_the_others(hostfile, name):
     with machines.cluster() as hosts:
