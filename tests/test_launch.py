@@ -13,8 +13,8 @@ from funczero.launch import job as jobs
 from funczero.launch.flags import FLAGS, REFUSED, Options, hint, parse
 from funczero.launch.orders import devices
 from funczero.launch.report import Failure, Report
-from funczero.launch.run import describe, main
-from funczero.launch.transports import node_command, pdsh_command, rank_launcher
+from funczero.launch.run import main
+from funczero.launch.transports import describe, node_command, pdsh_command, rank_launcher
 
 TWO = "worker-1 slots=2\nworker-2 slots=4\n"
 

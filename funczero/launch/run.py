@@ -6,7 +6,6 @@ import json
 import os
 import queue
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,10 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from funczero.launch.flags import hint, parse, parser
-from funczero.launch.job import Node, Plan, job, make_plan, rank_command, torchrun_arguments, without
+from funczero.launch.job import Plan, make_plan, without
 from funczero.launch.processes import die_with_parent, exit_status
 from funczero.launch.report import Failure, Report
-from funczero.launch.transports import Command, node_command, pdsh_command, rank_launcher
+from funczero.launch.transports import RANK_LAUNCHERS, Command, commands_of, describe, own, rank_launcher
 
 MARK = "\x1e"
 PATIENCE = 4.5  # seconds that hosts have to end their processes before their connections are cut
@@ -37,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
+        if sys.platform != "linux":
+            raise ValueError(f"the end of every process is promised by Linux alone, and this is {sys.platform}; start the script with torchrun")
         options = parse(argv)
         plan = make_plan(options, os.environ, os.getcwd())
         if hint(options):
@@ -48,46 +49,12 @@ def main(argv: Sequence[str]) -> int:
             from funczero.launch.preflight import preflight
 
             return preflight(plan)
-        if options.launcher in ("openmpi", "mpich", "slurm"):
+        if options.launcher in RANK_LAUNCHERS:
             return run_ranks(rank_launcher(plan), options.launcher)
         return run_nodes(plan)
     except ValueError as error:
         print(f"funczero launch: {error}", file=sys.stderr)
         return 2
-
-
-def describe(plan: Plan) -> str:
-    """Exactly what would run: on this machine, on every host, and as every rank."""
-    o = plan.options
-    if o.launcher in ("openmpi", "mpich", "slurm"):
-        return _command("", rank_launcher(plan))
-    commands = commands_of(plan)
-    lines = [_command("on this machine: ", commands[-1])] if -1 in commands else []
-    for node in _own(plan):
-        orders = job(plan, node)
-        lines.append(f"{node.host}: ranks {node.first} to {node.first + len(node.slots) - 1} of {plan.world} on slots {','.join(map(str, node.slots))}")
-        if node.rank in commands:
-            lines.append(_command("  start  ", commands[node.rank]))
-        lines.append(f"  agent  torchrun {shlex.join(torchrun_arguments(orders, o.python, 'entry.py', 'FOLDER'))}")
-        lines.append(f"  rank   {shlex.join(rank_command(orders, o.python))}{' (and --local_rank=N)' if o.pass_local_rank else ''}")
-    return "\n".join(lines)
-
-
-def _command(front: str, command: Command) -> str:
-    env = "".join(f"{name}={shlex.quote(value)} " for name, value in command.env.items())
-    return f"{front}{env}{shlex.join(command.argv)}" + (f"\n  stdin  {command.stdin.decode().rstrip()}" if command.stdin else "")
-
-
-def _own(plan: Plan) -> tuple[Node, ...]:
-    """The nodes that this command starts."""
-    return plan.nodes[plan.options.node_rank : plan.options.node_rank + 1] if plan.options.no_ssh else plan.nodes
-
-
-def commands_of(plan: Plan) -> dict[int, Command]:
-    """What to start on this machine, by node; -1: one command for all of them."""
-    if plan.options.launcher == "pdsh" and not plan.options.no_ssh and not all(node.local for node in plan.nodes):
-        return {-1: pdsh_command(plan)}
-    return {node.rank: node_command(plan, node) for node in _own(plan)}
 
 
 def start(command: Command, **streams: Any) -> subprocess.Popen:
@@ -164,7 +131,7 @@ class Launch:
         for rank, c in commands.items():
             if c.stdin:
                 threading.Thread(target=self._order, args=(rank, c.stdin), daemon=True).start()
-        self.nodes = {node.rank for node in _own(plan)}
+        self.nodes = {node.rank for node in own(plan)}
         for rank, link in self.links.items():
             threading.Thread(target=self._listen, args=(rank, link, link.stdout, link.stderr), daemon=True).start()
 

@@ -12,9 +12,10 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from funczero.launch.job import Node, Plan, bare, job, port_of, rank_command
+from funczero.launch.job import Node, Plan, bare, job, port_of, rank_command, torchrun_arguments
 
 NODE = "-m funczero.launch.node"
+RANK_LAUNCHERS = ("openmpi", "mpich", "slurm")
 
 
 class Command(NamedTuple):
@@ -73,7 +74,8 @@ def pdsh_command(plan: Plan) -> Command:
     ports = {port_of(node.host) or str(o.ssh_port or "") for node in plan.nodes}
     if len(ports) > 1:
         raise ValueError("--launcher=pdsh: it knows one port for all hosts; use --launcher=ssh, or --ssh_port")
-    ssh = " ".join(["-T -o BatchMode=yes -o ConnectTimeout=10", *(f"-p {port}" for port in ports if port)])
+    given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+    ssh = " ".join([*([given] if given else []), "-T -o BatchMode=yes -o ConnectTimeout=10", *(f"-p {port}" for port in ports if port)])
     argv = ("pdsh", "-S", "-R", "ssh", "-f", "1024", "-w", ",".join(hosts), *_words(o.launcher_args), f"{_python(o.python)} {NODE} %n {told}")
     return Command(argv, None, {"PDSH_SSH_ARGS_APPEND": ssh})
 
@@ -133,3 +135,37 @@ def _slurm(plan: Plan, env: dict[str, str]) -> list[str]:
     if len(counts) > 1:
         raise ValueError(f"--launcher=slurm: it starts as many tasks on every host, but the slots are {sorted(counts)}; use --num_gpus={min(counts)}, or --launcher=ssh")
     return [*front, f"--ntasks={plan.world}", f"--nodes={len(plan.nodes)}", f"--ntasks-per-node={counts.pop()}", f"--nodelist={hosts}", *_words(o.launcher_args)]
+
+
+def own(plan: Plan) -> tuple[Node, ...]:
+    """The nodes that this command starts."""
+    return plan.nodes[plan.options.node_rank : plan.options.node_rank + 1] if plan.options.no_ssh else plan.nodes
+
+
+def commands_of(plan: Plan) -> dict[int, Command]:
+    """What to start on this machine, by node; -1: one command for all of them."""
+    if plan.options.launcher == "pdsh" and not plan.options.no_ssh and not all(node.local for node in plan.nodes):
+        return {-1: pdsh_command(plan)}
+    return {node.rank: node_command(plan, node) for node in own(plan)}
+
+
+def describe(plan: Plan) -> str:
+    """Exactly what would run: on this machine, on every host, and as every rank."""
+    o = plan.options
+    if o.launcher in RANK_LAUNCHERS:
+        return _command("", rank_launcher(plan))
+    commands = commands_of(plan)
+    lines = [_command("on this machine: ", commands[-1])] if -1 in commands else []
+    for node in own(plan):
+        orders = job(plan, node)
+        lines.append(f"{node.host}: ranks {node.first} to {node.first + len(node.slots) - 1} of {plan.world} on slots {','.join(map(str, node.slots))}")
+        if node.rank in commands:
+            lines.append(_command("  start  ", commands[node.rank]))
+        lines.append(f"  agent  torchrun {shlex.join(torchrun_arguments(orders, o.python, 'entry.py', 'FOLDER'))}")
+        lines.append(f"  rank   {shlex.join(rank_command(orders, o.python))}{' (and --local_rank=N)' if o.pass_local_rank else ''}")
+    return "\n".join(lines)
+
+
+def _command(front: str, command: Command) -> str:
+    env = "".join(f"{name}={shlex.quote(value)} " for name, value in command.env.items())
+    return f"{front}{env}{shlex.join(command.argv)}" + (f"\n  stdin  {command.stdin.decode().rstrip()}" if command.stdin else "")

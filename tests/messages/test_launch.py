@@ -8,7 +8,8 @@ from funczero.launch import job as jobs
 from funczero.launch.flags import parse
 from funczero.launch.hostfile import choose, parse_hostfile
 from funczero.launch.orders import devices, prepare
-from funczero.launch.run import describe, main
+from funczero.launch.run import main
+from funczero.launch.transports import describe
 
 HOSTS = {"worker-1": 4, "worker-2": 2}
 
