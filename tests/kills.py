@@ -86,14 +86,15 @@ def guardian(life):
             os._exit(one(rank, life, store))
         ranks.append(pid)
     if "clock" in life:
-        while not all((place / f"rank{r}").exists() and (place / f"rank{r}").stat().st_size for r in range(2)):  # both have joined the world
+        while not all((place / f"rank{r}").exists() and life["after"] in (place / f"rank{r}").read_text() for r in range(2)):
             time.sleep(0.002)
         time.sleep(life["clock"])
         for rank in life["victims"]:
             os.kill(ranks[rank], signal.SIGKILL)
+    struck = time.time()
     ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
     lines = [(place / f"rank{r}").read_text().splitlines() if (place / f"rank{r}").exists() else [] for r in range(2)]
-    told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r]} for r in range(2)]
+    told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r], "struck": struck} for r in range(2)]
     (place / "told.new").write_text(json.dumps(told))
     (place / "told.new").rename(place / "told.json")
     return 0
@@ -153,6 +154,8 @@ def at_point(rank, life, say):
     dist.all_gather_object(pids, os.getpid())
     arm(life["point"], rank, life["victims"], pids, say)
     ck.save(state, 2 if life.get("overwrite") else 4, overwrite=bool(life.get("overwrite")))
+    while life.get("poll") and ck.poll() is None:
+        time.sleep(0.01)
     say("saved", name=ck.wait())
     ck.save(state, "more")
     say("saved", name=ck.wait())

@@ -15,6 +15,7 @@ from funczero.testing import tree_hash
 OLD, NEW = 2, 4
 BOTH, REPLACED, PRUNED = {"2": OLD, "4": NEW}, {"2": NEW}, {"4": NEW}
 # The point, who dies, what is found (name: step), and how the world is. `tcp`: its store dies with rank 0. Without `quick` the pulse is the product's own.
+# `poll`: the others ask at step boundaries instead of waiting.
 POINTS = [
     ("copied", [0], {"2": OLD}, {}),
     ("copied", [1], {"2": OLD}, {}),
@@ -25,6 +26,9 @@ POINTS = [
     ("chunk", [0, 1], {"2": OLD}, {}),
     ("written", [1], {"2": OLD}, {"quick": False}),
     ("written", [0], {"2": OLD}, {"tcp": True}),
+    ("written", [0], {"2": OLD}, {"poll": True}),
+    ("written", [1], {"2": OLD}, {"poll": True}),
+    ("made", [0], {"2": OLD}, {"poll": True, "tcp": True}),
     ("merged", [0], {"2": OLD}, {}),
     ("merged", [1], BOTH, {}),
     ("sealed", [0, 1], {"2": OLD}, {}),
@@ -40,7 +44,7 @@ POINTS = [
 
 def name_of(case):
     point, victims, _, more = case
-    return f"{point}-{''.join(map(str, victims))}{''.join('-' + k for k in more if k in ('tcp', 'quick'))}"
+    return f"{point}-{''.join(map(str, victims))}{''.join('-' + k for k in more if k in ('tcp', 'quick', 'poll'))}"
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +127,12 @@ def test_killed_at_100_random_moments(tmp_path):
     with nursery() as n:
         for i in range(100):
             victims, clock = rng.choice([[0], [1], [0, 1]]), rng.uniform(0.0, 0.8)
-            n.start(tmp_path, clock=clock, victims=victims)
+            n.start(tmp_path, clock=clock, victims=victims, after=rng.choice(["joined", "trains", "trains", "trains"]))
             told = n.told(tmp_path)
             assert all(told[r]["ended"] == -9 for r in victims), told
             survivors = [e for r in {0, 1} - set(victims) for e in told[r]["events"] if e["what"] == "raised"]
             assert len(survivors) == 2 - len(victims) and all(told[r]["ended"] == 1 for r in {0, 1} - set(victims)), told
+            assert all(e["at"] - told[0]["struck"] < 10 for e in survivors), told
             saves = [e["step"] for e in told[0]["events"] if e["what"] == "saves"]
             there = folder.listing(directory)
             assert not there.damaged and not there.other
@@ -137,7 +142,7 @@ def test_killed_at_100_random_moments(tmp_path):
             asked = max(saves, default=0)
             log.append((i, victims, clock, asked, found.step, found.name, there.half, [e.path.name for e in there.entries], survivors[0]["kind"] if survivors else "-"))
             assert found.step >= asked - 2  # every save but the last one was waited for
-        n.start(tmp_path, clock=3.0, victims=[0, 1])
+        n.start(tmp_path, clock=3.0, victims=[0, 1], after="trains")
         n.told(tmp_path)
     with Checkpointer(directory, step=step, keep=2) as ck:
         found = ck.restore(like=(step, checkpoints.abstract()))
@@ -149,4 +154,5 @@ def test_killed_at_100_random_moments(tmp_path):
     print("\nlife  dies   at s   last save  found  named      half written                            complete               survivor raised")
     for i, victims, clock, asked, step_, name, half, entries, kind in log:
         print(f"{i:4}  {str(victims):6} {clock:5.3f}  {asked:9}  {step_:5}  {name:9}  {', '.join(half) or '-':38}  {', '.join(entries):21}  {kind}")
-    print(f"in the middle of a save: {sum(bool(x[6]) or x[3] > x[4] for x in log)} of {len(log)}")
+    lost, found, none = sum(x[3] > x[4] for x in log), sum(0 < x[3] == x[4] for x in log), sum(not x[3] for x in log)
+    print(f"of {len(log)} lives {lost} lost the save under way, {found} ended with the last one they asked for, {none} ended before their first")
