@@ -191,7 +191,7 @@ def test_the_end_of_the_launcher_ends_everything(world, number, code):
 def test_a_killed_node_takes_its_ranks_with_it(world, tmp_path):
     process = world(SCRIPT, "die", "nobody")
     ready(process, 2)
-    os.kill(next(pid for pid in mine("funczero.launch.node") if process.pid in ancestors(pid)), signal.SIGKILL)
+    os.kill(next(pid for pid in mine(f"{sys.executable}\x00-m\x00funczero.launch.node") if process.pid in ancestors(pid)), signal.SIGKILL)
     code, _, err = finish(process)
     assert code == 255 and "was lost" in err.splitlines()[-1] and mine(SCRIPT) == []
     for folder in (tmp_path / "tmp").iterdir():
