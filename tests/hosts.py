@@ -58,18 +58,24 @@ class Host(NamedTuple):
 
     def processes(self) -> dict[int, str]:
         """Command lines of what runs here besides the first process and the listening sshd, by process id as seen from outside."""
-        space, found = os.readlink(f"/proc/{self.init}/ns/pid"), {}
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{name}/ns/pid") == space:
-                    found[int(name)] = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        return {pid: words for pid, words in found.items() if words and pid != self.init and "[listener]" not in words}
+        return {pid: words for pid, words in _everything(self).items() if words and pid != self.init and "[listener]" not in words}
 
     def kill(self) -> None:
         """The power goes: every process at once."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.init, signal.SIGKILL)
         self.outer.wait()
+
+
+def _everything(host: Host) -> dict[int, str]:
+    found: dict[int, str] = {}
+    with contextlib.suppress(OSError):  # it has ended
+        space = os.readlink(f"/proc/{host.init}/ns/pid")
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{name}/ns/pid") == space:
+                    found[int(name)] = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
 
 
 def missing(*tools: str) -> str:
@@ -114,7 +120,7 @@ def _start(name: str, folder: Path) -> Host:
         assert time.monotonic() < deadline and outer.poll() is None, f"{name} did not start"
         time.sleep(0.01)
     host = Host(name, int(children.read_text().split()[0]), outer)
-    while not any("[listener]" in (Path(f"/proc/{p}/cmdline").read_text()) for p in Path(f"/proc/{host.init}/task/{host.init}/children").read_text().split()):
+    while not any("[listener]" in words for words in _everything(host).values()):
         assert time.monotonic() < deadline and outer.poll() is None, f"{name}: {(folder / f'{name}.sshd').read_text()}"
         time.sleep(0.02)
     return host

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,15 @@ def mine(word):
     return found
 
 
+def ancestors(pid):
+    """The parents of a process, up to the first."""
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
 def shown(out):
     """What every rank printed of itself, in the order of ranks."""
     found = [json.loads(line[line.index("{") :]) for line in out.splitlines() if '"argv"' in line]
@@ -128,6 +138,7 @@ def test_a_dying_rank_ends_all_with_its_code_and_its_traceback_last(world):
     code, out, err = finish(world(SCRIPT, "die", "1"))
     assert code == 1 and time.monotonic() - since < 30
     lines = err.splitlines()
+    assert "funczero launch: rank 1 on 127.0.0.3 failed with exit code 1" in lines, err
     at = lines.index("funczero launch: rank 1 on 127.0.0.3 failed with exit code 1")
     assert lines[at + 1] == "Traceback (most recent call last):" and lines[-1] == "RuntimeError: rank 1 is unwell" and err.count("Traceback") == 1
     assert mine(SCRIPT) == []
@@ -174,6 +185,17 @@ def test_the_end_of_the_launcher_ends_everything(world, number, code):
     while mine(SCRIPT) or mine("sleep\x00100"):
         assert time.monotonic() - since < 5
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_node_takes_its_ranks_with_it(world, tmp_path):
+    process = world(SCRIPT, "die", "nobody")
+    ready(process, 2)
+    os.kill(next(pid for pid in mine(f"{sys.executable}\x00-m\x00funczero.launch.node") if process.pid in ancestors(pid)), signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 255 and "was lost" in err.splitlines()[-1] and mine(SCRIPT) == []
+    for folder in (tmp_path / "tmp").iterdir():
+        shutil.rmtree(folder)  # a node that is killed cannot clean up
 
 
 @pytest.mark.slow

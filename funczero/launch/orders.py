@@ -40,6 +40,8 @@ def prepare(orders: dict[str, Any]) -> None:
     os.environ.update(orders["env"])
     os.environ["CUDA_VISIBLE_DEVICES"] = devices(orders["slots"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3"
+    if orders["max_restarts"]:
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a store a start: in a shared one a host that did not fail itself reads its last start's addresses
     if len(orders["slots"]) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's rule, without its banner
     if orders["node_rank"] == 0:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TextIO
 from funczero.launch.processes import exit_status
 
 TRACEBACK = "Traceback (most recent call last):"
-HOLD = 2.0  # seconds that a traceback is held back: its rank may be about to end
+HOLD = 10.0  # seconds that a traceback is held back: its rank may be about to end
 
 
 class Failure(NamedTuple):

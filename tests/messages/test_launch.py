@@ -128,7 +128,8 @@ def test_an_environment_file(tmp_path):
 
 
 def test_a_node_says_why_it_cannot_start(tmp_path, monkeypatch):
-    orders = {"cwd": str(tmp_path / "none"), "script": "x.py", "module": False, "no_python": False, "slots": [0], "env": {}, "node_rank": 1, "master_addr": "no host", "master_port": 1}
+    orders = {"max_restarts": 0, "cwd": str(tmp_path / "none")}
+    orders |= {"script": "x.py", "module": False, "no_python": False, "slots": [0], "env": {}, "node_rank": 1, "master_addr": "no host", "master_port": 1}
     monkeypatch.chdir(tmp_path)
 
     def said(**changed):
