@@ -5,4 +5,6 @@ from pathlib import Path
 
 MICRO_BATCHES = 2
 script = Path(__file__).parents[1] / "experiments" / "train_gpt.py"
-os.execv(sys.executable, [sys.executable, str(script), f"--accumulate={MICRO_BATCHES // int(os.environ.get('WORLD_SIZE', '1'))}", *sys.argv[1:]])
+
+if __name__ == "__main__":
+    os.execv(sys.executable, [sys.executable, str(script), f"--accumulate={MICRO_BATCHES // int(os.environ.get('WORLD_SIZE', '1'))}", *sys.argv[1:]])
