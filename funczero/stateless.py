@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
@@ -192,7 +192,8 @@ def _wired(x: Any, memo: dict[int, nn.Module]) -> Any:
 class _Call:
     """One forward. Its copies of the blocks hold it, and never the other way: a cycle would keep gathered memory until a collection."""
 
-    def __init__(self, snapshot: _Snapshot, params: dict[str, Any], keyed: bool) -> None:
+    def __init__(self, snapshot: _Snapshot, params: dict[str, Any], keyed: bool | None) -> None:
+        """keyed: draws come from a key; None: from torch's generator, as the caller's loop has it."""
         if not isinstance(params, dict) or params.keys() != snapshot.names:
             odd = f"differ in {sorted(snapshot.names ^ params.keys())[0]!r}" if isinstance(params, dict) else f"are a {type(params).__name__}"
             raise ValueError(f"stateless: the parameters {odd}; give a flat dict with the names of the one that stateless returned")
@@ -226,7 +227,7 @@ class _Call:
         def once(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _bind(places, own)
             try:
-                with _scope(seed, self.device, lambda: _drew(module, f"{unit.path}.")):
+                with nullcontext() if self.keyed is None else _scope(seed, self.device, lambda: _drew(module, f"{unit.path}.")):
                     return (forward or partial(type(module).forward, module))(*args, **kwargs)
             finally:
                 _bind(places, self.params)

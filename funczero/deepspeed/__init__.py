@@ -1,14 +1,26 @@
-"""DeepSpeed's configuration file over the same chain."""
+"""DeepSpeed's configuration file and its engine over the same chain: `import funczero.deepspeed as deepspeed`."""
 
+from funczero.deepspeed import accelerator as accelerator
+from funczero.deepspeed import checkpointing as checkpointing
+from funczero.deepspeed import comm as comm
+from funczero.deepspeed import ops as ops
+from funczero.deepspeed import runtime as runtime
+from funczero.deepspeed import utils as utils
+from funczero.deepspeed import zero as zero
+from funczero.deepspeed.accelerator import get_accelerator as get_accelerator
+from funczero.deepspeed.arguments import add_config_arguments as add_config_arguments
 from funczero.deepspeed.build import Rates as Rates
 from funczero.deepspeed.build import chain_of as chain_of
 from funczero.deepspeed.build import from_deepspeed as from_deepspeed
 from funczero.deepspeed.build import on_values as on_values
 from funczero.deepspeed.build import optimizer_of as optimizer_of
 from funczero.deepspeed.build import rates_of as rates_of
+from funczero.deepspeed.comm import init_distributed as init_distributed
 from funczero.deepspeed.config import Config as Config
 from funczero.deepspeed.config import Value as Value
 from funczero.deepspeed.config import resolve as resolve
+from funczero.deepspeed.engine import Engine as Engine
+from funczero.deepspeed.entry import initialize as initialize
 from funczero.deepspeed.explain import diff as diff
 from funczero.deepspeed.explain import differences as differences
 from funczero.deepspeed.keys import KEYS as KEYS
@@ -16,3 +28,17 @@ from funczero.deepspeed.keys import ConfigError as ConfigError
 from funczero.deepspeed.keys import Key as Key
 from funczero.deepspeed.triad import Triad as Triad
 from funczero.deepspeed.triad import World as World
+
+DeepSpeedEngine = Engine
+ABSENT = {
+    "init_inference": "there is no inference engine here; run engine.eval() under torch.no_grad(), or export the weights",
+    "moe": "there are no experts over ranks here; a module's own experts train like any other parameters",
+    "pipe": "there is no pipeline here; write a torch.nn.Module and stage 3",
+    "PipelineModule": "there is no pipeline here; write a torch.nn.Module and stage 3",
+    "tp_model_init": "there is no tensor parallelism here; write stage 3",
+}
+
+
+def __getattr__(name: str) -> object:
+    """What is not here, by name."""
+    raise AttributeError(f"deepspeed.{name}: {ABSENT.get(name, 'it does not exist here')}")

@@ -1,0 +1,3 @@
+"""Places where user code looks for DeepSpeed's optimizers."""
+
+from funczero.deepspeed.ops import adam as adam

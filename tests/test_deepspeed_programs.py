@@ -1,0 +1,249 @@
+"""Five programs as a new user writes them, at stages 0 to 3 on two processes, against plain torch on the same rows without sharding."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import funczero.deepspeed as deepspeed
+from funczero.deepspeed import comm
+
+STAGES = range(4)
+
+
+def config(stage, micro=4, k=1, lr=1e-2, **more):
+    optimizer = {"optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.01}}}
+    zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 20}}
+    return {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": k, "gradient_clipping": 1.0, **optimizer, **zero, **more}
+
+
+def mine(x, k=1):
+    """This rank's micro-batches of a global batch."""
+    return x.chunk(comm.get_world_size())[comm.get_rank()].chunk(k)
+
+
+def averaged(nets, losses, optimizer, clip=1.0):
+    """Plain data-parallel training by hand: copies of a net, one for each rank, and the mean of their gradients."""
+    for net in nets:
+        net.zero_grad()
+    for loss in losses:
+        loss.backward()
+    for ps in zip(*(net.parameters() for net in nets), strict=True):
+        ps[0].grad = sum(p.grad for p in ps) / len(ps)
+    if clip:
+        nn.utils.clip_grad_norm_(nets[0].parameters(), clip)
+    optimizer.step()
+    with torch.no_grad():
+        for ps in zip(*(net.parameters() for net in nets), strict=True):
+            for p in ps[1:]:
+                p.copy_(ps[0])
+
+
+def gap(engine, net):
+    whole = engine.module.state_dict()
+    return max((whole[n].double() - x.double()).abs().max().item() for n, x in net.state_dict().items())
+
+
+# --- 1: an image classifier -----------------------------------------------------------------------------------------------
+def conv(i, o):
+    return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+
+
+def classifier_net():
+    torch.manual_seed(0)
+    return nn.Sequential(conv(3, 8), nn.Sequential(*(conv(8, 8) for _ in range(3))), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+def classifier(stage):
+    engine, _, _, _ = deepspeed.initialize(model=classifier_net(), config=config(stage))
+    criterion = nn.CrossEntropyLoss()
+    nets = [classifier_net() for _ in range(comm.get_world_size())]
+    plain = torch.optim.AdamW(nets[0].parameters(), lr=1e-2, weight_decay=0.01)
+    g = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        x, y = torch.randn(8, 3, 6, 6, generator=g), torch.randint(5, (8,), generator=g)
+        images, labels = mine(x)[0], mine(y)[0]
+        outputs = engine(images)
+        loss = criterion(outputs, labels)
+        engine.backward(loss)
+        engine.step()
+        with torch.no_grad():
+            engine.eval()
+            engine(images)
+            engine.train()
+        averaged(nets, [criterion(n(a), b) for n, a, b in zip(nets, x.chunk(len(nets)), y.chunk(len(nets)), strict=True)], plain)
+    return gap(engine, nets[comm.get_rank()])
+
+
+# --- 2: a masked-language model -------------------------------------------------------------------------------------------
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(30, 16)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(16, 30)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens, labels):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return F.cross_entropy(self.head(x).float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def masked(stage, k=4):
+    engine, _, _, _ = deepspeed.initialize(model=Masked(), config=config(stage, 2, k, 3e-3, bf16={"enabled": True}))
+    net = Masked()
+    plain = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.01, fused=True)
+    g, size, losses = torch.Generator().manual_seed(2), comm.get_world_size(), []
+    for _ in range(4):
+        tokens = torch.randint(1, 30, (2 * k * size, 7), generator=g)
+        labels = torch.where(torch.rand(tokens.shape, generator=g) < 0.4, tokens, -100)
+        tokens = torch.where(labels > 0, 0, tokens)
+        for t, y in zip(mine(tokens, k), mine(labels, k), strict=True):
+            loss = engine(t, y)
+            engine.backward(loss)
+            engine.step()
+        half = copy.deepcopy(net).bfloat16()
+        grads = []
+        for t, y in zip(tokens.chunk(k * size), labels.chunk(k * size), strict=True):
+            grads.append([x.float() for x in torch.autograd.grad(half(t, y), list(half.parameters()))])
+        for p, *gs in zip(net.parameters(), *grads, strict=True):
+            p.grad = sum(gs) / len(gs)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        plain.step()
+        losses.append(loss.item())
+    masters = engine.train_step.params(engine.state)
+    return max((masters[n] - p.detach()).abs().max().item() for n, p in net.named_parameters())
+
+
+# --- 3: a GAN ---------------------------------------------------------------------------------------------------------------
+def mlp(i, h, o, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(i, h), nn.Tanh(), nn.Sequential(*(nn.Sequential(nn.Linear(h, h), nn.Tanh()) for _ in range(2))), nn.Linear(h, o))
+
+
+def gan(stage):
+    loss_of = F.binary_cross_entropy_with_logits
+    d_engine, _, _, _ = deepspeed.initialize(model=mlp(6, 8, 1, 0), config=config(stage))
+    g_engine, _, _, _ = deepspeed.initialize(model=mlp(3, 8, 6, 1), config=config(3 - stage))
+    d, g = mlp(6, 8, 1, 0), mlp(3, 8, 6, 1)
+    d_plain, g_plain = (torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.01) for m in (d, g))
+    generator = torch.Generator().manual_seed(3)
+    one, zero = (lambda x: torch.ones_like(x)), (lambda x: torch.zeros_like(x))
+    for _ in range(4):
+        real_all, noise_all = torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
+        real, noise = mine(real_all)[0], mine(noise_all)[0]
+        fake = g_engine(noise)
+        out = d_engine(real)
+        d_engine.backward(loss_of(out, one(out)))
+        out = d_engine(fake.detach())
+        d_engine.backward(loss_of(out, zero(out)))
+        d_engine.step()
+        out = d_engine(fake)
+        g_engine.backward(loss_of(out, one(out)))
+        g_engine.step()
+
+        fake = g(noise_all)
+        averaged([d], [loss_of(d(real_all), torch.ones(8, 1)) + loss_of(d(fake.detach()), torch.zeros(8, 1))], d_plain)
+        averaged([g], [loss_of(d(fake), torch.ones(8, 1))], g_plain)
+    return max(gap(d_engine, d), gap(g_engine, g))
+
+
+# --- 4: a client optimizer with a schedule of the kind of Hugging Face -----------------------------------------------------
+def scheduled(stage, k=2):
+    def linear(optimizer, warmup, total):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: n / warmup if n < warmup else max(0.0, (total - n) / (total - warmup)))
+
+    model, net = mlp(4, 8, 3, 4), mlp(4, 8, 3, 4)
+    optimizer, plain = (torch.optim.AdamW(m.parameters(), lr=2e-2, betas=(0.9, 0.98)) for m in (model, net))
+    c = {key: x for key, x in config(stage, 2, k).items() if key != "optimizer"}
+    engine, face, _, scheduler = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=linear(optimizer, 2, 8), config=c)
+    other, g = linear(plain, 2, 8), torch.Generator().manual_seed(5)
+    for _ in range(6):
+        x, y = torch.randn(4 * comm.get_world_size(), 4, generator=g), torch.randint(3, (4 * comm.get_world_size(),), generator=g)
+        for a, b in zip(mine(x, k), mine(y, k), strict=True):
+            loss = F.cross_entropy(engine(a), b)
+            engine.backward(loss)
+            engine.step()
+            face.zero_grad()
+        averaged([net], [F.cross_entropy(net(x), y)], plain)
+        other.step()
+        assert scheduler.get_last_lr() == other.get_last_lr() == engine.get_lr()
+    return gap(engine, net)
+
+
+# --- 5: zero.Init and GatheredParameters -----------------------------------------------------------------------------------
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(9, 9), nn.Tanh()) for _ in range(3))
+        self.last = nn.Linear(9, 3)
+        self.gain = nn.Parameter(torch.full((9,), 0.5))
+
+    def forward(self, x):
+        for b in self.blocks:
+            x = x + b(x)
+        return self.last(x * self.gain)
+
+
+def gathered(stage):
+    torch.manual_seed(6 + comm.get_rank())  # rank 0's values count
+    with deepspeed.zero.Init(config_dict_or_path=config(stage)):
+        model = Deep()
+    torch.manual_seed(6)
+    net = Deep()
+    assert all(p.is_meta and p.shape == q.shape for p, q in zip(model.parameters(), net.parameters(), strict=True))
+    held = sum(p.part.numel() for p in model.parameters())
+    assert held <= sum(q.numel() for q in net.parameters()) / comm.get_world_size() + 9 * 9
+    with pytest.raises(RuntimeError, match="is sharded"):
+        nn.init.zeros_(model.last.bias)
+    with deepspeed.zero.GatheredParameters(model.last.parameters(), modifier_rank=0):
+        if comm.get_rank() == 0:
+            nn.init.zeros_(model.last.bias)
+    nn.init.zeros_(net.last.bias)
+    with pytest.raises(RuntimeError, match="'weight' was written to on this rank alone; write modifier_rank=0"), deepspeed.zero.GatheredParameters(model.last.weight):
+        nn.init.zeros_(model.last.weight)
+    with torch.no_grad():
+        net.last.weight.zero_()
+    engine, _, _, _ = deepspeed.initialize(model=model, config=config(stage))
+    plain, g = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.01), torch.Generator().manual_seed(7)
+    for u in range(5):
+        x, y = torch.randn(8, 9, generator=g), torch.randint(3, (8,), generator=g)
+        engine.backward(F.cross_entropy(engine(mine(x)[0]), mine(y)[0]))
+        engine.step()
+        averaged([net], [F.cross_entropy(net(x), y)], plain)
+        if u == 2:
+            weight = engine.module.blocks[1][0].weight if stage < 3 else model.blocks[1][0].weight
+            with deepspeed.zero.GatheredParameters([weight, model.gain], modifier_rank=1):
+                assert weight.shape == (9, 9) and not weight.is_meta
+                torch.testing.assert_close(weight.detach(), net.blocks[1][0].weight.detach(), rtol=1e-4, atol=1e-5)
+                if comm.get_rank() == 1:
+                    with torch.no_grad():
+                        weight.mul_(0.5)
+                        model.gain.add_(1)
+            with torch.no_grad():
+                net.blocks[1][0].weight.mul_(0.5)
+                net.gain.add_(1)
+            with deepspeed.zero.GatheredParameters(model):
+                assert sum(p.detach().sum() for p in model.parameters()).isfinite()
+            with pytest.raises(RuntimeError, match="'gain' was written to, and would be lost; write modifier_rank=0"), deepspeed.zero.GatheredParameters([model.gain]), torch.no_grad():
+                model.gain.zero_()
+    return gap(engine, net)
+
+
+@pytest.mark.parametrize("program", [classifier, masked, gan, scheduled, gathered])
+@pytest.mark.parametrize("stage", STAGES)
+def test_programs_give_plain_torchs_weights(run_world, program, stage):
+    gaps = run_world(2, program, stage, timeout=120)
+    assert max(gaps) < (2e-4 if program is masked else 3e-5), gaps
+
+
+def test_programs_on_one_process():
+    assert all(p(s) < (2e-4 if p is masked else 3e-5) for p in (classifier, masked, gan, scheduled) for s in (0, 3))
+
+
