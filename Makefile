@@ -4,12 +4,17 @@ BIN := .venv/bin
 READY := .venv/.ready
 OPTIONS ?=
 
-.PHONY: test test-all lint types tests train bench clean
+.PHONY: test test-all test-launch lint types tests train bench clean
 
 test: lint types tests
 
 test-all: lint types $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not hosts"
+
+# About ten minutes, as root: hosts out of namespaces with sshd, pdsh, OpenMPI, MPICH and SLURM. What cannot be installed is skipped by name.
+test-launch: $(READY)
+	sh tests/install_launchers.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -m hosts tests/test_launch_hosts.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ Run:
 How: float32 parameters and AdamW's two moments of a transformer, whose bytes are the same for all: a TrainState of a stage-3 chain, or DTensors in Shard(0).
 Two gloo processes of one thread save; both restore, then a third restores alone what two have written. A round visits everyone in a new order; `sync` comes
 before each part, and every restored bit is compared. `stall`: save() returns; `total`: committed, on disk; `read 2`, `read 1`: a restore by two processes and
-by one, from a warm page cache (`dcp` into tensors that are there, `dcp-async` and funczero into new ones). All times are the slower rank's. `disk`: bytes
+by one, from a warm page cache (funczero and `dcp` into tensors that are there, `dcp-async` and `funczero-new` into new ones). All times are the slower rank's. `disk`: bytes
 stored. `+save`, `+read`: the most by which a rank's memory grew in any round, the first included, so that buffers kept from then on count. `copy` is one
 copy of the rank's state into memory that is there, `clone` into new memory: what a stall is measured by.
 
@@ -54,7 +54,7 @@ from absl import app, flags
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-NAMES = ["funczero", "dcp", "dcp-async", "copy", "clone"]
+NAMES = ["funczero", "funczero-new", "dcp", "dcp-async", "copy", "clone"]
 TIMES, BYTES = ["stall", "total", "read 2", "read 1"], ["disk", "+save", "+read"]
 flags.DEFINE_list("megabytes", ["400", "1200"], "Sizes of the whole state, in millions of bytes.")
 flags.DEFINE_list("contenders", NAMES, "Whom to run.")
@@ -99,16 +99,17 @@ def zero_state(tree: dict[str, Any]) -> Any:
     return state
 
 
-def zero_contender(tree: dict[str, Any], folder: Path, reader: bool) -> Contender:
-    """funczero's checkpointer, kept over the rounds as a run keeps it; the reader opens one only while nobody writes."""
+def zero_contender(tree: dict[str, Any], folder: Path, reader: bool, new: bool) -> Contender:
+    """funczero's checkpointer, kept over the rounds as a run keeps it; the reader opens one only while nobody writes. `new`: restores into new memory."""
     import funczero as fz
 
     state = zero_state(tree)
-    ck = None if reader else fz.Checkpointer(folder / "funczero", keep=None)
+    there = fz.tree.clone(state)
+    ck = None if reader else fz.Checkpointer(folder, keep=None)
 
     def restore(path: Path) -> Pairs:
         own = ck or fz.Checkpointer(path.parent, keep=None)
-        got = own.restore(like=state, name=int(path.name)).state
+        got = own.restore(like=there, name=int(path.name), donate=not new).state
         if reader:
             own.close()
         return list(zip(fz.tree.tensors(got), fz.tree.tensors(state), strict=True))
@@ -188,8 +189,8 @@ def visit(c: Contender, path: Path, reader: bool, all_three: Barrier) -> dict[st
 def measure(o: dict, tree: dict[str, Any], folder: Path, reader: bool, all_three: Barrier) -> list[Costs]:
     """All rounds of one size: what everyone cost, as this process saw it."""
     contenders = torch_contenders(tree)
-    if "funczero" in o["contenders"]:
-        contenders["funczero"] = zero_contender(tree, folder, reader)
+    for name in (n for n in o["contenders"] if n.startswith("funczero")):
+        contenders[name] = zero_contender(tree, folder / name, reader, new=name == "funczero-new")
     rounds = []
     for number in range(o["rounds"] + 1):
         names = random.Random(number).sample(o["contenders"], len(o["contenders"]))

@@ -298,6 +298,7 @@ def leave() -> None:
 
 def main(argv: list[str]) -> None:
     """Check the flags, then start the processes, or be one of them."""
+    fz.environment.adopt()  # SLURM's and MPI's words for rank and world, in torchrun's
     try:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r} is not a flag; write --flag=value, or --help for the list")

@@ -155,6 +155,10 @@ class Watch(threading.Thread):
         if os.getpid() == self.pid and self.is_alive():
             self.leaving.set()
             self.join(2 * LINGER + PATIENCE)
+            if self.told and hasattr(sys, "last_value"):  # the world is broken: taking gloo's groups down now may abort, and hide the error
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(1)
 
     def run(self) -> None:
         """Look twice a second, until this rank leaves or is told, or rank 0 takes the store along."""

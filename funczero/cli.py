@@ -11,7 +11,10 @@ from funczero.deepspeed.explain import add_commands as add_config_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {parity, inspect, verify, diff, export, import, config}`; exit code 1: a promise is broken, or things differ; 2: bad input."""
+    """`funczero {parity, launch, inspect, verify, diff, export, import, config}`; exit code 1: a promise is broken, or things differ; 2: bad input."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["launch"]:
+        return _launch(words[1:])
     parser = argparse.ArgumentParser(prog="funczero", description="ZeRO as a chain of pure functions, on torch.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("parity", help="run your step builder at every stage and world, and compare", description=_parity.__doc__)
@@ -22,9 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--updates", type=int, default=5, help="updates a run")
     p.add_argument("--tolerance", type=float, default=1e-5, help="largest allowed difference to the unsharded run")
     p.set_defaults(run=_parity)
+    commands.add_parser("launch", add_help=False, help="one command for one machine or a hostfile of them; funczero launch --help")
     add_checkpoint_commands(commands)
     add_config_commands(commands)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     try:
         return args.run(args)
     except BrokenPipeError:  # the reader, as head, has seen enough
@@ -33,6 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as e:
         print(f"funczero: {e}", file=sys.stderr)
         return 2
+
+
+def _launch(words: Sequence[str]) -> int:
+    """Everything behind the script is the script's, so these words are not argparse's."""
+    from funczero.launch.run import main
+
+    return main(words)
 
 
 def _numbers(text: str, what: str) -> list[int]:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from funczero import environment
+
 
 class P(tuple):
     """A PartitionSpec: for every tensor dim the mesh axis (or axes, outermost first) it is split over, or None.
@@ -77,38 +79,35 @@ class Mesh(NamedTuple):
 
 def _default_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+    if accelerator is None:
+        return torch.device("cpu")
+    world = _environment()
+    return torch.device(accelerator.type, world.local_rank if world else 0)
 
 
 def _environment() -> World | None:
-    """What torchrun wrote into the environment, whole or not at all."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    there = [n for n in names if n in os.environ]
-    if not there:
-        return None
-    if len(there) < len(names):
-        missing = [n for n in names if n not in there]
-        raise RuntimeError(f"init_distributed: the environment names {there} but not {missing}; start with torchrun, or unset {there[0]} for a world of one")
-    values = {n: os.environ[n] for n in ("RANK", "WORLD_SIZE")}
-    if not all(v.isdigit() for v in values.values()) or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
-        raise RuntimeError(f"init_distributed: RANK={values['RANK']!r} and WORLD_SIZE={values['WORLD_SIZE']!r} are not a rank below a world size; start with torchrun")
-    return World(int(values["RANK"]), int(values["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+    """What a launcher wrote into the environment, whole or not at all."""
+    found = environment.read(os.environ)
+    return None if found is None else World(int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"]))
 
 
 def init_distributed(backend: str | None = None) -> World:
-    """Join the world that torchrun describes, or a world of one without it; a second call changes nothing.
+    """Join the world that torchrun, OpenMPI, MPICH or SLURM describes, or a world of one without them; a second call changes nothing.
+
+    What another launcher than torchrun says is written under torchrun's names as well, so that libraries and scripts find it there.
 
     Args:
       backend: a torch backend by name; by default gloo for CPU, the accelerator's own (nccl, rccl) otherwise.
 
     Raises:
-      RuntimeError: the environment describes half a world.
+      RuntimeError: the environment describes half a world, or several hosts without rank 0's address.
     """
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     world = _environment()
     if world is None:
         return World(0, 1, 0)
+    environment.adopt()
     device = _default_device()
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)

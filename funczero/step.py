@@ -170,8 +170,9 @@ def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bo
 
     def init(params: Any, key: int = 0) -> TrainState:
         g = running()
+        own = _lazy(source, g, params, g.env.mesh.device)
         _check_widening(params, g.env.policy)
-        return _initial(g, _lazy(source, g, params, g.env.mesh.device), key)
+        return _initial(g, own, key)
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
         _usable(state)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch.distributed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,6 +70,7 @@ def test_a_triad_holds_or_says_two_ways_to_hold(batch, micro, steps, n):
 
 @pytest.mark.parametrize(("environment", "size", "origin"), [({"WORLD_SIZE": "4"}, 4, "WORLD_SIZE of the environment"), ({}, 1, "the processes there are")])
 def test_the_world_is_the_environments(monkeypatch, environment, size, origin):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # other tests of this process may have joined a world
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, x in ({"RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"} | environment).items() if environment else ():

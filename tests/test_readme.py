@@ -10,18 +10,19 @@ from pathlib import Path
 README = Path(__file__).parent.parent / "README.md"
 
 
-def run(*command: str) -> str:
+def run(*command: str, cwd: Path) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_example_runs_alone_and_under_torchrun(tmp_path):
-    first, stages = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[:2]
+    first, stages, checkpoints = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[:3]
     script = tmp_path / "example.py"
-    script.write_text(first + "\nlr = 3e-4\n" + stages)  # the four stages build, too
-    alone = run(sys.executable, str(script))
-    both = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    script.write_text(first + checkpoints + "\nlr = 3e-4\n" + stages)  # the four stages build, too
+    (tmp_path / "both").mkdir()
+    alone = run(sys.executable, str(script), cwd=tmp_path)
+    both = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), cwd=(tmp_path / "both"))
     assert re.fullmatch(r"loss 0\.\d+ after 100 updates\n", alone), alone
     assert re.findall(r"loss 0\.\d+ after 100 updates", both) == [alone.strip()] * 2  # two ranks may share a line

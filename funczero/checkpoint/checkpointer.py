@@ -3,30 +3,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from absl import logging
-from torch import Tensor
 
 from funczero import tree
-from funczero.checkpoint import client, commit, folder, manifest
-from funczero.checkpoint.arrays import Array, CheckpointError, dtype_name, numpy_view, torch_dtype, write
+from funczero.checkpoint import client, folder, manifest
+from funczero.checkpoint.arrays import CheckpointError
 from funczero.checkpoint.folder import Keep
-from funczero.checkpoint.layout import Box, Deal, Piece, deal
+from funczero.checkpoint.layout import deal
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.names import Names, named, whole
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.restore import Context, Want, fill, load_client, template, window
+from funczero.checkpoint.saving import KINDS, Job, Staging, arrays_of, refuse_taken, run, sentence, spoken
 from funczero.spec import Slots
 from funczero.types import TrainState
-
-KINDS = {e.__name__: e for e in (ValueError, TypeError, FileExistsError, OSError, PermissionError)}  # raised elsewhere as what they are
 
 
 class Restored(NamedTuple):
@@ -99,8 +93,7 @@ class Checkpointer:
         self._peers: Peers | None = None
         self._number = self._polls = 0
         self._saving: _Saving | None = None
-        self._deal: tuple[Any, Deal] | None = None
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._staging = Staging()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -140,36 +133,32 @@ class Checkpointer:
         number, peers = self._number, self.peers
         with peers.beating():
             mine, error = self._prepared(state, name, client_state if peers.rank == 0 else None, metrics, overwrite)
-            peers.put(f"{number}/ready/{peers.rank}", {"coords": _coords(state) if error is None else {}, "error": _told(error)})
+            peers.put(f"{number}/ready/{peers.rank}", {"coords": _coords(state) if error is None else {}, "error": spoken(error)})
             go = self._agreed(number, mine[0] if mine else "", error)
-        assert mine is not None
-        text, found, told = mine
-        if go["name"] != text:
-            logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, text, go["name"])
-        own = self._dealt(found, go["coords"])
-        self._start(go["name"], overwrite, found, own, self._copied(found, own), told._replace(name=go["name"]))
+            assert mine is not None
+            text, found, told = mine
+            if go["name"] != text:
+                logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, text, go["name"])
+            own = self._staging.dealt(found, go["coords"], peers.rank)
+            values = self._staging.copied(found, own, peers.rank)
+        told = told._replace(name=go["name"])
+        self._start(Job(number, self.directory, self.keep, self.max_metadata, overwrite, told, arrays_of(found, own), own, values))
 
     def save_named(self, found: Names, name: str) -> None:
         """Save leaves by their names as one process, without a state and without a copy: the tensors stay untouched until `wait`."""
         self.wait()
         self._number += 1
-        self._refuse_taken(name, overwrite=False)
+        refuse_taken(self.directory, name, overwrite=False)
         told = Manifest(name, 0, 0, 0, {}, found.ties, {}, None, 1, {}, {"config": self._config}, manifest.versions())
         own = deal(found.parts, [{}], 0)
         values = [(p, found.parts[p.name].value.detach().contiguous()[p.box.slices()]) for p in own.pieces]
-        self._start(name, False, found, own, values, told)
+        self._start(Job(self._number, self.directory, self.keep, self.max_metadata, False, told, arrays_of(found, own), own, values))
 
-    def _start(self, name: str, overwrite: bool, found: Names, own: Deal, values: list[tuple[Piece, Tensor]], told: Manifest) -> None:
+    def _start(self, job: Job) -> None:
         failed: list[BaseException] = []
-        job = partial(self._write, self._number, name, overwrite, found, own, values, told)
-        thread = threading.Thread(target=partial(_caught, job, failed), name=f"funczero-save-{name}")  # no daemon: a process that ends waits for it, and never for long
-        self._saving = _Saving(self._number, name, thread, failed)
+        thread = threading.Thread(target=run, args=(job, self.peers, failed), name=f"funczero-save-{job.told.name}")  # no daemon: a process that ends waits for it
+        self._saving = _Saving(job.number, job.told.name, thread, failed)
         thread.start()
-
-    def _refuse_taken(self, name: str, overwrite: bool) -> None:
-        """An error where there is a checkpoint of this name."""
-        if not overwrite and ((self.directory / name).exists() or (self.directory / (name + folder.NEW)).exists()):
-            raise FileExistsError(f"save: {str(self.directory / name)!r} is there already; choose another name, or write overwrite=True")
 
     def poll(self) -> str | None:
         """At a step boundary: has the save under way ended? Its name if it is committed now; all ranks are told at the same boundary.
@@ -188,8 +177,8 @@ class Checkpointer:
             return self._ended() if peers.get(key) <= self._polls else None
         if peers.rank == 0 and not self._saving.thread.is_alive():
             peers.put(key, self._polls + 1)  # seen by all at the next boundary: no rank gets there before rank 0 has left this one
-        elif self._saving.failed:
-            return self._ended()  # rank 0 cannot be reached
+        elif self._saving.failed and not peers.there(f"{number}/end"):
+            return self._ended()  # rank 0 is lost; what it told its peers, it tells them at a boundary, too
         return None
 
     def wait(self) -> str | None:
@@ -216,7 +205,7 @@ class Checkpointer:
             for key in arrays:
                 if key in found.parts:
                     raise ValueError(f"save: {key!r} is both in the state and in the client state; rename a transform")
-            found = found._replace(parts=found.parts | {key: whole(x)._replace(root=True) for key, x in arrays.items()})
+            found = found._replace(parts=found.parts | {key: whole(x)._replace(first=True) for key, x in arrays.items()})
             numbers = {str(k): float(v) for k, v in (metrics or {}).items()}
             about = {"config": self._config}
             if self._step is not None:
@@ -225,7 +214,7 @@ class Checkpointer:
                 text, 0, int(state.step), int(state.updates), {}, found.ties, numbers, encoded, self.peers.size, window(state), about, manifest.versions()
             )  # fmt: skip
             if self.peers.rank == 0:
-                self._refuse_taken(text, overwrite)
+                refuse_taken(self.directory, text, overwrite)
             return (text, found, told), None
         except (ValueError, TypeError, OSError, CheckpointError) as e:
             return None, e
@@ -239,96 +228,16 @@ class Checkpointer:
                 bad = next(((r, a["error"]) for r, a in enumerate(all_ready) if a["error"]), None)
                 go = {"name": name, "coords": [a["coords"] for a in all_ready], "error": bad}
             except CheckpointError as e:
-                go = {"error": (0, _told(e))}
+                go = {"error": (0, spoken(e))}
             peers.put(f"{number}/go", go)
         (go,) = peers.wait([(0, f"{number}/go")], "save", join=self.join + 10)
+        peers.forget(number)  # all are here
         if go["error"]:
             rank, (kind, text) = go["error"]
             if error is not None:
                 raise error
             raise KINDS.get(kind, CheckpointError)(text if peers.rank == rank or kind == "CheckpointError" else f"{text} (rank {rank})")
         return go
-
-    def _dealt(self, found: Names, coords: list[Any]) -> Deal:
-        """This rank's pieces; the same as last time for a state of the same form."""
-        form = (coords, [(n, p.shape, p.value.dtype, p.where) for n, p in found.parts.items()])
-        if self._deal is None or self._deal[0] != form:
-            self._deal = (form, deal(found.parts, [{a: tuple(c) for a, c in r.items()} for r in coords], self.peers.rank))
-        return self._deal[1]
-
-    def _copied(self, found: Names, own: Deal) -> list[tuple[Piece, Tensor]]:
-        """The values of this rank's pieces, in host memory that is kept from save to save."""
-        held = [p for p in own.pieces if p.holder == self.peers.rank]
-        sizes = [-(-prod(p.box.shape) * found.parts[p.name].value.element_size() // 64) * 64 for p in held]
-        pinned = any(x.value.device.type == "cuda" for x in found.parts.values())
-        if self._arena.numel() < sum(sizes):
-            memory = torch.from_numpy(np.empty(sum(sizes), np.uint8))  # numpy asks for huge pages: the first copy is not ten times slower
-            self._arena = memory.pin_memory() if pinned else memory
-        out, sources, at = [], [], 0
-        for piece, size in zip(held, sizes, strict=True):
-            source = found.parts[piece.name].value.detach()[piece.box.slices(own.boxes[piece.name].start)]
-            n = source.numel() * source.element_size()
-            out.append((piece, self._arena[at : at + n].view(source.dtype).view(source.shape)))
-            sources.append(source)
-            at += size
-        if out:
-            torch._foreach_copy_([x for _, x in out], sources)
-        return out
-
-    def _write(self, number: int, name: str, overwrite: bool, found: Names, own: Deal, values: list[tuple[Piece, Tensor]], told: Manifest) -> None:
-        """One rank's save, in its thread."""
-        peers = self.peers
-        store = peers.connection()
-        arrays = {n: Array(p.shape, dtype_name(p.value.dtype), own.chunks[n]) for n, p in found.parts.items()}
-        with peers.beating():
-            if peers.rank == 0:
-                try:
-                    self._commit(number, name, overwrite, arrays, own, values, told, store)
-                except BaseException as e:
-                    peers.put(f"{number}/end", _told(e), store)
-                    peers.put(f"{number}/dir", None, store)
-                    raise
-                peers.put(f"{number}/end", None, store)
-                return
-            (where,) = peers.wait([(0, f"{number}/dir")], f"save {name!r}", store)
-            if where is not None:
-                try:
-                    tails: Any = _pieces(Path(where), peers, number, arrays, own, values, store)
-                except BaseException as e:
-                    tails = f"rank {peers.rank}: {_sentence(e)}"
-                peers.put(f"{number}/done/{peers.rank}", tails, store)
-            (end,) = peers.wait([(0, f"{number}/end")], f"save {name!r}", store)
-            if end is not None:
-                raise KINDS.get(end[0], CheckpointError)(end[1]) if end[0] != "CheckpointError" else CheckpointError(end[1])
-
-    def _commit(self, number: int, name: str, overwrite: bool, arrays: dict[str, Array], own: Deal, values: Any, told: Manifest, store: Any) -> None:
-        """Rank 0's: orbax's save around everybody's writing, then what may go."""
-        peers, tails = self.peers, {n: dict[str, str]() for n in arrays}
-
-        def everybody(path: Path) -> None:
-            peers.put(f"{number}/dir", str(path), store)
-            mine = _pieces(path, peers, number, arrays, own, values, store)
-            for theirs in (mine, *peers.wait([(r, f"{number}/done/{r}") for r in range(1, peers.size)], f"save {name!r}", store)):
-                if isinstance(theirs, str):
-                    raise CheckpointError(f"save {name!r}: {theirs}")
-                for leaf, keys in theirs.items():
-                    tails[leaf] |= keys
-
-        with folder.saving(self.directory):
-            folder.clean(self.directory)
-            final = self.directory / name
-            self._refuse_taken(name, overwrite)
-            told = told._replace(sequence=1 + max((e.manifest.sequence for e in folder.listing(self.directory, self.max_metadata).entries), default=0))
-            target = final.with_name(name + folder.NEW) if final.exists() else final
-            finished = lambda path: manifest.seal(path, told._replace(arrays={n: a._replace(tails=tails[n]) for n, a in arrays.items()}))
-            try:
-                commit.commit(target, [tuple(n.split("/")) for n in arrays], commit.Hooks(everybody, finished))
-            except Exception as e:
-                raise e if isinstance(e, (OSError, CheckpointError)) else CheckpointError(f"save {name!r}: {_sentence(e)}") from e
-            if target != final:
-                folder.swap(target, final)
-            folder.clean(self.directory)
-            folder.prune(self.directory, self.keep)
 
     def names(self) -> list[str]:
         """The committed checkpoints in order of their commits; rank 0 looks, and all get the same answer."""
@@ -349,6 +258,7 @@ class Checkpointer:
         only: str | Sequence[str] = (),
         rename: Sequence[tuple[str, str]] = (),
         fallback: bool = False,
+        donate: bool = False,
     ) -> Restored:
         """A state of the form of `like`, filled from a checkpoint of any world, mesh and stage; each rank reads its ranges alone.
 
@@ -358,6 +268,7 @@ class Checkpointer:
           strict: names and shapes must match both ways; otherwise leaves that are missing stay as `like` has them, and others are left out.
           only: regexes on names ("^params/"): others stay as `like` has them.
           rename: (regex, replacement) from the state's names to the checkpoint's.
+          donate: fill the memory of `like`, a state, instead of new memory; what is not read stays, and after an error it holds some of both.
           fallback: pass over damaged checkpoints, with a line each.
 
         Raises:
@@ -379,7 +290,8 @@ class Checkpointer:
             peers.put(f"{number}/ready/{peers.rank}", {"coords": _coords(target), "error": None})
             choices = self._choices(number, name, fallback)
             coords = [{a: tuple(c) for a, c in r["coords"].items()} for r in peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "restore", join=self.join)]
-            context = Context(peers.rank, peers.size, coords, None if step is None else _chain(step), device)
+            peers.forget(number)  # all are here
+            context = Context(peers.rank, peers.size, coords, None if step is None else _chain(step), device, donate and isinstance(like, TrainState))
             problems = []
             for attempt, path in enumerate(choices):
                 result, problem = self._tried(Path(path), target, fresh, want, context, f"{number}/read/{attempt}")
@@ -399,7 +311,7 @@ class Checkpointer:
                 found = folder.choose(self.directory, name, self.keep, fallback, self.max_metadata)
                 answer: Any = [str(e.path) for e in found]
             except (CheckpointError, ValueError, OSError) as e:
-                answer = {"error": _told(e)}
+                answer = {"error": spoken(e)}
             self.peers.put(f"{number}/choice", answer)
         (answer,) = self.peers.wait([(0, f"{number}/choice")], "restore", join=self.join)
         if isinstance(answer, dict):
@@ -418,7 +330,7 @@ class Checkpointer:
             name = path.name.removesuffix(folder.NEW)
             done = Restored(state, load_client(path, found), name, found.step, found.metrics, tuple(notes))
         except (CheckpointError, ValueError, TypeError, OSError) as e:
-            mine = f"{_sentence(e)} (in {str(path)!r})" if str(path) not in str(e) else _sentence(e)
+            mine = f"{sentence(e)} (in {str(path)!r})" if str(path) not in str(e) else sentence(e)
         self.peers.put(f"{key}/{context.rank}", mine)
         all_told = self.peers.wait([(r, f"{key}/{r}") for r in range(context.size)], "restore")
         bad = next(((r, text) for r, text in enumerate(all_told) if text), None)
@@ -442,36 +354,3 @@ def _specs(found: Names) -> dict[str, str]:
     return {n: repr(p.where.spec(p.leaf)) for n, p in found.parts.items() if p.where is not None}
 
 
-def _pieces(path: Path, peers: Peers, number: int, arrays: dict[str, Array], own: Deal, values: list[tuple[Piece, Tensor]], store: Any) -> dict[str, dict[str, str]]:
-    """Send what others write, write what is this rank's; checksums by leaf and chunk."""
-    rank = peers.rank
-    name_of = lambda p: f"{number}/rows/{p.name}/{p.key}/{p.box.start}"
-    for piece, x in values:
-        if piece.writer != rank:
-            peers.put_bytes(name_of(piece), x.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), store)
-    chunks: list[tuple[str, tuple[int, ...], Box, np.ndarray]] = [(p.name, p.key, p.box, numpy_view(x)) for p, x in values if p.writer == rank]
-    for piece in own.pieces:
-        if piece.writer == rank != piece.holder:
-            (rows,) = peers.wait([(piece.holder, name_of(piece))], "save", store, raw=True)
-            x = torch.frombuffer(bytearray(rows), dtype=torch_dtype(arrays[piece.name].dtype)).view(piece.box.shape)
-            chunks.append((piece.name, piece.key, piece.box, numpy_view(x)))
-    mine = {name for name, *_ in chunks}
-    empty = {n for n, a in arrays.items() if not prod(a.shape)} if rank == 0 else set()
-    if not mine | empty:
-        return {}
-    return write(path / f"ocdbt.process_{rank}", {n: a for n, a in arrays.items() if n in mine | empty}, chunks)
-
-
-def _caught(job: Any, failed: list[BaseException]) -> None:
-    try:
-        job()
-    except BaseException as e:
-        failed.append(e)
-
-
-def _sentence(e: BaseException) -> str:
-    return str(e).split(" [tensorstore", 1)[0].split(" [source locations", 1)[0].strip() or type(e).__name__
-
-
-def _told(e: BaseException | None) -> tuple[str, str] | None:
-    return None if e is None else (type(e).__name__, _sentence(e))

@@ -1,6 +1,6 @@
 """Who writes what: every leaf is one logical array cut into chunks, every chunk has one writer, and the bytes are dealt evenly.
 
-A chunk is a full part of a rank, or a piece of it of at most 16 MiB: readers fetch whole chunks. Where cuts of nested brackets do not divide, some rows of a
+A chunk is a full part of a rank, or a piece of it of at most 4 MiB: readers fetch whole chunks. Where cuts of nested brackets do not divide, some rows of a
 chunk lie with a neighbour, who sends them to the writer. Equal parts (replicas) are dealt by bytes.
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from funczero.checkpoint.names import Part
 from funczero.spec import Where
 
-CAP = 16 << 20  # bytes of a chunk
+CAP = 4 << 20  # bytes of a chunk: small enough to be decoded in a cache, large enough to count little
 
 Coords = Mapping[str, tuple[int, int]]  # mesh axis -> (size, a rank's index)
 
@@ -77,7 +77,7 @@ def _divisor(n: int, least: int) -> int:
 
 
 def deal(parts: dict[str, Part], ranks: list[Coords], rank: int) -> Deal:
-    """The pieces of this rank; every rank comes to the same deal from the same coordinates."""
+    """The pieces of this rank; every rank comes to the same deal from the same coordinates (what rank 0 alone knows of comes last)."""
     places: dict[tuple[Any, ...], list[Where]] = {}
     load = [0] * len(ranks)
     out = Deal({}, [], {})
@@ -85,12 +85,10 @@ def deal(parts: dict[str, Part], ranks: list[Coords], rank: int) -> Deal:
         boxes, block = _boxes(part, ranks, places)
         itemsize = part.value.element_size()
         chunk = out.chunks[name] = chunk_shape(block, part.shape, itemsize)
-        mine = boxes[rank]
-        if mine is not None:
-            out.boxes[name] = mine
+        out.boxes[name] = boxes[rank]
         holders: dict[Box, list[int]] = {}
         for r, box in enumerate(boxes):
-            if box is not None and 0 not in box.shape:
+            if prod(box.shape) and (r == 0 or not part.first):
                 holders.setdefault(box, []).append(r)
         for key, pieces in sorted(_meetings(list(holders), chunk).items()):
             pieces.sort(key=lambda p: (-prod(p[0].shape), p[0].start))
@@ -103,13 +101,11 @@ def deal(parts: dict[str, Part], ranks: list[Coords], rank: int) -> Deal:
     return out
 
 
-def _boxes(part: Part, ranks: list[Coords], places: dict[tuple[Any, ...], list[Where]]) -> tuple[list[Box | None], tuple[int, ...]]:
+def _boxes(part: Part, ranks: list[Coords], places: dict[tuple[Any, ...], list[Where]]) -> tuple[list[Box], tuple[int, ...]]:
     """Every rank's part of a leaf, and the shape of a full one."""
     if part.own:
         row = (1, *part.shape[1:])
         return [Box((r,) + (0,) * (len(row) - 1), row) for r in range(len(ranks))], row
-    if part.root:
-        return [Box((0,) * len(part.shape), part.shape), *[None] * (len(ranks) - 1)], part.shape
     if part.where is None:
         return [Box((0,) * len(part.shape), part.shape)] * len(ranks), part.shape
     axes = part.where.axes

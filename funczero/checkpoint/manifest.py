@@ -1,15 +1,17 @@
 """What a checkpoint says of itself: one JSON file beside the arrays, its sha256 in another, and the sizes of all files."""
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
+import stat
 import zlib
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +20,11 @@ from funczero.checkpoint.arrays import Array, CheckpointError, torch_dtype
 FILE, SEAL, ARRAYS = "funczero.json", "funczero.sha256", "state"
 STAMPED, LAST = "_CHECKPOINT_METADATA", "commit_success.txt"  # orbax's own: completed, and written, after the seal
 FORMAT = 1
-SMALL = 1 << 20  # bytes; files up to here are checked whole, larger ones by their chunks
+SMALL = 1 << 20  # bytes; files of chunks up to here are checked whole, larger ones by their chunks
 LIMIT = 256 << 20  # bytes of the JSON file that a reader takes
+DIMS = 32  # of an array, as the store has it
+FORM = {"name": str, "sequence": int, "step": int, "updates": int, "arrays": dict, "ties": dict, "metrics": dict, "world": int, "window": dict, "about": dict}
+FORM |= {"versions": dict, "files": dict}
 
 
 class Manifest(NamedTuple):
@@ -58,20 +63,35 @@ def seal(folder: Path, manifest: Manifest) -> None:
     files = {}
     for path in _files(folder):
         size = path.stat().st_size
-        late = path.name == STAMPED
-        files[path.relative_to(folder).as_posix()] = (-1 if late else size, _crc(path) if late or size <= SMALL else None)
+        late, chunks = path.name == STAMPED, path.parent.name == "d"
+        files[path.relative_to(folder).as_posix()] = (-1 if late else size, None if chunks and size > SMALL else _crc(path))
     body = manifest._replace(files=files)._asdict() | {"format": FORMAT, "arrays": {n: a._asdict() for n, a in manifest.arrays.items()}}
     text = json.dumps(body, allow_nan=True, ensure_ascii=True, separators=(",", ":")).encode()
-    for name, content in ((FILE, text), (SEAL, f"{hashlib.sha256(text).hexdigest()}  {FILE}\n".encode())):
+    for name, content in ((FILE, text), (SEAL, _sum(text))):
         with (folder / name).open("wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
 
 
+def _sum(text: bytes) -> bytes:
+    """The checksum's file, as `sha256sum --check` reads it."""
+    return f"{hashlib.sha256(text).hexdigest()}  {FILE}\n".encode()
+
+
+def _bytes(path: Path, limit: int = LIMIT) -> bytes:
+    """A file's content; OSError where it is no regular file (a reader of a pipe would wait), or longer than `limit`."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if status.st_size > limit:
+        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than {limit}", str(path))
+    return path.read_bytes()
+
+
 def _crc(path: Path) -> int:
     """A checksum of a file; of orbax's own without the time of the commit, which is filled in between the seal and the rename."""
-    content = path.read_bytes()
+    content = _bytes(path)
     if path.name == STAMPED:
         content, n = re.subn(rb'"commit_timestamp_nsecs": ?(null|[0-9]{1,20})', b"", content)
         content += b"%d" % n
@@ -94,10 +114,10 @@ def load(folder: Path, limit: int = LIMIT) -> Manifest:
         size = path.stat().st_size
         if size > limit:
             raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} has {size} bytes, more than {limit}; raise max_metadata= if you trust it")
-        text, sums = path.read_bytes(), (folder / SEAL).read_text().split()
-    except (OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"checkpoint {str(folder)!r}: {getattr(e, 'filename', None) or SEAL} cannot be read ({getattr(e, 'strerror', None) or e})") from None
-    if sums[:1] != [hashlib.sha256(text).hexdigest()]:
+        text, sums = _bytes(path, limit), _bytes(folder / SEAL, 1024)
+    except OSError as e:
+        raise CheckpointError(f"checkpoint {str(folder)!r}: {e.filename} cannot be read ({e.strerror})") from None
+    if sums != _sum(text):
         raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} does not have the sha256 that {SEAL} names; one of them was changed or damaged")
     try:
         return _parse(json.loads(text), folder)
@@ -110,18 +130,36 @@ def load(folder: Path, limit: int = LIMIT) -> Manifest:
 def _parse(body: dict[str, Any], folder: Path) -> Manifest:
     if body["format"] != FORMAT:
         raise CheckpointError(f"checkpoint {str(folder)!r} has format {body['format']!r}, this version reads {FORMAT}; use the funczero that wrote it ({body.get('versions')})")
-    arrays = {}
-    for name, a in body["arrays"].items():
-        _safe(name, folder)
-        shape, chunk = tuple(a["shape"]), tuple(a["chunk"])
-        if len(shape) != len(chunk) or not all(type(n) is int and n >= 0 for n in shape) or not all(type(n) is int and n > 0 for n in chunk):
-            raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} has shape {list(shape)} in chunks {list(chunk)}, which no array has")
-        arrays[name] = Array(shape, a["dtype"], chunk, dict(a["tails"]))
+    wrong = [k for k, kind in FORM.items() if type(body[k]) is not kind]
+    wrong += [k for k, kinds in (("ties", str), ("metrics", (int, float))) if not wrong and not all(isinstance(x, kinds) for x in body[k].values())]
+    wrong += ["window"] * (not wrong and not all(map(_is_window, body["window"].values())))
+    if wrong:
+        raise TypeError(f"{wrong[0]!r} holds other things than a save writes")
+    arrays = {name: _array(_safe(name, folder), a, folder) for name, a in body["arrays"].items()}
     files = {_safe(path, folder): (int(size), crc) for path, (size, crc) in body["files"].items()}
     most, asked = sum(size for size, _ in files.values()), sum(prod(a.shape) * torch_dtype(a.dtype).itemsize for a in arrays.values())
     if asked > most:  # nothing is compressed
         raise CheckpointError(f"checkpoint {str(folder)!r}: its leaves would have {asked} bytes, its files have {most}")
     return Manifest(**{f: body[f] for f in Manifest._fields if f not in ("arrays", "files")}, arrays=arrays, files=files)
+
+
+def _is_window(w: Any) -> bool:
+    sums = w.get("partial") if isinstance(w, dict) and isinstance(w.get("count"), int) else None
+    return isinstance(sums, list) and all(isinstance(p, dict) and "spec" in p for p in sums)
+
+
+def _array(name: str, a: dict[str, Any], folder: Path) -> Array:
+    """A leaf's entry, its sizes and the number of its chunks checked, so that nobody counts to what no store holds."""
+    shape, chunk, tails = tuple(a["shape"]), tuple(a["chunk"]), dict(a["tails"])
+    if len(shape) != len(chunk) or len(shape) > DIMS or not all(type(n) is int and n >= 0 for n in shape) or not all(type(n) is int and n > 0 for n in chunk):
+        raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} has shape {str(list(shape))[:80]} in chunks {str(list(chunk))[:80]}, which no array has")
+    try:
+        torch_dtype(a["dtype"])
+    except (CheckpointError, TypeError):
+        raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} has dtype {a['dtype']!r}, which is none of this torch") from None
+    if len(tails) != (count := prod(ceil(n / c) for n, c in zip(shape, chunk, strict=True))):
+        raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} has {count} chunks and {len(tails)} checksums")
+    return Array(shape, a["dtype"], chunk, tails)
 
 
 def _safe(name: str, folder: Path) -> str:
@@ -144,5 +182,8 @@ def check_files(folder: Path, manifest: Manifest, strangers: bool = False) -> li
                 problems.append(f"file {path!r} was changed or damaged")
         except OSError as e:
             problems.append(f"file {path!r} cannot be read ({e.strerror})")
-    there = {p.relative_to(folder).as_posix() for p in _files(folder)} - {LAST} if strangers else set()
-    return problems + [f"file {path!r} does not belong to it" for path in sorted(there - set(manifest.files))]
+    if not strangers:
+        return problems
+    there = {p.relative_to(folder).as_posix() for p in _files(folder)}
+    problems += [f"file {LAST!r} is missing"] * (LAST not in there)
+    return problems + [f"file {path!r} does not belong to it" for path in sorted(there - {LAST} - set(manifest.files))]

@@ -27,7 +27,7 @@ class Part(NamedTuple):
     where: Where | None = None  # the place whose cuts this leaf has; None: every rank holds the whole, or with `own` a row
     leaf: int = -1  # its number there
     own: bool = False  # does dim 0 count the ranks, so that each holds its row?
-    root: bool = False  # does rank 0 alone hold it?
+    first: bool = False  # does rank 0 alone hold it, and know of it?
     also: tuple[Tensor, ...] = ()  # the same values once more, where a tie is kept apart in memory
 
 

@@ -28,6 +28,7 @@ class Peers:
         first = base.clone()
         self._space = f"funczero/checkpoint/{first.add(f'funczero/checkpoint/count/{self.rank}', 1)}"  # the n-th of every rank belong together
         self.store = self.connection()
+        self._mine: list[str] = []  # keys that this rank has published
         self._seen: dict[int, tuple[bytes, float]] = {}
 
     def connection(self) -> Any:
@@ -36,11 +37,20 @@ class Peers:
 
     def put(self, key: str, value: Any, store: Any = None) -> None:
         """Publish JSON."""
+        self._mine.append(key)
         self._ask(lambda: (store or self.store).set(key, zlib.compress(json.dumps(value).encode(), 1)))
 
     def put_bytes(self, key: str, value: bytes, store: Any) -> None:
         """Publish bytes."""
+        self._mine.append(key)
         self._ask(lambda: store.set(key, value))
+
+    def forget(self, number: int) -> None:
+        """Take back what this rank published for calls before `number`, which all ranks have left."""
+        old = lambda key: key.split("/")[0].isdigit() and int(key.split("/")[0]) < number
+        for key in [k for k in self._mine if old(k)]:
+            self._ask(lambda key=key: self.store.delete_key(key))
+        self._mine = [k for k in self._mine if not old(k)]
 
     def there(self, key: str, store: Any = None) -> bool:
         """Has it been published?"""
@@ -69,7 +79,7 @@ class Peers:
         for rank, key in keys:
             start, pause = time.monotonic(), 0.0005
             while not self.there(key, store):
-                self._alive(rank, what, store)
+                self._alive(rank, what, store, came=join is None)
                 if join is not None and time.monotonic() - start > join:
                     raise CheckpointError(f"{what}: rank {rank} did not come within {join:g} s, while rank {self.rank} waits; every rank calls save and restore, at the same step")
                 time.sleep(pause)
@@ -77,18 +87,17 @@ class Peers:
             out.append(self.get_bytes(key, store or self.store) if raw else self.get(key, store))
         return out
 
-    def _alive(self, rank: int, what: str, store: Any) -> None:
-        """Look at a rank's pulse, at most ten times a second."""
-        value, when = self._seen.get(rank, (b"", 0.0))
+    def _alive(self, rank: int, what: str, store: Any, came: bool) -> None:
+        """Look at a rank's pulse, at most ten times a second. Of one that `came` already, the lack of any pulse is silence, too."""
+        value, when = self._seen.get(rank, (None, 0.0))
         now = time.monotonic()
-        if rank == self.rank or (value and now - when < 0.1):
+        if rank == self.rank or (value is not None and now - when < 0.1):
             return
-        if self.there(f"beat/{rank}", store):
-            beat = self.get_bytes(f"beat/{rank}", store or self.store)
-            if beat != value:
-                self._seen[rank] = (beat, now)
-            elif now - when > DEAD:
-                raise CheckpointError(f"{what}: rank {rank} has not been heard of for {now - when:.0f} s; its process was ended, or its machine is lost")
+        beat = self.get_bytes(f"beat/{rank}", store or self.store) if self.there(f"beat/{rank}", store) else b""
+        if beat != value:
+            self._seen[rank] = (beat, now)
+        elif now - when > DEAD and (beat or came):
+            raise CheckpointError(f"{what}: rank {rank} has not been heard of for {now - when:.0f} s; its process was ended, or its machine is lost")
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:

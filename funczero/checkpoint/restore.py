@@ -18,7 +18,7 @@ from funczero.accumulate import Accumulate
 from funczero.checkpoint import client, names
 from funczero.checkpoint.arrays import Array, CheckpointError, Reader, dtype_name, torch_dtype
 from funczero.checkpoint.layout import Box
-from funczero.checkpoint.manifest import ARRAYS, Manifest
+from funczero.checkpoint.manifest import ARRAYS, FILE, Manifest
 from funczero.checkpoint.names import Part, named
 from funczero.spec import Fill, Slots, Where
 from funczero.types import Out, TrainState
@@ -40,6 +40,7 @@ class Context(NamedTuple):
     coords: list[dict[str, tuple[int, int]]]  # of all ranks
     chain: str | None  # as printed
     device: torch.device  # of a state that is built
+    donated: bool = False  # may `like` itself be filled?
 
 
 def template(step: Any, params: Any) -> tuple[TrainState, Callable[[], TrainState]]:
@@ -87,7 +88,7 @@ def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], T
       CheckpointError: a name is missing, a shape or a kind of dtype differs, an array is damaged.
     """
     notes: list[str] = []
-    state, dropped = _windows(roomy(like, context.device), manifest, context, notes)
+    state, dropped = _windows(like if context.donated else roomy(like, context.device), manifest, context, notes)
     everything = named(state, context.rank, context.size).parts
     asked = {n: p for n, p in everything.items() if n not in dropped and (not want.only or any(re.search(regex, n) for regex in want.only))}
     if want.only and not asked:
@@ -101,7 +102,8 @@ def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], T
     for name, part in parts.items():
         _check(name, part, manifest.arrays[source[name]], cast)
     views = {} if state.views is None else _views(state.views, everything)
-    _keep(everything, views, set(parts), dropped, fresh, context)
+    if not context.donated:
+        _keep(everything, views, set(parts), dropped, fresh, context)
     reader = Reader(path / ARRAYS, manifest.arrays)
     for name, part in [*parts.items(), *((n, v) for n, v in views.items() if n in parts)]:
         _read(reader, source[name], manifest.arrays[source[name]], part)
@@ -126,17 +128,23 @@ def _keep(everything: dict[str, Part], views: dict[str, Part], read: set[str], d
 def load_client(path: Path, manifest: Manifest, only: Sequence[str] | None = None) -> Any:
     """The client state of a checkpoint."""
     reader, made = Reader(path / ARRAYS, manifest.arrays), {}
-    for name in client.names(manifest.client):
-        if name not in manifest.arrays:
-            raise CheckpointError(f"restore: the client state refers to {name!r}, which is not in the checkpoint")
-        made[name] = read_whole(reader, name, manifest.arrays[name])
-    reader.finish()
-    return client.decode(manifest.client, made.__getitem__)
+    try:
+        for name in client.names(manifest.client):
+            if name not in manifest.arrays:
+                raise CheckpointError(f"restore: the client state refers to {name!r}, which is not in the checkpoint")
+            made[name] = read_whole(reader, name, manifest.arrays[name])
+        reader.finish()
+        return client.decode(manifest.client, made.__getitem__)
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"restore: the client state in {FILE!r} has not the form that a save gives it ({type(e).__name__}: {e})") from None
 
 
 def read_whole(reader: Reader, name: str, array: Array) -> Tensor:
-    """Ask for a whole array; its shape was checked against the sizes of the files."""
-    out = torch.empty(array.shape, dtype=torch_dtype(array.dtype))
+    """Ask for a whole array."""
+    try:
+        out = torch.empty(array.shape, dtype=torch_dtype(array.dtype))
+    except RuntimeError as e:
+        raise CheckpointError(f"restore: there is no memory for leaf {name!r} of shape {list(array.shape)} ({str(e).splitlines()[0][:200]})") from None
     reader.ask(name, Box((0,) * len(array.shape), array.shape), lambda: out)
     return out
 
@@ -235,9 +243,15 @@ def _form(out: Out) -> dict[str, Any]:
         aux = None if out.aux is None else pytree.treespec_dumps(out.aux[1])
     except Exception:  # a node type that has no name in JSON
         aux = ""
+    aux = aux if aux is None or _plain(aux) else ""
     tensors = {"loss": out.loss, "weight": out.weight, "aux": None if out.aux is None else out.aux[0], "bad": out.bad}
     forms = {k: None if x is None else [dtype_name(x.dtype), list(x.shape)] for k, x in tensors.items()}
     return {**forms, "spec": aux, "axes": list(out.grads.where.axes), "grads": [[dtype_name(b.dtype), list(b.shape)] for b in out.grads.buffers]}
+
+
+def _plain(spec: str) -> bool:
+    """Can a tree's form be read without importing what it names? Enums and default factories are imported by torch; escapes could hide them."""
+    return not re.search(r"__enum__|defaultdict|\\u", spec)
 
 
 def _windows(state: TrainState, manifest: Manifest, context: Context, notes: list[str]) -> tuple[TrainState, set[str]]:
@@ -249,13 +263,22 @@ def _windows(state: TrainState, manifest: Manifest, context: Context, notes: lis
         if form is not None:
             same = context.chain is not None and (manifest.world, manifest.about.get("chain")) == (context.size, context.chain)
             if same and all(p["spec"] != "" for p in form["partial"]):
-                partial = tuple(_empty(p, state, context) for p in form["partial"])
+                partial = _continued(form, state, context)
             else:
                 dropped.add(f"{names.escape(name)}/count")
                 notes.append(f"{form['count']} micro-batches of an open window were left out: go on with the first one of update {manifest.step}; parameters have not moved")
         if isinstance(own, Accumulate):
             chain[name] = Accumulate(torch.zeros(own.count.shape, dtype=own.count.dtype), partial)
     return state._replace(chain=chain), dropped
+
+
+def _continued(form: dict[str, Any], state: TrainState, context: Context) -> tuple[Out, ...]:
+    try:
+        return tuple(_empty(p, state, context) for p in form["partial"])
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise CheckpointError(f"restore: the open window in {FILE!r} has not the form that a save gives it ({type(e).__name__}: {e})") from None
 
 
 def _empty(form: dict[str, Any], state: TrainState, context: Context) -> Out:
@@ -267,6 +290,8 @@ def _empty(form: dict[str, Any], state: TrainState, context: Context) -> Out:
     scalars = [x[1] for k in ("loss", "weight", "aux", "bad") if (x := form[k]) is not None]
     if [x[1] for x in form["grads"]] not in ([[n] for n in lengths], [[n] for n in here.lengths]) or any(prod(x) > 1 << 24 for x in scalars):
         raise CheckpointError("restore: the open window's sums do not fit this model; restore without the step, and the update is replayed")
+    if form["aux"] is not None and not _plain(form["spec"]):
+        raise ValueError("its metrics are no plain tree")
     aux = None if form["aux"] is None else (make(form["aux"]), pytree.treespec_loads(form["spec"]))
     buffers: Any = tuple(make(x) for x in form["grads"])
     return Out(make(form["loss"]), make(form["weight"]), aux, Slots(buffers, here), bad=make(form["bad"]))  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ NESTED = ["MiCS", "ZeRO-3", "hpZ", "hpZ outwards"]
 HALF = 4
 
 
-def saved(directory, chain, size):
+def saved(directory, chain, size, policy=None):
     """Train to HALF where the world allows the zoo's batch, and save."""
-    step = checkpoints.make(chain, size)
+    step = checkpoints.make(chain, size, policy=policy)
     state = step.init(zoo.params(), key=7)
     state = checkpoints.train(step, state, 0, HALF) if zoo.MICROS % size == 0 else state
     with Checkpointer(directory, step=step) as ck:
@@ -23,9 +23,9 @@ def saved(directory, chain, size):
     return checkpoints.parts(state)
 
 
-def restored(directory, chain, size):
+def restored(directory, chain, size, policy=None):
     """Read it here: the parts, what the notes say, and after the rest of the run the parts again."""
-    step = checkpoints.make(chain, size)
+    step = checkpoints.make(chain, size, policy=policy)
     found = Checkpointer(directory).restore(like=(step, checkpoints.abstract()))
     assert found.client_state == {"rank 0's": [1, (2, 3)]} and found.name == str(HALF)
     first = checkpoints.parts(found.state)
@@ -45,3 +45,16 @@ def test_from_any_mesh_to_any_mesh(run_world, tmp_path, size, chain):
             assert got[0][1] == ()
             if got[0][2] is not None and size != 3:
                 assert not checkpoints.same(end, checkpoints.joined([g[2] for g in got])), (world, other)
+
+
+MIXED = "params=float32,compute=bfloat16,accumulate=float32"
+
+
+def test_views_in_another_dtype_are_made_again(run_world, tmp_path):
+    before = checkpoints.joined(run_world(2, saved, tmp_path, "3 [grad acc", 2, MIXED))
+    ends = []
+    for size, chain in ((1, "0 grad acc ar"), (2, "1 grad acc ["), (4, "hpZ"), (4, "ZeRO-1")):
+        got = run_world(size, restored, tmp_path, chain, size, MIXED) if size > 1 else [restored(tmp_path, chain, 1, MIXED)]
+        assert not checkpoints.same(before, checkpoints.joined([g[0] for g in got]))
+        ends.append(checkpoints.joined([g[2] for g in got]))
+    assert not any(checkpoints.same(ends[0], end) for end in ends[1:])

@@ -1,0 +1,169 @@
+"""One save on one rank, in a thread of its own: write this rank's chunks; on rank 0 also commit them all."""
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funczero.checkpoint import commit, folder, manifest
+from funczero.checkpoint.arrays import Array, CheckpointError, dtype_name, numpy_view, torch_dtype, write
+from funczero.checkpoint.folder import Keep
+from funczero.checkpoint.layout import Box, Deal, Piece, deal
+from funczero.checkpoint.manifest import Manifest
+from funczero.checkpoint.names import Names
+from funczero.checkpoint.peers import Peers
+
+KINDS = {e.__name__: e for e in (ValueError, TypeError, FileExistsError, OSError, PermissionError)}  # raised elsewhere as what they are
+
+
+class Job(NamedTuple):
+    """What a rank has to write, in memory that stays as it is until it is written."""
+
+    number: int  # of the call, the same on all ranks
+    directory: Path
+    keep: Keep
+    limit: int  # bytes of a manifest
+    overwrite: bool
+    told: Manifest  # without arrays
+    arrays: dict[str, Array]
+    deal: Deal
+    values: list[tuple[Piece, Tensor]]
+
+
+class Staging:
+    """Host memory that is kept from save to save, and the deal of a state of the same form."""
+
+    def __init__(self) -> None:
+        self._deal: tuple[Any, Deal] | None = None
+        self._arena = torch.empty(0, dtype=torch.uint8)
+
+    def dealt(self, found: Names, coords: list[Any], rank: int) -> Deal:
+        """This rank's pieces; the same as last time for a state of the same form."""
+        form = (coords, [(n, p.shape, p.value.dtype, p.where) for n, p in found.parts.items()])
+        if self._deal is None or self._deal[0] != form:
+            self._deal = (form, deal(found.parts, [{a: tuple(c) for a, c in r.items()} for r in coords], rank))
+        return self._deal[1]
+
+    def copied(self, found: Names, own: Deal, rank: int) -> list[tuple[Piece, Tensor]]:
+        """The values of this rank's pieces, in host memory that is kept from save to save."""
+        held = [p for p in own.pieces if p.holder == rank]
+        sizes = [-(-prod(p.box.shape) * found.parts[p.name].value.element_size() // 64) * 64 for p in held]
+        pinned = any(x.value.device.type == "cuda" for x in found.parts.values())
+        if self._arena.numel() < sum(sizes):
+            memory = torch.from_numpy(np.empty(sum(sizes), np.uint8))  # numpy asks for huge pages: the first copy is not ten times slower
+            self._arena = memory.pin_memory() if pinned else memory
+        out, sources, at = [], [], 0
+        for piece, size in zip(held, sizes, strict=True):
+            source = found.parts[piece.name].value.detach()[piece.box.slices(own.boxes[piece.name].start)]
+            n = source.numel() * source.element_size()
+            out.append((piece, self._arena[at : at + n].view(source.dtype).view(source.shape)))
+            sources.append(source)
+            at += size
+        if out:
+            torch._foreach_copy_([x for _, x in out], sources)
+        return out
+
+
+def refuse_taken(directory: Path, name: str, overwrite: bool) -> None:
+    """An error where there is a checkpoint of this name."""
+    if not overwrite and ((directory / name).exists() or (directory / (name + folder.NEW)).exists()):
+        raise FileExistsError(f"save: {str(directory / name)!r} is there already; choose another name, or write overwrite=True")
+
+
+def arrays_of(found: Names, own: Deal) -> dict[str, Array]:
+    """Every leaf as the manifest will have it, checksums aside."""
+    return {n: Array(p.shape, dtype_name(p.value.dtype), own.chunks[n]) for n, p in found.parts.items()}
+
+
+def run(job: Job, peers: Peers, failed: list[BaseException]) -> None:
+    """A save from the copy to the commit; what it raises is put into `failed`."""
+    try:
+        with peers.beating():
+            (_lead if peers.rank == 0 else _follow)(job, peers, peers.connection())
+    except BaseException as e:
+        failed.append(e)
+
+
+def _lead(job: Job, peers: Peers, store: Any) -> None:
+    try:
+        _commit(job, peers, store)
+    except BaseException as e:
+        peers.put(f"{job.number}/end", spoken(e), store)
+        peers.put(f"{job.number}/dir", None, store)
+        raise
+    peers.put(f"{job.number}/end", None, store)
+
+
+def _follow(job: Job, peers: Peers, store: Any) -> None:
+    what = f"save {job.told.name!r}"
+    (where,) = peers.wait([(0, f"{job.number}/dir")], what, store)
+    if where is not None:
+        try:
+            tails: Any = _pieces(Path(where), job, peers, store)
+        except BaseException as e:
+            tails = f"rank {peers.rank}: {sentence(e)}"
+        peers.put(f"{job.number}/done/{peers.rank}", tails, store)
+    (end,) = peers.wait([(0, f"{job.number}/end")], what, store)
+    if end is not None:
+        raise KINDS.get(end[0], CheckpointError)(end[1])
+
+
+def _commit(job: Job, peers: Peers, store: Any) -> None:
+    """Rank 0's: orbax's save around everybody's writing, then what may go."""
+    name, tails = job.told.name, {n: dict[str, str]() for n in job.arrays}
+
+    def everybody(path: Path) -> None:
+        peers.put(f"{job.number}/dir", str(path), store)
+        mine = _pieces(path, job, peers, store)
+        for theirs in (mine, *peers.wait([(r, f"{job.number}/done/{r}") for r in range(1, peers.size)], f"save {name!r}", store)):
+            if isinstance(theirs, str):
+                raise CheckpointError(f"save {name!r}: {theirs}")
+            for leaf, keys in theirs.items():
+                tails[leaf] |= keys
+
+    with folder.saving(job.directory):
+        folder.clean(job.directory)
+        refuse_taken(job.directory, name, job.overwrite)
+        final = job.directory / name
+        target = final.with_name(name + folder.NEW) if final.exists() else final
+        last = max((e.manifest.sequence for e in folder.listing(job.directory, job.limit).entries), default=0)
+        sealed = lambda path: manifest.seal(path, job.told._replace(sequence=last + 1, arrays={n: a._replace(tails=tails[n]) for n, a in job.arrays.items()}))
+        try:
+            commit.commit(target, [tuple(n.split("/")) for n in job.arrays], commit.Hooks(everybody, sealed))
+        except Exception as e:
+            raise e if isinstance(e, (OSError, CheckpointError)) else CheckpointError(f"save {name!r}: {sentence(e)}") from e
+        if target != final:
+            folder.swap(target, final)
+        folder.clean(job.directory)
+        folder.prune(job.directory, job.keep)
+
+
+def _pieces(path: Path, job: Job, peers: Peers, store: Any) -> dict[str, dict[str, str]]:
+    """Send what others write, write what is this rank's; checksums by leaf and chunk."""
+    rank = peers.rank
+    key_of = lambda p: f"{job.number}/rows/{p.name}/{p.key}/{p.box.start}"
+    for piece, x in job.values:
+        if piece.writer != rank:
+            peers.put_bytes(key_of(piece), x.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), store)
+    chunks: list[tuple[str, tuple[int, ...], Box, np.ndarray]] = [(p.name, p.key, p.box, numpy_view(x)) for p, x in job.values if p.writer == rank]
+    for piece in job.deal.pieces:
+        if piece.writer == rank != piece.holder:
+            (rows,) = peers.wait([(piece.holder, key_of(piece))], f"save {job.told.name!r}", store, raw=True)
+            x = torch.frombuffer(bytearray(rows), dtype=torch_dtype(job.arrays[piece.name].dtype)).view(piece.box.shape)
+            chunks.append((piece.name, piece.key, piece.box, numpy_view(x)))
+    mine = {name for name, *_ in chunks} | {n for n, a in job.arrays.items() if rank == 0 and not prod(a.shape)}  # without values: rank 0 says that they are there
+    return write(path / f"ocdbt.process_{rank}", {n: a for n, a in job.arrays.items() if n in mine}, chunks) if mine else {}
+
+
+def sentence(e: BaseException) -> str:
+    """An error's text, without places in others' sources."""
+    return str(e).split(" [tensorstore", 1)[0].split(" [source locations", 1)[0].strip() or type(e).__name__
+
+
+def spoken(e: BaseException | None) -> tuple[str, str] | None:
+    """An error as it is published."""
+    return None if e is None else (type(e).__name__, sentence(e))

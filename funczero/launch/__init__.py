@@ -1,0 +1,1 @@
+"""One command for one machine or a hostfile of them; every node runs torchrun's agent."""

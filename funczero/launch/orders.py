@@ -1,0 +1,73 @@
+"""A node's orders: reading them, and taking over the folder, the environment and the devices they name."""
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+
+def read_orders(argv: Sequence[str]) -> tuple[dict[str, Any] | None, bytes]:
+    """The orders and what followed them: from standard input, or with pdsh, which hands on none, from the command line: HOSTNUMBER and all hosts' orders."""
+    if argv:
+        return json.loads(zlib.decompress(base64.urlsafe_b64decode(argv[1])))[int(argv[0])], b""
+    data = b""
+    while b"\n" not in data:
+        piece = os.read(0, 1 << 16)
+        if not piece:
+            return None, b""
+        data += piece
+    line, _, rest = data.partition(b"\n")
+    return json.loads(line), rest
+
+
+def prepare(orders: dict[str, Any]) -> None:
+    """Take over folder, environment and devices; pick the port where that was left to this host.
+
+    Raises:
+      ValueError: the run cannot start here; one sentence says why.
+    """
+    try:
+        os.chdir(orders["cwd"])
+    except OSError as error:
+        raise ValueError(f"the working folder {orders['cwd']!r} is not there ({error.strerror}); every host needs it, so start from a shared one") from None
+    script = orders["script"]
+    if not (orders["module"] or orders["no_python"] or os.path.exists(script)):
+        raise ValueError(f"the script {script!r} is not in {orders['cwd']}; every host needs it at the same place")
+    os.environ.update(orders["env"])
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices(orders["slots"], os.environ.get("CUDA_VISIBLE_DEVICES"))
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3"
+    if orders["max_restarts"]:
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a store a start: in a shared one a host that did not fail itself reads its last start's addresses
+    if len(orders["slots"]) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's rule, without its banner
+    if orders["node_rank"] == 0:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", orders["master_port"]))
+            except OSError as error:
+                raise ValueError(f"port {orders['master_port']} cannot be had ({error.strerror}); name another one with --master_port") from None
+            orders["master_port"] = probe.getsockname()[1]
+    else:
+        try:
+            socket.getaddrinfo(orders["master_addr"], orders["master_port"])
+        except OSError:
+            raise ValueError(f"the address of rank 0's host, {orders['master_addr']!r}, means nothing here; add --master_addr=ADDRESS that all hosts know") from None
+
+
+def devices(slots: Sequence[int], visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of a host: its slots, counted among what it lets this user see.
+
+    >>> devices([0, 2], None), devices([0, 2], "4,5,6,7"), devices([0, 1], "")
+    ('0,2', '4,6', '')
+    """
+    if visible is None:
+        return ",".join(map(str, slots))
+    seen = [name.strip() for name in visible.split(",") if name.strip()]
+    if seen and max(slots) >= len(seen):
+        raise ValueError(f"slot {max(slots)} is asked for, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(seen)} devices here; use slots below {len(seen)}")
+    return ",".join(seen[s] for s in slots) if seen else ""

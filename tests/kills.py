@@ -1,0 +1,248 @@
+"""Worlds of two ranks that train, save and are killed. They are forked from one process that has imported everything; a world takes tenths of a second.
+
+`python kills.py` reads a life as a line of JSON and leaves what its ranks told in `<life>/told.json`. Kills come from patched functions of the save, or from a clock.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+CHAIN = "3 [grad acc"
+QUICK = (0.2, 2.0)  # seconds between beats, and until a rank is taken for dead, where the product's own (1, 8) would take too long
+HERE = Path(__file__).parent
+
+
+class Nursery:
+    """The process that worlds are forked from."""
+
+    def __init__(self):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+
+    def start(self, place, **life):
+        """A world's life in a folder of its own; `told` waits for it."""
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "told.json").unlink(missing_ok=True)
+        self.process.stdin.write(json.dumps({"place": str(place), **life}) + "\n")
+        self.process.stdin.flush()
+
+    def told(self, place, within=60.0):
+        """By rank what it said: {"events": [...], "ended": how}."""
+        stop = time.monotonic() + within
+        while not (place / "told.json").exists():
+            assert time.monotonic() < stop and self.process.poll() is None, f"{place}: no word within {within} s"
+            time.sleep(0.02)
+        return json.loads((place / "told.json").read_text())
+
+    def close(self):
+        """End it."""
+        self.process.stdin.close()
+        self.process.wait(20)
+
+
+@contextmanager
+def nursery():
+    """One that is closed at the end."""
+    n = Nursery()
+    try:
+        yield n
+    finally:
+        n.close()
+
+
+def main():
+    """Fork a world for every line."""
+    import orbax.checkpoint  # noqa: F401
+    import sympy  # noqa: F401  # which the first update would import
+    import torch
+    import torch.distributed.device_mesh
+    import zoo  # noqa: F401
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os._exit(guardian(json.loads(line)))
+
+
+def guardian(life):
+    """Start the ranks, kill by the clock where the life says so, and write down how they ended."""
+    place = Path(life["place"])
+    for old in place.glob("rank*"):
+        old.unlink()
+    store = place / f"store{time.monotonic_ns()}"
+    ranks = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(one(rank, life, store))
+        ranks.append(pid)
+    if "clock" in life:
+        while not all((place / f"rank{r}").exists() and life["after"] in (place / f"rank{r}").read_text() for r in range(2)):
+            time.sleep(0.002)
+        time.sleep(life["clock"])
+        for rank in life["victims"]:
+            os.kill(ranks[rank], signal.SIGKILL)
+    struck = time.time()
+    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    lines = [(place / f"rank{r}").read_text().splitlines() if (place / f"rank{r}").exists() else [] for r in range(2)]
+    told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r], "struck": struck} for r in range(2)]
+    (place / "told.new").write_text(json.dumps(told))
+    (place / "told.new").rename(place / "told.json")
+    return 0
+
+
+def one(rank, life, store):
+    """A rank from its first breath; 0 where its life came to its end."""
+    import faulthandler
+
+    import torch.distributed as dist
+
+    from funczero.checkpoint import peers
+
+    place = Path(life["place"])
+    faulthandler.dump_traceback_later(50, exit=True)
+    file = (place / f"rank{rank}").open("a", buffering=1)
+    say = lambda what, **more: file.write(json.dumps({"what": what, "at": time.time(), **more}) + "\n")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
+    if life.get("quick", True):
+        peers.BEAT, peers.DEAD = QUICK
+    try:
+        if life.get("tcp"):  # rank 0 keeps the world's store, and takes it along
+            if rank == 0:
+                world = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+                store.with_suffix(".new").write_text(str(world.port))
+                store.with_suffix(".new").rename(store)
+            else:
+                while not store.exists():
+                    time.sleep(0.002)
+                world = dist.TCPStore("127.0.0.1", int(store.read_text()), 2, is_master=False)
+        else:
+            world = dist.FileStore(str(store), 2)
+        dist.init_process_group("gloo", store=world, rank=rank, world_size=2)
+        say("joined")
+        {"point": at_point, "clock": by_clock}["clock" if "clock" in life else "point"](rank, life, say)
+    except BaseException as e:
+        say("raised", kind=type(e).__name__, text=str(e))
+        return 1
+    return 0
+
+
+def at_point(rank, life, say):
+    """Two updates, a good save, two more, the save in which somebody dies, and one more."""
+    import checkpoints
+    import torch.distributed as dist
+    import zoo
+
+    from funczero.checkpoint import Checkpointer
+
+    step = checkpoints.make(CHAIN, 2)
+    state = checkpoints.train(step, step.init(zoo.params(), key=7), 0, 2)
+    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=life.get("keep"))
+    ck.save(state, 2)
+    ck.wait()
+    state = checkpoints.train(step, state, 2, 4)
+    pids = [0, 0]
+    dist.all_gather_object(pids, os.getpid())
+    arm(life["point"], rank, life["victims"], pids, say)
+    ck.save(state, 2 if life.get("overwrite") else 4, overwrite=bool(life.get("overwrite")))
+    while life.get("poll") and ck.poll() is None:
+        time.sleep(0.01)
+    say("saved", name=ck.wait())
+    ck.save(state, "more")
+    say("saved", name=ck.wait())
+
+
+def arm(point, rank, victims, pids, say):
+    """Patch the function at which somebody dies."""
+    from funczero.checkpoint import commit, folder, manifest, saving
+
+    def myself():
+        if rank in victims:
+            say("dies")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def everyone():  # where rank 0 alone is active
+        for r in sorted(victims, reverse=True):
+            say("dies" if r == rank else "kills")
+            os.kill(pids[r], signal.SIGKILL)
+
+    def wrap(where, name, die, after=False):
+        fn = getattr(where, name)
+
+        def patched(*args, **kw):
+            if not after:
+                die()
+            out = fn(*args, **kw)
+            if after:
+                die()
+            return out
+
+        setattr(where, name, patched)
+
+    def some(folder_, arrays, chunks, write=saving.write):
+        def given():
+            yield from chunks[:3]
+            time.sleep(0.05)
+            myself()
+            yield from chunks[3:]
+
+        return write(folder_, arrays, given())
+
+    def half(path, rmtree=folder.shutil.rmtree):
+        gone = sorted(p for p in Path(path).rglob("*") if p.is_file())
+        for p in gone[: len(gone) // 2]:
+            p.unlink()
+        everyone()
+        rmtree(path)
+
+    if point == "chunk":
+        saving.write = some
+    elif point == "pruning":
+        folder.shutil = SimpleNamespace(rmtree=half)
+    else:
+        where, name, die, after = {
+            "copied": (saving.Staging, "copied", myself, True),
+            "made": (saving, "_pieces", myself, False),
+            "written": (saving, "write", myself, True),
+            "merged": (manifest, "seal", everyone, False),
+            "sealed": (manifest, "seal", everyone, True),
+            "renamed": (commit, "commit", everyone, True),
+            "beside": (folder, "swap", everyone, False),
+            "between": (folder, "remove", everyone, True),
+            "swapped": (folder, "swap", everyone, True),
+            "prune": (folder, "remove", everyone, False),
+        }[point]
+        wrap(where, name, die, after)
+
+
+def by_clock(rank, life, say):
+    """Go on from the latest, save every other update, until the clock strikes."""
+    import checkpoints
+
+    from funczero.checkpoint import Checkpointer
+
+    step = checkpoints.make(CHAIN, 2)
+    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=2, join=3.0)
+    restored = ck.restore(like=(step, checkpoints.abstract()))
+    state, t = restored.state, restored.step
+    say("trains", step=t)
+    while True:
+        state = checkpoints.train(step, state, t, t + 1)
+        t += 1
+        if t % 2 == 0:
+            ck.save(state, *(("last",) if t % 4 == 0 else (t,)), overwrite=t % 4 == 0)
+            say("saves", step=t)
+        ck.poll()
+
+
+if __name__ == "__main__":
+    main()
