@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 import funczero as fz
 import funczero.deepspeed as deepspeed
+from funczero import tree
 from funczero.mesh import world_size
 from funczero.testing import tree_hash
 
@@ -124,6 +125,31 @@ CASES = [(1, "fp32", (), None), (3, "fp32", (1,), None), (2, "fp16", (1, 3), Non
 def test_the_engine_and_the_step_of_its_config_give_the_same_bits(run_world, world, k, precision, bad, edit):
     hashes = zoo.everywhere(run_world, world, law, k, precision, bad, edit)
     assert len(set(hashes)) == 1 or (k == 3 and world == 2)  # ranks before time, or time before ranks: the same tree for powers of two
+
+
+def leaving(stage, k=2):
+    """The engine's run, and the same from its fourth micro-batch on with its step and state alone."""
+    engine, *_ = deepspeed.initialize(model=Net(), config=config(stage, k, "bf16", **WARM))
+    micros = [m for b in rows(4 * k * world_size(), 4, k, torch.bfloat16) for m in zoo.split(engine.train_step.local_rows(b), k)]
+    net, step, state = Net().bfloat16(), engine.train_step, None
+    for j, m in enumerate(micros):
+        if j == 5:
+            state = tree.clone(engine.state)  # the engine goes on in place
+        engine.backward(F.cross_entropy(engine(m["x"]).float(), m["y"]))
+        engine.step()
+    for j, m in enumerate(micros[5:], 5):
+        views = step.view(state)
+        loss = F.cross_entropy(functional_call(net, views, m["x"]).float(), m["y"])
+        state, _ = step(state, (fz.pull(loss, views), loss, 1.0))
+        if j % k == k - 1:
+            state, _ = step(state, None)
+    return tree_hash(step.params(engine.state)), tree_hash(step.params(state)), engine.get_lr() == state.chain["param_groups"]["lr"].tolist()
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_leaving_the_engine_in_mid_window_is_one_line(run_world, stage):
+    mine, theirs, schedule = zoo.everywhere(run_world, 2, leaving, stage)
+    assert mine == theirs and schedule
 
 
 # --- windows ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from funczero.deepspeed.held import OLD, Closed, differentiate, named
 from funczero.deepspeed.partition import start_of
 from funczero.gradient import _close, open_rest, pullback
 from funczero.mesh import P
+from funczero.spec import Slots
 from funczero.stateless import _Call, _lists, _Snapshot
 from funczero.step import Step
 from funczero.tape import Tape
@@ -111,6 +112,7 @@ class Sharded:
             tape.uses = before if retain else tape.uses  # counted too high, a unit is only scattered later
             return slots, bad
 
+        vjp.scatters = True  # type: ignore[attr-defined]
         return vjp
 
     def reread(self) -> None:
@@ -186,7 +188,8 @@ def module_state(step: Step, state: TrainState, module: nn.Module, dtype: torch.
 
 
 def seam_pullback(batch: P, trainable: Callable[[str], bool], units: tuple[str, ...]) -> Source:
-    """As pullback, with units: `pull(cotangent, look)` returns this rank's part, because its backward has scattered already."""
+    """As pullback, with units. A pull that `scatters` is asked for this rank's part, because its backward has sent the units already;
+    another one, as fz.pull's, returns whole gradients, which are scattered here."""
     plain = pullback(batch, trainable)
 
     def make(source: Source, env: Env) -> Grad:
@@ -195,9 +198,24 @@ def seam_pullback(batch: P, trainable: Callable[[str], bool], units: tuple[str, 
         def apply(views: Any, state: dict[str, Any], micro: Any, seed: Seed) -> tuple[Out, dict[str, Any]]:
             pull, loss, weight = micro
             loss, weight = (torch.as_tensor(x, device=views.buffers[0].device).detach() for x in (loss, weight))
-            slots, bad = pull(seed.cotangent.to(loss.dtype), seed.look)
+            cotangent = seed.cotangent.to(loss.dtype)
+            slots, bad = pull(cotangent, seed.look) if getattr(pull, "scatters", False) else _scattered(Tape(views, (), env, seed.look), pull(cotangent))
             return Out(loss[None], weight[None], None, slots, bad=bad), state
 
         return g._replace(apply=apply)
 
     return plain._replace(make=make, units=units)
+
+
+def _scattered(tape: Tape, whole: Any) -> tuple[Slots, Tensor | None]:
+    """A tree of whole gradients as this rank's part."""
+    structure = tape.whole.structure
+    grads: list[Any] = [None] * len(structure.leaves)
+    for place, g in zip(structure.places, structure.treedef.flatten_up_to(whole), strict=True):
+        if g is not None and not structure.frozen(place):
+            grads[place] = g if grads[place] is None or g is grads[place] else grads[place] + g
+    zero = lambda i: torch.zeros(structure.leaves[i].shape, dtype=tape.dtype, device=tape.port.device)
+    for u, unit in enumerate(structure.units if tape.seam else ()):
+        if unit.seam and not unit.frozen:
+            tape.scatter(u, [zero(i) if grads[i] is None else grads[i] for i in structure.members[u]])
+    return _close(tape, grads)
