@@ -226,6 +226,15 @@ def test_a_loader_without_end_and_a_dataset_without_length():
         deepspeed.initialize(model=Net(), config=config(0), training_data=(x for x in ()))
 
 
+def test_a_loader_of_ones_own():
+    engine = make(1, 2)
+    items = TensorDataset(torch.arange(16.0)[:, None].expand(16, 4).clone(), torch.zeros(16, dtype=torch.long))
+    assert len(engine.deepspeed_io(items)) == 4 and [len(x) for x, _ in engine.deepspeed_io(items, batch_size=6, route="eval")] == [6, 6, 4]
+    assert (engine.get_data_parallel_rank(), engine.get_tensor_parallel_rank(), engine.destroy()) == (0, 0, None)
+    with pytest.raises(AttributeError, match="^engine.set_train_batch_size: it does not exist here; the batch is the config's; initialize with another one"):
+        engine.set_train_batch_size(64)
+
+
 # --- smaller names ------------------------------------------------------------------------------------------------------
 def whole_values(stage):
     net, plain = Net(), Net()

@@ -32,6 +32,9 @@ INSTEAD = {
     "timers": "read engine.metrics",
     "flops_profiler": "use torch.profiler",
     "allreduce_gradients": "engine.step() reduces",
+    **dict.fromkeys(("set_train_batch_size", "set_train_micro_batch_size"), "the batch is the config's; initialize with another one and load the checkpoint"),
+    "get_sequence_parallel_group": "there is no sequence parallelism here",
+    "checkpoint_engine": "call engine.save_checkpoint",
     "set_data_post_process_func": "process the batch in your loop",
 }
 

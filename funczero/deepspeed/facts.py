@@ -3,7 +3,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.utils.data import DataLoader, DistributedSampler
+
+from funczero.deepspeed import comm
 from funczero.deepspeed.config import Config
+from funczero.deepspeed.loader import Loader
 
 
 class Facts:
@@ -63,3 +67,31 @@ class Facts:
     def steps_per_print(self) -> int | None:
         """Updates between two printed lines."""
         return self.config_.value("steps_per_print")
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank among those that share the batch: all of them."""
+        return comm.get_rank()
+
+    def get_tensor_parallel_rank(self) -> int:
+        """There is no tensor parallelism here."""
+        return 0
+
+    def deepspeed_io(
+        self: Any, dataset: Any, batch_size: int | None = None, route: str = "train", pin_memory: bool = True, data_sampler: Any = None, collate_fn: Any = None,
+        num_local_io_workers: int | None = None,
+    ) -> Any:  # fmt: skip
+        """A loader as initialize(training_data=...) gives: dealt by rank, with the engine's position; with batch_size or a sampler torch's own."""
+        workers = num_local_io_workers or 0
+        if batch_size is None and data_sampler is None and route == "train":
+            return Loader(self, dataset, collate_fn, num_workers=workers)
+        sampler = data_sampler or DistributedSampler(dataset, comm.get_world_size(), comm.get_rank(), shuffle=route == "train")
+        return DataLoader(dataset, batch_size or self.train_micro_batch_size_per_gpu(), sampler=sampler, collate_fn=collate_fn, num_workers=workers)
+
+    def destroy(self) -> None:
+        """Nothing: memory goes with the engine."""
+
+    def empty_partition_cache(self) -> None:
+        """Nothing: what is gathered is dropped after its use."""
+
+    def collect_python_gc(self) -> None:
+        """Nothing: the collector is never switched off."""
