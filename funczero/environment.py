@@ -41,10 +41,8 @@ def read(environ: Mapping[str, str]) -> dict[str, str] | None:
     >>> read({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"})
     {'RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_RANK': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500'}
     """
-    if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        for launcher in LAUNCHERS:
-            if all(name in environ for name in launcher[1:4]):
-                return _translate(launcher, environ)
+    if (who := launcher(environ)) not in ("torchrun", None):
+        return _translate(next(x for x in LAUNCHERS if x.name == who), environ)
     there = [n for n in NAMES if n in environ]
     if not there:
         return None
@@ -54,6 +52,17 @@ def read(environ: Mapping[str, str]) -> dict[str, str] | None:
     found = {"RANK": environ["RANK"], "WORLD_SIZE": environ["WORLD_SIZE"], "LOCAL_RANK": environ.get("LOCAL_RANK", "0")}
     _check(found, "RANK", "WORLD_SIZE", "torchrun")
     return found | {name: environ[name] for name in NAMES[2:]}
+
+
+def launcher(environ: Mapping[str, str]) -> str | None:
+    """Whose variables these are; None where nobody wrote any.
+
+    >>> launcher({"RANK": "0", "WORLD_SIZE": "2"}), launcher({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}), launcher({})
+    ('torchrun', 'MPICH', None)
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return "torchrun"
+    return next((x.name for x in LAUNCHERS if all(name in environ for name in x[1:4])), None)
 
 
 def adopt(environ: MutableMapping[str, str] = os.environ) -> dict[str, str] | None:

@@ -14,7 +14,6 @@ from torch.utils.data import TensorDataset
 
 import funczero.deepspeed as deepspeed
 from funczero.deepspeed import comm
-from funczero.deepspeed.launched import adopt
 from funczero.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from funczero.deepspeed.runtime.lr_schedules import OneCycle, WarmupLR
 from funczero.deepspeed.utils import RepeatingLoader, safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_fp32_param
@@ -259,22 +258,6 @@ def whole_values(stage):
 @pytest.mark.parametrize("stage", range(4))
 def test_whole_gradients_moments_and_masters(run_world, stage):
     assert zoo.everywhere(run_world, 2, whole_values, stage)
-
-
-def test_launchers_variables():
-    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0"}
-    for env, want in (
-        ({}, None),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, ("torchrun", "1", "2", "0", "127.0.0.1")),
-        ({**slurm, "SLURM_JOB_NODELIST": "gpu[07-08]"}, ("SLURM", "3", "4", "1", "gpu07")),
-        ({**slurm, "MASTER_ADDR": "10.0.0.1"}, ("SLURM", "3", "4", "1", "10.0.0.1")),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ("OpenMPI", "1", "2", "1", "127.0.0.1")),
-        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, ("PMI", "0", "1", "0", "127.0.0.1")),
-    ):
-        found = adopt(env)
-        assert (found and (found, *(env[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")))) == want
-    with pytest.raises(RuntimeError, match="OpenMPI names ranks on several hosts but not where rank 0 is; add -x MASTER_ADDR="):
-        adopt({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
 
 
 def test_names_that_are_here_and_names_that_are_not():

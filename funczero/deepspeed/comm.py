@@ -10,8 +10,7 @@ from absl import logging
 from torch import nn
 from torch.distributed import ReduceOp as ReduceOp
 
-from funczero import mesh
-from funczero.deepspeed.launched import adopt
+from funczero import environment, mesh
 
 
 def init_distributed(
@@ -31,7 +30,7 @@ def init_distributed(
     Args:
       dist_backend: by name; nccl for CUDA and ROCm and gloo for the CPU by default.
       auto_mpi_discovery: read SLURM's, OpenMPI's and PMI's variables, too.
-      distributed_port: of rank 0, where nobody names one.
+      distributed_port: of rank 0, where no launcher names one.
       init_method, timeout: as torch.distributed.init_process_group's.
       rank, world_size: instead of the environment's.
 
@@ -42,7 +41,10 @@ def init_distributed(
         return
     if rank >= 0 and world_size > 0:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
-    who = adopt(os.environ, distributed_port) if auto_mpi_discovery else "torchrun" if "RANK" in os.environ else None
+    who = environment.launcher(os.environ)
+    if init_method is None and (auto_mpi_discovery or who == "torchrun"):
+        port = {"MASTER_PORT": str(distributed_port)} if who not in ("torchrun", None) and distributed_port != environment.PORT else {}
+        os.environ.update(environment.read(port | os.environ) or {})
     if init_method is not None or timeout is not None:
         device = mesh._default_device().type
         backend = dist_backend or dist.get_default_backend_for_device(device)
