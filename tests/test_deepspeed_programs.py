@@ -251,7 +251,8 @@ def test_programs_on_one_process():
 
 
 def hugging_face(stage, checkpointing):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=3, n_head=2, pad_token_id=0))
     if checkpointing:
@@ -273,6 +274,7 @@ def hugging_face(stage, checkpointing):
 
 
 def test_a_hugging_face_model_with_dropout_and_checkpointing_is_the_same_at_every_stage(run_world):
+    pytest.importorskip("transformers")
     results = [run_world(2, hugging_face, stage, again) for stage, again in ((0, False), (2, True), (3, False), (3, True))]
     assert all(r == results[0] for r in results) and results[0][0][0][-1] < results[0][0][0][0]
 

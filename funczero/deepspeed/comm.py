@@ -38,6 +38,7 @@ def init_distributed(
       RuntimeError: rank 0's address is not known; with the option to add.
     """
     if dist.is_initialized() or dist_init_required is False:
+        os.environ.setdefault("LOCAL_RANK", "0")
         return
     if rank >= 0 and world_size > 0:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
