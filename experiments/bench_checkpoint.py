@@ -14,22 +14,23 @@ copy of the rank's state into memory that is there, `clone` into new memory: wha
 Expect:
     funczero stalls for no more than one copy, and saves and restores no slower than DCP; DCP async stalls for about half of its sync save.
 
-Found (two shared cores, a virtual disk; ms, median of 9 rounds and range; MB):
+Found (two cores, a virtual disk; ms, median of 9 and 7 rounds and range; MB):
                  stall            total            read 2           read 1           disk  +save  +read
     393 MB
-    funczero     37 (33-52)       395 (307-649)    257 (216-582)    491 (401-1169)    393    352    215
-    dcp         360 (269-900)     361 (269-900)    174 (116-335)    186 (139-308)     393      2      8
-    dcp-async   151 (116-316)     636 (385-952)    150 (110-435)    189 (157-378)     393    354      0
-    copy         30 (24-44)
+    funczero     37 (22-51)       288 (277-797)    190 (161-346)    142 (135-155)    393    351     82
+    funczero-new 33 (26-74)       306 (288-804)    192 (169-363)    476 (182-646)    393    197    222
+    dcp         280 (253-553)     280 (253-553)     95 (89-274)     137 (135-308)    393      0      0
+    dcp-async   137 (90-350)      505 (380-1037)    97 (88-136)     272 (150-796)    393    348      0
+    copy         28 (15-47)
     1189 MB
-    funczero    137 (83-205)     1090 (912-2043)   798 (582-1197)  1434 (915-3251)   1189    595    612
-    dcp        1096 (745-1896)   1096 (746-1896)   317 (246-1034)   376 (339-600)    1190      0      0
-    dcp-async   604 (347-1233)   1516 (1021-3736)  475 (238-733)    467 (380-2456)   1190    900    431
-    copy         90 (78-146)
-    The stall is one copy and 2 to 4 ms of agreement (timed apart, the rest is noise of the memory); the first save of a run stalls 5 to 10 times as long,
-    since the kept buffer is new memory. Saving takes as long as DCP's sync save, and 0.6 to 0.7 of its async one. Short of the aim: restoring takes 1.5 and
-    2.5 times DCP's time on two processes, 2.6 and 3.8 times on one. About half of it is the copy of `like`, which is overwritten at once (1189 MB on one
-    process: 0.5 of 1.0 s, 2.6 to 3.4 s where the system hands memory out for the first time); reading itself, checksums included, takes 0.48 s (DCP 0.36).
+    funczero    109 (53-208)      836 (747-1582)   387 (332-408)    384 (351-405)   1189    750    130
+    dcp         623 (550-1370)    624 (550-1370)   205 (176-233)    359 (298-525)   1190      3     25
+    dcp-async   478 (299-1087)   1727 (1031-2029)  259 (193-327)   1757 (1217-2773) 1190   1117    240
+    copy         74 (57-96)
+    The stall is 1.3 to 1.5 copies: one copy, and some milliseconds in which the ranks agree; a quarter of what DCP's async save blocks. A whole save takes 1.03 and 1.34
+    of DCP's sync, half of its async time. One process restores in DCP's time (1.04, 1.07), checksums included. Short of the aim: two processes restore in twice
+    DCP's time, because decoding and checking keep both cores busy from one process on, where DCP, which checks nothing, uses one a process.
+    New memory costs more than reading: into a fresh state one process takes 476 ms instead of 142.
 """
 
 from __future__ import annotations
