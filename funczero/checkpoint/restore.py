@@ -125,7 +125,7 @@ def _keep(everything: dict[str, Part], views: dict[str, Part], read: set[str], d
                     x.copy_(theirs[n].value)
 
 
-def load_client(path: Path, manifest: Manifest, only: Sequence[str] | None = None) -> Any:
+def load_client(path: Path, manifest: Manifest) -> Any:
     """The client state of a checkpoint."""
     reader, made = Reader(path / ARRAYS, manifest.arrays), {}
     try:
