@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -31,3 +32,20 @@ def run_world() -> Iterator[Callable[..., list[Any]]]:
     yield run
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A folder of three files of some text."""
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("".join(f"{n} times {i} is {n * i}\n" for n in range(100)))
+    return tmp_path
+
+
+@pytest.fixture
+def gpt(monkeypatch):
+    """The model of the experiments."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "experiments")
+    import gpt
+
+    return gpt

@@ -26,21 +26,6 @@ BF16 = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def text(tmp_path):
-    for i in range(3):
-        (tmp_path / f"{i}.txt").write_text("".join(f"{n} times {i} is {n * i}\n" for n in range(100)))
-    return tmp_path
-
-
-@pytest.fixture
-def gpt(monkeypatch):
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    import gpt
-
-    return gpt
-
-
 def start(text, name, *flags, config=None):
     (text / f"{name}.json").write_text(json.dumps(config))
     small = [f"--{k}={v}" for k, v in SIZES.items()] + [f"--length={LENGTH}", f"--steps={STEPS}", "--eval_every=100", "--eval_batches=1", "--sample=0"]

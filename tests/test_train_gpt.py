@@ -24,22 +24,6 @@ def finish(process):
     return process.returncode, out, err
 
 
-@pytest.fixture
-def text(tmp_path):
-    """A folder of three files of some text."""
-    for i in range(3):
-        (tmp_path / f"{i}.txt").write_text("".join(f"{n} times {i} is {n * i}\n" for n in range(100)))
-    return tmp_path
-
-
-@pytest.fixture
-def gpt(monkeypatch):
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    import gpt
-
-    return gpt
-
-
 def test_stages_train_alike_and_report(text):
     runs = {stage: start(f"--stage={stage}", "--steps=8", "--eval_every=4", "--sample=20", f"--data={text}", f"--out={text}/out{stage}") for stage in (0, 3)}
     losses, sent = {}, {}

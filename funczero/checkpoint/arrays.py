@@ -163,7 +163,7 @@ class Reader:
                     self._check(ask, opened, tails)
                     out = ask.room()
                     waiting.append((ask, out, self._read(ask, opened, out)))
-                under_way += _nbytes(out)
+                under_way += nbytes(out)
                 while under_way > FLIGHT:
                     under_way -= self._wait(*waiting.popleft())
         while waiting:
@@ -199,11 +199,19 @@ class Reader:
             if future is not None:
                 future.result()
         ask.done(out)
-        return _nbytes(out)
+        return nbytes(out)
 
 
-def _nbytes(x: Tensor) -> int:
+def nbytes(x: Tensor) -> int:
+    """Bytes of a tensor's values."""
     return x.numel() * x.element_size()
+
+
+def room(size: int) -> Tensor:
+    """New memory of so many bytes, aligned; numpy asks the system for huge pages, without which the first touch costs more than a copy."""
+    memory = torch.from_numpy(np.empty(size + 64, np.uint8))
+    start = -memory.data_ptr() % 64
+    return memory[start : start + size]
 
 
 @contextlib.contextmanager

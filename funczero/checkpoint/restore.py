@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from funczero import tree
 from funczero.accumulate import Accumulate
 from funczero.checkpoint import client, names
-from funczero.checkpoint.arrays import Array, CheckpointError, Reader, dtype_name, torch_dtype
+from funczero.checkpoint.arrays import Array, CheckpointError, Reader, dtype_name, nbytes, room, torch_dtype
 from funczero.checkpoint.layout import Box
 from funczero.checkpoint.manifest import ARRAYS, FILE, Manifest
 from funczero.checkpoint.names import Part, named
@@ -66,11 +65,9 @@ def roomy(like: TrainState, device: torch.device) -> TrainState:
         if not isinstance(x, Tensor):
             return x
         place = device if x.is_meta else x.device
-        if place.type != "cpu" or x.numel() * x.element_size() < 4 << 20:
+        if place.type != "cpu" or nbytes(x) < 4 << 20:
             return torch.empty_like(x, device=place)
-        memory = torch.from_numpy(np.empty(x.numel() * x.element_size() + 64, np.uint8))  # numpy asks for huge pages: new memory costs more than reading
-        start = -memory.data_ptr() % 64
-        return memory[start : start + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+        return room(nbytes(x)).view(x.dtype).view(x.shape)
 
     state = tree.map(new, like)
     for slots in tree.leaves(state, is_leaf=lambda x: isinstance(x, Slots)):

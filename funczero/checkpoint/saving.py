@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funczero.checkpoint import commit, folder, manifest
-from funczero.checkpoint.arrays import Array, CheckpointError, dtype_name, numpy_view, torch_dtype, write
+from funczero.checkpoint.arrays import Array, CheckpointError, dtype_name, nbytes, numpy_view, room, torch_dtype, write
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Box, Deal, Piece, deal
 from funczero.checkpoint.manifest import Manifest
@@ -54,12 +54,12 @@ class Staging:
         sizes = [-(-prod(p.box.shape) * found.parts[p.name].value.element_size() // 64) * 64 for p in held]
         pinned = any(x.value.device.type == "cuda" for x in found.parts.values())
         if self._arena.numel() < sum(sizes):
-            memory = torch.from_numpy(np.empty(sum(sizes), np.uint8))  # numpy asks for huge pages: the first copy is not ten times slower
+            memory = room(sum(sizes))
             self._arena = memory.pin_memory() if pinned else memory
         out, sources, at = [], [], 0
         for piece, size in zip(held, sizes, strict=True):
             source = found.parts[piece.name].value.detach()[piece.box.slices(own.boxes[piece.name].start)]
-            n = source.numel() * source.element_size()
+            n = nbytes(source)
             out.append((piece, self._arena[at : at + n].view(source.dtype).view(source.shape)))
             sources.append(source)
             at += size
