@@ -145,7 +145,7 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
         tape = Tape(views, source.scatter, env, seed.look)
         whole = open_rest(tape, forward)
         loss, weight, aux, grads = differentiate(whole, batch, mine, tape)
-        slots, bad = _close(tape, grads)
+        slots, bad = close(tape, grads)
         return Out(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
 
     name = source.name if not source.batch else f"{source.name}(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})"
@@ -166,40 +166,55 @@ def open_rest(tape: Tape, forward: bool = True) -> list[Any]:
             buffer = tape.take(u)
             tape.count(-1)
             _spread(out, tape, u, buffer, learn)
-        tape.ahead(*seams[:1])
+        tape.ahead(*tape.first())
         for u in seams:
-            if tape.seam:
-                for i in structure.members[u]:
-                    out[i] = Ref(tape, i)
-            else:
+            if not tape.seam:
                 _spread(tape.leaves, tape, u, tape.views.buffers[u], learn)
-                for i in structure.members[u]:
-                    out[i] = Ref(tape, i)
+            for i in structure.members[u]:
+                out[i] = Ref(tape, i)
     return out
 
 
 def _spread(out: Any, tape: Tape, unit: int, buffer: Tensor, learn: bool) -> None:
     frozen = tape.whole.structure.units[unit].frozen
     for i, x in zip(tape.whole.structure.members[unit], tape.whole.views(unit, buffer), strict=True):
-        out[i] = x.detach().requires_grad_() if learn and not frozen else x.detach()
+        leaf = x.data  # not detach(): with a version counter of its own, a write can be told from its neighbours'
+        out[i] = leaf.requires_grad_() if learn and not frozen else leaf
 
 
-def _differentiate(loss_fn: Callable[..., Any], whole: list[Any], batch: Any, seed: Seed, tape: Tape, has_aux: bool, keyed: bool) -> tuple[Tensor, Tensor, Any, list[Any]]:
+def _differentiate(
+    loss_fn: Callable[..., Any], whole: list[Any], batch: Any, seed: Seed, tape: Tape, has_aux: bool, keyed: bool
+) -> tuple[Tensor, Tensor, Any, list[Any]]:
     structure = tape.whole.structure
     key = (rng.fold(seed.key, seed.index),) if keyed else ()
-    loss, weight, aux = check_loss(loss_fn(structure.unflatten(whole), batch, *key), has_aux)
     open_leaves = {i: x for i, x in enumerate(whole) if isinstance(x, Tensor)} | tape.leaves
+    before = tape.copies(open_leaves)
+    loss, weight, aux = check_loss(loss_fn(structure.unflatten(whole), batch, *key), has_aux)
+    tape.left_alone(open_leaves, before)
     wanted = {i: x for i, x in open_leaves.items() if x.requires_grad}
     grads: list[Any] = [None] * len(structure.leaves)
     if loss.requires_grad:
-        found = torch.autograd.grad(loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True)
+        with tape.arrivals.collecting(seed.look):
+            found = torch.autograd.grad(loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True)
         for i, g in zip(wanted, found, strict=False):
             grads[i] = g
+    learning = any(not u.frozen and members for u, members in zip(structure.units, structure.members, strict=True))
+    if learning and not tape.arrivals.number and all(g is None for g in grads) and bool(weight != 0):
+        raise RuntimeError(_no_gradient())
     rows = None
     if has_aux:
         flat, spec = tree.flatten(aux)
         rows = (torch.stack([torch.as_tensor(x, device=loss.device).detach().double().reshape(()) for x in flat])[None], spec)
     return loss, weight.to(loss.device), rows, grads
+
+
+def _no_gradient() -> str:
+    """Why a loss that weighs something has no gradient at all: an update with zeros would only decay the weights."""
+    if not torch.is_grad_enabled():
+        why, remedy = "the step is called under torch.no_grad or inference_mode", "call it outside; it is pure anyway"
+    else:
+        why, remedy = "it depends on no parameter that learns", "compute it from `params`, without detach() or .item()"
+    return f"value_and_grad: the loss has no gradient, because {why}; {remedy}"
 
 
 def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:
@@ -224,20 +239,15 @@ def _shape_of(x: Any) -> str:
     return f"({', '.join(map(_shape_of, x))})" if isinstance(x, tuple) else f"a {type(x).__name__}"
 
 
-def _close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
+def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
     """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
-    structure, where = tape.whole.structure, tape.whole
+    structure, where, device = tape.whole.structure, tape.whole, tape.port.device
+    tape.land()
     if not tape.seam:
-        bad = torch.stack([(~g.isfinite()).sum() if g is not None else torch.zeros((), dtype=torch.int64, device=tape.port.device) for g in grads]) if tape.look else None
-        return Slots(where.pack(grads, tape.dtype, tape.port.device).buffers, tape.here), bad
-    for u, unit in enumerate(structure.units):
-        if not unit.seam and not unit.frozen and structure.members[u]:
-            mine = [grads[i] for i in structure.members[u]]
-            tape.scatter(u, [torch.zeros(structure.leaves[i].shape, dtype=tape.dtype, device=tape.port.device) if g is None else g for i, g in zip(structure.members[u], mine, strict=True)])
-    slots = tape.finish()
-    bad = None
-    if tape.look:
-        bad = torch.zeros(len(structure.leaves), dtype=torch.int64, device=tape.port.device)
-        for u, counts in tape.bad.items():
-            bad[list(structure.members[u])] = counts
-    return slots, bad
+        bad = None
+        if tape.look:
+            zero = torch.zeros((), dtype=torch.int64, device=device)
+            bad = torch.stack([zero if g is None else (~g.isfinite()).sum() for g in grads])
+        return Slots(where.pack(grads, tape.dtype, device).buffers, tape.arrivals.here), bad
+    loose = [u for u, unit in enumerate(structure.units) if not unit.seam and not unit.frozen and structure.members[u]]
+    return tape.arrivals.close({u: [grads[i] for i in structure.members[u]] for u in loose})

@@ -6,7 +6,9 @@ it exists: the next gather and the last scatter travel while a block computes. P
 """
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,17 +16,24 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from funczero import rng, tree
-from funczero.tape import Group, Ref, Tape, first_order
+from funczero.arrivals import Group
+from funczero.surroundings import Uncached, here, restored
+from funczero.tape import Ref, Tape
 
 Run = Callable[[dict[int, Tensor]], Any]  # a block as a function of its open leaves, by leaf number
 
 
 class _Rerun(torch.autograd.Function):
-    """A block that saves only its inputs: run again in the backward, with its random state restored."""
+    """A block that saves only its inputs: run again in the backward, in the surroundings of its first run.
+
+    Its units' leaves come in as stand-ins (Tape.node), so that a backward that does not ask for the parameters books none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, group: Group, around: tuple[Group, Group], run: Callable[..., Any], port: Tensor, *inputs: Tensor) -> Any:
-        ctx.tape, ctx.group, ctx.before, ctx.run, ctx.state, ctx.needs = tape, group, around[0], run, torch.get_rng_state(), ctx.needs_input_grad[5:]
+    def forward(ctx: Any, tape: Tape, group: Group, around: tuple[Group, Group], run: Callable[..., Any], n: int, *tensors: Tensor) -> Any:
+        inputs = tensors[n:]
+        ctx.tape, ctx.group, ctx.before, ctx.run, ctx.n, ctx.needs = tape, group, around[0], run, n, ctx.needs_input_grad[5 + n :]
+        ctx.surroundings = here(tape.port.device)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         opened = {u: tape.take(u) for u in group}
@@ -39,41 +48,54 @@ class _Rerun(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gouts: Tensor | None) -> tuple[Any, ...]:
         tape = ctx.tape
-        first_order()
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(ctx.state)
+        if torch.is_grad_enabled():
+            why = "a block that runs again in the backward (remat) is first-order only, but create_graph=True asks for a second derivative"
+            raise RuntimeError(f"value_and_grad(units=...): {why}; leave remat out for this loss")
+        with restored(ctx.surroundings):
             opened = {u: tape.again(u, ctx.group, ctx.before) for u in ctx.group}
             outs, own, inputs = _run_fresh(ctx, opened, ctx.saved_tensors)
         pairs = [(o, g) for o, g in zip(outs, gouts, strict=True) if g is not None and o.requires_grad]
-        wanted = [x for xs in own.values() for x in xs] + [x for x in inputs if x.requires_grad]
-        grads = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(wanted))
+        wanted = [*own, *(x for x in inputs if x.requires_grad)]
+        found: Any = [None] * len(wanted)
+        if pairs:
+            found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
         del opened, outs, pairs
         for u in ctx.group:
             tape.drop(u)
-        for u, xs in own.items():
-            tape.arrive(u, [next(grads) for _ in xs])
-        return (None, None, None, None, None, *(next(grads) if x.requires_grad else None for x in inputs))
+        rest = iter(found[ctx.n :])
+        return (*(None,) * 5, *found[: ctx.n], *(next(rest) if x.requires_grad else None for x in inputs))
 
 
 def _keep_nothing(x: Any) -> Any:
     return None
 
 
-def _run_fresh(ctx: Any, opened: dict[int, Tensor], saved: Sequence[Tensor]) -> tuple[Any, dict[int, list[Tensor]], list[Tensor]]:
-    """A block as a function of fresh leaves: (its outputs, its units' leaves, its inputs)."""
+def _run_fresh(ctx: Any, opened: dict[int, Tensor], saved: Sequence[Tensor]) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """A block as a function of fresh leaves: (its outputs, its units' leaves that learn, its inputs)."""
     whole, inputs = ctx.tape.whole, [x.detach().requires_grad_(need) for x, need in zip(saved, ctx.needs, strict=True)]
     leaves = ctx.tape.open_leaves(opened)
-    own = {u: [leaves[i].detach().requires_grad_() for i in whole.structure.members[u]] for u in ctx.group if not whole.structure.units[u].frozen}
-    leaves |= {i: x for u, xs in own.items() for i, x in zip(whole.structure.members[u], xs, strict=True)}
-    with torch.enable_grad():
-        return ctx.run(leaves, inputs), own, inputs
+    own = {i: leaves[i].requires_grad_() for u in ctx.group if not whole.structure.units[u].frozen for i in whole.structure.members[u]}
+    before = ctx.tape.copies(leaves)
+    with torch.enable_grad(), Uncached():
+        outs = ctx.run(leaves, inputs)
+    ctx.tape.untouched(leaves, before)
+    return outs, list(own.values()), inputs
+
+
+def _run_open(tape: Tape, leaves: dict[int, Tensor], run: Run) -> Any:
+    """A block on its open leaves."""
+    before = tape.copies(leaves)
+    with Uncached():
+        out = run(leaves)
+    tape.untouched(leaves, before)
+    return out
 
 
 def _run_once(tape: Tape, group: Group, run: Run, after: Group) -> Any:
     """A forward that nothing will differentiate."""
     opened = {u: tape.take(u) for u in group}
     tape.ahead(*after)
-    out = run(tape.open_leaves(opened))
+    out = _run_open(tape, tape.open_leaves(opened), run)
     tape.count(-len(group))
     return out
 
@@ -85,14 +107,14 @@ def run_unit(tape: Tape, group: Group, run: Run, before: Group = (), after: Grou
       before, after: neighbours in the forward, whose gathers start early.
     """
     if not tape.seam:
-        return run(tape.leaves)
+        return _run_open(tape, tape.resting_leaves(group), run)
     if not torch.is_grad_enabled() or not tape.differentiate:
         return _run_once(tape, group, run, after)
     buffers = {u: tape.take(u) for u in group}
     tape.ahead(*after)
     leaves = tape.open_leaves(buffers, track=True)
     if not tape.rest:
-        return run(leaves)
+        return _run_open(tape, leaves, run)
     memory = {b.untyped_storage()._cdata: u for u, b in buffers.items()}
     held = {} if after else buffers
     del buffers
@@ -105,7 +127,7 @@ def run_unit(tape: Tape, group: Group, run: Run, before: Group = (), after: Grou
         return tape.again(saved[0], group, before).as_strided(*saved[1:]) if type(saved) is tuple else saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        out = run(leaves)
+        out = _run_open(tape, leaves, run)
     if held:
         tape.keep(held)
     else:
@@ -150,8 +172,12 @@ def gather(params: Any) -> Any:
     refs = [r for r in flat if isinstance(r, Ref)]
     if not refs:
         return params
-    tape = refs[0].tape
-    leaves = tape.leaves if not tape.seam else tape.open_leaves({u: tape.take(u) for u in dict.fromkeys(r.unit for r in refs)}, track=torch.is_grad_enabled() and tape.differentiate)
+    tape, units = refs[0].tape, tuple(dict.fromkeys(r.unit for r in refs))
+    if tape.seam:
+        leaves = tape.open_leaves({u: tape.take(u) for u in units}, track=torch.is_grad_enabled() and tape.differentiate)
+    else:
+        leaves = tape.resting_leaves(units)
+    tape.lent += [(i, weakref.ref(x)) for i, x in leaves.items()]
     return tree.unflatten([leaves[r.leaf] if isinstance(r, Ref) else r for r in flat], treedef)
 
 
@@ -168,7 +194,8 @@ def run_block(block: Callable[..., Any], params: tuple[list[Any], Any], group: G
     """block(params, *args, **kwargs) on one block, in either form; params is flat: (leaves, treedef)."""
     refs, bdef = params
     if not group and not remat:
-        return block(tree.unflatten(refs, bdef), *args, **kwargs)
+        each = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in refs]  # as at the seam: a call's uses are summed first
+        return block(tree.unflatten(each, bdef), *args, **kwargs)
     flat, adef = tree.flatten(args)
     values = refs + flat
     taken = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
@@ -188,20 +215,36 @@ def run_block(block: Callable[..., Any], params: tuple[list[Any], Any], group: G
     inputs = [values[i] for i in taken]
     tape = next((v.tape for v in refs if isinstance(v, Ref)), None)
     if tape is None or remat and not tape.seam:
-        outs = _checkpoint(run, {v.leaf: v.tape.leaves[v.leaf] for v in refs if isinstance(v, Ref)}, inputs)
+        outs = _checkpoint(run, tape, group, inputs)
     elif remat and torch.is_grad_enabled() and tape.differentiate:
-        tape.use(group)
-        outs = _Rerun.apply(tape, group, around, run, tape.port, *inputs)
+        learning = [u for u in group if not tape.whole.structure.units[u].frozen]
+        tape.arrivals.use(tuple(learning))
+        ports = [x for u in learning for x in tape.node(u)]
+        outs = _Rerun.apply(tape, group, around, run, len(ports), *ports, *inputs)
     else:
         outs = run_unit(tape, group, lambda leaves: run(leaves, inputs), *around)
     return tree.unflatten(list(outs), outdef[0]) if outdef else outs[0]
 
 
-def _checkpoint(run: Callable[..., Any], leaves: dict[int, Tensor], inputs: list[Tensor]) -> Any:
+def _checkpoint(run: Callable[..., Any], tape: Tape | None, group: Group, inputs: list[Tensor]) -> Any:
     """Remat where nothing is gathered. Views: as in _Rerun, a block's uses of a tensor are summed before those of other blocks are added."""
+    leaves = {} if tape is None else tape.resting_leaves(group)
     numbers, n = list(leaves), len(inputs)
-    views = [x.view_as(x) if x.requires_grad else x for x in (*inputs, *leaves.values())]
-    return checkpoint(lambda *xs: run(dict(zip(numbers, xs[n:], strict=True)), xs[:n]), *views, use_reentrant=False)
+    device = inputs[0].device if tape is None and inputs else torch.device("cpu") if tape is None else tape.port.device
+    found = here(device)
+
+    def again(*xs: Tensor) -> Any:
+        with restored(found) if rerun else nullcontext(), Uncached():
+            return run(dict(zip(numbers, xs[n:], strict=True)), xs[:n])
+
+    rerun = False
+    views = [*(x.view_as(x) if x.requires_grad else x for x in inputs), *leaves.values()]
+    before = None if tape is None else tape.copies(leaves)
+    outs = checkpoint(again, *views, use_reentrant=False, preserve_rng_state=False)
+    rerun = True
+    if tape is not None:
+        tape.untouched(leaves, before)
+    return outs
 
 
 def _no_captures(block: Callable[..., Any]) -> None:

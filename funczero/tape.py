@@ -1,19 +1,18 @@
-"""One apply's book of units: closed parameters, what is gathered, what travels, and which gradients have arrived."""
+"""One apply's units for a forward: closed parameters, what is gathered, and what is under way."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from funczero import tree
-from funczero.collectives import Travelling, gather_units, scatter_units
+from funczero.arrivals import Arrivals, Group
+from funczero.collectives import Travelling, gather_units
 from funczero.spec import Slots, Where
 from funczero.types import Env
-
-Group = tuple[int, ...]  # the units of one block: one, or two where some of its leaves are frozen
-SMALL = 1 << 15  # elements under which a unit's gradient is not worth a message of its own
 
 
 class Ref:
@@ -22,8 +21,9 @@ class Ref:
     def __init__(self, tape: Tape, leaf: int) -> None:
         """Leaf number `leaf` of what the tape holds."""
         info = tape.whole.structure.leaves[leaf]
-        self.tape, self.leaf, self.unit, self.path, self.shape, self.dtype = tape, leaf, info.unit, info.path, torch.Size(info.shape), tape.dtype
-        self.device, self.requires_grad = tape.port.device, tape.differentiate and not tape.whole.structure.frozen(leaf)
+        self.tape, self.leaf, self.unit, self.path = tape, leaf, info.unit, info.path
+        self.shape, self.dtype, self.device = torch.Size(info.shape), tape.dtype, tape.port.device
+        self.requires_grad = tape.differentiate and not tape.whole.structure.frozen(leaf)
 
     def is_floating_point(self) -> bool:
         """Modules ask their parameters for a dtype."""
@@ -52,30 +52,23 @@ class Ref:
 
 
 class Tape:
-    """One apply's book: which units are gathered, what travels, and which gradients have arrived. It lives for one forward and backward."""
+    """What one forward and its backward hold of the units, two at a time, and where their gradients go (`arrivals`)."""
 
     def __init__(self, views: Slots, scatter: tuple[str, ...], env: Env, look: bool, differentiate: bool = True) -> None:
         """views: parameters at rest; scatter: axes that gradients are scattered over at the seam beyond those of rest."""
         self.env, self.views, self.rest = env, views, views.where.axes
         self.whole: Where = views.where.structure.whole
         self.dtype = views.buffers[0].dtype
-        self.axes = (*self.rest, *scatter)  # outermost first
-        self.seam = any(env.mesh.axes[a].size > 1 for a in self.axes)  # over axes of size 1 there is nothing to do
-        self.here: Where = self.whole  # where gradients end up
-        for a in self.axes:
-            self.here = self.here.inner(a, env.mesh.axes[a].size, env.mesh.index(a))
+        axes = (*self.rest, *scatter)  # outermost first
+        self.seam = any(env.mesh.axes[a].size > 1 for a in axes)  # over axes of size 1 there is nothing to do
         self.differentiate, self.look = differentiate, look
         self.port = torch.zeros((), device=views.buffers[0].device, requires_grad=differentiate)
+        self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device)
         self.flying: dict[int, Travelling] = {}  # gathers under way
         self.open: dict[int, Tensor] = {}  # gathered buffers that the backward reads
         self.kept: set[int] = set()  # of these, the forward's last block
         self.leaves: dict[int, Tensor] = {}  # by leaf number, where nothing is gathered or scattered
-        self.uses: dict[int, int] = {}
-        self.sums: dict[int, list[Tensor]] = {}  # gradients of a unit used more than once
-        self.late: dict[int, list[Tensor]] = {}  # gradients of small units, which share the last message
-        self.scattering: tuple[Group, Callable[[], list[Tensor]]] | None = None
-        self.grads: dict[int, Tensor] = {}
-        self.bad: dict[int, Tensor] = {}
+        self.lent: list[tuple[int, weakref.ref[Tensor]]] = []  # leaves that a loss holds by itself (fz.gather)
         self.live = self.peak = 0
 
     # --- gathers
@@ -83,7 +76,8 @@ class Tape:
         """Start to gather units, unless they are here or under way."""
         for unit in group if self.rest and self.seam else ():
             if unit not in self.flying and unit not in self.open:
-                self.flying[unit] = gather_units(self.views.where.outer, (unit,), self.rest[-1], self.env.mesh, (self.views.buffers[unit],))
+                where, axis = self.views.where.outer, self.rest[-1]
+                self.flying[unit] = gather_units(where, (unit,), axis, self.env.mesh, (self.views.buffers[unit],))
                 self.count(1)
 
     def ahead(self, *group: int) -> None:
@@ -95,8 +89,13 @@ class Tape:
         """A unit's whole buffer; innermost axis first."""
         if not self.rest or not self.seam:
             return self.views.buffers[unit]
+        if self.whole.structure.units[unit].seam:
+            self.whole.memo.setdefault(FIRST, unit)
         for other in tuple(self.kept):  # it was not the last
             self.drop(other)
+        if unit in self.open:  # a backward inside the forward has gathered it
+            self.count(1)
+            return self.open[unit]
         self.launch(unit)
         (buffer,), where = self.flying.pop(unit).wait(), self.views.where.outer
         for axis in reversed(self.rest[:-1]):
@@ -104,20 +103,26 @@ class Tape:
             (buffer,) = gather_units(where, (unit,), axis, self.env.mesh, (buffer,)).wait()
         return buffer
 
+    def first(self) -> Group:
+        """The unit that an earlier forward over these parameters opened first, if there was one; guessing it costs memory."""
+        found = self.whole.memo.get(FIRST)
+        return () if found is None else (found,)
+
     def again(self, unit: int, group: Group, before: Group) -> Tensor:
         """The whole buffer for the backward: gathered at first touch, then the gathers of the block before it start."""
         if unit in self.kept:
             self.kept.remove(unit)
             self.ahead(*before)
         if unit not in self.open:
-            for other in [u for u in self.open if u not in group and self.whole.structure.units[u].frozen]:
-                self.drop(other)  # nothing announces the last use of a frozen unit; it is gathered again if this was not it
+            for other in [u for u in self.open if u not in group]:
+                self.drop(other)  # a frozen unit, or a backward inside the forward, says nothing of its last use
             self.open[unit] = self.take(unit)
             self.ahead(*before)
         return self.open[unit]
 
     def keep(self, buffers: dict[int, Tensor]) -> None:
         """Hold on to the forward's last block, which the backward reads first."""
+        self.count(-len(buffers.keys() & self.open.keys()))
         self.open |= buffers
         self.kept |= set(buffers)
 
@@ -132,101 +137,97 @@ class Tape:
         self.live += n if self.rest else 0
         self.peak = max(self.peak, self.live)
 
+    def land(self) -> None:
+        """After the backward nothing is open, and nothing is left under way."""
+        for unit in list(self.flying):
+            self.flying.pop(unit).wait()
+            self.count(-1)
+        for unit in list(self.open):
+            self.drop(unit)
+
+    # --- leaves
     def open_leaves(self, buffers: dict[int, Tensor], track: bool = False) -> dict[int, Tensor]:
         """Leaves of gathered units by leaf number; with track, those with a gradient report it to this tape."""
         out: dict[int, Tensor] = {}
         for u, buffer in buffers.items():
             learns = track and not self.whole.structure.units[u].frozen
             if learns:
-                self.use((u,))
-            xs = _Open.apply(self, u, buffer, self.port) if learns else self.whole.views(u, buffer)
+                self.arrivals.use((u,))
+            xs = self.node(u, buffer) if learns else [x.data for x in self.whole.views(u, buffer)]
             out |= dict(zip(self.whole.structure.members[u], xs, strict=True))
         return out
 
-    # --- gradients
-    def use(self, group: Group) -> None:
-        """One more use of units in this forward: a gradient is scattered after the last one."""
-        for unit in group:
-            self.uses[unit] = self.uses.get(unit, 0) + 1
+    def resting_leaves(self, group: Group) -> dict[int, Tensor]:
+        """Leaves of units where nothing is gathered or scattered: views, so that the uses in one call are summed before those of other calls."""
+        members = [i for u in group for i in self.whole.structure.members[u]]
+        return {i: x.view_as(x) if x.requires_grad else x for i, x in ((i, self.leaves[i]) for i in members)}
 
-    def arrive(self, unit: int, grads: Sequence[Tensor | None]) -> None:
-        """A use's gradient, in its own dtype: uses are summed here, in the order of arrival, and scattered once."""
-        shapes = [self.whole.structure.leaves[i].shape for i in self.whole.structure.members[unit]]
-        full = [torch.zeros(s, dtype=self.dtype, device=self.port.device) if g is None else g for g, s in zip(grads, shapes, strict=True)]
-        if unit in self.sums:
-            full = [a + b for a, b in zip(self.sums.pop(unit), full, strict=True)]
-        self.uses[unit] -= 1
-        if self.uses[unit] > 0:
-            self.sums[unit] = full
-        else:
-            self.scatter(unit, full)
+    def node(self, unit: int, buffer: Tensor | None = None) -> tuple[Tensor, ...]:
+        """A unit's leaves in the graph; without a buffer, stand-ins of their shapes and of no memory, for who computes the gradients itself."""
+        try:
+            return _Open.apply(self, unit, buffer, self.port)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):
+                raise
+            name = self.whole.structure.units[unit].name
+            why = f"unit {name!r} is opened inside a torch.func transform, but units are first-order and know no vmap or jvp"
+            raise RuntimeError(f"value_and_grad(units=...): {why}; leave units out for this loss") from None
 
-    def scatter(self, unit: int, leaves: list[Tensor]) -> None:
-        """Start to scatter a unit's gradient, or put it aside for the last message if it is all latency."""
-        if self.look:
-            self.bad[unit] = torch.stack([(~x.isfinite()).sum() for x in leaves])
-        if self.whole.lengths[unit] < SMALL:
-            self.late[unit] = leaves
-        else:
-            self._send((unit,), [leaves])
+    def untouched(self, leaves: Mapping[int, Tensor], before: Mapping[int, Tensor] | None = None) -> None:
+        """Refuse a loss that wrote its parameters: at some stages that is the caller's state, at others a copy.
 
-    def _send(self, units: Group, leaves: list[list[Tensor]]) -> None:
-        """Over all axes, outermost first; the message before this one is finished meanwhile."""
-        mesh, dtype, where = self.env.mesh, self.env.policy.accumulate, self.whole
-        first = scatter_units(where, units, self.axes[0], mesh, leaves, dtype)
+        Args:
+          before: copies of the leaves, where writes that no version counter sees (`.data`) are looked for as well.
+        """
+        for i, x in leaves.items():
+            if not x.is_inference() and x._version or before is not None and not _same_bits(x, before[i]):
+                path = self.whole.structure.leaves[i].path
+                why = "a pure loss may read its parameters alone; write a new tensor, as w = w.clamp(...), or leave out max_norm"
+                raise RuntimeError(f"the loss writes into parameter {path!r} in place, but {why}")
 
-        def finish() -> list[Tensor]:
-            buffers, here = first.wait(), where
-            for outer, axis in zip(self.axes, self.axes[1:], strict=False):
-                here = here.inner(outer, mesh.axes[outer].size, mesh.index(outer))
-                if mesh.axes[axis].size > 1:
-                    buffers = scatter_units(here, units, axis, mesh, [here.views(u, b) for u, b in zip(units, buffers, strict=True)], dtype).wait()
-            return buffers
 
-        before, self.scattering = self.scattering, (units, finish)
-        self._finish(before)
+    def left_alone(self, whole: Mapping[int, Tensor], before: Mapping[int, Tensor] | None) -> None:
+        """`untouched`, of everything that a loss has had in its hands until its end."""
+        alive = {i: x for i, ref in self.lent if (x := ref()) is not None}
+        self.untouched(alive)
+        self.untouched(whole, before)
 
-    def _finish(self, sent: tuple[Group, Callable[[], list[Tensor]]] | None) -> None:
-        if sent is not None:
-            self.grads |= dict(zip(sent[0], sent[1](), strict=True))
+    def copies(self, leaves: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
+        """What `untouched` compares with, while values are looked at (debug)."""
+        return {i: x.detach().clone() for i, x in leaves.items()} if self.look else None
 
-    def finish(self) -> Slots:
-        """This rank's gradients of all units, once every backward has run; units that no backward reached are zero."""
-        for unit in list(self.sums):
-            self.scatter(unit, self.sums.pop(unit))
-        if self.late:
-            self._send(tuple(self.late), list(self.late.values()))
-        self._finish(self.scattering)
-        self.scattering = None  # it refers to this tape: a cycle would hold the gradients until a collection
-        self.open.clear()
-        self.flying.clear()
-        where = self.here
-        some = next(iter(self.grads.values()), None)
-        dtype, device, units = self.dtype if some is None else some.dtype, self.port.device, self.whole.structure.units
-        for u, n in enumerate(where.lengths):
-            if u not in self.grads:
-                self.grads[u] = torch.zeros(0 if units[u].frozen else n, dtype=dtype, device=device)
-        return Slots(tuple(self.grads[u] for u in range(len(units))), where)
+
+FIRST = ("tape", "first")  # in Where.memo
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.detach().contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
 class _Open(torch.autograd.Function):
-    """A unit's leaves for the forward; their gradients go to the tape, not into the graph."""
+    """A unit's leaves for the forward. Autograd runs this node only for a backward that asks for the parameters: there their gradients are booked."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, unit: int, buffer: Tensor, port: Tensor) -> tuple[Tensor, ...]:
-        ctx.tape, ctx.unit = tape, unit
+    def forward(ctx: Any, tape: Tape, unit: int, buffer: Tensor | None, port: Tensor) -> tuple[Tensor, ...]:
+        ctx.tape, ctx.unit, ctx.held = tape, unit, buffer is not None
         ctx.set_materialize_grads(False)
-        return tuple(tape.whole.views(unit, buffer.detach()))
+        if buffer is None:
+            one, leaves = torch.zeros((), dtype=tape.dtype, device=port.device), tape.whole.structure.leaves
+            return tuple(one.expand(leaves[i].shape) for i in tape.whole.structure.members[unit])
+        return tuple(x.data for x in tape.whole.views(unit, buffer))  # .data: each has a version counter of its own
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
         first_order()
         ctx.tape.drop(ctx.unit)
-        ctx.tape.arrive(ctx.unit, grads)
+        ctx.tape.arrivals.arrive(ctx.unit, grads)
         return None, None, None, None
 
 
 def first_order() -> None:
     """The seam frees what a second derivative would need; say so instead of being wrong."""
     if torch.is_grad_enabled():
-        raise RuntimeError("value_and_grad(units=...): the seam is first-order only, but create_graph=True asks for a second derivative; leave units out for this loss")
+        why = "the seam is first-order only, but create_graph=True asks for a second derivative"
+        raise RuntimeError(f"value_and_grad(units=...): {why}; leave units out for this loss")
+
+

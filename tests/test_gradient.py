@@ -115,10 +115,33 @@ def test_trainable_is_the_rest_of_frozen(trainable):
     assert torch.equal(runs[0]["embed"], zoo.params()["embed"]) and not torch.equal(runs[0]["head"]["w"], zoo.params()["head"]["w"])
 
 
-def test_a_loss_that_needs_no_parameter_has_a_gradient_of_zero():
-    step = fz.train_step(fz.shard("data", fz.value_and_grad(lambda p, b: (b["x"].sum(), torch.ones(())), batch=P("data")), fz.sgd(1.0)), mesh={"data": 1})
-    state, m = step(step.init({"w": torch.ones(2)}), {"x": torch.ones(3)})
-    assert m.ok and m.grad_norm == 0 and m.loss == 3 and torch.equal(step.params(state)["w"], torch.ones(2))
+def unlearned(weight):
+    """A step of a loss that needs no parameter."""
+    loss = lambda p, b: (b["x"].sum(), torch.full((), weight))
+    step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data")), fz.sgd(1.0)), mesh={"data": 1})
+    return step, step.init({"w": torch.ones(2)}), {"x": torch.ones(3)}
+
+
+def test_a_loss_without_a_gradient_is_refused_as_torch_does():
+    step, state, b = unlearned(1.0)
+    with pytest.raises(RuntimeError, match="the loss has no gradient, because it depends on no parameter that learns; compute it from `params`"):
+        step(state, b)
+
+
+def test_a_micro_batch_of_no_weight_may_need_no_parameter():
+    step, state, b = unlearned(0.0)
+    state, m = step(state, b)
+    assert m.empty and not m.ok and m.grad_norm == 0 and torch.equal(step.params(state)["w"], torch.ones(2))
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_step_under_no_grad_is_refused(stage, off):
+    loss = lambda p, b: ((b["x"] * p["w"]).sum(), torch.ones(()))
+    step = fz.train_step(*fz.zero(fz.value_and_grad(loss, batch=P("data")), fz.adamw(0.1), stage=stage), mesh={"data": 1})
+    state = step.init({"w": torch.ones(2)})
+    with off(), pytest.raises(RuntimeError, match="no gradient, because the step is called under torch.no_grad or inference_mode; call it outside"):
+        step(state, {"x": torch.ones(3, 2)})
 
 
 def test_batches_are_any_tree_of_tensors():

@@ -11,7 +11,7 @@ from funczero.chain import Source
 from funczero.check import recorded
 from funczero.deepspeed.held import OLD, Closed, differentiate, named
 from funczero.deepspeed.partition import start_of
-from funczero.gradient import _close, open_rest, pullback
+from funczero.gradient import close, open_rest, pullback
 from funczero.mesh import P
 from funczero.spec import Slots
 from funczero.stateless import _Call, _lists, _Snapshot
@@ -102,15 +102,12 @@ class Sharded:
         def vjp(cotangent: Tensor, look: bool) -> Any:
             tape.look = look
             wanted = {i: x for i, x in enumerate(whole) if isinstance(x, Tensor) and x.requires_grad} | {i: x for i, x in tape.leaves.items() if x.requires_grad}
-            before = dict(tape.uses)
-            found = differentiate(loss, list(wanted.values()), cotangent, retain, over, (tape.port,), self.owner)
+            with tape.arrivals.collecting(look, retain):  # uses counted too high, a unit is only scattered later
+                found = differentiate(loss, list(wanted.values()), cotangent, retain, over, (tape.port,), self.owner)
             grads: list[Any] = [None] * len(tape.whole.structure.leaves)
             for i, g in zip(wanted, found, strict=True):
                 grads[i] = g
-            slots, bad = _close(tape, grads)
-            tape.grads, tape.bad, tape.late = {}, {}, {}
-            tape.uses = before if retain else tape.uses  # counted too high, a unit is only scattered later
-            return slots, bad
+            return close(tape, grads)
 
         vjp.scatters = True  # type: ignore[attr-defined]
         return vjp
@@ -217,5 +214,5 @@ def _scattered(tape: Tape, whole: Any) -> tuple[Slots, Tensor | None]:
     zero = lambda i: torch.zeros(structure.leaves[i].shape, dtype=tape.dtype, device=tape.port.device)
     for u, unit in enumerate(structure.units if tape.seam else ()):
         if unit.seam and not unit.frozen:
-            tape.scatter(u, [zero(i) if grads[i] is None else grads[i] for i in structure.members[u]])
-    return _close(tape, grads)
+            tape.arrivals.put(u, [zero(i) if grads[i] is None else grads[i] for i in structure.members[u]])
+    return close(tape, grads)
