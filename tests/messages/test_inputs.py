@@ -281,7 +281,10 @@ def test_every_rank_says_which_world_it_is_in(run_world):
 
 def test_a_second_derivative_through_blocks_that_run_again_is_refused(run_world):
     said = zoo.everywhere(run_world, 2, second_orders)
-    assert said == "RuntimeError: value_and_grad(units=...): the seam is first-order only, but create_graph=True asks for a second derivative; leave units out for this loss"
+    assert said == (
+            "RuntimeError: value_and_grad(units=...): a block that runs again in the backward (remat) is first-order only, "
+            "but create_graph=True asks for a second derivative; leave remat out for this loss"
+        )
 
 
 HALVES = {
