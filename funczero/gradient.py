@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funczero import order, rng, tree
+from funczero import draws, order, rng, tree
 from funczero.chain import Configure, Source
 from funczero.collectives import all_gather
 from funczero.mesh import P
@@ -189,7 +190,8 @@ def _differentiate(
     key = (rng.fold(seed.key, seed.index),) if keyed else ()
     open_leaves = {i: x for i, x in enumerate(whole) if isinstance(x, Tensor)} | tape.leaves
     before = tape.copies(open_leaves)
-    loss, weight, aux = check_loss(loss_fn(structure.unflatten(whole), batch, *key), has_aux)
+    with nullcontext() if getattr(loss_fn, "keyed", False) else draws.keyed(next(iter(key), None), tape.port.device, drew):
+        loss, weight, aux = check_loss(loss_fn(structure.unflatten(whole), batch, *key), has_aux)
     tape.left_alone(open_leaves, before)
     wanted = {i: x for i, x in open_leaves.items() if x.requires_grad}
     grads: list[Any] = [None] * len(structure.leaves)
@@ -206,6 +208,13 @@ def _differentiate(
         flat, spec = tree.flatten(aux)
         rows = (torch.stack([torch.as_tensor(x, device=loss.device).detach().double().reshape(()) for x in flat])[None], spec)
     return loss, weight.to(loss.device), rows, grads
+
+
+def drew(kind: str) -> RuntimeError:
+    """The error for a loss function that draws without a key."""
+    why = f"the loss function draws from {kind}'s global generator, so it would not be a function of its arguments"
+    remedy = "write value_and_grad(loss_fn, ..., rng=True): it is called as loss_fn(params, batch, key), and what it draws comes from that key"
+    return RuntimeError(f"value_and_grad: {why}; {remedy}")
 
 
 def _no_gradient() -> str:

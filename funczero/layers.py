@@ -7,7 +7,7 @@ it exists: the next gather and the last scatter travel while a block computes. P
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from funczero import rng, tree
 from funczero.arrivals import Group
+from funczero.draws import foreseen
 from funczero.surroundings import Uncached, here, restored
 from funczero.tape import Ref, Tape
 
@@ -39,7 +40,8 @@ class _Rerun(torch.autograd.Function):
         opened = {u: tape.take(u) for u in group}
         tape.ahead(*around[1])
         with torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):  # torch chooses kernels by what needs a gradient:
-            outs, _, _ = _run_fresh(ctx, opened, inputs)  # a graph that keeps nothing, so that both runs give the same bits
+            with foreseen(tape.port.device, _drew):
+                outs, _, _ = _run_fresh(ctx, opened, inputs)  # a graph that keeps nothing, so that both runs give the same bits
         tape.count(-len(group))
         result = tuple(x.detach() if isinstance(x, Tensor) else x for x in outs)
         ctx.mark_non_differentiable(*(y for x, y in zip(outs, result, strict=True) if isinstance(x, Tensor) and not x.requires_grad))
@@ -64,6 +66,11 @@ class _Rerun(torch.autograd.Function):
             tape.drop(u)
         rest = iter(found[ctx.n :])
         return (*(None,) * 5, *found[: ctx.n], *(next(rest) if x.requires_grad else None for x in inputs))
+
+
+def _drew(kind: str) -> RuntimeError:
+    why = f"a block that runs again in the backward (remat) draws from {kind}'s global generator, and would draw other numbers then"
+    return RuntimeError(f"fz.layers: {why}; draw before the block and hand the numbers in, or leave remat out")
 
 
 def _keep_nothing(x: Any) -> Any:
@@ -240,7 +247,8 @@ def _checkpoint(run: Callable[..., Any], tape: Tape | None, group: Group, inputs
     rerun = False
     views = [*(x.view_as(x) if x.requires_grad else x for x in inputs), *leaves.values()]
     before = None if tape is None else tape.copies(leaves)
-    outs = checkpoint(again, *views, use_reentrant=False, preserve_rng_state=False)
+    with foreseen(device, _drew):
+        outs = checkpoint(again, *views, use_reentrant=False, preserve_rng_state=False)
     rerun = True
     if tape is not None:
         tape.untouched(leaves, before)
@@ -249,15 +257,21 @@ def _checkpoint(run: Callable[..., Any], tape: Tape | None, group: Group, inputs
 
 def _no_captures(block: Callable[..., Any]) -> None:
     """Refuse closures over tensors that need a gradient: the remat form could not see it."""
-    seen: list[Any] = [block]
-    for fn in seen:
-        plain = getattr(fn, "func", fn)  # functools.partial
-        if not (getattr(plain, "__closure__", None) or plain is not fn):
+    for x in captured(block):
+        what = f"parameter {x.path!r}" if isinstance(x, Ref) else f"a tensor of shape {tuple(x.shape)}"
+        raise TypeError(f"fz.layers: the block captures {what}, which needs a gradient; hand it in: fz.layers(block, blocks, x, it)")
+
+
+def captured(fn: Callable[..., Any]) -> Iterator[Any]:
+    """Closed parameters, and tensors that need a gradient, in the closures of a function and of those that it captures."""
+    seen: list[Any] = [fn]
+    for inner in seen:
+        plain = getattr(inner, "func", inner)  # functools.partial
+        if not (getattr(plain, "__closure__", None) or plain is not inner):
             continue
-        cells = [c.cell_contents for c in getattr(plain, "__closure__", None) or () if c.cell_contents is not fn]
-        for x in tree.leaves((cells, getattr(fn, "args", ()), getattr(fn, "keywords", {}))):
+        cells = [c.cell_contents for c in getattr(plain, "__closure__", None) or () if c.cell_contents is not inner]
+        for x in tree.leaves((cells, getattr(inner, "args", ()), getattr(inner, "keywords", {}))):
             if isinstance(x, Ref) or isinstance(x, Tensor) and x.requires_grad:
-                what = f"parameter {x.path!r}" if isinstance(x, Ref) else f"a tensor of shape {tuple(x.shape)}"
-                raise TypeError(f"fz.layers: the block captures {what}, which needs a gradient; hand it in: fz.layers(block, blocks, x, it)")
+                yield x
             if callable(x) and getattr(x, "__closure__", None) and x not in seen and len(seen) < 16:
                 seen.append(x)

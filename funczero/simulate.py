@@ -1,7 +1,8 @@
 """Many ranks in one process: one thread each, for tests and for teaching.
 
 torch's own threaded process group does the sending, so that what runs is the code of a real rank: meshes, groups, collectives. It is private to torch's
-tests, hence used here alone. Ranks share one interpreter: this shows what a world computes, not how fast, and torch's global random state is one for all.
+tests, hence used here alone. Ranks share one interpreter: this shows what a world computes, not how fast.
+Each draws from a torch generator of its own; python's and numpy's, which threads share, may not be drawn from inside a step.
 """
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from funczero.draws import OwnGenerator
 
 GRACE = 5.0  # seconds that the other ranks have to end once one has failed
 POLL = 0.05  # seconds between two looks at the ranks
@@ -61,7 +64,7 @@ def simulate(sizes: Mapping[str, int], timeout: float = 60.0) -> Callable[..., l
 def _run(size: int, timeout: float, call: Callable[[], Any]) -> list[Any]:
     from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-    group, store, width = threaded.ProcessLocalGroup, dist.HashStore(), torch.get_num_threads()
+    group, store, width, lock = threaded.ProcessLocalGroup, dist.HashStore(), torch.get_num_threads(), threading.Lock()
     results: dict[int, Any] = {}
     failures: list[Failure] = []
 
@@ -69,7 +72,9 @@ def _run(size: int, timeout: float, call: Callable[[], Any]) -> list[Any]:
         torch.set_num_threads(width)
         dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
         try:
-            results[rank] = call()
+            with OwnGenerator(lock) as own:
+                own.generator.manual_seed(torch.initial_seed())
+                results[rank] = call()
         except SystemExit:  # how the group wakes those who wait for a rank that has failed
             if not group._terminate.is_set():
                 results[rank] = None

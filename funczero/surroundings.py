@@ -3,9 +3,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from funczero.draws import generators
 
 
 class Surroundings(NamedTuple):
@@ -13,23 +15,25 @@ class Surroundings(NamedTuple):
 
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     dtype: torch.dtype
-    generators: tuple[tuple[str, torch.Tensor], ...]
+    device: torch.device
+    generators: tuple[torch.Tensor, ...]
 
 
 def here(device: torch.device) -> Surroundings:
     """The surroundings of this place in the program, for computations on a device."""
     kinds = dict.fromkeys(("cpu", device.type))
     autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
-    return Surroundings(autocast, torch.get_default_dtype(), tuple((kind, _generator(kind).get_rng_state()) for kind in kinds))
+    return Surroundings(autocast, torch.get_default_dtype(), device, tuple(g.get_state() for g in generators(device)))
 
 
 @contextmanager
 def restored(s: Surroundings) -> Iterator[None]:
     """The surroundings of a first run around a second; afterwards all is as it was."""
-    dtype, generators = torch.get_default_dtype(), [(kind, _generator(kind).get_rng_state()) for kind, _ in s.generators]
+    dtype, found = torch.get_default_dtype(), generators(s.device)
+    before = [g.get_state() for g in found]
     torch.set_default_dtype(s.dtype)
-    for kind, state in s.generators:
-        _generator(kind).set_rng_state(state)
+    for g, state in zip(found, s.generators, strict=True):
+        g.set_state(state)
     try:
         with ExitStack() as stack:
             for kind, enabled, narrow in s.autocast:
@@ -37,12 +41,8 @@ def restored(s: Surroundings) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-        for kind, state in generators:
-            _generator(kind).set_rng_state(state)
-
-
-def _generator(kind: str) -> Any:
-    return torch if kind == "cpu" else torch.get_device_module(kind)
+        for g, state in zip(found, before, strict=True):
+            g.set_state(state)
 
 
 class Uncached:

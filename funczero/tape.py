@@ -42,9 +42,12 @@ class Ref:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
+        again = torch._C._current_graph_task_id() != -1  # a backward reads it: something inside the block runs once more
         remedy = "run its blocks with fz.layers(block, params[...], x) or open it with fz.gather(params[...])"
         if "/" not in self.path:  # a module's parameter
             remedy = "a module may read it only inside that block's forward; leave its list out of fz.stateless(..., units=[...])"
+        if again:
+            remedy = "it is read again in the backward, as torch.utils.checkpoint does inside a unit; leave that out, and write remat=True"
         raise TypeError(f"parameter {self.path!r} is inside a unit that is not open; {remedy}")
 
     def __repr__(self) -> str:

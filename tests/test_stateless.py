@@ -507,7 +507,7 @@ class Strange(nn.Module):
         (lambda: nn.Linear(2, 2, device="meta"), {}, ValueError, "'weight' is on the meta device and has no values"),
         (lambda: Net(), {"units": "layers"}, ValueError, "units='layers' names no list of blocks in Net; its repeated lists are \\['blocks'\\]"),
         (lambda: Net(), {"units": "embed"}, ValueError, "units='embed' names no list of blocks"),
-        (lambda: Stray("closure"), {}, TypeError, "the forward reads a tensor of shape \\(6, 6\\) that needs a gradient but is neither"),
+        (lambda: Stray("closure"), {}, TypeError, "the forward reads parameter 'outer.weight' of the module that stateless was given, and not of its copy"),
         (lambda: Stray("outside"), {"remat": True}, TypeError, "unit 'blocks.0', which runs again in the backward \\(remat\\), reads a tensor of shape"),
         (lambda: Stray("in place"), {"remat": True}, RuntimeError, "unit 'blocks.0' runs again .* changes an input in place"),
         (lambda: Stray("object"), {"remat": True}, TypeError, "unit 'blocks.0' runs again .* it is handed a Odd"),

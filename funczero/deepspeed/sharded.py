@@ -13,11 +13,13 @@ from funczero.deepspeed.held import OLD, Closed, differentiate, named
 from funczero.deepspeed.partition import start_of
 from funczero.gradient import close, open_rest, pullback
 from funczero.mesh import P
+from funczero.snapshot import Snapshot
 from funczero.spec import Slots
-from funczero.stateless import _Call, _lists, _Snapshot
+from funczero.stateless import Call
 from funczero.step import Step
 from funczero.tape import Tape
 from funczero.types import Env, Grad, Out, Seed, TrainState
+from funczero.units import find_units
 
 
 class Sharded:
@@ -27,7 +29,7 @@ class Sharded:
 
     def __init__(self, model: nn.Module) -> None:
         self.user, self.named = model, named(model)
-        self.snapshot = _Snapshot(model, _lists(model, None), remat=False)
+        self.snapshot = Snapshot(model, find_units(model, None), remat=False)
         self.units = self.snapshot.lists
         self.module = Gathering(self)
         self.owner = object()  # the home of every leaf that is opened for a window
@@ -78,7 +80,7 @@ class Sharded:
 
         def call(state: TrainState, *batch: Any) -> Any:
             whole = self._open()
-            bound = _Call(self.snapshot, self.state.params.where.structure.unflatten(whole), None).bound(self.snapshot)
+            bound = Call(self.snapshot, self.state.params.where.structure.unflatten(whole)).bound(self.snapshot)
             out = getattr(bound[id(self.snapshot.root)], method)(*batch, **kwargs)
             self._keep_buffers(bound)
             return out

@@ -1,0 +1,164 @@
+"""What somebody else's code draws (dropout, SpecAugment, diffusion times): from a key alone, or refused.
+
+A loss is a function of its arguments, so the generators that a process has for all are set from the key while it runs, and put back.
+"""
+from __future__ import annotations
+
+import ctypes
+import random
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy.random
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+KINDS = ("torch", "python", "numpy")
+
+
+class Streams(NamedTuple):
+    """Where torch's, python's and numpy's generators stand."""
+
+    torch: tuple[torch.Tensor, ...]
+    python: Any
+    numpy: Any
+
+
+class Marks(NamedTuple):
+    """As much of it as tells whether something was drawn, read in microseconds."""
+
+    torch: tuple[bytes, ...]
+    python: Any
+    numpy: Any
+
+
+class OwnGenerator(TorchDispatchMode):
+    """Every draw inside comes from a generator of one's own, as a simulated rank wants it: torch's is shared by all threads."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        """lock: shared by all who draw at the same time; an op that draws waits for nobody."""
+        super().__init__()
+        self.lock, self.generator = lock, torch.Generator()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The op; one that draws finds our state in torch's generator."""
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        with self.lock:
+            shared, state = torch.default_generator, torch.default_generator.get_state()
+            shared.set_state(self.generator.get_state())
+            try:
+                return func(*args, **(kwargs or {}))
+            finally:
+                self.generator.set_state(shared.get_state())
+                shared.set_state(state)
+
+
+def own_generator() -> torch.Generator | None:
+    """That of the simulated rank that this thread is, if it is one."""
+    found = [m for m in _get_current_dispatch_mode_stack() if isinstance(m, OwnGenerator)]
+    return found[-1].generator if found else None
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """Those that torch draws from here: the CPU's, and the device's."""
+    host = own_generator() or torch.default_generator
+    return [host] if device.type == "cpu" else [host, torch.get_device_module(device).default_generators[device.index or 0]]
+
+
+def streams(device: torch.device) -> Streams:
+    """Where all generators stand, to be put back by `put`."""
+    ours = own_generator() is not None  # threads share python's and numpy's: they are refused there, and not touched
+    shared = (None, None) if ours else (random.getstate(), numpy.random.get_state())
+    return Streams(tuple(g.get_state() for g in generators(device)), *shared)
+
+
+def put(s: Streams, device: torch.device) -> None:
+    """All generators as they stood."""
+    for g, state in zip(generators(device), s.torch, strict=True):
+        g.set_state(state)
+    if s.python is not None:
+        random.setstate(s.python)
+        numpy.random.set_state(s.numpy)
+
+
+def seed(key: int, device: torch.device) -> None:
+    """All generators from a key."""
+    for g in generators(device):
+        g.manual_seed(key)
+    if own_generator() is None:
+        random.seed(key)
+        numpy.random.seed([key & 0xFFFFFFFF, key >> 32])
+
+
+@contextmanager
+def keyed(key: int | None, device: torch.device, drew: Callable[[str], Exception]) -> Iterator[None]:
+    """Draws inside come from the key alone; without one nothing may be drawn. The generators are left as they were.
+
+    Args:
+      drew: the error for a draw from "torch", "python" or "numpy" that no key accounts for.
+    """
+    if key is None:
+        states, before = [g.get_state() for g in generators(device)], _marks(device)
+        try:
+            yield
+            _told(before, _marks(device), KINDS, drew)
+        except BaseException:
+            for g, state in zip(generators(device), states, strict=True):
+                g.set_state(state)
+            raise
+        return
+    simulated = own_generator() is not None
+    was, before = streams(device), _marks(device)
+    seed(key, device)
+    try:
+        yield
+        if simulated:
+            _told(before, _marks(device), KINDS[1:], drew)
+    finally:
+        put(was, device)
+
+
+@contextmanager
+def foreseen(device: torch.device, drew: Callable[[str], Exception], kinds: tuple[str, ...] = KINDS[1:]) -> Iterator[None]:
+    """Nothing may be drawn inside from generators of these kinds; by default torch's may."""
+    before = _marks(device)
+    yield
+    _told(before, _marks(device), kinds, drew)
+
+
+def _told(before: Marks, after: Marks, kinds: tuple[str, ...], drew: Callable[[str], Exception]) -> None:
+    for kind in kinds:
+        if getattr(before, kind) != getattr(after, kind):
+            raise drew(kind)
+
+
+def _marks(device: torch.device) -> Marks:
+    host = tuple(g.get_state().numpy().tobytes() for g in generators(device))
+    return Marks(host, _python_bytes() if _python_shows_its_memory() else random.getstate(), _numpy_bytes())
+
+
+def _python_bytes(of: Any = random._inst) -> Any:  # type: ignore[attr-defined]
+    """The state of python's global generator as it lies in memory: getstate makes 625 numbers, and takes 8 us."""
+    return ctypes.string_at(id(of) + object.__basicsize__, 625 * 4), of.gauss_next
+
+
+@cache
+def _python_shows_its_memory() -> bool:
+    """Does this interpreter lay a generator out as we read it?"""
+    probe: Any = random.Random(7)
+    probe.random()
+    index, *words = struct.unpack("i624I", _python_bytes(probe)[0])
+    return (*words, index) == probe.getstate()[1]
+
+
+def _numpy_bytes() -> Any:
+    """The state of numpy's global generator: its memory, which numpy shows to ctypes, because get_state takes 40 us."""
+    bits = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
+    if not isinstance(bits, numpy.random.MT19937):
+        return repr(numpy.random.get_state(legacy=False))
+    return ctypes.string_at(bits.ctypes.state_address, 625 * 4)
