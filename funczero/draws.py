@@ -142,7 +142,7 @@ def _marks(device: torch.device) -> Marks:
     return Marks(host, _python_bytes() if _python_shows_its_memory() else random.getstate(), _numpy_bytes())
 
 
-def _python_bytes(of: Any = random._inst) -> Any:  # type: ignore[attr-defined]
+def _python_bytes(of: Any = random._inst) -> Any:
     """The state of python's global generator as it lies in memory: getstate makes 625 numbers, and takes 8 us."""
     return ctypes.string_at(id(of) + object.__basicsize__, 625 * 4), of.gauss_next
 
