@@ -7,30 +7,40 @@ from typing import Any
 import torch
 
 from funczero import tree
-from funczero.types import ChainError, GradientTransformation
+from funczero.number import flag, shown
+from funczero.types import GradientTransformation
+from funczero.update import foreign
 
 
 def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) -> GradientTransformation:
     """An `(init, update)` pair on pytrees of tensors, with parameters <- parameters + updates.
 
-    Inside a bracket it is handed this rank's part of every leaf, so its values must not depend on where leaves are cut.
+    Inside a bracket it is handed this rank's part of every leaf, so its values must not depend on where leaves are cut. Nothing can
+    try that out: a pair may read whole leaves above a size, or from some update on. So it is promised, or the bracket refuses the pair.
 
     Args:
       pair: has `init(params) -> state` and `update(grads, state, params) -> (updates, state)`; any optax-shaped tuple.
       name: where its state is kept; by default the pair's own name, or "lift".
-      elementwise: True is trusted; None is tried once on small random leaves, whole and cut, and refused where they differ.
+      elementwise: True promises that every value of updates and state depends on its own place alone; False says that it needs whole
+        leaves, and None says nothing: both run where leaves are whole.
 
     Raises:
-      ChainError: the pair gives other values on cut leaves.
+      TypeError: this is no pair, or one of another library.
+
+    >>> descend = (lambda params: (), lambda grads, state, params: (tree.map(lambda g: -0.1 * g, grads), state))
+    >>> lift(descend, "descend", elementwise=True).name
+    'descend'
     """
-    init, update = (pair[0], pair[1]) if isinstance(pair, tuple) else (pair.init, pair.update)
+    init, update = (pair[0], pair[1]) if isinstance(pair, tuple) and len(pair) >= 2 else (getattr(pair, "init", None), getattr(pair, "update", None))
     label = name or getattr(pair, "name", None) or "lift"
-    if elementwise is None and not _same_when_cut(init, update):
-        raise ChainError(
-            f"lift: {label!r} gives other values when its leaves are cut into rows, so it cannot be trusted inside a bracket; "
-            "use fz.lift(pair, elementwise=False) in a chain without shard, or an optimizer that works value by value"
-        )
-    return GradientTransformation(init, update, None, label, elementwise is not False)
+    why = foreign(pair)
+    if why is not None:
+        raise TypeError(f"lift: {why}")
+    if not (callable(init) and callable(update)):
+        raise TypeError(f"lift: {shown(pair)} is no pair of functions; write (init, update), or an object that has both")
+    if elementwise is not None:
+        flag("lift", "elementwise", elementwise)
+    return GradientTransformation(init, update, None, label, elementwise)
 
 
 def _same_when_cut(init: Callable[..., Any], update: Callable[..., Any]) -> bool:
