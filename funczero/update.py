@@ -46,7 +46,7 @@ def _placed(g: Grad, tx: GradientTransformation) -> Grad:
 
 def _whole(tx: GradientTransformation, axes: list[str]) -> str:
     """Why this optimizer cannot stand in a bracket."""
-    without = f"a chain without shard, as all_reduce({axes[-1]!r}) in its place"
+    without = f"a chain without shard (stage 0), as all_reduce({axes[-1]!r}) in its place"
     if tx.elementwise is None:
         return (
             f"nothing says that it works value by value, but the leaves are cut over {axes} here; write fz.lift(pair, elementwise=True) if every value of its "

@@ -124,7 +124,7 @@ def unknown_classes():
 
 def test_an_unknown_class_is_tried_on_rows_of_leaves(run_world):
     ok, said = zoo.everywhere(run_world, 2, unknown_classes)
-    assert ok and said.startswith("signed: it is not known to work value by value, but the leaves are cut over ['data'] here")
+    assert ok and said.startswith("signed: it needs whole leaves (elementwise=False), but they are cut over ['data'] here; write a chain without shard (stage 0)")
 
 
 def test_groups_of_the_configs_optimizer_are_leaves_and_edits_count():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funczero.deepspeed.groups import Group, Make
 from funczero.optim.from_torch import ELEMENTWISE
-from funczero.optim.lift import _same_when_cut
+from funczero.optim.lift import same_when_cut
 from funczero.spec import Slots
 from funczero.types import GradientTransformation
 
@@ -172,6 +172,6 @@ def _elementwise(client: Any) -> bool:
         return {n: (p.detach() - old) for p, (n, old) in zip(ps, params.items(), strict=True)}, state
 
     try:
-        return _same_when_cut(init, update)
+        return same_when_cut(init, update)
     except (RuntimeError, ValueError, TypeError):
         return False
