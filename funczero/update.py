@@ -58,11 +58,12 @@ def _whole(tx: GradientTransformation, axes: list[str]) -> str:
 def _ready(out: Out, dtype: torch.dtype) -> tuple[Slots, Tensor]:
     """The gradient in the masters' dtype, and the factor that is still to be multiplied into it.
 
-    Where 16 bits would round or overflow what the factor makes small, or float32 has no such factor, it is multiplied first, wider.
+    Where the masters' dtype would round or overflow what the factor makes small, or float32 has no such factor, it is multiplied first.
     """
+    born, keeps = out.grads.buffers[0].dtype, torch.finfo(dtype).bits
     far = out.factor.device.type == "cpu" and not 1e-37 < float(out.factor) < 1e37
-    if far or torch.finfo(dtype).bits < 32:
-        wide = torch.float64 if far else torch.float32
+    if far or keeps < 32 or keeps < torch.finfo(born).bits:
+        wide = torch.float64 if far else torch.promote_types(born, torch.float32)
         return out.grads.map(lambda b: (b.to(wide) * out.factor).to(dtype)), torch.ones_like(out.factor)
     return out.grads.to(dtype), out.factor
 

@@ -71,7 +71,7 @@ SAID = {
     "torch's own refusal, when built": (lambda: fz.from_torch("AdamW", 1e-3, betas=(0.9, 2.0)), r"from_torch\('AdamW'\): torch.optim.AdamW refuses its arguments \(Invalid beta"),
     "a word for a flag": (lambda: fz.from_torch("AdamW", 1e-3, amsgrad="no"), r"from_torch\('AdamW'\): amsgrad='no' is a string and neither True nor False"),
     "one beta of two": (lambda: fz.from_torch("AdamW", 1e-3, betas=0.9), r"from_torch\('AdamW'\): betas=0.9 is a float; write 2 numbers, as \(0.9, 0.999\)"),
-    "betas by rule": (lambda: fz.adamw(1e-3, b1=[("", 0.9)]), r"adamw: b1=\[\('', 0.9\)\] is a list, but it is the same for all leaves here: write one number in \[0, 1\) or one schedule; only lr and"),
+    "betas by rule": (lambda: fz.adamw(1e-3, b1=[("", 0.9)]), r"adamw: b1=\[\('', 0.9\)\] is a list, but it is the same for all leaves here: write one number .* or one schedule; only lr and"),
     "a schedule of the second beta": (lambda: fz.adamw(1e-3, b2=lambda u: 0.9), "adamw: b2=.* but it is the same for all leaves here"),
     "a regex that is none": (lambda: fz.sgd([("(", 1.0)]), r"sgd: the rule '\(' of lr is no regex"),
     "no rates": (lambda: fz.sgd({}), "sgd: lr={} holds no rate; write a number, a schedule"),

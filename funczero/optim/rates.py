@@ -49,7 +49,7 @@ class Rates:
         """who: the optimizer, as errors name it."""
         self.who = who
         self.last: tuple[Any, list[tuple[Any, Any, list[int]]]] | None = None  # where rates were fitted last, and the leaves by pair
-        self.given = {"lr": checked(who, "lr", lr), "weight_decay": checked(who, "weight_decay", weight_decay)}
+        self.given: dict[str, Any] = {"lr": checked(who, "lr", lr), "weight_decay": checked(who, "weight_decay", weight_decay)}
 
     def fit(self, params: Any) -> list[tuple[Any, Any]]:
         """(lr, weight decay) of every leaf, each a number or a schedule.
@@ -94,7 +94,7 @@ class Rates:
         """Trees of lr and of weight decay for the plain form, whose parameters are an ordinary tree."""
         now, leaves = self._reader(updates), _Leaves(params)
         lr, decay = ([now(what, r) for r in leaves.rates(f"{self.who}: {what}", rate)] for what, rate in self.given.items())
-        return tuple(tree.unflatten([x[i] for i in leaves.places], leaves.treedef) for x in (lr, decay))  # type: ignore[return-value]
+        return tree.unflatten([lr[i] for i in leaves.places], leaves.treedef), tree.unflatten([decay[i] for i in leaves.places], leaves.treedef)
 
     def _reader(self, updates: Tensor) -> Callable[[str, Any], Any]:
         seen: dict[tuple[str, int], Any] = {}
@@ -116,7 +116,7 @@ class Rates:
         return torch.as_tensor(now("lr", lr) if _plain(lr) else math.nan, dtype=torch.float64, device=updates.device)
 
 
-def checked(who: str, what: str, rate: Rate) -> Rate:
+def checked(who: str, what: str, rate: Any) -> Rate:
     """A rate as it is kept: numbers as floats, a schedule, rules as tuples, or the tree.
 
     Raises:

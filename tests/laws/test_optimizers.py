@@ -85,7 +85,7 @@ def test_narrow_masters_round_as_torchs_do(name, dtype):
     torch.testing.assert_close(got.float(), want.float(), rtol=ulps * torch.finfo(dtype).eps, atol=ulps * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("weight", [1e-40, 1e-30, 1e30, 1e36])
+@pytest.mark.parametrize("weight", [1e-40, 1e-30, 1e30, 1e36, 1e38, 1e40])
 @pytest.mark.parametrize("name", NARROW)
 def test_a_factor_that_float32_does_not_have_counts(name, weight):
     """Mean gradients are the same whatever was summed and divided; 1 / factor used to overflow, and the factor to vanish."""
@@ -151,7 +151,7 @@ def random_chains(seeds):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_plain_form_is_the_fused_one_in_random_chains(run_world, world):
-    found = zoo.everywhere(run_world, world, random_chains, range(24))
+    found = zoo.everywhere(run_world, world, random_chains, range(24 // world))
     assert {seed: d for seed, d in enumerate(found) if not d <= 1e-12} == {}
 
 
