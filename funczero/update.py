@@ -77,10 +77,8 @@ def rewrite(g: Grad, tx: GradientTransformation) -> Grad:
         return {key: tx.init(params.at(coords(g, g.layout.sharded), dtype).trainable().tree())}
 
     def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
-        grads, factor = _ready(out, dtype)
-        grads = grads.map(lambda b: b * factor.to(b.dtype))
-        updates, own = tx.update(grads.tree(), state[key], state["params"].trainable().tree())
-        return rewritten(out, _packed(updates, grads)), {**state, key: tree.where(out.ok, own, state[key])}
+        grads, updates, own = _plainly(tx, out, state[key], state["params"].trainable(), dtype)
+        return rewritten(out, _packed(tx.name, updates, grads)), {**state, key: own}
 
     return after(g, tx.name, g.layout, fn, init)
 
@@ -104,11 +102,9 @@ def apply_update(g: Grad, tx: GradientTransformation) -> Grad:
 
     def plain(out: Out, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
         mine = state["params"].trainable()
-        grads, factor = _ready(out, dtype)
-        grads = grads.map(lambda b: b * factor.to(b.dtype))
-        updates, own = tx.update(grads.tree(), state[key], mine.tree())
-        moved = mine.map(torch.add, _packed(updates, mine))
-        return tree.where(out.ok, moved, mine), tree.where(out.ok, own, state[key]), {}
+        _, updates, own = _plainly(tx, out, state[key], mine, dtype)
+        moved = mine.map(torch.add, _packed(tx.name, updates, mine))
+        return tree.where(out.ok, moved, mine), own, {}
 
     def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
         new, own, logs = (plain if tx.apply is None else fused)(out, state)
@@ -119,12 +115,44 @@ def apply_update(g: Grad, tx: GradientTransformation) -> Grad:
     return after(g, tx.name, replace(g.layout, applied=True), fn, init)
 
 
-def _packed(updates: Any, like: Slots) -> Slots:
-    """A tree of this rank's leaves back in buffers."""
+def _plainly(tx: GradientTransformation, out: Out, own: Any, mine: Slots, dtype: torch.dtype) -> tuple[Slots, Any, Any]:
+    """The gradient, the updates of the plain form, and its new state: the old one, numbers included, where the update is skipped.
+
+    Raises:
+      RuntimeError: `update` wrote into what it was given, so that a state would change which somebody still holds.
+    """
+    grads, factor = _ready(out, dtype)
+    grads = grads.map(lambda b: b * factor.to(b.dtype))
+    held = {"the parameters": [*mine.buffers], "its state": tree.tensors(own)}
+    versions = {what: [x._version for x in xs] for what, xs in held.items()}
+    updates, new = tx.update(grads.tree(), own, mine.tree())
+    for what, xs in held.items():
+        if versions[what] != [x._version for x in xs]:
+            raise RuntimeError(f"{tx.name}: its update writes into {what}, which stay as they were given; return new tensors, as m = b * m + g for m.mul_(b).add_(g)")
+    return grads, updates, tree.map(lambda n, o: torch.where(out.ok, n, o) if isinstance(n, Tensor) else n if n is o or bool(out.ok) else o, new, own)
+
+
+def _packed(name: str, updates: Any, like: Slots) -> Slots:
+    """A tree of this rank's leaves back in buffers.
+
+    Raises:
+      TypeError, ValueError: it is no tree of tensors like the parameters, or says two things of a tied one; with the leaf's path.
+    """
     structure = like.where.structure
-    flat = structure.treedef.flatten_up_to(updates)
+    try:
+        flat = structure.treedef.flatten_up_to(updates)
+    except ValueError as e:
+        raise TypeError(f"{name}: its updates are no tree like the parameters ({e}); return one update for every leaf") from None
     by_leaf: list[Tensor | None] = [None] * len(structure.leaves)
     for place, x in zip(structure.places, flat, strict=True):
-        by_leaf[place] = None if structure.frozen(place) else x
+        if not structure.frozen(place):
+            slot, path = like.where.slots[place], structure.leaves[place].path
+            if not isinstance(x, Tensor) or x.shape != slot.shape:
+                have = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                raise TypeError(f"{name}: its update of parameter {path!r} is {have}; return a tensor of this part's shape {slot.shape}")
+            twin = by_leaf[place]
+            if twin is not None and not ((twin == x) | (twin != twin) & (x != x)).all():
+                raise ValueError(f"{name}: it gives the tied parameter {path!r} one update at each of its paths, and they differ; return the same at all")
+            by_leaf[place] = x
     buffer = like.buffers[0]
     return like.where.pack(by_leaf, buffer.dtype, buffer.device)

@@ -223,8 +223,50 @@ def test_a_pair_by_hand_is_adamw_at_every_stage(run_world, dtype, atol):
 
 
 def test_an_integer_in_a_lifted_state_may_stay_one():
-    _, _, state = masters(fz.lift((by_hand_init, by_hand_update), name="mine"))
-    assert state.chain["mine"].count == 4 and [*state.chain] == ["mine"]
+    """It does not count a skipped update, so that what follows is still AdamW."""
+    hand, _, state = masters(fz.lift((by_hand_init, by_hand_update), name="mine", elementwise=True), dtype=F64, updates=6)
+    assert state.chain["mine"].count == 5 == int(state.updates) and [*state.chain] == ["mine"]
+    close(hand, masters(fz.adamw(**zoo.TX), dtype=F64, updates=6)[0], 1e-13)
+
+
+def writing(where):
+    """A pair that writes into what it is given."""
+
+    def update(grads, state, params):
+        tree.map(lambda x: x.mul_(0.5), params if where == "params" else state)
+        return tree.map(lambda g: -g, grads), state
+
+    return fz.lift((lambda p: tree.map(torch.zeros_like, p), update), "writer", elementwise=True)
+
+
+ODD_UPDATES = {
+    "writes params": (writing("params"), RuntimeError, "writer: its update writes into the parameters, which stay as they were given; return new tensors"),
+    "writes state": (writing("state"), RuntimeError, "writer: its update writes into its state, which stay as they were given; return new tensors"),
+    "a number": ((lambda p: (), lambda g, s, p: (tree.map(lambda x: 0.0, g), s)), TypeError, "lift: its update of parameter 'embed' is a float; return a tensor of this part's shape"),
+    "a scalar that would spread": (
+        (lambda p: (), lambda g, s, p: (tree.map(lambda x: x.sum(), g), s)), TypeError, r"lift: its update of parameter 'embed' is a tensor of shape \(\); return",
+    ),
+    "another tree": ((lambda p: (), lambda g, s, p: ([], s)), TypeError, "lift: its updates are no tree like the parameters"),
+    "two updates of a tied leaf": (
+        (lambda p: (), lambda g, s, p: ({**g, "norm": -g["norm"] - 1}, s)), ValueError, "lift: it gives the tied parameter 'norm' one update at each of its paths, and they differ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("behind", [(), (fz.sgd(1.0),)], ids=["last", "before another"])
+@pytest.mark.parametrize("name", ODD_UPDATES)
+def test_a_pair_that_does_not_return_updates_is_refused(name, behind):
+    pair, error, words = ODD_UPDATES[name]
+    tx = pair if isinstance(pair, fz.GradientTransformation) else fz.lift(pair, elementwise=True)
+    step = fz.train_step(*fz.zero(zoo.source(), tx, *behind, stage=1), mesh={"data": 1})
+    state = step.init(zoo.params())
+    with pytest.raises(error, match=words):
+        step(state, zoo.batch(0))
+
+
+def test_a_name_that_would_break_paths_is_refused():
+    with pytest.raises(ValueError, match="lift: name='a/b' would not tell leaves of the state apart on disk; write a word without"):
+        fz.lift((by_hand_init, by_hand_update), "a/b")
 
 
 def test_a_lifted_pair_is_not_run_before_the_step_and_says_what_it_was_told():

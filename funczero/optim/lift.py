@@ -1,6 +1,7 @@
 """Any optax-shaped pair as an optimizer of a chain."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,8 @@ def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) ->
         raise TypeError(f"lift: {why}")
     if not (callable(init) and callable(update)):
         raise TypeError(f"lift: {shown(pair)} is no pair of functions; write (init, update), or an object that has both")
+    if not isinstance(label, str) or not re.fullmatch(r"[^/#()|]+", label):
+        raise ValueError(f"lift: name={label!r} would not tell leaves of the state apart on disk; write a word without / # ( ) and |")
     if elementwise is not None:
         flag("lift", "elementwise", elementwise)
     return GradientTransformation(init, update, None, label, elementwise)
