@@ -276,6 +276,7 @@ def test_a_lifted_pair_is_not_run_before_the_step_and_says_what_it_was_told():
     for told in (None, True, False):
         tx = fz.lift((init, lambda u, s, p: (u, s)), name="descend", elementwise=told)
         assert (tx.name, tx.elementwise) == ("descend", told)
+    assert fz.lift(fz.adamw(0.1)).elementwise is True and fz.lift(fz.adamw(0.1), elementwise=False).elementwise is False  # an optimizer says it of itself
 
 
 class LateTrust(NamedTuple):

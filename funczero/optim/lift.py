@@ -23,7 +23,7 @@ def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) ->
       pair: has `init(params) -> state` and `update(grads, state, params) -> (updates, state)`; any optax-shaped tuple.
       name: where its state is kept; by default the pair's own name, or "lift".
       elementwise: True promises that every value of updates and state depends on its own place alone; False says that it needs whole
-        leaves, and None says nothing: both run where leaves are whole.
+        leaves, and None says nothing (what a GradientTransformation says of itself stays): both run where leaves are whole.
 
     Raises:
       TypeError: this is no pair, or one of another library.
@@ -43,7 +43,8 @@ def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) ->
         raise ValueError(f"lift: name={label!r} would not tell leaves of the state apart on disk; write a word without / # ( ) and |")
     if elementwise is not None:
         flag("lift", "elementwise", elementwise)
-    return GradientTransformation(init, update, None, label, elementwise)
+    own = pair.elementwise if isinstance(pair, GradientTransformation) else None
+    return GradientTransformation(init, update, None, label, own if elementwise is None else elementwise)
 
 
 def same_when_cut(init: Callable[..., Any], update: Callable[..., Any], updates: int = 12) -> bool:

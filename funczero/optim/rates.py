@@ -13,6 +13,7 @@ from torch import Tensor
 from funczero import tree
 from funczero.number import kind, number, shown
 from funczero.spec import Slots
+from funczero.types import Grad
 
 Rate = float | Callable[[Tensor], Tensor] | Sequence[tuple[str, Any]] | Any
 Beta = float | Callable[[Tensor], Tensor]  # one for all leaves
@@ -122,6 +123,8 @@ def checked(who: str, what: str, rate: Any) -> Rate:
     Raises:
       TypeError, ValueError: a value in it is no number of at least 0 and no schedule; a regex is none.
     """
+    if isinstance(rate, Grad):
+        raise TypeError(f"{who}: it stands in a chain without its arguments; write fz.{who}(lr) there")
     if _is_rules(rate):
         for regex, _ in rate:
             try:

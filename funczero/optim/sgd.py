@@ -52,7 +52,8 @@ def sgd(lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_de
         groups, shown = rate.groups(state.count, params, grads, *traces)
         for a, decay, (p, g, *t) in groups:
             for i, (x, y) in enumerate(zip(p, g, strict=True)):
-                y = torch.addcmul(y.mul_(factor.to(y.dtype)), x, torch.as_tensor(decay, dtype=x.dtype, device=x.device))
+                y.mul_(factor.to(y.dtype))
+                y = y.add_(x * decay) if isinstance(decay, Tensor) else y.add_(x, alpha=decay) if decay else y
                 if momentum:
                     t[0][i].copy_(torch.where(ok, momentum * t[0][i] + y, t[0][i]))
                     y = y + momentum * t[0][i] if nesterov else t[0][i]

@@ -291,6 +291,9 @@ CALLS = {
         lambda: fz.sgd(1e-3, nesterov=True), ValueError,
         "sgd: momentum=0.0 leaves nesterov=True nothing to look ahead with; write a momentum above 0, or leave nesterov out",
     ),
+    "an optimizer without its arguments": (
+        lambda: fz.train_step(g, all_reduce("data"), fz.adamw, mesh=FLAT), TypeError, "adamw: it stands in a chain without its arguments; write fz.adamw(lr) there",
+    ),
     "adamw('1e-3')": (lambda: fz.adamw("1e-3"), TypeError, "adamw: lr='1e-3' is a string and no number; write a finite number of at least 0"),
     "adamw(-1)": (lambda: fz.adamw(-1), ValueError, "adamw: lr=-1 is below 0; write a finite number of at least 0"),
     "clip('1')": (lambda: fz.clip_by_global_norm("1"), TypeError, "clip_by_global_norm: limit='1' is a string and no number; write a finite number"),
