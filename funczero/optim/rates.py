@@ -38,8 +38,8 @@ class Count(Tensor):
             if out.dtype == torch.int64 and not out.dim():
                 return out.as_subclass(cls)
             if out.dtype == torch.get_default_dtype():
-                args = [x.as_subclass(Tensor).double() if isinstance(x, Count) else x for x in args]
-                out = func(*args, **(kwargs or {}))
+                args, kwargs = tree.map(lambda x: x.as_subclass(Tensor).double() if isinstance(x, Count) else x, (args, kwargs or {}))
+                out = func(*args, **kwargs)
             return out.as_subclass(Tensor)
 
 
