@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from funczero.spec import Rules
 from funczero.transform import refuse
 from funczero.types import ChainError, Env, Grad, GradientTransformation
-from funczero.update import apply_update, rewrite
+from funczero.update import apply_update, foreign, rewrite
 
 
 class Source(NamedTuple):
@@ -81,6 +81,8 @@ def fold(g: Grad, parts: Sequence[Any]) -> Grad:
             g = apply_update(g, part.tx) if part.applies else rewrite(g, part.tx)
         elif isinstance(part, Source):
             raise refuse(g, part.name, "a chain has one gradient, at its left end; write a second chain for a second loss")
+        elif foreign(part):
+            raise refuse(g, _name(part), str(foreign(part)))
         elif callable(part):
             g = part(g)
         else:

@@ -1,11 +1,13 @@
 """Clipping: nonlinear, so it reads the mean."""
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from funczero.mean import global_norm, pointwise, value
+from funczero.number import number
 from funczero.transform import after
 from funczero.types import Grad, Out, Transform
 
@@ -21,9 +23,9 @@ def clip_by_global_norm(limit: float, eps: float = 0.0) -> Transform:
 
     Source: Pascanu et al., arXiv 1211.5063.
     """
-    name = f"clip_by_global_norm({limit:g})"
-    if not limit > 0:
+    if number("clip_by_global_norm", "limit", limit, low=-math.inf) <= 0:
         raise ValueError(f"clip_by_global_norm: limit={limit!r} is not a positive norm; leave the transform out to clip nothing")
+    eps, name = number("clip_by_global_norm", "eps", eps), f"clip_by_global_norm({limit:g})"
 
     def transform(g: Grad) -> Grad:
         g = value(g, name)
@@ -41,6 +43,6 @@ def clip_by_global_norm(limit: float, eps: float = 0.0) -> Transform:
 
 def clip_by_value(limit: float) -> Transform:
     """Clamps every value of the mean gradient to [-limit, limit]. Rewrites the gradient: its norm is unknown afterwards."""
-    if not limit > 0:
+    if number("clip_by_value", "limit", limit, low=-math.inf) <= 0:
         raise ValueError(f"clip_by_value: limit={limit!r} is not positive; leave the transform out to clip nothing")
     return pointwise(f"clip_by_value({limit:g})", lambda x, factor: torch.clamp(x * factor, -limit, limit))

@@ -1,12 +1,14 @@
 """Loss scaling as a seed: the cotangent goes in multiplied, the gradient comes out divided, and the loss is never touched."""
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funczero.mean import value
+from funczero.number import flag, number, whole
 from funczero.transform import after, refuse, slot_name
 from funczero.types import Grad, Out, Seed, Transform
 
@@ -60,6 +62,12 @@ def scale_loss(
     Raises:
       FloatingPointError: at the call after an overflow at the floor; it names the first non-finite leaf and its rank.
     """
+    for what, x in {"init": init, "floor": floor, **({} if weight is None else {"weight": weight})}.items():
+        number("scale_loss", what, x, low=-math.inf)
+    for what, n in (("window", window), ("hysteresis", hysteresis)):
+        whole("scale_loss", what, n, low=0)
+    for what, yes in (("dynamic", dynamic), ("consecutive", consecutive)):
+        flag("scale_loss", what, yes)
     if not init > 0 or window < 1 or hysteresis < 1 or not floor > 0 or (weight is not None and not weight > 0):
         raise ValueError(f"scale_loss: init={init}, weight={weight}, window={window}, hysteresis={hysteresis}, floor={floor} must all be positive")
 

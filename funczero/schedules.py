@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Schedule = Callable[[Tensor], Tensor]  # 0-d count of applied updates -> 0-d float64
+from funczero.number import flag, number, whole
+
+Schedule = Callable[[Tensor], Tensor]  # 0-d int64 count of applied updates -> 0-d float64
 TORCH = (  # the schedules of torch.optim.lr_scheduler that numbers alone describe
     "StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR",
 )  # fmt: skip
@@ -23,6 +25,7 @@ def constant(value: float) -> Schedule:
     >>> constant(0.1)(torch.tensor(7)).item()
     0.1
     """
+    _numbers("constant", value=value)
     return lambda updates: torch.full((), value, dtype=torch.float64, device=updates.device)
 
 
@@ -36,6 +39,7 @@ def warmup_cosine(peak: float, warmup: int, total: int, end: float = 0.0) -> Sch
     Raises:
       ValueError: not 0 <= warmup <= total.
     """
+    _numbers("warmup_cosine", peak=peak, warmup=warmup, total=total, end=end)
     if not 0 <= warmup <= total:
         raise ValueError(f"warmup_cosine: warmup={warmup} is not within 0 and total={total} updates; write 0 <= warmup <= total")
 
@@ -131,7 +135,8 @@ def one_cycle(
     >>> [round(one_cycle(1.0, 5.0, 4)(torch.tensor(u)).item(), 6) for u in (0, 1, 4, 6, 8, 99)]
     [1.0, 2.0, 5.0, 3.0, 1.0, 1.0]
     """
-    _numbers("one_cycle", low=low, high=high, decay_steps=decay_steps, decay_rate=decay_rate)
+    _numbers("one_cycle", low=low, high=high, decay_rate=decay_rate)
+    number("one_cycle", "decay_steps", decay_steps)
     height, end = _cycle("one_cycle", first, second, first_stairs, second_stairs)
 
     def schedule(updates: Tensor) -> Tensor:
@@ -153,7 +158,8 @@ def one_cycle_momentum(
     >>> [round(one_cycle_momentum(0.8, 0.9, 4)(torch.tensor(u)).item(), 6) for u in (0, 1, 4, 6, 8, 99)]
     [0.8, 0.875, 0.8, 0.85, 0.9, 0.9]
     """
-    _numbers("one_cycle_momentum", low=low, high=high, decay_steps=decay_steps, decay_rate=decay_rate)
+    _numbers("one_cycle_momentum", low=low, high=high, decay_rate=decay_rate)
+    number("one_cycle_momentum", "decay_steps", decay_steps)
     height, end = _cycle("one_cycle_momentum", first, second, first_stairs, second_stairs)
 
     def schedule(updates: Tensor) -> Tensor:
@@ -174,6 +180,7 @@ def lr_range_test(start: float = 1e-3, steps: int = 2000, rate: float = 1.0, sta
     """
     _numbers("lr_range_test", start=start, rate=rate)
     _whole("lr_range_test", steps=steps)
+    flag("lr_range_test", "staircase", staircase)
 
     def schedule(updates: Tensor) -> Tensor:
         k = updates.double() / steps
@@ -197,6 +204,7 @@ def from_torch(name: str, lr: float, **options: Any) -> Schedule:
     """
     if name not in TORCH:
         raise ValueError(f"from_torch: {name!r} is not a schedule that numbers alone describe; write one of {', '.join(TORCH)}")
+    number("from_torch", "lr", lr)
     if name in ("CyclicLR", "OneCycleLR") and options.get("cycle_momentum", True):
         raise ValueError(f"from_torch: {name} would move the momentum too; write cycle_momentum=False, or one_cycle and one_cycle_momentum")
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
@@ -233,8 +241,8 @@ def _cycle(who: str, first: float, second: float | None, first_stairs: int, seco
     b = a if second is None else float(_numbers(who, second=second))
     if not a > 0 or b < 0:
         raise ValueError(f"{who}: first={a:g} must be positive and second={b:g} not negative, in updates")
-    m1, end, r = first_stairs, a + b, a / (a + b)
-    m2 = m1 if second_stairs is None else second_stairs
+    m1, end, r = whole(who, "first_stairs", first_stairs, low=0), a + b, a / (a + b)
+    m2 = m1 if second_stairs is None else whole(who, "second_stairs", second_stairs, low=0)
 
     def height(n: Tensor) -> Tensor:
         """0 at the ends of a cycle and 1 at its top."""
@@ -250,8 +258,9 @@ def _cycle(who: str, first: float, second: float | None, first_stairs: int, seco
 
 def _numbers(who: str, **given: Any) -> Any:
     for name, x in given.items():
-        if isinstance(x, bool) or not isinstance(x, (int, float)):
+        if isinstance(x, (list, tuple)):
             raise TypeError(f"{who}: {name}={x!r} is not a number; make one schedule for every group of parameters")
+        number(who, name, x, low=-math.inf)
     return x
 
 

@@ -99,14 +99,15 @@ class GradientTransformation(NamedTuple):
 
     `init(params) -> state`, `update(updates, state, params) -> (updates, state)`, and optionally
     `apply(params, grads, factor, state, ok) -> (params, state, logs)`, which owns its arguments: a pure step hands it clones.
-    `elementwise` says that each value depends on its own place alone, so that it may be handed whole buffers.
+    `elementwise` promises that each value depends on its own place alone, so that it may be handed whole buffers; False: it needs
+    whole leaves; None: it does not say.
     """
 
     init: Callable[[Tree], Any]
     update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
     apply: Callable[..., tuple[Tree, Any, dict[str, Tensor]]] | None = None
     name: str = "lift"
-    elementwise: bool = False
+    elementwise: bool | None = None
 
 
 class TrainState(NamedTuple):

@@ -19,13 +19,53 @@ def coords(g: Grad, axes: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
     return tuple((a, g.env.mesh.axes[a].size, g.env.mesh.index(a)) for a in axes)
 
 
+def foreign(part: Any) -> str | None:
+    """Why something of another library is no part of a chain, and what to write; None where it is none of those known."""
+    kind = part if isinstance(part, type) else type(part)
+    if issubclass(kind, torch.optim.Optimizer):
+        own = {"AdamW": "fz.adamw(lr)", "Adam": "fz.adam(lr)", "SGD": "fz.sgd(lr)", "Adagrad": "fz.adagrad(lr)"}
+        write = own.get(kind.__name__, f"fz.from_torch({kind.__name__!r}, lr)")
+        return f"a torch optimizer steps on tensors of its own, but here state is a value; write {write}, or hand it to fz.deepspeed.initialize(optimizer=...)"
+    if issubclass(kind, torch.optim.lr_scheduler.LRScheduler):
+        return f"a scheduler of torch is no part of a chain; write the rate into the optimizer: fz.adamw(fz.schedules.from_torch({kind.__name__!r}, lr, ...))"
+    home = (getattr(getattr(part, "init", None), "__module__", "") or "").split(".")[0]
+    if home in ("optax", "jax", "flax"):
+        return f"a transform of {home} computes on jax arrays, and leaves are torch tensors here; write fz.adamw(lr), or the same (init, update) pair in torch"
+    return None
+
+
 def _placed(g: Grad, tx: GradientTransformation) -> Grad:
     """g as this optimizer may read it: a mean, and whole leaves where it needs them."""
-    g = value(g, tx.name)
-    if not tx.elementwise and any(g.env.mesh.axes[a].size > 1 for a in g.layout.sharded):
-        why = f"it is not known to work value by value, but the leaves are cut over {list(g.layout.sharded)} here; write fz.lift(pair), which tries it, or leave the bracket out"
+    g, why = value(g, tx.name), foreign(tx)
+    if why is not None:
         raise refuse(g, tx.name, why)
+    if not tx.elementwise and any(g.env.mesh.axes[a].size > 1 for a in g.layout.sharded):
+        raise refuse(g, tx.name, _whole(tx, list(g.layout.sharded)))
     return g
+
+
+def _whole(tx: GradientTransformation, axes: list[str]) -> str:
+    """Why this optimizer cannot stand in a bracket."""
+    without = f"a chain without shard (stage 0), as all_reduce({axes[-1]!r}) in its place"
+    if tx.elementwise is None:
+        return (
+            f"nothing says that it works value by value, but the leaves are cut over {axes} here; write fz.lift(pair, elementwise=True) if every value of its "
+            f"updates and state depends on its own place alone, and otherwise {without}"
+        )
+    return f"it needs whole leaves (elementwise=False), but they are cut over {axes} here; write {without}, or an optimizer that works value by value, as fz.adamw(lr)"
+
+
+def _ready(out: Out, dtype: torch.dtype) -> tuple[Slots, Tensor]:
+    """The gradient in the masters' dtype, and the factor that is still to be multiplied into it.
+
+    Where the masters' dtype would round or overflow what the factor makes small, or float32 has no such factor, it is multiplied first.
+    """
+    born, keeps = out.grads.buffers[0].dtype, torch.finfo(dtype).bits
+    far = out.factor.device.type == "cpu" and not 1e-37 < float(out.factor) < 1e37
+    if far or keeps < 32 or keeps < torch.finfo(born).bits:
+        wide = torch.float64 if far else torch.promote_types(born, torch.float32)
+        return out.grads.map(lambda b: (b.to(wide) * out.factor).to(dtype)), torch.ones_like(out.factor)
+    return out.grads.to(dtype), out.factor
 
 
 def rewrite(g: Grad, tx: GradientTransformation) -> Grad:
@@ -37,9 +77,8 @@ def rewrite(g: Grad, tx: GradientTransformation) -> Grad:
         return {key: tx.init(params.at(coords(g, g.layout.sharded), dtype).trainable().tree())}
 
     def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
-        grads = out.grads.to(dtype).map(lambda b: b * out.factor.to(b.dtype))
-        updates, own = tx.update(grads.tree(), state[key], state["params"].trainable().tree())
-        return rewritten(out, _packed(updates, grads)), {**state, key: tree.where(out.ok, own, state[key])}
+        grads, updates, own = _plainly(tx, out, state[key], state["params"].trainable(), dtype)
+        return rewritten(out, _packed(tx.name, updates, grads)), {**state, key: own}
 
     return after(g, tx.name, g.layout, fn, init)
 
@@ -56,17 +95,16 @@ def apply_update(g: Grad, tx: GradientTransformation) -> Grad:
 
     def fused(out: Out, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
         mine, own = state["params"].trainable(), state[key]
-        grads = out.grads.to(dtype)
+        grads, factor = _ready(out, dtype)
         if not donate:  # the same kernel, on clones
             mine, own = tree.clone(mine), tree.clone(own)
-        return tx.apply(mine, grads, out.factor, own, out.ok)  # type: ignore[misc]
+        return tx.apply(mine, grads, factor, own, out.ok)  # type: ignore[misc]
 
     def plain(out: Out, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
         mine = state["params"].trainable()
-        grads = out.grads.to(dtype).map(lambda b: b * out.factor.to(b.dtype))
-        updates, own = tx.update(grads.tree(), state[key], mine.tree())
-        moved = mine.map(torch.add, _packed(updates, mine))
-        return tree.where(out.ok, moved, mine), tree.where(out.ok, own, state[key]), {}
+        _, updates, own = _plainly(tx, out, state[key], mine, dtype)
+        moved = mine.map(torch.add, _packed(tx.name, updates, mine))
+        return tree.where(out.ok, moved, mine), own, {}
 
     def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
         new, own, logs = (plain if tx.apply is None else fused)(out, state)
@@ -77,12 +115,44 @@ def apply_update(g: Grad, tx: GradientTransformation) -> Grad:
     return after(g, tx.name, replace(g.layout, applied=True), fn, init)
 
 
-def _packed(updates: Any, like: Slots) -> Slots:
-    """A tree of this rank's leaves back in buffers."""
+def _plainly(tx: GradientTransformation, out: Out, own: Any, mine: Slots, dtype: torch.dtype) -> tuple[Slots, Any, Any]:
+    """The gradient, the updates of the plain form, and its new state: the old one, numbers included, where the update is skipped.
+
+    Raises:
+      RuntimeError: `update` wrote into what it was given, so that a state would change which somebody still holds.
+    """
+    grads, factor = _ready(out, dtype)
+    grads = grads.map(lambda b: b * factor.to(b.dtype))
+    held = {"the parameters": [*mine.buffers], "its state": tree.tensors(own)}
+    versions = {what: [x._version for x in xs] for what, xs in held.items()}
+    updates, new = tx.update(grads.tree(), own, mine.tree())
+    for what, xs in held.items():
+        if versions[what] != [x._version for x in xs]:
+            raise RuntimeError(f"{tx.name}: its update writes into {what}, which stay as they were given; return new tensors, as m = b * m + g for m.mul_(b).add_(g)")
+    return grads, updates, tree.map(lambda n, o: torch.where(out.ok, n, o) if isinstance(n, Tensor) else n if n is o or bool(out.ok) else o, new, own)
+
+
+def _packed(name: str, updates: Any, like: Slots) -> Slots:
+    """A tree of this rank's leaves back in buffers.
+
+    Raises:
+      TypeError, ValueError: it is no tree of tensors like the parameters, or says two things of a tied one; with the leaf's path.
+    """
     structure = like.where.structure
-    flat = structure.treedef.flatten_up_to(updates)
+    try:
+        flat = structure.treedef.flatten_up_to(updates)
+    except ValueError as e:
+        raise TypeError(f"{name}: its updates are no tree like the parameters ({e}); return one update for every leaf") from None
     by_leaf: list[Tensor | None] = [None] * len(structure.leaves)
     for place, x in zip(structure.places, flat, strict=True):
-        by_leaf[place] = None if structure.frozen(place) else x
+        if not structure.frozen(place):
+            slot, path = like.where.slots[place], structure.leaves[place].path
+            if not isinstance(x, Tensor) or x.shape != slot.shape:
+                have = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                raise TypeError(f"{name}: its update of parameter {path!r} is {have}; return a tensor of this part's shape {slot.shape}")
+            twin = by_leaf[place]
+            if twin is not None and not ((twin == x) | (twin != twin) & (x != x)).all():
+                raise ValueError(f"{name}: it gives the tied parameter {path!r} one update at each of its paths, and they differ; return the same at all")
+            by_leaf[place] = x
     buffer = like.buffers[0]
     return like.where.pack(by_leaf, buffer.dtype, buffer.device)

@@ -115,7 +115,7 @@ def test_an_undeclared_pair_is_welcome_where_nothing_is_cut():
 
 def test_state_is_flat_and_named_by_kind():
     """A second one of a kind has a number; brackets and places leave no trace, so names are alike at every stage."""
-    tail = (fz.scale_loss(weight=2), fz.lift(Trace(0.5)), fz.lift(Trace(0.9)), fz.adamw(1.0), fz.sgd(-1.0, momentum=0.5), fz.sgd(-1.0))
+    tail = (fz.scale_loss(weight=2), fz.lift(Trace(0.5)), fz.lift(Trace(0.9)), fz.adamw(1.0), fz.sgd(1.0, momentum=0.5), fz.sgd(1.0))
     names = [[*one(*fz.zero(source(), *tail, stage=s))[2].chain] for s in range(4)]
     assert names == [["scale_loss", "trace", "trace#2", "adamw", "sgd", "sgd#2"]] * 4
     _, m, state = one(fz.shard("data", source(), fz.accumulate(2, stream=False), fz.sgd(1.0)))

@@ -74,3 +74,35 @@ def test_a_gradient_of_zero_is_left_alone():
     step = fz.train_step(g, fz.all_reduce("data"), fz.clip_by_global_norm(1.0), fz.sgd(1.0), mesh=MESH)
     state, m = step(step.init({"w": torch.ones(2)}), {"x": torch.ones(1)})
     assert m.ok and m.grad_norm == 0 and step.params(state)["w"].tolist() == [1.0, 1.0]
+
+
+NONSENSE = {"a string": "1", "a bool": True, "nan": float("nan"), "inf": float("inf"), "None": None, "a tensor": torch.tensor(1.0), "a list": [1.0], "negative": -1.0, "zero": 0}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_a_limit_that_is_no_positive_number_is_refused_when_built(kind):
+    for make, who in ((fz.clip_by_global_norm, "clip_by_global_norm: limit="), (fz.clip_by_value, "clip_by_value: limit=")):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            make(NONSENSE[kind])
+        assert str(caught.value).startswith(who) and "\n" not in str(caught.value)
+    if kind != "zero":
+        with pytest.raises((TypeError, ValueError), match="clip_by_global_norm: eps="):
+            fz.clip_by_global_norm(1.0, eps=NONSENSE[kind])
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+@pytest.mark.parametrize("what", ["init", "weight", "floor", "window", "hysteresis"])
+def test_a_loss_scale_of_no_positive_number_is_refused_when_built(what, kind):
+    if (what, kind) == ("weight", "None"):
+        return  # it is measured
+    with pytest.raises((TypeError, ValueError)) as caught:
+        fz.scale_loss(**{what: NONSENSE[kind]})
+    assert str(caught.value).startswith("scale_loss: ") and f"{what}=" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["dynamic", "consecutive"])
+def test_a_word_is_no_flag_of_a_loss_scale(what):
+    with pytest.raises(TypeError, match=f"scale_loss: {what}='false' is a string and neither True nor False; write one of them"):
+        fz.scale_loss(**{what: "false"})
+    with pytest.raises(TypeError, match=r"scale_loss: window=1.5 is a float and no whole number; write an int of at least"):
+        fz.scale_loss(window=1.5)

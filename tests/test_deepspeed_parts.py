@@ -124,7 +124,20 @@ def unknown_classes():
 
 def test_an_unknown_class_is_tried_on_rows_of_leaves(run_world):
     ok, said = zoo.everywhere(run_world, 2, unknown_classes)
-    assert ok and said.startswith("signed: it is not known to work value by value, but the leaves are cut over ['data'] here")
+    assert ok and said.startswith("signed: it needs whole leaves (elementwise=False), but they are cut over ['data'] here; write a chain without shard (stage 0)")
+
+
+@pytest.mark.parametrize("lr", [float("nan"), -1.0])
+@pytest.mark.parametrize("mine", [True, False], ids=["client", "config"])
+def test_a_rate_that_somebody_writes_into_a_group_is_read_before_it_counts(lr, mine):
+    net = Net()
+    ps = [p for p in net.parameters() if p.requires_grad]
+    made = {"optimizer": torch.optim.AdamW(ps), "config": bare(0)} if mine else {"model_parameters": ps, "config": config(0)}
+    engine, face, *_ = deepspeed.initialize(model=net, **made)
+    face.param_groups[0]["lr"] = lr
+    engine.backward(engine(a[0]).sum())
+    with pytest.raises(ValueError, match="(AdamW: param_groups.0.|adamw): lr=.* write a finite number of at least 0"):
+        engine.step()
 
 
 def test_groups_of_the_configs_optimizer_are_leaves_and_edits_count():

@@ -1,80 +1,18 @@
 """Optimizers: torch's own, an oracle in plain arithmetic, rates by rule, tree and schedule, and optax's pair by hand."""
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import zoo
+from optimizers import F32, F64, PAIRS, close, masters, torchs
 
 import funczero as fz
 from funczero import P, tree
 from funczero.optim import rates
 
-MESH = {"data": -1}
-F32, F64 = torch.float32, torch.float64
-
-
-def masters(tx, stage=3, dtype=F32, updates=4, policy=None, batch=zoo.batch, **kw):
-    """Whole masters after some updates of the zoo, and its metrics."""
-    parts = fz.zero(zoo.source(), tx, stage=stage, accumulate=zoo.MICROS // fz.mesh.world_size())
-    got, log, state, _ = zoo.train(parts, MESH, dtype=dtype, updates=updates, policy=policy or str(dtype).removeprefix("torch."), **kw)
-    return dict(tree.paths(got)), log, state
-
-
-def torchs(make, updates=4, dtype=F64):
-    """The same by torch.optim, unsharded."""
-    p = zoo.params(dtype)
-    unique = list({id(x): x.requires_grad_() for x in tree.leaves(p)}.values())
-    optimizer = make(unique)
-    for t in [t for t in range(updates) if t != zoo.BAD]:
-        loss, weight = zoo.loss_plain(p, zoo.batch(t, dtype))
-        for x, g in zip(unique, torch.autograd.grad(loss / weight, unique, allow_unused=True), strict=True):
-            x.grad = torch.zeros_like(x) if g is None else g
-        optimizer.step()
-    return {n: x.detach() for n, x in tree.paths(p)}
-
-
-def close(a, b, atol):
-    for n in b:
-        torch.testing.assert_close(a[n], b[n], rtol=0, atol=atol, msg=lambda m, n=n: f"{n}: {m}")
-
-
-class Lion(torch.optim.Optimizer):
-    """Algorithm 2 of the paper, leaf by leaf."""
-
-    def __init__(self, params, lr, betas, weight_decay):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            lr, (b1, b2), decay = group["lr"], group["betas"], group["weight_decay"]
-            for p in group["params"]:
-                m = self.state[p].setdefault("m", torch.zeros_like(p))
-                move = torch.sign(b1 * m + (1 - b1) * p.grad) + decay * p
-                m.copy_(b2 * m + (1 - b2) * p.grad)
-                p.sub_(lr * move)
-
-
-PAIRS = {
-    "adamw": (fz.adamw(1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 1e-2, (0.8, 0.95), 1e-6, 0.1)),
-    "adamw, no decay": (fz.adamw(1e-2, weight_decay=0.0), lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.0)),
-    "sgd": (fz.sgd(0.5), lambda p: torch.optim.SGD(p, 0.5)),
-    "momentum": (fz.sgd(0.5, momentum=0.9), lambda p: torch.optim.SGD(p, 0.5, momentum=0.9)),
-    "adam": (fz.adam(1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1), lambda p: torch.optim.Adam(p, 1e-2, (0.8, 0.95), 1e-6, 0.1)),
-    "adagrad": (fz.adagrad(1e-2, weight_decay=0.1), lambda p: torch.optim.Adagrad(p, 1e-2, weight_decay=0.1)),
-    "lion": (fz.lion(1e-2, 0.8, 0.95, weight_decay=0.1), lambda p: Lion(p, 1e-2, (0.8, 0.95), 0.1)),
-    "nesterov, decay": (fz.sgd(0.5, 0.9, nesterov=True, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.5, 0.9, nesterov=True, weight_decay=0.1)),
-}
-
-
-OWN = {"RMSprop": dict(momentum=0.9, centered=True), "Rprop": {}, "NAdam": dict(decoupled_weight_decay=True), "Adadelta": {}, "ASGD": dict(t0=2.0), "RAdam": {}, "Adamax": {}}
-PAIRS |= {
-    f"torch {n}": (fz.from_torch(n, 1e-2, **own, **decay), lambda p, n=n, own=own, decay=decay: getattr(torch.optim, n)(p, lr=1e-2, foreach=False, **own, **decay))
-    for n, own in OWN.items()
-    for decay in [{} if n == "Rprop" else {"weight_decay": 0.1}]
-}
 SIGNS = ("lion", "torch Rprop")  # a sign near zero differs in float32
 
 
@@ -92,7 +30,7 @@ def test_an_optimizer_is_torchs(name):
 def test_the_fused_form_is_the_plain_one(name, dtype, atol):
     """`update` in plain arithmetic, lifted, is the oracle of `apply`."""
     tx, _ = PAIRS[name]
-    close(masters(tx, dtype=dtype)[0], masters(fz.lift((tx.init, tx.update)), dtype=dtype)[0], atol)
+    close(masters(tx, dtype=dtype)[0], masters(fz.lift((tx.init, tx.update), elementwise=True), dtype=dtype)[0], atol)
 
 
 def staged(name):
@@ -121,23 +59,76 @@ def test_a_momentum_may_be_a_schedule():
 
     tx = fz.adamw(1e-2, b1=beta, b2=0.99)
     close(masters(tx, dtype=F64)[0], torchs(lambda p: Cycled(p, 1e-2, foreach=False)), 1e-13)
-    close(masters(fz.lift((tx.init, tx.update)), dtype=F64)[0], masters(tx, dtype=F64)[0], 1e-13)
+    close(masters(fz.lift((tx.init, tx.update), elementwise=True), dtype=F64)[0], masters(tx, dtype=F64)[0], 1e-13)
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: fz.from_torch("Muon", 1e-3), "from_torch: torch.optim.Muon is not known to work value by value; write one of ASGD"),
-        (lambda: fz.from_torch("RMSprop", 1e-3, betas=(0, 1)), "from_torch: torch.optim.RMSprop takes no 'betas' here; write some of"),
-        (lambda: fz.from_torch("RMSprop", [("", 1.0)]), "from_torch: lr is a list, but these classes keep one number for all leaves"),
-        (lambda: fz.lion(1e-3, b1=1.0), r"lion: b1=1.0, b2=0.99 must lie in \[0, 1\)"),
-        (lambda: fz.adagrad(1e-3, eps=0.0), "adagrad: eps=0.0 must be positive"),
-        (lambda: fz.adam(1e-3, b2=1.0), r"adam: b1=0.9, b2=1.0 must lie in \[0, 1\)"),
-    ],
-)
-def test_an_optimizer_that_cannot_be_is_refused(make, words):
-    with pytest.raises((ValueError, TypeError), match=words):
-        make()
+def test_rates_are_exact_doubles():
+    """A schedule may return a Python number, which is never rounded to float32; and an unmodified get_lr gives its own numbers."""
+
+    def get_lr(it, learning_rate=6e-4, warmup_iters=5, lr_decay_iters=50, min_lr=6e-5):
+        if it < warmup_iters:
+            return learning_rate * (it + 1) / (warmup_iters + 1)
+        if it > lr_decay_iters:
+            return min_lr
+        decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+        coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
+        return min_lr + coeff * (learning_rate - min_lr)
+
+    for n in range(60):
+        assert rates.at("adamw", "lr", get_lr, torch.tensor(float(n))) == get_lr(n)
+    table = [0.1, 0.3]
+    for schedule, want in [(lambda u: 0.1, 0.1), (lambda u: table[u], 0.3), (lambda u: u / 3, 1 / 3), (lambda u: torch.cos(u) ** 2, math.cos(1) ** 2), (lambda u: u, 1.0)]:
+        assert masters(fz.sgd(schedule), updates=2)[1][1].lr.item() == want
+
+
+def test_a_schedule_is_handed_an_int64_count():
+    seen = []
+
+    def schedule(updates):
+        seen.append((updates.dtype, updates.dim(), int(updates)))
+        return 0.1
+
+    masters(fz.adamw(schedule), updates=3)
+    assert seen == [(torch.int64, 0, n) for n in range(3)]  # read once an update
+
+
+BAD_VALUES = {
+    "nan": float("nan"), "negative": torch.tensor(-1e-3), "inf": torch.tensor(float("inf"), dtype=F64), "two": torch.zeros(2), "a word": "1e-3", "nothing": None,
+    "a bool": torch.tensor(True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_VALUES)
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adagrad", "from_torch"])
+def test_a_schedule_that_gives_nonsense_stops_the_step_before_it_writes(name, kind):
+    make = (lambda lr, **kw: fz.from_torch("RMSprop", lr, **kw)) if name == "from_torch" else getattr(fz, name)
+    late = lambda u: BAD_VALUES[kind] if u == 2 else 0.1
+    for tx, what in [(make(late), "lr"), (make(0.1, weight_decay=[("blocks", 0.1), ("", late)]), "weight_decay")]:
+        step = fz.donate(fz.train_step(*fz.zero(zoo.source(), tx, stage=3), mesh={"data": 1}))
+        state = step.init(zoo.params())
+        for t in range(2):
+            state, _ = step(state, zoo.batch(t))
+        before = zoo.tree_hash([state.params, state.chain])
+        with pytest.raises((TypeError, ValueError), match=f"the schedule.*{what}"):
+            step(state, zoo.batch(2))
+        assert zoo.tree_hash([state.params, state.chain]) == before
+
+
+def test_a_beta_that_leaves_its_range_is_told():
+    with pytest.raises(ValueError, match=r"adamw: after 1 applied updates the schedule's value: b1=1.0 is not below 1; write a number in \[0, 1\)"):
+        masters(fz.adamw(1e-2, b1=lambda u: 0.9 + 0.1 * u), updates=2)
+
+
+def test_a_count_at_its_end_is_told():
+    with pytest.raises(OverflowError, match="sgd: 16777216 applied updates are the end of a float32 count"):
+        rates.at("sgd", "lr", lambda u: 0.1, torch.tensor(2.0**24))
+
+
+def test_a_class_of_torch_has_its_own_defaults():
+    for name in ("AdamW", "RMSprop", "Adadelta", "NAdam"):
+        close(masters(fz.from_torch(name), dtype=F64)[0], torchs(lambda p, name=name: getattr(torch.optim, name)(p, foreach=False)), 1e-13)
+    moved = masters(fz.from_torch("AdamW", 0.5), updates=1)[0]["unused"] / zoo.params()["unused"]
+    torch.testing.assert_close(moved, torch.full((4,), 1 - 0.5 * 0.01))
 
 
 class ByHand(NamedTuple):
@@ -164,7 +155,7 @@ def lifted(dtype):
     """By stage: the pair's masters as a list, and their distance from the fused AdamW's."""
     out = []
     for stage in range(4):
-        hand, fused = (masters(tx, stage, dtype)[0] for tx in (fz.lift((by_hand_init, by_hand_update)), fz.adamw(**zoo.TX)))
+        hand, fused = (masters(tx, stage, dtype)[0] for tx in (fz.lift((by_hand_init, by_hand_update), elementwise=True), fz.adamw(**zoo.TX)))
         out.append((max((hand[n] - fused[n]).abs().max().item() for n in hand if hand[n].numel()), zoo.tree_hash(hand)))
     return out
 
@@ -177,21 +168,84 @@ def test_a_pair_by_hand_is_adamw_at_every_stage(run_world, dtype, atol):
 
 
 def test_an_integer_in_a_lifted_state_may_stay_one():
-    _, _, state = masters(fz.lift((by_hand_init, by_hand_update), name="mine"))
-    assert state.chain["mine"].count == 4 and [*state.chain] == ["mine"]
+    """It does not count a skipped update, so that what follows is still AdamW."""
+    hand, _, state = masters(fz.lift((by_hand_init, by_hand_update), name="mine", elementwise=True), dtype=F64, updates=6)
+    assert state.chain["mine"].count == 5 == int(state.updates) and [*state.chain] == ["mine"]
+    close(hand, masters(fz.adamw(**zoo.TX), dtype=F64, updates=6)[0], 1e-13)
 
 
-def test_a_lifted_pair_sees_parts_and_is_tried_on_parts():
-    shapes = []
+def writing(where):
+    """A pair that writes into what it is given."""
 
+    def update(grads, state, params):
+        tree.map(lambda x: x.mul_(0.5), params if where == "params" else state)
+        return tree.map(lambda g: -g, grads), state
+
+    return fz.lift((lambda p: tree.map(torch.zeros_like, p), update), "writer", elementwise=True)
+
+
+ODD_UPDATES = {
+    "writes params": (writing("params"), RuntimeError, "writer: its update writes into the parameters, which stay as they were given; return new tensors"),
+    "writes state": (writing("state"), RuntimeError, "writer: its update writes into its state, which stay as they were given; return new tensors"),
+    "a number": ((lambda p: (), lambda g, s, p: (tree.map(lambda x: 0.0, g), s)), TypeError, "lift: its update of parameter 'embed' is a float; return a tensor of this part's shape"),
+    "a scalar that would spread": (
+        (lambda p: (), lambda g, s, p: (tree.map(lambda x: x.sum(), g), s)), TypeError, r"lift: its update of parameter 'embed' is a tensor of shape \(\); return",
+    ),
+    "another tree": ((lambda p: (), lambda g, s, p: ([], s)), TypeError, "lift: its updates are no tree like the parameters"),
+    "two updates of a tied leaf": (
+        (lambda p: (), lambda g, s, p: ({**g, "norm": -g["norm"] - 1}, s)), ValueError, "lift: it gives the tied parameter 'norm' one update at each of its paths, and they differ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("behind", [(), (fz.sgd(1.0),)], ids=["last", "before another"])
+@pytest.mark.parametrize("name", ODD_UPDATES)
+def test_a_pair_that_does_not_return_updates_is_refused(name, behind):
+    pair, error, words = ODD_UPDATES[name]
+    tx = pair if isinstance(pair, fz.GradientTransformation) else fz.lift(pair, elementwise=True)
+    step = fz.train_step(*fz.zero(zoo.source(), tx, *behind, stage=1), mesh={"data": 1})
+    state = step.init(zoo.params())
+    with pytest.raises(error, match=words):
+        step(state, zoo.batch(0))
+
+
+def test_a_name_that_would_break_paths_is_refused():
+    with pytest.raises(ValueError, match="lift: name='a/b' would not tell leaves of the state apart on disk; write a word without"):
+        fz.lift((by_hand_init, by_hand_update), "a/b")
+
+
+def test_a_lifted_pair_is_not_run_before_the_step_and_says_what_it_was_told():
     def init(params):
-        shapes.append(sorted(tuple(x.shape) for x in tree.leaves(params)))
-        return ()
+        raise AssertionError("nothing is tried")
 
-    tx = fz.lift((init, lambda u, s, p: (tree.map(lambda g: -g, u), s)), name="descend")
-    assert shapes[0] == [(8,), (8, 6)] and shapes[1] == [(3,), (3, 6)] and tx.name == "descend" and tx.elementwise
-    fz.lift((init, lambda u, s, p: (u, s)), elementwise=True)  # trusted
-    assert len(shapes) == 3
+    for told in (None, True, False):
+        tx = fz.lift((init, lambda u, s, p: (u, s)), name="descend", elementwise=told)
+        assert (tx.name, tx.elementwise) == ("descend", told)
+    assert fz.lift(fz.adamw(0.1)).elementwise is True and fz.lift(fz.adamw(0.1), elementwise=False).elementwise is False  # an optimizer says it of itself
+
+
+class LateTrust(NamedTuple):
+    """A pair that works value by value for three updates, and then scales each leaf by its own norm: no probe of three updates sees it."""
+
+    n: Any
+
+
+LATE = (lambda params: LateTrust(0), lambda g, s, p: (tree.map(lambda x: -x / (x.square().sum().sqrt() + 1) if s.n >= 3 else -x, g), LateTrust(s.n + 1)))
+
+
+def big_leaves_update(g, state, params):
+    """Adafactor's habit: leaves of 128 values and more are treated otherwise."""
+    return tree.map(lambda x: -x / (x.square().mean().sqrt() + 1) if x.numel() >= 128 else -x, g), state
+
+
+@pytest.mark.parametrize("pair", [LATE, (lambda params: (), big_leaves_update)], ids=["a trust ratio that starts late", "a size threshold"])
+def test_a_pair_that_a_probe_would_trust_is_refused_in_a_bracket(pair):
+    for told in (None, False):
+        for stage in (1, 2, 3):
+            with pytest.raises(fz.ChainError, match="lift: (nothing says that it works value by value|it needs whole leaves)"):
+                fz.train_step(*fz.zero(zoo.source(), fz.lift(pair, elementwise=told), stage=stage), mesh={"data": 2})
+        fz.train_step(*fz.zero(zoo.source(), fz.lift(pair, elementwise=told), stage=0), mesh={"data": 2})
+    fz.train_step(*fz.zero(zoo.source(), fz.lift(pair, elementwise=True), stage=3), mesh={"data": 2})  # promised
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
@@ -259,18 +313,40 @@ def test_a_tree_of_rates_is_shown_as_nan():
     [
         ([("blocks", 1.0)], ValueError, "lr: no rule matches parameter 'embed'; end the rules with"),
         ({"embed": 1.0}, TypeError, "lr: dict is neither a number, a schedule, rules"),
-        (by_path(lambda n: True if n == "conv" else 1.0), TypeError, "lr: the value for parameter 'conv' is neither a number nor a schedule"),
+        ([("blocks", 1.0), ("haed", 2.0), ("", 0.1)], ValueError, "adamw: lr: the rule 'haed' is found in no parameter's path; correct it or leave it out"),
+        ([("", 0.1), ("conv", 0.0)], ValueError, "adamw: lr: the rule 'conv' never counts, because a rule before it takes 'conv' and all else that it matches; put it first"),
+        (by_path(lambda n: 0.5 if n == "head/scale" else 1.0), ValueError, "adamw: lr: the tree says two things of one tied parameter, norm = head/scale; write the same"),
     ],
 )
-def test_rates_that_fit_no_leaf_are_named(lr, error, words):
-    with pytest.raises(error, match=words):
-        masters(fz.adamw(lr), updates=1)
+def test_rates_that_fit_no_leaf_are_named_at_init(lr, error, words):
+    """In the fused form and in the plain one, as rate and as decay, alike."""
+    for tx in (fz.adamw(lr), fz.lift((fz.adamw(lr).init, fz.adamw(lr).update), elementwise=True), fz.adamw(0.1, weight_decay=lr), fz.from_torch("RMSprop", 0.1, lr)):
+        step = fz.train_step(*fz.zero(zoo.source(), tx, stage=1), mesh={"data": 1})
+        with pytest.raises(error) as caught:
+            step.init(zoo.params())
+        assert words.split(": lr: ")[-1].removeprefix("lr: ") in str(caught.value)
+
+
+def test_a_rule_may_name_a_tied_leaf_by_any_of_its_paths():
+    for dtype in (F32, F64):
+        by_first, by_second = ([(path, 0.0), ("", 0.1)] for path in ("^norm$", "^head/scale$"))
+        runs = [masters(tx, dtype=dtype)[0] for r in (by_first, by_second) for tx in (fz.sgd(r), fz.lift((fz.sgd(r).init, fz.sgd(r).update), elementwise=True))]
+        assert all(torch.equal(run[n], zoo.params(dtype)["norm"]) for run in runs for n in ("norm", "head/scale"))
+        assert all(not torch.equal(run["gain"], zoo.params(dtype)["gain"]) for run in runs)
+
+
+def test_a_rule_that_says_what_holds_anyway_is_welcome():
+    """Recipes name norms and biases, whichever come first."""
+    rule = [("norm", 0.0), ("blocks/.*/b$", 0.0), ("blocks/0/b", 0.0), ("", 0.1), (".*", 0.2)]
+    masters(fz.adamw(0.1, weight_decay=rule), updates=1)
 
 
 def test_leaves_of_one_rate_share_a_kernel_call():
     x = fz.spec.lazy(zoo.params(), ("blocks",), {}, lambda path: False, torch.device("cpu")).at((), F32)
-    assert len(rates.groups(0.1, 0.2, x, x)) == 1 and len(rates.groups(0.1, 0.2, x, x)[0][2][0]) == len(x.buffers)
-    by_rule = rates.groups([("blocks", 1.0), ("", 2.0)], DECAYS, x, x, x)
+    count = torch.zeros(())
+    ((_, _, (buffers, _)),), shown = rates.Rates("adamw", 0.1, 0.2).groups(count, x, x)
+    assert len(buffers) == len(x.buffers) and shown == 0.1
+    by_rule, _ = rates.Rates("adamw", [("blocks", 1.0), ("", 2.0)], DECAYS).groups(count, x, x, x)
     assert sorted((a, d) for a, d, _ in by_rule) == [(1.0, 0.0), (1.0, 0.2), (2.0, 0.0), (2.0, 0.2)]
     assert sum(t.numel() for _, _, (p, *_) in by_rule for t in p) == sum(b.numel() for b in x.buffers)
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from funczero.deepspeed.groups import Group, Make
+from funczero.number import number
 from funczero.optim.from_torch import ELEMENTWISE
-from funczero.optim.lift import _same_when_cut
+from funczero.optim.lift import same_when_cut
 from funczero.spec import Slots
 from funczero.types import GradientTransformation
 
@@ -63,6 +64,9 @@ def client_optimizer(client: torch.optim.Optimizer, home: Mapping[str, int]) -> 
     keys = _state_keys(client, eager)
 
     def make(groups: list[Group]) -> GradientTransformation:
+        for i, g in enumerate(groups):
+            number(f"{type(client).__name__}: param_groups[{i}]", "lr", g.get("lr", 0.0))
+
         def init(params: Slots) -> Client:
             n = len(params.where.structure.leaves)
             scalars = {k: torch.zeros(n) for k in sorted({k for s, _ in keys for k in s})}
@@ -172,6 +176,6 @@ def _elementwise(client: Any) -> bool:
         return {n: (p.detach() - old) for p, (n, old) in zip(ps, params.items(), strict=True)}, state
 
     try:
-        return _same_when_cut(init, update)
+        return same_when_cut(init, update)
     except (RuntimeError, ValueError, TypeError):
         return False

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funczero import tree
+from funczero.number import number
 from funczero.optim import rates
 from funczero.spec import Slots
 from funczero.types import GradientTransformation
@@ -29,26 +30,27 @@ def adagrad(lr: rates.Rate = 1e-2, eps: float = 1e-10, weight_decay: rates.Rate 
       eps: added to the root; positive.
       weight_decay: added to the gradient (not decoupled); number, schedule, rules or tree.
     """
-    if not eps > 0:
-        raise ValueError(f"adagrad: eps={eps} must be positive")
+    rate, eps = rates.Rates("adagrad", lr, weight_decay), number("adagrad", "eps", eps, above=True)
 
     def init(params: Any) -> Adagrad:
+        rate.fit(params)
+        rates.lasting("adagrad", eps, params)
         leaf = next(iter(tree.tensors(params)), torch.zeros(()))
         return Adagrad(torch.zeros((), dtype=torch.float32, device=leaf.device), tree.map(torch.zeros_like, params))
 
     def update(grads: Any, state: Adagrad, params: Any) -> tuple[Any, Adagrad]:
-        step, decay = (rates.update_trees(r, params, state.count, what) for r, what in ((lr, "lr"), (weight_decay, "weight_decay")))
+        step, decay = rate.trees(state.count, params)
         g = tree.map(lambda g, p, d: g + d * p, grads, params, decay)
         nu = tree.map(lambda v, x: v + x * x, state.nu, g)
         return tree.map(lambda x, v, a: -a * x / (v.sqrt() + eps), g, nu, step), Adagrad(state.count + 1, nu)
 
     def apply(params: Slots, grads: Slots, factor: Tensor, state: Adagrad, ok: Tensor) -> tuple[Slots, Adagrad, dict[str, Tensor]]:
-        for a, d, (ps, gs, vs) in rates.groups(lr, weight_decay, params, grads, state.nu):
-            rate, decay = rates.at(a, state.count), rates.at(d, state.count)
+        groups, shown = rate.groups(state.count, params, grads, state.nu)
+        for a, decay, (ps, gs, vs) in groups:
             for p, g, v in zip(ps, gs, vs, strict=True):
                 g = torch.where(ok, g.mul_(factor.to(g.dtype)).add_(p * decay), 0.0)
                 v.addcmul_(g, g)
-                p.sub_(g.mul_(rate).div_(v.sqrt().add_(eps)))
-        return params, Adagrad(state.count + ok, state.nu), {"lr": rates.shown(lr, state.count)}
+                p.sub_(g.mul_(a).div_(v.sqrt().add_(eps)))
+        return params, Adagrad(state.count + ok, state.nu), {"lr": shown}
 
     return GradientTransformation(init, update, apply, "adagrad", elementwise=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funczero import tree
+from funczero.number import number
 from funczero.optim import rates
 from funczero.spec import Slots
 from funczero.types import GradientTransformation
@@ -43,18 +44,20 @@ def adam(lr: rates.Rate, b1: rates.Beta = 0.9, b2: float = 0.999, eps: float = 1
 
 
 def _adam(name: str, lr: rates.Rate, b1: rates.Beta, b2: float, eps: float, weight_decay: rates.Rate) -> GradientTransformation:
-    if not ((callable(b1) or 0 <= b1 < 1) and 0 <= b2 < 1 and eps > 0):
-        raise ValueError(f"{name}: b1={b1}, b2={b2} must lie in [0, 1) and eps={eps} be positive")
+    rate, eps = rates.Rates(name, lr, weight_decay), number(name, "eps", eps, above=True)
+    b1, b2 = rates.one_for_all(name, "b1", b1), rates.one_for_all(name, "b2", b2, moves=False)
     decoupled = name == "adamw"
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
 
     def init(params: Any) -> AdamW:
+        rate.fit(params)
+        rates.lasting(name, eps, params)
         leaf = next(iter(tree.tensors(params)), torch.zeros(()))
         return AdamW(torch.zeros((), dtype=torch.float32, device=leaf.device), *(tree.map(torch.zeros_like, params) for _ in range(2)))
 
     def update(grads: Any, state: AdamW, params: Any) -> tuple[Any, AdamW]:
-        n, beta = state.count + 1, float(rates.at(b1, state.count))
-        step, decay = (rates.update_trees(r, params, state.count, what) for r, what in ((lr, "lr"), (weight_decay, "weight_decay")))
+        n, beta = state.count + 1, float(rates.at(name, "b1", b1, state.count, 1.0))
+        step, decay = rate.trees(state.count, params)
         if not decoupled:
             grads, decay = tree.map(lambda g, p, d: g + d * p, grads, params, decay), tree.map(lambda d: 0.0, decay)
         mu = tree.map(lambda m, g: beta * m + (1 - beta) * g, state.mu, grads)
@@ -66,15 +69,16 @@ def _adam(name: str, lr: rates.Rate, b1: rates.Beta, b2: float, eps: float, weig
     def apply(params: Slots, grads: Slots, factor: Tensor, state: AdamW, ok: Tensor) -> tuple[Slots, AdamW, dict[str, Tensor]]:
         found, inverse = (~ok).float(), (1 / factor).float()
         before, n = state.count, state.count + ok
-        beta = float(rates.at(b1, before))
+        beta = float(rates.at(name, "b1", b1, before, 1.0))
+        groups, shown = rate.groups(before, params, grads, state.mu, state.nu)
         if grads.buffers[0].dtype != torch.float32:  # the kernel takes its scale in float32
             torch._foreach_mul_(list(grads.buffers), factor.to(grads.buffers[0].dtype))
             inverse = torch.ones_like(inverse)
-        for a, d, (p, g, m, v) in rates.groups(lr, weight_decay, params, grads, state.mu, state.nu):
+        for a, d, (p, g, m, v) in groups:
             kernel(
-                p, g, m, v, [], [n] * len(p), lr=rates.at(a, before), beta1=beta, beta2=b2, weight_decay=float(rates.at(d, before)), eps=eps,
+                p, g, m, v, [], [n] * len(p), lr=a, beta1=beta, beta2=b2, weight_decay=float(d), eps=eps,
                 amsgrad=False, maximize=False, grad_scale=inverse, found_inf=found,
             )  # fmt: skip
-        return params, AdamW(n, state.mu, state.nu), {"lr": rates.shown(lr, before)}
+        return params, AdamW(n, state.mu, state.nu), {"lr": shown}
 
     return GradientTransformation(init, update, apply, name, elementwise=True)

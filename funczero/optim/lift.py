@@ -1,54 +1,75 @@
 """Any optax-shaped pair as an optimizer of a chain."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from funczero import tree
-from funczero.types import ChainError, GradientTransformation
+from funczero.number import flag, shown
+from funczero.types import GradientTransformation
+from funczero.update import foreign
 
 
 def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) -> GradientTransformation:
     """An `(init, update)` pair on pytrees of tensors, with parameters <- parameters + updates.
 
-    Inside a bracket it is handed this rank's part of every leaf, so its values must not depend on where leaves are cut.
+    Inside a bracket it is handed this rank's part of every leaf, so its values must not depend on where leaves are cut. Nothing can
+    try that out: a pair may read whole leaves above a size, or from some update on. So it is promised, or the bracket refuses the pair.
 
     Args:
       pair: has `init(params) -> state` and `update(grads, state, params) -> (updates, state)`; any optax-shaped tuple.
       name: where its state is kept; by default the pair's own name, or "lift".
-      elementwise: True is trusted; None is tried once on small random leaves, whole and cut, and refused where they differ.
+      elementwise: True promises that every value of updates and state depends on its own place alone; False says that it needs whole
+        leaves, and None says nothing (what a GradientTransformation says of itself stays): both run where leaves are whole.
 
     Raises:
-      ChainError: the pair gives other values on cut leaves.
+      TypeError: this is no pair, or one of another library.
+
+    >>> descend = (lambda params: (), lambda grads, state, params: (tree.map(lambda g: -0.1 * g, grads), state))
+    >>> lift(descend, "descend", elementwise=True).name
+    'descend'
     """
-    init, update = (pair[0], pair[1]) if isinstance(pair, tuple) else (pair.init, pair.update)
+    init, update = (pair[0], pair[1]) if isinstance(pair, tuple) and len(pair) >= 2 else (getattr(pair, "init", None), getattr(pair, "update", None))
     label = name or getattr(pair, "name", None) or "lift"
-    if elementwise is None and not _same_when_cut(init, update):
-        raise ChainError(
-            f"lift: {label!r} gives other values when its leaves are cut into rows, so it cannot be trusted inside a bracket; "
-            "use fz.lift(pair, elementwise=False) in a chain without shard, or an optimizer that works value by value"
-        )
-    return GradientTransformation(init, update, None, label, elementwise is not False)
+    why = foreign(pair)
+    if why is not None:
+        raise TypeError(f"lift: {why}")
+    if not (callable(init) and callable(update)):
+        raise TypeError(f"lift: {shown(pair)} is no pair of functions; write (init, update), or an object that has both")
+    if not isinstance(label, str) or not re.fullmatch(r"[^/#()|]+", label):
+        raise ValueError(f"lift: name={label!r} would not tell leaves of the state apart on disk; write a word without / # ( ) and |")
+    if elementwise is not None:
+        flag("lift", "elementwise", elementwise)
+    own = pair.elementwise if isinstance(pair, GradientTransformation) else None
+    return GradientTransformation(init, update, None, label, own if elementwise is None else elementwise)
 
 
-def _same_when_cut(init: Callable[..., Any], update: Callable[..., Any]) -> bool:
+def same_when_cut(init: Callable[..., Any], update: Callable[..., Any], updates: int = 12) -> bool:
+    """Does a pair give the same values on rows of leaves as on whole ones, tried on random leaves?
+
+    It proves a dependence and never its absence: what begins later, or above these sizes, is not seen. So nothing is trusted for it
+    where a promise can be asked for.
+    """
     generator = torch.Generator().manual_seed(0)
+    shapes, at = {"matrix": (8, 6), "vector": (8,), "large": (136, 130), "long": (136,)}, (3, 50)
 
     def draw() -> dict[str, torch.Tensor]:
-        return {"matrix": torch.randn(8, 6, generator=generator, dtype=torch.float64), "vector": torch.randn(8, generator=generator, dtype=torch.float64)}
+        return {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
 
-    params, grads = draw(), [draw() for _ in range(3)]
+    params, grads = draw(), [draw() for _ in range(updates)]
 
-    def run(rows: slice) -> list[torch.Tensor]:
-        cut = lambda t: tree.map(lambda x: x[rows].clone(), t)  # noqa: E731
+    def run(part: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        cut = lambda t: tree.map(lambda x: part(x).clone(), t)  # noqa: E731
         state, here, seen = init(cut(params)), cut(params), []
         for g in grads:
-            updates, state = update(cut(g), state, here)
-            here = tree.map(torch.add, here, updates)
+            moves, state = update(cut(g), state, here)
+            here = tree.map(torch.add, here, moves)
             seen += tree.leaves(here)
         return seen
 
-    whole, first, second = run(slice(0, 8)), run(slice(0, 3)), run(slice(3, 8))
+    row = lambda x: at[x.shape[0] > 8]  # noqa: E731
+    whole, first, second = run(lambda x: x), run(lambda x: x[: row(x)]), run(lambda x: x[row(x) :])
     return all(torch.allclose(w, torch.cat([a, b]), rtol=1e-9, atol=1e-12) for w, a, b in zip(whole, first, second, strict=True))

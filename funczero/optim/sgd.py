@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funczero import tree
+from funczero.number import flag
 from funczero.optim import rates
 from funczero.spec import Slots
 from funczero.types import GradientTransformation
@@ -29,15 +30,17 @@ def sgd(lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_de
       momentum: in [0, 1).
       weight_decay: added to the gradient (not decoupled); number, schedule, rules or tree.
     """
-    if not 0 <= momentum < 1 or (nesterov and not momentum):
-        raise ValueError(f"sgd: momentum={momentum} must lie in [0, 1), and above 0 for nesterov={nesterov}")
+    rate, momentum = rates.Rates("sgd", lr, weight_decay), rates.one_for_all("sgd", "momentum", momentum, moves=False)
+    if flag("sgd", "nesterov", nesterov) and not momentum:
+        raise ValueError("sgd: momentum=0.0 leaves nesterov=True nothing to look ahead with; write a momentum above 0, or leave nesterov out")
 
     def init(params: Any) -> SGD:
+        rate.fit(params)
         leaf = next(iter(tree.tensors(params)), torch.zeros(()))
         return SGD(torch.zeros((), dtype=torch.float32, device=leaf.device), tree.map(torch.zeros_like, params) if momentum else None)
 
     def update(grads: Any, state: SGD, params: Any) -> tuple[Any, SGD]:
-        step, decay = (rates.update_trees(r, params, state.count, w) for r, w in ((lr, "lr"), (weight_decay, "weight_decay")))
+        step, decay = rate.trees(state.count, params)
         g = tree.map(lambda g, p, d: g + d * p, grads, params, decay)
         trace = tree.map(lambda t, x: momentum * t + x, state.trace, g) if momentum else None
         u = g if trace is None else tree.map(lambda x, t: x + momentum * t, g, trace) if nesterov else trace
@@ -46,14 +49,15 @@ def sgd(lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_de
     def apply(params: Slots, grads: Slots, factor: Tensor, state: SGD, ok: Tensor) -> tuple[Slots, SGD, dict[str, Tensor]]:
         zero = torch.zeros((), dtype=grads.buffers[0].dtype, device=ok.device)
         traces = (state.trace,) if momentum else ()
-        for a, d, (p, g, *t) in rates.groups(lr, weight_decay, params, grads, *traces):
-            rate, decay = rates.at(a, state.count), rates.at(d, state.count)
+        groups, shown = rate.groups(state.count, params, grads, *traces)
+        for a, decay, (p, g, *t) in groups:
             for i, (x, y) in enumerate(zip(p, g, strict=True)):
-                y = torch.addcmul(y.mul_(factor.to(y.dtype)), x, torch.as_tensor(decay, dtype=x.dtype, device=x.device))
+                y.mul_(factor.to(y.dtype))
+                y = y.add_(x * decay) if isinstance(decay, Tensor) else y.add_(x, alpha=decay) if decay else y
                 if momentum:
                     t[0][i].copy_(torch.where(ok, momentum * t[0][i] + y, t[0][i]))
                     y = y + momentum * t[0][i] if nesterov else t[0][i]
-                x.sub_(torch.where(ok, y * rate, zero))
-        return params, SGD(state.count + ok, state.trace), {"lr": rates.shown(lr, state.count)}
+                x.sub_(torch.where(ok, y * a, zero))
+        return params, SGD(state.count + ok, state.trace), {"lr": shown}
 
     return GradientTransformation(init, update, apply, "sgd", elementwise=True)

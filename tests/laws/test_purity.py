@@ -13,7 +13,7 @@ from funczero.testing import tree_hash
 EXTRA = {
     "clip_by_value": (fz.clip_by_value(0.01), fz.clip_by_global_norm(0.1), fz.adamw(1e-2)),
     "momentum": (fz.sgd(1e-2, momentum=0.9, nesterov=True),),
-    "two optimizers": (fz.adamw(1.0), fz.sgd(-1e-2)),
+    "two optimizers": (fz.adamw(1.0), fz.sgd(1e-2)),
     "rules of rates": (fz.adamw([("blocks", 1e-2), ("", fz.schedules.constant(1e-3))], weight_decay=[("b$", 0.0), ("", 0.1)]),),
 }
 

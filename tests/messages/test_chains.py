@@ -36,6 +36,19 @@ def unit_norm_update(grads, state, params):
     return fz.tree.map(lambda x: x / x.square().sum().sqrt(), grads), state
 
 
+class Optax:
+    """optax's GradientTransformation, as far as it shows."""
+
+    def __init__(self):
+        def init_fn(params):
+            return ()
+
+        init_fn.__module__ = "optax._src.base"
+        self.init = self.update = init_fn
+
+
+OPTAX = Optax()
+
 # chain, mesh, message; "..." at its end: and so on
 CHAINS = {
     "clip before the sum": (
@@ -218,12 +231,34 @@ CHAINS = {
     ),
     "an undeclared pair in a bracket": (
         (g, shard("data", Momentum())), FLAT,
-        "Momentum: it is not known to work value by value, but the leaves are cut over ['data'] here; write fz.lift(pair), which tries it, or leave the bracket out\n"
+        "Momentum: nothing says that it works value by value, but the leaves are cut over ['data'] here; write fz.lift(pair, elementwise=True) if every value of its "
+        "updates and state depends on its own place alone, and otherwise a chain without shard (stage 0), as all_reduce('data') in its place\n"
         "  value_and_grad(batch=P('data')) | shard('data', | mean | Momentum  <- here",
+    ),
+    "an undeclared pair, lifted, in a bracket": (
+        (g, shard("data", fz.lift((unit_norm_init, unit_norm_update), name="unit_norm"))), FLAT, "unit_norm: nothing says that it works value by value, but ...",
     ),
     "a pair declared to need whole leaves, in a bracket": (
         (g, shard("data", fz.lift((unit_norm_init, unit_norm_update), name="unit_norm", elementwise=False))), FLAT,
-        "unit_norm: it is not known to work value by value, but the leaves are cut over ['data'] here; ...",
+        "unit_norm: it needs whole leaves (elementwise=False), but they are cut over ['data'] here; write a chain without shard (stage 0), as all_reduce('data') in its place, "
+        "or an optimizer that works value by value, as fz.adamw(lr)\n  value_and_grad(batch=P('data')) | shard('data', | mean | unit_norm  <- here",
+    ),
+    "a torch optimizer": (
+        (g, all_reduce("data"), torch.optim.AdamW([torch.zeros(1)])), FLAT,
+        "AdamW: a torch optimizer steps on tensors of its own, but here state is a value; write fz.adamw(lr), or hand it to fz.deepspeed.initialize(optimizer=...)\n"
+        "  value_and_grad(batch=P('data')) | all_reduce('data') | AdamW  <- here",
+    ),
+    "a class of torch's optimizers": (
+        (g, shard("data", torch.optim.RMSprop)), FLAT,
+        "RMSprop: a torch optimizer steps on tensors of its own, but here state is a value; write fz.from_torch('RMSprop', lr), or hand it to fz.deepspeed.initialize(...",
+    ),
+    "a scheduler of torch": (
+        (g, all_reduce("data"), adamw, torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1)], 0.1), 2)), FLAT,
+        "StepLR: a scheduler of torch is no part of a chain; write the rate into the optimizer: fz.adamw(fz.schedules.from_torch('StepLR', lr, ...))\n...",
+    ),
+    "an optax transform": (
+        (g, all_reduce("data"), OPTAX), FLAT,
+        "Optax: a transform of optax computes on jax arrays, and leaves are torch tensors here; write fz.adamw(lr), or the same (init, update) pair in torch\n...",
     ),
 }  # fmt: skip
 
@@ -232,10 +267,9 @@ CALLS = {
         lambda: fz.value_and_grad(zoo.loss_plain, batch=P(None, "data")), fz.ChainError,
         "value_and_grad: batch=P(None, 'data') splits a dim other than 0, but a batch is split by rows; write P(('data',))",
     ),
-    "a pair that needs whole leaves": (
-        lambda: fz.lift((unit_norm_init, unit_norm_update), name="unit_norm"), fz.ChainError,
-        "lift: 'unit_norm' gives other values when its leaves are cut into rows, so it cannot be trusted inside a bracket; "
-        "use fz.lift(pair, elementwise=False) in a chain without shard, or an optimizer that works value by value",
+    "an optax transform, lifted": (
+        lambda: fz.lift(OPTAX), TypeError,
+        "lift: a transform of optax computes on jax arrays, and leaves are torch tensors here; write fz.adamw(lr), or the same (init, update) pair in torch",
     ),
     "nothing in a bracket": (lambda: shard("data"), fz.ChainError, "shard('data'): there is nothing inside it; write the optimizer inside: shard('data', adamw(...))"),
     "a rule without P": (
@@ -251,9 +285,20 @@ CALLS = {
         lambda: scale(init=0), ValueError,
         "scale_loss: init=0, weight=None, window=1000, hysteresis=2, floor=1.0 must all be positive",
     ),
-    "adamw(b1=1)": (lambda: fz.adamw(1e-3, b1=1.0), ValueError, "adamw: b1=1.0, b2=0.999 must lie in [0, 1) and eps=1e-08 be positive"),
-    "sgd(momentum=1)": (lambda: fz.sgd(1e-3, momentum=1.0), ValueError, "sgd: momentum=1.0 must lie in [0, 1), and above 0 for nesterov=False"),
-    "nesterov without momentum": (lambda: fz.sgd(1e-3, nesterov=True), ValueError, "sgd: momentum=0.0 must lie in [0, 1), and above 0 for nesterov=True"),
+    "adamw(b1=1)": (lambda: fz.adamw(1e-3, b1=1.0), ValueError, "adamw: b1=1.0 is not below 1; write a number in [0, 1)"),
+    "sgd(momentum=1)": (lambda: fz.sgd(1e-3, momentum=1.0), ValueError, "sgd: momentum=1.0 is not below 1; write a number in [0, 1)"),
+    "nesterov without momentum": (
+        lambda: fz.sgd(1e-3, nesterov=True), ValueError,
+        "sgd: momentum=0.0 leaves nesterov=True nothing to look ahead with; write a momentum above 0, or leave nesterov out",
+    ),
+    "an optimizer without its arguments": (
+        lambda: fz.train_step(g, all_reduce("data"), fz.adamw, mesh=FLAT), TypeError, "adamw: it stands in a chain without its arguments; write fz.adamw(lr) there",
+    ),
+    "adamw('1e-3')": (lambda: fz.adamw("1e-3"), TypeError, "adamw: lr='1e-3' is a string and no number; write a finite number of at least 0"),
+    "adamw(-1)": (lambda: fz.adamw(-1), ValueError, "adamw: lr=-1 is below 0; write a finite number of at least 0"),
+    "clip('1')": (lambda: fz.clip_by_global_norm("1"), TypeError, "clip_by_global_norm: limit='1' is a string and no number; write a finite number"),
+    "clip_by_value(nan)": (lambda: fz.clip_by_value(float("nan")), ValueError, "clip_by_value: limit=nan is not finite; write a finite number"),
+    "scale_loss('dynamic')": (lambda: scale("dynamic"), TypeError, "scale_loss: init='dynamic' is a string and no number; write a finite number"),
     "stage 4": (lambda: fz.zero(g, adamw, stage=4), ValueError, "zero: stage=4 does not exist; write 0, 1, 2 or 3"),
     "warmup past the end": (
         lambda: fz.schedules.warmup_cosine(1.0, 10, 5), ValueError,

@@ -240,11 +240,11 @@ INPUTS = {
     ),
     "rates without a default": (
         lambda: run(step(tx=(fz.adamw([("blocks", 1e-3)]),))), ValueError,
-        "lr: no rule matches parameter 'w'; end the rules with ('', default)",
+        "adamw: lr: no rule matches parameter 'w'; end the rules with ('', default)",
     ),
     "a tree of rates with a word": (
         lambda: run(step(tx=(fz.adamw({"w": "fast", "blocks": [{"v": 1}, {"v": 1}]}),))), TypeError,
-        "lr: the value for parameter 'w' is neither a number nor a schedule",
+        "adamw: lr at 'w': lr='fast' is a string and no number; write a finite number of at least 0",
     ),
 }  # fmt: skip
 
