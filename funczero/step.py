@@ -14,6 +14,7 @@ from funczero import order, rng, tree
 from funczero.chain import Source, build, chain, configured
 from funczero.check import UPDATE, recorded, watched
 from funczero.collectives import all_gather, sum_integers
+from funczero.fits import Book, Fits
 from funczero.gradient import check_loss, open_rest
 from funczero.mean import rank_of
 from funczero.mesh import Mesh, P, connect, plan_mesh
@@ -41,6 +42,7 @@ class Step(NamedTuple):
     running: Callable[[], Grad]  # the same on the live mesh
     source: Source
     rebuild: Callable[[bool], Step]
+    fits: Fits  # which states it takes, and what their views are
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
         """One update, or with a streamed chain one micro-batch (metrics None) and, with batch None, the update."""
@@ -63,14 +65,15 @@ class Step(NamedTuple):
 
     def view(self, state: TrainState) -> Any:
         """The whole parameters in the compute dtype as fresh leaves that want a gradient, for a forward of your own (pullback)."""
-        slots = self.running().view(_views(state, self.grad.env.policy))
+        _usable(state, self.fits)
+        slots = self.running().view(self.fits.views(state))
         units = slots.where.structure.units
         leaves = [x if x is None else x.detach().requires_grad_(not units[i.unit].frozen) for x, i in zip(slots.leaves(), slots.where.structure.leaves, strict=True)]
         return slots.where.structure.unflatten(leaves)
 
     def params(self, state: TrainState) -> Any:
         """The whole masters as the tree given to init; a collective, and a copy."""
-        _usable(state)
+        _usable(state, self.fits)
         return recorded("step.params", self._whole, self.running)(state)
 
     def _whole(self, state: TrainState) -> Any:
@@ -105,7 +108,8 @@ class Step(NamedTuple):
 
         def evaluate(state: TrainState, batch: Any) -> Eval:
             g = self.running()
-            tape = Tape(_views(state, g.env.policy), (), g.env, look=False, differentiate=False)
+            _usable(state, self.fits)
+            tape = Tape(self.fits.views(state), (), g.env, look=False, differentiate=False)
             with torch.no_grad():
                 loss, weight, _ = check_loss(loss_fn(tape.whole.structure.unflatten(open_rest(tape)), batch), has_aux=False)
             return _mean_over_ranks(torch.stack([loss.double(), weight.double().to(loss.device)]), g)
@@ -152,7 +156,7 @@ def train_step(
     if sums not in ("tree", "backend"):
         raise ValueError(f"train_step: sums={sums!r} is neither 'tree' nor 'backend'; leave it out for the same bits on any mesh")
     env = Env(plan_mesh(mesh)._replace(sums=sums), Policy.parse(policy), {}, prefetch=prefetch)
-    return _make(flat, env, debug, check, donated=False)
+    return _make(flat, env, debug, check, donated=False, book=Book())
 
 
 def donate(step: Step) -> Step:
@@ -160,7 +164,7 @@ def donate(step: Step) -> Step:
     return step.rebuild(True)
 
 
-def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bool) -> Step:
+def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bool, book: Book) -> Step:
     planned = _built(parts, env._replace(donate=donated))
     source = configured(parts)
 
@@ -172,27 +176,32 @@ def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bo
         g = running()
         own = _lazy(source, g, params, g.env.mesh.device)
         _check_widening(params, g.env.policy)
-        return _initial(g, own, key)
+        state = _initial(g, own, key)
+        book.add(state)
+        return state
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
-        _usable(state)
         g = running()
+        _usable(state, fits)
         now = int(state.step)
         seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(int(state.key), now), 0, debug)
-        views = _views(state, g.env.policy)
+        views = fits.views(state)
         out, new = g.apply(views, {**state.chain, "params": state.params}, batch, seed)
         masters = new.pop("params")
         if out is None:
-            return state._replace(chain=new), None
+            return fits.settled(state, views)._replace(chain=new), None
         if debug:
             _tell_bad(out, masters, now)
-        wide = None if state.views is None else _renewed(out.grads, state.views)
+        wide = None if state.views is None else _renewed(out.grads, views)
         fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
+        book.add(fresh)
         if donated:
             state.step.fill_(-1 - now)  # the old value says so when it is used again
         return fresh, _metrics(out, fresh)
 
-    return Step(init, recorded(UPDATE, update, running), planned, running, source, lambda donating: _make(parts, env, debug, check, donating))
+    fits = Fits(book, running, lambda g, meta: _lazy(source, g, meta, torch.device("meta")))
+    again = lambda donating: _make(parts, env, debug, check, donating, book)
+    return Step(init, recorded(UPDATE, update, running), planned, running, source, again, fits)
 
 
 def _built(parts: tuple[Any, ...], env: Env) -> Grad:
@@ -225,21 +234,17 @@ def _check_widening(params: Any, policy: Policy) -> None:
             raise TypeError(f"init: parameter {path!r} is {have}, but the policy keeps masters in {keep}; write policy='{have}', or cast the parameters first")
 
 
-def _views(state: TrainState, policy: Policy) -> Slots:
-    _usable(state)
-    return state.params.to(policy.compute) if state.views is None else state.views
-
-
 def _renewed(new: Slots, old: Slots) -> Slots:
     """New views; frozen leaves were not sent and stay."""
     return Slots(tuple(o if u.frozen else n for n, o, u in zip(new.buffers, old.buffers, old.where.structure.units, strict=True)), old.where)
 
 
-def _usable(state: Any) -> None:
+def _usable(state: Any, fits: Fits) -> None:
     if not isinstance(state, TrainState):
         raise TypeError(f"step: its first argument is a TrainState from step.init(params), but this is a {type(state).__name__}")
     if int(state.step) < 0:
         raise RuntimeError(f"step: this state was donated at step {-1 - int(state.step)} and its memory is in use; go on with the state that step(...) returned, or leave fz.donate out")
+    fits.look(state)
 
 
 def _metrics(out: Out, state: TrainState) -> Metrics:

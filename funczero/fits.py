@@ -1,0 +1,251 @@
+"""Which states a step may take: those that it made or that have its form, with views that are those of their masters.
+
+Law: a state that was made for other coordinates, units or transforms is refused before anything is launched, and views that this step did not
+make from these very masters are made anew. Identity answers for the states that the step returned, a comparison by shapes for all others; what
+decides is which tensors a program handed over, so that ranks that run the same program decide alike.
+"""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funczero import tree
+from funczero.accumulate import Accumulate
+from funczero.collectives import all_gather
+from funczero.spec import Lazy, Slots, Structure, Where
+from funczero.types import Grad, Tree, TrainState
+from funczero.update import coords
+
+REMEDY = "begin with step.init(other.params(state)), or take the moments along with Checkpointer(...).restore(like=(step, params))"
+
+
+class Form(NamedTuple):
+    """What a step's states look like for one structure of parameters."""
+
+    masters: Where
+    views: Where | None  # None where a view is the cast master
+    chain: dict[str, Any] | None  # on the meta device; None for an optimizer that looks at values when it starts
+
+
+@dataclass
+class Line:
+    """What a step remembers of a state that it returned, while that lives."""
+
+    step: weakref.ref[Tensor]
+    buffers: tuple[weakref.ref[Tensor], ...]  # of the masters, then of the views
+    versions: tuple[int, ...]
+    skipped: tuple[int, int]  # updates that were not finite: in a row until here, and in all
+
+
+class Book:
+    """The states that a step and its donating twin have returned."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, Line] = {}
+
+    def add(self, state: TrainState, skipped: tuple[int, int] = (0, 0)) -> None:
+        """A state of this step's making."""
+        buffers = _buffers(state)
+        if len(self.lines) > 64:
+            self.lines = {i: line for i, line in self.lines.items() if line.step() is not None}
+        refs, versions = tuple(map(weakref.ref, buffers)), tuple(map(_version, buffers))
+        self.lines[id(state.step)] = Line(weakref.ref(state.step), refs, versions, skipped)
+
+    def line(self, state: TrainState) -> Line | None:
+        """The line of the state that this one is, or was before something in it was replaced."""
+        line = self.lines.get(id(state.step))
+        return line if line is not None and line.step() is state.step else None
+
+    def made(self, state: TrainState) -> bool:
+        """Are these masters and views the very tensors of a state of this step's making, as it left them?"""
+        line, buffers = self.line(state), _buffers(state)
+        if line is None or len(buffers) != len(line.buffers):
+            return False
+        return all(ref() is x and _version(x) == v for ref, x, v in zip(line.buffers, buffers, line.versions, strict=True))
+
+
+class Fits:
+    """Looks at the states that a step is given."""
+
+    def __init__(self, book: Book, running: Callable[[], Grad], lazy: Callable[[Grad, Tree], Lazy]) -> None:
+        """lazy: a tree of meta tensors with the units, cuts and ties that the step gives them."""
+        self.book, self.running, self.lazy = book, running, lazy
+        self.forms: list[tuple[Structure, Form]] = []  # those asked for, the last one first
+
+    def look(self, state: TrainState) -> None:
+        """Refuse what this step cannot take.
+
+        Raises:
+          ValueError: the state is of another stage, chain, mesh or policy, or its leaves have other shapes.
+          RuntimeError: a leaf requires grad.
+        """
+        made = self.book.made(state)
+        leaf = next((x for x in (*_buffers(state), *_tensors(state.chain)) if x.requires_grad), None)
+        if leaf is not None:
+            what = f"a leaf of its state (of shape {tuple(leaf.shape)}) requires grad"
+            why = "what it returns would carry a wrong derivative, because a step is not differentiable yet"
+            raise RuntimeError(f"step: {what}, but {why}; give it tree_map(torch.detach, state)")
+        if not (made and self._same_chain(state)):
+            self._compare(state)
+
+    def _same_chain(self, state: TrainState) -> bool:
+        """Is the chain's part, which may have been replaced, that of the masters' place?"""
+        known, form = self.forms[0] if self.forms else (None, None)
+        where = state.params.where
+        if form is None or form.chain is None or known is not where.structure or state.chain.keys() != form.chain.keys():
+            return False
+        return all(s.where is where or s.where == where for s in _slots(state.chain))
+
+    def views(self, state: TrainState) -> Slots:
+        """The parameters at rest as a forward reads them; views that are not these masters' are gathered, one collective an axis."""
+        g = self.running()
+        if state.views is None:
+            return state.params.to(g.env.policy.compute)
+        if self.book.made(state):
+            return state.views
+        fresh = state.params.to(g.env.policy.compute)
+        for axis in reversed(state.params.where.axes[len(state.views.where.axes) :]):
+            fresh = all_gather(fresh, axis, g.env.mesh)
+        return Slots(fresh.buffers, state.views.where)
+
+    def settled(self, state: TrainState, views: Slots | None = None) -> TrainState:
+        """The same state with views of its masters (these, where they are known), remembered as this step's own."""
+        if self.book.made(state):
+            return state
+        line = self.book.line(state)
+        state = state._replace(views=None if state.views is None else views or self.views(state))
+        self.book.add(state, (0, 0) if line is None else line.skipped)
+        return state
+
+    def form(self, structure: Structure) -> Form:
+        """What a state over such parameters looks like here."""
+        for i, (known, form) in enumerate(self.forms):
+            if known is structure:
+                self.forms.insert(0, self.forms.pop(i))
+                return form
+        g = self.running()
+        own = self.lazy(g, structure.unflatten([torch.empty(leaf.shape, device="meta") for leaf in structure.leaves]))
+        inner = next(lay for lay in g.arrows if lay.applied)
+        ours = structure if own.structure == structure else own.structure
+        masters, rest = Where(ours, coords(g, inner.sharded)), coords(g, g.layout.rest)
+        try:
+            chain: dict[str, Any] | None = {k: v for k, v in g.init(own).items() if k != "params"}
+        except (NotImplementedError, RuntimeError):  # an optimizer that looks at values when it starts
+            chain = None
+        form = Form(masters, None if masters.coords == rest else Where(ours, rest), chain)
+        self.forms = [(structure, form), *self.forms[:7]]
+        return form
+
+    def _compare(self, state: TrainState) -> None:
+        form, policy = self.form(state.params.where.structure), self.running().env.policy
+        why = _structures(state.params.where.structure, form.masters.structure)
+        why = why or _places("parameters", state.params.where, form.masters)
+        if not why and (state.views is None) != (form.views is None):
+            here, there = ("views apart from its masters", "none") if state.views is not None else ("no views", "them apart from the masters")
+            why = f"it has {here}, but this step keeps {there}"
+        if not why and state.views is not None and form.views is not None:
+            why = _places("views", state.views.where, form.views) or _fit("views", state.views, policy.compute)
+        why = why or _fit("params", state.params, policy.params) or _chains(state.chain, form)
+        if why:
+            raise ValueError(f"step: this state is not one of this step: {why}; {REMEDY}")
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def _buffers(state: TrainState) -> tuple[Tensor, ...]:
+    return state.params.buffers if state.views is None else (*state.params.buffers, *state.views.buffers)
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """tree.tensors for what transforms keep, at a fifth of its time."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, Slots):
+        yield from x.buffers
+    elif isinstance(x, (tuple, list)):
+        for y in x:
+            yield from _tensors(y)
+    elif isinstance(x, dict):
+        for y in x.values():
+            yield from _tensors(y)
+
+
+def _slots(x: Any) -> Iterable[Slots]:
+    """Every Slots of a chain's state but for partial sums, which lie where their window has them."""
+    if isinstance(x, Slots):
+        yield x
+    elif isinstance(x, (tuple, list, dict)) and not isinstance(x, Accumulate):
+        for y in x.values() if isinstance(x, dict) else x:
+            yield from _slots(y)
+
+
+# --- where a state differs, in words ----------------------------------------------------------------------------------
+def _structures(have: Structure, want: Structure) -> str:
+    if have == want:
+        return ""
+    for a, b in zip(have.leaves, want.leaves, strict=False):
+        for what, x, y in (("path", a.path, b.path), ("dims cut", dict(a.dims), dict(b.dims)), ("unit", *_units(a, b, have, want))):
+            if x != y:
+                return f"parameter {a.path!r} has {what} {x!r} in it, but {y!r} in this step"
+    return "its parameters are tied or nested otherwise than this step's"
+
+
+def _units(a: Any, b: Any, have: Structure, want: Structure) -> tuple[str, str]:
+    both = [s.units[leaf.unit] for leaf, s in ((a, have), (b, want))]
+    first, second = (f"{u.name or 'none'}{', frozen' * u.frozen}" for u in both)
+    return first, second
+
+
+def _places(what: str, have: Where, want: Where) -> str:
+    if have.coords == want.coords:
+        return ""
+    return f"its {what} lie {_words(have)}, but this step's lie {_words(want)}"
+
+
+def _words(where: Where) -> str:
+    cuts = ", ".join(f"part {i + 1} of {n} over {a!r}" for a, n, i in where.coords)
+    return f"cut ({cuts})" if cuts else "whole on every rank"
+
+
+def _fit(what: str, have: Slots, dtype: torch.dtype) -> str:
+    lengths = [b.numel() for b in have.buffers]
+    if lengths != list(have.where.lengths):
+        return f"its {what} have {lengths} elements a unit, but this step's have {list(have.where.lengths)}"
+    odd = next((b.dtype for b in have.buffers if b.dtype != dtype), dtype)
+    return "" if odd == dtype else f"its {what} are {_name(odd)}, but this step keeps them in {_name(dtype)}"
+
+
+def _chains(have: dict[str, Any], form: Form) -> str:
+    want = form.chain
+    if want is None:
+        return ""
+    if have.keys() != want.keys():
+        return f"its chain keeps {sorted(have)}, but this step's keeps {sorted(want)}"
+    for name, ours in want.items():
+        theirs = have[name]
+        if type(theirs) is not type(ours):
+            return f"{name!r} keeps a {type(theirs).__name__} in it, but a {type(ours).__name__} in this step"
+        if isinstance(ours, Accumulate):
+            continue  # an open window, or none
+        for a, b in zip(_slots(theirs), _slots(ours), strict=False):
+            if a.where != b.where:
+                return f"the state of {name!r} lies {_words(a.where)}, but this step's lies {_words(b.where)}"
+        (a_flat, a_tree), (b_flat, b_tree) = tree.flatten(theirs), tree.flatten(ours)
+        forms = [[(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in flat] for flat in (a_flat, b_flat)]
+        if a_tree == b_tree and forms[0] != forms[1]:
+            i = next(i for i, (x, y) in enumerate(zip(*forms, strict=True)) if x != y)
+            (shape, dtype), path = forms[0][i] or ((), None), tree.paths(ours)[i][0]
+            wanted = "none" if forms[1][i] is None else f"{forms[1][i][0]} in {_name(forms[1][i][1])}"
+            return f"leaf {path!r} of {name!r} has shape {shape} in {_name(dtype)}, but {wanted} in this step"
+    return ""
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
