@@ -17,6 +17,7 @@ from torch import Tensor
 from funczero import tree
 from funczero.accumulate import Accumulate
 from funczero.collectives import all_gather
+from funczero.skips import Skipped
 from funczero.spec import Lazy, Slots, Structure, Where
 from funczero.types import Grad, Tree, TrainState
 from funczero.update import coords
@@ -39,7 +40,7 @@ class Line:
     step: weakref.ref[Tensor]
     buffers: tuple[weakref.ref[Tensor], ...]  # of the masters, then of the views
     versions: tuple[int, ...]
-    skipped: tuple[int, int]  # updates that were not finite: in a row until here, and in all
+    skipped: Skipped
 
 
 class Book:
@@ -48,7 +49,7 @@ class Book:
     def __init__(self) -> None:
         self.lines: dict[int, Line] = {}
 
-    def add(self, state: TrainState, skipped: tuple[int, int] = (0, 0)) -> None:
+    def add(self, state: TrainState, skipped: Skipped = Skipped()) -> None:
         """A state of this step's making."""
         buffers = _buffers(state)
         if len(self.lines) > 64:
@@ -119,7 +120,7 @@ class Fits:
             return state
         line = self.book.line(state)
         state = state._replace(views=None if state.views is None else views or self.views(state))
-        self.book.add(state, (0, 0) if line is None else line.skipped)
+        self.book.add(state, Skipped() if line is None else line.skipped)
         return state
 
     def form(self, structure: Structure) -> Form:
@@ -143,11 +144,11 @@ class Fits:
 
     def _compare(self, state: TrainState) -> None:
         form, policy = self.form(state.params.where.structure), self.running().env.policy
-        why = _structures(state.params.where.structure, form.masters.structure)
-        why = why or _places("parameters", state.params.where, form.masters)
+        why = _places("parameters", state.params.where, form.masters)
         if not why and (state.views is None) != (form.views is None):
             here, there = ("views apart from its masters", "none") if state.views is not None else ("no views", "them apart from the masters")
             why = f"it has {here}, but this step keeps {there}"
+        why = why or _structures(state.params.where.structure, form.masters.structure)
         if not why and state.views is not None and form.views is not None:
             why = _places("views", state.views.where, form.views) or _fit("views", state.views, policy.compute)
         why = why or _fit("params", state.params, policy.params) or _chains(state.chain, form)

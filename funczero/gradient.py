@@ -48,7 +48,8 @@ def value_and_grad(
     def make(source: Source, env: Env) -> Grad:
         return _build(source, env, lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng))
 
-    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen)
+    ties, patterns = tuple(getattr(loss_fn, "ties", {}).items()), _patterns("value_and_grad(trainable=...)", trainable)
+    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, ties=ties, patterns=patterns)
 
 
 def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = None) -> Source:
@@ -75,7 +76,8 @@ def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = Non
                 grads[place] = g if grads[place] is None or g is grads[place] else grads[place] + g
         return loss, weight, None, [None if structure.frozen(i) else g for i, g in enumerate(grads)]
 
-    return Source("pullback", lambda source, env: _build(source, env, pulled, forward=False), _batch_axes(batch), (), frozen)
+    patterns = _patterns("pullback(trainable=...)", trainable)
+    return Source("pullback", lambda source, env: _build(source, env, pulled, forward=False), _batch_axes(batch), (), frozen, patterns=patterns)
 
 
 def pull(loss: Tensor, views: Any) -> Callable[[Tensor], Any]:
@@ -97,7 +99,13 @@ def freeze(which: str | Callable[[str], bool]) -> Configure:
       which: a regex searched in the path, or a predicate on it.
     """
     matches = tree.matcher(which)
-    return Configure(f"freeze({which!r})", lambda s: s._replace(frozen=lambda path: s.frozen(path) or matches(path)))
+    name = f"freeze({which!r})"
+    more = _patterns(name, which)
+    return Configure(name, lambda s: s._replace(frozen=lambda path: s.frozen(path) or matches(path), patterns=s.patterns + more))
+
+
+def _patterns(who: str, which: Any) -> tuple[tuple[str, str], ...]:
+    return ((who, which),) if isinstance(which, str) else ()
 
 
 def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -112,7 +120,7 @@ def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tenso
         rows = tree.count_rows(tree.leaves(batch), "per_row")
         return (loss * rows if rows else loss.nan_to_num() * 0), torch.full((), rows, dtype=loss.dtype, device=loss.device)
 
-    both.units = getattr(loss_fn, "units", ())  # type: ignore[attr-defined]
+    both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
     return both
 
 
@@ -197,6 +205,8 @@ def _differentiate(
         with tape.arrivals.collecting(seed.look):
             found = torch.autograd.grad(loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True)
         for i, g in zip(wanted, found, strict=False):
+            if g is not None and g.layout != torch.strided:
+                raise TypeError(sparse(structure.leaves[i].path))
             grads[i] = g
     learning = any(not u.frozen and members for u, members in zip(structure.units, structure.members, strict=True))
     if learning and not tape.arrivals.number and all(g is None for g in grads) and bool(weight != 0):
@@ -204,8 +214,17 @@ def _differentiate(
     rows = None
     if has_aux:
         flat, spec = tree.flatten(aux)
-        rows = (torch.stack([torch.as_tensor(x, device=loss.device).detach().double().reshape(()) for x in flat])[None], spec)
+        rows = (torch.stack([_aux(path, x, loss.device) for path, x in tree.paths(aux)])[None], spec)
     return loss, weight.to(loss.device), rows, grads
+
+
+def _aux(path: str, x: Any, device: torch.device) -> Tensor:
+    """One of the user's sums."""
+    if not isinstance(x, (Tensor, int, float)) or isinstance(x, Tensor) and (x.dim() or x.is_complex()):
+        what = f"a tensor of shape {tuple(x.shape)} and {str(x.dtype).removeprefix('torch.')}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        where = f"aux {path!r}" if path else "aux"
+        raise TypeError(f"value_and_grad: {where} is {what}, but aux is a tree of 0-d sums, added over micro-batches and ranks; write x.sum() for each, or leave it out")
+    return torch.as_tensor(x, device=device).detach().double()
 
 
 def _no_gradient() -> str:
@@ -215,6 +234,11 @@ def _no_gradient() -> str:
     else:
         why, remedy = "it depends on no parameter that learns", "compute it from `params`, without detach() or .item()"
     return f"value_and_grad: the loss has no gradient, because {why}; {remedy}"
+
+
+def sparse(path: str) -> str:
+    """Why a gradient by coordinates is refused."""
+    return f"value_and_grad: the gradient of {path!r} is sparse, but gradients are added and cut as dense rows; write sparse=False in its embedding"
 
 
 def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:

@@ -60,6 +60,9 @@ def stateless(module: nn.Module, loss: Callable[..., Any], units: Sequence[str] 
 
     frozen, once = snapshot.frozen, dict[int, Tensor]()
     loss_fn.units, loss_fn.trainable = snapshot.lists, (lambda path: path not in frozen) if frozen else None  # type: ignore[attr-defined]
+    first = {id(p): n for n, p in module.named_parameters()}
+    names = module.named_parameters(remove_duplicate=False)
+    loss_fn.ties = {n: first[id(p)] for n, p in names if first[id(p)] != n}  # type: ignore[attr-defined]
     return loss_fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
 
 

@@ -6,7 +6,6 @@ from functools import cache, reduce
 from typing import Any, NamedTuple
 
 import torch
-from absl import logging
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -19,6 +18,7 @@ from funczero.gradient import check_loss, open_rest
 from funczero.mean import rank_of
 from funczero.mesh import Mesh, P, connect, plan_mesh
 from funczero.policy import Policy
+from funczero.skips import Patience, Skipped, unapplied
 from funczero.spec import Lazy, Slots, lazy
 from funczero.tape import Tape
 from funczero.transform import refuse
@@ -54,14 +54,14 @@ class Step(NamedTuple):
         return self.grad.env.mesh
 
     def local_rows(self, batch: Any) -> Any:
-        """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device.
+        """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device; None stays None.
 
         Raises:
           ValueError: the rows do not divide by the number of micro-batches.
         """
         g = self.running()
         rows = order.deal(batch, g.layout, g.env.mesh.index)
-        return rows if g.env.mesh.device.type == "cpu" else tree.map(lambda x: x.to(g.env.mesh.device, non_blocking=True), rows)
+        return rows if g.env.mesh.device.type == "cpu" else tree.map(lambda x: None if x is None else x.to(g.env.mesh.device, non_blocking=True), rows)
 
     def view(self, state: TrainState) -> Any:
         """The whole parameters in the compute dtype as fresh leaves that want a gradient, for a forward of your own (pullback)."""
@@ -131,6 +131,7 @@ def train_step(
     prefetch: bool = True,
     debug: bool = False,
     check: int | bool = 10,
+    patience: int = 20,
 ) -> Step:
     """A step from a chain: a gradient, transforms, and an optimizer that applies the update.
 
@@ -144,6 +145,8 @@ def train_step(
       debug: log the first non-finite leaf of any update, and its rank.
       check: for so many updates ranks compare what they launch, and one that differs ends all with a message instead of a hang
         (check.py); 0: never, True: always.
+      patience: after so many updates in a row that were not finite and were skipped, the next call raises on all ranks; those that
+        a dynamic loss scale skips on its way down do not count. The first is said, with leaf and rank, and then ever fewer.
 
     Raises:
       ChainError: the chain cannot mean what it says; the message shows it with the correction.
@@ -156,7 +159,7 @@ def train_step(
     if sums not in ("tree", "backend"):
         raise ValueError(f"train_step: sums={sums!r} is neither 'tree' nor 'backend'; leave it out for the same bits on any mesh")
     env = Env(plan_mesh(mesh)._replace(sums=sums), Policy.parse(policy), {}, prefetch=prefetch)
-    return _make(flat, env, debug, check, donated=False, book=Book())
+    return _make(flat, env, Options(debug, check, patience), donated=False, book=Book())
 
 
 def donate(step: Step) -> Step:
@@ -164,13 +167,26 @@ def donate(step: Step) -> Step:
     return step.rebuild(True)
 
 
-def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bool, book: Book) -> Step:
+class Options(NamedTuple):
+    """How a step watches its run."""
+
+    debug: bool
+    check: int
+    patience: int
+
+
+def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, book: Book) -> Step:
     planned = _built(parts, env._replace(donate=donated))
     source = configured(parts)
+    patience = Patience(options.patience, options.debug, lambda: _speaks(running()))
 
     @cache
     def running() -> Grad:
-        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, check)), donate=donated))
+        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, options.check)), donate=donated))
+
+    @cache
+    def probe() -> Grad:  # the same gradients, and nothing applied
+        return _built(unapplied(parts), env._replace(mesh=running().env.mesh, donate=True))
 
     def init(params: Any, key: int = 0) -> TrainState:
         g = running()
@@ -183,25 +199,27 @@ def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bo
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
         g = running()
         _usable(state, fits)
-        now = int(state.step)
-        seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(int(state.key), now), 0, debug)
-        views = fits.views(state)
-        out, new = g.apply(views, {**state.chain, "params": state.params}, batch, seed)
+        now, seen = int(state.step), _seen(book, state, patience)
+        look = options.debug or seen.row > 0
+        seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(int(state.key), now), 0, look)
+        views, given = fits.views(state), {**state.chain, "params": state.params}
+        out, new = g.apply(views, dict(given), batch, seed)
         masters = new.pop("params")
         if out is None:
             return fits.settled(state, views)._replace(chain=new), None
-        if debug:
-            _tell_bad(out, masters, now)
+        once_more = lambda: probe().apply(views, given, batch, seed._replace(look=True))[0]
+        again = None if g.streams or source.name != "value_and_grad" else once_more
+        seen = patience.after(seen, out, now, masters.where.structure.leaves, again)
         wide = None if state.views is None else _renewed(out.grads, views)
         fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
-        book.add(fresh)
+        book.add(fresh, seen)
         if donated:
             state.step.fill_(-1 - now)  # the old value says so when it is used again
         return fresh, _metrics(out, fresh)
 
     fits = Fits(book, running, lambda g, meta: _lazy(source, g, meta, torch.device("meta")))
-    again = lambda donating: _make(parts, env, debug, check, donating, book)
-    return Step(init, recorded(UPDATE, update, running), planned, running, source, again, fits)
+    rebuild = lambda donating: _make(parts, env, options, donating, book)
+    return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, fits)
 
 
 def _built(parts: tuple[Any, ...], env: Env) -> Grad:
@@ -224,7 +242,7 @@ def _initial(g: Grad, own: Lazy, key: int) -> TrainState:
 
 
 def _lazy(source: Source, g: Grad, params: Any, device: torch.device) -> Lazy:
-    return lazy(params, source.units, g.env.rules, source.frozen, device)
+    return lazy(params, source.units, g.env.rules, source.frozen, device, source.ties, source.patterns)
 
 
 def _check_widening(params: Any, policy: Policy) -> None:
@@ -255,10 +273,20 @@ def _metrics(out: Out, state: TrainState) -> Metrics:
     return Metrics(out.loss, out.weight, norm, out.ok, out.weight == 0, scale, lr, state.updates, out.aux)
 
 
-def _tell_bad(out: Out, masters: Slots, now: int) -> None:
-    if out.bad is not None and int(out.bad[0]) >= 0:
-        leaf = masters.where.structure.leaves[int(out.bad[0])]
-        logging.warning("step %d: the gradient of %r is not finite on rank %d; the update is skipped", now, leaf.path, int(out.bad[1]))
+def _seen(book: Book, state: TrainState, patience: Patience) -> Skipped:
+    """What this state's line has skipped so far; where that was too much it is told, and counted anew."""
+    line = book.line(state)
+    if line is None or not line.skipped.row:
+        return Skipped() if line is None else line.skipped
+    seen, line.skipped = line.skipped, Skipped()
+    patience.check(seen)
+    line.skipped = seen
+    return seen
+
+
+def _speaks(g: Grad) -> bool:
+    """Is this the rank that says what all ranks know?"""
+    return all(a.index == 0 for a in g.env.mesh.axes.values())
 
 
 def _mean_over_ranks(sums: Tensor, g: Grad) -> Eval:
