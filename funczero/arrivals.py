@@ -69,6 +69,8 @@ class Arrivals:
         """A use's gradient, in the dtype it was born in: uses are summed here, in the order of arrival."""
         if not self.booking:
             return
+        if self.env.early is not None and self.env.early.used is not None:
+            self.env.early.used.update(m for m, g in zip(self.whole.structure.members[unit], grads, strict=True) if g is not None)
         zeros = self._zeros(unit, [i for i, g in enumerate(grads) if g is None])
         full = [zeros[i] if g is None else g for i, g in enumerate(grads)]
         if unit in self.sums:

@@ -267,6 +267,8 @@ def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
     """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
     structure, where, device = tape.whole.structure, tape.whole, tape.port.device
     tape.land()
+    if tape.env.early is not None and tape.env.early.used is not None:
+        tape.env.early.used.update(i for i, g in enumerate(grads) if g is not None)
     if not tape.seam:
         bad = None
         if tape.look:

@@ -287,14 +287,12 @@ def lazy(
     frozen: Callable[[str], bool],
     device: torch.device,
     ties: Sequence[tuple[str, str]] = (),
-    patterns: Sequence[tuple[str, str]] = (),
 ) -> Lazy:
     """Whole parameters as lazy leaves: finds ties by identity and by name, units by path, and the dim that every bracket cuts.
 
     Args:
       frozen: asked once a leaf, with a tree.Path of all its names.
       ties: (second name, first name) of leaves that are one, though a tree may hold two tensors.
-      patterns: (who, regex) that must each find a parameter, as the regexes of rules must.
 
     Raises:
       TypeError, ValueError: a leaf is no floating tensor, a unit is not there, a rule cannot hold; with the leaf's path.
@@ -306,7 +304,6 @@ def lazy(
     found: dict[int, int] = {}
     same = _tied(dict(named), ties)
     places = tuple(found.setdefault(same.get(id(x), id(x)), len(found)) for x in flat)
-    _find(patterns, rules, [n for n, _ in named])
     first = [places.index(i) for i in range(len(found))]
     keys = [{_unit_of(named[p][0], units) for p, leaf in enumerate(places) if leaf == i} for i in range(len(found))]
     kinds: dict[Unit, int] = {Unit("", False, False): 0}
@@ -351,8 +348,13 @@ def _tied(named: dict[str, Any], ties: Sequence[tuple[str, str]]) -> dict[int, i
     return out
 
 
-def _find(patterns: Sequence[tuple[str, str]], rules: dict[str, Rules], paths: Sequence[str]) -> None:
-    """Refuse a regex that finds no parameter: what it should have changed would go on as if it were not there."""
+def all_find(patterns: Sequence[tuple[str, str]], rules: dict[str, Rules], structure: Structure) -> None:
+    """Refuse a regex that finds no parameter: what it should have changed would go on as if it were not there.
+
+    Args:
+      patterns: (who, regex); those of the rules come by themselves.
+    """
+    paths = [leaf.path for leaf in structure.leaves]
     for who, regex in (*patterns, *((f"shard({axis!r}, rules=...)", regex) for axis, (pairs, _) in rules.items() for regex, _ in pairs)):
         why = tree.unmatched(regex, paths)
         if why:

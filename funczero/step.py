@@ -17,9 +17,10 @@ from funczero.fits import Book, Fits
 from funczero.gradient import check_loss, open_rest
 from funczero.mean import rank_of
 from funczero.mesh import Mesh, P, connect, plan_mesh
+from funczero.notices import Early, narrow, nested, say
 from funczero.policy import Policy
 from funczero.skips import Patience, Skipped, unapplied
-from funczero.spec import Lazy, Slots, lazy
+from funczero.spec import Lazy, Slots, all_find, lazy
 from funczero.tape import Tape
 from funczero.transform import refuse
 from funczero.types import ChainError, Env, Grad, Metrics, Out, Seed, TrainState
@@ -178,11 +179,12 @@ class Options(NamedTuple):
 def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, book: Book) -> Step:
     planned = _built(parts, env._replace(donate=donated))
     source = configured(parts)
+    early = Early(source.batch, rows=source.name == "value_and_grad")
     patience = Patience(options.patience, options.debug, lambda: _speaks(running()))
 
     @cache
     def running() -> Grad:
-        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, options.check)), donate=donated))
+        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, options.check)), donate=donated, early=early))
 
     @cache
     def probe() -> Grad:  # the same gradients, and nothing applied
@@ -192,6 +194,8 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         g = running()
         own = _lazy(source, g, params, g.env.mesh.device)
         _check_widening(params, g.env.policy)
+        if _speaks(g):
+            say(narrow(params, g.env.policy), nested(params, source.units))
         state = _initial(g, own, key)
         book.add(state)
         return state
@@ -203,6 +207,8 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         look = options.debug or seen.row > 0
         seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(int(state.key), now), 0, look)
         views, given = fits.views(state), {**state.chain, "params": state.params}
+        if early.open:
+            early.before(state.params)
         out, new = g.apply(views, dict(given), batch, seed)
         masters = new.pop("params")
         if out is None:
@@ -210,6 +216,9 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         once_more = lambda: probe().apply(views, given, batch, seed._replace(look=True))[0]
         again = None if g.streams or source.name != "value_and_grad" else once_more
         seen = patience.after(seen, out, now, masters.where.structure.leaves, again)
+        if early.open:
+            said = early.after(out, masters, batch, g.layout)
+            say(*(said if _speaks(g) else ()))
         wide = None if state.views is None else _renewed(out.grads, views)
         fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
         book.add(fresh, seen)
@@ -242,7 +251,9 @@ def _initial(g: Grad, own: Lazy, key: int) -> TrainState:
 
 
 def _lazy(source: Source, g: Grad, params: Any, device: torch.device) -> Lazy:
-    return lazy(params, source.units, g.env.rules, source.frozen, device, source.ties, source.patterns)
+    own = lazy(params, source.units, g.env.rules, source.frozen, device, source.ties)
+    all_find(source.patterns, g.env.rules, own.structure)
+    return own
 
 
 def _check_widening(params: Any, policy: Policy) -> None:
@@ -318,7 +329,8 @@ def describe(step: Step) -> str:
         notes.append("parameters are gathered whole in every forward; name their blocks with value_and_grad(..., units=('blocks',)) to hold two at a time")
     odd = {a: n for a, n in g.layout.order if n & (n - 1)}
     if odd:
-        notes.append(f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds")
+        orders = "another mesh, or another order of these sums (as stages 2 and 3 have against 0 and 1)" if len(g.layout.order) > 1 else "another mesh"
+        notes.append(f"{odd} is no power of two: every run of this chain on this mesh has the same bits, {orders} has others")
     if g.env.mesh.sums == "backend":
         notes.append("gradients are added over ranks by the backend: the same-bits promise is off")
     head = f"train_step on {g.env.mesh} ({g.env.mesh.device.type}), {g.env.policy}{', donated' if g.env.donate else ''}"

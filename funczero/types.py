@@ -76,6 +76,7 @@ class Env(NamedTuple):
     rules: dict[str, Any]  # mesh axis -> how its bracket cuts leaves (spec.py)
     donate: bool = False  # may the state be updated in place?
     prefetch: bool = True  # does the next block's gather start while one computes?
+    early: Any = None  # what the first updates are looked at for (notices.py)
 
 
 class Grad(NamedTuple):
