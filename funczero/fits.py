@@ -7,7 +7,7 @@ decides is which tensors a program handed over, so that ranks that run the same 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Book:
         buffers = _buffers(state)
         if len(self.lines) > 64:
             self.lines = {i: line for i, line in self.lines.items() if line.step() is not None}
-        refs, versions = tuple(map(weakref.ref, buffers)), tuple(map(_version, buffers))
+        refs, versions = tuple(map(weakref.ref, buffers)), tuple(0 if x.is_inference() else x._version for x in buffers)
         self.lines[id(state.step)] = Line(weakref.ref(state.step), refs, versions, skipped)
 
     def line(self, state: TrainState) -> Line | None:
@@ -64,10 +64,13 @@ class Book:
 
     def made(self, state: TrainState) -> bool:
         """Are these masters and views the very tensors of a state of this step's making, as it left them?"""
-        line, buffers = self.line(state), _buffers(state)
-        if line is None or len(buffers) != len(line.buffers):
+        line, buffers = self.lines.get(id(state.step)), _buffers(state)
+        if line is None or line.step() is not state.step or len(buffers) != len(line.buffers):
             return False
-        return all(ref() is x and _version(x) == v for ref, x, v in zip(line.buffers, buffers, line.versions, strict=True))
+        for ref, version, x in zip(line.buffers, line.versions, buffers, strict=True):
+            if ref() is not x or not x.is_inference() and x._version != version:
+                return False
+        return True
 
 
 class Fits:
@@ -78,36 +81,38 @@ class Fits:
         self.book, self.running, self.lazy = book, running, lazy
         self.forms: list[tuple[Structure, Form]] = []  # those asked for, the last one first
 
-    def look(self, state: TrainState) -> None:
-        """Refuse what this step cannot take.
+    def look(self, state: TrainState) -> bool:
+        """Refuse what this step cannot take; are masters and views of this step's making?
 
         Raises:
           ValueError: the state is of another stage, chain, mesh or policy, or its leaves have other shapes.
           RuntimeError: a leaf requires grad.
         """
-        made = self.book.made(state)
-        leaf = next((x for x in (*_buffers(state), *_tensors(state.chain)) if x.requires_grad), None)
-        if leaf is not None:
-            what = f"a leaf of its state (of shape {tuple(leaf.shape)}) requires grad"
-            why = "what it returns would carry a wrong derivative, because a step is not differentiable yet"
-            raise RuntimeError(f"step: {what}, but {why}; give it tree_map(torch.detach, state)")
-        if not (made and self._same_chain(state)):
-            self._compare(state)
-
-    def _same_chain(self, state: TrainState) -> bool:
-        """Is the chain's part, which may have been replaced, that of the masters' place?"""
+        made, where = self.book.made(state), state.params.where
         known, form = self.forms[0] if self.forms else (None, None)
-        where = state.params.where
-        if form is None or form.chain is None or known is not where.structure or state.chain.keys() != form.chain.keys():
-            return False
-        return all(s.where is where or s.where == where for s in _slots(state.chain))
+        same = made and form is not None and form.chain is not None and known is where.structure and state.chain.keys() == form.chain.keys()
+        learning = any([b.requires_grad for b in _buffers(state)])
+        if learning or not same or _odd(state.chain, where):
+            self._differentiable(state)
+            self._compare(state)
+        return made
 
-    def views(self, state: TrainState) -> Slots:
-        """The parameters at rest as a forward reads them; views that are not these masters' are gathered, one collective an axis."""
+    def _differentiable(self, state: TrainState) -> None:
+        for path, x in tree.paths(state):
+            if isinstance(x, Tensor) and x.requires_grad:
+                what = "what the step returns would carry a wrong derivative, because a step is not differentiable yet"
+                raise RuntimeError(f"step: {path!r} of its state requires grad, but {what}; give it tree_map(torch.detach, state)")
+
+    def views(self, state: TrainState, made: bool | None = None) -> Slots:
+        """The parameters at rest as a forward reads them; views that are not these masters' are gathered, one collective an axis.
+
+        Args:
+          made: what `look` said, where it is known.
+        """
         g = self.running()
         if state.views is None:
             return state.params.to(g.env.policy.compute)
-        if self.book.made(state):
+        if self.book.made(state) if made is None else made:
             return state.views
         fresh = state.params.to(g.env.policy.compute)
         for axis in reversed(state.params.where.axes[len(state.views.where.axes) :]):
@@ -156,29 +161,24 @@ class Fits:
             raise ValueError(f"step: this state is not one of this step: {why}; {REMEDY}")
 
 
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
-
-
 def _buffers(state: TrainState) -> tuple[Tensor, ...]:
     return state.params.buffers if state.views is None else (*state.params.buffers, *state.views.buffers)
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
-    """tree.tensors for what transforms keep, at a fifth of its time."""
+def _odd(x: Any, where: Where) -> bool:
+    """Does a transform's state hold a leaf that requires grad, or one that lies elsewhere?"""
     if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, Slots):
-        yield from x.buffers
-    elif isinstance(x, (tuple, list)):
-        for y in x:
-            yield from _tensors(y)
-    elif isinstance(x, dict):
-        for y in x.values():
-            yield from _tensors(y)
+        return x.requires_grad
+    if isinstance(x, Slots):
+        return x.where is not where and x.where != where or any([b.requires_grad for b in x.buffers])
+    if isinstance(x, (tuple, list, dict)) and not isinstance(x, Accumulate):
+        for y in x.values() if isinstance(x, dict) else x:
+            if _odd(y, where):
+                return True
+    return False
 
 
-def _slots(x: Any) -> Iterable[Slots]:
+def _slots(x: Any) -> Iterator[Slots]:
     """Every Slots of a chain's state but for partial sums, which lie where their window has them."""
     if isinstance(x, Slots):
         yield x

@@ -202,11 +202,11 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
         g = running()
-        _usable(state, fits)
+        made = _usable(state, fits)
         now, seen = int(state.step), _seen(book, state, patience)
         look = options.debug or seen.row > 0
         seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(int(state.key), now), 0, look)
-        views, given = fits.views(state), {**state.chain, "params": state.params}
+        views, given = fits.views(state, made), {**state.chain, "params": state.params}
         if early.open:
             early.before(state.params)
         out, new = g.apply(views, dict(given), batch, seed)
@@ -268,12 +268,12 @@ def _renewed(new: Slots, old: Slots) -> Slots:
     return Slots(tuple(o if u.frozen else n for n, o, u in zip(new.buffers, old.buffers, old.where.structure.units, strict=True)), old.where)
 
 
-def _usable(state: Any, fits: Fits) -> None:
+def _usable(state: Any, fits: Fits) -> bool:
     if not isinstance(state, TrainState):
         raise TypeError(f"step: its first argument is a TrainState from step.init(params), but this is a {type(state).__name__}")
     if int(state.step) < 0:
         raise RuntimeError(f"step: this state was donated at step {-1 - int(state.step)} and its memory is in use; go on with the state that step(...) returned, or leave fz.donate out")
-    fits.look(state)
+    return fits.look(state)
 
 
 def _metrics(out: Out, state: TrainState) -> Metrics:
@@ -329,8 +329,8 @@ def describe(step: Step) -> str:
         notes.append("parameters are gathered whole in every forward; name their blocks with value_and_grad(..., units=('blocks',)) to hold two at a time")
     odd = {a: n for a, n in g.layout.order if n & (n - 1)}
     if odd:
-        orders = "another mesh, or another order of these sums (as stages 2 and 3 have against 0 and 1)" if len(g.layout.order) > 1 else "another mesh"
-        notes.append(f"{odd} is no power of two: every run of this chain on this mesh has the same bits, {orders} has others")
+        more = ", and in other orders of these sums (stages 2 and 3 against 0 and 1)" if len(g.layout.order) > 1 else ""
+        notes.append(f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds{more}")
     if g.env.mesh.sums == "backend":
         notes.append("gradients are added over ranks by the backend: the same-bits promise is off")
     head = f"train_step on {g.env.mesh} ({g.env.mesh.device.type}), {g.env.policy}{', donated' if g.env.donate else ''}"
