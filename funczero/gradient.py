@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funczero import order, rng, tree
+from funczero.arrivals import sparse
 from funczero.chain import Configure, Source
 from funczero.collectives import all_gather
 from funczero.mesh import P
@@ -203,7 +204,12 @@ def _differentiate(
     grads: list[Any] = [None] * len(structure.leaves)
     if loss.requires_grad:
         with tape.arrivals.collecting(seed.look):
-            found = torch.autograd.grad(loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True)
+            try:
+                found = torch.autograd.grad(loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True)
+            except RuntimeError as error:
+                if "not implemented for sparse" in str(error):
+                    raise TypeError(sparse()) from None
+                raise
         for i, g in zip(wanted, found, strict=False):
             if g is not None and g.layout != torch.strided:
                 raise TypeError(sparse(structure.leaves[i].path))
@@ -234,11 +240,6 @@ def _no_gradient() -> str:
     else:
         why, remedy = "it depends on no parameter that learns", "compute it from `params`, without detach() or .item()"
     return f"value_and_grad: the loss has no gradient, because {why}; {remedy}"
-
-
-def sparse(path: str) -> str:
-    """Why a gradient by coordinates is refused."""
-    return f"value_and_grad: the gradient of {path!r} is sparse, but gradients are added and cut as dense rows; write sparse=False in its embedding"
 
 
 def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:

@@ -73,7 +73,7 @@ class Early:
         if self.alike and self.updates == LOOKS:
             said.append(
                 f"train_step: in the first {LOOKS} updates all ranks had the same losses and weights, as if each were given the same rows, "
-                "which count once a rank then; give every rank its own with step.local_rows(batch)"
+                "so that each row counts once a rank; give every rank its own with step.local_rows(batch)"
             )
         return [x for x in said if x]
 
