@@ -19,7 +19,7 @@ from funczero.accumulate import Accumulate
 from funczero.collectives import all_gather
 from funczero.skips import Skipped
 from funczero.spec import Lazy, Slots, Structure, Where
-from funczero.types import Grad, Tree, TrainState
+from funczero.types import Grad, TrainState, Tree
 from funczero.update import coords
 
 REMEDY = "begin with step.init(other.params(state)), or take the moments along with Checkpointer(...).restore(like=(step, params))"
@@ -48,14 +48,15 @@ class Book:
 
     def __init__(self) -> None:
         self.lines: dict[int, Line] = {}
+        self.said: set[str] = set()  # notices
 
-    def add(self, state: TrainState, skipped: Skipped = Skipped()) -> None:
+    def add(self, state: TrainState, skipped: Skipped | None = None) -> None:
         """A state of this step's making."""
         buffers = _buffers(state)
         if len(self.lines) > 64:
             self.lines = {i: line for i, line in self.lines.items() if line.step() is not None}
         refs, versions = tuple(map(weakref.ref, buffers)), tuple(0 if x.is_inference() else x._version for x in buffers)
-        self.lines[id(state.step)] = Line(weakref.ref(state.step), refs, versions, skipped)
+        self.lines[id(state.step)] = Line(weakref.ref(state.step), refs, versions, skipped or Skipped())
 
     def line(self, state: TrainState) -> Line | None:
         """The line of the state that this one is, or was before something in it was replaced."""
@@ -67,10 +68,8 @@ class Book:
         line, buffers = self.lines.get(id(state.step)), _buffers(state)
         if line is None or line.step() is not state.step or len(buffers) != len(line.buffers):
             return False
-        for ref, version, x in zip(line.buffers, line.versions, buffers, strict=True):
-            if ref() is not x or not x.is_inference() and x._version != version:
-                return False
-        return True
+        rows = zip(line.buffers, line.versions, buffers, strict=True)
+        return all([ref() is x and (x.is_inference() or x._version == v) for ref, v, x in rows])  # a list: this runs at every step
 
 
 class Fits:
@@ -85,9 +84,13 @@ class Fits:
         """Refuse what this step cannot take; are masters and views of this step's making?
 
         Raises:
+          TypeError: its masters are no Slots, but a tree.
           ValueError: the state is of another stage, chain, mesh or policy, or its leaves have other shapes.
           RuntimeError: a leaf requires grad.
         """
+        if not isinstance(state.params, Slots):
+            what = f"its masters are a {type(state.params).__name__}, but a state holds this rank's parts of them (Slots)"
+            raise TypeError(f"step: {what}; write step.init(params) for whole parameters, or state.params.map(fn) to change them")
         made, where = self.book.made(state), state.params.where
         known, form = self.forms[0] if self.forms else (None, None)
         same = made and form is not None and form.chain is not None and known is where.structure and state.chain.keys() == form.chain.keys()
@@ -125,7 +128,7 @@ class Fits:
             return state
         line = self.book.line(state)
         state = state._replace(views=None if state.views is None else views or self.views(state))
-        self.book.add(state, Skipped() if line is None else line.skipped)
+        self.book.add(state, None if line is None else line.skipped)
         return state
 
     def form(self, structure: Structure) -> Form:
@@ -242,9 +245,8 @@ def _chains(have: dict[str, Any], form: Form) -> str:
         forms = [[(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in flat] for flat in (a_flat, b_flat)]
         if a_tree == b_tree and forms[0] != forms[1]:
             i = next(i for i, (x, y) in enumerate(zip(*forms, strict=True)) if x != y)
-            (shape, dtype), path = forms[0][i] or ((), None), tree.paths(ours)[i][0]
-            wanted = "none" if forms[1][i] is None else f"{forms[1][i][0]} in {_name(forms[1][i][1])}"
-            return f"leaf {path!r} of {name!r} has shape {shape} in {_name(dtype)}, but {wanted} in this step"
+            here, there = (f"shape {f[i][0]} in {_name(f[i][1])}" if f[i] else "no tensor" for f in forms)  # type: ignore[index]
+            return f"{f'{name}/{tree.paths(ours)[i][0]}'!r} has {here}, but {there} in this step"
     return ""
 
 

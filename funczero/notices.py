@@ -108,8 +108,9 @@ def _constant(batch: Any) -> bool:
     return all(torch.equal(x, x[:1].expand_as(x)) for x in rows)
 
 
-def say(*words: str) -> None:
-    """One line each."""
+def say(said: set[str], *words: str) -> None:
+    """One line each, once."""
     for x in words:
-        if x:
+        if x and x not in said:
+            said.add(x)
             logging.warning("%s", x)

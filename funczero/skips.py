@@ -56,7 +56,7 @@ class Patience:
                 "look at the data and the learning rate, or write train_step(..., patience=...) larger"
             )
 
-    def after(self, seen: Skipped, out: Out, now: int, leaves: Sequence[Any], again: Callable[[], Out] | None) -> Skipped:
+    def after(self, seen: Skipped, out: Out, now: int, leaves: Sequence[Any], again: Callable[[], Out | None] | None) -> Skipped:
         """One update more.
 
         Args:
@@ -70,7 +70,7 @@ class Patience:
             seen = self._read(seen, one, leaves, None if late else again)
         return seen._replace(unread=unread[-1:] if late else ())
 
-    def _read(self, seen: Skipped, one: Unread, leaves: Sequence[Any], again: Callable[[], Out] | None) -> Skipped:
+    def _read(self, seen: Skipped, one: Unread, leaves: Sequence[Any], again: Callable[[], Out | None] | None) -> Skipped:
         if bool(one.ok):
             return seen._replace(row=0) if seen.row else seen
         weight = float(one.weight)
@@ -80,7 +80,10 @@ class Patience:
         counts = weight != 0 and not (one.searching is not None and bool(one.searching))
         row, total = seen.row + counts, seen.total + counts
         tell = counts and (total & (total - 1) == 0 or row == self.limit)
-        bad = again().bad if tell and one.bad is None and again is not None else one.bad
+        bad = one.bad
+        if tell and bad is None and again is not None:
+            out = again()
+            bad = None if out is None else out.bad
         words = _words(bad, one, leaves)
         if tell and self.speaks() or self.debug and bad is not None and int(bad[0]) >= 0:
             often = f" ({row} in a row, {total} in all)" if total > 1 else ""
@@ -92,9 +95,9 @@ def _words(bad: Tensor | None, one: Unread, leaves: Sequence[Any]) -> str:
     if one.weight != one.weight:
         return f"the weight is {float(one.weight)}"
     if bad is None:
-        return f"the gradient is not finite (debug=True names the leaf and the rank)"
+        return "the gradient is not finite (debug=True names the leaf and the rank)"
     if int(bad[0]) < 0:
-        return f"the gradient of every micro-batch is finite, but their sum is not"
+        return "the gradient of every micro-batch is finite, but their sum is not"
     return f"the gradient of {leaves[int(bad[0])].path!r} is not finite on rank {int(bad[1])}"
 
 

@@ -195,7 +195,7 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         own = _lazy(source, g, params, g.env.mesh.device)
         _check_widening(params, g.env.policy)
         if _speaks(g):
-            say(narrow(params, g.env.policy), nested(params, source.units))
+            say(book.said, narrow(params, g.env.policy), nested(params, source.units))
         state = _initial(g, own, key)
         book.add(state)
         return state
@@ -218,7 +218,7 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         seen = patience.after(seen, out, now, masters.where.structure.leaves, again)
         if early.open:
             said = early.after(out, masters, batch, g.layout)
-            say(*(said if _speaks(g) else ()))
+            say(book.said, *(said if _speaks(g) else ()))
         wide = None if state.views is None else _renewed(out.grads, views)
         fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
         book.add(fresh, seen)

@@ -81,7 +81,7 @@ class Path(str):
         self.names = names
         return self
 
-    def __getnewargs__(self) -> tuple[str, ...]:
+    def __getnewargs__(self) -> tuple[str, ...]:  # type: ignore[override]
         """For copies and pickles."""
         return self.names
 

@@ -136,7 +136,7 @@ class TrainState(_State):
         return cls(*values)
 
     @property
-    def views(self) -> Any:  # type: ignore[override]
+    def views(self) -> Any:
         """Wider copies of the masters at rest; None where a view is the cast master."""
         return self[1] or None
 

@@ -69,7 +69,7 @@ def rows_said(k):
     out = {}
     frozen = (fz.freeze("unused|idle"), fz.adamw(1e-2))
     for stage in range(4):
-        out[stage] = [said(stage, give, k=k, tx=frozen) for give in (dealt, forgotten, constant)] 
+        out[stage] = [said(stage, give, k=k, tx=frozen) for give in (dealt, forgotten, constant)]
         out[stage].append(said(stage, dealt, k=k, tx=(fz.adamw(1e-2, weight_decay=0.0),), units=(), loss_fn=flat))
     return out
 

@@ -309,6 +309,11 @@ INPUTS = {
         lambda: step()(params(), rows()), TypeError,
         "step: its first argument is a TrainState from step.init(params), but this is a dict",
     ),
+    "whole parameters in a state": (
+        lambda: (lambda s, state: s(state._replace(params=s.params(state)), rows()))(*(lambda s: (s, s.init(params())))(step())), TypeError,
+        "step: its masters are a dict, but a state holds this rank's parts of them (Slots); "
+        "write step.init(params) for whole parameters, or state.params.map(fn) to change them",
+    ),
     "a window without micro-batches": (
         lambda: (lambda s: s(s.init(params()), None))(step(k=2, stream=True)), ValueError,
         "accumulate(2, stream=True): there is nothing to hand over, because no micro-batch came since the last update; call step(state, micro_batch) first",
