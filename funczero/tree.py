@@ -109,7 +109,7 @@ def matcher(which: str | Callable[[str], bool] | None) -> Callable[[str], bool]:
 
 
 def unmatched(regex: str, paths: Sequence[str]) -> str:
-    """Why a regex that finds nothing among the paths is a mistake; nothing where it finds one."""
-    if any(re.search(regex, n) for path in paths for n in names(path)):
+    """Why a regex that finds nothing among the paths is a mistake; nothing where it finds one, or says that it means none ('^$')."""
+    if re.search(regex, "") or any(re.search(regex, n) for path in paths for n in names(path)):
         return ""
     return f"the regex {regex!r} matches no parameter; their paths begin with {sorted({p.split('/')[0] for p in paths})[:8]}"
