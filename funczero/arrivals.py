@@ -69,8 +69,13 @@ class Arrivals:
         """A use's gradient, in the dtype it was born in: uses are summed here, in the order of arrival."""
         if not self.booking:
             return
+        if self.env.early is not None and self.env.early.used is not None:
+            self.env.early.used.update(m for m, g in zip(self.whole.structure.members[unit], grads, strict=True) if g is not None)
         zeros = self._zeros(unit, [i for i, g in enumerate(grads) if g is None])
         full = [zeros[i] if g is None else g for i, g in enumerate(grads)]
+        if not all(g.layout == torch.strided for g in full):
+            i = next(i for i, g in zip(self.whole.structure.members[unit], full, strict=True) if g.layout != torch.strided)
+            raise TypeError(sparse(self.whole.structure.leaves[i].path))
         if unit in self.sums:
             full = [a + b for a, b in zip(self.sums.pop(unit), full, strict=True)]
         self.uses[unit] -= 1
@@ -164,3 +169,9 @@ class Arrivals:
         for u, counts in self.bad.items():
             bad[list(self.whole.structure.members[u])] = counts
         return bad
+
+
+def sparse(path: str = "") -> str:
+    """Why a gradient by coordinates is refused."""
+    what = repr(path) if path else "a parameter"
+    return f"value_and_grad: the gradient of {what} is sparse, but gradients are added and cut as dense rows; write sparse=False in its embedding"

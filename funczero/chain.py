@@ -22,6 +22,8 @@ class Source(NamedTuple):
     scatter: tuple[str, ...] = ()  # brackets that open directly right of it: the seam scatters for them
     rules: tuple[tuple[str, Rules], ...] = ()
     transforms: tuple[Any, ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()  # (second name, first name) of leaves that are one, whatever tree they come in
+    patterns: tuple[tuple[str, str], ...] = ()  # (who, regex): each must find a parameter
 
 
 class Bracket(NamedTuple):

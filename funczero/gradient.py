@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funczero import draws, order, rng, tree
+from funczero.arrivals import sparse
 from funczero.chain import Configure, Source
 from funczero.collectives import all_gather
 from funczero.mesh import P
@@ -49,7 +50,8 @@ def value_and_grad(
     def make(source: Source, env: Env) -> Grad:
         return _build(source, env, lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng))
 
-    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen)
+    ties, patterns = tuple(getattr(loss_fn, "ties", {}).items()), _patterns("value_and_grad(trainable=...)", trainable)
+    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, ties=ties, patterns=patterns)
 
 
 def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = None) -> Source:
@@ -76,7 +78,8 @@ def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = Non
                 grads[place] = g if grads[place] is None or g is grads[place] else grads[place] + g
         return loss, weight, None, [None if structure.frozen(i) else g for i, g in enumerate(grads)]
 
-    return Source("pullback", lambda source, env: _build(source, env, pulled, forward=False), _batch_axes(batch), (), frozen)
+    patterns = _patterns("pullback(trainable=...)", trainable)
+    return Source("pullback", lambda source, env: _build(source, env, pulled, forward=False), _batch_axes(batch), (), frozen, patterns=patterns)
 
 
 def pull(loss: Tensor, views: Any) -> Callable[[Tensor], Any]:
@@ -98,7 +101,13 @@ def freeze(which: str | Callable[[str], bool]) -> Configure:
       which: a regex searched in the path, or a predicate on it.
     """
     matches = tree.matcher(which)
-    return Configure(f"freeze({which!r})", lambda s: s._replace(frozen=lambda path: s.frozen(path) or matches(path)))
+    name = f"freeze({which!r})"
+    more = _patterns(name, which)
+    return Configure(name, lambda s: s._replace(frozen=lambda path: s.frozen(path) or matches(path), patterns=s.patterns + more))
+
+
+def _patterns(who: str, which: Any) -> tuple[tuple[str, str], ...]:
+    return ((who, which),) if isinstance(which, str) else ()
 
 
 def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -113,7 +122,7 @@ def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tenso
         rows = tree.count_rows(tree.leaves(batch), "per_row")
         return (loss * rows if rows else loss.nan_to_num() * 0), torch.full((), rows, dtype=loss.dtype, device=loss.device)
 
-    both.units = getattr(loss_fn, "units", ())  # type: ignore[attr-defined]
+    both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
     return both
 
 
@@ -197,8 +206,15 @@ def _differentiate(
     grads: list[Any] = [None] * len(structure.leaves)
     if loss.requires_grad:
         with tape.arrivals.collecting(seed.look):
-            found = torch.autograd.grad(loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True)
+            try:
+                found = torch.autograd.grad(loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True)
+            except RuntimeError as error:
+                if "not implemented for sparse" in str(error):
+                    raise TypeError(sparse()) from None
+                raise
         for i, g in zip(wanted, found, strict=False):
+            if g is not None and g.layout != torch.strided:
+                raise TypeError(sparse(structure.leaves[i].path))
             grads[i] = g
     learning = any(not u.frozen and members for u, members in zip(structure.units, structure.members, strict=True))
     if learning and not tape.arrivals.number and all(g is None for g in grads) and bool(weight != 0):
@@ -206,7 +222,7 @@ def _differentiate(
     rows = None
     if has_aux:
         flat, spec = tree.flatten(aux)
-        rows = (torch.stack([torch.as_tensor(x, device=loss.device).detach().double().reshape(()) for x in flat])[None], spec)
+        rows = (torch.stack([_aux(path, x, loss.device) for path, x in tree.paths(aux)])[None], spec)
     return loss, weight.to(loss.device), rows, grads
 
 
@@ -215,6 +231,15 @@ def drew(kind: str) -> RuntimeError:
     why = f"the loss function draws from {kind}'s global generator, so it would not be a function of its arguments"
     remedy = "write value_and_grad(loss_fn, ..., rng=True): it is called as loss_fn(params, batch, key), and what it draws comes from that key"
     return RuntimeError(f"value_and_grad: {why}; {remedy}")
+
+
+def _aux(path: str, x: Any, device: torch.device) -> Tensor:
+    """One of the user's sums."""
+    if not isinstance(x, (Tensor, int, float)) or isinstance(x, Tensor) and (x.dim() or x.is_complex()):
+        what = f"a tensor of shape {tuple(x.shape)} and {str(x.dtype).removeprefix('torch.')}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        where = f"aux {path!r}" if path else "aux"
+        raise TypeError(f"value_and_grad: {where} is {what}, but aux is a tree of 0-d sums, added over micro-batches and ranks; write x.sum() for each, or leave it out")
+    return torch.as_tensor(x, device=device).detach().double()
 
 
 def _no_gradient() -> str:
@@ -252,6 +277,8 @@ def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
     """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
     structure, where, device = tape.whole.structure, tape.whole, tape.port.device
     tape.land()
+    if tape.env.early is not None and tape.env.early.used is not None:
+        tape.env.early.used.update(i for i, g in enumerate(grads) if g is not None)
     if not tape.seam:
         bad = None
         if tape.look:

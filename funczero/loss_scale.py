@@ -102,14 +102,14 @@ def scale_loss(
         def close(out: Out, state: dict[str, Any], own: ScaleLoss, factor: Tensor) -> tuple[Out, dict[str, Any]]:
             counts = out.weight > 0  # an update of weight 0 is skipped without touching the scale
             overflow = ~out.ok & counts
-            new = own
+            new, logs = own, {**out.logs, "scale": own.scale}
             if dynamic:
                 moved = update_scale(own, overflow, window, hysteresis, floor, consecutive)
                 dead = overflow & (own.scale <= floor) & (own.hysteresis <= 1)
+                logs["searching"] = overflow & ~dead  # on its way down: such skips are the search, not a failure
                 if out.bad is not None:
                     moved = moved._replace(stuck=torch.where(dead, out.bad, own.stuck))
                 new = ScaleLoss(*(torch.where(counts, a, b) for a, b in zip(moved, own, strict=True)))
-            logs = {**out.logs, "scale": own.scale}
             return out._replace(factor=out.factor / factor, norm=out.norm / factor, logs=logs), {**state, key: new}
 
         return after(g, "scale_loss", g.layout, lambda out, state: (out, state), start)._replace(apply=apply)

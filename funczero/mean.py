@@ -39,14 +39,15 @@ def mean(g: Grad) -> Grad:
         if out.bad is not None:
             parts.append(_place_of(out.bad, lay, env))
         packed = sum_integers(torch.cat(parts), lay.batch, env.mesh)
-        total = order.tree_sum(packed[: bits.numel()].view(torch.float64).view(lay.stride, -1))
+        table = packed[: bits.numel()].view(torch.float64).view(lay.stride, -1)
+        total = order.tree_sum(table)
         bins = packed[bits.numel() : bits.numel() + 1 + BINS]
         bad = None if out.bad is None else _first_bad(packed[bits.numel() + 1 + BINS :], len(out.bad))
         loss, weight = total[0], total[1]
         finite, factor = bins[0] == 0, 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
         norm = torch.where(finite, norm_of(bins, folds(out.grads.buffers[0].dtype)) * factor, torch.inf)
         aux = None if out.aux is None else tree.unflatten(list(total[2:]), out.aux[1])
-        return Out(loss * factor, weight, aux, out.grads, factor, norm, finite & (weight > 0), bad, out.logs), state
+        return Out(loss * factor, weight, aux, out.grads, factor, norm, finite & (weight > 0), bad, {**out.logs, "rows": table}), state
 
     return after(g, "mean", replace(lay, mean=True), fn)
 

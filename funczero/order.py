@@ -35,7 +35,7 @@ def deal(batch: Any, layout: Layout, coordinate: Callable[[str], int]) -> Any:
     """This rank's rows of a global batch: its micro-batches, in the order of time."""
     micros = tree.split_rows(batch, layout.stride, "local_rows")
     mine = [micros[i] for i in indices(layout, coordinate)]
-    return mine[0] if len(mine) == 1 else tree.map(lambda *xs: torch.cat(xs), *mine)
+    return mine[0] if len(mine) == 1 else tree.map(lambda *xs: None if xs[0] is None else torch.cat(xs), *mine)
 
 
 def tree_sum(parts: list[Tensor] | Tensor) -> Tensor:

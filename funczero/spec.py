@@ -280,8 +280,19 @@ class Lazy(NamedTuple):
         return out
 
 
-def lazy(params: Any, units: Sequence[str], rules: dict[str, Rules], frozen: Callable[[str], bool], device: torch.device) -> Lazy:
-    """Whole parameters as lazy leaves: finds ties by identity, units by path, and the dim that every bracket cuts.
+def lazy(
+    params: Any,
+    units: Sequence[str],
+    rules: dict[str, Rules],
+    frozen: Callable[[str], bool],
+    device: torch.device,
+    ties: Sequence[tuple[str, str]] = (),
+) -> Lazy:
+    """Whole parameters as lazy leaves: finds ties by identity and by name, units by path, and the dim that every bracket cuts.
+
+    Args:
+      frozen: asked once a leaf, with a tree.Path of all its names.
+      ties: (second name, first name) of leaves that are one, though a tree may hold two tensors.
 
     Raises:
       TypeError, ValueError: a leaf is no floating tensor, a unit is not there, a rule cannot hold; with the leaf's path.
@@ -291,7 +302,8 @@ def lazy(params: Any, units: Sequence[str], rules: dict[str, Rules], frozen: Cal
     if not flat:
         raise ValueError("init: the parameters hold no tensor; give a pytree with at least one")
     found: dict[int, int] = {}
-    places = tuple(found.setdefault(id(x), len(found)) for x in flat)
+    same = _tied(dict(named), ties)
+    places = tuple(found.setdefault(same.get(id(x), id(x)), len(found)) for x in flat)
     first = [places.index(i) for i in range(len(found))]
     keys = [{_unit_of(named[p][0], units) for p, leaf in enumerate(places) if leaf == i} for i in range(len(found))]
     kinds: dict[Unit, int] = {Unit("", False, False): 0}
@@ -301,6 +313,7 @@ def lazy(params: Any, units: Sequence[str], rules: dict[str, Rules], frozen: Cal
         if not isinstance(x, (Tensor, Fill)) or not x.dtype.is_floating_point:
             what = f"a {x.dtype} tensor" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise TypeError(f"init: parameter {path!r} is {what}; parameters are floating tensors, other values go into the batch or the loss function")
+        path = tree.Path(*(named[q][0] for q, leaf in enumerate(places) if leaf == i))
         name = keys[i].pop() if len(keys[i]) == 1 else ""  # a leaf tied across units is gathered with the rest
         unit = kinds.setdefault(Unit(name, bool(name), frozen(path)), len(kinds))
         leaves.append(Leaf(path, tuple(x.shape), unit, _dims(path, tuple(x.shape), rules)))
@@ -314,6 +327,38 @@ def lazy(params: Any, units: Sequence[str], rules: dict[str, Rules], frozen: Cal
         return (x.make() if isinstance(x, Fill) else x.detach())[cut]
 
     return Lazy(Structure(treedef, places, tuple(leaves), tuple(kinds)), read, device)
+
+
+def _tied(named: dict[str, Any], ties: Sequence[tuple[str, str]]) -> dict[int, int]:
+    """Of leaves that are tied by name: whose place each takes, by id.
+
+    Raises:
+      ValueError: they differ, so that one of the values would be lost.
+    """
+    out: dict[int, int] = {}
+    for second, first in ties:
+        a, b = named.get(first), named.get(second)
+        if a is None or b is None or a is b:
+            continue
+        apart = getattr(a, "shape", 0) != getattr(b, "shape", 1)
+        real = [x for x in (a, b) if isinstance(x, Tensor) and not x.is_meta]
+        if apart or len(real) == 2 and not torch.equal(a, b.to(a.device)):
+            raise ValueError(f"init: {first!r} and {second!r} are one parameter of the module, but here they differ; give both the same values")
+        out[id(b)] = out.get(id(a), id(a))
+    return out
+
+
+def all_find(patterns: Sequence[tuple[str, str]], rules: dict[str, Rules], structure: Structure) -> None:
+    """Refuse a regex that finds no parameter: what it should have changed would go on as if it were not there.
+
+    Args:
+      patterns: (who, regex); those of the rules come by themselves.
+    """
+    paths = [leaf.path for leaf in structure.leaves]
+    for who, regex in (*patterns, *((f"shard({axis!r}, rules=...)", regex) for axis, (pairs, _) in rules.items() for regex, _ in pairs)):
+        why = tree.unmatched(regex, paths)
+        if why:
+            raise ValueError(f"{who}: {why}; correct it, or leave it out")
 
 
 def _unit_of(path: str, units: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ from functools import cache, reduce
 from typing import Any, NamedTuple
 
 import torch
-from absl import logging
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -14,11 +13,14 @@ from funczero import order, rng, tree
 from funczero.chain import Source, build, chain, configured
 from funczero.check import UPDATE, recorded, watched
 from funczero.collectives import all_gather, sum_integers
+from funczero.fits import Book, Fits
 from funczero.gradient import check_loss, open_rest
 from funczero.mean import rank_of
 from funczero.mesh import Mesh, P, connect, plan_mesh
+from funczero.notices import Early, narrow, nested, say
 from funczero.policy import Policy
-from funczero.spec import Lazy, Slots, lazy
+from funczero.skips import Patience, Skipped, unapplied
+from funczero.spec import Lazy, Slots, all_find, lazy
 from funczero.tape import Tape
 from funczero.transform import refuse
 from funczero.types import ChainError, Env, Grad, Metrics, Out, Seed, TrainState
@@ -41,6 +43,7 @@ class Step(NamedTuple):
     running: Callable[[], Grad]  # the same on the live mesh
     source: Source
     rebuild: Callable[[bool], Step]
+    fits: Fits  # which states it takes, and what their views are
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
         """One update, or with a streamed chain one micro-batch (metrics None) and, with batch None, the update."""
@@ -52,25 +55,26 @@ class Step(NamedTuple):
         return self.grad.env.mesh
 
     def local_rows(self, batch: Any) -> Any:
-        """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device.
+        """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device; None stays None.
 
         Raises:
           ValueError: the rows do not divide by the number of micro-batches.
         """
         g = self.running()
         rows = order.deal(batch, g.layout, g.env.mesh.index)
-        return rows if g.env.mesh.device.type == "cpu" else tree.map(lambda x: x.to(g.env.mesh.device, non_blocking=True), rows)
+        return rows if g.env.mesh.device.type == "cpu" else tree.map(lambda x: None if x is None else x.to(g.env.mesh.device, non_blocking=True), rows)
 
     def view(self, state: TrainState) -> Any:
         """The whole parameters in the compute dtype as fresh leaves that want a gradient, for a forward of your own (pullback)."""
-        slots = self.running().view(_views(state, self.grad.env.policy))
+        _usable(state, self.fits)
+        slots = self.running().view(self.fits.views(state))
         units = slots.where.structure.units
         leaves = [x if x is None else x.detach().requires_grad_(not units[i.unit].frozen) for x, i in zip(slots.leaves(), slots.where.structure.leaves, strict=True)]
         return slots.where.structure.unflatten(leaves)
 
     def params(self, state: TrainState) -> Any:
         """The whole masters as the tree given to init; a collective, and a copy."""
-        _usable(state)
+        _usable(state, self.fits)
         return recorded("step.params", self._whole, self.running)(state)
 
     def _whole(self, state: TrainState) -> Any:
@@ -105,7 +109,8 @@ class Step(NamedTuple):
 
         def evaluate(state: TrainState, batch: Any) -> Eval:
             g = self.running()
-            tape = Tape(_views(state, g.env.policy), (), g.env, look=False, differentiate=False)
+            _usable(state, self.fits)
+            tape = Tape(self.fits.views(state), (), g.env, look=False, differentiate=False)
             with torch.no_grad():
                 loss, weight, _ = check_loss(loss_fn(tape.whole.structure.unflatten(open_rest(tape)), batch), has_aux=False)
             return _mean_over_ranks(torch.stack([loss.double(), weight.double().to(loss.device)]), g)
@@ -127,6 +132,7 @@ def train_step(
     prefetch: bool = True,
     debug: bool = False,
     check: int | bool = 10,
+    patience: int = 20,
 ) -> Step:
     """A step from a chain: a gradient, transforms, and an optimizer that applies the update.
 
@@ -140,6 +146,8 @@ def train_step(
       debug: log the first non-finite leaf of any update, and its rank.
       check: for so many updates ranks compare what they launch, and one that differs ends all with a message instead of a hang
         (check.py); 0: never, True: always.
+      patience: after so many updates in a row that were not finite and were skipped, the next call raises on all ranks; those that
+        a dynamic loss scale skips on its way down do not count. The first is said, with leaf and rank, and then ever fewer.
 
     Raises:
       ChainError: the chain cannot mean what it says; the message shows it with the correction.
@@ -152,7 +160,7 @@ def train_step(
     if sums not in ("tree", "backend"):
         raise ValueError(f"train_step: sums={sums!r} is neither 'tree' nor 'backend'; leave it out for the same bits on any mesh")
     env = Env(plan_mesh(mesh)._replace(sums=sums), Policy.parse(policy), {}, prefetch=prefetch)
-    return _make(flat, env, debug, check, donated=False)
+    return _make(flat, env, Options(debug, check, patience), donated=False, book=Book())
 
 
 def donate(step: Step) -> Step:
@@ -160,39 +168,67 @@ def donate(step: Step) -> Step:
     return step.rebuild(True)
 
 
-def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bool) -> Step:
+class Options(NamedTuple):
+    """How a step watches its run."""
+
+    debug: bool
+    check: int
+    patience: int
+
+
+def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, book: Book) -> Step:
     planned = _built(parts, env._replace(donate=donated))
     source = configured(parts)
+    early = Early(source.batch, rows=source.name == "value_and_grad")
+    patience = Patience(options.patience, options.debug, lambda: _speaks(running()))
 
     @cache
     def running() -> Grad:
-        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, check)), donate=donated))
+        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, options.check)), donate=donated, early=early))
+
+    @cache
+    def probe() -> Grad:  # the same gradients, and nothing applied
+        return _built(unapplied(parts), env._replace(mesh=running().env.mesh, donate=True))
 
     def init(params: Any, key: int = 0) -> TrainState:
         g = running()
         own = _lazy(source, g, params, g.env.mesh.device)
         _check_widening(params, g.env.policy)
-        return _initial(g, own, key)
+        if _speaks(g):
+            say(book.said, narrow(params, g.env.policy), nested(params, source.units))
+        state = _initial(g, own, key)
+        book.add(state)
+        return state
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
-        _usable(state)
         g = running()
-        now = int(state.step)
-        seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(int(state.key), now), 0, debug)
-        views = _views(state, g.env.policy)
-        out, new = g.apply(views, {**state.chain, "params": state.params}, batch, seed)
+        made = _usable(state, fits)
+        now, seen = int(state.step), _seen(book, state, patience)
+        look = options.debug or seen.row > 0
+        seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(int(state.key), now), 0, look)
+        views, given = fits.views(state, made), {**state.chain, "params": state.params}
+        if early.open:
+            early.before(state.params)
+        out, new = g.apply(views, dict(given), batch, seed)
         masters = new.pop("params")
         if out is None:
-            return state._replace(chain=new), None
-        if debug:
-            _tell_bad(out, masters, now)
-        wide = None if state.views is None else _renewed(out.grads, state.views)
+            return fits.settled(state, views)._replace(chain=new), None
+        once_more = lambda: probe().apply(views, given, batch, seed._replace(look=True))[0]
+        again = None if g.streams or source.name != "value_and_grad" else once_more
+        seen = patience.after(seen, out, now, masters.where.structure.leaves, again)
+        if early.open:
+            said = early.after(out, masters, batch, g.layout)
+            say(book.said, *(said if _speaks(g) else ()))
+        wide = None if state.views is None else _renewed(out.grads, views)
         fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
+        book.add(fresh, seen)
         if donated:
             state.step.fill_(-1 - now)  # the old value says so when it is used again
         return fresh, _metrics(out, fresh)
 
-    return Step(init, recorded(UPDATE, update, running), planned, running, source, lambda donating: _make(parts, env, debug, check, donating))
+    fits = Fits(book, running, lambda g, meta: _lazy(source, g, meta, torch.device("meta")))
+    rebuild = lambda donating: _make(parts, env, options, donating, book)
+    return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, fits)
 
 
 def _built(parts: tuple[Any, ...], env: Env) -> Grad:
@@ -215,7 +251,9 @@ def _initial(g: Grad, own: Lazy, key: int) -> TrainState:
 
 
 def _lazy(source: Source, g: Grad, params: Any, device: torch.device) -> Lazy:
-    return lazy(params, source.units, g.env.rules, source.frozen, device)
+    own = lazy(params, source.units, g.env.rules, source.frozen, device, source.ties)
+    all_find(source.patterns, g.env.rules, own.structure)
+    return own
 
 
 def _check_widening(params: Any, policy: Policy) -> None:
@@ -225,21 +263,17 @@ def _check_widening(params: Any, policy: Policy) -> None:
             raise TypeError(f"init: parameter {path!r} is {have}, but the policy keeps masters in {keep}; write policy='{have}', or cast the parameters first")
 
 
-def _views(state: TrainState, policy: Policy) -> Slots:
-    _usable(state)
-    return state.params.to(policy.compute) if state.views is None else state.views
-
-
 def _renewed(new: Slots, old: Slots) -> Slots:
     """New views; frozen leaves were not sent and stay."""
     return Slots(tuple(o if u.frozen else n for n, o, u in zip(new.buffers, old.buffers, old.where.structure.units, strict=True)), old.where)
 
 
-def _usable(state: Any) -> None:
+def _usable(state: Any, fits: Fits) -> bool:
     if not isinstance(state, TrainState):
         raise TypeError(f"step: its first argument is a TrainState from step.init(params), but this is a {type(state).__name__}")
     if int(state.step) < 0:
         raise RuntimeError(f"step: this state was donated at step {-1 - int(state.step)} and its memory is in use; go on with the state that step(...) returned, or leave fz.donate out")
+    return fits.look(state)
 
 
 def _metrics(out: Out, state: TrainState) -> Metrics:
@@ -250,10 +284,20 @@ def _metrics(out: Out, state: TrainState) -> Metrics:
     return Metrics(out.loss, out.weight, norm, out.ok, out.weight == 0, scale, lr, state.updates, out.aux)
 
 
-def _tell_bad(out: Out, masters: Slots, now: int) -> None:
-    if out.bad is not None and int(out.bad[0]) >= 0:
-        leaf = masters.where.structure.leaves[int(out.bad[0])]
-        logging.warning("step %d: the gradient of %r is not finite on rank %d; the update is skipped", now, leaf.path, int(out.bad[1]))
+def _seen(book: Book, state: TrainState, patience: Patience) -> Skipped:
+    """What this state's line has skipped so far; where that was too much it is told, and counted anew."""
+    line = book.line(state)
+    if line is None or not line.skipped.row:
+        return Skipped() if line is None else line.skipped
+    seen, line.skipped = line.skipped, Skipped()
+    patience.check(seen)
+    line.skipped = seen
+    return seen
+
+
+def _speaks(g: Grad) -> bool:
+    """Is this the rank that says what all ranks know?"""
+    return all(a.index == 0 for a in g.env.mesh.axes.values())
 
 
 def _mean_over_ranks(sums: Tensor, g: Grad) -> Eval:
@@ -285,7 +329,8 @@ def describe(step: Step) -> str:
         notes.append("parameters are gathered whole in every forward; name their blocks with value_and_grad(..., units=('blocks',)) to hold two at a time")
     odd = {a: n for a, n in g.layout.order if n & (n - 1)}
     if odd:
-        notes.append(f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds")
+        more = ", and in other orders of these sums (stages 2 and 3 against 0 and 1)" if len(g.layout.order) > 1 else ""
+        notes.append(f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds{more}")
     if g.env.mesh.sums == "backend":
         notes.append("gradients are added over ranks by the backend: the same-bits promise is off")
     head = f"train_step on {g.env.mesh} ({g.env.mesh.device.type}), {g.env.policy}{', donated' if g.env.donate else ''}"

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,35 +45,71 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def split_rows(batch: Any, n: int, what: str) -> list[Any]:
-    """A batch cut into n equal parts along dim 0, in order; every tensor has the same rows."""
-    if n == 1:
-        return [batch]
+    """A batch cut into n equal parts along dim 0, in order; every tensor has the same rows, and None stays None."""
     flat, treedef = flatten(batch)
     rows = count_rows(flat, what)
+    if n == 1:
+        return [batch]
     if rows % n:
         raise ValueError(f"{what}: a batch of {rows} rows does not divide into {n} equal parts; give a multiple of {n} rows")
-    parts = [x.split(rows // n) if rows else [x] * n for x in flat]
+    parts = [[x] * n if x is None or not rows else x.split(rows // n) for x in flat]
     return [unflatten([p[i] for p in parts], treedef) for i in range(n)]
 
 
 def count_rows(flat: list[Any], what: str) -> int:
-    """Rows of a batch: dim 0, the same in every tensor."""
+    """Rows of a batch: dim 0, the same in every tensor; None, for what is not there, has none."""
+    flat = [x for x in flat if x is not None]
     for x in flat:
         if not isinstance(x, Tensor) or x.dim() == 0:
             raise TypeError(f"{what}: every leaf of a batch is a tensor with rows in dim 0, but one is {type(x).__name__}{' without dims' * isinstance(x, Tensor)}")
     sizes = {x.shape[0] for x in flat}
-    if len(sizes) != 1:
+    if len(sizes) > 1:
         raise ValueError(f"{what}: the tensors of a batch disagree on their rows (dim 0): {sorted(sizes)}")
+    if not sizes:
+        raise ValueError(f"{what}: the batch holds no tensor; give one with rows in dim 0")
     return sizes.pop()
 
 
+class Path(str):
+    """A leaf's first name, which knows the others that it has where it is tied."""
+
+    names: tuple[str, ...]
+
+    def __new__(cls, *names: str) -> Path:
+        """The first name first."""
+        self = super().__new__(cls, names[0])
+        self.names = names
+        return self
+
+    def __getnewargs__(self) -> tuple[str, ...]:  # type: ignore[override]
+        """For copies and pickles."""
+        return self.names
+
+
+def names(path: str) -> tuple[str, ...]:
+    """All names of a leaf.
+
+    >>> names(Path("embed", "head")), names("norm")
+    (('embed', 'head'), ('norm',))
+    """
+    return path.names if isinstance(path, Path) else (path,)
+
+
 def rule(rules: Any, path: str, default: Any) -> Any:
-    """The value of the first `(regex, value)` whose regex is found in the path."""
-    return next((value for regex, value in rules if re.search(regex, path)), default)
+    """The value of the first `(regex, value)` whose regex is found in the path, by any of its names."""
+    return next((value for regex, value in rules if any(re.search(regex, n) for n in names(path))), default)
 
 
 def matcher(which: str | Callable[[str], bool] | None) -> Callable[[str], bool]:
-    """A predicate on paths from a regex, a predicate or None (never)."""
+    """A predicate on paths, by any of their names, from a regex, a predicate or None (never)."""
     if which is None:
         return lambda path: False
-    return which if callable(which) else lambda path: re.search(which, path) is not None
+    one = which if callable(which) else lambda name: re.search(which, name) is not None
+    return lambda path: any(one(n) for n in names(path))
+
+
+def unmatched(regex: str, paths: Sequence[str]) -> str:
+    """Why a regex that finds nothing among the paths is a mistake; nothing where it finds one, or says that it means none ('^$')."""
+    if re.search(regex, "") or any(re.search(regex, n) for path in paths for n in names(path)):
+        return ""
+    return f"the regex {regex!r} matches no parameter; their paths begin with {sorted({p.split('/')[0] for p in paths})[:8]}"

@@ -76,6 +76,7 @@ class Env(NamedTuple):
     rules: dict[str, Any]  # mesh axis -> how its bracket cuts leaves (spec.py)
     donate: bool = False  # may the state be updated in place?
     prefetch: bool = True  # does the next block's gather start while one computes?
+    early: Any = None  # what the first updates are looked at for (notices.py)
 
 
 class Grad(NamedTuple):
@@ -110,15 +111,35 @@ class GradientTransformation(NamedTuple):
     elementwise: bool | None = None
 
 
-class TrainState(NamedTuple):
-    """A run as a value: everything that changes the trajectory is a leaf of it."""
-
+class _State(NamedTuple):
     params: Any  # the masters, as Slots: this rank's part, in policy.params
     views: Any  # wider copies at rest in policy.compute; None where a view is the cast master
     chain: dict[str, Any]  # state of each transform, by name
     step: Tensor  # calls that closed an update, skipped ones included; -1 - n once donated at n
     updates: Tensor  # applied updates
     key: Tensor  # seed of the run's randomness
+
+
+class TrainState(_State):
+    """A run as a value: everything that changes the trajectory is a leaf of it.
+
+    Without views there is no leaf in their place, not a None that `tree_map` would hand to a function of tensors.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, params: Any, views: Any, chain: dict[str, Any], step: Tensor, updates: Tensor, key: Tensor) -> TrainState:
+        """As the fields say."""
+        return super().__new__(cls, params, () if views is None else views, chain, step, updates, key)
+
+    @classmethod
+    def _make(cls, values: Any) -> TrainState:
+        return cls(*values)
+
+    @property
+    def views(self) -> Any:
+        """Wider copies of the masters at rest; None where a view is the cast master."""
+        return self[1] or None
 
 
 class Metrics(NamedTuple):

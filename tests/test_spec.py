@@ -10,7 +10,7 @@ import zoo
 from hypothesis import given
 
 from funczero import P, tree
-from funczero.spec import GRAIN, Rules, Slots, Where, lazy
+from funczero.spec import GRAIN, Fill, Rules, Slots, Where, lazy
 
 CPU = torch.device("cpu")
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=4)
@@ -96,6 +96,36 @@ def test_a_tensor_at_two_paths_is_one_leaf_named_by_the_first():
     shared = torch.ones(3)
     across = structure({"blocks": [{"w": shared}, {"w": shared}, {"w": torch.ones(3)}]}, ("blocks",)).structure
     assert [across.units[x.unit].name for x in across.leaves] == ["", "blocks/2"]  # gathered with the rest
+
+
+def test_ties_by_name_survive_any_tree():
+    """As a state_dict or a tree_map leaves them: other tensors, the same values."""
+    params = {"embed": torch.arange(6.0), "norm": torch.ones(2), "head": torch.arange(6.0), "third": torch.arange(6.0)}
+    ties = {"head": "embed", "third": "head", "absent": "embed", "norm2": "absent"}
+    s = lazy(params, (), {}, lambda path: False, CPU, tuple(ties.items())).structure
+    assert s.places == (0, 1, 0, 0) and [x.path for x in s.leaves] == ["embed", "norm"] and tree.names(s.leaves[0].path) == ("embed", "head", "third")
+    one = torch.arange(6.0)
+    by_identity = lazy({"embed": one, "norm": torch.ones(2), "head": one, "third": one}, (), {}, lambda path: False, CPU).structure
+    assert by_identity == s
+
+
+def test_meta_and_lazy_leaves_are_tied_without_being_read():
+    never = Fill((3,), torch.float32, lambda: pytest.fail("it was drawn"))
+    params = {"a": never, "b": torch.empty(3, device="meta"), "c": torch.ones(3)}
+    assert lazy(params, (), {}, lambda path: False, CPU, (("b", "a"), ("c", "b"))).structure.places == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("which", "frozen"), [("^embed$", [True, False]), ("head", [True, False]), ("norm", [False, True]), (lambda n: n == "head", [True, False])])
+def test_every_name_of_a_tied_leaf_matches(which, frozen):
+    one = torch.ones(3)
+    s = structure({"embed": one, "norm": torch.ones(2), "head": one}, frozen=tree.matcher(which)).structure
+    assert [s.frozen(i) for i in range(2)] == frozen
+
+
+def test_a_rule_finds_a_tied_leaf_by_any_name():
+    one = torch.ones(4, 4)
+    own = structure({"embed": one, "head": one}, rules={"data": Rules((("head", P(None, "data")),))}).structure
+    assert Where(own, (("data", 2, 0),)).spec(0) == P(None, "data")
 
 
 def test_equal_tensors_are_two_leaves():

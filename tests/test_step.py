@@ -8,7 +8,7 @@ import zoo
 import funczero as fz
 from funczero import P, tree
 from funczero.mesh import world_size
-from funczero.testing import tree_hash
+from funczero.testing import simulate, tree_hash
 
 MESH = {"data": -1}
 
@@ -183,6 +183,28 @@ def test_a_step_prints_its_layouts(stage):
     want = [line[4:] for line in PRINTED[stage].strip("\n").splitlines()[:-1]]
     assert [line.rstrip() for line in lines] == want
     assert repr(step).startswith("<Step ") and ", donated" in str(fz.donate(step)).splitlines()[0]
+
+
+def three(k):
+    """Bits of two updates on this world, by stage."""
+    out = []
+    for stage in range(4):
+        step = make(stage, k=k)
+        state = step.init(zoo.params())
+        for t in range(2):
+            state, _ = step(state, step.local_rows(zoo.batch(t, micros=3 * k)))
+        out.append(tree_hash(step.params(state)))
+    return out
+
+
+@pytest.mark.parametrize(("k", "kinds"), [(1, 1), (2, 2)])
+def test_three_ranks_have_the_bits_that_the_note_says(k, kinds):
+    """The same at every run; with micro-batches to add as well, stages 2 and 3 add ranks first and have others than 0 and 1."""
+    bits = simulate({"data": 3})(three, k)[0]
+    assert bits == simulate({"data": 3})(three, k)[0] and bits[0] == bits[1] and bits[2] == bits[3] and len(set(bits)) == kinds
+    note = "  note: {'data': 3} is no power of two: the same bits at every run of this world, other bits in other worlds"
+    more = ", and in other orders of these sums (stages 2 and 3 against 0 and 1)"
+    assert str(make(1, k=k, mesh={"data": 3})).splitlines()[-1] == note + more * (kinds - 1)
 
 
 # --- meshes, checks, purposes ---------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Pytrees: paths, maps, rows and rules."""
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import NamedTuple
 
 import pytest
@@ -79,3 +81,24 @@ def test_the_first_rule_that_matches_counts():
 @pytest.mark.parametrize(("which", "hits"), [(None, []), ("a$", ["a", "b/a"]), (str.isalpha, ["a", "c"])])
 def test_a_matcher_is_a_regex_a_predicate_or_nothing(which, hits):
     assert [p for p in ("a", "b/a", "c") if tree.matcher(which)(p)] == hits
+
+
+def test_a_path_with_other_names_is_its_first():
+    path = tree.Path("embed", "head")
+    for same in (path, copy.deepcopy(path), pickle.loads(pickle.dumps(path))):
+        assert same == "embed" and hash(same) == hash("embed") and f"{same!r} {same}" == "'embed' embed" and tree.names(same) == ("embed", "head")
+    assert tree.rule([("head", 1), ("", 2)], path, None) == 1 and tree.rule([("head", 1), ("", 2)], "embed", None) == 2
+    assert tree.unmatched("head", [path, "norm"]) == tree.unmatched("^$", [path]) == "" and "the regex 'tail' matches no parameter" in tree.unmatched("tail", [path])
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_none_in_a_batch_stays_none_in_every_part(n):
+    parts = tree.split_rows({"x": ones(4, 2), "mask": None, "deep": [None, ones(4)]}, n, "here")
+    assert len(parts) == n and all(p["mask"] is None and p["deep"][0] is None and len(p["x"]) == len(p["deep"][1]) == 4 // n for p in parts)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("odd", ["text", 3, ones(()), ones(3)])
+def test_what_has_no_rows_of_its_own_is_refused_for_one_part_as_for_two(n, odd):
+    with pytest.raises((TypeError, ValueError), match="^here: "):
+        tree.split_rows({"x": ones(4, 2), "y": odd}, n, "here")

@@ -155,7 +155,7 @@ class Engine(Facts, Saving, nn.Module):
     @state.setter
     def state(self, state: TrainState) -> None:
         """Parameters and the optimizer's face follow."""
-        self._state = state
+        self._state = state = self._step.fits.settled(state)
         self._clock[0] += 1
         self._leaves.renew(self._step, state)
         if self.optimizer is not None:

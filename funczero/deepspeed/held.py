@@ -155,8 +155,7 @@ class Whole:
 
 def whole_views(step: Step, state: TrainState) -> Slots:
     """The whole parameters in the compute dtype."""
-    g = step.running()
-    return g.view(state.params.to(g.env.policy.compute) if state.views is None else state.views)
+    return step.running().view(step.fits.views(state))
 
 
 OLD = "backward: this loss comes from a forward before the last update, and the parameters have moved since; run engine(batch) again after engine.step()"

@@ -42,7 +42,7 @@ def write_part(slots: Slots, name: str, value: Tensor) -> None:
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"parameter {name!r} has shape {tuple(shape)}, but the value has {tuple(value.shape)}; give one of the same shape")
     assert part is not None
-    part.copy_(value.detach()[_place(slots.where.slots[i])])
+    part.data.copy_(value.detach()[_place(slots.where.slots[i])])
 
 
 def _cut(slots: Slots, i: int) -> bool:

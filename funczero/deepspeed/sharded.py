@@ -61,7 +61,7 @@ class Sharded:
             for u in list(self.tape.open):  # what a backward of another engine's loss left open is gathered again where it is read
                 self.tape.drop(u)
             return self.whole
-        views = self.state.params.to(g.env.policy.compute) if self.state.views is None else self.state.views
+        views = self.step.fits.views(self.state)
         tape = Tape(views, (), g.env, look=False, differentiate=learn)
         whole = open_rest(tape)
         for x in (tape.port, *whole, *tape.leaves.values()):

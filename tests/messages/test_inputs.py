@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import zoo
 from torch import ones
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,6 +48,31 @@ def run(s, batch=None, p=None):
 
 def returns(*value, **kw):
     return lambda: run(step(lambda p, b: value if len(value) > 1 else value[0], **kw))
+
+
+def returns_by(fn, **kw):
+    return lambda: run(step(lambda p, b: fn(p), **kw))
+
+
+def sparse_loss(p, b):
+    return F.embedding(torch.zeros(2, dtype=torch.int64), p["w"], sparse=True).sum(), ones(())
+
+
+def sparse_blocks(p, b):
+    look = lambda q, x: x + F.embedding(torch.zeros(len(x), dtype=torch.int64), q["v"], sparse=True)
+    return fz.layers(look, p["blocks"], b["x"] @ p["w"]).sum(), ones(())
+
+
+def named_rule(regex):
+    return fz.train_step(fz.value_and_grad(plain, batch=P("data")), fz.shard("data", adamw, rules=[(regex, P())]), mesh={"data": 2}).specs(params())
+
+
+def tied_loss():
+    def loss(p, b):
+        return plain(p, b)
+
+    loss.ties = {"blocks/1/v": "blocks/0/v"}
+    return loss
 
 
 def used_up(use):
@@ -168,6 +194,60 @@ INPUTS = {
         returns(ones(()), ones(()), has_aux=True), TypeError,
         "value_and_grad: the loss function returned (a tensor of shape (), a tensor of shape ()); return (sum of losses, sum of weights, aux)",
     ),
+    "aux by row": (
+        returns_by(lambda p: (p["w"].sum(), ones(()), {"hits": ones(4)}), has_aux=True), TypeError,
+        "value_and_grad: aux 'hits' is a tensor of shape (4,) and float32, but aux is a tree of 0-d sums, added over micro-batches and ranks; "
+        "write x.sum() for each, or leave it out",
+    ),
+    "aux in words": (
+        returns_by(lambda p: (p["w"].sum(), ones(()), "fine"), has_aux=True), TypeError,
+        "value_and_grad: aux is a str, but aux is a tree of 0-d sums, added over micro-batches and ranks; write x.sum() for each, or leave it out",
+    ),
+    "a sparse gradient": (
+        lambda: run(step(sparse_loss)), TypeError,
+        "value_and_grad: the gradient of 'w' is sparse, but gradients are added and cut as dense rows; write sparse=False in its embedding",
+    ),
+    "a sparse gradient of a block": (
+        lambda: run(step(sparse_blocks, units="blocks")), TypeError,
+        "value_and_grad: the gradient of a parameter is sparse, but gradients are added and cut as dense rows; write sparse=False in its embedding",
+    ),
+    "a negative weight": (
+        returns_by(lambda p: (p["w"].sum(), -ones(()))), ValueError,
+        "value_and_grad: the weights of update 0 add up to -1, but a weight counts examples and is not negative; "
+        "return (sum of losses, sum of weights) with a weight above 0, or 0 where nothing counts",
+    ),
+    "a regex of freeze that finds nothing": (
+        lambda: run(step(tx=(fz.freeze("haed"), adamw))), ValueError,
+        "freeze('haed'): the regex 'haed' matches no parameter; their paths begin with ['blocks', 'w']; correct it, or leave it out",
+    ),
+    "a regex of trainable that finds nothing": (
+        lambda: run(step(trainable="^block/")), ValueError,
+        "value_and_grad(trainable=...): the regex '^block/' matches no parameter; their paths begin with ['blocks', 'w']; correct it, or leave it out",
+    ),
+    "a regex of a pullback that finds nothing": (
+        lambda: fz.train_step(fz.shard("data", fz.pullback(P("data"), trainable="v$x"), adamw), mesh=MESH).init(params()), ValueError,
+        "pullback(trainable=...): the regex 'v$x' matches no parameter; their paths begin with ['blocks', 'w']; correct it, or leave it out",
+    ),
+    "a rule that finds nothing": (
+        lambda: named_rule("^W$"), ValueError,
+        "shard('data', rules=...): the regex '^W$' matches no parameter; their paths begin with ['blocks', 'w']; correct it, or leave it out",
+    ),
+    "names of one parameter with two values": (
+        lambda: run(step(tied_loss()), p={"w": ones(3, 2), "blocks": [{"v": ones(2, 2)}, {"v": 2 * ones(2, 2)}]}), ValueError,
+        "init: 'blocks/0/v' and 'blocks/1/v' are one parameter of the module, but here they differ; give both the same values",
+    ),
+    "words in a batch": (
+        lambda: step().local_rows({"x": ones(4, 3), "y": "text"}), TypeError,
+        "local_rows: every leaf of a batch is a tensor with rows in dim 0, but one is str",
+    ),
+    "a batch without rows, for one rank": (
+        lambda: step().local_rows({"x": ones(4, 3), "y": ones(())}), TypeError,
+        "local_rows: every leaf of a batch is a tensor with rows in dim 0, but one is Tensor without dims",
+    ),
+    "a batch of nothing": (
+        lambda: step().local_rows({"x": None}), ValueError,
+        "local_rows: the batch holds no tensor; give one with rows in dim 0",
+    ),
     "no loss": (returns(None), TypeError, f"value_and_grad: the loss function returned a NoneType; return {WANT}"),
     "integers as parameters": (
         lambda: step().init({"w": ones(3, 2), "n": {"m": ones(2, dtype=torch.int64)}}), TypeError,
@@ -229,6 +309,11 @@ INPUTS = {
         lambda: step()(params(), rows()), TypeError,
         "step: its first argument is a TrainState from step.init(params), but this is a dict",
     ),
+    "whole parameters in a state": (
+        lambda: (lambda s, state: s(state._replace(params=s.params(state)), rows()))(*(lambda s: (s, s.init(params())))(step())), TypeError,
+        "step: its masters are a dict, but a state holds this rank's parts of them (Slots); "
+        "write step.init(params) for whole parameters, or state.params.map(fn) to change them",
+    ),
     "a window without micro-batches": (
         lambda: (lambda s: s(s.init(params()), None))(step(k=2, stream=True)), ValueError,
         "accumulate(2, stream=True): there is nothing to hand over, because no micro-batch came since the last update; call step(state, micro_batch) first",
@@ -268,6 +353,10 @@ def wrong_meshes():
     return [each_rank(lambda m=m: run(step(mesh=m))) for m in ({"data": 4}, {"data": 1})]
 
 
+def sparse_units():
+    return [each_rank(lambda s=s: run(step(sparse_blocks, units="blocks", stage=s))) for s in (0, 3)]
+
+
 def second_orders():
     return each_rank(lambda: run(step(second_order, units="blocks")))
 
@@ -277,6 +366,11 @@ def test_every_rank_says_which_world_it_is_in(run_world):
         "ValueError: mesh {'data': 4} needs 4 processes, but this world has 2; start torchrun --nproc-per-node=4, or write {'data': -1}",
         "ValueError: mesh {'data': 1} needs 1 processes, but this world has 2; start torchrun --nproc-per-node=1, or write {'data': -1}",
     ]
+
+
+def test_a_sparse_gradient_is_refused_on_every_rank(run_world):
+    words = "TypeError: value_and_grad: the gradient of {} is sparse, but gradients are added and cut as dense rows; write sparse=False in its embedding"
+    assert zoo.everywhere(run_world, 2, sparse_units) == [words.format("a parameter"), words.format("'blocks/1/v'")]
 
 
 def test_a_second_derivative_through_blocks_that_run_again_is_refused(run_world):
