@@ -24,6 +24,7 @@ def value_and_grad(
     trainable: str | Callable[[str], bool] | None = None,
     has_aux: bool = False,
     rng: bool = False,
+    replicated: Sequence[str] = (),
 ) -> Source:
     """The loss and its gradient, as sums over the examples: a Source, at the left end of a chain.
 
@@ -37,6 +38,7 @@ def value_and_grad(
       trainable: regex or predicate on paths; the other leaves have no gradient, no moments and are not reduced.
       has_aux: the loss returns (sum, weight, aux); aux is a tree of 0-d sums, summed in the gradients' order.
       rng: call loss_fn(params, batch, key) with a key folded from (state.step, global micro-batch index).
+      replicated: mesh axes that the batch is not split over, on purpose: ranks along them are given the same rows, which is compared.
 
     Raises:
       ChainError: the batch's spec splits another dim than 0.
@@ -48,10 +50,10 @@ def value_and_grad(
     def make(source: Source, env: Env) -> Grad:
         return _build(source, env, lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng))
 
-    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen)
+    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, replicated=(replicated,) if isinstance(replicated, str) else tuple(replicated))
 
 
-def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = None) -> Source:
+def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = None, replicated: Sequence[str] = ()) -> Source:
     """A gradient whose forward ran elsewhere: its batch is `(pull, loss, weight)` with `pull: cotangent -> gradients`.
 
     `pull` is the vector-Jacobian product of the caller's loss at `step.view(state)`, as the tree of those leaves (see fz.pull);
@@ -75,7 +77,7 @@ def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = Non
                 grads[place] = g if grads[place] is None or g is grads[place] else grads[place] + g
         return loss, weight, None, [None if structure.frozen(i) else g for i, g in enumerate(grads)]
 
-    return Source("pullback", lambda source, env: _build(source, env, pulled, forward=False), _batch_axes(batch), (), frozen)
+    return Source("pullback", lambda source, env: _build(source, env, pulled, forward=False), _batch_axes(batch), (), frozen, replicated=(replicated,) if isinstance(replicated, str) else tuple(replicated))
 
 
 def pull(loss: Tensor, views: Any) -> Callable[[Tensor], Any]:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from funczero import order, rng, tree
+from funczero.alike import begin
 from funczero.chain import Source, build, chain, configured
 from funczero.check import UPDATE, recorded, watched
-from funczero.collectives import all_gather, sum_integers
+from funczero.collectives import all_gather, sum_and_compare
 from funczero.gradient import check_loss, open_rest
 from funczero.mean import rank_of
 from funczero.mesh import Mesh, P, connect, plan_mesh
@@ -126,7 +127,7 @@ def train_step(
     sums: str = "tree",
     prefetch: bool = True,
     debug: bool = False,
-    check: int | bool = 10,
+    check: int | bool = True,
 ) -> Step:
     """A step from a chain: a gradient, transforms, and an optimizer that applies the update.
 
@@ -138,8 +139,8 @@ def train_step(
       sums: how gradients are added over ranks: in the one "tree" (the same bits on any mesh), or by the "backend" as it likes.
       prefetch: start the next block's gather while one computes: one unit more in memory, the same bits.
       debug: log the first non-finite leaf of any update, and its rank.
-      check: for so many updates ranks compare what they launch, and one that differs ends all with a message instead of a hang
-        (check.py); 0: never, True: always.
+      check: a thread compares what ranks launch, for ever, where no sum is reached any more: one that differs, left or died ends all with a
+        message instead of a hang or an abort of the backend (check.py). 0: no such thread; ranks are still compared in every sum (ledger.py).
 
     Raises:
       ChainError: the chain cannot mean what it says; the message shows it with the correction.
@@ -166,12 +167,13 @@ def _make(parts: tuple[Any, ...], env: Env, debug: bool, check: int, donated: bo
 
     @cache
     def running() -> Grad:
-        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, check)), donate=donated))
+        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, check, parts, source.replicated)), donate=donated))
 
     def init(params: Any, key: int = 0) -> TrainState:
         g = running()
         own = _lazy(source, g, params, g.env.mesh.device)
         _check_widening(params, g.env.policy)
+        begin(params, own.structure, key, g.env.mesh)
         return _initial(g, own, key)
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
@@ -261,7 +263,8 @@ def _mean_over_ranks(sums: Tensor, g: Grad) -> Eval:
     index, size = rank_of(g.layout, g.env)
     bits = torch.zeros(size, 2, dtype=torch.int64, device=sums.device)
     bits[index] = sums.view(torch.int64)
-    loss, weight = order.tree_sum(sum_integers(bits.view(-1), axes, g.env.mesh).view(torch.float64).view(size, 2))
+    total, _ = sum_and_compare([bits.view(-1)], axes, g.env.mesh)
+    loss, weight = order.tree_sum(total.view(torch.float64).view(size, 2))
     return Eval(loss / weight, weight)
 
 
