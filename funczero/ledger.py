@@ -262,6 +262,8 @@ def sentence(entries: dict[int, Entry], text_of: Callable[[int], str | None], pe
 
 def _difference(odd: Entry, usual: Entry, others: str) -> str:
     a, b = odd.context, usual.context
+    if odd.verb == usual.verb == BEGINS and a.spec != b.spec:
+        return f"begins with another chain or other leaves than {others}"
     if odd.verb == usual.verb == BEGINS and odd.axis == usual.axis and a.spec == b.spec and odd.compared[5:] != usual.compared[5:]:
         return f"begins with another value of {odd.axis} than {others}" + f": {odd.dtype} instead of {usual.dtype}" * (odd.dtype != usual.dtype)
     if (a.call, a.step, a.spec) == (b.call, b.step, b.spec) and not odd.text and not usual.text:
