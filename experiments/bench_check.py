@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 import timeit
-from collections import deque
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from absl import app, flags
 
 import funczero as fz
-from funczero.check import Record
+from funczero.ledger import Ledger
 
 flags.DEFINE_integer("stage", 3, "ZeRO stage.")
 flags.DEFINE_integer("rounds", 60, "Visits of each.")
@@ -75,11 +74,9 @@ def measure(stage: int, rounds: int, steps: int, width: int) -> None:
         ratio = (on / off).quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0)
         for i, what in enumerate(("wall", "cpu")):
             print(f"{what:>5} ms a step: off {off[:, i].median():.3f}, on {on[:, i].median():.3f}, on / off {ratio[1, i]:.3f} ({ratio[0, i]:.3f} to {ratio[2, i]:.3f})")
-        record: Record = step.running().env.mesh.watch
-        entries, record.watch.fresh = record.watch.fresh, deque(maxlen=1)
-        note = min(timeit.repeat(lambda: record.note("all_gather", "data", "float32", 1), number=100_000, repeat=5)) / 100_000
-        record.watch.fresh = entries
-        print(f"one entry: {note * 1e6:.2f} us; entries so far: {record.watch.count}", flush=True)
+        count, ledger = step.running().env.mesh.ledger.watch.log.count, Ledger()
+        note = min(timeit.repeat(lambda: ledger.note("all_gather", "data", "float32", 1), number=100_000, repeat=5)) / 100_000
+        print(f"one entry: {note * 1e6:.2f} us; entries so far: {count}", flush=True)
     dist.barrier()
     print(f"apart {time.time()}", flush=True)
     if dist.get_rank() == 1:

@@ -24,6 +24,7 @@ class Source(NamedTuple):
     transforms: tuple[Any, ...] = ()
     ties: tuple[tuple[str, str], ...] = ()  # (second name, first name) of leaves that are one, whatever tree they come in
     patterns: tuple[tuple[str, str], ...] = ()  # (who, regex): each must find a parameter
+    replicated: tuple[str, ...] = ()  # mesh axes whose ranks are meant to be given the same rows
 
 
 class Bracket(NamedTuple):
@@ -68,10 +69,27 @@ def build(parts: Sequence[Any], env: Env) -> Grad:
     for axis in (*rules, *source.axes, *source.batch):
         if axis not in env.mesh.axes:
             raise ChainError(f"{source.name}: {axis!r} is not an axis of the mesh ({env.mesh}); write one of {list(env.mesh.axes)}")
+    _all_used(source, env)
     if source.units:
         source, marked = _open_at_seam(source, marked)
     g = source.make(source, env._replace(rules=rules))
     return fold(g, marked)
+
+
+def _all_used(source: Source, env: Env) -> None:
+    """Refuse a mesh axis along which every rank would train a model of its own, unless that is said to be meant."""
+    for axis in (*source.replicated, *env.mesh.axes):
+        if axis not in env.mesh.axes:
+            raise ChainError(f"{source.name}: replicated names {axis!r}, which is not an axis of the mesh ({env.mesh}); write one of {list(env.mesh.axes)}")
+        if axis in source.batch and axis in source.replicated:
+            raise ChainError(f"{source.name}: the batch is split over {axis!r}, so its ranks are not given the same rows; leave it out of replicated")
+        if axis not in source.batch + source.replicated and env.mesh.axes[axis].size > 1:
+            axes = (*source.batch, axis)
+            spec = f"P({axis!r})" if len(axes) == 1 else f"P({axes!r})"
+            raise ChainError(
+                f"{source.name}: nothing is split or summed over the mesh axis {axis!r} of size {env.mesh.axes[axis].size}, so every rank along it would train a model of "
+                f"its own; write batch={spec}, or {source.name}(..., replicated=({axis!r},)) if its ranks are given the same rows"
+            )
 
 
 def fold(g: Grad, parts: Sequence[Any]) -> Grad:

@@ -1,10 +1,10 @@
-"""Divergence is told, not hung on: ranks log what they launch, and a thread compares the logs where a stuck wait cannot stop it.
+"""Divergence is told, not hung on: a thread compares what ranks launched where no sum is reached any more, and says which rank is gone or silent.
 
-Law: a run is ended only by proof. The n-th entries of two ranks' logs differ (another collective, call, step, chain, spec or number of rows), or one rank left,
-or raised and did not go on, where the other launched. A slow rank is only behind, and behind is no proof.
+Law: a run is ended only by proof. Two ranks' launches differ (another verb, axis, unit, dtype, size, call, step, chain or state), or one rank left, or raised and
+did not go on, or died, where the other launched. A slow rank is only behind, and behind is no proof: after NOTICE seconds it is named, and the run goes on.
 
-The main thread appends one tuple a collective. Twice a second a daemon thread chains a checksum over them, publishes (count, checksum) and the last
-entries in a namespace of the world's store, and reads its two neighbours': whoever is odd is odd to a neighbour. The first to see it writes what all print.
+The main thread chains a checksum over its launches (ledger.py). Twice a second a daemon thread publishes (count, checksum) in a namespace of the world's store and
+reads its two neighbours': whoever is odd is odd to a neighbour. Only on doubt all publish their last entries; the first to see the difference writes what all print.
 """
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import sys
 import threading
 import time
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable
-from math import inf, prod
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -27,110 +26,95 @@ import torch.distributed as dist
 from torch import Tensor
 
 from funczero import tree
+from funczero.alike import checksum, settings
+from funczero.ledger import NAN, Context, DivergenceError, Entry, Ledger, Log, ranks_in_words, sentence
+from funczero.ledger import UPDATE as UPDATE
 from funczero.mesh import Mesh, init_distributed, world_size
-from funczero.types import Grad, TrainState
+from funczero.types import Grad, Metrics, TrainState
 
-PERIOD = 0.5  # seconds between two looks
+PERIOD = 0.5  # seconds between two looks; more in large worlds
 LINGER = 2.0  # seconds that a rank which ends stays, so that the others can compare and hear
 PATIENCE = 5.5  # seconds after which an exception that did not end the process says that a rank will not go on
-NOTICE = 30.0  # seconds of waiting for a rank that is alive elsewhere, before that is said
-TAIL, MEMORY = 256, 1 << 14  # entries published, entries remembered
-UPDATE = "step(state, batch)"
+NOTICE = 10.0  # seconds after which a rank that is awaited, or gives no sign of life, is named
+DEAD = 3.0  # seconds without a sign of life that, with a broken connection, prove a rank's end
+TAIL, MEMORY = 1 << 10, 1 << 14  # entries published on doubt, entries remembered
+BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket Timeout")  # how gloo says that a connection is no more
 
 
-class Entry(NamedTuple):
-    """One collective with the call that launched it; or that this rank left, or raised."""
+class Sign(NamedTuple):
+    """What a rank published of itself."""
 
-    call: str
-    step: int
-    rows: str  # of the call's batch
-    spec: int  # checksum of the chain and the leaves
-    verb: str
-    axis: str = ""
-    dtype: str = ""
-    nbytes: int = 0
-    text: str = ""  # not compared
-
-    def __str__(self) -> str:
-        size = f" of {self.nbytes} bytes of {self.dtype}" if self.dtype else ""
-        rows = f" with {self.rows} rows" if self.rows else ""
-        return f"{self.verb} {self.text}" if self.text else f"launched {self.verb} over {self.axis!r}{size} in {self.call}{rows} at step {self.step}"
-
-
-class Record:
-    """A step's way into the log, on its mesh: open for the first `limit` updates."""
-
-    def __init__(self, watch: Watch, grad: Grad, limit: float) -> None:
-        """grad: the planned chain."""
-        self.watch, self.limit, self.open, self.first = watch, limit, True, -1
-        arrows = [f"{name} -> {layout.describe()}" for name, layout in zip(grad.names, grad.arrows, strict=True)]
-        self.chain = [f"mesh {grad.env.mesh}, {grad.env.policy}", *arrows]
-        self.known: tuple[Any, int] = (self, 0)
-
-    def spec(self, structure: Any) -> int:
-        """The checksum of the chain and of all leaves; their text is published once."""
-        if self.known[0] is not structure:
-            text = "\n".join([*self.chain, *map(str, () if structure is None else structure.units + structure.leaves)])
-            self.known = (structure, zlib.crc32(text.encode()))
-            self.watch.texts.append((self.known[1], text))
-        return self.known[1]
-
-    def note(self, verb: str, axis: str, dtype: str = "", nbytes: int = 0) -> None:
-        """A collective is about to be launched: all that the main thread does for it."""
-        if self.open:
-            self.watch.fresh.append((*self.watch.context, verb, axis, dtype, nbytes))
-
-    def call(self, name: str, fn: Callable[..., Any], state: TrainState, *batch: Any) -> Any:
-        """fn(state, *batch), with its name, step and rows, and what it raises."""
-        watch, now = self.watch, int(state.step) if self.open else 0
-        self.first = now if self.first < 0 else self.first
-        self.open = self.open and now - self.first < self.limit and watch.is_alive()
-        if not self.open:
-            return fn(state, *batch)
-        spec, rows = self.spec(state.params.where.structure), {str(len(x)) for x in tree.leaves(batch) if isinstance(x, Tensor) and x.dim()}
-        watch.context, watch.inside, watch.raised, watch.caller = (name, now, "/".join(sorted(rows)), spec), True, None, threading.get_ident()
-        try:
-            return fn(state, *batch)
-        except BaseException as error:
-            watch.raised = (time.monotonic(), type(error).__name__, f"{_words(error)} in {name} at step {now}")
-            if not watch.is_alive():
-                error.add_note("funczero: rank 0 has left the world; every rank must make as many calls")
-            raise
-        finally:
-            watch.context, watch.inside = ("no call", now, "", spec), False
+    count: int = 0
+    sum: int = 0
+    inside: bool = True  # a call
+    beat: int = -1  # looks so far
+    gone: str = ""  # why this rank launches nothing more: its last entry, as JSON
+    last: str = ""  # its last launch, in words
 
 
 def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> Callable[..., Any]:
     """fn(state, ...) as a call that all ranks must make alike."""
 
     def call(state: Any, *batch: Any) -> Any:
-        record = running().env.mesh.watch if isinstance(state, TrainState) else None
-        return fn(state, *batch) if record is None else record.call(name, fn, state, *batch)
+        mesh = running().env.mesh if isinstance(state, TrainState) else None
+        return fn(state, *batch) if mesh is None or mesh.ledger.ranks == 1 else _told(mesh.ledger, name, fn, state, *batch)
 
     return call
 
 
-def watched(mesh: Mesh, grad: Grad, check: int | bool) -> Mesh:
-    """The mesh with a record for what is launched on it; as it is where check is 0, or where no other rank could differ.
+def _told(ledger: Ledger, name: str, fn: Callable[..., Any], state: TrainState, *batch: Any) -> Any:
+    """fn(state, *batch) with its context in the ledger, and what it raises where others can see it."""
+    watch, before, now = ledger.watch, ledger.context, int(state.step)
+    tensors = [x for x in tree.leaves(batch) if isinstance(x, Tensor)]
+    rows = "/".join(sorted({str(len(x)) for x in tensors if x.dim()}))
+    (spec, units), (names, scalars) = ledger.describe(state.params.where.structure), ledger.scalars(state.chain)
+    ledger.enter(Context(name, now, int(state.key), scalars, spec, names, rows, units))
+    if ledger.replicated and tensors:
+        ledger.mix_rows(torch.stack([checksum(x) for x in tensors]).tolist())
+    if watch is not None:
+        watch.enter()
+    try:
+        out = fn(state, *batch)
+    except BaseException as error:
+        if watch is not None:
+            watch.failed(error, f"{_words(error)} in {name} at step {now}")
+        raise
+    finally:
+        ledger.enter(before._replace(step=now))
+        if watch is not None:
+            watch.inside = False
+    if type(out) is tuple and type(out[1]) is Metrics and out[1].lr.device.type == "cpu":
+        lr = out[1].lr.item()
+        ledger.lr = lr if lr == lr else NAN
+    return out
+
+
+def watched(mesh: Mesh, grad: Grad, check: int | bool, parts: Sequence[Any] = (), replicated: tuple[str, ...] = ()) -> Mesh:
+    """The mesh, whose ledger now knows the chain; with the thread that compares, unless check is 0 or no other rank could differ.
 
     Args:
-      check: updates to look at; True or -1: all.
+      parts: of the chain; the numbers they were built with are compared as well.
+      replicated: axes whose ranks are given the same rows.
     """
+    arrows = [f"{name} -> {layout.describe()}" for name, layout in zip(grad.names, grad.arrows, strict=True)]
+    ledger: Ledger = mesh.ledger
+    ledger.chain, ledger.replicated = [f"mesh {grad.env.mesh}, {grad.env.policy}, sums={mesh.sums!r}", *arrows, *settings(parts)], replicated
     if not check or world_size() == 1 or prod(mesh.sizes().values()) != world_size():
         return mesh
     init_distributed()
     if dist.get_backend() in ("fake", "threaded") or not hasattr(dist.distributed_c10d._get_default_store(), "clone"):
         return mesh  # simulated, or without a store that a thread can ask
-    watch = next((t for t in threading.enumerate() if isinstance(t, Watch) and t.world is dist.group.WORLD), None) or Watch()
-    record = Record(watch, grad, inf if check is True or check < 0 else check)
+    ledger.watch = next((t for t in threading.enumerate() if isinstance(t, Watch) and t.world is dist.group.WORLD), None) or Watch()
+    ledger.watch.texts |= ledger.texts
+    ledger.texts = ledger.watch.texts
     if not mesh.connected:  # groups are about to be made, by all ranks
-        watch.context = ("train_step", 0, "", record.spec(None))
-        record.note("connect", str(mesh))
-    return mesh._replace(watch=record)
+        ledger.enter(Context("train_step", spec=ledger.describe(None)[0]))
+        ledger.note("connect", str(mesh))
+    return mesh
 
 
 class Watch(threading.Thread):
-    """This process's log and the thread that compares it; one for all steps of a world."""
+    """The thread that compares this process's log with its neighbours'; one for all steps of a world."""
 
     def __init__(self) -> None:
         """Opens its own connection to the store, and a namespace for this world; starts to look."""
@@ -139,33 +123,56 @@ class Watch(threading.Thread):
         self.anchor: Any = dist.distributed_c10d._get_default_store()  # keeps rank 0's server up while others ask
         clone = self.anchor.clone()  # type: ignore[attr-defined]  # the main thread may be waiting on the connection of the original
         self.store: Any = dist.PrefixStore(f"funczero/check/{clone.add(f'funczero/check/{self.rank}', 1)}", clone)
-        self.fresh: deque[tuple[Any, ...]] = deque()  # entries from the main thread
-        self.texts: deque[tuple[int, str]] = deque()  # chains and leaves by checksum
-        self.context: tuple[str, int, str, int] = ("no call", 0, "", 0)
-        self.raised: tuple[float, str, str] | None = None  # when, its type, in words
-        self.log: deque[tuple[int, Entry]] = deque(maxlen=MEMORY)  # (checksum so far, entry)
-        self.count, self.sum, self.told, self.published, self.inside, self.caller = 0, 0, "", (-1, False), False, 0
-        self.moved, self.noticed, self.doubt = time.monotonic(), -1, 0.0  # when the count did; the count of the last notice; when a difference was seen
-        self.leaving, self.aborting = threading.Event(), _slow_abort()
+        self.lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else the store goes with rank 0
+        self.log, self.gone, self.beat, self.count = Log(MEMORY), "", 0, 0
+        self.texts: dict[int, str] = {}  # chains and leaves by checksum
+        self.told = self.lost = ""  # what all print; that the store is gone
+        self.inside, self.caller, self.settled = False, 0, False
+        self.raised: tuple[float, str] | None = None  # when, in words
+        self.broken = 0.0  # when a connection broke
+        self.moved, self.doubt, self.published = time.monotonic(), 0.0, -1
+        self.signs: dict[int, tuple[Sign, float]] = {}  # by rank: the last one, and when its beat was new
+        self.named: dict[int, int] = {}  # ranks that were named as late or silent, and at which count
+        self.leaving, self.aborting = threading.Event(), _SlowAbort(self)
         atexit.register(self.leave)
         self.start()
+
+    # --- the main thread
+    def enter(self) -> None:
+        """A call begins."""
+        self.inside, self.raised, self.caller = True, None, threading.get_ident()
+
+    def failed(self, error: BaseException, words: str) -> None:
+        """A call raised. Where a connection broke, the sentence of all ranks is raised instead of gloo's."""
+        self.raised = time.monotonic(), words
+        if isinstance(error, RuntimeError) and any(x in str(error) for x in BROKEN) and not self.leaving.is_set():
+            self.broken, until = time.monotonic(), time.monotonic() + LINGER + DEAD + 4 * PERIOD
+            while self.is_alive() and not (self.told or self.lost) and time.monotonic() < until:
+                time.sleep(PERIOD / 10)
+            if self.told or self.lost:
+                self.settled = True
+                raise DivergenceError(self.told or self.lost) from error
+        if not self.is_alive() and not self.settled:
+            error.add_note("funczero: rank 0 has left the world; every rank must make as many calls")
 
     def leave(self) -> None:
         """At exit: compare the last entries, then let go."""
         if os.getpid() == self.pid and self.is_alive():
             self.leaving.set()
             self.join(2 * LINGER + PATIENCE)
-            if self.told and hasattr(sys, "last_value"):  # the world is broken: taking gloo's groups down now may abort, and hide the error
-                sys.stdout.flush()
-                sys.stderr.flush()
+        if os.getpid() == self.pid:
+            self.aborting.undo()
+            if (self.told or self.lost or self.settled) and hasattr(sys, "last_value"):  # the world is broken: taking gloo's groups down now may abort, and hide the error
+                _flush()
                 os._exit(1)
 
+    # --- the thread
     def run(self) -> None:
         """Look twice a second, until this rank leaves or is told, or rank 0 takes the store along."""
-        lent, closing = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", False
-        with contextlib.suppress(RuntimeError):  # the store is gone: there is nobody to ask
-            while not (self.told or closing or self.leaving.wait(PERIOD)) and dist.is_initialized() and dist.group.WORLD is self.world:
-                closing = lent and self.rank > 0 and self.store.check(["closing"])
+        closing = False
+        try:
+            while not (self.told or closing or self.leaving.wait(max(PERIOD, self.size / 256))) and dist.is_initialized() and dist.group.WORLD is self.world:
+                closing = not self.lent and self.rank > 0 and self.store.check(["closing"])
                 self.look()
             if not (self.told or closing):
                 self.part()
@@ -175,48 +182,135 @@ class Watch(threading.Thread):
             while self.rank == 0 and heard < self.size and time.monotonic() < until:
                 time.sleep(PERIOD / 10)
                 heard = self.store.add("heard", 0)
-        if self.told:
+        except RuntimeError:  # the store is gone: there is nobody to ask
+            self.orphaned()
+        if self.told and not self.settled:
             self.end()
         self.store = self.anchor = None
 
     def look(self) -> None:
         """Publish what is new, and compare with the neighbours."""
-        if self.raised and time.monotonic() - self.raised[0] > PATIENCE:
-            self.fresh.append((*self.context, "raised", self.raised[1], "", 0, self.raised[2]))
-            self.raised = None
-        while self.fresh:
-            entry = Entry(*self.fresh.popleft())
-            self.sum = zlib.crc32(repr(entry[:-1]).encode(), self.sum)
-            self.log.append((self.sum, entry))
-            self.count, self.moved = self.count + 1, time.monotonic()
-        while self.texts:
-            checksum, text = self.texts.popleft()
-            self.store.set(f"text/{checksum}", zlib.compress(text.encode()))
-        if self.published != (self.count, self.inside):
-            self.published = (self.count, self.inside)
-            self.store.set(f"tail/{self.rank}", zlib.compress(json.dumps([self.count, list(self.log)[-TAIL:]]).encode()))
-            self.store.set(f"at/{self.rank}", f"{self.count} {self.sum} {int(self.inside)}")
-        for peer in {(self.rank - 1) % self.size, (self.rank + 1) % self.size}:
-            count, checksum, _ = self.at(peer)
-            if count and 0 <= self.count - count < len(self.log) and self.log[count - self.count - 1][0] != checksum:
-                self.judge(peer)
+        if self.raised and not self.gone and time.monotonic() - self.raised[0] > PATIENCE and not self.settled:
+            self.gone = _gone("raised", self.raised[1])
+        last = self.log.entries[-1] if self.log.entries else (0, 0, None)
+        if last[0] != self.count:
+            self.count, self.moved = last[0], time.monotonic()
+        self.beat += 1
+        own = Sign(last[0], last[1], self.inside, self.beat, self.gone, str(last[2] or "launched nothing"))
+        self.store.set(f"at/{self.rank}", json.dumps(own))
+        peers = {(self.rank - 1) % self.size, (self.rank + 1) % self.size}
+        late = self.inside and time.monotonic() - self.moved > min(NOTICE, DEAD)
+        for peer in range(self.size) if late or self.broken else peers:
+            if peer != self.rank:
+                self.compare(own, peer, self.sign(peer))
+        if not self.settled and (self.doubt or self.store.check(["doubt"])):
+            self.judge()
         if self.store.check(["verdict"]):
             self.told = self.store.get("verdict").decode()
-        late = self.inside and self.noticed != self.count and time.monotonic() - self.moved > NOTICE
-        if late and (idle := [r for r in range(self.size) if self.at(r)[0] < self.count and not self.at(r)[2]]):  # no proof: said, and not ended
-            self.noticed = self.count
-            print(f"funczero: rank {self.rank} {self.log[-1][1]} and has waited {NOTICE:g} s for {_ranks(idle)}, alive in no call", file=sys.stderr, flush=True)
+        if late:
+            self.notice(own)
+        if self.broken and time.monotonic() - self.broken > DEAD and not self.told:
+            self.bury(own)
 
-    def at(self, rank: int) -> tuple[int, ...]:
-        """What a rank published: entries so far, their checksum, and whether it is inside a call."""
-        return tuple(map(int, self.store.get(f"at/{rank}").split())) if self.store.check([f"at/{rank}"]) else (0, 0, 1)
+    def sign(self, rank: int) -> Sign:
+        """What a rank published, with the time at which its beat was new."""
+        sign = Sign(*json.loads(self.store.get(f"at/{rank}"))) if self.store.check([f"at/{rank}"]) else Sign()
+        before = self.signs.get(rank)
+        if before is None or before[0].beat != sign.beat:
+            self.signs[rank] = sign, time.monotonic()
+        else:
+            self.signs[rank] = sign, before[1]
+        return sign
+
+    def compare(self, own: Sign, peer: int, sign: Sign) -> None:
+        """Raise the doubt where a peer's launches are not ours, or where it is gone and we go on."""
+        differs = 0 < sign.count <= own.count and self.sum_at(sign.count) not in (None, sign.sum)
+        if (differs or sign.gone and sign.count < own.count) and not self.doubt and not self.settled:
+            self.doubt = time.monotonic()
+            self.store.set("doubt", "")
+
+    def sum_at(self, count: int) -> int | None:
+        """This rank's checksum after so many launches, as far as it remembers; the main thread goes on meanwhile."""
+        with contextlib.suppress(IndexError):
+            while True:
+                newest = self.log.entries[-1][0]
+                found = self.log.entries[count - newest - 1]
+                if found[0] == count:
+                    return found[1]
+                if newest == self.log.entries[-1][0]:
+                    return None
+        return None
+
+    def judge(self) -> None:
+        """On doubt: publish the last entries, and once all are there write the message that all ranks print."""
+        self.doubt = self.doubt or time.monotonic()
+        if self.published != self.count or self.gone:
+            self.publish()
+        tails: dict[int, dict[int, Any]] = {}
+        gone: dict[int, tuple[int, Entry]] = {}
+        for r in range(self.size):
+            if self.store.check([f"tail/{r}"]):
+                tails[r] = {n: (total, entry) for n, total, entry in json.loads(zlib.decompress(self.store.get(f"tail/{r}")))}
+            sign = self.sign(r)
+            if sign.gone:
+                gone[r] = sign.count + 1, Entry.read(json.loads(sign.gone))
+        numbers = sorted({n for tail in tails.values() for n in tail} | {n for n, _ in gone.values()})
+        for n in numbers:
+            found = {r: tail[n] for r, tail in tails.items() if n in tail}
+            entries = {r: Entry.read(entry) for r, (_, entry) in found.items()} | {r: e for r, (m, e) in gone.items() if m == n}
+            if len({total for total, _ in found.values()}) > 1 or found and len(entries) > len(found):
+                if len(entries) == self.size or time.monotonic() - self.doubt >= 2 * PERIOD:  # others are about to be there, and have a vote
+                    self.verdict(sentence(dict(sorted(entries.items())), self.text))
+                return
+
+    def publish(self) -> None:
+        """The last entries, and the chains they name."""
+        tail = list(self.log.entries)[-TAIL:]
+        for spec in {entry.context.spec for *_, entry in tail} & set(self.texts):
+            self.store.set(f"text/{spec}", zlib.compress(self.texts[spec].encode()))
+        self.store.set(f"tail/{self.rank}", zlib.compress(json.dumps(tail).encode()))
+        self.published = self.count
+
+    def text(self, spec: int) -> str | None:
+        """A chain and its leaves by checksum."""
+        return zlib.decompress(self.store.get(f"text/{spec}")).decode() if self.store.check([f"text/{spec}"]) else None
+
+    def verdict(self, text: str) -> None:
+        """What all ranks print; the first one counts."""
+        self.store.compare_set("verdict", "", text)
+
+    def notice(self, own: Sign) -> None:
+        """Name, once a launch, who is awaited or silent for long: no proof, so the run goes on."""
+        now = time.monotonic()
+        for r, (sign, since) in self.signs.items():
+            silent, behind = now - since >= NOTICE, sign.count < own.count and now - self.moved >= NOTICE
+            if r == self.rank or sign.gone or not (silent or behind) or self.named.get(r) == own.count:
+                continue
+            self.named[r] = own.count
+            where = f"which is alive in {'a call' if sign.inside else 'no call'}"
+            if silent:
+                where = f"which gives no sign of life for {now - since:.0f} s (stopped, starved, or its machine is gone)"
+            said = f"rank {self.rank} {own.last} and has waited {now - self.moved:.0f} s for rank {r}, {where}; it last {sign.last}"
+            print(f"funczero: {said}", file=sys.stderr, flush=True)
+
+    def bury(self, own: Sign) -> None:
+        """A connection broke, and somebody gives no sign of life: that is a proof."""
+        now = time.monotonic()
+        dead = [r for r, (sign, since) in self.signs.items() if r != self.rank and not sign.gone and now - since > DEAD]
+        if dead:
+            last = self.signs[dead[0]][0].last
+            self.verdict(
+                f"{ranks_in_words(dead)} died: a connection to it broke and it gave no sign of life for {DEAD:g} s; it last {last}, "
+                f"while rank {self.rank} {own.last}; look for what ended it (its own output, the kernel's out-of-memory killer), and start all ranks again"
+            )
+            self.told = self.store.get("verdict").decode()
 
     def part(self) -> None:
-        """This rank launches nothing more: its last entry says so, and is compared with what the others do."""
+        """This rank launches nothing more: its last sign says so, and is compared with what the others do."""
         error, until = getattr(sys, "last_value", None), time.monotonic() + LINGER
-        why = f"with {self.raised[2]}" if self.raised else f"with {_words(error)}" if error else f"after step {self.context[1]}"
-        self.fresh.append(("", 0, "", 0, "left", "", "", 0, why))
-        self.raised = None
+        why = f"with {self.raised[1]}" if self.raised else f"with {_words(error)}" if error else self.after()
+        self.gone, self.raised = _gone("left", why), None
+        self.publish()
         self.look()
         self.store.add("left", 1)
         while not self.told and time.monotonic() < until:
@@ -224,59 +318,72 @@ class Watch(threading.Thread):
             self.look()
             time.sleep(PERIOD / 10)
 
+    def after(self) -> str:
+        return f"after step {self.log.entries[-1][2].context.step}" if self.log.entries else "after nothing"
+
+    def orphaned(self) -> None:
+        """The store does not answer: rank 0 is gone, and took it along. Said where this rank still waits for something."""
+        while not self.lent and self.rank and not self.leaving.wait(PERIOD / 2):
+            if self.log.count != self.count:
+                self.count, self.moved = self.log.count, time.monotonic()
+            if self.broken or self.inside and time.monotonic() - self.moved > NOTICE - DEAD:
+                last = str(self.log.entries[-1][2]) if self.log.entries else "launched nothing"
+                self.lost = (
+                    f"rank 0 died or left, and the world's store with it, while rank {self.rank} {last}; "
+                    "every rank must make as many calls, and an error on one rank ends all"
+                )
+                self.told = "" if self.broken else self.lost
+                return
+
     def end(self) -> None:
         """Say it once, with the line of the caller's code, and end the process: no exception reaches a thread inside a wait."""
         self.leaving.wait(PATIENCE if self.raised else 2 * PERIOD)  # an exception on its way out is shown first; others hear before a connection breaks
+        if self.settled:  # the main thread says it
+            return
         print(f"funczero: {self.told}{'' if self.leaving.is_set() else _place_of(self.caller)}", file=sys.stderr, flush=True)
         if not (self.leaving.is_set() and hasattr(sys, "last_value")):  # else it ends by itself, with an error
-            sys.stdout.flush()
+            _flush()
             os._exit(1)
 
-    def judge(self, peer: int) -> None:
-        """Write the message that all ranks print: who is odd, where, what the others do, and what to change."""
-        n, entries = -1, {}
-        own = {self.count - len(self.log) + i: checksum for i, (checksum, _) in enumerate(self.log)}
-        for r in (peer, *range(self.size)):
-            count, tail = json.loads(zlib.decompress(self.store.get(f"tail/{r}"))) if self.store.check([f"tail/{r}"]) else (0, [])
-            by_number = {count - len(tail) + i: entry for i, entry in enumerate(tail)}
-            n = next((i for i, (checksum, _) in by_number.items() if own.get(i, checksum) != checksum), -1) if n < 0 else n
-            if n in by_number:
-                entries[r] = Entry(*by_number[n][1])
-        self.doubt = self.doubt or time.monotonic()
-        if not entries or len(entries) < self.size and time.monotonic() - self.doubt < 2 * PERIOD:  # others are about to be there, and have a vote
-            return
-        found, entries = Counter(e[:-1] for e in entries.values()), dict(sorted(entries.items()))
-        usual = max(entries.values(), key=lambda e: (found[e[:-1]], not e.text, e.call == UPDATE))  # what most do; of two, the plainer
-        odd = next((r for r, e in entries.items() if e[:-1] != usual[:-1]), peer)
-        others = [r for r, e in entries.items() if e[:-1] == usual[:-1]]
-        self.store.compare_set("verdict", "", f"rank {odd} {entries[odd]}, while {_ranks(others)} {usual}; {self.remedy(entries[odd], usual)}")
 
-    def remedy(self, odd: Entry, usual: Entry) -> str:
-        """What to write instead."""
-        gone, there = (odd, usual) if odd.text else (usual, odd)
-        if gone.text and not gone.text.startswith("after"):
-            return "an error on one rank ends all"
-        if gone.text:
-            return f"every rank must make as many calls of {there.call}{': give every rank as many batches' * (there.call == UPDATE)}"
-        if odd.spec != usual.spec:
-            one, many = (zlib.decompress(self.store.get(f"text/{e.spec}")).decode().split("\n") + [""] for e in (odd, usual))
-            a, b = next((a, b) for a, b in zip(one, many, strict=False) if a != b)
-            return f"every rank must build the same chain from like parameters, but one has {a!r} where others have {b!r}"
-        if odd.call != usual.call:
-            return f"every rank must make the same calls: {odd.call if odd.call != UPDATE else usual.call} on all ranks or on none"
-        if odd.step != usual.step:
-            return "every rank must hold the same state: restore the same checkpoint, and make as many updates"
-        if odd.rows != usual.rows:
-            return "every rank must be given as many rows, as step.local_rows deals them"
-        return "every rank must launch the same collectives: no branch of the loss may depend on the rank or on its rows"
+class _SlowAbort:
+    """Gloo aborts, from a thread of its own, when a message is longer than expected; let it wait until the ranks are compared."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.before: Any = None
+        try:
+            library, kind = ctypes.CDLL("libstdc++.so.6"), ctypes.CFUNCTYPE(None)
+            self.set = library._ZSt13set_terminatePFvvE
+        except (AttributeError, OSError):  # another C++ library: gloo's message stands alone
+            return
+        self.set.restype, self.set.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+        def handler() -> None:
+            until = time.monotonic() + 2 * LINGER + 4 * PERIOD
+            while time.monotonic() < until or watch.told and watch.is_alive():  # the watch ends the process
+                time.sleep(PERIOD / 10)
+            kind(self.before)()
+
+        self.callback = kind(handler)  # to be kept
+        self.before = self.set(ctypes.cast(self.callback, ctypes.c_void_p))
+
+    def undo(self) -> None:
+        """Before the interpreter goes: no C++ thread may call into it any more."""
+        if self.before is not None:
+            self.set(self.before)
+
+
+def _gone(verb: str, why: str) -> str:
+    return json.dumps(Entry(Context(""), verb, text=why))
 
 
 def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{' ...' * (len(ranks) > 8)}"
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _place_of(thread: int) -> str:
@@ -285,20 +392,3 @@ def _place_of(thread: int) -> str:
     while frame is not None and frame.f_code.co_filename.startswith(ours):
         frame = frame.f_back
     return "" if frame is None else f" (this rank is at {frame.f_code.co_filename}:{frame.f_lineno})"
-
-
-def _slow_abort() -> Any:
-    """Gloo aborts, from a thread of its own, when a message is longer than expected; let it wait until the ranks are compared."""
-    try:
-        library, kind = ctypes.CDLL("libstdc++.so.6"), ctypes.CFUNCTYPE(None)
-        library._ZSt13set_terminatePFvvE.restype = ctypes.c_void_p
-
-        def handler() -> None:
-            time.sleep(LINGER + 4 * PERIOD)
-            kind(before)()
-
-        callback = kind(handler)
-        before = library._ZSt13set_terminatePFvvE(callback)
-        return callback  # to be kept
-    except (AttributeError, OSError):  # another C++ library: gloo's message stands alone
-        return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -46,20 +47,24 @@ def count_bytes(step: Any) -> Iterator[Counter]:
         del counter[key]
 
 
-def _sent(mesh: Mesh, axis: str, verb: str, dtype: torch.dtype, n: int) -> None:
-    name = str(dtype).removeprefix("torch.")
+def _sent(mesh: Mesh, axis: str, verb: str, dtype: torch.dtype, n: int, units: tuple[int, ...] = ()) -> None:
+    name = _name_of(dtype)
     mesh.sent[axis, verb, name] += n
-    if mesh.watch is not None:
-        mesh.watch.note(verb, axis, name, n)
+    mesh.ledger.note(verb, axis, name, n, units)
+
+
+@cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # --- one flat buffer --------------------------------------------------------------------------------------------------
-def launch_gather(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
-    """Start to gather [n] into [W, n]; finish with wait."""
+def launch_gather(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ()) -> Tensor:
+    """Start to gather [n] into [W, n]; finish with wait. `units` says whose values these are, for ranks to compare."""
     size, _, group = mesh.axes[axis]
     if size == 1:
         return x.view(1, -1)
-    _sent(mesh, axis, "all_gather", x.dtype, x.nbytes * (size - 1))
+    _sent(mesh, axis, "all_gather", x.dtype, x.nbytes * (size - 1), units)
     return _gather_rows(x, size, group, mesh)
 
 
@@ -71,20 +76,20 @@ def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
         return _ops.all_gather_into_tensor(x, size, group).view(size, -1)
 
 
-def launch_exchange(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ()) -> Tensor:
     """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order."""
     size, _, group = mesh.axes[axis]
     if size == 1:
         return x
-    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size)
+    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, units)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.all_to_all_single(x, [1] * size, [1] * size, group)
 
 
-def _launch_backend_sum(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+def _launch_backend_sum(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...]) -> Tensor:
     """Start the backend's own reduce-scatter of [W, n], in whatever order it adds."""
     size, _, group = mesh.axes[axis]
-    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size)
+    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, units)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.reduce_scatter_tensor(x, "sum", size, group)
 
@@ -97,19 +102,69 @@ def wait(x: Tensor) -> Tensor:
 
 def sum_integers(x: Tensor, axes: tuple[str, ...], mesh: Mesh) -> Tensor:
     """An int64 sum over axes: integers add in any order. One collective where the axes are the whole mesh."""
+    return _summed(x, axes, mesh, noted=True)
+
+
+def _summed(x: Tensor, axes: tuple[str, ...], mesh: Mesh, noted: bool) -> Tensor:
     axes = tuple(a for a in axes if mesh.axes[a].size > 1)
     if axes and mesh.world_group and {a for a, n in mesh.sizes().items() if n > 1} == set(axes):
-        return _sum_over(x, "+".join(axes), prod(mesh.sizes().values()), mesh.world_group, mesh)
+        return _sum_over(x, "+".join(axes), prod(mesh.sizes().values()), mesh.world_group, mesh, noted)
     for a in axes:
-        x = _sum_over(x, a, mesh.axes[a].size, mesh.axes[a].group, mesh)
+        x = _sum_over(x, a, mesh.axes[a].size, mesh.axes[a].group, mesh, noted)
     return x
 
 
-def _sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh) -> Tensor:
-    if mesh.device.type == "cpu" and x.nbytes * size <= SHORT:
-        _sent(mesh, name, "all_reduce", x.dtype, x.nbytes * (size - 1))
+def sum_and_compare(parts: Sequence[Tensor], axes: tuple[str, ...], mesh: Mesh) -> tuple[Tensor, Tensor | None]:
+    """The int64 sum of flat `parts` over axes, one after another, in which all ranks of the mesh also compare what they launched (ledger.py).
+
+    Every rank of the mesh takes part. Over the mesh's other axes the parts are the same, and are counted once.
+
+    Returns:
+      the sum; and, on an accelerator, whether the ranks agree, as a bool tensor: it is told at the next sum there, without waiting for this one.
+
+    Raises:
+      DivergenceError: they do not; on all ranks alike, and before anything is made of the sum.
+    """
+    ledger, everything = mesh.ledger, tuple(mesh.axes)
+    if ledger.ranks == 1:
+        return sum_integers(parts[0] if len(parts) == 1 else torch.cat(tuple(parts)), axes, mesh), None
+    groups = _alike(mesh) if ledger.replicated else None
+    if ledger.later is not None:  # an earlier sum's
+        later, ledger.later = ledger.later.tolist(), None
+        ledger.agreed(later, groups)
+    own = [0] * ledger.ranks * (1 if groups is None else 2)
+    own[ledger.place], rows = ledger.seal("+".join(a for a in everything if mesh.axes[a].size > 1), 8 * sum(p.numel() for p in parts))
+    if groups is not None:
+        own[ledger.ranks + ledger.place] = rows
+    if any(mesh.axes[a].index for a in everything if a not in axes):
+        parts = [torch.zeros_like(p) for p in parts]
+    table = torch.tensor(own, device=mesh.device)
+    total = _summed(torch.cat((table, *parts)), everything, mesh, noted=False)
+    table, total = total[: len(own)], total[len(own) :]
+    if mesh.device.type == "cpu":
+        ledger.agreed(table.tolist(), groups)
+        return total, None
+    ledger.later = table
+    return total, (table[: ledger.ranks] == table[0]).all()
+
+
+def _alike(mesh: Mesh) -> list[int]:
+    """By place in the mesh: which ranks are given the same rows."""
+    groups = [0]
+    for name, a in mesh.axes.items():
+        groups = [g * (1 if name in mesh.ledger.replicated else a.size) + (0 if name in mesh.ledger.replicated else i) for g in groups for i in range(a.size)]
+    return groups
+
+
+def _sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: bool) -> Tensor:
+    short = mesh.device.type == "cpu" and x.nbytes * size <= SHORT
+    nbytes = x.nbytes * (size - 1) if short else 2 * x.nbytes * (size - 1) // size
+    if noted:
+        _sent(mesh, name, "all_reduce", x.dtype, nbytes)
+    else:  # it stands in the ledger already, by its own checksum
+        mesh.sent[name, "all_reduce", _name_of(x.dtype)] += nbytes
+    if short:
         return wait(_gather_rows(x, size, group, mesh)).sum(0)
-    _sent(mesh, name, "all_reduce", x.dtype, 2 * x.nbytes * (size - 1) // size)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.wait_tensor(_ops.all_reduce(x, "sum", group))
 
@@ -185,7 +240,7 @@ def gather_units(where: Where, units: Sequence[int], axis: str, mesh: Mesh, buff
         return Travelling(lambda: list(buffers))
     inner = where.inner(axis, size, index)
     parts = [b.narrow(0, 0, _travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
-    wire = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), axis, mesh)
+    wire = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), axis, mesh, tuple(units))
 
     def finish() -> list[Tensor]:
         out, offset, whole = [], 0, wait(wire)
@@ -214,9 +269,9 @@ def scatter_units(where: Where, units: Sequence[int], axis: str, mesh: Mesh, lea
         here, there = _pairs(_plan(where, u, axis, size), size, xs, row, None)
         _copy(there, here)
     if mesh.sums == "backend" and size > 1:
-        part = _launch_backend_sum(send.to(dtype), axis, mesh)
+        part = _launch_backend_sum(send.to(dtype), axis, mesh, tuple(units))
         return Travelling(lambda: list(wait(part).view(-1).split_with_sizes(lengths)))
-    wire = launch_exchange(send, axis, mesh)
+    wire = launch_exchange(send, axis, mesh, tuple(units))
     return Travelling(lambda: list(tree_sum(wait(wire).to(dtype) if size > 1 else wire).split_with_sizes(lengths)))
 
 

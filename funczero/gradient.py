@@ -26,6 +26,7 @@ def value_and_grad(
     trainable: str | Callable[[str], bool] | None = None,
     has_aux: bool = False,
     rng: bool = False,
+    replicated: Sequence[str] = (),
 ) -> Source:
     """The loss and its gradient, as sums over the examples: a Source, at the left end of a chain.
 
@@ -39,6 +40,7 @@ def value_and_grad(
       trainable: regex or predicate on paths; the other leaves have no gradient, no moments and are not reduced.
       has_aux: the loss returns (sum, weight, aux); aux is a tree of 0-d sums, summed in the gradients' order.
       rng: call loss_fn(params, batch, key) with a key folded from (state.step, global micro-batch index).
+      replicated: mesh axes that the batch is not split over, on purpose: ranks along them are given the same rows, which is compared.
 
     Raises:
       ChainError: the batch's spec splits another dim than 0.
@@ -51,10 +53,11 @@ def value_and_grad(
         return _build(source, env, lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng))
 
     ties, patterns = tuple(getattr(loss_fn, "ties", {}).items()), _patterns("value_and_grad(trainable=...)", trainable)
-    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, ties=ties, patterns=patterns)
+    axes = (replicated,) if isinstance(replicated, str) else tuple(replicated)
+    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, ties=ties, patterns=patterns, replicated=axes)
 
 
-def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = None) -> Source:
+def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = None, replicated: Sequence[str] = ()) -> Source:
     """A gradient whose forward ran elsewhere: its batch is `(pull, loss, weight)` with `pull: cotangent -> gradients`.
 
     `pull` is the vector-Jacobian product of the caller's loss at `step.view(state)`, as the tree of those leaves (see fz.pull);
@@ -79,7 +82,9 @@ def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = Non
         return loss, weight, None, [None if structure.frozen(i) else g for i, g in enumerate(grads)]
 
     patterns = _patterns("pullback(trainable=...)", trainable)
-    return Source("pullback", lambda source, env: _build(source, env, pulled, forward=False), _batch_axes(batch), (), frozen, patterns=patterns)
+    axes = (replicated,) if isinstance(replicated, str) else tuple(replicated)
+    make = lambda source, env: _build(source, env, pulled, forward=False)
+    return Source("pullback", make, _batch_axes(batch), (), frozen, patterns=patterns, replicated=axes)
 
 
 def pull(loss: Tensor, views: Any) -> Callable[[Tensor], Any]:

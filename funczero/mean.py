@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funczero import order, tree
-from funczero.collectives import sum_integers
+from funczero.collectives import sum_and_compare
 from funczero.norm import BINS, CHUNK, folds, norm_of, square_bins
 from funczero.spec import Slots
 from funczero.transform import after, refuse
@@ -21,6 +21,7 @@ def mean(g: Grad) -> Grad:
 
     Every loss and weight travels as its float64 bits at its global micro-batch index (zero elsewhere), with the norm's integer
     bins: integer sums have no order. Left of it are sums, right of it values. A weight of zero leaves ok false.
+    With them every rank's checksum of what it launched: ranks that did not do the same raise here, and nothing is applied.
     """
     lay, env = g.layout, g.env
     if lay.mean:
@@ -38,13 +39,13 @@ def mean(g: Grad) -> Grad:
         parts = [bits.view(-1), _norm_bins(out.grads, lay, env)]
         if out.bad is not None:
             parts.append(_place_of(out.bad, lay, env))
-        packed = sum_integers(torch.cat(parts), lay.batch, env.mesh)
+        packed, alike = sum_and_compare(parts, lay.batch, env.mesh)
         table = packed[: bits.numel()].view(torch.float64).view(lay.stride, -1)
         total = order.tree_sum(table)
         bins = packed[bits.numel() : bits.numel() + 1 + BINS]
         bad = None if out.bad is None else _first_bad(packed[bits.numel() + 1 + BINS :], len(out.bad))
         loss, weight = total[0], total[1]
-        finite, factor = bins[0] == 0, 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
+        finite, factor = bins[0] == 0 if alike is None else (bins[0] == 0) & alike, 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
         norm = torch.where(finite, norm_of(bins, folds(out.grads.buffers[0].dtype)) * factor, torch.inf)
         aux = None if out.aux is None else tree.unflatten(list(total[2:]), out.aux[1])
         return Out(loss * factor, weight, aux, out.grads, factor, norm, finite & (weight > 0), bad, {**out.logs, "rows": table}), state
@@ -70,7 +71,7 @@ def _norm_bins(grads: Slots, lay: Layout, env: Env) -> Tensor:
 
 def global_norm(grads: Slots, factor: Tensor, lay: Layout, env: Env) -> Tensor:
     """The norm of factor * grads over the whole tree, for a gradient that was rewritten since the mean; one collective."""
-    bins = sum_integers(_norm_bins(grads, lay, env), lay.batch, env.mesh)
+    bins, _ = sum_and_compare([_norm_bins(grads, lay, env)], lay.batch, env.mesh)
     return torch.where(bins[0] == 0, norm_of(bins, folds(grads.buffers[0].dtype)) * factor, torch.inf)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from funczero import environment
+from funczero.ledger import Ledger
 
 
 class P(tuple):
@@ -63,7 +64,7 @@ class Mesh(NamedTuple):
     world_group: str = ""  # the group of all, where the mesh spans them
     connected: bool = False
     sums: str = "tree"  # how gradients are added over ranks: in the one tree, or by the "backend" as it likes
-    watch: Any = None  # the record that other ranks compare (check.py); None: nobody looks
+    ledger: Any = None  # the checksum of all launches, which ranks compare; shared by all copies, as `sent` is
 
     def sizes(self) -> dict[str, int]:
         """Axis sizes by name."""
@@ -72,6 +73,14 @@ class Mesh(NamedTuple):
     def index(self, axis: str) -> int:
         """This process's place on an axis."""
         return self.axes[axis].index
+
+    def place(self, axes: tuple[str, ...]) -> tuple[int, int]:
+        """This process among those along some axes, outermost first, and their number."""
+        index, size = 0, 1
+        for name in axes:
+            a = self.axes[name]
+            index, size = index * a.size + a.index, size * a.size
+        return index, size
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={a.size}" for name, a in self.axes.items()) or "no axes"
@@ -173,7 +182,7 @@ def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | 
         raise TypeError(f"mesh: {mesh!r} is neither a dict of axis sizes nor a DeviceMesh; write mesh={{'data': -1}}")
     sizes = _resolve(mesh or {}, world_size())
     where = torch.device(device) if device else _default_device()
-    return Mesh({name: Axis(n, 0, "") for name, n in sizes.items()}, where, Counter(), connected=False)
+    return Mesh({name: Axis(n, 0, "") for name, n in sizes.items()}, where, Counter(), connected=False, ledger=Ledger())
 
 
 def connect(mesh: Mesh) -> Mesh:
@@ -186,7 +195,8 @@ def connect(mesh: Mesh) -> Mesh:
         raise ValueError(_wrong_world(sizes, world.size))
     if world.size == 1:
         return mesh._replace(connected=True)
-    return _connected(_shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type))._replace(sent=mesh.sent, device=mesh.device, sums=mesh.sums, watch=mesh.watch)
+    live = _connected(_shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type), mesh.ledger)
+    return live._replace(sent=mesh.sent, device=mesh.device, sums=mesh.sums)
 
 
 @lru_cache(maxsize=16)
@@ -195,7 +205,7 @@ def _shared_mesh(world: Any, sizes: tuple[tuple[str, int], ...], device: str) ->
     return make_mesh(dict(sizes), device)
 
 
-def _connected(mesh: DeviceMesh) -> Mesh:
+def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
     names = mesh.mesh_dim_names
     if not names:
         raise ValueError("mesh: this DeviceMesh has no mesh_dim_names; make it with fz.make_mesh({'data': -1})")
@@ -206,4 +216,6 @@ def _connected(mesh: DeviceMesh) -> Mesh:
     whole = dist.get_world_size() == mesh.size()
     device = torch.device(mesh.device_type) if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.accelerator.current_device_index())
     group: Any = dist.group.WORLD
-    return Mesh(axes, device, Counter(), group.group_name if whole else "", connected=True)
+    out = Mesh(axes, device, Counter(), group.group_name if whole else "", connected=True, ledger=ledger or Ledger())
+    out.ledger.joined(*out.place(tuple(axes)), device)
+    return out

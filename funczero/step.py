@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from funczero import order, rng, tree
+from funczero.alike import begin
 from funczero.chain import Source, build, chain, configured
 from funczero.check import UPDATE, recorded, watched
-from funczero.collectives import all_gather, sum_integers
+from funczero.collectives import all_gather, sum_and_compare
 from funczero.fits import Book, Fits
 from funczero.gradient import check_loss, open_rest
 from funczero.mean import rank_of
@@ -131,7 +132,7 @@ def train_step(
     sums: str = "tree",
     prefetch: bool = True,
     debug: bool = False,
-    check: int | bool = 10,
+    check: int | bool = True,
     patience: int = 20,
 ) -> Step:
     """A step from a chain: a gradient, transforms, and an optimizer that applies the update.
@@ -144,8 +145,8 @@ def train_step(
       sums: how gradients are added over ranks: in the one "tree" (the same bits on any mesh), or by the "backend" as it likes.
       prefetch: start the next block's gather while one computes: one unit more in memory, the same bits.
       debug: log the first non-finite leaf of any update, and its rank.
-      check: for so many updates ranks compare what they launch, and one that differs ends all with a message instead of a hang
-        (check.py); 0: never, True: always.
+      check: a thread compares what ranks launch, for ever, where no sum is reached any more: one that differs, left or died ends all with a
+        message instead of a hang or an abort of the backend (check.py). 0: no such thread; ranks are still compared in every sum (ledger.py).
       patience: after so many updates in a row that were not finite and were skipped, the next call raises on all ranks; those that
         a dynamic loss scale skips on its way down do not count. The first is said, with leaf and rank, and then ever fewer.
 
@@ -184,7 +185,7 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
 
     @cache
     def running() -> Grad:
-        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, options.check)), donate=donated, early=early))
+        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, options.check, parts, source.replicated)), donate=donated, early=early))
 
     @cache
     def probe() -> Grad:  # the same gradients, and nothing applied
@@ -194,6 +195,7 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         g = running()
         own = _lazy(source, g, params, g.env.mesh.device)
         _check_widening(params, g.env.policy)
+        begin(params, own.structure, key, g.env.mesh)
         if _speaks(g):
             say(book.said, narrow(params, g.env.policy), nested(params, source.units))
         state = _initial(g, own, key)
@@ -305,7 +307,8 @@ def _mean_over_ranks(sums: Tensor, g: Grad) -> Eval:
     index, size = rank_of(g.layout, g.env)
     bits = torch.zeros(size, 2, dtype=torch.int64, device=sums.device)
     bits[index] = sums.view(torch.int64)
-    loss, weight = order.tree_sum(sum_integers(bits.view(-1), axes, g.env.mesh).view(torch.float64).view(size, 2))
+    total, _ = sum_and_compare([bits.view(-1)], axes, g.env.mesh)
+    loss, weight = order.tree_sum(total.view(torch.float64).view(size, 2))
     return Eval(loss / weight, weight)
 
 

@@ -29,7 +29,7 @@ def orders():
 def distances():
     """By order: the largest distance of the gradient from that of the whole batch on one rank."""
     flat, batch = lambda out: torch.cat([x.flatten() for x in out.grads.leaves()]), zoo.batch(0, torch.float64, 16)
-    want, found = flat(zoo.Sums(fz.value_and_grad(zoo.loss_plain), mesh=NEST)(batch)), {}
+    want, found = flat(zoo.Sums(fz.value_and_grad(zoo.loss_plain, replicated=tuple(NEST)), mesh=NEST)(batch)), {}
     for name, parts in orders().items():
         sums = zoo.Sums(*parts, mesh=NEST)
         found[name] = (flat(sums(order.deal(batch, sums.grad.layout, sums.mesh.index))) - want).abs().max().item()

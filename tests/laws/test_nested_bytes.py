@@ -92,7 +92,7 @@ def expected(structure, moves, policy, opens):
             key = axis, "reduce_scatter" if verb == "S" else "all_gather", str(dtype).removeprefix("torch.")
             out[key] += elements * dtype.itemsize * (K if many else 1) * (MESH[axis] - 1)
     rows = K * 4
-    out["node+local", "all_reduce", "int64"] += (rows * 2 + 1 + BINS) * 8 * 3  # losses and weights by micro-batch, and the norm's bins, to three others
+    out["node+local", "all_reduce", "int64"] += (rows * 2 + 1 + BINS + 4) * 8 * 3  # losses and weights by micro-batch, the norm's bins and all checksums, to three others
     return dict(out)
 
 

@@ -47,7 +47,7 @@ def over_ranks(k, way):
     sums = zoo.Sums(zoo.source(), *way(k), mesh={"data": -1})
     batch = zoo.batch(0, torch.float64, sums.grad.layout.stride)
     out = sums(order.deal(batch, sums.grad.layout, sums.mesh.index))
-    alone = zoo.Sums(fz.value_and_grad(zoo.loss_plain, units=("blocks",)), mesh={"data": -1})(batch)
+    alone = zoo.Sums(fz.value_and_grad(zoo.loss_plain, units=("blocks",), replicated=("data",)), mesh={"data": -1})(batch)
     return (total([out])[2:] - total([alone])[2:]).abs().max().item()
 
 
