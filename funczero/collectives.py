@@ -72,8 +72,9 @@ def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
     """[n] to [W, n]. A short message goes to every rank directly: gloo's gather and all_reduce take twice an exchange's latency."""
     with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
         if mesh.device.type == "cpu" and x.nbytes * size <= SHORT:
-            return _ops.all_to_all_single(x.expand(size, -1).reshape(-1), [x.numel()] * size, [x.numel()] * size, group).view(size, -1)
-        return _ops.all_gather_into_tensor(x, size, group).view(size, -1)
+            rows = x.expand(size, -1).reshape(-1)
+            return mesh.flight.note(rows, _ops.all_to_all_single(rows, [x.numel()] * size, [x.numel()] * size, group)).view(size, -1)
+        return mesh.flight.note(x, _ops.all_gather_into_tensor(x, size, group)).view(size, -1)
 
 
 def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ()) -> Tensor:
@@ -83,7 +84,7 @@ def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (
         return x
     _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, units)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.all_to_all_single(x, [1] * size, [1] * size, group)
+        return mesh.flight.note(x, _ops.all_to_all_single(x, [1] * size, [1] * size, group))
 
 
 def _launch_backend_sum(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...]) -> Tensor:
@@ -91,7 +92,7 @@ def _launch_backend_sum(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...]
     size, _, group = mesh.axes[axis]
     _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, units)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.reduce_scatter_tensor(x, "sum", size, group)
+        return mesh.flight.note(x, _ops.reduce_scatter_tensor(x, "sum", size, group))
 
 
 def wait(x: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def _sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: bo
     if short:
         return wait(_gather_rows(x, size, group, mesh)).sum(0)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.wait_tensor(_ops.all_reduce(x, "sum", group))
+        return _ops.wait_tensor(mesh.flight.note(x, _ops.all_reduce(x, "sum", group)))
 
 
 # --- one unit of a Slots ----------------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def all_reduce(x: Slots, axis: str, mesh: Mesh, dtype: torch.dtype) -> Slots:
     for b in x.buffers:
         _sent(mesh, axis, "all_reduce", dtype, 2 * b.numel() * dtype.itemsize * (size - 1) // size)
     with torch._C._AutoDispatchBelowAutograd():
-        flying = [_ops.all_reduce(b.to(dtype), "sum", group) for b in x.buffers]
+        flying = [mesh.flight.note(wide, _ops.all_reduce(wide, "sum", group)) for wide in (b.to(dtype) for b in x.buffers)]
     return Slots(tuple(wait(b) for b in flying), x.where)
 
 

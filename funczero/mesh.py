@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from funczero import environment
+from funczero.inflight import InFlight
 from funczero.ledger import Ledger
 
 
@@ -65,6 +66,7 @@ class Mesh(NamedTuple):
     connected: bool = False
     sums: str = "tree"  # how gradients are added over ranks: in the one tree, or by the "backend" as it likes
     ledger: Any = None  # the checksum of all launches, which ranks compare; shared by all copies, as `sent` is
+    flight: Any = None  # what the backend may still hold when the process ends (inflight.py)
 
     def sizes(self) -> dict[str, int]:
         """Axis sizes by name."""
@@ -182,7 +184,7 @@ def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | 
         raise TypeError(f"mesh: {mesh!r} is neither a dict of axis sizes nor a DeviceMesh; write mesh={{'data': -1}}")
     sizes = _resolve(mesh or {}, world_size())
     where = torch.device(device) if device else _default_device()
-    return Mesh({name: Axis(n, 0, "") for name, n in sizes.items()}, where, Counter(), connected=False, ledger=Ledger())
+    return Mesh({name: Axis(n, 0, "") for name, n in sizes.items()}, where, Counter(), connected=False, ledger=Ledger(), flight=InFlight())
 
 
 def connect(mesh: Mesh) -> Mesh:
@@ -216,6 +218,6 @@ def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
     whole = dist.get_world_size() == mesh.size()
     device = torch.device(mesh.device_type) if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.accelerator.current_device_index())
     group: Any = dist.group.WORLD
-    out = Mesh(axes, device, Counter(), group.group_name if whole else "", connected=True, ledger=ledger or Ledger())
+    out = Mesh(axes, device, Counter(), group.group_name if whole else "", connected=True, ledger=ledger or Ledger(), flight=InFlight())
     out.ledger.joined(*out.place(tuple(axes)), device)
     return out

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cache, reduce
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from funczero.chain import Source, build, chain, configured
 from funczero.check import UPDATE, recorded, watched
 from funczero.collectives import all_gather, sum_and_compare
 from funczero.fits import Book, Fits
-from funczero.gradient import check_loss, open_rest
+from funczero.draws import keyed
+from funczero.gradient import check_loss, drew, open_rest
 from funczero.mean import rank_of
 from funczero.mesh import Mesh, P, connect, plan_mesh
 from funczero.notices import Early, narrow, nested, say
@@ -112,8 +114,11 @@ class Step(NamedTuple):
             g = self.running()
             _usable(state, self.fits)
             tape = Tape(self.fits.views(state), (), g.env, look=False, differentiate=False)
-            with torch.no_grad():
-                loss, weight, _ = check_loss(loss_fn(tape.whole.structure.unflatten(open_rest(tape)), batch), has_aux=False)
+            with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version counters
+                whole = open_rest(tape)
+                with nullcontext() if getattr(loss_fn, "keyed", False) else keyed(None, g.env.mesh.device, drew):
+                    loss, weight, _ = check_loss(loss_fn(tape.whole.structure.unflatten(whole), batch), has_aux=False)
+                tape.left_alone({i: x for i, x in enumerate(whole) if isinstance(x, Tensor)} | tape.leaves, None)
             return _mean_over_ranks(torch.stack([loss.double(), weight.double().to(loss.device)]), g)
 
         return recorded("step.eval", evaluate, self.running)
