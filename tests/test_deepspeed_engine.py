@@ -207,13 +207,13 @@ def test_two_forwards_before_two_backwards_and_a_retained_graph(stage):
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_short_last_group_is_the_mean_of_what_it_has(stage):
+def test_a_short_last_group_is_divided_as_a_full_one(stage):
     engine = make(stage, k=4)
     for i, (x, y) in enumerate((a, b, c)):
         engine.set_gradient_accumulation_boundary(i == 2)
         assert engine.backward(F.cross_entropy(engine(x), y)).item() == pytest.approx(F.cross_entropy(Net()(x), y).item() / 4)
         engine.step()
-    close(moved(engine), gradient((1 / 3, a), (1 / 3, b), (1 / 3, c)))
+    close(moved(engine), gradient((1 / 4, a), (1 / 4, b), (1 / 4, c)))
     engine.set_gradient_accumulation_boundary(False)
     assert not engine.is_gradient_accumulation_boundary() and engine.global_steps == 1 and engine.micro_steps == 3
 
@@ -225,7 +225,7 @@ def test_a_window_may_be_longer_than_the_config_says_and_unmanaged():
         engine.set_gradient_accumulation_boundary(i == 2)
         engine.backward(F.cross_entropy(engine(x), y))
         engine.step()
-    close(moved(engine), gradient((1 / 3, a), (1 / 3, b), (1 / 3, c)))
+    close(moved(engine), gradient((1 / 2, a), (1 / 2, b), (1 / 2, c)))
     engine = make(k=2, managed_gradient_accumulation=False)
     for x, y in (a, b, c):
         engine.backward(F.cross_entropy(engine(x), y))
