@@ -265,16 +265,17 @@ def test_the_users_module_is_always_current_and_shares_memory(stage):
         assert all(torch.equal(p, masters[n]) for n, p in net.named_parameters())
 
 
-def test_at_stage_3_the_users_module_is_empty_and_the_clone_works():
+def test_at_stage_3_the_users_module_is_the_engines_and_is_closed_outside_of_its_calls():
     net = Net()
     want, shapes = {n: x.clone() for n, x in net.state_dict().items()}, {n: p.shape for n, p in net.named_parameters()}
     engine = make(3, model=net)
-    assert all(p.is_meta and p.shape == shapes[n] for n, p in net.named_parameters()) and not net.last.bias.requires_grad
+    assert engine.module is net
+    assert all(p.device == engine.device and p.shape == shapes[n] for n, p in net.named_parameters()) and not net.last.bias.requires_grad
     assert sum(p.numel() for p in engine.parameters()) == sum(x.numel() for x in want.values())
     assert list(engine.state_dict()) == [f"module.{n}" for n in want] and all(torch.equal(engine.module.state_dict()[n], x) for n, x in want.items())
     assert torch.equal(engine.module(a[0]), Net()(a[0])) and torch.equal(engine.module.forward(a[0]), Net()(a[0]))
     with pytest.raises(RuntimeError, match=r"parameter 'first.weight' is sharded \(stage 3\) and has no values here; call engine\(...\)"):
-        net(a[0])
+        F.linear(a[0], net.first.weight)
     with pytest.raises(RuntimeError, match="'scale' is sharded"):
         net.scale + 1
 

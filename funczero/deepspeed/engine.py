@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
@@ -262,7 +263,8 @@ class Engine(Facts, Saving, nn.Module):
         except AttributeError:
             pass
         if name != "module" and not name.startswith("_") and name not in INSTEAD and hasattr(self.module, name):
-            return getattr(self.module, name)
+            found = getattr(self.module, name)
+            return partial(self._leaves.inside, found) if getattr(found, "__self__", None) is self.module else found
         near = get_close_matches(name, [n for n in dir(type(self)) if not n.startswith("_")], 1, 0.6)
         remedy = INSTEAD.get(name) or (f"write {near[0]!r}" if near else "engine.module, engine.state and engine.train_step show everything there is")
         raise AttributeError(f"engine.{name}: it does not exist here; {remedy}")
