@@ -30,7 +30,7 @@ def patterns(k):
         "k backwards, a flag, one step": ([("b", i, True) for i in every] + [True, "s"], {i: 1 / k for i in every}),
         "short by flag": ([False, *both(0), True, *both(1)] if k > 2 else [True, *both(0)], {0: 1 / k, 1: 1 / k} if k > 2 else {0: 1 / k}),
         "long by flag": ([False] + sum((both(i) for i in range(k)), []) + [True, *both(k)], {i: 1 / k for i in range(k + 1)}),
-        "several losses a micro-batch": (sum(([("b", i, True), ("b", i + 1, True), "s"] for i in every), []), {i: ((0 < i) + (i < k)) / k for i in range(k + 1)}),
+        "several losses a micro-batch": (sum(([("b", i, True), ("b", i + 1, True), "s"] for i in every), []), {i: ((i > 0) + (i < k)) / k for i in range(k + 1)}),
         "Hugging Face: not averaged": (sum(([i == k - 1, ("b", i, False), "s"] for i in every), []), {i: 1.0 for i in every}),
         "not averaged, one step": ([False] + [("b", i, False) for i in every] + [True, "s"], {i: 1.0 for i in every}),
         "both kinds": (sum(([b, ("b", 1, False), "s"] for _ in every), []), {0: 1.0, 1: float(k)}),
