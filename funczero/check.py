@@ -44,7 +44,7 @@ BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused"
 class Sign(NamedTuple):
     """What a rank published of itself."""
 
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]  # hides the tuple's method, on purpose
     sum: int = 0
     inside: bool = True  # a call
     beat: int = -1  # looks so far

@@ -72,8 +72,9 @@ class Entry(NamedTuple):
     @classmethod
     def read(cls, values: Sequence[Any]) -> Entry:
         """An entry as JSON gives it back."""
-        c = [tuple(x) if isinstance(x, list) else x for x in values[0]]
-        return cls(Context(*c), *values[1:5], tuple(values[5]), values[6])
+        c: Any = [tuple(x) if isinstance(x, list) else x for x in values[0]]
+        verb, axis, dtype, nbytes, units, text = values[1:7]
+        return cls(Context(*c), verb, axis, dtype, nbytes, tuple(units), text)
 
 
 class Log:
@@ -179,7 +180,7 @@ class Ledger:
         try:
             store, at = dist.distributed_c10d._get_default_store(), f"funczero/told/{hash(tuple(sums))}"
             mine = [dist.get_rank(), [*self.sealed, *self.entries], {e.context.spec: self.texts.get(e.context.spec, "") for e in self.sealed}]
-            store.set(f"{at}/{self.place}", zlib.compress(json.dumps(mine).encode()))
+            store.set(f"{at}/{self.place}", zlib.compress(json.dumps(mine).encode()))  # type: ignore[arg-type]  # bytes are what a store holds
             keys, until = [f"{at}/{p}" for p in range(self.ranks)], time.monotonic() + ANSWER
             while not store.check(keys) and time.monotonic() < until:
                 time.sleep(0.01)

@@ -130,7 +130,7 @@ class Call:
             return out
 
         if unit.again and torch.is_grad_enabled():
-            return run_block(twice, tree.flatten(closed), groups[i], _repeatable(unit.path, args, kwargs), {}, around, True)
+            return run_block(twice, tree.flatten(closed), groups[i], repeatable(unit.path, args, kwargs), {}, around, True)
         tape = next((r.tape for r in closed.values() if isinstance(r, Ref)), None)
         opened = lambda leaves: once({n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs)
         return opened({}) if tape is None else run_unit(tape, groups[i], opened, *around)
@@ -156,7 +156,7 @@ def _at(box: Any, key: Any) -> Any:
     return box.get(key) if isinstance(box, dict) else box[key] if key < len(box) else None
 
 
-def _repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Arguments without empty key-value caches, which a block that runs twice would fill twice; other objects are refused."""
     empty = lambda x: callable(getattr(x, "get_seq_length", None)) and int(x.get_seq_length()) == 0
     both = tuple(None if empty(x) else x for x in args), {k: False if k == "use_cache" else None if empty(x) else x for k, x in kwargs.items()}

@@ -15,8 +15,8 @@ from funczero.alike import begin
 from funczero.chain import Source, build, chain, configured
 from funczero.check import UPDATE, recorded, watched
 from funczero.collectives import all_gather, sum_and_compare
-from funczero.fits import Book, Fits
 from funczero.draws import keyed
+from funczero.fits import Book, Fits
 from funczero.gradient import check_loss, drew, open_rest
 from funczero.mean import rank_of
 from funczero.mesh import Mesh, P, connect, plan_mesh

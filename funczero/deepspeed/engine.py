@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,12 @@ from funczero.deepspeed.facts import Facts
 from funczero.deepspeed.held import stamp
 from funczero.deepspeed.optimizer import DIRECT, EngineOptimizer
 from funczero.deepspeed.saving import Saving
-from funczero.deepspeed.window import amended, taken
+from funczero.deepspeed.window import amended, filled, multiplied, taken
 from funczero.step import Step, donate
 from funczero.types import Metrics, TrainState
 
 INSTEAD = {
     "scale": "engine.backward(loss) scales by itself",
-    "coalesce_grad_reduction": "call engine.backward as often as needed; one reduction follows",
     "compile": "compile blocks of the module before initialize",
     "offload_states": "offload does not exist here yet",
     "reload_states": "offload does not exist here yet",
@@ -45,8 +45,9 @@ class Engine(Facts, Saving, nn.Module):
     Law: the weights, scale and schedule are bit for bit those of `engine.train_step`, the step of `fz.from_deepspeed(config, pullback=True)`,
     on the same micro-batches; `engine.state` is its state.
 
-    What lies between two calls of step() is one micro-batch of weight 1: a second backward adds its loss to it. A window closes at the
-    boundary with the micro-batches it has.
+    A window's gradient is the sum of its losses over gradient_accumulation_steps, whatever calls of backward and step made it: the first
+    losses weigh one micro-batch each, further ones are added to them, and at the boundary a short window is filled up with the weight it lacks.
+    A micro-batch ends at step(), or where the boundary is set anew after a backward, as Accelerate's loops do.
 
     Source: DeepSpeed 0.19.8, DeepSpeedEngine.
     """
@@ -66,6 +67,8 @@ class Engine(Facts, Saving, nn.Module):
         self._boundary: bool | None = None
         self._clock = [0]  # windows closed: what a graph was built in
         self._backwards = self._micro = 0  # backwards since the last step(), step() calls in the window
+        self._again = False  # the next backward adds to the micro-batch of the last one
+        self._unsent = False  # inside no_sync
         self.micro_steps = self.global_samples = 0
         self.metrics: Metrics | None = None
         self._updated = False
@@ -95,16 +98,15 @@ class Engine(Facts, Saving, nn.Module):
 
         Args:
           loss: 0-d, the mean over this rank's micro-batch; computed from what the engine returned, with criteria outside as you like.
-          scale_wrt_gas: False: losses of a window are added, not averaged.
+          scale_wrt_gas: False: this loss is added to the window undivided.
         """
         self._check_loss(loss)
         over = self._k if scale_wrt_gas else 1
-        weight = 0.0 if self._backwards else 1.0 if self._managed else float(self._k)
-        if not scale_wrt_gas:
-            weight = float(not self._backwards and not taken(self._state))
-        micro = (self._leaves.pull(loss, retain_graph, over), loss, weight)
+        more = self._again or taken(self._state) >= self._k
+        times = self._k // over  # a loss that is not averaged weighs as much as k of those that are
+        micro = (multiplied(self._leaves.pull(loss, retain_graph, over), times), loss if times == 1 else loss.detach() * times, 0.0 if more else 1.0)
         try:
-            if self._backwards or taken(self._state) >= self._k:
+            if more:
                 self._state = amended(self._step, self._state, micro)
             else:
                 self._state, _ = self._step(self._state, micro)
@@ -114,6 +116,7 @@ class Engine(Facts, Saving, nn.Module):
                 raise
             raise RuntimeError(said) from e
         self._backwards += 1
+        self._again = True
         return loss.detach() / over if over > 1 else loss.detach()
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
@@ -126,8 +129,10 @@ class Engine(Facts, Saving, nn.Module):
             name = self._leaves.direct()
             why = "engine.backward(loss) was not called since the last engine.step()"
             raise RuntimeError(DIRECT.format(who="engine.step", name=name) if name else f"engine.step: {why}; call it for every micro-batch, before step")
+        if self._unsent:
+            raise RuntimeError("engine.step: it is called inside engine.no_sync(), where nothing is reduced; leave the context first")
         last = self.is_gradient_accumulation_boundary()
-        self.micro_steps, self._micro, self._backwards, self._updated = self.micro_steps + 1, self._micro + 1, 0, False
+        self.micro_steps, self._micro, self._backwards, self._updated, self._again = self.micro_steps + 1, self._micro + 1, 0, False, False
         if last:
             self._update(lr_kwargs or {})
 
@@ -136,7 +141,7 @@ class Engine(Facts, Saving, nn.Module):
         if name is not None:
             what = "was written to since the last update, but the master did not hear of it"
             raise RuntimeError(f"engine.step: parameter {name!r} {what}; write inside deepspeed.zero.GatheredParameters(params, modifier_rank=0)")
-        self.state, self.metrics = self._step(self.optimizer.push(self._state), None)
+        self.state, self.metrics = self._step(self.optimizer.push(filled(self._state, self._k)), None)
         self._micro, self._updated = 0, bool(self.metrics.ok)  # type: ignore[union-attr]
         self.global_samples += self.config_.triad.batch
         self.optimizer.stepped()
@@ -177,14 +182,25 @@ class Engine(Facts, Saving, nn.Module):
         return not self._managed or self._micro + 1 >= self._k
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Whether step() updates, until it is set again."""
-        self._boundary = bool(is_boundary)
+        """Whether step() updates, until it is set again. After a backward it begins another micro-batch."""
+        self._boundary, self._again = bool(is_boundary), False
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Nothing at stages 0 and 1, which send once a window anyway; refused where gradients are sharded."""
         if self.zero_optimization_stage() > 1:
             raise RuntimeError(f"engine.no_sync: at stage {self.zero_optimization_stage()} gradients are sharded as they are born; leave it out, or write stage 1")
+        if self._unsent:
+            raise RuntimeError("engine.no_sync: it is open already; leave the inner one out")
+        self._unsent = True
+        try:
+            yield
+        finally:
+            self._unsent = False
+
+    @contextlib.contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Nothing: backwards add up, and what can wait for the boundary is sent there anyway."""
         yield
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -247,7 +263,8 @@ class Engine(Facts, Saving, nn.Module):
         except AttributeError:
             pass
         if name != "module" and not name.startswith("_") and name not in INSTEAD and hasattr(self.module, name):
-            return getattr(self.module, name)
+            found = getattr(self.module, name)
+            return partial(self._leaves.inside, found) if getattr(found, "__self__", None) is self.module else found
         near = get_close_matches(name, [n for n in dir(type(self)) if not n.startswith("_")], 1, 0.6)
         remedy = INSTEAD.get(name) or (f"write {near[0]!r}" if near else "engine.module, engine.state and engine.train_step show everything there is")
         raise AttributeError(f"engine.{name}: it does not exist here; {remedy}")

@@ -14,6 +14,7 @@ class Facts:
     """An engine's answers, from its resolved config."""
 
     config_: Config
+    _leaves: Any
 
     def get_batch_info(self) -> tuple[int, int, int]:
         """Rows of an update, rows of a micro-batch on a rank, micro-batches of an update."""
@@ -88,7 +89,8 @@ class Facts:
         return DataLoader(dataset, batch_size or self.train_micro_batch_size_per_gpu(), sampler=sampler, collate_fn=collate_fn, num_workers=workers)
 
     def destroy(self) -> None:
-        """Nothing: memory goes with the engine."""
+        """The module's own forwards again; memory goes with the engine."""
+        self._leaves.release()
 
     def empty_partition_cache(self) -> None:
         """Nothing: what is gathered is dropped after its use."""

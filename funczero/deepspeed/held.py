@@ -5,12 +5,15 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from enum import Enum
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from funczero import tree
+from funczero.deepspeed.leaf import number
 from funczero.spec import Slots
 from funczero.step import Step
 from funczero.types import TrainState
@@ -49,29 +52,101 @@ class Held(nn.Parameter):
 
 
 ALLOWED = {
-    "__get__", "__set__", "__delete__", "numel", "nelement", "size", "dim", "ndimension", "element_size", "is_floating_point", "is_complex", "requires_grad_",
+    "numel", "nelement", "size", "dim", "ndimension", "element_size", "is_floating_point", "is_complex", "requires_grad_",
     "stride", "is_contiguous", "__hash__", "__repr__", "__len__",
 }  # fmt: skip
 
 
+FACTS = {  # properties that ask for no value
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_xla", "is_hpu",
+    "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "names", "itemsize", "nbytes", "_version", "retains_grad", "output_nr", "grad_dtype",
+    "_backward_hooks", "_post_accumulate_grad_hooks", "_grad",
+}  # fmt: skip
+SET = {"grad", "requires_grad", "_grad", "_backward_hooks", "_post_accumulate_grad_hooks"}
+
+
+class ZeroParamStatus(Enum):
+    """What programs compare `param.ds_status` with."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+def emptied(p: Any) -> None:
+    """A parameter becomes one that is closed: its shape over one element on its device."""
+    p.__class__ = nn.Parameter
+    p.grad, p.data = None, torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
+    p.__class__ = Closed
+
+
+def filled_in(p: Any, value: Tensor) -> None:
+    """A closed parameter becomes an ordinary one."""
+    p.__class__ = nn.Parameter
+    p.data = value
+
+
 class Closed(Held):
-    """A parameter of a module at stage 3: it has a shape and a dtype, and no values."""
+    """A parameter of a module at stage 3: it has a shape, a dtype and a device, and no values."""
+
+    ds_status = ZeroParamStatus.NOT_AVAILABLE
+    ds_shape = property(lambda self: self.shape, doc="As a program for DeepSpeed asks for it.")
+    ds_numel = property(lambda self: self.numel(), doc="Of the whole parameter.")
+
+    @property
+    def ds_id(self) -> int:
+        """A number that no other parameter of this process has."""
+        if "ds_number" not in self.__dict__:
+            self.ds_number = next(_NUMBERS)
+        return self.ds_number
+
+    @property
+    def ds_tensor(self) -> Tensor:
+        """This rank's rows; of an engine's parameter those of the master."""
+        engine = None if self.home[0] is None else self.home[0]()
+        if engine is None:
+            part = getattr(self, "part", None)
+            return torch.empty(0, dtype=self.dtype) if part is None else part
+        slots = engine._state.params
+        return slots.leaves()[number(slots.where.structure, self.home[1])].detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy is closed, too, and of no engine."""
+        return memo.setdefault(id(self), _orphan(self.home[1], tuple(self.shape), self.dtype, self.device, self.requires_grad))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """So is one that is pickled."""
+        return _orphan, (self.home[1], tuple(self.shape), self.dtype, self.device, self.requires_grad)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What asks for no value; any other use is refused, with the correction."""
-        if func.__name__ in ALLOWED and getattr(func, "__self__", None) is not Tensor.data:
+        if func.__name__ in ALLOWED or func.__name__ in ("__get__", "__set__", "__delete__") and _is_fact(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         own = next((x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Closed)), None)
         name = "?" if own is None else own.home[1]
         raise RuntimeError(  # a TypeError would be taken for an operand that does not fit
-            f"parameter {name!r} is sharded (stage 3) and has no values here; call engine(...) or engine.module(...), read engine.module.state_dict(), "
-            "or open it: with deepspeed.zero.GatheredParameters(params): ..."
+            f"parameter {name!r} is sharded (stage 3) and has no values here; call engine(...) or engine.module(...), or a method of the module as engine.method(...); "
+            "read engine.module.state_dict(), or open it: with deepspeed.zero.GatheredParameters(params): ..."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"<sharded parameter {self.home[1]!r} {tuple(self.shape)} {self.dtype}>"
+
+
+_NUMBERS = count()
+
+
+def _is_fact(func: Any) -> bool:
+    return getattr(getattr(func, "__self__", None), "__name__", "") in (FACTS if func.__name__ == "__get__" else SET)
+
+
+def _orphan(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: Any, learn: bool) -> Closed:
+    p: Any = nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(shape), learn)
+    p.__class__ = Closed
+    p.home, p.part = (lambda: None, name), None
+    return p
 
 
 def named(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -86,8 +161,8 @@ def take(module: nn.Module, engine: Any, cls: type[Held]) -> None:
         if home is not None and home[0] is not None and home[0]() not in (None, engine):
             raise RuntimeError(f"initialize: parameter {name!r} belongs to another engine already; give each engine a module of its own")
         if home is None or home[0] is None or home[0]() is not engine:
-            if cls is not Held and not p.is_meta:
-                torch.utils.swap_tensors(p, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad))
+            if cls is Closed and type(p) is not Closed:
+                emptied(p)
             p.__class__ = cls
             p.home, p.part = (weakref.ref(engine), name), None  # type: ignore[attr-defined]
 
@@ -129,6 +204,13 @@ class Whole:
         """The module's."""
         return self.module(*args, **kwargs)
 
+    def inside(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """fn, which reads the module's parameters."""
+        return fn(*args, **kwargs)
+
+    def release(self) -> None:
+        """Nothing was put onto the module."""
+
     def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[[Tensor], Any]:
         """The vector-Jacobian product of a loss at the parameters, for the chain; what else learns gets the .grad of loss / over."""
 
@@ -167,7 +249,7 @@ def differentiate(loss: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, ret
     Args:
       owner: the `home` of leaves that were made for one window.
     """
-    known, leaves = {id(x) for x in (*wanted, *ports)}, _leaves(loss)
+    known, leaves = {id(x) for x in (*wanted, *ports)}, leaves_under(loss)
     if owner is not None and any(getattr(x, "home", None) is owner and id(x) not in known for x in leaves):
         raise RuntimeError(OLD)
     if not any(id(x) in known for x in leaves):
@@ -181,7 +263,7 @@ def differentiate(loss: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, ret
     return list(found[: len(wanted)])
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
+def leaves_under(loss: Tensor) -> list[Tensor]:
     """Tensors that the graph of a loss ends in."""
     todo, seen, out = [loss.grad_fn], {loss.grad_fn}, []
     while todo:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
 from funczero.deepspeed import comm
-from funczero.deepspeed.held import Closed
+from funczero.deepspeed.held import Closed, emptied, filled_in
 from funczero.spec import Fill
 
 
@@ -79,11 +79,11 @@ def cut(module: nn.Module, dtype: torch.dtype | None) -> None:
 def close(p: Any, name: str, whole: Tensor) -> None:
     """A parameter that holds its rows of a value, and shows none."""
     place = rows(whole.shape)
-    learn = p.requires_grad
+    part = whole[place].clone()
     if type(p) is not Closed:
-        torch.utils.swap_tensors(p, nn.Parameter(torch.empty(whole.shape, dtype=whole.dtype, device="meta"), learn))
-        p.__class__ = Closed
-    p.home, p.part = (None, name), whole[place].clone()
+        filled_in(p, whole)  # its dtype and device
+        emptied(p)
+    p.home, p.part = (None, name), part
 
 
 def rows(shape: Sequence[int]) -> tuple[slice, ...]:
@@ -127,9 +127,8 @@ def start_of(p: Any, whole: bool) -> Any:
 
 def reopen(p: Any) -> None:
     """An ordinary parameter again, for stages that hold it whole."""
-    value, learn = whole_of(p), p.requires_grad
-    p.__class__ = nn.Parameter
-    torch.utils.swap_tensors(p, nn.Parameter(value, learn))
+    filled_in(p, whole_of(p))
+    del p.home, p.part
 
 
 @contextmanager

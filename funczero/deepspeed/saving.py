@@ -134,6 +134,7 @@ class Saving:
             self.micro_steps, self._micro, self._backwards = self.micro_steps - self._micro, 0, 0
         if beside.get("k", self._k) != self._k:  # as many micro-batches as this world takes for the same updates
             self.micro_steps = int(state.step) * self._k + self._micro
+        self._again = self._backwards > 0
         if schedulers and self.client_lr_scheduler and beside.get("lr_scheduler") is not None:
             self.lr_scheduler.load_state_dict(beside["lr_scheduler"])
 

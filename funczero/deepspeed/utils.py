@@ -46,9 +46,9 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
-    """The mean gradient of the open window so far, whole, unscaled and before the clip; None between windows. A collective."""
+    """The sum of the open window's gradients so far over its micro-batches, whole, unscaled and before the clip; None between windows. A collective."""
     engine, name = home(param)
-    grads = mean_gradient(engine.train_step, engine._state)
+    grads = mean_gradient(engine.train_step, engine._state, engine.gradient_accumulation_steps())
     return None if grads is None else grads.leaves()[number(grads.where.structure, name)]
 
 

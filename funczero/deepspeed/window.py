@@ -1,6 +1,7 @@
 """The open window of a streamed chain: more losses for a micro-batch that is already in it, and its gradient so far."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,8 +38,31 @@ def _ended(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a[:-1], a[-1:] + b])
 
 
-def mean_gradient(step: Step, state: TrainState) -> Slots | None:
-    """The window's mean gradient so far, whole, unscaled and before any clip; None without a micro-batch. A collective."""
+def filled(state: TrainState, k: int) -> TrainState:
+    """The state whose window weighs k micro-batches, whatever it holds: DeepSpeed divides by k at every backward."""
+    own: Accumulate = state.chain[KEY]
+    lacking = k - int(own.count)
+    if lacking <= 0 or not own.partial:
+        return state
+    last = own.partial[-1]
+    weight = torch.cat([last.weight[:-1], last.weight[-1:] + lacking])
+    return state._replace(chain={**state.chain, KEY: own._replace(partial=(*own.partial[:-1], last._replace(weight=weight)))})
+
+
+def multiplied(pull: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """The vector-Jacobian product of `times` losses: it rides on the cotangent."""
+    if times == 1:
+        return pull
+
+    def vjp(cotangent: Tensor, *look: bool) -> Any:
+        return pull(cotangent * times, *look)
+
+    vjp.scatters = getattr(pull, "scatters", False)  # type: ignore[attr-defined]
+    return vjp
+
+
+def mean_gradient(step: Step, state: TrainState, k: int) -> Slots | None:
+    """The window's gradients so far over its k micro-batches, whole, unscaled and before any clip; None without a micro-batch. A collective."""
     own: Accumulate = state.chain[KEY]
     if not own.partial:
         return None
@@ -56,5 +80,5 @@ def mean_gradient(step: Step, state: TrainState) -> Slots | None:
     size = 1
     for a in g.layout.batch:
         size *= mesh.axes[a].size
-    weight = float(out.weight.sum()) * size  # every rank's backward weighs alike
+    weight = k * size  # every rank's window weighs alike
     return grads.map(lambda b: b * (factor / weight))

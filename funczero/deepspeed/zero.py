@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from funczero.deepspeed import comm
-from funczero.deepspeed.held import Closed
+from funczero.deepspeed.held import Closed, ZeroParamStatus, emptied, filled_in
 from funczero.deepspeed.leaf import read_leaf, write_leaf
 from funczero.deepspeed.partition import Init as Init
 from funczero.deepspeed.partition import opened
@@ -77,20 +77,19 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
 
 def _show(p: Any, value: Tensor) -> None:
     if isinstance(p, Closed):
-        grad = p.requires_grad
-        home = p.home
-        p.__class__ = nn.Parameter  # type: ignore[assignment]
-        torch.utils.swap_tensors(p, nn.Parameter(value, grad))
-        p.home = home
+        facts = {n: getattr(p, n) for n in ("ds_id", "ds_shape", "ds_numel")}
+        filled_in(p, value)
+        p.__dict__.update(facts, ds_status=ZeroParamStatus.AVAILABLE)
     else:
         p.data = value
 
 
 def _hide(p: Any, data: Any, cls: Any, dtype: torch.dtype) -> None:
     if cls is Closed:
-        grad, home = p.requires_grad, p.home
-        torch.utils.swap_tensors(p, nn.Parameter(torch.empty(p.shape, dtype=dtype, device="meta"), grad))
-        p.__class__, p.home = cls, home
+        for n in ("ds_id", "ds_shape", "ds_numel", "ds_status"):
+            del p.__dict__[n]
+        p.data = p.data.to(dtype)
+        emptied(p)
     else:
         p.data = data
 
