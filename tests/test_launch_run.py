@@ -78,11 +78,11 @@ def finish(process, timeout=60):
     return process.returncode, out.decode(errors="surrogateescape"), err.decode(errors="surrogateescape")
 
 
-def ready(process, times):
+def ready(process, times, word=b"ready"):
     while times:
         line = process.stdout.readline()
         assert line, process.stderr.read().decode()
-        times -= b"ready" in line
+        times -= word in line
 
 
 def until(holds, seconds):
@@ -187,10 +187,11 @@ def test_the_exit_code_is_the_first_failures(world, words, code, last):
 
 @pytest.mark.slow
 def test_a_rank_that_sigterm_does_not_end_is_killed_after_three_seconds(world):
+    """Measured from the end of the one that it is killed for; the upper bound is the machine's, not the launcher's."""
     process = world("--num_gpus=2", SCRIPT, "deaf", "1", hostfile=False)
-    ready(process, 1)
-    since = time.monotonic()  # two seconds before the other one dies
-    assert finish(process)[0] == 3 and 4 < time.monotonic() - since < 8 and mine(SCRIPT) == []
+    ready(process, 1, b"going")
+    since = time.monotonic()
+    assert finish(process)[0] == 3 and 2.9 < time.monotonic() - since < 15 and mine(SCRIPT) == []
 
 
 @pytest.mark.slow
@@ -237,7 +238,7 @@ def roles(launcher, mark):
     return {"launcher": launcher, "keeper": keeper, "guard": guard, "agent": agent, "rank 0": ranks[0], "rank 1": ranks[1], "a rank's child": below(ranks[0], "sleep")[0]}
 
 
-@pytest.mark.parametrize("who", ["launcher", "keeper", "guard", "agent", "rank 0", "a rank's child"])
+@pytest.mark.parametrize("who", ["guard", *(pytest.param(who, marks=pytest.mark.slow) for who in ("launcher", "keeper", "agent", "rank 0", "a rank's child"))])
 def test_whoever_is_killed_nothing_is_left(world, tmp_path, who):
     """Neither the ranks, nor their children that left the session, nor a folder; and the launcher says that it was not well."""
     mark = f"FUNCZERO_MARK={tmp_path}"
@@ -311,9 +312,10 @@ def test_scripts_keep_their_flags(world, tmp_path, script):
 
 
 @pytest.mark.slow
-def test_each_host_can_be_started_by_hand(world):
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_each_host_can_be_started_by_hand(world, restarts):
     port = free_port()
-    both = [world("--no_ssh", f"--node_rank={n}", SCRIPT, port=port) for n in (0, 1)]
+    both = [world("--no_ssh", f"--node_rank={n}", f"--max_restarts={restarts}", SCRIPT, port=port) for n in (0, 1)]
     for n, process in enumerate(both):
         code, out, err = finish(process)
         assert code == 0 and [r["env"]["RANK"] for r in shown(out)] == [str(n)], err

@@ -60,7 +60,8 @@ def make_plan(o: Options, environ: Mapping[str, str], cwd: str) -> Plan:
     several = len(nodes) > 1
     port = o.master_port or (PORT if several or o.no_ssh or o.launcher != "ssh" else 0)
     env = export_environment(environ, cwd) if several or not nodes[0].local else env_file(environ, cwd)
-    return Plan(o, tuple(nodes), first, _address(o, nodes), port, env, cwd, uuid.uuid4().hex[:12])
+    run = "by_hand" if o.no_ssh else uuid.uuid4().hex[:12]  # there every host makes its own plan, and the agents meet under one name
+    return Plan(o, tuple(nodes), first, _address(o, nodes), port, env, cwd, run)
 
 
 def _pool(o: Options, environ: Mapping[str, str]) -> dict[str, int]:
@@ -152,17 +153,15 @@ def rank_command(orders: Mapping[str, Any], python: str) -> list[str]:
 
 
 def torchrun_arguments(orders: Mapping[str, Any], python: str, entry: str, folder: str) -> list[str]:
-    """torchrun's arguments on one node: it starts `entry`, which becomes the rank.
+    """torchrun's arguments on one node: it starts `entry`, which becomes the rank; agents meet as `meeting` says.
 
-    Without restarts ranks lie in the hostfile's order (a static rendezvous); with them torchrun's elastic one orders the hosts by name.
+    Without restarts ranks lie in the hostfile's order; with them torchrun's elastic rendezvous orders the hosts by name.
     """
     addr, port = orders["master_addr"], orders["master_port"]
-    addr = f"[{addr}]" if ":" in addr else addr
-    where = [f"--master-addr={addr}", f"--master-port={port}", f"--node-rank={orders['node_rank']}"]
+    endpoint = f"[{addr}]:{port}" if ":" in addr else f"{addr}:{port}"
+    where = ["--rdzv-backend=funczero", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={orders['run']}", f"--rdzv-conf=rank={orders['node_rank']}"]
     if orders["max_restarts"]:
-        host = "true" if orders["node_rank"] == 0 else "false"
-        where = ["--rdzv-backend=c10d", f"--rdzv-endpoint={addr}:{port}", f"--rdzv-id={orders['run']}", f"--rdzv-conf=is_host={host}"]
-        local = orders["master_addr"] if orders["node_rank"] == 0 else bare(orders["host"])
+        local = addr if orders["node_rank"] == 0 else bare(orders["host"])
         where += [f"--local-addr={local}", f"--max-restarts={orders['max_restarts']}"]
     return [f"--nnodes={orders['nodes']}", f"--nproc-per-node={len(orders['slots'])}", *where, f"--log-dir={folder}", "--no-python", python, "-I", entry, folder]
 

@@ -26,8 +26,10 @@ from typing import Any
 from funczero.launch.agent import fork_agent
 from funczero.launch.job import rank_command, torchrun_arguments
 from funczero.launch.keeper import keep
+from funczero.launch.meeting import register
 from funczero.launch.orders import prepare, read_orders
 from funczero.launch.processes import Ending, adopt_orphans, exit_status, reap, send
+from funczero.rendezvous import Listener
 
 MARK = "\x1e"
 STDIN = ("stdin", "")
@@ -65,8 +67,8 @@ class Speaker:
 class Node:
     """The ranks of one host: their agent, their pipes, their ends."""
 
-    def __init__(self, orders: Mapping[str, Any], speaker: Speaker, early: bytes, announce: Callable[[str], None]) -> None:
-        """announce: told the folder before it is made."""
+    def __init__(self, orders: Mapping[str, Any], speaker: Speaker, early: bytes, announce: Callable[[str], None], listener: Listener | None = None) -> None:
+        """announce: told the folder before it is made. listener: what the agents' store listens on, on rank 0's host."""
         self.orders, self.speaker, self.heard, self.said = orders, speaker, time.monotonic(), 0.0
         self.buffers: dict[tuple[str, Any], bytes] = {STDIN: early}
         self.ranks: dict[int, dict[str, Any]] = {}  # by local rank: rank, pid, restart
@@ -78,6 +80,7 @@ class Node:
         self.agent_code: int | None = None
         self.keeper, self.orphaned = os.getppid(), False
         self.folder, self.announce = Path(tempfile.gettempdir(), f"funczero-{secrets.token_hex(8)}"), announce
+        self.listener = listener
         self.selector = selectors.DefaultSelector()
 
     def start(self) -> None:
@@ -99,9 +102,14 @@ class Node:
         self.selector.register(0, selectors.EVENT_READ, STDIN)
         entry = str(Path(__file__).with_name("entry.py"))
         ends = [os.open(self.folder / name, os.O_WRONLY) for name in ("agent", "told")]
-        self.agent = fork_agent(torchrun_arguments(orders, sys.executable, entry, str(self.folder)), *ends)
+        arguments = torchrun_arguments(orders, sys.executable, entry, str(self.folder))
+        at = orders["master_addr"], orders["master_port"], self.listener and self.listener.socket.fileno(), orders["max_restarts"] > 0
+        self.agent = fork_agent(arguments, *ends, lambda note: register(*at, note))
         for end in ends:
             os.close(end)
+        if self.listener:
+            self.listener.socket.close()
+            self.note(self.listener.said)
 
     def run(self) -> int:
         """Until nothing that was started here is left; the exit code of this host."""
@@ -202,6 +210,8 @@ class Node:
         self.speaker.say(born=born["rank"], restart=born["restart"], world=born["world"], pid=born["pid"])
 
     def _told(self, told: dict) -> None:
+        if "note" in told:
+            return self.note(told["note"])
         if "error" in told:
             self.failed = True
             self.speaker.say(error=told["error"])
@@ -223,6 +233,11 @@ class Node:
             self.speaker.say(restarting=self.rank(local), code=told["code"])
         elif local in self.traces:  # it was failing when it was told to end: it may be the cause
             self.fail(local, max(told["code"], 1))
+
+    def note(self, text: str) -> None:
+        """A sentence for the user, if there is one."""
+        if text:
+            self.speaker.say(lines=[f"funczero: {text}"], rank=None, err=True)
 
     def fail(self, local: int, code: int) -> None:
         """Say that a rank has failed by itself, and how long ago that began."""
@@ -260,8 +275,7 @@ def guard(argv: Sequence[str], announce: Callable[[str], None]) -> int:
             speaker.say(facts=facts(orders))
             code = 0
         else:
-            prepare(orders)
-            node = Node(orders, speaker, early, announce)
+            node = Node(orders, speaker, early, announce, prepare(orders))
             node.start()
             code = node.run()
             if node.orphaned:

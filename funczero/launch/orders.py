@@ -4,10 +4,11 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import zlib
 from collections.abc import Sequence
 from typing import Any
+
+from funczero.rendezvous import Listener, listen, resolve
 
 
 def read_orders(argv: Sequence[str]) -> tuple[dict[str, Any] | None, bytes]:
@@ -24,8 +25,8 @@ def read_orders(argv: Sequence[str]) -> tuple[dict[str, Any] | None, bytes]:
     return json.loads(line), rest
 
 
-def prepare(orders: dict[str, Any]) -> None:
-    """Take over folder, environment and devices; pick the port where that was left to this host.
+def prepare(orders: dict[str, Any]) -> Listener | None:
+    """Take over folder, environment and devices; on rank 0's host, the socket that the agents' store is to listen on.
 
     Raises:
       ValueError: the run cannot start here; one sentence says why.
@@ -44,19 +45,17 @@ def prepare(orders: dict[str, Any]) -> None:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a store a start: in a shared one a host that did not fail itself reads its last start's addresses
     if len(orders["slots"]) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's rule, without its banner
-    if orders["node_rank"] == 0:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", orders["master_port"]))
-            except OSError as error:
-                raise ValueError(f"port {orders['master_port']} cannot be had ({error.strerror}); name another one with --master_port") from None
-            orders["master_port"] = probe.getsockname()[1]
-    else:
-        try:
-            socket.getaddrinfo(orders["master_addr"], orders["master_port"])
-        except OSError:
-            raise ValueError(f"the address of rank 0's host, {orders['master_addr']!r}, means nothing here; add --master_addr=ADDRESS that all hosts know") from None
+    try:
+        if orders["node_rank"] > 0:
+            resolve(orders["master_addr"], orders["master_port"])
+            return None
+        listener = listen(orders["master_addr"], orders["master_port"], orders["nodes"] == 1)
+    except ValueError as error:
+        raise ValueError(f"{error}; add --master_addr=ADDRESS that all hosts know") from None
+    except OSError as error:
+        raise ValueError(f"port {orders['master_port']} cannot be had ({error.strerror}); name another one with --master_port") from None
+    orders["master_port"] = listener.port
+    return listener
 
 
 def devices(slots: Sequence[int], visible: str | None) -> str:
