@@ -92,10 +92,12 @@ def listen(address: str, port: int, alone: bool) -> Listener:
             if error.errno not in NOT_HERE:
                 raise
     why = "the name means this host alone here" if loopback and not mine else "it is no address of this host"
-    said = f"the store of the world listens on every interface, because of {plain(address, 300)!r}: {why}; give rank 0's own address, or keep its port {port} closed to others"
     if socket.has_dualstack_ipv6():
-        return Listener(socket.create_server(("", port), family=socket.AF_INET6, backlog=2048, dualstack_ipv6=True), said)
-    return Listener(socket.create_server(("", port), backlog=2048), said)
+        every = socket.create_server(("", port), family=socket.AF_INET6, backlog=2048, dualstack_ipv6=True)
+    else:
+        every = socket.create_server(("", port), backlog=2048)
+    said = f"the store of the world listens on every interface, because of {plain(address, 300)!r}: {why}"
+    return Listener(every, f"{said}; give rank 0's own address, or keep its port {every.getsockname()[1]} closed to others")
 
 
 def serve(listener: Listener | int, address: str, port: int, timeout: timedelta = default_pg_timeout) -> dist.TCPStore:
@@ -149,7 +151,7 @@ def _held(address: str, port: int, alone: bool) -> dist.TCPStore:
     return serve(listener, address, listener.port)
 
 
-def _leave_last(base: dist.TCPStore, rank: int, size: int) -> None:
+def _leave_last(base: Any, rank: int, size: int) -> None:
     """At exit every rank says so, and rank 0, whose process holds the store, waits for the others; not after an error, which the others are to hear of."""
     own = base.clone()  # a connection that no wait of another thread blocks; made now, because making one later may hang where the store is gone
     own.set_timeout(ASK)

@@ -88,13 +88,14 @@ class _Elastic(_Static):
         """Who takes part now, and where their store is: with the agent that is the first of them."""
         info = self.inner.next_rendezvous()
         if info.rank == 0:
-            address = info.bootstrap_store_info.master_addr
+            assert info.bootstrap_store_info
+            address = info.bootstrap_store_info.master_addr  # --local-addr of this host
             listener = listen(address, 0, self.size == 1)
             if listener.said:
                 self.told(listener.said)
-            port = listener.port
-            self.ranks = serve(listener, address, port)  # the last start's ranks have ended, and so does their store
-            info.store.set("funczero/ranks", f"{port} {address}")
+            said = f"{listener.port} {address}"
+            self.ranks = serve(listener, address, listener.port)  # the last start's ranks have ended, and so does their store
+            info.store.set("funczero/ranks", said)
         port, _, address = info.store.get("funczero/ranks").decode().partition(" ")
         return RendezvousInfo(info.store, info.rank, info.world_size, RendezvousStoreInfo(address, int(port)))
 

@@ -103,8 +103,8 @@ class Node:
         entry = str(Path(__file__).with_name("entry.py"))
         ends = [os.open(self.folder / name, os.O_WRONLY) for name in ("agent", "told")]
         arguments = torchrun_arguments(orders, sys.executable, entry, str(self.folder))
-        at = orders["master_addr"], orders["master_port"], self.listener and self.listener.socket.fileno(), orders["max_restarts"] > 0
-        self.agent = fork_agent(arguments, *ends, lambda note: register(*at, note))
+        where, listening = (orders["master_addr"], orders["master_port"]), self.listener.socket.fileno() if self.listener else None
+        self.agent = fork_agent(arguments, ends[0], ends[1], lambda note: register(*where, listening, orders["max_restarts"] > 0, note))
         for end in ends:
             os.close(end)
         if self.listener:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from funczero.launch.error import LaunchError
 from funczero.rendezvous import Listener, listen, resolve
 
 
@@ -29,15 +30,15 @@ def prepare(orders: dict[str, Any]) -> Listener | None:
     """Take over folder, environment and devices; on rank 0's host, the socket that the agents' store is to listen on.
 
     Raises:
-      ValueError: the run cannot start here; one sentence says why.
+      LaunchError: the run cannot start here; one sentence says why.
     """
     try:
         os.chdir(orders["cwd"])
     except OSError as error:
-        raise ValueError(f"the working folder {orders['cwd']!r} is not there ({error.strerror}); every host needs it, so start from a shared one") from None
+        raise LaunchError(f"the working folder {orders['cwd']!r} is not there ({error.strerror}); every host needs it, so start from a shared one") from None
     script = orders["script"]
     if not (orders["module"] or orders["no_python"] or os.path.exists(script)):
-        raise ValueError(f"the script {script!r} is not in {orders['cwd']}; every host needs it at the same place")
+        raise LaunchError(f"the script {script!r} is not in {orders['cwd']}; every host needs it at the same place")
     os.environ.update(orders["env"])
     os.environ["CUDA_VISIBLE_DEVICES"] = devices(orders["slots"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3"
@@ -51,9 +52,9 @@ def prepare(orders: dict[str, Any]) -> Listener | None:
             return None
         listener = listen(orders["master_addr"], orders["master_port"], orders["nodes"] == 1)
     except ValueError as error:
-        raise ValueError(f"{error}; add --master_addr=ADDRESS that all hosts know") from None
+        raise LaunchError(f"{error}; add --master_addr=ADDRESS that all hosts know") from None
     except OSError as error:
-        raise ValueError(f"port {orders['master_port']} cannot be had ({error.strerror}); name another one with --master_port") from None
+        raise LaunchError(f"port {orders['master_port']} cannot be had ({error.strerror}); name another one with --master_port") from None
     orders["master_port"] = listener.port
     return listener
 
@@ -68,5 +69,5 @@ def devices(slots: Sequence[int], visible: str | None) -> str:
         return ",".join(map(str, slots))
     seen = [name.strip() for name in visible.split(",") if name.strip()]
     if seen and max(slots) >= len(seen):
-        raise ValueError(f"slot {max(slots)} is asked for, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(seen)} devices here; use slots below {len(seen)}")
+        raise LaunchError(f"slot {max(slots)} is asked for, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(seen)} devices here; use slots below {len(seen)}")
     return ",".join(seen[s] for s in slots) if seen else ""
