@@ -1,5 +1,9 @@
-"""Text that somebody else wrote, made fit for a message: one line, no control characters, bounded."""
+"""What somebody else wrote, made fit to be used: texts for a message, packed JSON from a store that strangers may reach."""
 from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
 
 MOST = 2000  # characters of a message
 CUT = " ... "
@@ -23,3 +27,26 @@ def plain(text: str, most: int = MOST) -> str:
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= most else text[:head] + CUT + text[len(text) - tail :]
+
+
+def unpack(data: bytes, most: int) -> Any:
+    """JSON of zlib's bytes, no larger than it may be: 8 MB may claim to be 8 GB.
+
+    Args:
+      data: as `zlib.compress(json.dumps(x).encode())` makes it.
+      most: bytes of the JSON at most; as objects they may take sixty times as much.
+
+    Raises:
+      ValueError: it is none, or larger, or nested beyond Python's stack; one sentence.
+
+    >>> unpack(zlib.compress(b'{"a": [1]}'), 100)
+    {'a': [1]}
+    """
+    packed = zlib.decompressobj()
+    try:
+        text = packed.decompress(data, most)
+        if packed.unconsumed_tail or not packed.eof:
+            raise ValueError(f"it is cut off, or larger than {most} bytes")
+        return json.loads(text)
+    except (zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"it is no packed JSON ({plain(str(error), 200)})") from None

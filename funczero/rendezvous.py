@@ -125,7 +125,7 @@ def join(found: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> d
     """
     rank, size, address = int(found["RANK"]), int(found["WORLD_SIZE"]), found["MASTER_ADDR"]
     said = found["MASTER_PORT"]
-    if not (said.isascii() and said.isdigit() and int(said) < 65536):
+    if not (said.isascii() and said.isdigit() and len(said) < 6 and int(said) < 65536):
         raise RuntimeError(f"init_distributed: MASTER_PORT={plain(said, 100)!r} is no port; write a number from 1 to 65535")
     port, lent = int(said), environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:

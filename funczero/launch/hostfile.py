@@ -9,6 +9,7 @@ from funczero.plain import plain
 
 ENTRY = re.compile(r"(\S+)\s+slots=([0-9]+)(?:\s+max[-_]slots=[0-9]+)?\s*(?:#.*)?")
 BYTES, SLOTS, RANKS = 1 << 20, 4096, 1 << 20  # of a hostfile; of a host; of a run: more is a slip of the pen
+NAME = 320  # characters of user@name:port
 WORD = "[A-Za-z0-9_.][A-Za-z0-9_.-]*"
 HOST = re.compile(rf"(?:{WORD}@)?(?:{WORD}|[0-9A-Fa-f:.]+|\[[0-9A-Fa-f:.]+(?:%{WORD})?\])(?::[0-9]+)?")  # user@name:port; IPv6 bare or in brackets
 
@@ -37,10 +38,10 @@ def parse_hostfile(text: str, where: str = "hostfile") -> dict[str, int]:
             continue
         at, entry = f"{where}, line {number}", ENTRY.fullmatch(line)
         if entry is None:
-            raise LaunchError(f"{at}: {line!r} is no host; write NAME slots=N, for example worker-1 slots=4")
+            raise LaunchError(f"{at}: {plain(line, 300)!r} is no host; write NAME slots=N, for example worker-1 slots=4")
         name = entry[1]
-        if not HOST.fullmatch(name):
-            raise LaunchError(f"{at}: {name!r} is no host name; write letters, digits, '.', '-', '_', and user@ or :port around them")
+        if len(name) > NAME or not HOST.fullmatch(name):
+            raise LaunchError(f"{at}: {plain(name, 300)!r} is no host name; write letters, digits, '.', '-', '_', and user@ or :port around them")
         if name in hosts:
             raise LaunchError(f"{at}: {name!r} is listed a second time; write it once, with all its slots")
         if len(entry[2]) > 9 or int(entry[2]) > SLOTS:
