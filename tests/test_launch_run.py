@@ -47,7 +47,8 @@ def world(tmp_path):
     ssh.write_text(FAKE_SSH)
     ssh.chmod(0o755)
     (tmp_path / "hosts").write_text("127.0.0.2 slots=1\n127.0.0.3 slots=1\n")
-    own = {"PATH": f"{ssh.parent}:{os.environ['PATH']}", "SSH_LOG": str(tmp_path / "ssh.log"), "PYTHONPATH": str(ROOT), "FAKE_PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
+    mark = f"FUNCZERO_MARK={tmp_path}"  # what ranks and their children are known by: others may run the same script on this machine
+    own = {"FUNCZERO_MARK": str(tmp_path), "PATH": f"{ssh.parent}:{os.environ['PATH']}", "SSH_LOG": str(tmp_path / "ssh.log"), "PYTHONPATH": str(ROOT), "FAKE_PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")}
 
     started = []
@@ -58,6 +59,7 @@ def world(tmp_path):
         started.append(subprocess.Popen([*LAUNCH, *front, *words], env=clean | own | (env or {}), cwd=cwd, **pipes))
         return started[-1]
 
+    start.left = lambda: marked(mark)
     yield start
     for process in started:  # of a test that failed
         if process.poll() is None:
@@ -93,24 +95,24 @@ def until(holds, seconds):
         time.sleep(0.05)
 
 
-def mine(word):
-    """Processes whose command line holds a word."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if word.encode() in Path(f"/proc/{name}/cmdline").read_bytes() and int(name) != os.getpid():
-                found.append(int(name))
-        except OSError:
-            pass
-    return found
-
-
 def ancestors(pid):
     """The parents of a process, up to the first."""
     found = []
     while pid > 1:
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         found.append(pid)
+    return found
+
+
+def marked(mark):
+    """Parents and command lines of everything that was started with a mark in its environment, by process id: seen from outside, whoever adopted it."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if mark.encode() in Path(f"/proc/{name}/environ").read_bytes():
+                found[int(name)] = (ancestors(int(name))[0], Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            pass
     return found
 
 
@@ -168,7 +170,7 @@ def test_a_dying_rank_ends_all_with_its_code_and_its_traceback_last(world):
     assert "funczero launch: rank 1 on 127.0.0.3 failed with exit code 1" in lines, err
     at = lines.index("funczero launch: rank 1 on 127.0.0.3 failed with exit code 1")
     assert lines[at + 1] == "Traceback (most recent call last):" and lines[-1] == "RuntimeError: rank 1 is unwell" and err.count("Traceback") == 1
-    assert mine(SCRIPT) == []
+    assert world.left() == {}
 
 
 @pytest.mark.slow
@@ -182,7 +184,7 @@ def test_a_dying_rank_ends_all_with_its_code_and_its_traceback_last(world):
 )
 def test_the_exit_code_is_the_first_failures(world, words, code, last):
     got, _, err = finish(world(SCRIPT, *words))
-    assert got == code and last in err.splitlines()[-1] and mine(SCRIPT) == []
+    assert got == code and last in err.splitlines()[-1] and world.left() == {}
 
 
 @pytest.mark.slow
@@ -191,7 +193,7 @@ def test_a_rank_that_sigterm_does_not_end_is_killed_after_three_seconds(world):
     process = world("--num_gpus=2", SCRIPT, "deaf", "1", hostfile=False)
     ready(process, 1, b"going")
     since = time.monotonic()
-    assert finish(process)[0] == 3 and 2.9 < time.monotonic() - since < 15 and mine(SCRIPT) == []
+    assert finish(process)[0] == 3 and 2.9 < time.monotonic() - since < 15 and world.left() == {}
 
 
 @pytest.mark.slow
@@ -199,7 +201,7 @@ def test_a_host_that_is_down_is_named(world, tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.2 slots=1\ndown-1 slots=1\n")
     code, _, err = finish(world(SCRIPT, "daemon"))
     assert code == 255 and err.splitlines()[-1] == "funczero launch: host down-1 could not run its part: ssh: connect to host down-1 port 22: No route to host"
-    assert mine(SCRIPT) == []
+    assert world.left() == {}
 
 
 @pytest.mark.slow
@@ -210,21 +212,9 @@ def test_the_end_of_the_launcher_ends_everything(world, number, code):
     process.send_signal(number)
     assert finish(process)[0] == code
     since = time.monotonic()
-    while mine(SCRIPT) or mine("sleep\x00100"):
+    while world.left():
         assert time.monotonic() - since < 5
         time.sleep(0.05)
-
-
-def marked(mark):
-    """Parents and command lines of everything that was started with a mark in its environment, by process id: seen from outside, whoever adopted it."""
-    found = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if mark.encode() in Path(f"/proc/{name}/environ").read_bytes():
-                found[int(name)] = (ancestors(int(name))[0], Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            pass
-    return found
 
 
 def roles(launcher, mark):
@@ -242,7 +232,7 @@ def roles(launcher, mark):
 def test_whoever_is_killed_nothing_is_left(world, tmp_path, who):
     """Neither the ranks, nor their children that left the session, nor a folder; and the launcher says that it was not well."""
     mark = f"FUNCZERO_MARK={tmp_path}"
-    process = world("--num_gpus=2", SCRIPT, "daemon", env={"FUNCZERO_MARK": str(tmp_path)}, hostfile=False)
+    process = world("--num_gpus=2", SCRIPT, "daemon", hostfile=False)
     ready(process, 2)
     there = roles(process.pid, mark)
     os.kill(there[who], signal.SIGKILL)
