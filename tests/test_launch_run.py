@@ -48,7 +48,8 @@ def world(tmp_path):
     ssh.chmod(0o755)
     (tmp_path / "hosts").write_text("127.0.0.2 slots=1\n127.0.0.3 slots=1\n")
     mark = f"FUNCZERO_MARK={tmp_path}"  # what ranks and their children are known by: others may run the same script on this machine
-    own = {"FUNCZERO_MARK": str(tmp_path), "PATH": f"{ssh.parent}:{os.environ['PATH']}", "SSH_LOG": str(tmp_path / "ssh.log"), "PYTHONPATH": str(ROOT), "FAKE_PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
+    own = {"FUNCZERO_MARK": str(tmp_path), "FAKE_PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
+    own |= {"PATH": f"{ssh.parent}:{os.environ['PATH']}", "SSH_LOG": str(tmp_path / "ssh.log"), "PYTHONPATH": str(ROOT)}
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")}
 
     started = []
