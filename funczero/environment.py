@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
+from funczero.plain import plain
+
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORT = 29500
 
@@ -103,5 +105,5 @@ def first_node(nodes: str) -> str:
 
 def _check(found: Mapping[str, str], rank: str, size: str, launcher: str) -> None:
     r, n = found["RANK"], found["WORLD_SIZE"]
-    if not (r.isdigit() and n.isdigit()) or int(r) >= int(n):
-        raise RuntimeError(f"init_distributed: {rank}={r!r} and {size}={n!r} are not a rank below a world size; start with {launcher}")
+    if not all(x.isascii() and x.isdigit() and len(x) < 10 for x in (r, n)) or int(r) >= int(n):
+        raise RuntimeError(f"init_distributed: {rank}={plain(r, 100)!r} and {size}={plain(n, 100)!r} are not a rank below a world size; start with {launcher}")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from funczero import environment
+from funczero import environment, rendezvous
 from funczero.inflight import InFlight
 from funczero.ledger import Ledger
 
@@ -118,11 +118,11 @@ def init_distributed(backend: str | None = None) -> World:
     world = _environment()
     if world is None:
         return World(0, 1, 0)
-    environment.adopt()
+    found = environment.adopt()
     device = _default_device()
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group(backend or dist.get_default_backend_for_device(device.type))
+    dist.init_process_group(backend or dist.get_default_backend_for_device(device.type), **rendezvous.join(found or {}))
     return world
 
 

@@ -41,8 +41,11 @@ def main() -> int:
     elif mode == "deaf":  # a rank that SIGTERM does not end, next to one that dies
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if rank != int(who):
+            open("deaf", "w").close()
             linger()
-        time.sleep(2)
+        while not os.path.exists("deaf"):  # until the other one is deaf
+            time.sleep(0.05)
+        print("going", flush=True)
         return 3
     elif mode == "daemon":
         linger(daemon=True)

@@ -201,3 +201,78 @@ def test_no_broken_config_is_accepted(tmp_path, part):
             assert said.startswith(f"ds_config.json:{lines.get(path)}: ") or f"(line {lines.get(path)})" in said, (name, text, said)
     assert all(seen.values()) and sum(seen.values()) == COUNT // 4
     print(seen, slowest)
+
+
+# --- bytes that no editor wrote ---------------------------------------------------------------------------------------
+N = 20_000
+DEEP = "it does not parse: blocks are nested more than 32 deep; write JSON (comments and trailing commas may stay)"
+FILES = {  # text, what is said
+    "keys that are escaped": ("{" + ",".join(f'"\\u0078{i}": 1' for i in range(N)) + "}", "c.json:1: x0: there is no such key in the top level; delete it, or write one of "),
+    "keys that are not": ("{" + ",".join(f'"x{i}": 1' for i in range(N)) + "}", "c.json:1: x0: there is no such key in the top level; delete it, or write one of "),
+    "the same key": ("{" + ",".join('"fp16": {}' for _ in range(N)) + "}", "c.json:1: fp16: it stands twice, here and on line 1; delete one of the two"),
+    "blocks in blocks": ('{"a":' * N + "1" + "}" * N, f"c.json:1: {DEEP}"),
+    "blocks without an end": ('{"a":' * N, f"c.json:1: {DEEP}"),
+    "lists in lists": ('{"a":' + "[" * N + "]" * N + "}", f"c.json:1: {DEEP}"),
+    "a key without an end": ('{"' + "x" * 10**6 + '": 1}', "c.json:1: it does not parse: a key of 1000000 characters; write JSON"),
+    "a value without an end": ('{"a": n' + "," * 10**6, "c.json:1: it does not parse: a value without quotes of more than 4096 characters; write JSON"),
+    "digits without an end": ('{"train_batch_size": ' + "9" * 10**6 + "}", "c.json:1: it does not parse: a value without quotes of more than 4096 characters; write JSON"),
+    "many digits": ('{"train_batch_size": ' + "9" * 4000 + "}", "c.json:1: train_batch_size: 99999"),
+    "an exponent": ('{"train_batch_size": 1e999}', "c.json:1: it does not parse: a number that is too large; write JSON"),
+    "comments without an end": ('{"train_batch_size": 8}' + "/* x" * 10**5, "c.json: it does not parse: it ends within a comment or a text; close it"),
+    "a text without an end": ("{a:\n'''" + "x" * 10**6, "c.json:2: it does not parse: Bad multiline string; write JSON"),
+    "texts on lines": ("{" + "a:'''x'''\n" * N + "}", "c.json:2: a: it stands twice"),
+    "texts on a long line": ("{" + "".join(f"a{i}:'''x''' " for i in range(N)), "c.json:1: it does not parse: a text in three quotes behind more than 256 characters of its line"),
+    "more than a megabyte": ("{" + " " * (1 << 20) + "}", "c.json: it has more than 1048576 bytes, and no config is so long; write the path of a ds_config.json"),
+    "what a terminal obeys": ('{"train_batch_size": 8, "\\u001b]0;x\\u0007\\u202e\\ud800": 1}', "c.json:1: \\x1b]0;x\\x07\\u202e\\ud800: there is no such key"),
+    "a value that a terminal obeys": ('{"train_batch_size": "\\u001b[31m"}', 'c.json:1: train_batch_size: "\\u001b[31m" is not a whole number'),
+    "what hjson places behind itself": ("{ab:'''x\n''' }", "c.json:1: ab: there is no such key"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_whatever_the_bytes_it_is_one_short_sentence_at_once(tmp_path, name):
+    text, said = FILES[name]
+    (tmp_path / "c.json").write_text(text)
+    start = time.process_time()
+    with pytest.raises(ds.ConfigError) as caught:
+        ds.resolve(tmp_path / "c.json", WORLD)
+    assert time.process_time() - start < 4
+    assert str(caught.value).startswith(said) and str(caught.value).isprintable() and len(str(caught.value)) <= 2000
+
+
+def test_what_is_no_file_is_told(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00" * 10)
+    for config, said in {
+        tmp_path / "folder": "there is no such file",
+        tmp_path / "binary": "binary: it is not text in UTF-8",
+        "a\0b": "a\\x00b: there is no such file",
+        "x" * 10**6: "xxx",
+        "/dev/zero": "there is no such file",
+        7: "config: int is no config; write the path of a ds_config.json, or a dict",
+    }.items():
+        with pytest.raises(ds.ConfigError, match=r"write the path of a ds_config\.json") as caught:
+            ds.resolve(config, WORLD)
+        assert said in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_dict_that_holds_itself_is_told():
+    mine = {"train_batch_size": 8}
+    mine["amp"] = mine
+    with pytest.raises(ds.ConfigError, match="config: its blocks are nested 32 deep, and no config is"):
+        ds.resolve(mine, WORLD)
+
+
+def test_time_is_linear_in_bytes(tmp_path):
+    """Four times as many keys take about four times as long; by the square they would take sixteen times."""
+    took = {}
+    for n in (10_000, 40_000):
+        (tmp_path / "c.json").write_text("{" + ",".join(f'"\\u0078{i}": 1' for i in range(n)) + "}")
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            with pytest.raises(ds.ConfigError):
+                ds.resolve(tmp_path / "c.json", WORLD)
+            times.append(time.process_time() - start)
+        took[n] = min(times)
+    assert took[40_000] < 8 * took[10_000] + 0.1, took

@@ -53,7 +53,7 @@ def start(hosts, *words, at="worker-0", env=None, cwd=ROOT):
 def launch(hosts, *words, **how):
     """A launch on one host: exit code, output, errors."""
     process = start(hosts, *words, **how)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
@@ -91,7 +91,7 @@ def losses(folder):
 def alone(tmp_path_factory):
     """The losses of the same run on this machine, two processes, without a launcher."""
     out = tmp_path_factory.mktemp("alone")
-    subprocess.run([sys.executable, "experiments/train_gpt.py", *SMALL, "--nproc=2", f"--out={out}"], cwd=ROOT, env=ENV, check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "experiments/train_gpt.py", *SMALL, "--nproc=2", f"--out={out}"], cwd=ROOT, env=ENV, check=True, capture_output=True, timeout=300)
     return losses(out)
 
 
@@ -234,7 +234,7 @@ def test_a_notice_is_passed_on(hosts, hostfile, transport, number):
 def uninterrupted(tmp_path_factory):
     """The losses of a longer run that nobody disturbs, in one process."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    subprocess.run([sys.executable, "tests/elastic.py", *LONG, "--nproc=1", f"--out={out}"], cwd=ROOT, env=ENV, check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "tests/elastic.py", *LONG, "--nproc=1", f"--out={out}"], cwd=ROOT, env=ENV, check=True, capture_output=True, timeout=300)
     return losses(out)
 
 
@@ -242,7 +242,8 @@ def until_updates(process, folder, number):
     """Wait until the run has made so many updates."""
     since = time.monotonic()
     while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < number:
-        assert time.monotonic() - since < 60 and process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() - since < 240, "the run did not come so far"
         time.sleep(0.02)
 
 
@@ -256,7 +257,7 @@ def test_what_is_lost_is_made_again_with_the_same_bits(hostfile, tmp_path, unint
         else:
             rank = hosts["worker-1" if what == "rank 0" else "worker-2"].processes()
             os.kill(next(pid for pid, words in rank.items() if "train_gpt.py" in words), signal.SIGKILL)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert losses(tmp_path) == uninterrupted and len(uninterrupted) == 60
         assert what not in hosts or f"{what} lost; start 1 of at most 1 again, on " in err

@@ -157,7 +157,8 @@ def test_a_dry_run_says_everything(plan):
     assert lines[0] == "worker-1: ranks 0 to 1 of 6 on slots 0,1" and lines[5] == "worker-2: ranks 2 to 5 of 6 on slots 0,1,2,3"
     assert lines[1] == "  start  ssh -T -o BatchMode=yes -o ConnectTimeout=10 -- worker-1 'python3 -m funczero.launch.node'"
     assert json.loads(lines[2].removeprefix("  stdin  "))["args"] == ["a b"]
-    assert lines[3].startswith("  agent  torchrun --nnodes=2 --nproc-per-node=2 --master-addr=worker-1 --master-port=29500 --node-rank=0 --log-dir=FOLDER --no-python python3 -I ")
+    run = json.loads(lines[2].removeprefix("  stdin  "))["run"]
+    assert lines[3].startswith(f"  agent  torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=funczero --rdzv-endpoint=worker-1:29500 --rdzv-id={run} --rdzv-conf=rank=0 ")
     assert lines[4] == "  rank   python3 -u train.py 'a b' (and --local_rank=N)"
 
 
@@ -169,7 +170,7 @@ def test_without_ssh_one_host_is_started(plan):
 def test_restarts_are_torchruns(plan):
     p = plan("--max_restarts=3")
     words = jobs.torchrun_arguments(jobs.job(p, p.nodes[1]), "python3", "entry.py", "F")
-    want = ["--rdzv-backend=c10d", "--rdzv-endpoint=worker-1:29500", f"--rdzv-id={p.run}", "--rdzv-conf=is_host=false", "--local-addr=worker-2", "--max-restarts=3"]
+    want = ["--rdzv-backend=funczero", "--rdzv-endpoint=worker-1:29500", f"--rdzv-id={p.run}", "--rdzv-conf=rank=1", "--local-addr=worker-2", "--max-restarts=3"]
     assert words[2:8] == want
 
 

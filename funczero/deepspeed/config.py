@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funczero.deepspeed.keys import ALIASES, KEYS, LITERAL_AUTO, NO_OP, REFUSED, ConfigError, Key, switched_off
+from funczero.deepspeed.keys import ALIASES, KEYS, LITERAL_AUTO, NO_OP, REFUSED, ROWS, ConfigError, Key, switched_off
 from funczero.deepspeed.options import optimizer_keys, scheduler_keys
 from funczero.deepspeed.read import Document, read
 from funczero.deepspeed.triad import BATCH, MICRO, NAMES, STEPS, Triad, World, derive
@@ -110,6 +110,9 @@ def resolve(config: str | Path | Mapping[str, Any], world: int | World | None = 
     values = {path: found.get(path, Value(key.default, "default")) for path, key in table.items()}
     size = _world(world)
     triad = derive(values[BATCH].value, values[MICRO].value, values[STEPS].value, size, f"{doc.name}: ")
+    if triad.batch > ROWS:
+        said = f"{' * '.join(str(x) for x in triad[1:])} * {size.size} = {triad.batch} rows an update are out of range"
+        raise ConfigError(f"{doc.where(BATCH)}{said}; write a batch of at most {ROWS:g}")
     values |= {name: Value(x, "derived") for name, x in zip(NAMES, triad, strict=True) if values[name].value is None}
     resolved = Config(doc.name, values, size, triad, tuple(notes))
     _agree(resolved)
@@ -135,7 +138,7 @@ def _dynamic(doc: Document) -> dict[str, Key]:
         if own is None:
             continue
         if not isinstance(own, dict):
-            raise ConfigError(f'{doc.where(block)}{own!r} is no block; write {{"type": ..., "params": {{...}}}}')
+            raise ConfigError(f'{doc.where(block)}{as_json(own, repr)} is no block; write {{"type": ..., "params": {{...}}}}')
         name, where = own.get("type"), doc.where(f"{block}.type" if "type" in own else block)
         if not isinstance(name, str):
             near = get_close_matches("type", [k for k in own if isinstance(k, str) and k != "params"], 1, 0.5)
@@ -155,7 +158,7 @@ def _entries(doc: Document, raw: Mapping[Any, Any], prefix: str, spelling: str, 
     """(path, value, origin, path as spelled) of every key that is there, old spellings translated."""
     for key, value in raw.items():
         if not isinstance(key, str):
-            raise ConfigError(f"{doc.where(prefix.rstrip('.') or repr(key))}the key {key!r} is a {type(key).__name__}; write text")
+            raise ConfigError(f"{doc.where(prefix.rstrip('.') or as_json(key, repr))}the key {as_json(key, repr)} is a {type(key).__name__}; write text")
         if "." in key:
             raise ConfigError(f"{doc.where(spelling + key)}there is no such key; write blocks in blocks, {{{as_json(key.split('.')[0])}: {{...}}}}")
         spelled = spelling + key
@@ -175,7 +178,7 @@ def _entries(doc: Document, raw: Mapping[Any, Any], prefix: str, spelling: str, 
                 continue
             if not isinstance(value, dict):
                 inside = sorted({k[len(path) + 1 :].split(".")[0] for k in table if k.startswith(path + ".")})
-                raise ConfigError(f"{doc.where(spelled)}{value!r} is no block; write {{...}} with some of {', '.join(inside[:6])}")
+                raise ConfigError(f"{doc.where(spelled)}{as_json(value, repr)} is no block; write {{...}} with some of {', '.join(inside[:6])}")
             if path != spelled and path in doc.raw:
                 raise ConfigError(f"{doc.where(spelled)}it says the same as {path}; delete one of the two")
             yield from _entries(doc, value, path + ".", spelled + ".", table)
@@ -185,6 +188,7 @@ def _entries(doc: Document, raw: Mapping[Any, Any], prefix: str, spelling: str, 
 
 def _unknown(prefix: str, key: str, table: Mapping[str, Key]) -> str:
     """Why a key does not exist, and the nearest that does."""
+    key = key[:100]  # no name is longer, and the nearest one takes the product of the lengths
     here = {p[len(prefix) :].split(".")[0] for p in (*table, *ALIASES, _Z + "cpu_offload", "optimizer.params", "scheduler.params") if p.startswith(prefix)}
     low = {x.lower(): x for x in sorted(here)}
     close = get_close_matches(key.lower(), list(low), 1, 0.7)
@@ -208,7 +212,7 @@ def _filled(doc: Document, found: dict[str, Value], table: Mapping[str, Key], au
         if name not in table and name != "hidden_size" and not name.startswith(("optimizer.params.", "scheduler.params.")):
             raise ConfigError(f"auto: {name}: {_unknown('', name, table)}")
     width = auto.get("hidden_size")
-    given = {path: fn(typed("auto: hidden_size: ", Key("int", 1, low=1), width)) for path, fn in _BY_WIDTH.items() if width is not None} | dict(auto)
+    given = {path: fn(typed("auto: hidden_size: ", Key("int", 1, low=1, high=ROWS), width)) for path, fn in _BY_WIDTH.items() if width is not None} | dict(auto)
     open_ = [p for p, v in found.items() if isinstance(v.value, str) and v.value.lower() == "auto" and p not in LITERAL_AUTO and table[p].kind != "off"]
     unresolved = [p for p in open_ if p not in given]
     if unresolved:
@@ -264,6 +268,9 @@ def _agree(c: Config) -> None:
     """Contradictions between keys that are each well by themselves."""
     if c.value("fp16.enabled") and c.value("bf16.enabled"):
         raise ConfigError(f'{c.where("bf16.enabled")}fp16 and bf16 are both enabled; write "enabled": false in one of them')
+    if c.value("fp16.enabled") and not c.value("fp16.loss_scale") and c.value("fp16.min_loss_scale") > 2.0 ** c.value("fp16.initial_scale_power"):
+        said = f"the smallest scale is above the first one, 2^{c.value('fp16.initial_scale_power')}"
+        raise ConfigError(f"{c.where('fp16.min_loss_scale')}{said}; write 1, or a larger initial_scale_power")
     own = dtype_name(c.value("data_types.param_dtype"))
     if own not in (None, c.compute):
         raise ConfigError(f"{c.where('data_types.param_dtype')}it says {own}, but the enabled precision is {c.compute}; delete it, or enable that precision")

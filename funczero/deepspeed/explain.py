@@ -10,6 +10,7 @@ from funczero import tree
 from funczero.deepspeed.build import chain_of, optimizer_of, rates_of
 from funczero.deepspeed.config import Config, resolve
 from funczero.deepspeed.keys import ConfigError
+from funczero.deepspeed.read import parsed
 from funczero.gradient import value_and_grad
 from funczero.mesh import P
 from funczero.step import train_step
@@ -167,14 +168,12 @@ def add_commands(commands: Any) -> None:
 
 
 def _autos(given: list[str]) -> dict[str, Any]:
-    import hjson
-
     out = {}
     for text in given:
         key, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"--auto={text}: it is no KEY=VALUE; write --auto=optimizer.params.lr=1e-4")
-        out[key] = hjson.loads(f"{{x: {value}\n}}")["x"]
+        out[key] = parsed(f"--auto={text}", f"{{x: {value}\n}}").raw["x"]
     return out
 
 

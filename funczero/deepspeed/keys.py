@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from funczero.plain import plain
+
 HONOURED, REFUSED, NO_OP = "honoured", "refused", "no-op"
 
 
@@ -15,7 +17,7 @@ class ConfigError(ValueError):
     """A config that cannot mean what it says: one sentence with the key's path, its line and what to write instead."""
 
     def __init__(self, message: str, fixes: Sequence[dict[str, Any]] = ()) -> None:
-        super().__init__(message)
+        super().__init__(plain(message))
         self.fixes = tuple(fixes)  # corrections of the batch triad, each of which is valid
 
 
@@ -30,11 +32,26 @@ class Key(NamedTuple):
     choices: tuple[Any, ...] = ()  # texts without regard to case
     off: tuple[Any, ...] = ()  # values beside the default that a refused key may have
     below: float = math.inf  # numbers are smaller than it
+    high: float = 2.0**63  # largest number
 
 
-def honour(default: Any, kind: str = "", low: float = -math.inf, choices: tuple[Any, ...] = (), below: float = math.inf) -> Key:
+ROWS, COUNT, RATE = 1e9, 1e12, 1e4  # rows of an update, updates and calls, learning rates and what multiplies them: more is a slip of the pen
+SCALE = 2.0**32  # of a loss
+
+
+def honour(default: Any, kind: str = "", low: float = -math.inf, choices: tuple[Any, ...] = (), below: float = math.inf, high: float = 2.0**63) -> Key:
     """A key that does what it does there."""
-    return Key(kind or kind_of(default), default, HONOURED, "", low, choices, below=below)
+    return Key(kind or kind_of(default), default, HONOURED, "", low, choices, below=below, high=high)
+
+
+def rate(default: Any, kind: str = "rate", high: float = RATE) -> Key:
+    """A learning rate, or what multiplies one: not negative, and not absurd."""
+    return honour(default, kind, 0, high=high)
+
+
+def count(default: Any, low: float = 1, high: float = COUNT) -> Key:
+    """A number of updates or calls."""
+    return honour(default, "int", low, high=high)
 
 
 def refuse(default: Any, say: str, kind: str = "", off: tuple[Any, ...] = (), low: float = -math.inf) -> Key:
@@ -42,9 +59,9 @@ def refuse(default: Any, say: str, kind: str = "", off: tuple[Any, ...] = (), lo
     return Key(kind or kind_of(default), default, REFUSED, say, low, (), off)
 
 
-def ignore(default: Any, say: str, kind: str = "", low: float = -math.inf, choices: tuple[Any, ...] = ()) -> Key:
-    """A key that cannot change a value here."""
-    return Key(kind or kind_of(default), default, NO_OP, say, low, choices)
+def ignore(default: Any, say: str, kind: str = "", low: float = -math.inf, choices: tuple[Any, ...] = (), high: float = 2.0**63) -> Key:
+    """A key that cannot change a value here; nonsense is refused all the same."""
+    return Key(kind or kind_of(default), default, NO_OP, say, low, choices, high=high)
 
 
 def kind_of(default: Any) -> str:
@@ -62,13 +79,13 @@ ZEROPP = "a quantised wire does not exist here yet; delete the key"
 HERE = "a pipeline module reads it, and there is none here"
 
 _TOP: dict[str, Key] = {
-    "train_batch_size": honour(None, "int"),
-    "train_micro_batch_size_per_gpu": honour(None, "int"),
-    "gradient_accumulation_steps": honour(None, "int"),
+    "train_batch_size": honour(None, "int", high=ROWS),
+    "train_micro_batch_size_per_gpu": honour(None, "int", high=ROWS),
+    "gradient_accumulation_steps": honour(None, "int", high=ROWS),
     "managed_gradient_accumulation": honour(True),
     "gradient_clipping": honour(1.0, low=0),
     "prescale_gradients": ignore(False, "the mean is taken once, exactly; when one divides is rounding"),
-    "gradient_predivide_factor": ignore(1.0, "the mean is taken once, exactly; when one divides is rounding", low=0),
+    "gradient_predivide_factor": ignore(1.0, "the mean is taken once, exactly; when one divides is rounding", low=1e-6, high=1e6),
     "gradient_allreduce_op": honour("mean", choices=("mean", "sum")),
     "communication_data_type": honour(None, "text", choices=_SHORT),
     "seq_parallel_communication_data_type": ignore("fp32", "there is no sequence parallelism here", choices=_SHORT),
@@ -85,11 +102,11 @@ _TOP: dict[str, Key] = {
     "log_level": ignore(None, LOG, "text"),
     "disable_allgather": ignore(False, "DeepSpeed reads it without effect"),
     "disable_python_gc": ignore(False, "it concerns Python's memory"),
-    "vocabulary_size": ignore(None, "DeepSpeed only warns by it", "int", 1),
+    "vocabulary_size": ignore(None, "DeepSpeed only warns by it", "int", 1, high=ROWS),
     "use_data_before_expert_parallelism": refuse(False, "there are no experts here; delete the key"),
     "expert_parallel": Key("off", None, REFUSED, "there are no experts here; delete the block"),
     "sequence_parallel_size": refuse(None, "there is no sequence parallelism here; delete the key", "int", (1,), 1),
-    "data_parallel_size": honour(None, "int", 1),
+    "data_parallel_size": honour(None, "int", 1, high=ROWS),
     "data_types.grad_accum_dtype": honour(None, "text", choices=_DTYPES),
     "data_types.param_dtype": honour(None, "text", choices=_DTYPES),
     "data_types.buffer_dtype": refuse(None, "buffers keep their dtype; cast them in the module and delete the key", "text"),
@@ -113,12 +130,12 @@ _REMOVED = {
 
 _PRECISION: dict[str, Key] = {
     "fp16.enabled": honour(False),
-    "fp16.loss_scale": honour(0.0, low=0),
-    "fp16.initial_scale_power": honour(16),
-    "fp16.loss_scale_window": honour(1000, low=1),
-    "fp16.hysteresis": honour(2, low=1),
+    "fp16.loss_scale": honour(0.0, low=0, high=SCALE),
+    "fp16.initial_scale_power": honour(16, low=0, high=32),
+    "fp16.loss_scale_window": count(1000),
+    "fp16.hysteresis": count(2),
     "fp16.consecutive_hysteresis": honour(False),
-    "fp16.min_loss_scale": honour(1, low=1),
+    "fp16.min_loss_scale": honour(1, low=1, high=SCALE),
     "fp16.auto_cast": honour(False),
     "fp16.fp16_master_weights_and_grads": refuse(False, "masters are float32; delete the key, or write policy='params=float16' in a chain of your own"),
     "bf16.enabled": honour(False),
@@ -161,9 +178,9 @@ _ZERO: dict[str, Key] = {
         f"offload_optimizer.{k}": ignore(v, LAYOUT)
         for k, v in {"pin_memory": True, "pipeline_read": False, "pipeline_write": False, "fast_init": False}.items()
     },
-    "offload_optimizer.ratio": ignore(1.0, LAYOUT, low=0),
+    "offload_optimizer.ratio": ignore(1.0, LAYOUT, low=0, high=1),
     "offload_optimizer.super_offload": ignore(False, ORDER),
-    "offload_optimizer.cpuadam_cores_perc": ignore(0.8, ORDER, low=0),
+    "offload_optimizer.cpuadam_cores_perc": ignore(0.8, ORDER, low=0, high=1),
     "offload_param.device": Key("text", "none", REFUSED, OFFLOAD, choices=("none", "cpu", "nvme")),
     "offload_param.nvme_path": ignore(None, LAYOUT, "text"),
     "offload_param.buffer_count": ignore(5, LAYOUT, low=1),
@@ -213,7 +230,7 @@ _REST: dict[str, Key] = {
     **{f"comet.{k}": ignore(None, LOG, "any") for k in ("project", "workspace", "api_key", "experiment_name", "experiment_key", "online", "mode")},
     **{f"comms_logger.{k}": ignore(v, LOG) for k, v in {"enabled": False, "verbose": False, "prof_all": True, "debug": False, "prof_ops": []}.items()},
     **{
-        f"flops_profiler.{k}": ignore(v, LOG, "" if v is not None else "text")
+        f"flops_profiler.{k}": ignore(v, LOG, "" if v is not None else "text", low=-1)
         for k, v in {
             "enabled": False,
             "profile_step": 1,
@@ -226,7 +243,7 @@ _REST: dict[str, Key] = {
     },
     **{f"timers.throughput.{k}": ignore(True, LOG) for k in ("enabled", "synchronized")},
     **{
-        f"aio.{k}": ignore(v, LAYOUT)
+        f"aio.{k}": ignore(v, LAYOUT, low=1)
         for k, v in {
             "block_size": 1048576,
             "queue_depth": 8,

@@ -2,20 +2,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 
-from funczero.deepspeed.keys import ConfigError, Key, honour, ignore, kind_of, refuse
+from funczero.deepspeed.keys import COUNT, RATE, ConfigError, Key, count, honour, ignore, kind_of, rate, refuse
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.schedules import TORCH
 
 _RATES: dict[str, Key] = {
-    "weight_decay": honour(0.0, low=0),
-    "eps": honour(1e-8, low=1e-300),
+    "weight_decay": rate(0.0, "number"),
+    "eps": honour(1e-8, low=1e-300, high=RATE),
     "betas": honour((0.9, 0.999), low=0, below=1),
-    "lr": honour(1e-3, low=0),
+    "lr": rate(1e-3, "number"),
 }
 _PLAIN = {"amsgrad": refuse(False, "delete the key"), "bias_correction": refuse(True, "moments are always corrected here; delete the key")}
 _ADAM = {
@@ -30,7 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {  # in lower case; any case is understo
     "adam": _ADAM,
     "adamw": _ADAM,
     "lion": {k: _RATES[k] for k in ("lr", "betas", "weight_decay")},
-    "adagrad": {"lr": honour(1e-2, low=0), "eps": honour(1e-10, low=1e-300), "weight_decay": honour(0.0, low=0)},
+    "adagrad": {"lr": rate(1e-2, "number"), "eps": honour(1e-10, low=1e-300, high=RATE), "weight_decay": _RATES["weight_decay"]},
 }
 _WHOLE = "it needs whole leaves, which no bracket deals out yet; write AdamW, or Lion"
 _FOREIGN = {
@@ -42,39 +43,53 @@ _FOREIGN = {
 }
 _SAME = {"foreach", "fused", "capturable"}  # of torch.optim: ways to compute the same
 
-_WARMUP = {"warmup_min_lr": honour(0.0, "rate"), "warmup_num_steps": honour(1000, low=1), "warmup_type": honour("log", choices=("log", "linear"))}
-_TOTAL = {"total_num_steps": Key("int", ..., low=1)}
+_WARMUP = {"warmup_min_lr": rate(0.0), "warmup_num_steps": count(1000), "warmup_type": honour("log", choices=("log", "linear"))}
+_TOTAL = {"total_num_steps": Key("int", ..., low=1, high=COUNT)}
 SCHEDULERS: dict[str, dict[str, Key]] = {
     "LRRangeTest": {
-        "lr_range_test_min_lr": honour(1e-3, "rate"),
-        "lr_range_test_step_size": honour(2000, low=1),
-        "lr_range_test_step_rate": honour(1.0),
+        "lr_range_test_min_lr": rate(1e-3),
+        "lr_range_test_step_size": count(2000),
+        "lr_range_test_step_rate": rate(1.0, "number"),
         "lr_range_test_staircase": honour(False),
     },
     "OneCycle": {
-        "cycle_min_lr": Key("rate", ...),
-        "cycle_max_lr": Key("rate", ...),
-        "decay_lr_rate": honour(0.0),
-        "cycle_first_step_size": honour(2000.0),
-        "cycle_second_step_size": honour(None, "number"),
-        "cycle_first_stair_count": honour(0, low=0),
-        "cycle_second_stair_count": honour(None, "int", 0),
-        "decay_step_size": honour(0.0, low=0),
+        "cycle_min_lr": rate(...),
+        "cycle_max_lr": rate(...),
+        "decay_lr_rate": rate(0.0, "number"),
+        "cycle_first_step_size": honour(2000.0, low=1, high=COUNT),
+        "cycle_second_step_size": honour(None, "number", 0, high=COUNT),
+        "cycle_first_stair_count": count(0, 0),
+        "cycle_second_stair_count": count(None, 0),
+        "decay_step_size": honour(0.0, low=0, high=COUNT),
         "cycle_momentum": honour(True),
         "cycle_min_mom": honour(0.8, "rate", 0, below=1),
         "cycle_max_mom": honour(0.9, "rate", 0, below=1),
-        "decay_mom_rate": honour(0.0),
+        "decay_mom_rate": rate(0.0, "number"),
     },
-    "WarmupLR": {**_WARMUP, "warmup_max_lr": honour(None, "rate")},
-    "WarmupDecayLR": {**_WARMUP, "warmup_max_lr": honour(1e-3, "rate"), **_TOTAL},
+    "WarmupLR": {**_WARMUP, "warmup_max_lr": rate(None)},
+    "WarmupDecayLR": {**_WARMUP, "warmup_max_lr": rate(1e-3), **_TOTAL},
     "WarmupCosineLR": {
         **_TOTAL,
-        "warmup_min_ratio": honour(0.0),
-        "warmup_num_steps": honour(1000, low=1),
-        "cos_min_ratio": honour(1e-4),
+        "warmup_min_ratio": rate(0.0, "number", 1),
+        "warmup_num_steps": count(1000),
+        "cos_min_ratio": rate(1e-4, "number", 1),
         "warmup_type": honour("log", choices=("log", "linear")),
     },
 }
+_TORCHS: dict[str, tuple[str, float, float]] = {  # arguments of torch's classes: kind, smallest, largest
+    **dict.fromkeys(("lr", "weight_decay", "lambd", "eps", "momentum_decay", "base_lr", "max_lr", "eta_min", "power"), ("rate", 0, RATE)),
+    "gamma": ("rate", 0, 10),
+    **dict.fromkeys(("alpha", "rho", "momentum", "end_factor", "pct_start", "base_momentum", "max_momentum"), ("number", 0, 1)),
+    **dict.fromkeys(("factor", "start_factor"), ("number", 1e-12, 1)),
+    "betas": ("pair", 0, 1),
+    **dict.fromkeys(("etas", "step_sizes"), ("pair", 0, RATE)),
+    **dict.fromkeys(("div_factor", "final_div_factor"), ("number", 1e-6, COUNT)),
+    **dict.fromkeys(("step_size", "T_max", "T_0", "T_mult", "step_size_up", "step_size_down", "total_steps", "epochs", "steps_per_epoch"), ("int", 1, COUNT)),
+    "total_iters": ("int", 0, COUNT),
+    "t0": ("number", 0, COUNT),
+    "milestones": ("counts", 0, COUNT),
+}
+_OPEN = ("betas", "rho", "momentum", "base_momentum", "max_momentum")  # of these, less than 1
 
 
 def optimizer_keys(name: str, where: str, torch_adam: bool) -> dict[str, Key]:
@@ -82,10 +97,10 @@ def optimizer_keys(name: str, where: str, torch_adam: bool) -> dict[str, Key]:
     if name.lower() in OPTIMIZERS:
         own = OPTIMIZERS[name.lower()]
         decays = torch_adam and name.lower() in ("adam", "adamw")
-        return {**own, "weight_decay": honour(0.01, low=0)} if decays else own
+        return {**own, "weight_decay": rate(0.01, "number")} if decays else own
     if name == "SGD":
         keys = {**_signature(torch.optim.SGD), "maximize": refuse(False, "delete the key"), "dampening": refuse(0.0, "delete the key")}
-        return {**keys, "lr": honour(1e-3, low=0), "momentum": honour(0.0, low=0, below=1)}
+        return {**keys, "lr": rate(1e-3, "number"), "momentum": honour(0.0, low=0, below=1)}
     if name in ELEMENTWISE:
         return _signature(getattr(torch.optim, name))
     if name.lower() in _FOREIGN:
@@ -101,6 +116,8 @@ def scheduler_keys(name: str, where: str) -> dict[str, Key]:
         keys = _signature(getattr(torch.optim.lr_scheduler, name), "optimizer", "last_epoch", "verbose")
         if "cycle_momentum" in keys:
             keys["cycle_momentum"] = Key("flag", True)
+        if "scale_fn" in keys:
+            keys["scale_fn"] = refuse(None, "a file describes no function; delete the key", "any")
         return keys
     raise ConfigError(f"{where}there is no schedule {name!r} that a file can describe; write {_nearest(name, [*SCHEDULERS, *TORCH])}")
 
@@ -115,12 +132,12 @@ def _signature(cls: Any, *without: str) -> dict[str, Key]:
             out[name] = ignore(None, "it is a way to compute the same values", "any")
         elif name in ("differentiable",):
             out[name] = refuse(False, "delete the key")
-        elif p.default is inspect.Parameter.empty:
-            out[name] = Key("any", ...)
+        elif name in _TORCHS:
+            kind, low, high = _TORCHS[name]
+            default = ... if p.default is inspect.Parameter.empty else p.default
+            out[name] = Key(kind, default, low=low, high=high, below=1 if name in _OPEN else math.inf)
         else:
-            kind = "number" if isinstance(p.default, (int, float)) and not isinstance(p.default, bool) else kind_of(p.default)
-            whole = cls.__module__.endswith("lr_scheduler") and isinstance(p.default, int) and kind == "number"
-            out[name] = Key("int" if whole else kind, p.default)
+            out[name] = Key("any" if p.default is inspect.Parameter.empty else kind_of(p.default), ... if p.default is inspect.Parameter.empty else p.default)
     return out
 
 

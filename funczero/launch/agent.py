@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch.distributed import run as torchrun
@@ -16,13 +17,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from funczero.launch.processes import die_with_parent
 
 
-def fork_agent(arguments: list[str], output: int, told: int) -> int:
+def fork_agent(arguments: list[str], output: int, told: int, meet: Callable[[Callable[[str], None]], None]) -> int:
     """Run torchrun with these arguments in a fork of this process, which has already imported torch; returns its process id.
 
     Args:
       arguments: torchrun's command line.
       output: the file descriptor for whatever the agent itself prints.
-      told: a pipe for lines of JSON: {"pid", "code"} for every rank that ends, {"error"} when the agent cannot go on.
+      told: a pipe for lines of JSON: {"pid", "code"} for every rank that ends, {"error"} when the agent cannot go on, {"note"} for the user.
+      meet: called in the fork, before torchrun is: makes known how agents meet; it is handed what tells a note.
     """
     parent, child = os.getpid(), os.fork()
     if child:
@@ -38,6 +40,7 @@ def fork_agent(arguments: list[str], output: int, told: int) -> int:
         nothing = os.open(os.devnull, os.O_RDONLY)
         for at, fd in enumerate((nothing, output, output)):
             os.dup2(fd, at)
+        meet(lambda note: tell(told, note=note))
         code = _run(arguments, told)
     finally:
         os._exit(code)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from funczero.launch.error import LaunchError
+
 LAUNCHERS = ("ssh", "pdsh", "openmpi", "mpich", "slurm")
 HOSTFILE = "/job/hostfile"  # DeepSpeed's default: taken when it is there
 
@@ -82,7 +84,7 @@ class Options(NamedTuple):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise ValueError(f"{message}; funczero launch --help lists the options")
+        raise LaunchError(f"{message}; funczero launch --help lists the options")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,7 +99,7 @@ def parse(argv: Sequence[str]) -> Options:
     """The command line as Options; the first word that is no option is the script, and what follows is the script's alone.
 
     Raises:
-      ValueError: an option is unknown or has no value, options contradict each other, or there is no script.
+      LaunchError: an option is unknown or has no value, options contradict each other, or there is no script.
 
     >>> o = parse(["--num_gpus", "2", "train.py", "--num_gpus", "8", "--", "-x"])
     >>> o.num_gpus, o.script, o.args
@@ -106,7 +108,7 @@ def parse(argv: Sequence[str]) -> Options:
     own, rest = _split(list(argv))
     found = vars(parser().parse_args(own))
     if not rest and not found["preflight"]:
-        raise ValueError("there is no script; write funczero launch [options] train.py [its arguments]")
+        raise LaunchError("there is no script; write funczero launch [options] train.py [its arguments]")
     found = {name: found[name] for name in Options._fields[:-2]}
     out = Options(**found, script=rest[0] if rest else "", args=tuple(rest[1:]))
     _check(out)
@@ -122,27 +124,27 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     while at < len(argv) and argv[at].startswith("-"):
         name, equals, _ = argv[at].partition("=")
         if name in REFUSED:
-            raise ValueError(f"{name} is an option of deepspeed's that does nothing here; leave it out: {REFUSED[name]}")
+            raise LaunchError(f"{name} is an option of deepspeed's that does nothing here; leave it out: {REFUSED[name]}")
         if name not in takes:
             near = difflib.get_close_matches(name, takes, 1)
-            raise ValueError(f"{name!r} is no option; write {near[0] if near else 'the script, or one of funczero launch --help'}")
+            raise LaunchError(f"{name!r} is no option; write {near[0] if near else 'the script, or one of funczero launch --help'}")
         at += 1 + (takes[name] and not equals)
     return argv[:at], argv[at:]
 
 
 def _check(o: Options) -> None:
     if o.module and o.no_python:
-        raise ValueError("--module and --no_python: a script is a module's name or a program, not both; leave one out")
+        raise LaunchError("--module and --no_python: a script is a module's name or a program, not both; leave one out")
     if o.no_ssh != (o.node_rank >= 0):
-        raise ValueError("--no_ssh and --node_rank=N go together: N says which host of the hostfile this one is, counted from 0")
+        raise LaunchError("--no_ssh and --node_rank=N go together: N says which host of the hostfile this one is, counted from 0")
     if o.master_port is not None and not 0 < o.master_port < 65536:
-        raise ValueError(f"--master_port={o.master_port} is no port; write a number from 1 to 65535")
+        raise LaunchError(f"--master_port={o.master_port} is no port; write a number from 1 to 65535")
     if o.max_restarts < 0:
-        raise ValueError(f"--max_restarts={o.max_restarts}: write 0 or more")
+        raise LaunchError(f"--max_restarts={o.max_restarts}: write 0 or more")
     if o.lost_after < 3:
-        raise ValueError(f"--lost_after={o.lost_after}: hosts speak once a second; write 3 seconds or more")
+        raise LaunchError(f"--lost_after={o.lost_after}: hosts speak once a second; write 3 seconds or more")
     if any("\0" in word for word in (o.script, *o.args)):
-        raise ValueError("an argument of the script holds a NUL character, which no process can be given; leave it out")
+        raise LaunchError("an argument of the script holds a NUL character, which no process can be given; leave it out")
 
 
 def hint(o: Options) -> str:

@@ -3,9 +3,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+
+from funczero.launch.error import LaunchError
+from funczero.plain import plain
 
 ENTRY = re.compile(r"(\S+)\s+slots=([0-9]+)(?:\s+max[-_]slots=[0-9]+)?\s*(?:#.*)?")
+BYTES, SLOTS, RANKS = 1 << 20, 4096, 1 << 20  # of a hostfile; of a host; of a run: more is a slip of the pen
+NAME = 320  # characters of user@name:port
 WORD = "[A-Za-z0-9_.][A-Za-z0-9_.-]*"
 HOST = re.compile(rf"(?:{WORD}@)?(?:{WORD}|[0-9A-Fa-f:.]+|\[[0-9A-Fa-f:.]+(?:%{WORD})?\])(?::[0-9]+)?")  # user@name:port; IPv6 bare or in brackets
 
@@ -20,7 +24,7 @@ def parse_hostfile(text: str, where: str = "hostfile") -> dict[str, int]:
       where: what to call the file in a message.
 
     Raises:
-      ValueError: a line is neither, a host is named twice, or there is none.
+      LaunchError: a line is neither, a host is named twice, or there is none.
 
     Source: DeepSpeed's `--hostfile`; OpenMPI's hostfile.
 
@@ -34,25 +38,35 @@ def parse_hostfile(text: str, where: str = "hostfile") -> dict[str, int]:
             continue
         at, entry = f"{where}, line {number}", ENTRY.fullmatch(line)
         if entry is None:
-            raise ValueError(f"{at}: {line!r} is no host; write NAME slots=N, for example worker-1 slots=4")
+            raise LaunchError(f"{at}: {plain(line, 300)!r} is no host; write NAME slots=N, for example worker-1 slots=4")
         name = entry[1]
-        if not HOST.fullmatch(name):
-            raise ValueError(f"{at}: {name!r} is no host name; write letters, digits, '.', '-', '_', and user@ or :port around them")
+        if len(name) > NAME or not HOST.fullmatch(name):
+            raise LaunchError(f"{at}: {plain(name, 300)!r} is no host name; write letters, digits, '.', '-', '_', and user@ or :port around them")
         if name in hosts:
-            raise ValueError(f"{at}: {name!r} is listed a second time; write it once, with all its slots")
+            raise LaunchError(f"{at}: {name!r} is listed a second time; write it once, with all its slots")
+        if len(entry[2]) > 9 or int(entry[2]) > SLOTS:
+            raise LaunchError(f"{at}: {name} has slots={plain(entry[2], 40)}, more than any host; write at most {SLOTS}")
         hosts[name] = int(entry[2])
+    if sum(hosts.values()) > RANKS:
+        raise LaunchError(f"{where}: {sum(hosts.values())} slots in all are more than a run may have, {RANKS}; list fewer hosts")
     if not hosts:
-        raise ValueError(f"{where}: no host in it; write a line for each, for example worker-1 slots=4")
+        raise LaunchError(f"{where}: no host in it; write a line for each, for example worker-1 slots=4")
     return hosts
 
 
 def read_hostfile(path: str) -> dict[str, int]:
     """`parse_hostfile` of a file; a file that is not there is an error, never a world of this machine."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ValueError(f"--hostfile={path}: cannot be read ({reason}); name a file of lines such as worker-1 slots=4, or leave --hostfile out for this machine alone") from None
+        with open(path, "rb") as file:
+            data = file.read(BYTES + 1)  # a pipe is a file as well, and /dev/zero
+        if len(data) > BYTES:
+            raise LaunchError(f"--hostfile={path}: it has more than {BYTES} bytes, and no hostfile is so long; name a file of lines such as worker-1 slots=4")
+        text = data.decode()
+    except (OSError, ValueError) as error:
+        if isinstance(error, LaunchError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "its name holds a NUL character"
+        raise LaunchError(f"--hostfile={path}: cannot be read ({reason}); name a file of lines such as worker-1 slots=4, or leave --hostfile out for this machine alone") from None
     return parse_hostfile(text, f"--hostfile={path}")
 
 
@@ -66,7 +80,7 @@ def choose(hosts: Mapping[str, int], include: str = "", exclude: str = "", num_n
       num_gpus: the first so many slots of each host; 0 or less: all.
 
     Raises:
-      ValueError: the filters exclude each other, or name what the hostfile does not have.
+      LaunchError: the filters exclude each other, or name what the hostfile does not have.
 
     Source: DeepSpeed's `--include`, `--exclude`, `--num_nodes`, `--num_gpus`; more nodes or slots than there are is an error here.
 
@@ -75,9 +89,9 @@ def choose(hosts: Mapping[str, int], include: str = "", exclude: str = "", num_n
     """
     pool = {host: tuple(range(n)) for host, n in hosts.items()}
     if include and exclude:
-        raise ValueError("--include and --exclude: only one of them can be given; --include names all that take part")
+        raise LaunchError("--include and --exclude: only one of them can be given; --include names all that take part")
     if (include or exclude) and (num_nodes >= 0 or num_gpus >= 0):
-        raise ValueError("--num_nodes and --num_gpus count from the first slot, so they go with neither --include nor --exclude; name the slots, for example worker-1:0,1")
+        raise LaunchError("--num_nodes and --num_gpus count from the first slot, so they go with neither --include nor --exclude; name the slots, for example worker-1:0,1")
     if include:
         named = _filter("--include", include, hosts)
         return {host: tuple(sorted(named[host])) or slots for host, slots in pool.items() if host in named}
@@ -86,12 +100,12 @@ def choose(hosts: Mapping[str, int], include: str = "", exclude: str = "", num_n
         kept = {host: tuple(s for s in slots if host not in named or (named[host] and s not in named[host])) for host, slots in pool.items()}
         return {host: slots for host, slots in kept.items() if slots}
     if num_nodes > len(pool):
-        raise ValueError(f"--num_nodes={num_nodes}: the hostfile has {len(pool)} host{'s' * (len(pool) > 1)}; write at most that many, or list more hosts")
+        raise LaunchError(f"--num_nodes={num_nodes}: the hostfile has {len(pool)} host{'s' * (len(pool) > 1)}; write at most that many, or list more hosts")
     if num_nodes > 0:
         pool = dict(list(pool.items())[:num_nodes])
     few = [host for host, slots in pool.items() if len(slots) < num_gpus]
     if few:
-        raise ValueError(f"--num_gpus={num_gpus}: {few[0]} has slots={len(pool[few[0]])}; write at most that many, or more slots in the hostfile")
+        raise LaunchError(f"--num_gpus={num_gpus}: {few[0]} has slots={len(pool[few[0]])}; write at most that many, or more slots in the hostfile")
     return {host: slots[:num_gpus] if num_gpus > 0 else slots for host, slots in pool.items()}
 
 
@@ -103,14 +117,14 @@ def _filter(flag: str, text: str, hosts: Mapping[str, int]) -> dict[str, set[int
         if not colon:
             host = part
         if host not in hosts:
-            raise ValueError(f"{flag}={text}: no host {host!r} in the hostfile; it lists {', '.join(hosts)}")
+            raise LaunchError(f"{flag}={text}: no host {host!r} in the hostfile; it lists {plain(', '.join(hosts), 500)}")
         wanted = named.setdefault(host, set())
         for slot in slots.split(",") if colon else ():
             number = slot.strip()
             if not (number.isascii() and number.isdigit()):
-                raise ValueError(f"{flag}={text}: {slot!r} is no slot of {host}; write numbers with commas, for example {host}:0,2")
-            if int(number) >= hosts[host]:
-                raise ValueError(f"{flag}={text}: {host} has no slot {number}; the hostfile gives it slots={hosts[host]}, counted from 0")
+                raise LaunchError(f"{flag}={text}: {slot!r} is no slot of {host}; write numbers with commas, for example {host}:0,2")
+            if len(number) > 9 or int(number) >= hosts[host]:
+                raise LaunchError(f"{flag}={text}: {host} has no slot {number}; the hostfile gives it slots={hosts[host]}, counted from 0")
             wanted.add(int(number))
     return named
 
@@ -118,9 +132,10 @@ def _filter(flag: str, text: str, hosts: Mapping[str, int]) -> dict[str, set[int
 def _parts(text: str, hosts: Mapping[str, int]) -> list[str]:
     """The parts between `@`, where hosts themselves hold one (`user@host`): a piece that ends no host is joined to the next."""
     parts: list[str] = []
+    users = [host for host in hosts if "@" in host]
     for piece in text.split("@"):
         joined = f"{parts[-1]}@{piece}" if parts else ""
-        if any(host.startswith(f"{parts[-1]}@") and f"{joined}:".startswith(f"{host}:") for host in hosts if parts):
+        if any(host.startswith(f"{parts[-1]}@") and f"{joined}:".startswith(f"{host}:") for host in users if parts):
             parts[-1] = joined
         else:
             parts.append(piece)

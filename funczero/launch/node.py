@@ -1,5 +1,7 @@
 """One host's part of a launch: `python -m funczero.launch.node`, the constant command that every transport runs.
 
+It forks: the guard carries the orders out, its parent cleans up behind it (`keeper`).
+
 Its orders are one line of JSON on standard input, so nothing is quoted and no secret shows in a list of processes. More lines may follow: an empty one says
 that the launcher lives, {"signal": 15} is passed on to the ranks. The end of input, and a silence, end every process that was started here, whatever became
 of the launcher. What it says are lines that begin with the ASCII record separator; anything else on its output was said by somebody else.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import secrets
 import selectors
 import shutil
 import signal
@@ -16,14 +19,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from funczero.launch.agent import fork_agent
 from funczero.launch.job import rank_command, torchrun_arguments
+from funczero.launch.keeper import keep
+from funczero.launch.meeting import register
 from funczero.launch.orders import prepare, read_orders
 from funczero.launch.processes import Ending, adopt_orphans, exit_status, reap, send
+from funczero.rendezvous import Listener
 
 MARK = "\x1e"
 STDIN = ("stdin", "")
@@ -61,7 +67,8 @@ class Speaker:
 class Node:
     """The ranks of one host: their agent, their pipes, their ends."""
 
-    def __init__(self, orders: Mapping[str, Any], speaker: Speaker, early: bytes) -> None:
+    def __init__(self, orders: Mapping[str, Any], speaker: Speaker, early: bytes, announce: Callable[[str], None], listener: Listener | None = None) -> None:
+        """announce: told the folder before it is made. listener: what the agents' store listens on, on rank 0's host."""
         self.orders, self.speaker, self.heard, self.said = orders, speaker, time.monotonic(), 0.0
         self.buffers: dict[tuple[str, Any], bytes] = {STDIN: early}
         self.ranks: dict[int, dict[str, Any]] = {}  # by local rank: rank, pid, restart
@@ -71,12 +78,18 @@ class Node:
         self.noticed = False  # a signal was passed on: whoever fails now is not started again
         self.failed = False
         self.agent_code: int | None = None
-        self.folder = Path(tempfile.mkdtemp(prefix="funczero-"))
+        self.keeper, self.orphaned = os.getppid(), False
+        self.folder, self.announce = Path(tempfile.gettempdir(), f"funczero-{secrets.token_hex(8)}"), announce
+        self.listener = listener
         self.selector = selectors.DefaultSelector()
 
     def start(self) -> None:
         """The pipes, then torchrun's agent."""
         orders = self.orders
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: self.end())
+        self.announce(str(self.folder))
+        self.folder.mkdir(mode=0o700)
         argv = rank_command(orders, sys.executable)
         at = len(argv) - len(orders["args"]) if orders["pass_local_rank"] else 0
         (self.folder / "command.json").write_text(json.dumps({"argv": argv, "local_rank_at": at}))
@@ -89,14 +102,17 @@ class Node:
         self.selector.register(0, selectors.EVENT_READ, STDIN)
         entry = str(Path(__file__).with_name("entry.py"))
         ends = [os.open(self.folder / name, os.O_WRONLY) for name in ("agent", "told")]
-        self.agent = fork_agent(torchrun_arguments(orders, sys.executable, entry, str(self.folder)), *ends)
+        arguments = torchrun_arguments(orders, sys.executable, entry, str(self.folder))
+        where, listening = (orders["master_addr"], orders["master_port"]), self.listener.socket.fileno() if self.listener else None
+        self.agent = fork_agent(arguments, ends[0], ends[1], lambda note: register(*where, listening, orders["max_restarts"] > 0, note))
         for end in ends:
             os.close(end)
+        if self.listener:
+            self.listener.socket.close()
+            self.note(self.listener.said)
 
     def run(self) -> int:
         """Until nothing that was started here is left; the exit code of this host."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: self.end())
         if self.buffers[STDIN]:
             self.take(STDIN, b"")
         over = False
@@ -122,8 +138,11 @@ class Node:
             self.ending = Ending()
 
     def tick(self) -> None:
-        """Say that this host lives; end when nobody has said so to it for too long."""
+        """Say that this host lives; end when nobody has said so to it for too long, or its keeper was killed."""
         now, patience = time.monotonic(), self.orders["lost_after"]
+        if os.getppid() != self.keeper:
+            self.orphaned = True  # this host counts as lost, as it does when this process is killed
+            self.end()
         if now - self.said > 1.0:
             self.said = now
             self.speaker.say(alive=True)
@@ -191,6 +210,8 @@ class Node:
         self.speaker.say(born=born["rank"], restart=born["restart"], world=born["world"], pid=born["pid"])
 
     def _told(self, told: dict) -> None:
+        if "note" in told:
+            return self.note(told["note"])
         if "error" in told:
             self.failed = True
             self.speaker.say(error=told["error"])
@@ -213,6 +234,11 @@ class Node:
         elif local in self.traces:  # it was failing when it was told to end: it may be the cause
             self.fail(local, max(told["code"], 1))
 
+    def note(self, text: str) -> None:
+        """A sentence for the user, if there is one."""
+        if text:
+            self.speaker.say(lines=[f"funczero: {text}"], rank=None, err=True)
+
     def fail(self, local: int, code: int) -> None:
         """Say that a rank has failed by itself, and how long ago that began."""
         self.failed = True
@@ -232,6 +258,11 @@ class Node:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Read the orders, carry them out, leave nothing behind."""
+    return keep(lambda announce: guard(argv, announce))
+
+
+def guard(argv: Sequence[str], announce: Callable[[str], None]) -> int:
+    """Read the orders and carry them out."""
     adopt_orphans()
     orders, early = read_orders(argv)
     if orders is None:
@@ -244,10 +275,11 @@ def main(argv: Sequence[str] = ()) -> int:
             speaker.say(facts=facts(orders))
             code = 0
         else:
-            prepare(orders)
-            node = Node(orders, speaker, early)
+            node = Node(orders, speaker, early, announce, prepare(orders))
             node.start()
             code = node.run()
+            if node.orphaned:
+                return code  # without a last word
     except ValueError as error:
         speaker.say(error=str(error))
     speaker.say(end=code)

@@ -4,10 +4,12 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import zlib
 from collections.abc import Sequence
 from typing import Any
+
+from funczero.launch.error import LaunchError
+from funczero.rendezvous import Listener, listen, resolve
 
 
 def read_orders(argv: Sequence[str]) -> tuple[dict[str, Any] | None, bytes]:
@@ -24,19 +26,19 @@ def read_orders(argv: Sequence[str]) -> tuple[dict[str, Any] | None, bytes]:
     return json.loads(line), rest
 
 
-def prepare(orders: dict[str, Any]) -> None:
-    """Take over folder, environment and devices; pick the port where that was left to this host.
+def prepare(orders: dict[str, Any]) -> Listener | None:
+    """Take over folder, environment and devices; on rank 0's host, the socket that the agents' store is to listen on.
 
     Raises:
-      ValueError: the run cannot start here; one sentence says why.
+      LaunchError: the run cannot start here; one sentence says why.
     """
     try:
         os.chdir(orders["cwd"])
     except OSError as error:
-        raise ValueError(f"the working folder {orders['cwd']!r} is not there ({error.strerror}); every host needs it, so start from a shared one") from None
+        raise LaunchError(f"the working folder {orders['cwd']!r} is not there ({error.strerror}); every host needs it, so start from a shared one") from None
     script = orders["script"]
     if not (orders["module"] or orders["no_python"] or os.path.exists(script)):
-        raise ValueError(f"the script {script!r} is not in {orders['cwd']}; every host needs it at the same place")
+        raise LaunchError(f"the script {script!r} is not in {orders['cwd']}; every host needs it at the same place")
     os.environ.update(orders["env"])
     os.environ["CUDA_VISIBLE_DEVICES"] = devices(orders["slots"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3"
@@ -44,19 +46,17 @@ def prepare(orders: dict[str, Any]) -> None:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a store a start: in a shared one a host that did not fail itself reads its last start's addresses
     if len(orders["slots"]) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's rule, without its banner
-    if orders["node_rank"] == 0:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", orders["master_port"]))
-            except OSError as error:
-                raise ValueError(f"port {orders['master_port']} cannot be had ({error.strerror}); name another one with --master_port") from None
-            orders["master_port"] = probe.getsockname()[1]
-    else:
-        try:
-            socket.getaddrinfo(orders["master_addr"], orders["master_port"])
-        except OSError:
-            raise ValueError(f"the address of rank 0's host, {orders['master_addr']!r}, means nothing here; add --master_addr=ADDRESS that all hosts know") from None
+    try:
+        if orders["node_rank"] > 0:
+            resolve(orders["master_addr"], orders["master_port"])
+            return None
+        listener = listen(orders["master_addr"], orders["master_port"], orders["nodes"] == 1)
+    except ValueError as error:
+        raise LaunchError(f"{error}; add --master_addr=ADDRESS that all hosts know") from None
+    except OSError as error:
+        raise LaunchError(f"port {orders['master_port']} cannot be had ({error.strerror}); name another one with --master_port") from None
+    orders["master_port"] = listener.port
+    return listener
 
 
 def devices(slots: Sequence[int], visible: str | None) -> str:
@@ -69,5 +69,5 @@ def devices(slots: Sequence[int], visible: str | None) -> str:
         return ",".join(map(str, slots))
     seen = [name.strip() for name in visible.split(",") if name.strip()]
     if seen and max(slots) >= len(seen):
-        raise ValueError(f"slot {max(slots)} is asked for, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(seen)} devices here; use slots below {len(seen)}")
+        raise LaunchError(f"slot {max(slots)} is asked for, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(seen)} devices here; use slots below {len(seen)}")
     return ",".join(seen[s] for s in slots) if seen else ""

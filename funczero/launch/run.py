@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from funczero.launch.error import LaunchError
 from funczero.launch.flags import hint, parse, parser
 from funczero.launch.job import Plan, make_plan, without
 from funczero.launch.processes import die_with_parent, exit_status
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         if sys.platform != "linux":
-            raise ValueError(f"the end of every process is promised by Linux alone, and this is {sys.platform}; start the script with torchrun")
+            raise LaunchError(f"the end of every process is promised by Linux alone, and this is {sys.platform}; start the script with torchrun")
         options = parse(argv)
         plan = make_plan(options, os.environ, os.getcwd())
         if hint(options):
@@ -64,7 +65,7 @@ def start(command: Command, **streams: Any) -> subprocess.Popen:
             command.argv, env=os.environ | command.env, cwd=command.cwd, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM), **streams
         )
     except FileNotFoundError:
-        raise ValueError(f"{command.argv[0]} is not installed on this machine; install it, or choose another --launcher") from None
+        raise LaunchError(f"{command.argv[0]} is not installed on this machine; install it, or choose another --launcher") from None
 
 
 def run_ranks(command: Command, launcher: str) -> int:
@@ -109,6 +110,16 @@ def run_nodes(plan: Plan) -> int:
         report.say(f"{', '.join(lost)} lost; start {used} of at most {o.max_restarts} again, on {', '.join(node.host for node in left)}")
         report.release(0.0, everything=True)
         plan = without(plan, lost)
+
+
+def _event(text: str) -> dict[str, Any] | None:
+    """What a node said; None for a line of somebody else's, such as a login script's, whatever is in it."""
+    _, mark, said = text.partition(MARK)
+    try:
+        found = json.loads(said) if mark else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("node"), int) else None
 
 
 class Launch:
@@ -206,11 +217,8 @@ class Launch:
         other.start()
         for line in output:
             text = line.decode(errors="replace").rstrip("\n")
-            front, mark, event = text.partition(MARK)
-            if mark:
-                self.inbox.put((rank, "event", json.loads(event)))
-            else:
-                self.inbox.put((rank, "word", text))
+            event = _event(text)
+            self.inbox.put((rank, "event", event) if event else (rank, "word", text))
         other.join(1.0)  # why it was closed goes before that it was
         self.inbox.put((rank, "closed", link.wait()))
 
@@ -246,6 +254,8 @@ class Launch:
 
     def _event(self, _: int, event: dict) -> None:
         node = event["node"]
+        if node not in self.host:
+            return  # no node of this run
         self.heard[node] = now = time.monotonic()
         if "lines" in event:
             self.report.lines(self.host[node], event["rank"], event["lines"], event["err"])

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from funczero.launch.error import LaunchError
 from funczero.launch.job import Node, Plan, bare, job, port_of, rank_command, torchrun_arguments
 
 NODE = "-m funczero.launch.node"
@@ -49,7 +50,7 @@ def node_command(plan: Plan, node: Node, **more: object) -> Command:
 def _python(path: str) -> str:
     """The interpreter's path; the remote login shell reads it, so it may hold nothing but a path."""
     if not re.fullmatch(r"[A-Za-z0-9_./+][A-Za-z0-9_./+-]*", path):
-        raise ValueError(f"--python={path}: a shell on the hosts would read this path as more than one; name an interpreter whose path has letters, digits and ./_+- alone")
+        raise LaunchError(f"--python={path}: a shell on the hosts would read this path as more than one; name an interpreter whose path has letters, digits and ./_+- alone")
     return path
 
 
@@ -57,7 +58,7 @@ def _words(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise ValueError(f"--launcher_args={text}: {error}; close every quotation") from None
+        raise LaunchError(f"--launcher_args={text}: {error}; close every quotation") from None
 
 
 def pdsh_command(plan: Plan) -> Command:
@@ -66,14 +67,14 @@ def pdsh_command(plan: Plan) -> Command:
     hosts = [re.sub(r":[0-9]+$", "", node.host) for node in plan.nodes]
     odd = [host for host in hosts if re.search(r"[\[\]:%]", host)]
     if odd:
-        raise ValueError(f"--launcher=pdsh: it reads {odd[0]!r} as a pattern; give the host a plain name, or use --launcher=ssh")
+        raise LaunchError(f"--launcher=pdsh: it reads {odd[0]!r} as a pattern; give the host a plain name, or use --launcher=ssh")
     orders = [job(plan, node) | {"lost_after": None} for node in plan.nodes]
     told = base64.urlsafe_b64encode(zlib.compress(json.dumps(orders).encode())).decode()
     if len(told) > 100_000:
-        raise ValueError(f"--launcher=pdsh: arguments and environment take {len(told)} bytes of its command line, more than fits; use --launcher=ssh")
+        raise LaunchError(f"--launcher=pdsh: arguments and environment take {len(told)} bytes of its command line, more than fits; use --launcher=ssh")
     ports = {port_of(node.host) or str(o.ssh_port or "") for node in plan.nodes}
     if len(ports) > 1:
-        raise ValueError("--launcher=pdsh: it knows one port for all hosts; use --launcher=ssh, or --ssh_port")
+        raise LaunchError("--launcher=pdsh: it knows one port for all hosts; use --launcher=ssh, or --ssh_port")
     given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
     ssh = " ".join([*([given] if given else []), "-T -o BatchMode=yes -o ConnectTimeout=10", *(f"-p {port}" for port in ports if port)])
     argv = ("pdsh", "-S", "-R", "ssh", "-f", "1024", "-w", ",".join(hosts), *_words(o.launcher_args), f"{_python(o.python)} {NODE} %n {told}")
@@ -84,18 +85,18 @@ def rank_launcher(plan: Plan) -> Command:
     """OpenMPI, MPICH or SLURM starts the ranks; `init_distributed` reads what each says. Environment goes by name, never by value.
 
     Raises:
-      ValueError: the launcher could not do what the filters or the arguments ask for.
+      LaunchError: the launcher could not do what the filters or the arguments ask for.
     """
     o, build = plan.options, {"openmpi": _openmpi, "mpich": _mpich, "slurm": _slurm}[plan.options.launcher]
     for node in plan.nodes:
         if node.slots != tuple(range(len(node.slots))):
-            raise ValueError(f"--launcher={o.launcher}: it starts slots 0 to n-1 of a host, not {node.host}:{','.join(map(str, node.slots))}; use --launcher=ssh for these")
+            raise LaunchError(f"--launcher={o.launcher}: it starts slots 0 to n-1 of a host, not {node.host}:{','.join(map(str, node.slots))}; use --launcher=ssh for these")
         if o.launcher != "slurm" and ("@" in node.host or port_of(node.host)):
-            raise ValueError(f"--launcher={o.launcher}: it takes no user or port with a host; put those of {node.host!r} into ~/.ssh/config, or use --launcher=ssh")
+            raise LaunchError(f"--launcher={o.launcher}: it takes no user or port with a host; put those of {node.host!r} into ~/.ssh/config, or use --launcher=ssh")
     if ":" in o.args:
-        raise ValueError(f"--launcher={o.launcher}: it reads an argument that is ':' alone as the start of another program; use --launcher=ssh")
+        raise LaunchError(f"--launcher={o.launcher}: it reads an argument that is ':' alone as the start of another program; use --launcher=ssh")
     if o.pass_local_rank or o.max_restarts:
-        raise ValueError(f"--launcher={o.launcher}: it has neither --pass_local_rank nor --max_restarts; use --launcher=ssh")
+        raise LaunchError(f"--launcher={o.launcher}: it has neither --pass_local_rank nor --max_restarts; use --launcher=ssh")
     env = plan.env | {"MASTER_ADDR": plan.master_addr, "MASTER_PORT": str(plan.master_port)}
     ranks = rank_command(job(plan, plan.nodes[0]), o.python)
     return Command((*build(plan, env), *ranks), None, env)
@@ -115,7 +116,7 @@ def _openmpi(plan: Plan, env: dict[str, str]) -> list[str]:
 def _mpich(plan: Plan, env: dict[str, str]) -> list[str]:
     o, counts = plan.options, {len(n.slots) for n in plan.nodes}
     if len(counts) > 1:
-        raise ValueError(f"--launcher=mpich: it starts as many processes on every host, but the slots are {sorted(counts)}; use --num_gpus={min(counts)}, or --launcher=ssh")
+        raise LaunchError(f"--launcher=mpich: it starts as many processes on every host, but the slots are {sorted(counts)}; use --num_gpus={min(counts)}, or --launcher=ssh")
     hosts = ",".join(bare(n.host) for n in plan.nodes)
     output = ["-outfile-pattern", f"{os.path.abspath(o.log_dir)}/rank%r.log"] if o.log_dir else ["-prepend-rank"]
     tool = _tool("mpiexec.hydra", "mpirun.mpich", "mpirun")
@@ -133,7 +134,7 @@ def _slurm(plan: Plan, env: dict[str, str]) -> list[str]:
     hosts = ",".join(bare(n.host) for n in plan.nodes)
     counts = {len(n.slots) for n in plan.nodes}
     if len(counts) > 1:
-        raise ValueError(f"--launcher=slurm: it starts as many tasks on every host, but the slots are {sorted(counts)}; use --num_gpus={min(counts)}, or --launcher=ssh")
+        raise LaunchError(f"--launcher=slurm: it starts as many tasks on every host, but the slots are {sorted(counts)}; use --num_gpus={min(counts)}, or --launcher=ssh")
     return [*front, f"--ntasks={plan.world}", f"--nodes={len(plan.nodes)}", f"--ntasks-per-node={counts.pop()}", f"--nodelist={hosts}", *_words(o.launcher_args)]
 
 

@@ -1,6 +1,8 @@
 """The launcher refuses in one sentence: what is wrong, where, what to write instead."""
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from funczero import environment
@@ -141,7 +143,10 @@ def test_a_node_says_why_it_cannot_start(tmp_path, monkeypatch):
     assert said(cwd=str(tmp_path)) == f"the script 'x.py' is not in {tmp_path}; every host needs it at the same place"
     with monkeypatch.context() as m:
         m.setattr("os.environ", {})
-        assert said(cwd=str(tmp_path), module=True) == "the address of rank 0's host, 'no host', means nothing here; add --master_addr=ADDRESS that all hosts know"
+        for rank in (0, 1):  # rank 0's own host resolves it as well: nobody retries a name in silence
+            told = said(cwd=str(tmp_path), module=True, node_rank=rank, master_addr="nosuch.invalid", nodes=2)
+            here = f"means nothing on {socket.gethostname()} ("
+            assert told.startswith(f"the address of rank 0's host, 'nosuch.invalid', {here}") and told.endswith("); add --master_addr=ADDRESS that all hosts know")
 
 
 def test_devices_that_are_not_shown():
