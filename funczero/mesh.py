@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from funczero import environment
+from funczero import environment, presence
 
 
 class P(tuple):
@@ -186,6 +186,7 @@ def connect(mesh: Mesh) -> Mesh:
         raise ValueError(_wrong_world(sizes, world.size))
     if world.size == 1:
         return mesh._replace(connected=True)
+    presence.announce()
     return _connected(_shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type))._replace(sent=mesh.sent, device=mesh.device, sums=mesh.sums, watch=mesh.watch)
 
 

@@ -76,7 +76,7 @@ def main():
 def guardian(life):
     """Start the ranks, kill by the clock where the life says so, and write down how they ended."""
     place = Path(life["place"])
-    for old in place.glob("rank*"):
+    for old in (*place.glob("rank*"), *place.glob("stderr*")):
         old.unlink()
     store = place / f"store{time.monotonic_ns()}"
     ranks = []
@@ -94,7 +94,8 @@ def guardian(life):
     struck = time.time()
     ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
     lines = [(place / f"rank{r}").read_text().splitlines() if (place / f"rank{r}").exists() else [] for r in range(2)]
-    told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r], "struck": struck} for r in range(2)]
+    said = [(place / f"stderr{r}").read_text(errors="replace")[-8000:] if (place / f"stderr{r}").exists() else "" for r in range(2)]
+    told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r], "struck": struck, "stderr": said[r]} for r in range(2)]
     (place / "told.new").write_text(json.dumps(told))
     (place / "told.new").rename(place / "told.json")
     return 0
@@ -106,15 +107,16 @@ def one(rank, life, store):
 
     import torch.distributed as dist
 
-    from funczero.checkpoint import peers
+    from funczero.checkpoint import lines
 
     place = Path(life["place"])
+    os.dup2(os.open(place / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)  # gloo's, ours, and where a rank hung
     faulthandler.dump_traceback_later(50, exit=True)
     file = (place / f"rank{rank}").open("a", buffering=1)
     say = lambda what, **more: file.write(json.dumps({"what": what, "at": time.time(), **more}) + "\n")
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
     if life.get("quick", True):
-        peers.BEAT, peers.DEAD = QUICK
+        lines.BEAT, lines.DEAD = QUICK
     try:
         if life.get("tcp"):  # rank 0 keeps the world's store, and takes it along
             if rank == 0:

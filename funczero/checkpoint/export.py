@@ -5,7 +5,6 @@ Facts: a safetensors file is the length of a JSON header (u64, little-endian), t
 from __future__ import annotations
 
 import json
-import re
 import struct
 from math import prod
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from funczero.checkpoint import folder, manifest
 from funczero.checkpoint.arrays import CheckpointError, numpy_view, torch_dtype
 from funczero.checkpoint.checkpointer import Checkpointer
-from funczero.checkpoint.names import Names, escape, whole
+from funczero.checkpoint.names import Names, escape, unescape, whole
 from funczero.checkpoint.tools import find, progress, tensors
 
 CODES = {
@@ -46,7 +45,7 @@ def state_dict_key(name: str) -> str:
     >>> state_dict_key("params/blocks/0/w"), state_dict_key("params/layers.0.weight")
     ('blocks.0.w', 'layers.0.weight')
     """
-    return ".".join(re.sub(r"%([0-9A-F]{2,4})", lambda m: chr(int(m[1], 16)), part if part != "%" else "") for part in name.split("/")[1:])
+    return ".".join(map(unescape, name.split("/")[1:]))
 
 
 def export(path: str | Path, out: str | Path, dtype: str | None = None, shard_size: int | None = None, overwrite: bool = False) -> list[Path]:

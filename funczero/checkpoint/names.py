@@ -39,12 +39,23 @@ class Names(NamedTuple):
 
 
 def escape(key: Any) -> str:
-    """One part of a path as it is written: "/" and what does not print as %XX.
+    """One part of a path as it is written: "/", a backslash, ".." and what does not print as %XX.
 
-    >>> escape("a/b"), escape(0), escape("layers.0.weight"), escape("")
-    ('a%2Fb', '0', 'layers.0.weight', '%')
+    >>> escape("a/b"), escape(0), escape("layers.0.weight"), escape(""), escape("..")
+    ('a%2Fb', '0', 'layers.0.weight', '%', '%2E%2E')
     """
-    return re.sub(r"[%/\x00-\x1f\x7f\ud800-\udfff]", lambda m: f"%{ord(m[0]):02X}", str(key)) or "%"
+    if str(key) == "..":
+        return "%2E%2E"
+    return re.sub(r"[%/\\\x00-\x1f\x7f\ud800-\udfff]", lambda m: f"%{ord(m[0]):02X}", str(key)) or "%"
+
+
+def unescape(part: str) -> str:
+    """What `escape` was given.
+
+    >>> unescape(escape("a/B%C")), unescape("%")
+    ('a/B%C', '')
+    """
+    return re.sub(r"%(D[89A-F][0-9A-F]{2}|[0-9A-F]{2})", lambda m: chr(int(m[1], 16)), part) if part != "%" else ""
 
 
 def stored(name: str) -> str:

@@ -132,7 +132,7 @@ def load_client(path: Path, manifest: Manifest) -> Any:
             made[name] = read_whole(reader, name, manifest.arrays[name])
         reader.finish()
         return client.decode(manifest.client, made.__getitem__)
-    except (KeyError, TypeError, ValueError, RecursionError) as e:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as e:
         raise CheckpointError(f"restore: the client state in {FILE!r} has not the form that a save gives it ({type(e).__name__}: {e})") from None
 
 
@@ -193,11 +193,15 @@ def _refuse_strangers(source: dict[str, str], manifest: Manifest, notes: list[st
     used = set(source.values())
     heads = {name.split("/")[0] for name in used}
     left = [n for n in manifest.arrays if n not in used and not n.startswith("client/") and n != "client" and not re.match(r"[^/]+/(partial/|count$)", n)]
-    for head in sorted({n.split("/")[0] for n in left}):
-        mine = [n for n in left if n.split("/")[0] == head]
+    by_head: dict[str, list[str]] = {}
+    for n in left:
+        by_head.setdefault(n.split("/")[0], []).append(n)
+    for head, mine in sorted(by_head.items()):
         if head in heads:
             raise CheckpointError(f"restore: the checkpoint also holds {', '.join(map(repr, mine[:5]))}, for which the state has no place; restore with strict=False to leave them out")
-        notes.append(f"{head!r} of the checkpoint is not in this chain and was left out")
+    out = sorted(by_head)
+    notes += [f"{head!r} of the checkpoint is not in this chain and was left out" for head in out[:8]]
+    notes += [f"nor are {len(out) - 8} more transforms of it"] * (len(out) > 8)
 
 
 def _heads(names: Any) -> list[str]:
