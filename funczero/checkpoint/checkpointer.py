@@ -158,20 +158,24 @@ class Checkpointer:
         self._polls += 1
         if self._saving is None:
             return None
-        saving, peers, number = self._saving, self._saving.peers, self._saving.job.number
-        if peers.size == 1:
-            return self._ended() if saving.ended.is_set() else None
-        key = f"{number}/told"
+        if self._saving.peers.size == 1:
+            return self._ended() if self._saving.ended.is_set() else None
         try:
-            if peers.there(key):
-                return self._ended() if peers.get(key) <= self._polls else None
-            if peers.rank == 0 and saving.ended.is_set():
-                peers.put(key, self._polls + 1)  # seen by all at the next boundary: no rank gets there before rank 0 has left this one
-            elif saving.error is not None and not peers.there(f"{number}/end"):
-                return self._ended()  # rank 0 is lost; what it told its peers, it tells them at a boundary, too
-            return None
+            over = self._told(self._saving)
         except CheckpointError:  # the store is gone: there is no common boundary any more, only what this rank knows
-            return self._ended()
+            over = True
+        return self._ended() if over else None
+
+    def _told(self, saving: Save) -> bool:
+        """Have all ranks been told, up to this boundary, that a save has ended?"""
+        peers, number = saving.peers, saving.job.number
+        key = f"{number}/told"
+        if peers.there(key):
+            return peers.get(key) <= self._polls
+        if peers.rank == 0 and saving.ended.is_set():
+            peers.put(key, self._polls + 1)  # seen by all at the next boundary: no rank gets there before rank 0 has left this one
+            return False
+        return saving.error is not None and not peers.there(f"{number}/end")  # rank 0 is lost; what it told its peers, it tells them at a boundary, too
 
     def wait(self) -> str | None:
         """Until the save under way is committed; its name. Raises what it failed with."""
