@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from funczero import tree
+from funczero import ending, tree
 from funczero.mesh import Mesh, init_distributed, world_size
 from funczero.types import Grad, TrainState
 
@@ -156,6 +156,7 @@ class Watch(threading.Thread):
             self.leaving.set()
             self.join(2 * LINGER + PATIENCE)
             if self.told and hasattr(sys, "last_value"):  # the world is broken: taking gloo's groups down now may abort, and hide the error
+                ending.finish()  # a save under way comes to its end
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(1)
@@ -229,6 +230,7 @@ class Watch(threading.Thread):
         self.leaving.wait(PATIENCE if self.raised else 2 * PERIOD)  # an exception on its way out is shown first; others hear before a connection breaks
         print(f"funczero: {self.told}{'' if self.leaving.is_set() else _place_of(self.caller)}", file=sys.stderr, flush=True)
         if not (self.leaving.is_set() and hasattr(sys, "last_value")):  # else it ends by itself, with an error
+            ending.finish()
             sys.stdout.flush()
             os._exit(1)
 

@@ -92,7 +92,11 @@ def guardian(life):
         for rank in life["victims"]:
             os.kill(ranks[rank], signal.SIGKILL)
     struck = time.time()
-    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    stopped = life["victims"] if life.get("signal") == "SIGSTOP" else []
+    ended = {r: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for r, pid in enumerate(ranks) if r not in stopped}
+    for r in stopped:
+        os.kill(ranks[r], signal.SIGKILL)
+        ended[r] = os.waitstatus_to_exitcode(os.waitpid(ranks[r], 0)[1])
     lines = [(place / f"rank{r}").read_text().splitlines() if (place / f"rank{r}").exists() else [] for r in range(2)]
     said = [(place / f"stderr{r}").read_text(errors="replace")[-8000:] if (place / f"stderr{r}").exists() else "" for r in range(2)]
     told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r], "struck": struck, "stderr": said[r]} for r in range(2)]
@@ -154,7 +158,15 @@ def at_point(rank, life, say):
     state = checkpoints.train(step, state, 2, 4)
     pids = [0, 0]
     dist.all_gather_object(pids, os.getpid())
-    arm(life["point"], rank, life["victims"], pids, say)
+    how = getattr(signal, life.get("signal", "SIGKILL"))
+    if life["point"] in ("absent", "unread"):
+        if rank in life["victims"]:
+            say("dies")
+            os.kill(os.getpid(), how)
+        if life["point"] == "unread":
+            Checkpointer(Path(life["place"], "run"), step=step).restore(like=(step, checkpoints.abstract()))
+    else:
+        arm(life["point"], rank, life["victims"], pids, say, how)
     ck.save(state, 2 if life.get("overwrite") else 4, overwrite=bool(life.get("overwrite")))
     while life.get("poll") and ck.poll() is None:
         time.sleep(0.01)
@@ -163,14 +175,14 @@ def at_point(rank, life, say):
     say("saved", name=ck.wait())
 
 
-def arm(point, rank, victims, pids, say):
-    """Patch the function at which somebody dies."""
-    from funczero.checkpoint import commit, folder, manifest, saving
+def arm(point, rank, victims, pids, say, how=signal.SIGKILL):
+    """Patch the function at which somebody dies, or is stopped."""
+    from funczero.checkpoint import checkpointer, commit, folder, manifest, saving
 
     def myself():
         if rank in victims:
             say("dies")
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
 
     def everyone():  # where rank 0 alone is active
         for r in sorted(victims, reverse=True):
@@ -212,6 +224,7 @@ def arm(point, rank, victims, pids, say):
         folder.shutil = SimpleNamespace(rmtree=half)
     else:
         where, name, die, after = {
+            "asked": (checkpointer, "prepared", myself, False),
             "copied": (saving.Staging, "copied", myself, True),
             "made": (saving, "_pieces", myself, False),
             "written": (saving, "write", myself, True),

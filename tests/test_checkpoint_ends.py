@@ -112,12 +112,20 @@ def late(self, keys, *args, **kw):  # rank 1 is slow to hear the last word
     return wait(self, keys, *args, **kw)
 wait, peers.Peers.wait = peers.Peers.wait, late
 """
+ASKED = """
+def more():
+    checkpoints.train(step, state, 1, 2)
+    time.sleep(0.3 * RANK)
+    return {ask}
+while not more():
+    pass
+"""
 LAST = {  # the last thing that a script does, and the message that rank 1 reads late
     "save and wait": ("ck.save(state, 2); ck.wait()", "/end"),
     "restore": ("ck.restore(like=state)", "/read/"),
     "names": ("assert ck.names() == ['1']", "/names"),
-    "poll": ("ck.save(state, 2)\ndef more():\n    checkpoints.train(step, state, 1, 2); time.sleep(0.3 * RANK)\n    return ck.poll()\nwhile more() is None: pass", "no such key"),
-    "notice": ("n = fz.checkpoint.Notice()\nif RANK == 0: os.kill(os.getpid(), signal.SIGUSR1)\ndef more():\n    checkpoints.train(step, state, 1, 2); time.sleep(0.3 * RANK)\n    return n.given()\nwhile not more(): pass", "no such key"),
+    "poll": ("ck.save(state, 2)" + ASKED.replace("{ask}", "ck.poll()"), "no such key"),
+    "notice": ("n = fz.checkpoint.Notice()\nif RANK == 0: os.kill(os.getpid(), signal.SIGUSR1)" + ASKED.replace("{ask}", "n.given()"), "no such key"),
 }
 
 

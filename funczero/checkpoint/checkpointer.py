@@ -9,7 +9,8 @@ from typing import Any
 
 from absl import logging
 
-from funczero.checkpoint import client, ending, folder, manifest
+from funczero import ending
+from funczero.checkpoint import client, folder, manifest
 from funczero.checkpoint.arrays import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Deal, deal

@@ -107,7 +107,7 @@ def decode(encoded: Any, array: Callable[[str], Tensor]) -> Any:
         return {k: decode(v, array) for k, v in encoded.items()}
     if tag == "$array":
         x = array(encoded["$array"])
-        kinds = {"tensor": lambda: x, "numpy": x.numpy, "scalar": lambda: x.numpy()[()], "bytes": lambda: x.numpy().tobytes()}
+        kinds: dict[str, Callable[[], Any]] = {"tensor": lambda: x, "numpy": x.numpy, "scalar": lambda: x.numpy()[()], "bytes": lambda: x.numpy().tobytes()}
         return kinds[encoded["kind"]]()
     made = {
         "$float": lambda: float(inner), "$int": lambda: int(inner, 16), "$bytes": lambda: base64.b64decode(inner), "$tuple": lambda: tuple(decode(x, array) for x in inner),

@@ -220,7 +220,8 @@ def prune(directory: Path, keep: Keep, named: set[str], limit: int = LIMIT) -> N
     """
     if keep.last is None:
         return
-    entries, good = [], []
+    entries: list[Entry] = []
+    good: list[Entry] = []
     for e in listing(directory, limit).entries:
         if not _is_ours(e.path):
             _leave(e.path, "not removed with older checkpoints", named)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from funczero import presence
 from funczero.checkpoint.arrays import CheckpointError
+from funczero.ending import Guest
 
 BEAT, DEAD = 1.0, 8.0  # seconds between two beats; without one for so long, a rank is taken for dead
 LEAVE = 10.0  # seconds for which the process that holds the store stays for ranks that have not acknowledged their last call
@@ -134,7 +135,7 @@ def lines() -> Lines:
     return _shared(dist.group.WORLD if dist.is_initialized() else None, os.getpid())
 
 
-class Pulse(threading.Thread):
+class Pulse(Guest):
     """Beats once a second until this process ends."""
 
     def __init__(self, lines: Lines) -> None:

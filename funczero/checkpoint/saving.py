@@ -13,12 +13,12 @@ from torch import Tensor
 
 from funczero.checkpoint import commit, folder, manifest
 from funczero.checkpoint.arrays import Array, CheckpointError, dtype_name, nbytes, numpy_view, room, torch_dtype, write
-from funczero.checkpoint.ending import Ending
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Box, Deal, Piece, deal
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.names import Names
 from funczero.checkpoint.peers import Peers
+from funczero.ending import Work
 
 KINDS = {e.__name__: e for e in (ValueError, TypeError, FileExistsError, OSError, PermissionError)}  # raised elsewhere as what they are
 
@@ -87,7 +87,7 @@ def arrays_of(found: Names, own: Deal) -> dict[str, Array]:
     return {n: Array(p.shape, dtype_name(p.value.dtype), own.chunks[n]) for n, p in found.parts.items()}
 
 
-class Save(Ending):
+class Save(Work):
     """A save from the copy to the commit, beside the training."""
 
     def __init__(self, job: Job, peers: Peers) -> None:

@@ -13,10 +13,16 @@ import threading
 from functools import cache
 from typing import Any
 
-from funczero.checkpoint.lines import Pulse
+
+class Guest(threading.Thread):
+    """A thread that takes its leave of other processes when this one ends, after all work."""
+
+    def leave(self) -> None:
+        """Say so, and stop."""
+        raise NotImplementedError
 
 
-class Ending(threading.Thread):
+class Work(threading.Thread):
     """Work that the end of the process waits for; an error that nobody was told keeps the thread until then."""
 
     def __init__(self, name: str, what: str) -> None:
@@ -67,8 +73,10 @@ def prepared() -> bool:
     return True
 
 
-def _farewell(lost: list[str]) -> None:
-    for work in [t for t in threading.enumerate() if isinstance(t, Ending)]:
+def finish() -> list[str]:
+    """Wait for what is under way; what was lost without anybody being told, each said by one sentence. For whoever ends the process at once."""
+    lost = []
+    for work in [t for t in threading.enumerate() if isinstance(t, Work)]:
         try:
             work.ended.wait()
             error = work.error
@@ -78,8 +86,13 @@ def _farewell(lost: list[str]) -> None:
             lost.append(work.what)
             print(f"funczero: {work.what} is lost, though this process ends: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         work.told.set()
-    for pulse in [t for t in threading.enumerate() if isinstance(t, Pulse)]:
-        pulse.leave()
+    return lost
+
+
+def _farewell(lost: list[str]) -> None:
+    lost += finish()
+    for guest in [t for t in threading.enumerate() if isinstance(t, Guest)]:
+        guest.leave()
     if multiprocessing.parent_process() is not None:  # a child of multiprocessing does not come to its atexit
         _exit_code(lost)
 
