@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,14 +121,10 @@ def write(folder: Path, arrays: dict[str, Array], chunks: Iterable[tuple[str, tu
         future.result()
     store = ts.KvStore.open(_kvstore(folder), context=context).result()
     tails: dict[str, dict[str, str]] = {}
-    for (name, where), tail in zip(keys, _tails(store, keys), strict=True):
+    read_back = [store.read(f"{stored(name)}/{key}", byte_range=slice(-4, None)) for name, key in keys]
+    for (name, where), tail in zip(keys, read_back, strict=True):
         tails.setdefault(name, {})[where] = tail.result().value.hex()
     return tails
-
-
-def _tails(store: Any, keys: list[tuple[str, str]]) -> list[Any]:
-    """The checksums of chunks, under way."""
-    return [store.read(f"{stored(name)}/{key}", byte_range=slice(-4, None)) for name, key in keys]
 
 
 class Ask(NamedTuple):
@@ -180,7 +177,10 @@ class Reader:
 
     def _start(self, ask: Ask) -> tuple[Ask, Any, list[Any]]:
         """Look at what the store says of an array, and at its checksums, both under way."""
-        return ask, self._store.read(f"{stored(ask.name)}/zarr.json"), _tails(self._store, self._keys(ask))
+        array = self._arrays[ask.name]
+        end = prod(array.chunk) * torch_dtype(array.dtype).itemsize + 4  # where a whole chunk ends: one that is shorter is found out before there is room for it
+        tails = [self._store.read(f"{stored(name)}/{key}", byte_range=slice(end - 4, end)) for name, key in self._keys(ask)]
+        return ask, self._store.read(f"{stored(ask.name)}/zarr.json"), tails
 
     def _keys(self, ask: Ask) -> list[tuple[str, str]]:
         return [(ask.name, key_name(key)) for key in touched(ask.box, self._arrays[ask.name].chunk)]

@@ -15,7 +15,7 @@ from funczero.checkpoint.arrays import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Deal, deal
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.names import Names
+from funczero.checkpoint.names import Names, refuse_collisions
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.preparing import Asked, chain_of, coords_of, prepared
 from funczero.checkpoint.reading import Reading, Restored, choices, first_good
@@ -140,6 +140,7 @@ class Checkpointer:
     def save_named(self, found: Names, name: str) -> None:
         """Save leaves by their names as one process, without a state and without a copy: the tensors stay untouched until `wait`."""
         self.wait()
+        refuse_collisions(list(found.parts))
         refuse_taken(self.directory, name, overwrite=False)
         told = Manifest(name, 0, 0, 0, {}, found.ties, {}, None, 1, {}, {"config": self._config}, manifest.versions())
         own = deal(found.parts, [{}], 0)

@@ -110,7 +110,7 @@ def decode(encoded: Any, array: Callable[[str], Tensor]) -> Any:
         kinds: dict[str, Callable[[], Any]] = {"tensor": lambda: x, "numpy": x.numpy, "scalar": lambda: x.numpy()[()], "bytes": lambda: x.numpy().tobytes()}
         return kinds[encoded["kind"]]()
     made = {
-        "$float": lambda: float(inner), "$int": lambda: int(inner, 16), "$bytes": lambda: base64.b64decode(inner), "$tuple": lambda: tuple(decode(x, array) for x in inner),
+        "$float": lambda: float(inner), "$int": lambda: int(inner, 16), "$bytes": lambda: base64.b64decode(inner, validate=True), "$tuple": lambda: tuple(decode(x, array) for x in inner),
         "$complex": lambda: complex(*(decode(x, array) for x in inner)), "$dict": lambda: {decode(k, array): decode(v, array) for k, v in inner},
     }  # fmt: skip
     if tag not in made:

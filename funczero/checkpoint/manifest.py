@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from funczero.checkpoint.arrays import Array, CheckpointError, torch_dtype
+from funczero.checkpoint.names import LONGEST
 
 FILE, SEAL, ARRAYS = "funczero.json", "funczero.sha256", "state"
 STAMPED, LAST = "_CHECKPOINT_METADATA", "commit_success.txt"  # orbax's own: completed, and written, after the seal
@@ -74,9 +75,9 @@ def seal(folder: Path, manifest: Manifest, limit: int = LIMIT) -> None:
     text = json.dumps(body, allow_nan=True, ensure_ascii=True, separators=(",", ":")).encode()
     if heavy := _heavy(text, limit):
         raise CheckpointError(f"save: {FILE} {heavy}; give large parts of a client state as tensors or numpy arrays, or raise max_metadata= here and where it is restored")
-    for name, content in ((FILE, text), (SEAL, _sum(text))):
+    for name, said in ((FILE, text), (SEAL, _sum(text))):
         with (folder / name).open("wb") as f:
-            f.write(content)
+            f.write(said)
             f.flush()
             os.fsync(f.fileno())
 
@@ -94,7 +95,7 @@ def _sum(text: bytes) -> bytes:
     return f"{hashlib.sha256(text).hexdigest()}  {FILE}\n".encode()
 
 
-def _bytes(path: Path, limit: int = LIMIT) -> bytes:
+def content(path: Path, limit: int = LIMIT) -> bytes:
     """A file's content; OSError where it is no regular file (a reader of a pipe would wait), or longer than `limit`."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -106,11 +107,11 @@ def _bytes(path: Path, limit: int = LIMIT) -> bytes:
 
 def _crc(path: Path) -> int:
     """A checksum of a file; of orbax's own without the time of the commit, which is filled in between the seal and the rename."""
-    content = _bytes(path)
+    text = content(path)
     if path.name == STAMPED:
-        content, n = re.subn(rb'"commit_timestamp_nsecs": ?(null|[0-9]{1,20})', b"", content)
-        content += b"%d" % n
-    return zlib.crc32(content)
+        text, n = re.subn(rb'"commit_timestamp_nsecs": ?(null|[0-9]{1,20})', b"", text)
+        text += b"%d" % n
+    return zlib.crc32(text)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -129,7 +130,7 @@ def load(folder: Path, limit: int = LIMIT) -> Manifest:
         size = path.stat().st_size
         if size > limit:
             raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} has {size} bytes, more than {limit}; raise max_metadata= if you trust it")
-        text, sums = _bytes(path, limit), _bytes(folder / SEAL, 1024)
+        text, sums = content(path, limit), content(folder / SEAL, 1024)
     except OSError as e:
         raise CheckpointError(f"checkpoint {str(folder)!r}: {e.filename} cannot be read ({e.strerror})") from None
     if sums != _sum(text):
@@ -150,6 +151,9 @@ def _parse(body: dict[str, Any], folder: Path) -> Manifest:
     wrong = [k for k, kind in FORM.items() if type(body[k]) is not kind]
     wrong += [k for k, kinds in (("ties", str), ("metrics", (int, float))) if not wrong and not all(isinstance(x, kinds) for x in body[k].values())]
     wrong += ["window"] * (not wrong and not all(map(_is_window, body["window"].values())))
+    about = body["about"] if not wrong else {}
+    wrong += [k for k, kind in (("chain", str), ("specs", dict), ("not finite", list)) if k in about and type(about[k]) is not kind]
+    wrong += ["not finite"] * (not wrong and not all(isinstance(x, str) for x in about.get("not finite", ())))
     if wrong:
         raise TypeError(f"{wrong[0]!r} holds other things than a save writes")
     for name, (low, high) in {"sequence": (0, 1 << 63), "step": (0, 1 << 63), "updates": (0, 1 << 63), "world": (1, 1 << 31)}.items():
@@ -190,8 +194,8 @@ def _array(name: str, a: dict[str, Any], folder: Path) -> Array:
 
 def _safe(name: str, folder: Path) -> str:
     """A relative path that stays inside its folder."""
-    if not name or name.startswith("/") or "\x00" in name or "\\" in name or ".." in name.split("/"):
-        raise CheckpointError(f"checkpoint {str(folder)!r}: {name!r} is no name of a leaf or file inside it")
+    if not name or len(name) > 2 * LONGEST or name.startswith("/") or "\x00" in name or "\\" in name or ".." in name.split("/"):
+        raise CheckpointError(f"checkpoint {str(folder)!r}: {name[:100]!r} is no name of a leaf or file inside it")
     return name
 
 

@@ -18,6 +18,9 @@ from funczero.spec import Slots, Structure, Where
 from funczero.types import TrainState
 
 
+LONGEST = 2048  # characters of a name
+
+
 class Part(NamedTuple):
     """This rank's part of one leaf."""
 
@@ -58,6 +61,12 @@ def unescape(part: str) -> str:
     return re.sub(r"%(D[89A-F][0-9A-F]{2}|[0-9A-F]{2})", lambda m: chr(int(m[1], 16)), part) if part != "%" else ""
 
 
+def listed(names: Sequence[str]) -> str:
+    """Some names, as a message has them."""
+    short = [n if len(n) < 100 else f"{n[:80]}... of {len(n)} characters" for n in names[:5]]
+    return ", ".join(map(repr, short)) + f" and {len(names) - 5} more" * (len(names) > 5)
+
+
 def stored(name: str) -> str:
     """A name as the store of arrays has it."""
     return name.replace("/", ".")
@@ -80,7 +89,7 @@ def named(state: TrainState, rank: int = 0, size: int = 1) -> Names:
             _window(parts, escape(transform), own, rank, size)
         else:
             _add(parts, (escape(transform),), own, masters)
-    _refuse_collisions(list(parts))
+    refuse_collisions(list(parts))
     paths = _paths(masters.where.structure)
     first = {i: p for p, i in reversed(paths)}
     return Names(parts, {"/".join(("params", *p)): "/".join(("params", *first[i])) for p, i in paths if p != first[i]})
@@ -165,7 +174,10 @@ def _put(parts: dict[str, Part], path: tuple[str, ...], part: Part) -> None:
     parts[name] = part
 
 
-def _refuse_collisions(names: list[str]) -> None:
+def refuse_collisions(names: list[str]) -> None:
+    """ValueError where two names would be one in the store, one is a leaf and a folder, or one is longer than a reader takes."""
+    if long := next((n for n in names if len(n) > LONGEST), None):
+        raise ValueError(f"checkpoint: the leaf {long[:60] + '...'!r} has a name of {len(long)} characters, more than {LONGEST}; rename a key")
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(stored(name), name)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from funczero import tree
 from funczero.checkpoint import client, folder, manifest
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.names import Names, named, whole
+from funczero.checkpoint.names import Names, named, refuse_collisions, whole
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.restore import window
 from funczero.checkpoint.saving import refuse_taken
@@ -44,6 +44,7 @@ def prepared(asked: Asked, directory: Path, peers: Peers, step: Any, config: Any
         if key in found.parts:
             raise ValueError(f"save: {key!r} is both in the state and in the client state; rename a transform")
     found = found._replace(parts=found.parts | {key: whole(x)._replace(first=True) for key, x in arrays.items()})
+    refuse_collisions(list(found.parts))
     about = {"config": config} | ({} if step is None else {"chain": chain_of(step), "specs": _specs(found)})
     numbers = {str(k): _number(str(k), v) for k, v in (asked.metrics or {}).items()}
     told = Manifest(text, 0, int(state.step), int(state.updates), {}, found.ties, numbers, encoded, peers.size, window(state), about, manifest.versions())
