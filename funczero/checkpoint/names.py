@@ -17,7 +17,6 @@ from funczero.accumulate import Accumulate
 from funczero.spec import Slots, Structure, Where
 from funczero.types import TrainState
 
-
 LONGEST = 2048  # characters of a name
 
 

@@ -10,6 +10,7 @@ from absl import logging
 from funczero.checkpoint import folder, manifest
 from funczero.checkpoint.arrays import CheckpointError
 from funczero.checkpoint.folder import Keep
+from funczero.checkpoint.names import listed
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.restore import Context, Want, fill, load_client
 from funczero.checkpoint.saving import KINDS, sentence, spoken
@@ -81,7 +82,7 @@ def _tried(reading: Reading, path: Path, like: TrainState, fresh: Callable[[], T
             raise CheckpointError(f"checkpoint {str(path)!r}: {'; '.join(broken[:3])}{f'; and {len(broken) - 3} more' * (len(broken) > 3)}")
         state, notes = fill(path, found, like, fresh, reading.want, reading.context)
         odd = found.about.get("not finite")
-        notes += [f"its leaves {', '.join(map(repr, odd[:3]))}{' and more' * (len(odd) > 3)} were not finite when it was saved"] if isinstance(odd, list) and odd else []
+        notes += [f"of its leaves {listed(odd)} held NaN or infinity when they were saved"] if odd else []
         done = Restored(state, load_client(path, found), path.name.removesuffix(folder.NEW), found.step, found.metrics, tuple(notes))
     except Exception as e:
         mine = sentence(e) if isinstance(e, (CheckpointError, ValueError, TypeError, OSError)) else f"{type(e).__name__}: {sentence(e)}"

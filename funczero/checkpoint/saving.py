@@ -16,7 +16,7 @@ from funczero.checkpoint.arrays import Array, CheckpointError, dtype_name, nbyte
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Box, Deal, Piece, deal
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.names import Names
+from funczero.checkpoint.names import Names, listed
 from funczero.checkpoint.peers import Peers
 from funczero.ending import Work
 
@@ -167,10 +167,10 @@ def _commit(job: Job, peers: Peers) -> list[str]:
 
 def _odd(job: Job) -> list[str]:
     """The leaves of this rank's pieces that hold NaN, or, of parameters, infinity; not the client's."""
-    return list(dict.fromkeys(p.name for p, x in job.values if not p.name.startswith("client/") and not _sound(x, p.name.split("/")[0] == "params")))
+    return list(dict.fromkeys(p.name for p, x in job.values if not p.name.startswith("client/") and not sound(x, p.name.split("/")[0] == "params")))
 
 
-def _sound(x: Tensor, finite: bool) -> bool:
+def sound(x: Tensor, finite: bool) -> bool:
     """No NaN in it, nor, with `finite`, infinity."""
     if not (x.is_floating_point() or x.is_complex()) or not x.numel():
         return True
@@ -182,8 +182,8 @@ def _sound(x: Tensor, finite: bool) -> bool:
 
 def _warn(job: Job, odd: list[str]) -> None:
     if odd:
-        more = f" and {len(odd) - 3} more" * (len(odd) > 3)
-        logging.warning("save %r: %s%s of the state at step %d not finite; it was saved as it is", job.told.name, ", ".join(odd[:3]) + more, " is" if len(odd) == 1 else " are", job.told.step)
+        verb = "is" if len(odd) == 1 else "are"
+        logging.warning("save %r: %s %s not finite in the state at step %d, which was saved as it is", job.told.name, listed(odd), verb, job.told.step)
 
 
 def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, dict[str, str]]:
