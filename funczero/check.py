@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from funczero import ending, tree
+from funczero import ending, presence, tree
 from funczero.mesh import Mesh, init_distributed, world_size
 from funczero.types import Grad, TrainState
 
@@ -137,7 +137,7 @@ class Watch(threading.Thread):
         super().__init__(name="funczero-check", daemon=True)
         self.world, self.rank, self.size, self.pid = dist.group.WORLD, dist.get_rank(), dist.get_world_size(), os.getpid()
         self.anchor: Any = dist.distributed_c10d._get_default_store()  # keeps rank 0's server up while others ask
-        clone = self.anchor.clone()  # type: ignore[attr-defined]  # the main thread may be waiting on the connection of the original
+        clone = presence.connection(self.anchor)  # the main thread may be waiting on the connection of the original
         self.store: Any = dist.PrefixStore(f"funczero/check/{clone.add(f'funczero/check/{self.rank}', 1)}", clone)
         self.fresh: deque[tuple[Any, ...]] = deque()  # entries from the main thread
         self.texts: deque[tuple[int, str]] = deque()  # chains and leaves by checksum

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,35 @@ def announce() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake":
         store: Any = dist.distributed_c10d._get_default_store()
         store.set(f"{KEY}/{dist.get_rank()}", identity())
+
+
+def connection(base: Any, seconds: float = 8.0) -> Any:
+    """A connection of its own to the world's store, `base.clone()`; but never for the minutes for which that tries a server that has gone.
+
+    Raises:
+      RuntimeError: it cannot be reached.
+    """
+    made: list[Any] = []
+
+    def connect() -> None:
+        before = base.timeout
+        try:
+            base.check([KEY])  # a server that has gone is found out here
+            base.set_timeout(timedelta(seconds=seconds))  # of the attempts: it is lost between two questions
+            made.append(base.clone())
+            made[0].set_timeout(before)
+        except RuntimeError as e:
+            made[:] = [e]
+        finally:
+            base.set_timeout(before)
+
+    thread = threading.Thread(target=connect, name="funczero-connect", daemon=True)
+    thread.start()
+    thread.join(seconds + 1)
+    if not made or isinstance(made[0], RuntimeError):
+        why = str(made[0]).splitlines()[0] if made else f"no answer within {seconds:g} s"
+        raise RuntimeError(f"rank {dist.get_rank() if dist.is_initialized() else 0} cannot reach the world's store, so rank 0, or who holds it, is gone ({why})")
+    return made[0]
 
 
 def _state(process: int) -> tuple[str, str]:

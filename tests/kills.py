@@ -93,13 +93,17 @@ def guardian(life):
             os.kill(ranks[rank], signal.SIGKILL)
     struck = time.time()
     stopped = life["victims"] if life.get("signal") == "SIGSTOP" else []
-    ended = {r: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for r, pid in enumerate(ranks) if r not in stopped}
-    for r in stopped:
-        os.kill(ranks[r], signal.SIGKILL)
-        ended[r] = os.waitstatus_to_exitcode(os.waitpid(ranks[r], 0)[1])
+    ended, gone = {}, {}
+    while len(ended) < 2:
+        for r in {0, 1} - ended.keys():
+            if len(ended) == 2 - len(stopped) and r in stopped:
+                os.kill(ranks[r], signal.SIGKILL)
+            if (done := os.waitpid(ranks[r], os.WNOHANG))[0]:
+                ended[r], gone[r] = os.waitstatus_to_exitcode(done[1]), time.time()
+        time.sleep(0.005)
     lines = [(place / f"rank{r}").read_text().splitlines() if (place / f"rank{r}").exists() else [] for r in range(2)]
     said = [(place / f"stderr{r}").read_text(errors="replace")[-8000:] if (place / f"stderr{r}").exists() else "" for r in range(2)]
-    told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r], "struck": struck, "stderr": said[r]} for r in range(2)]
+    told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r], "gone": gone[r], "struck": struck, "stderr": said[r]} for r in range(2)]
     (place / "told.new").write_text(json.dumps(told))
     (place / "told.new").rename(place / "told.json")
     return 0
@@ -143,19 +147,24 @@ def one(rank, life, store):
 
 
 def at_point(rank, life, say):
-    """Two updates, a good save, two more, the save in which somebody dies, and one more."""
+    """Two updates, a good save, two more, the save in which somebody dies, and one more; or so many updates from the latest save on."""
     import checkpoints
     import torch.distributed as dist
     import zoo
 
     from funczero.checkpoint import Checkpointer
 
-    step = checkpoints.make(CHAIN, 2)
-    state = checkpoints.train(step, step.init(zoo.params(), key=7), 0, 2)
-    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=life.get("keep"))
-    ck.save(state, 2)
-    ck.wait()
-    state = checkpoints.train(step, state, 2, 4)
+    step, t = checkpoints.make(life.get("chain", CHAIN), 2), 4
+    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=life.get("keep", 2 if life.get("goes_on") else None))
+    if life.get("goes_on"):
+        found = ck.restore(like=(step, checkpoints.abstract()))
+        t = found.step + life["updates"]
+        state = checkpoints.train(step, found.state, found.step, t)
+    else:
+        state = checkpoints.train(step, step.init(zoo.params(), key=7), 0, 2)
+        ck.save(state, 2)
+        ck.wait()
+        state = checkpoints.train(step, state, 2, 4)
     pids = [0, 0]
     dist.all_gather_object(pids, os.getpid())
     how = getattr(signal, life.get("signal", "SIGKILL"))
@@ -165,9 +174,15 @@ def at_point(rank, life, say):
             os.kill(os.getpid(), how)
         if life["point"] == "unread":
             Checkpointer(Path(life["place"], "run"), step=step).restore(like=(step, checkpoints.abstract()))
-    else:
+    elif life["point"] != "ends":
         arm(life["point"], rank, life["victims"], pids, say, how)
-    ck.save(state, 2 if life.get("overwrite") else 4, overwrite=bool(life.get("overwrite")))
+    say("saves", step=t)
+    ck.save(state, 2 if life.get("overwrite") else t, overwrite=bool(life.get("overwrite") or life.get("goes_on")))
+    if life["point"] == "ends":
+        if rank in life["victims"]:
+            say("dies")
+            os.kill(os.getpid(), how)
+        return say("saved", name=ck.wait())
     while life.get("poll") and ck.poll() is None:
         time.sleep(0.01)
     say("saved", name=ck.wait())
@@ -245,7 +260,7 @@ def by_clock(rank, life, say):
 
     from funczero.checkpoint import Checkpointer
 
-    step = checkpoints.make(CHAIN, 2)
+    step = checkpoints.make(life.get("chain", CHAIN), 2)
     ck = Checkpointer(Path(life["place"], "run"), step=step, keep=2, join=3.0)
     restored = ck.restore(like=(step, checkpoints.abstract()))
     state, t = restored.state, restored.step

@@ -32,7 +32,10 @@ class Line:
         """base: the world's store."""
         self._rank, self._broken = rank, ""
         with _bounded(base):
-            self._store = base.clone()
+            try:
+                self._store: Any = presence.connection(base, DEAD)
+            except RuntimeError as e:
+                raise CheckpointError(f"checkpoint: {e}") from None
 
     def ask(self, verb: str, *args: Any) -> Any:
         """A method of the store.
@@ -97,32 +100,13 @@ class Lines:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.world is not None else (0, 1)
         self.process, self.numbers = os.getpid(), dict[str, int]()  # by namespace: the last call of this rank
         self.anchor: Any = dist.distributed_c10d._get_default_store() if self.size > 1 else dist.HashStore()  # keeps rank 0's server up
-        self.front, self.back = self._connected()
+        self.front, self.back = (Line(self.anchor, self.rank) for _ in range(2))
         lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not hasattr(getattr(self.anchor, "_underlying_non_prefix_store", self.anchor), "port")
         self.holds = self.rank == 0 and not lent  # does the store end with this process?
         self.back.ask("delete_key", f"{SPACE}/left/{self.rank}")
         self.pulse = Pulse(self) if self.size > 1 and dist.get_backend() not in ("fake", "threaded") else None
         if self.size > 1:
             presence.announce()
-
-    def _connected(self) -> list[Line]:
-        """Two connections, or an error within DEAD seconds."""
-        made: list[Any] = []
-
-        def connect() -> None:
-            try:
-                self.anchor.check([SPACE])  # a server that has gone is found out here: a new connection would try for minutes
-                made.extend(Line(self.anchor, self.rank) for _ in range(2))
-            except RuntimeError as e:
-                made[:] = [str(e).splitlines()[0]]
-
-        thread = threading.Thread(target=connect, name="funczero-connect", daemon=True)
-        thread.start()
-        thread.join(DEAD)
-        if len(made) != 2:
-            why = made[0] if made and isinstance(made[0], str) else f"no answer within {DEAD:g} s"
-            raise CheckpointError(f"checkpoint: rank {self.rank} cannot reach the world's store, so rank 0, or who holds it, is gone ({why})")
-        return made
 
 
 @lru_cache(maxsize=2)
