@@ -52,7 +52,7 @@ def test_a_lost_store_is_found_out_in_seconds(how):
         store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), 1, is_master=False, wait_for_workers=False)
         presence.connection(store).set("x", "1")
         before = store.timeout
-        end = {"kill": server.kill, "stop": lambda: os.kill(server.pid, 19), "killed before": lambda: None}[how]
+        end = {"kill": lambda: (server.kill(), server.wait()), "stop": lambda: os.kill(server.pid, 19), "killed before": lambda: None}[how]
         if how == "killed before":
             server.kill()
             server.wait()

@@ -53,8 +53,8 @@ def tensors(path: Path, found: Manifest, names: list[str], what: str) -> Iterato
 def plain(text: str) -> str:
     """A text without what a terminal would take for orders: what does not print as Python writes it.
 
-    >>> plain("a\x1b[2Jb"), plain("ä b")
-    ('a\\x1b[2Jb', 'ä b')
+    >>> plain(chr(27) + "[2Jb"), plain("ä b") == "ä b"
+    ('\\\\x1b[2Jb', True)
     """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
