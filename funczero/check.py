@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from funczero import tree
+from funczero import ending, presence, tree
 from funczero.alike import checksum, settings
 from funczero.ledger import NAN, Context, DivergenceError, Entry, Ledger, Log, ranks_in_words, sentence
 from funczero.ledger import UPDATE as UPDATE
@@ -121,7 +121,7 @@ class Watch(threading.Thread):
         super().__init__(name="funczero-check", daemon=True)
         self.world, self.rank, self.size, self.pid = dist.group.WORLD, dist.get_rank(), dist.get_world_size(), os.getpid()
         self.anchor: Any = dist.distributed_c10d._get_default_store()  # keeps rank 0's server up while others ask
-        clone = self.anchor.clone()  # type: ignore[attr-defined]  # the main thread may be waiting on the connection of the original
+        clone = presence.connection(self.anchor)  # the main thread may be waiting on the connection of the original
         self.store: Any = dist.PrefixStore(f"funczero/check/{clone.add(f'funczero/check/{self.rank}', 1)}", clone)
         self.lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else the store goes with rank 0
         self.log, self.gone, self.beat, self.count = Log(MEMORY), "", 0, 0
@@ -163,6 +163,7 @@ class Watch(threading.Thread):
         if os.getpid() == self.pid:
             self.aborting.undo()
             if (self.told or self.lost or self.settled) and hasattr(sys, "last_value"):  # the world is broken: taking gloo's groups down now may abort, and hide the error
+                ending.finish()  # a save under way comes to its end
                 _flush()
                 os._exit(1)
 
@@ -342,6 +343,7 @@ class Watch(threading.Thread):
             return
         print(f"funczero: {self.told}{'' if self.leaving.is_set() else _place_of(self.caller)}", file=sys.stderr, flush=True)
         if not (self.leaving.is_set() and hasattr(sys, "last_value")):  # else it ends by itself, with an error
+            ending.finish()  # a save under way comes to its end
             _flush()
             os._exit(1)
 

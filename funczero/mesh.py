@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from funczero import environment, rendezvous
+from funczero import environment, presence, rendezvous
 from funczero.inflight import InFlight
 from funczero.ledger import Ledger
 
@@ -197,6 +197,7 @@ def connect(mesh: Mesh) -> Mesh:
         raise ValueError(_wrong_world(sizes, world.size))
     if world.size == 1:
         return mesh._replace(connected=True)
+    presence.announce()
     live = _connected(_shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type), mesh.ledger)
     return live._replace(sent=mesh.sent, device=mesh.device, sums=mesh.sums)
 

@@ -76,7 +76,7 @@ def main():
 def guardian(life):
     """Start the ranks, kill by the clock where the life says so, and write down how they ended."""
     place = Path(life["place"])
-    for old in place.glob("rank*"):
+    for old in (*place.glob("rank*"), *place.glob("stderr*")):
         old.unlink()
     store = place / f"store{time.monotonic_ns()}"
     ranks = []
@@ -92,9 +92,18 @@ def guardian(life):
         for rank in life["victims"]:
             os.kill(ranks[rank], signal.SIGKILL)
     struck = time.time()
-    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    stopped = life["victims"] if life.get("signal") == "SIGSTOP" else []
+    ended, gone = {}, {}
+    while len(ended) < 2:
+        for r in {0, 1} - ended.keys():
+            if len(ended) == 2 - len(stopped) and r in stopped:
+                os.kill(ranks[r], signal.SIGKILL)
+            if (done := os.waitpid(ranks[r], os.WNOHANG))[0]:
+                ended[r], gone[r] = os.waitstatus_to_exitcode(done[1]), time.time()
+        time.sleep(0.005)
     lines = [(place / f"rank{r}").read_text().splitlines() if (place / f"rank{r}").exists() else [] for r in range(2)]
-    told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r], "struck": struck} for r in range(2)]
+    said = [(place / f"stderr{r}").read_text(errors="replace")[-8000:] if (place / f"stderr{r}").exists() else "" for r in range(2)]
+    told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r], "gone": gone[r], "struck": struck, "stderr": said[r]} for r in range(2)]
     (place / "told.new").write_text(json.dumps(told))
     (place / "told.new").rename(place / "told.json")
     return 0
@@ -106,15 +115,16 @@ def one(rank, life, store):
 
     import torch.distributed as dist
 
-    from funczero.checkpoint import peers
+    from funczero.checkpoint import lines
 
     place = Path(life["place"])
+    os.dup2(os.open(place / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)  # gloo's, ours, and where a rank hung
     faulthandler.dump_traceback_later(50, exit=True)
     file = (place / f"rank{rank}").open("a", buffering=1)
     say = lambda what, **more: file.write(json.dumps({"what": what, "at": time.time(), **more}) + "\n")
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
     if life.get("quick", True):
-        peers.BEAT, peers.DEAD = QUICK
+        lines.BEAT, lines.DEAD = QUICK
     try:
         if life.get("tcp"):  # rank 0 keeps the world's store, and takes it along
             if rank == 0:
@@ -137,23 +147,42 @@ def one(rank, life, store):
 
 
 def at_point(rank, life, say):
-    """Two updates, a good save, two more, the save in which somebody dies, and one more."""
+    """Two updates, a good save, two more, the save in which somebody dies, and one more; or so many updates from the latest save on."""
     import checkpoints
     import torch.distributed as dist
     import zoo
 
     from funczero.checkpoint import Checkpointer
 
-    step = checkpoints.make(CHAIN, 2)
-    state = checkpoints.train(step, step.init(zoo.params(), key=7), 0, 2)
-    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=life.get("keep"))
-    ck.save(state, 2)
-    ck.wait()
-    state = checkpoints.train(step, state, 2, 4)
+    step, t = checkpoints.make(life.get("chain", CHAIN), 2), 4
+    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=life.get("keep", 2 if life.get("goes_on") else None))
+    if life.get("goes_on"):
+        found = ck.restore(like=(step, checkpoints.abstract()))
+        t = found.step + life["updates"]
+        state = checkpoints.train(step, found.state, found.step, t)
+    else:
+        state = checkpoints.train(step, step.init(zoo.params(), key=7), 0, 2)
+        ck.save(state, 2)
+        ck.wait()
+        state = checkpoints.train(step, state, 2, 4)
     pids = [0, 0]
     dist.all_gather_object(pids, os.getpid())
-    arm(life["point"], rank, life["victims"], pids, say)
-    ck.save(state, 2 if life.get("overwrite") else 4, overwrite=bool(life.get("overwrite")))
+    how = getattr(signal, life.get("signal", "SIGKILL"))
+    if life["point"] in ("absent", "unread"):
+        if rank in life["victims"]:
+            say("dies")
+            os.kill(os.getpid(), how)
+        if life["point"] == "unread":
+            Checkpointer(Path(life["place"], "run"), step=step).restore(like=(step, checkpoints.abstract()))
+    elif life["point"] != "ends":
+        arm(life["point"], rank, life["victims"], pids, say, how)
+    say("saves", step=t)
+    ck.save(state, 2 if life.get("overwrite") else t, overwrite=bool(life.get("overwrite") or life.get("goes_on")))
+    if life["point"] == "ends":
+        if rank in life["victims"]:
+            say("dies")
+            os.kill(os.getpid(), how)
+        return say("saved", name=ck.wait())
     while life.get("poll") and ck.poll() is None:
         time.sleep(0.01)
     say("saved", name=ck.wait())
@@ -161,14 +190,14 @@ def at_point(rank, life, say):
     say("saved", name=ck.wait())
 
 
-def arm(point, rank, victims, pids, say):
-    """Patch the function at which somebody dies."""
-    from funczero.checkpoint import commit, folder, manifest, saving
+def arm(point, rank, victims, pids, say, how=signal.SIGKILL):
+    """Patch the function at which somebody dies, or is stopped."""
+    from funczero.checkpoint import checkpointer, commit, folder, manifest, saving
 
     def myself():
         if rank in victims:
             say("dies")
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
 
     def everyone():  # where rank 0 alone is active
         for r in sorted(victims, reverse=True):
@@ -210,6 +239,7 @@ def arm(point, rank, victims, pids, say):
         folder.shutil = SimpleNamespace(rmtree=half)
     else:
         where, name, die, after = {
+            "asked": (checkpointer, "prepared", myself, False),
             "copied": (saving.Staging, "copied", myself, True),
             "made": (saving, "_pieces", myself, False),
             "written": (saving, "write", myself, True),
@@ -230,7 +260,7 @@ def by_clock(rank, life, say):
 
     from funczero.checkpoint import Checkpointer
 
-    step = checkpoints.make(CHAIN, 2)
+    step = checkpoints.make(life.get("chain", CHAIN), 2)
     ck = Checkpointer(Path(life["place"], "run"), step=step, keep=2, join=3.0)
     restored = ck.restore(like=(step, checkpoints.abstract()))
     state, t = restored.state, restored.step

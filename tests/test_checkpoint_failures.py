@@ -19,7 +19,7 @@ import torch.distributed as dist
 import zoo
 
 import funczero as fz
-from funczero.checkpoint import Checkpointer, CheckpointError, commit, folder, manifest, peers, saving
+from funczero.checkpoint import Checkpointer, CheckpointError, commit, folder, lines, manifest, saving
 from funczero.testing import tree_hash
 
 CHAIN = "3 [grad acc"
@@ -204,7 +204,7 @@ def one_does_not_come(directory, absent):
     """A rank saves, the other does so only after the first has lost its patience; then both together."""
     step, state = started(2)
     ck, rank, said, start = Checkpointer(directory, step=step, join=0.5), dist.get_rank(), None, time.monotonic()
-    with patched(peers, "DEAD", 1.5):
+    with patched(lines, "DEAD", 1.5):
         for turn in (1 - absent, absent):
             said = saves(ck, state, "alone") if rank == turn else said
             took = time.monotonic() - start
@@ -404,7 +404,7 @@ def test_failures_are_told_once_by_wait_close_and_the_next_save(tmp_path):
         ck = Checkpointer(tmp_path / how)
         with patched(saving, "write", fails):
             ck.save(state, 1)
-            ck._saving.thread.join()
+            ck._saving.ended.wait()
             with pytest.raises((OSError, CheckpointError), match="No space left"):
                 if how == "exit":
                     with ck:

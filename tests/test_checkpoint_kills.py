@@ -16,7 +16,17 @@ OLD, NEW = 2, 4
 BOTH, REPLACED, PRUNED = {"2": OLD, "4": NEW}, {"2": NEW}, {"4": NEW}
 # The point, who dies, what is found (name: step), and how the world is. `tcp`: its store dies with rank 0. Without `quick` the pulse is the product's own.
 # `poll`: the others ask at step boundaries instead of waiting.
+# `signal`: how a rank falls silent. "absent" has died before the others save, "unread" before they restore: their patience for one that is late is 60 s.
 POINTS = [
+    ("asked", [0], {"2": OLD}, {"tcp": True}),
+    ("asked", [1], {"2": OLD}, {"tcp": True, "quick": False}),
+    ("absent", [0], {"2": OLD}, {"tcp": True}),
+    ("absent", [1], {"2": OLD}, {"quick": False}),
+    ("unread", [0], {"2": OLD}, {"tcp": True}),
+    ("unread", [1], {"2": OLD}, {"tcp": True}),
+    ("asked", [0], {"2": OLD}, {"tcp": True, "signal": "SIGSTOP"}),
+    ("made", [1], {"2": OLD}, {"signal": "SIGSTOP"}),
+    ("made", [0], {"2": OLD}, {"tcp": True, "signal": "SIGSTOP"}),
     ("copied", [0], {"2": OLD}, {}),
     ("copied", [1], {"2": OLD}, {}),
     ("made", [0], {"2": OLD}, {"quick": False}),
@@ -44,7 +54,7 @@ POINTS = [
 
 def name_of(case):
     point, victims, _, more = case
-    return f"{point}-{''.join(map(str, victims))}{''.join('-' + k for k in more if k in ('tcp', 'quick', 'poll'))}"
+    return f"{point}-{''.join(map(str, victims))}{''.join('-' + k for k in more if k in ('tcp', 'quick', 'poll', 'signal'))}"
 
 
 @pytest.fixture(scope="module")

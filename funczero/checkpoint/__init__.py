@@ -2,5 +2,5 @@
 
 from funczero.checkpoint.arrays import CheckpointError as CheckpointError
 from funczero.checkpoint.checkpointer import Checkpointer as Checkpointer
-from funczero.checkpoint.checkpointer import Restored as Restored
 from funczero.checkpoint.notice import Notice as Notice
+from funczero.checkpoint.reading import Restored as Restored

@@ -6,8 +6,10 @@ so that a chunk of another array, or of another save, is found out, too.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,11 @@ from funczero.checkpoint.names import stored
 FLIGHT = 128 << 20  # bytes under way at a time
 GROUP = 64  # arrays opened at a time
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+DESCRIPTION = 1 << 16  # bytes of an array's zarr.json
+FORM: dict[str, tuple[Any, ...]] = {  # what it may say beside shape, dtype and chunks: values of one byte have no order of bytes
+    "zarr_format": (3,), "node_type": ("array",), "codecs": (CODECS, [{"name": "bytes"}, CODECS[1]]),
+    "chunk_key_encoding": ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}}),
+}  # fmt: skip
 
 
 class CheckpointError(RuntimeError):
@@ -75,6 +82,11 @@ def _kvstore(folder: Path, path: str = "", **more: Any) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": {**base, "file_io_locking": {"mode": "non_atomic"}}, "manifest": base, "cache_pool": "cache_pool#o", "path": path, **more}
 
 
+def _metadata(a: Array) -> dict[str, Any]:
+    """An array as zarr describes it."""
+    return {"shape": a.shape, "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": a.chunk}}, "codecs": CODECS}
+
+
 def write(folder: Path, arrays: dict[str, Array], chunks: Iterable[tuple[str, tuple[int, ...], Box, np.ndarray]]) -> dict[str, dict[str, str]]:
     """Write pieces of arrays into a store of this process alone, and return the checksum of every chunk: name -> chunk -> hexadecimal.
 
@@ -90,9 +102,7 @@ def write(folder: Path, arrays: dict[str, Array], chunks: Iterable[tuple[str, tu
     kv = lambda path: _kvstore(folder, path, config=config, assume_config=True, target_data_file_size=2**31)
     opened = {}
     for name, a in arrays.items():
-        grid = {"name": "regular", "configuration": {"chunk_shape": a.chunk}}
-        metadata = {"shape": a.shape, "chunk_grid": grid, "codecs": CODECS}
-        spec = {"driver": "zarr3", "dtype": a.dtype, "kvstore": kv(stored(name) + "/"), "metadata": metadata, "store_data_equal_to_fill_value": True}
+        spec = {"driver": "zarr3", "dtype": a.dtype, "kvstore": kv(stored(name) + "/"), "metadata": _metadata(a), "store_data_equal_to_fill_value": True}
         opened[name] = ts.open(spec, create=True, open=True, context=context)
     waiting: deque[tuple[int, Any]] = deque()
     under_way, keys = 0, []
@@ -111,14 +121,10 @@ def write(folder: Path, arrays: dict[str, Array], chunks: Iterable[tuple[str, tu
         future.result()
     store = ts.KvStore.open(_kvstore(folder), context=context).result()
     tails: dict[str, dict[str, str]] = {}
-    for (name, where), tail in zip(keys, _tails(store, keys), strict=True):
+    read_back = [store.read(f"{stored(name)}/{key}", byte_range=slice(-4, None)) for name, key in keys]
+    for (name, where), tail in zip(keys, read_back, strict=True):
         tails.setdefault(name, {})[where] = tail.result().value.hex()
     return tails
-
-
-def _tails(store: Any, keys: list[tuple[str, str]]) -> list[Any]:
-    """The checksums of chunks, under way."""
-    return [store.read(f"{stored(name)}/{key}", byte_range=slice(-4, None)) for name, key in keys]
 
 
 class Ask(NamedTuple):
@@ -158,11 +164,11 @@ class Reader:
         waiting: deque[tuple[Ask, Tensor, Any]] = deque()
         under_way = 0
         for first in range(0, len(asked), GROUP):
-            for ask, opened, tails in [self._start(ask) for ask in asked[first : first + GROUP]]:
+            for ask, said, tails in [self._start(ask) for ask in asked[first : first + GROUP]]:
                 with _naming(ask.name):
-                    self._check(ask, opened, tails)
+                    self._check(ask, said, tails)
                     out = ask.room()
-                    waiting.append((ask, out, self._read(ask, opened, out)))
+                    waiting.append((ask, out, self._read(ask, out)))
                 under_way += nbytes(out)
                 while under_way > FLIGHT:
                     under_way -= self._wait(*waiting.popleft())
@@ -170,28 +176,40 @@ class Reader:
             self._wait(*waiting.popleft())
 
     def _start(self, ask: Ask) -> tuple[Ask, Any, list[Any]]:
-        """Open an array and look at its checksums, both under way."""
-        spec = {"driver": "zarr3", "kvstore": _kvstore(self._folder, stored(ask.name) + "/"), "fill_missing_data_reads": False}
-        return ask, self._ts.open(spec, open=True, read=True, context=self._context), _tails(self._store, self._keys(ask))
+        """Look at what the store says of an array, and at its checksums, both under way."""
+        array = self._arrays[ask.name]
+        end = prod(array.chunk) * torch_dtype(array.dtype).itemsize + 4  # where a whole chunk ends: one that is shorter is found out before there is room for it
+        tails = [self._store.read(f"{stored(name)}/{key}", byte_range=slice(end - 4, end)) for name, key in self._keys(ask)]
+        return ask, self._store.read(f"{stored(ask.name)}/zarr.json"), tails
 
     def _keys(self, ask: Ask) -> list[tuple[str, str]]:
         return [(ask.name, key_name(key)) for key in touched(ask.box, self._arrays[ask.name].chunk)]
 
-    def _check(self, ask: Ask, opened: Any, tails: list[Any]) -> None:
+    def _check(self, ask: Ask, said: Any, tails: list[Any]) -> None:
         """The store's array, and the checksums of the chunks under a part, against the manifest's."""
-        array, found = self._arrays[ask.name], opened.result()
-        have = (tuple(found.shape), found.dtype.name, tuple(found.chunk_layout.read_chunk.shape or ()))
-        if have != (array.shape, array.dtype, array.chunk):
-            raise CheckpointError(damaged(ask.name, f"the store holds {have[1]} {have[0]} in chunks {have[2]}; the manifest says {array.dtype} {array.shape} in {array.chunk}"))
+        array, text = self._arrays[ask.name], said.result().value
+        if not text or len(text) > DESCRIPTION:
+            raise CheckpointError(damaged(ask.name, f"its zarr.json is {f'of {len(text)} bytes' if text else 'missing'}"))
+        found = json.loads(text)
+        have = found.get("data_type"), found.get("shape"), found["chunk_grid"]["configuration"]["chunk_shape"]
+        if have != (array.dtype, list(array.shape), list(array.chunk)):
+            told = f"{have[0]} {have[1]} in chunks {have[2]}"[:200]
+            raise CheckpointError(damaged(ask.name, f"the store holds {told}; the manifest says {array.dtype} {array.shape} in {array.chunk}"))
+        if (odd := next((k for k, x in FORM.items() if found.get(k) not in x), None)) or found.get("storage_transformers"):
+            raise CheckpointError(damaged(ask.name, f"its zarr.json has another {odd or 'storage_transformers'!r} than a save writes: {str(found.get(odd or 'storage_transformers'))[:100]}"))
         for (_, key), tail in zip(self._keys(ask), tails, strict=True):
             value = tail.result().value.hex()
             if value != array.tails.get(key):
                 raise CheckpointError(damaged(ask.name, f"chunk {key} is {'another one' if value else 'missing'}"))
 
-    def _read(self, ask: Ask, opened: Any, out: Tensor) -> Any:
+    def _read(self, ask: Ask, out: Tensor) -> Any:
+        """Read by what the manifest says: nothing that the store says of an array asks for memory."""
         if not out.numel():
             return None
-        source = opened.result()[ask.box.slices()]
+        array = self._arrays[ask.name]
+        spec = {"driver": "zarr3", "dtype": array.dtype, "kvstore": _kvstore(self._folder, stored(ask.name) + "/"), "metadata": _metadata(array)}
+        opened = self._ts.open(spec | {"fill_missing_data_reads": False, "assume_metadata": True}, open=True, read=True, context=self._context).result()
+        source = opened[ask.box.slices()]
         return self._ts.array(numpy_view(out), copy=False, write=True).write(source.translate_to[(0,) * source.ndim] if source.ndim else source)
 
     def _wait(self, ask: Ask, out: Tensor, future: Any) -> int:

@@ -1,46 +1,27 @@
 """Saves beside the training, and restores, on all ranks together."""
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 
-from funczero import tree
+from funczero import ending
 from funczero.checkpoint import client, folder, manifest
 from funczero.checkpoint.arrays import CheckpointError
 from funczero.checkpoint.folder import Keep
-from funczero.checkpoint.layout import deal
+from funczero.checkpoint.layout import Deal, deal
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.names import Names, named, whole
+from funczero.checkpoint.names import Names, refuse_collisions
 from funczero.checkpoint.peers import Peers
-from funczero.checkpoint.restore import Context, Want, fill, load_client, template, window
-from funczero.checkpoint.saving import KINDS, Job, Staging, arrays_of, refuse_taken, run, sentence, spoken
-from funczero.spec import Slots
+from funczero.checkpoint.preparing import Asked, chain_of, coords_of, prepared
+from funczero.checkpoint.reading import Reading, Restored, choices, first_good
+from funczero.checkpoint.restore import Context, Want, template
+from funczero.checkpoint.saving import KINDS, Job, Save, Staging, arrays_of, refuse_taken, sentence, spoken
 from funczero.types import TrainState
-
-
-class Restored(NamedTuple):
-    """What was read."""
-
-    state: TrainState
-    client_state: Any
-    name: str
-    step: int  # calls that closed an update
-    metrics: dict[str, float]
-    notes: tuple[str, ...]  # what was not taken as it is
-
-
-class _Saving(NamedTuple):
-    """A save under way."""
-
-    number: int
-    name: str
-    thread: threading.Thread
-    failed: list[BaseException]  # what this rank's thread raised
 
 
 class Checkpointer:
@@ -91,25 +72,34 @@ class Checkpointer:
         self.directory, self.keep, self.join, self.max_metadata = Path(directory), Keep(keep, keep_period, best), join, max_metadata
         self._step, self._config = step, client.encode(config, "config")[0]
         self._peers: Peers | None = None
-        self._number = self._polls = 0
-        self._saving: _Saving | None = None
+        self._polls = 0
+        self._saving: Save | None = None
         self._staging = Staging()
+        self._named: set[str] = set()
+        ending.prepared()
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
+        """Waits for the save under way, after an error, too, which then also says that the save failed."""
+        try:
             self.close()
+        except Exception as lost:
+            if error is None:
+                raise
+            error.add_note(f"funczero: besides, {sentence(lost)}")
 
     def close(self) -> None:
         """Wait for the save under way."""
         self.wait()
 
-    @property
-    def peers(self) -> Peers:
-        """The ranks, once the world is there."""
-        if self._peers is None:
+    def _joined(self, step: Any = None) -> Peers:
+        """The ranks of the world, which is joined through the step where there is one; never by the environment, which tools inherit."""
+        step = self._step if step is None else step
+        if step is not None:
+            step.running()
+        if self._peers is None or not self._peers.current:
             self._peers = Peers()
         return self._peers
 
@@ -129,36 +119,37 @@ class Checkpointer:
           CheckpointError: an earlier save failed, or a rank does not come.
         """
         self.wait()
-        self._number += 1
-        number, peers = self._number, self.peers
-        with peers.beating():
-            mine, error = self._prepared(state, name, client_state if peers.rank == 0 else None, metrics, overwrite)
-            peers.put(f"{number}/ready/{peers.rank}", {"coords": _coords(state) if error is None else {}, "error": spoken(error)})
-            go = self._agreed(number, mine[0] if mine else "", error)
+        peers = self._joined()
+        number, begun = peers.begin(), False
+        try:
+            mine, error = self._prepared(Asked(state, name, client_state if peers.rank == 0 else None, metrics, overwrite), peers)
+            peers.put(f"{number}/ready/{peers.rank}", {"coords": coords_of(state) if mine else {}, "error": spoken(error)})
+            go = self._agreed(peers, number, mine[1].name if mine else "", error)
             assert mine is not None
-            text, found, told = mine
-            if go["name"] != text:
-                logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, text, go["name"])
+            found, told = mine
+            if go["name"] != told.name:
+                logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, told.name, go["name"])
             own = self._staging.dealt(found, go["coords"], peers.rank)
             values = self._staging.copied(found, own, peers.rank)
-        told = told._replace(name=go["name"])
-        self._start(Job(number, self.directory, self.keep, self.max_metadata, overwrite, told, arrays_of(found, own), own, values))
+            self._start(number, peers, overwrite, told._replace(name=go["name"]), found, own, values)
+            begun = True
+        finally:
+            if not begun:
+                peers.over(number)
 
     def save_named(self, found: Names, name: str) -> None:
         """Save leaves by their names as one process, without a state and without a copy: the tensors stay untouched until `wait`."""
         self.wait()
-        self._number += 1
+        refuse_collisions(list(found.parts))
         refuse_taken(self.directory, name, overwrite=False)
         told = Manifest(name, 0, 0, 0, {}, found.ties, {}, None, 1, {}, {"config": self._config}, manifest.versions())
         own = deal(found.parts, [{}], 0)
         values = [(p, found.parts[p.name].value.detach().contiguous()[p.box.slices()]) for p in own.pieces]
-        self._start(Job(self._number, self.directory, self.keep, self.max_metadata, False, told, arrays_of(found, own), own, values))
+        peers = Peers(alone=True)
+        self._start(peers.begin(), peers, False, told, found, own, values)
 
-    def _start(self, job: Job) -> None:
-        failed: list[BaseException] = []
-        thread = threading.Thread(target=run, args=(job, self.peers, failed), name=f"funczero-save-{job.told.name}")  # no daemon: a process that ends waits for it
-        self._saving = _Saving(job.number, job.told.name, thread, failed)
-        thread.start()
+    def _start(self, number: int, peers: Peers, overwrite: bool, told: Manifest, found: Names, own: Deal, values: list[Any]) -> None:
+        self._saving = Save(Job(number, self.directory, self.keep, self.max_metadata, overwrite, told, arrays_of(found, own), own, values, self._named), peers)
 
     def poll(self) -> str | None:
         """At a step boundary: has the save under way ended? Its name if it is committed now; all ranks are told at the same boundary.
@@ -169,17 +160,24 @@ class Checkpointer:
         self._polls += 1
         if self._saving is None:
             return None
-        peers, number = self.peers, self._saving.number
-        if peers.size == 1:
-            return self._ended() if not self._saving.thread.is_alive() else None
+        if self._saving.peers.size == 1:
+            return self._ended() if self._saving.ended.is_set() else None
+        try:
+            over = self._told(self._saving)
+        except CheckpointError:  # the store is gone: there is no common boundary any more, only what this rank knows
+            over = True
+        return self._ended() if over else None
+
+    def _told(self, saving: Save) -> bool:
+        """Have all ranks been told, up to this boundary, that a save has ended?"""
+        peers, number = saving.peers, saving.job.number
         key = f"{number}/told"
         if peers.there(key):
-            return self._ended() if peers.get(key) <= self._polls else None
-        if peers.rank == 0 and not self._saving.thread.is_alive():
+            return peers.get(key) <= self._polls
+        if peers.rank == 0 and saving.ended.is_set():
             peers.put(key, self._polls + 1)  # seen by all at the next boundary: no rank gets there before rank 0 has left this one
-        elif self._saving.failed and not peers.there(f"{number}/end"):
-            return self._ended()  # rank 0 is lost; what it told its peers, it tells them at a boundary, too
-        return None
+            return False
+        return saving.error is not None and not peers.there(f"{number}/end")  # rank 0 is lost; what it told its peers, it tells them at a boundary, too
 
     def wait(self) -> str | None:
         """Until the save under way is committed; its name. Raises what it failed with."""
@@ -187,41 +185,23 @@ class Checkpointer:
 
     def _ended(self) -> str:
         assert self._saving is not None
-        number, name, thread, failed = self._saving
-        thread.join()
+        saving = self._saving
+        saving.ended.wait()
         self._saving = None
-        if failed:
-            raise failed[0]
-        return name
+        with contextlib.suppress(CheckpointError):  # the store may be gone; what counts is what the save came to
+            saving.peers.over(saving.job.number)
+        saving.result()
+        return saving.job.told.name
 
-    def _prepared(self, state: TrainState, name: Any, client_state: Any, metrics: Any, overwrite: bool) -> tuple[Any, BaseException | None]:
-        """(name, leaves, manifest without arrays) or the error to tell."""
+    def _prepared(self, asked: Asked, peers: Peers) -> tuple[tuple[Names, Manifest] | None, Exception | None]:
+        """What is saved, or the error to tell."""
         try:
-            text = folder.check_name(name)
-            if not isinstance(state, TrainState) or int(state.step) < 0:
-                raise ValueError("save: it takes a TrainState that was not donated; give the state that step(...) returned")
-            found = named(state, self.peers.rank, self.peers.size)
-            encoded, arrays = client.encode(client_state)
-            for key in arrays:
-                if key in found.parts:
-                    raise ValueError(f"save: {key!r} is both in the state and in the client state; rename a transform")
-            found = found._replace(parts=found.parts | {key: whole(x)._replace(first=True) for key, x in arrays.items()})
-            numbers = {str(k): float(v) for k, v in (metrics or {}).items()}
-            about = {"config": self._config}
-            if self._step is not None:
-                about |= {"chain": _chain(self._step), "specs": _specs(found)}
-            told = Manifest(
-                text, 0, int(state.step), int(state.updates), {}, found.ties, numbers, encoded, self.peers.size, window(state), about, manifest.versions()
-            )  # fmt: skip
-            if self.peers.rank == 0:
-                refuse_taken(self.directory, text, overwrite)
-            return (text, found, told), None
-        except (ValueError, TypeError, OSError, CheckpointError) as e:
+            return prepared(asked, self.directory, peers, self._step, self._config), None
+        except Exception as e:
             return None, e
 
-    def _agreed(self, number: int, name: str, error: BaseException | None) -> dict[str, Any]:
+    def _agreed(self, peers: Peers, number: int, name: str, error: BaseException | None) -> dict[str, Any]:
         """All ranks are here and well: rank 0's name and everybody's coordinates; or one error for all."""
-        peers = self.peers
         if peers.rank == 0:
             try:
                 all_ready = peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "save", join=self.join)
@@ -241,13 +221,20 @@ class Checkpointer:
 
     def names(self) -> list[str]:
         """The committed checkpoints in order of their commits; rank 0 looks, and all get the same answer."""
-        self._number += 1
-        key, peers = f"{self._number}/names", self.peers
+        peers = self._joined()
+        key = f"{(number := peers.begin())}/names"
         if peers.rank == 0:
-            found = folder.listing(self.directory, self.max_metadata)
-            peers.put(key, [[e.path.name.removesuffix(folder.NEW) for e in found.entries], list(found.damaged)])
-        ((whole, damaged),) = peers.wait([(0, key)], "names", join=self.join)
-        return [*whole, *damaged]
+            try:
+                found = folder.listing(self.directory, self.max_metadata)
+                answer: Any = [[e.path.name.removesuffix(folder.NEW) for e in found.entries], list(found.damaged)]
+            except OSError as e:
+                answer = {"error": spoken(e)}
+            peers.put(key, answer)
+        (answer,) = peers.wait([(0, key)], "names", join=self.join)
+        peers.over(number)
+        if isinstance(answer, dict):
+            raise CheckpointError(f"names: {answer['error'][1]}")
+        return [*answer[0], *answer[1]]
 
     def restore(
         self,
@@ -275,82 +262,33 @@ class Checkpointer:
           CheckpointError: nothing there, half there, damaged, or of another model; it says what was found. On all ranks.
         """
         self.wait()
-        self._number += 1
-        number, peers = self._number, self.peers
-        only = (only,) if isinstance(only, str) else tuple(only)
-        want = Want(strict, only, tuple(rename))
-        if isinstance(like, TrainState):
-            target, given, step = like, like, self._step
-            fresh: Callable[[], TrainState] = lambda: given
-        else:
-            step = like[0]
-            target, fresh = template(*like)
-        device = target.params.buffers[0].device if step is None else step.running().env.mesh.device
-        with peers.beating():
-            peers.put(f"{number}/ready/{peers.rank}", {"coords": _coords(target), "error": None})
-            choices = self._choices(number, name, fallback)
-            coords = [{a: tuple(c) for a, c in r["coords"].items()} for r in peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "restore", join=self.join)]
-            peers.forget(number)  # all are here
-            context = Context(peers.rank, peers.size, coords, None if step is None else _chain(step), device, donate and isinstance(like, TrainState))
-            problems = []
-            for attempt, path in enumerate(choices):
-                result, problem = self._tried(Path(path), target, fresh, want, context, f"{number}/read/{attempt}")
-                if result is not None:
-                    for note in result.notes if peers.rank == 0 else ():
-                        logging.warning("restore %s: %s", result.name, note)
-                    return result
-                problems.append(problem)
-                if fallback and peers.rank == 0:
-                    logging.warning("%s; passed over", problem)
-        raise CheckpointError("; ".join(problems))
-
-    def _choices(self, number: int, name: int | str | float, fallback: bool) -> list[str]:
-        """The folders to try, the same on all ranks."""
-        if self.peers.rank == 0:
-            try:
-                found = folder.choose(self.directory, name, self.keep, fallback, self.max_metadata)
-                answer: Any = [str(e.path) for e in found]
-            except (CheckpointError, ValueError, OSError) as e:
-                answer = {"error": spoken(e)}
-            self.peers.put(f"{number}/choice", answer)
-        (answer,) = self.peers.wait([(0, f"{number}/choice")], "restore", join=self.join)
-        if isinstance(answer, dict):
-            kind, text = answer["error"]
-            raise KINDS.get(kind, CheckpointError)(text)
-        return answer
-
-    def _tried(self, path: Path, like: TrainState, fresh: Callable[[], TrainState], want: Want, context: Context, key: str) -> tuple[Restored | None, str]:
-        """One checkpoint on all ranks: all have read it, or none has."""
-        mine, done = "", None
+        given = isinstance(like, TrainState)
+        if not given and not (isinstance(like, tuple) and len(like) == 2 and hasattr(like[0], "running")):
+            raise TypeError(f"restore: like= is a {type(like).__name__}; give a TrainState, or (step, params) with params whole or meta tensors")
+        step = self._step if given else like[0]
+        peers = self._joined(step)
+        number = peers.begin()
         try:
-            found = manifest.load(path, self.max_metadata)
-            if self.peers.rank == 0 and (broken := manifest.check_files(path, found)):
-                raise CheckpointError(f"checkpoint {str(path)!r}: {'; '.join(broken[:3])}{f'; and {len(broken) - 3} more' * (len(broken) > 3)}")
-            state, notes = fill(path, found, like, fresh, want, context)
-            name = path.name.removesuffix(folder.NEW)
-            done = Restored(state, load_client(path, found), name, found.step, found.metrics, tuple(notes))
-        except (CheckpointError, ValueError, TypeError, OSError) as e:
-            mine = f"{sentence(e)} (in {str(path)!r})" if str(path) not in str(e) else sentence(e)
-        self.peers.put(f"{key}/{context.rank}", mine)
-        all_told = self.peers.wait([(r, f"{key}/{r}") for r in range(context.size)], "restore")
-        bad = next(((r, text) for r, text in enumerate(all_told) if text), None)
-        if bad is None:
-            return done, ""
-        return None, bad[1] + f" (rank {bad[0]})" * (context.size > 1)
+            return self._restored(peers, number, step, like, Want(strict, (only,) if isinstance(only, str) else tuple(only), tuple(rename)), name, fallback, donate and given)
+        finally:
+            with contextlib.suppress(CheckpointError):  # the store may be gone
+                peers.over(number)
 
-
-def _coords(state: TrainState) -> dict[str, tuple[int, int]]:
-    """This rank's place on every axis that the state names."""
-    slots = [x for x in tree.leaves(state, is_leaf=lambda x: isinstance(x, Slots)) if isinstance(x, Slots)]
-    return {axis: (size, index) for x in slots for axis, size, index in x.where.coords}
-
-
-def _chain(step: Any) -> str:
-    """A step's chain as it is printed, on which mesh; whether it donates is no matter."""
-    return str(step).replace(", donated", "", 1)
-
-
-def _specs(found: Names) -> dict[str, str]:
-    return {n: repr(p.where.spec(p.leaf)) for n, p in found.parts.items() if p.where is not None}
-
-
+    def _restored(self, peers: Peers, number: int, step: Any, like: Any, want: Want, name: int | str | float, fallback: bool, donate: bool) -> Restored:
+        error = None
+        try:
+            target, fresh = (like, lambda: like) if isinstance(like, TrainState) else template(*like)
+        except Exception as e:
+            error = e
+        peers.put(f"{number}/ready/{peers.rank}", {"coords": {} if error else coords_of(target), "error": spoken(error)})
+        paths = [] if error else choices(peers, number, self.directory, name, self.keep, fallback, self.max_metadata, self.join)
+        ready = peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "restore", join=self.join)
+        if error is not None:
+            raise error
+        if (bad := next(((r, a["error"]) for r, a in enumerate(ready) if a["error"]), None)) is not None:
+            raise KINDS.get(bad[1][0], CheckpointError)(f"{bad[1][1]} (rank {bad[0]})")
+        peers.forget(number)  # all are here
+        coords = [{a: tuple(c) for a, c in r["coords"].items()} for r in ready]
+        device = target.params.buffers[0].device if step is None else step.running().env.mesh.device
+        context = Context(peers.rank, peers.size, coords, None if step is None else chain_of(step), device, donate)
+        return first_good(Reading(peers, number, self.directory, self.max_metadata, want, context), paths, target, fresh, fallback)

@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
     p.add_argument("source", metavar="SOURCE", help="a .safetensors file, its index, a folder of them, or an orbax tree")
     p.add_argument("directory", metavar="DIRECTORY", help="the folder of checkpoints")
     p.add_argument("--name", default="0", help="of the new checkpoint")
+    p.add_argument("--zeros", action="store_true", help="chunks that an orbax tree lacks are zeros, as older versions of orbax left them out")
 
 
 def size(text: str) -> int:
@@ -58,7 +59,9 @@ def _told(run: Any, args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (CheckpointError, OSError) as e:
-        raise ValueError(str(e)) from None
+        from funczero.checkpoint.tools import plain
+
+        raise ValueError(plain(str(e))) from None
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -95,5 +98,5 @@ def _export(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from funczero.checkpoint.export import import_weights
 
-    print(f"{args.directory}/{import_weights(args.source, args.directory, args.name)}")
+    print(f"{args.directory}/{import_weights(args.source, args.directory, args.name, args.zeros)}")
     return 0

@@ -13,6 +13,9 @@ from torch import Tensor
 from funczero.checkpoint.names import escape
 
 MARK = "$"  # how a tagged value begins
+DEPTH = 100  # lists and dicts inside each other
+DIGITS = 1 << 10  # bits of an integer that JSON writes in decimal, which takes quadratic time
+BLOB = 1 << 12  # bytes that are kept in JSON; longer ones are an array
 
 
 def encode(value: Any, name: str = "client") -> tuple[Any, dict[str, Tensor]]:
@@ -31,18 +34,24 @@ def encode(value: Any, name: str = "client") -> tuple[Any, dict[str, Tensor]]:
 
 
 def _encode(x: Any, path: tuple[str, ...], arrays: dict[str, Tensor], above: list[int]) -> Any:
+    if type(x) is int and x.bit_length() > DIGITS:
+        return {"$int": hex(x)}
     if x is None or type(x) in (bool, int, str):
         return x
     if type(x) is float:
         return x if math.isfinite(x) else {"$float": repr(x)}
     if type(x) is complex:
         return {"$complex": [_encode(x.real, path, arrays, above), _encode(x.imag, path, arrays, above)]}
+    if type(x) is bytes and len(x) > BLOB:
+        return _array(np.frombuffer(x, np.uint8), path, arrays) | {"kind": "bytes"}
     if type(x) is bytes:
         return {"$bytes": base64.b64encode(x).decode()}
     if isinstance(x, (Tensor, np.ndarray, np.generic)):
         return _array(x, path, arrays)
     if id(x) in above:
         raise TypeError(f"save: {'/'.join(path)!r} of the client state contains itself; a client state is a finite tree")
+    if len(above) >= DEPTH:
+        raise TypeError(f"save: {'/'.join(path[:6])!r} of the client state has lists and dicts more than {DEPTH} deep; give a flatter one")
     below = lambda key, child: _encode(child, (*path, escape(key)), arrays, [*above, id(x)])
     if type(x) in (list, tuple):
         inner = [below(i, child) for i, child in enumerate(x)]
@@ -76,11 +85,14 @@ def _array(x: Any, path: tuple[str, ...], arrays: dict[str, Tensor]) -> dict[str
 
 def names(encoded: Any) -> list[str]:
     """The names of the arrays that JSON refers to."""
-    if isinstance(encoded, list):
-        return [n for x in encoded for n in names(x)]
-    if isinstance(encoded, dict):
-        return [encoded["$array"]] if "$array" in encoded else [n for x in encoded.values() for n in names(x)]
-    return []
+    out, left = [], [encoded]
+    while left:
+        x = left.pop()
+        if isinstance(x, dict) and "$array" in x:
+            out.append(x["$array"])
+        elif isinstance(x, (dict, list)):
+            left.extend(reversed(x.values() if isinstance(x, dict) else x))
+    return out
 
 
 def decode(encoded: Any, array: Callable[[str], Tensor]) -> Any:
@@ -95,9 +107,10 @@ def decode(encoded: Any, array: Callable[[str], Tensor]) -> Any:
         return {k: decode(v, array) for k, v in encoded.items()}
     if tag == "$array":
         x = array(encoded["$array"])
-        return x if encoded["kind"] == "tensor" else x.numpy() if encoded["kind"] == "numpy" else x.numpy()[()]
+        kinds: dict[str, Callable[[], Any]] = {"tensor": lambda: x, "numpy": x.numpy, "scalar": lambda: x.numpy()[()], "bytes": lambda: x.numpy().tobytes()}
+        return kinds[encoded["kind"]]()
     made = {
-        "$float": lambda: float(inner), "$bytes": lambda: base64.b64decode(inner), "$tuple": lambda: tuple(decode(x, array) for x in inner),
+        "$float": lambda: float(inner), "$int": lambda: int(inner, 16), "$bytes": lambda: base64.b64decode(inner, validate=True), "$tuple": lambda: tuple(decode(x, array) for x in inner),
         "$complex": lambda: complex(*(decode(x, array) for x in inner)), "$dict": lambda: {decode(k, array): decode(v, array) for k, v in inner},
     }  # fmt: skip
     if tag not in made:

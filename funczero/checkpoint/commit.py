@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,13 +63,33 @@ def _orbax() -> Any:
 def commit(final: Path, names: list[tuple[str, ...]], hooks: Hooks) -> None:
     """Save leaves of these paths into `final`: all of it appears there at once, or nothing."""
     with _quiet():
-        _save(_orbax(), final, names, hooks)
+        ocp = _orbax()
+        kinds = _kinds(ocp)
+        import jax
+
+        registry = ocp.type_handlers.create_type_handler_registry((Leaf, kinds.arrays(hooks)), (jax.Array, ocp.type_handlers.ArrayHandler()))  # without the second it warns
+        arrays = ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
+        with ocp.Checkpointer(kinds.handler(hooks, **{ARRAYS: arrays})) as checkpointer:
+            checkpointer.save(final.absolute(), args=kinds.args(**{ARRAYS: ocp.args.PyTreeSave(_nested(names))}))
 
 
-def _save(ocp: Any, final: Path, names: list[tuple[str, ...]], hooks: Hooks) -> None:
+class _Kinds(NamedTuple):
+    """orbax's classes with our parts in them."""
+
+    arrays: Any
+    handler: Any
+    args: Any
+
+
+@cache
+def _kinds(ocp: Any) -> _Kinds:
+    """Made once a process: orbax keeps what is registered with it for ever, and with a class all that the class refers to."""
 
     class Arrays(ocp.type_handlers.TypeHandler):
         """Leaves whose bytes the ranks write themselves."""
+
+        def __init__(self, hooks: Hooks) -> None:
+            self._hooks = hooks
 
         def typestr(self) -> str:
             return "np.ndarray"  # what any reader of this format restores, without the mesh that wrote it
@@ -82,27 +103,26 @@ def _save(ocp: Any, final: Path, names: list[tuple[str, ...]], hooks: Hooks) -> 
         async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
             async def run() -> None:
                 await infos[0].await_path_creation()
-                await asyncio.to_thread(hooks.write, Path(infos[0].parent_dir))
+                await asyncio.to_thread(self._hooks.write, Path(infos[0].parent_dir))
 
             return [ocp.future.CommitFutureAwaitingContractedSignals(run(), name="ranks")]
 
     class Handler(ocp.CompositeCheckpointHandler):
         """Seals a checkpoint between its last file and its rename."""
 
+        def __init__(self, hooks: Hooks, **items: Any) -> None:
+            super().__init__(**items)
+            self._hooks = hooks
+
         def finalize(self, directory: Any) -> None:
             super().finalize(directory)
-            hooks.seal(Path(directory))
+            self._hooks.seal(Path(directory))
 
     @ocp.args.register_with_handler(Handler, for_save=True, for_restore=True)
     class Args(ocp.args.Composite):
         """The same items."""
 
-    import jax
-
-    registry = ocp.type_handlers.create_type_handler_registry((Leaf, Arrays()), (jax.Array, ocp.type_handlers.ArrayHandler()))  # without the second it warns
-    arrays = ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
-    with ocp.Checkpointer(Handler(**{ARRAYS: arrays})) as checkpointer:
-        checkpointer.save(final.absolute(), args=Args(**{ARRAYS: ocp.args.PyTreeSave(_nested(names))}))
+    return _Kinds(Arrays, Handler, Args)
 
 
 def _nested(names: list[tuple[str, ...]]) -> dict[str, Any]:

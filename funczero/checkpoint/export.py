@@ -5,8 +5,8 @@ Facts: a safetensors file is the length of a JSON header (u64, little-endian), t
 from __future__ import annotations
 
 import json
-import re
 import struct
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero.checkpoint import folder, manifest
+from funczero.checkpoint import folder, manifest, stock
 from funczero.checkpoint.arrays import CheckpointError, numpy_view, torch_dtype
 from funczero.checkpoint.checkpointer import Checkpointer
-from funczero.checkpoint.names import Names, escape, whole
+from funczero.checkpoint.names import Names, escape, unescape, whole
 from funczero.checkpoint.tools import find, progress, tensors
 
 CODES = {
@@ -46,7 +46,7 @@ def state_dict_key(name: str) -> str:
     >>> state_dict_key("params/blocks/0/w"), state_dict_key("params/layers.0.weight")
     ('blocks.0.w', 'layers.0.weight')
     """
-    return ".".join(re.sub(r"%([0-9A-F]{2,4})", lambda m: chr(int(m[1], 16)), part if part != "%" else "") for part in name.split("/")[1:])
+    return ".".join(map(unescape, name.split("/")[1:]))
 
 
 def export(path: str | Path, out: str | Path, dtype: str | None = None, shard_size: int | None = None, overwrite: bool = False) -> list[Path]:
@@ -75,6 +75,8 @@ def export(path: str | Path, out: str | Path, dtype: str | None = None, shard_si
         if str(want).removeprefix("torch.") not in CODES:
             raise ValueError(f"export: {name!r} is {a.dtype}, which safetensors has no name for; write --dtype=float32")
         entries.append(Entry(state_dict_key(name) or "weight", source, want, a.shape))
+    if twice := [key for key, n in Counter(e.key for e in entries).items() if n > 1]:
+        raise CheckpointError(f"export: two leaves of {str(where)!r} would both be called {twice[0]!r}; rename one of them")
     files = _shards(entries, out, shard_size)
     index = out.with_name(out.name + ".index.json")
     for file in (*files, *([index] if len(files) > 1 else [])):
@@ -118,14 +120,20 @@ def _write(where: Path, found: manifest.Manifest, file: Path, entries: list[Entr
         part.unlink(missing_ok=True)
 
 
-def import_weights(source: str | Path, directory: str | Path, name: str = "0") -> str:
+def import_weights(source: str | Path, directory: str | Path, name: str = "0", zeros: bool = False) -> str:
     """A checkpoint of parameters alone from a safetensors file, an index or a folder of them, or from a tree that stock orbax wrote; its name.
 
     Restored with `only="^params/"`, or whole, in which case every transform starts fresh.
+
+    Args:
+      zeros: take chunks that an orbax tree lacks for zeros, which older versions of orbax did not write; otherwise they are an error.
+
+    Raises:
+      CheckpointError: it cannot be read, or is not whole; it names the file, the leaf and the chunk.
     """
     source = Path(source)
     files = _files(source)
-    found = {f"params/{k}": x for k, x in _safetensors(files).items()} if files else _stock(source)
+    found = {f"params/{k}": x for k, x in _safetensors(files).items()} if files else stock.read(source, zeros)
     parts = {n: whole(x) for n, x in found.items()}
     with Checkpointer(directory) as ck:
         ck.save_named(Names(parts, {}), folder.check_name(name))
@@ -133,52 +141,31 @@ def import_weights(source: str | Path, directory: str | Path, name: str = "0") -
 
 
 def _files(source: Path) -> list[Path]:
+    """The safetensors files that are meant; none for another kind of source."""
     if source.suffix == ".safetensors":
         return [source]
     index = source if source.name.endswith(".index.json") else next(iter(sorted(source.glob("*.safetensors.index.json"))), None)
-    if index is not None:
-        return [index.with_name(Path(f).name) for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(source.glob("*.safetensors"))
+    if index is None:
+        return sorted(source.glob("*.safetensors"))
+    try:
+        names = set(json.loads(manifest.content(index))["weight_map"].values())
+        return [index.with_name(Path(f).name) for f in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise CheckpointError(f"import: {str(index)!r} is no index of safetensors files ({type(e).__name__}: {str(e)[:200]})") from None
 
 
 def _safetensors(files: list[Path]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     out: dict[str, Tensor] = {}
     for file in files:
         try:
+            if not file.is_file():
+                raise OSError(f"No such file: {str(file)!r}" if not file.exists() else "it is no regular file")
             with safe_open(file, framework="pt") as f:
                 for key in progress(list(f.keys()), f"read {file.name}"):
-                    out[escape(key)] = f.get_tensor(key)
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"import: {str(file)!r} cannot be read ({e}); give a safetensors file, its index, a folder of them, or an orbax tree") from None
+                    if out.setdefault(escape(key), x := f.get_tensor(key)) is not x:
+                        raise ValueError(f"another file has the tensor {key!r}, too")
+        except Exception as e:  # whatever a reader in another language makes of a malformed file
+            raise CheckpointError(f"import: {str(file)!r} cannot be read ({str(e)[:300]}); give a safetensors file, its index, a folder of them, or an orbax tree") from None
     return out
-
-
-def _stock(source: Path) -> dict[str, Tensor]:
-    """Arrays of an orbax tree, and of its "params" alone where it has them."""
-    import tensorstore as ts
-
-    root = next((p for p in (source, source / "state", source / "default") if (p / "_METADATA").exists()), None)
-    if root is None:
-        raise CheckpointError(f"import: {str(source)!r} holds neither safetensors nor a tree of orbax; give a .safetensors file, its index, a folder of them, or an orbax tree")
-    tree = json.loads((root / "_METADATA").read_text())
-    kind = "zarr3" if tree.get("use_zarr3") else "zarr"
-    paths = [tuple(str(k["key"]) for k in entry["key_metadata"]) for entry in tree["tree_metadata"].values()]
-    mine = [p for p in paths if p[0] == "params"]
-    out = {}
-    for path in progress(mine or paths, "read"):
-        base = {"driver": "file", "path": f"{root}/"}
-        packed = (root / "manifest.ocdbt").exists()
-        key = ".".join(path)
-        kv = {"driver": "ocdbt", "base": base, "path": key + "/"} if packed else {"driver": "file", "path": f"{root}/{key}/"}
-        try:
-            values = ts.open({"driver": kind, "kvstore": kv}, open=True, read=True).result()
-            x = torch.empty(tuple(values.shape), dtype=torch_dtype(values.dtype.name))
-            numpy_view(x)[...] = values.read().result()
-        except Exception as e:
-            raise CheckpointError(f"import: {key!r} of {str(root)!r} cannot be read ({str(e).split(' [')[0]})") from None
-        out["/".join(("params", *(escape(p) for p in (path[1:] if mine else path))))] = x
-    return out
-
-

@@ -143,19 +143,60 @@ def saving(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def clean(directory: Path) -> None:
-    """Finish or remove what interrupted saves left."""
+def clean(directory: Path, named: set[str], limit: int = LIMIT) -> None:
+    """Finish or remove what interrupted saves left; what only looks like it is left alone, and named once.
+
+    Args:
+      named: what was said already.
+    """
     for path in sorted(directory.iterdir()):
         if path.name.endswith(NEW):
-            swap(path, path.with_name(path.name.removesuffix(NEW)))
-    for path in directory.iterdir():
+            if _is_ours(path) and _complete(path, limit):
+                swap(path, path.with_name(path.name.removesuffix(NEW)))
+            else:
+                _leave(path, "no checkpoint that was written beside another", named)
+    for path in sorted(directory.iterdir()):
         if path.name.endswith((TEMPORARY, DELETED)):
-            shutil.rmtree(path)
+            if _is_ours(path):
+                shutil.rmtree(path)
+            else:
+                _leave(path, "no folder of an interrupted save", named)
+
+
+def _is_ours(path: Path) -> bool:
+    """Is it a folder itself? A save makes neither files nor links."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def replaceable(path: Path) -> bool:
+    """Is it a checkpoint, or an empty folder?"""
+    return _is_ours(path) and (any((path / mark).exists() for mark in MARKS) or not any(path.iterdir()))
+
+
+def _complete(path: Path, limit: int) -> bool:
+    try:
+        manifest.load(path, limit)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _leave(path: Path, what: str, named: set[str]) -> None:
+    if str(path) not in named:
+        named.add(str(path))
+        kind = "link" if path.is_symlink() else "folder" if path.is_dir() else "file"
+        logging.warning("save: %r is a %s and %s; it is left alone", str(path), kind, what)
 
 
 def swap(new: Path, final: Path) -> None:
-    """A checkpoint written beside takes its place."""
-    if final.exists():
+    """A checkpoint written beside takes its place.
+
+    Raises:
+      CheckpointError: what is there is no folder.
+    """
+    if final.is_symlink() or final.exists():
+        if not _is_ours(final):
+            raise CheckpointError(f"save: {str(final)!r} is no folder, so it is not replaced; the new checkpoint stays at {str(new)!r}; move one of them")
         remove(final, later=True)
     new.rename(final)
 
@@ -163,6 +204,8 @@ def swap(new: Path, final: Path) -> None:
 def remove(path: Path, later: bool = False) -> None:
     """A checkpoint is gone at once; its files follow (`later`: at the next `clean`)."""
     gone = path.with_name(path.name + DELETED)
+    while gone.is_symlink() or gone.exists() and not _is_ours(gone):  # somebody else's
+        gone = gone.with_name("~" + gone.name)
     if gone.exists():
         shutil.rmtree(gone)
     path.rename(gone)
@@ -170,16 +213,40 @@ def remove(path: Path, later: bool = False) -> None:
         shutil.rmtree(gone)
 
 
-def prune(directory: Path, keep: Keep) -> None:
-    """Remove what is not to be kept; the newest always stays."""
-    entries = listing(directory).entries
-    if keep.last is None or not entries:
+def prune(directory: Path, keep: Keep, named: set[str], limit: int = LIMIT) -> None:
+    """Remove what is not to be kept. Only whole checkpoints count, by a cheap look at their files; older than the last of them that is kept, all may go.
+
+    Law: a damaged checkpoint never takes the place of a whole one; where fewer than `keep.last` are whole, nothing is removed.
+    """
+    if keep.last is None:
         return
-    stay = {e.path for e in entries[-max(1, keep.last) :]}
+    entries: list[Entry] = []
+    good: list[Entry] = []
+    for e in listing(directory, limit).entries:
+        if not _is_ours(e.path):
+            _leave(e.path, "not removed with older checkpoints", named)
+        else:
+            entries.append(e)
+    for e in reversed(entries):
+        if len(good) == max(1, keep.last):
+            break
+        if problems := manifest.check_files(e.path, e.manifest, quick=True):
+            if str(e.path) not in named:
+                named.add(str(e.path))
+                logging.warning("save: checkpoint %r is damaged and does not count for keep=%d: %s", str(e.path), keep.last, problems[0])
+        else:
+            good.append(e)
+    if len(good) < keep.last:
+        return
+    stay = {e.path for e in entries if e.manifest.sequence >= good[-1].manifest.sequence}
     if keep.period:
         stay |= {e.path for e in entries if e.manifest.step % keep.period == 0}
-    if keep.best and (first := best_of(entries, keep.best)):
+    rated = list(entries) if keep.best else []
+    while keep.best and (first := best_of(rated, keep.best)):
         stay.add(first.path)
+        if not manifest.check_files(first.path, first.manifest, quick=True):
+            break
+        rated.remove(first)  # damaged: the next best stays, too
     for e in entries:
         if e.path not in stay:
             remove(e.path)

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from funczero.checkpoint.arrays import Array, CheckpointError, torch_dtype
+from funczero.checkpoint.names import LONGEST
 
 FILE, SEAL, ARRAYS = "funczero.json", "funczero.sha256", "state"
 STAMPED, LAST = "_CHECKPOINT_METADATA", "commit_success.txt"  # orbax's own: completed, and written, after the seal
 FORMAT = 1
 SMALL = 1 << 20  # bytes; files of chunks up to here are checked whole, larger ones by their chunks
-LIMIT = 256 << 20  # bytes of the JSON file that a reader takes
+LIMIT = 64 << 20  # bytes of the JSON file that a reader takes
+VALUE = 24  # bytes of that limit for each value: what Python makes of one takes several times as much
 DIMS = 32  # of an array, as the store has it
 FORM = {"name": str, "sequence": int, "step": int, "updates": int, "arrays": dict, "ties": dict, "metrics": dict, "world": int, "window": dict, "about": dict}
 FORM |= {"versions": dict, "files": dict}
@@ -58,8 +60,12 @@ def versions() -> dict[str, str]:
     return {name: of(name) for name in ("funczero", "torch", "orbax-checkpoint", "tensorstore")} | {"python": platform.python_version()}
 
 
-def seal(folder: Path, manifest: Manifest) -> None:
-    """Write a checkpoint's manifest when all else is there."""
+def seal(folder: Path, manifest: Manifest, limit: int = LIMIT) -> None:
+    """Write a checkpoint's manifest when all else is there.
+
+    Raises:
+      CheckpointError: it is larger than what a reader takes.
+    """
     files = {}
     for path in _files(folder):
         size = path.stat().st_size
@@ -67,11 +73,21 @@ def seal(folder: Path, manifest: Manifest) -> None:
         files[path.relative_to(folder).as_posix()] = (-1 if late else size, None if chunks and size > SMALL else _crc(path))
     body = manifest._replace(files=files)._asdict() | {"format": FORMAT, "arrays": {n: a._asdict() for n, a in manifest.arrays.items()}}
     text = json.dumps(body, allow_nan=True, ensure_ascii=True, separators=(",", ":")).encode()
-    for name, content in ((FILE, text), (SEAL, _sum(text))):
+    if heavy := _heavy(text, limit):
+        raise CheckpointError(f"save: {FILE} {heavy}; give large parts of a client state as tensors or numpy arrays, or raise max_metadata= here and where it is restored")
+    for name, said in ((FILE, text), (SEAL, _sum(text))):
         with (folder / name).open("wb") as f:
-            f.write(content)
+            f.write(said)
             f.flush()
             os.fsync(f.fileno())
+
+
+def _heavy(text: bytes, limit: int) -> str:
+    """Why reading a manifest would take more memory than its limit stands for; counted before anything is made of it."""
+    values = sum(map(text.count, (b",", b":", b"[", b"{")))
+    if len(text) > limit:
+        return f"has {len(text)} bytes, more than {limit}"
+    return f"holds {values} values, more than {most}" if values > (most := max(limit, LIMIT) // VALUE) else ""
 
 
 def _sum(text: bytes) -> bytes:
@@ -79,7 +95,7 @@ def _sum(text: bytes) -> bytes:
     return f"{hashlib.sha256(text).hexdigest()}  {FILE}\n".encode()
 
 
-def _bytes(path: Path, limit: int = LIMIT) -> bytes:
+def content(path: Path, limit: int = LIMIT) -> bytes:
     """A file's content; OSError where it is no regular file (a reader of a pipe would wait), or longer than `limit`."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -91,11 +107,11 @@ def _bytes(path: Path, limit: int = LIMIT) -> bytes:
 
 def _crc(path: Path) -> int:
     """A checksum of a file; of orbax's own without the time of the commit, which is filled in between the seal and the rename."""
-    content = _bytes(path)
+    text = content(path)
     if path.name == STAMPED:
-        content, n = re.subn(rb'"commit_timestamp_nsecs": ?(null|[0-9]{1,20})', b"", content)
-        content += b"%d" % n
-    return zlib.crc32(content)
+        text, n = re.subn(rb'"commit_timestamp_nsecs": ?(null|[0-9]{1,20})', b"", text)
+        text += b"%d" % n
+    return zlib.crc32(text)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -114,17 +130,19 @@ def load(folder: Path, limit: int = LIMIT) -> Manifest:
         size = path.stat().st_size
         if size > limit:
             raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} has {size} bytes, more than {limit}; raise max_metadata= if you trust it")
-        text, sums = _bytes(path, limit), _bytes(folder / SEAL, 1024)
+        text, sums = content(path, limit), content(folder / SEAL, 1024)
     except OSError as e:
         raise CheckpointError(f"checkpoint {str(folder)!r}: {e.filename} cannot be read ({e.strerror})") from None
     if sums != _sum(text):
         raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} does not have the sha256 that {SEAL} names; one of them was changed or damaged")
+    if heavy := _heavy(text, limit):
+        raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} {heavy}; raise max_metadata= if you trust it")
     try:
         return _parse(json.loads(text), folder)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
-        raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} has not the form of a manifest ({type(e).__name__}: {e})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
+        raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} has not the form of a manifest ({type(e).__name__}: {str(e)[:200]})") from None
 
 
 def _parse(body: dict[str, Any], folder: Path) -> Manifest:
@@ -133,8 +151,18 @@ def _parse(body: dict[str, Any], folder: Path) -> Manifest:
     wrong = [k for k, kind in FORM.items() if type(body[k]) is not kind]
     wrong += [k for k, kinds in (("ties", str), ("metrics", (int, float))) if not wrong and not all(isinstance(x, kinds) for x in body[k].values())]
     wrong += ["window"] * (not wrong and not all(map(_is_window, body["window"].values())))
+    about = body["about"] if not wrong else {}
+    wrong += [k for k, kind in (("chain", str), ("specs", dict), ("not finite", list)) if k in about and type(about[k]) is not kind]
+    wrong += ["not finite"] * (not wrong and not all(isinstance(x, str) for x in about.get("not finite", ())))
     if wrong:
         raise TypeError(f"{wrong[0]!r} holds other things than a save writes")
+    for name, (low, high) in {"sequence": (0, 1 << 63), "step": (0, 1 << 63), "updates": (0, 1 << 63), "world": (1, 1 << 31)}.items():
+        if not low <= body[name] < high:
+            raise ValueError(f"{name!r} is no number that a save writes")
+    strange = next((n for n, stored in body["ties"].items() if stored not in body["arrays"] or not n.startswith("params/")), None)
+    if strange is not None:
+        raise ValueError(f"the tie {_safe(strange, folder)[:80]!r} leads to no leaf")
+    body["metrics"] = {k: float(x) for k, x in body["metrics"].items()}
     arrays = {name: _array(_safe(name, folder), a, folder) for name, a in body["arrays"].items()}
     files = {_safe(path, folder): (int(size), crc) for path, (size, crc) in body["files"].items()}
     most, asked = sum(size for size, _ in files.values()), sum(prod(a.shape) * torch_dtype(a.dtype).itemsize for a in arrays.values())
@@ -153,6 +181,8 @@ def _array(name: str, a: dict[str, Any], folder: Path) -> Array:
     shape, chunk, tails = tuple(a["shape"]), tuple(a["chunk"]), dict(a["tails"])
     if len(shape) != len(chunk) or len(shape) > DIMS or not all(type(n) is int and n >= 0 for n in shape) or not all(type(n) is int and n > 0 for n in chunk):
         raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} has shape {str(list(shape))[:80]} in chunks {str(list(chunk))[:80]}, which no array has")
+    if any(c > max(1, n) for n, c in zip(shape, chunk, strict=True)):  # a reader makes room for whole chunks
+        raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} of shape {str(list(shape))[:80]} has chunks of {str(list(chunk))[:80]}, which are larger than itself")
     try:
         torch_dtype(a["dtype"])
     except (CheckpointError, TypeError):
@@ -164,13 +194,18 @@ def _array(name: str, a: dict[str, Any], folder: Path) -> Array:
 
 def _safe(name: str, folder: Path) -> str:
     """A relative path that stays inside its folder."""
-    if not name or name.startswith("/") or "\x00" in name or "\\" in name or ".." in name.split("/"):
-        raise CheckpointError(f"checkpoint {str(folder)!r}: {name!r} is no name of a leaf or file inside it")
+    if not name or len(name) > 2 * LONGEST or name.startswith("/") or "\x00" in name or "\\" in name or ".." in name.split("/"):
+        raise CheckpointError(f"checkpoint {str(folder)!r}: {name[:100]!r} is no name of a leaf or file inside it")
     return name
 
 
-def check_files(folder: Path, manifest: Manifest, strangers: bool = False) -> list[str]:
-    """What is wrong with the files of a checkpoint, a sentence each: missing ones, other sizes, other contents of small ones; with `strangers` also what was put there."""
+def check_files(folder: Path, manifest: Manifest, strangers: bool = False, quick: bool = False) -> list[str]:
+    """What is wrong with the files of a checkpoint, a sentence each: missing ones, other sizes, other contents of small ones.
+
+    Args:
+      strangers: also name what was put there.
+      quick: pass over the contents of files of chunks.
+    """
     problems = []
     for path, (size, crc) in manifest.files.items():
         file = folder / path
@@ -178,7 +213,7 @@ def check_files(folder: Path, manifest: Manifest, strangers: bool = False) -> li
             have = file.stat().st_size
             if have != size >= 0:
                 problems.append(f"file {path!r} has {have} bytes instead of {size}")
-            elif crc is not None and _crc(file) != crc:
+            elif crc is not None and not (quick and file.parent.name == "d") and _crc(file) != crc:
                 problems.append(f"file {path!r} was changed or damaged")
         except OSError as e:
             problems.append(f"file {path!r} cannot be read ({e.strerror})")

@@ -17,6 +17,8 @@ from funczero.accumulate import Accumulate
 from funczero.spec import Slots, Structure, Where
 from funczero.types import TrainState
 
+LONGEST = 2048  # characters of a name
+
 
 class Part(NamedTuple):
     """This rank's part of one leaf."""
@@ -39,12 +41,29 @@ class Names(NamedTuple):
 
 
 def escape(key: Any) -> str:
-    """One part of a path as it is written: "/" and what does not print as %XX.
+    """One part of a path as it is written: "/", a backslash, ".." and what does not print as %XX.
 
-    >>> escape("a/b"), escape(0), escape("layers.0.weight"), escape("")
-    ('a%2Fb', '0', 'layers.0.weight', '%')
+    >>> escape("a/b"), escape(0), escape("layers.0.weight"), escape(""), escape("..")
+    ('a%2Fb', '0', 'layers.0.weight', '%', '%2E%2E')
     """
-    return re.sub(r"[%/\x00-\x1f\x7f\ud800-\udfff]", lambda m: f"%{ord(m[0]):02X}", str(key)) or "%"
+    if str(key) == "..":
+        return "%2E%2E"
+    return re.sub(r"[%/\\\x00-\x1f\x7f\ud800-\udfff]", lambda m: f"%{ord(m[0]):02X}", str(key)) or "%"
+
+
+def unescape(part: str) -> str:
+    """What `escape` was given.
+
+    >>> unescape(escape("a/B%C")), unescape("%")
+    ('a/B%C', '')
+    """
+    return re.sub(r"%(D[89A-F][0-9A-F]{2}|[0-9A-F]{2})", lambda m: chr(int(m[1], 16)), part) if part != "%" else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names, as a message has them."""
+    short = [n if len(n) < 100 else f"{n[:80]}... of {len(n)} characters" for n in names[:5]]
+    return ", ".join(map(repr, short)) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 
 def stored(name: str) -> str:
@@ -69,7 +88,7 @@ def named(state: TrainState, rank: int = 0, size: int = 1) -> Names:
             _window(parts, escape(transform), own, rank, size)
         else:
             _add(parts, (escape(transform),), own, masters)
-    _refuse_collisions(list(parts))
+    refuse_collisions(list(parts))
     paths = _paths(masters.where.structure)
     first = {i: p for p, i in reversed(paths)}
     return Names(parts, {"/".join(("params", *p)): "/".join(("params", *first[i])) for p, i in paths if p != first[i]})
@@ -154,7 +173,10 @@ def _put(parts: dict[str, Part], path: tuple[str, ...], part: Part) -> None:
     parts[name] = part
 
 
-def _refuse_collisions(names: list[str]) -> None:
+def refuse_collisions(names: list[str]) -> None:
+    """ValueError where two names would be one in the store, one is a leaf and a folder, or one is longer than a reader takes."""
+    if long := next((n for n in names if len(n) > LONGEST), None):
+        raise ValueError(f"checkpoint: the leaf {long[:60] + '...'!r} has a name of {len(long)} characters, more than {LONGEST}; rename a key")
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(stored(name), name)

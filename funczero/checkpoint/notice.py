@@ -24,7 +24,8 @@ class Notice:
     def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
         """Takes the signals over, from the main thread."""
         self.name = ""  # the signal that this rank got
-        self._peers, self._count, self._asked, self._at = Peers(), 0, False, 0
+        self._peers: Peers | None = None
+        self._count, self._asked, self._at = 0, False, 0
         self._before = {s: signal.signal(s, self._take) for s in signals}
 
     def _take(self, number: int, frame: FrameType | None) -> None:
@@ -33,6 +34,8 @@ class Notice:
     def given(self) -> bool:
         """At a step boundary: was any rank told to stop?"""
         self._count += 1
+        if self._peers is None or not self._peers.current:  # a world may be joined after the signals were taken over
+            self._peers = Peers()
         peers = self._peers
         if peers.size == 1:
             return bool(self.name)
@@ -43,7 +46,11 @@ class Notice:
             peers.put("notice/at", self._count + 1)  # the next boundary: nobody gets there before rank 0 has left this one
         if not self._at and peers.there("notice/at"):
             self._at = peers.get("notice/at")
-        return 0 < self._at <= self._count
+            peers.begin()
+        given = 0 < self._at <= self._count
+        if given:
+            peers.over(peers.number)
+        return given
 
     def close(self) -> None:
         """The signals do again what they did."""

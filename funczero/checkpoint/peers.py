@@ -1,70 +1,95 @@
-"""The ranks of a save or a restore: messages through the world's store, and a pulse by which a dead rank is told from a slow one. No collective is involved."""
+"""The ranks of a save or a restore: messages through the world's store, and the proof by which a dead rank is told from a slow one. No collective is involved."""
 from __future__ import annotations
 
-import contextlib
+import copy
 import json
-import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
 
+from funczero import presence
+from funczero.checkpoint import lines
 from funczero.checkpoint.arrays import CheckpointError
+from funczero.checkpoint.lines import SPACE
 
-BEAT, DEAD = 1.0, 8.0  # seconds between two beats; without one for so long, a rank is taken for dead
+LOOK = 0.1  # seconds between two looks at a rank's pulse
+MOST = 256 << 20  # bytes of a message
 
 
 class Peers:
-    """This rank among those that share a checkpointer; a world of one needs no other."""
+    """This rank among those that share a checkpointer; a world of one needs no other. Made when the world has been joined."""
 
-    def __init__(self) -> None:
-        """Opens a connection of its own: one that waits blocks every other user of it."""
-        world = dist.is_initialized() and dist.get_world_size() > 1
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if world else (0, 1)
-        base: Any = dist.distributed_c10d._get_default_store() if world else dist.HashStore()
-        self._clone, self._anchor = base.clone, base  # the anchor keeps rank 0's server up
-        first = base.clone()
-        self._space = f"funczero/checkpoint/{first.add(f'funczero/checkpoint/count/{self.rank}', 1)}"  # the n-th of every rank belong together
-        self.store = self.connection()
+    def __init__(self, alone: bool = False) -> None:
+        """The n-th of every rank belong together; `alone`: a world of this process, whatever the other one is."""
+        self.lines = lines.Lines(alone=True) if alone else lines.lines()
+        self.rank, self.size, self._line = self.lines.rank, self.lines.size, self.lines.front
+        self._space = f"{SPACE}/{self._line.ask('add', f'{SPACE}/count/{self.rank}', 1)}"
+        self.number = self._polled = 0  # of this rank's last call; the same on all ranks
         self._mine: list[str] = []  # keys that this rank has published
-        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._seen: dict[int, tuple[bytes, float, float]] = {}  # a rank's last beat, since when it is the last, and when it was looked at
+        self._looked = 0.0
 
-    def connection(self) -> Any:
-        """A connection for another thread."""
-        return dist.PrefixStore(self._space, self._clone())
+    @property
+    def current(self) -> bool:
+        """Is this process still in the world in which they were made?"""
+        return self.lines.world is (dist.group.WORLD if dist.is_initialized() else None)
 
-    def put(self, key: str, value: Any, store: Any = None) -> None:
+    def aside(self) -> Peers:
+        """The same, for another thread."""
+        other = copy.copy(self)
+        other._line, other._seen = self.lines.back, {}
+        return other
+
+    def begin(self) -> int:
+        """The number of a new call."""
+        self.number += 1
+        self.lines.numbers[self._space] = self.number
+        return self.number
+
+    def over(self, number: int) -> None:
+        """This rank needs nothing more of a call: whoever holds the store may go."""
+        if self.rank:
+            self._line.ask("set", f"{self._space}/over/{self.rank}", str(number))
+
+    def put(self, key: str, value: Any) -> None:
         """Publish JSON."""
-        self._mine.append(key)
-        self._ask(lambda: (store or self.store).set(key, zlib.compress(json.dumps(value).encode(), 1)))
+        self.put_bytes(key, zlib.compress(json.dumps(value).encode(), 1))
 
-    def put_bytes(self, key: str, value: bytes, store: Any) -> None:
+    def put_bytes(self, key: str, value: bytes) -> None:
         """Publish bytes."""
         self._mine.append(key)
-        self._ask(lambda: store.set(key, value))
+        self._line.ask("set", f"{self._space}/{key}", value)
 
     def forget(self, number: int) -> None:
         """Take back what this rank published for calls before `number`, which all ranks have left."""
         old = lambda key: key.split("/")[0].isdigit() and int(key.split("/")[0]) < number
         for key in [k for k in self._mine if old(k)]:
-            self._ask(lambda key=key: self.store.delete_key(key))
-        self._mine = [k for k in self._mine if not old(k)]
+            self._line.ask("delete_key", f"{self._space}/{key}")
+        self._mine[:] = [k for k in self._mine if not old(k)]
 
-    def there(self, key: str, store: Any = None) -> bool:
+    def there(self, key: str) -> bool:
         """Has it been published?"""
-        return self._ask(lambda: (store or self.store).check([key]))
+        return self._line.ask("check", [f"{self._space}/{key}"])
 
-    def get(self, key: str, store: Any = None) -> Any:
+    def get(self, key: str) -> Any:
         """What was published, as JSON."""
-        return json.loads(zlib.decompress(self.get_bytes(key, store or self.store)))
+        try:
+            unpack = zlib.decompressobj()
+            text = unpack.decompress(self.get_bytes(key), MOST)
+            if unpack.unconsumed_tail:
+                raise ValueError(f"it has more than {MOST} bytes")
+            return json.loads(text)
+        except (zlib.error, ValueError, RecursionError) as e:
+            raise CheckpointError(f"checkpoint: {key!r} in the world's store is no message of a rank ({type(e).__name__}: {str(e)[:80]})") from None
 
-    def get_bytes(self, key: str, store: Any) -> bytes:
+    def get_bytes(self, key: str) -> bytes:
         """What was published."""
-        return self._ask(lambda: store.get(key))
+        return self._line.ask("get", f"{self._space}/{key}")
 
-    def wait(self, keys: Iterable[tuple[int, str]], what: str, store: Any = None, join: float | None = None, raw: bool = False) -> list[Any]:
+    def wait(self, keys: Iterable[tuple[int, str]], what: str, join: float | None = None, raw: bool = False) -> list[Any]:
         """What ranks publish, in order, as JSON or as bytes.
 
         Args:
@@ -78,56 +103,42 @@ class Peers:
         out = []
         for rank, key in keys:
             start, pause = time.monotonic(), 0.0005
-            while not self.there(key, store):
-                self._alive(rank, what, store, came=join is None)
+            while not self.there(key):
+                if (why := self._dead(rank, came=join is None)) and not self.there(key):  # what it said before counts
+                    raise CheckpointError(f"{what}: {why}")
                 if join is not None and time.monotonic() - start > join:
                     raise CheckpointError(f"{what}: rank {rank} did not come within {join:g} s, while rank {self.rank} waits; every rank calls save and restore, at the same step")
                 time.sleep(pause)
                 pause = min(0.02, pause * 1.5)
-            out.append(self.get_bytes(key, store or self.store) if raw else self.get(key, store))
+            out.append(self.get_bytes(key) if raw else self.get(key))
         return out
 
-    def _alive(self, rank: int, what: str, store: Any, came: bool) -> None:
-        """Look at a rank's pulse, at most ten times a second. Of one that `came` already, the lack of any pulse is silence, too."""
-        value, when = self._seen.get(rank, (None, 0.0))
+    def _dead(self, rank: int, came: bool) -> str:
+        """Why a rank will not answer any more; nothing where that is not known. Looks at most ten times a second.
+
+        Args:
+          came: is it inside the call? One that is not, and whose process is there, may be late.
+        """
         now = time.monotonic()
-        if rank == self.rank or (value is not None and now - when < 0.1):
-            return
-        beat = self.get_bytes(f"beat/{rank}", store or self.store) if self.there(f"beat/{rank}", store) else b""
-        if beat != value:
-            self._seen[rank] = (beat, now)
-        elif now - when > DEAD and (beat or came):
-            raise CheckpointError(f"{what}: rank {rank} has not been heard of for {now - when:.0f} s; its process was ended, or its machine is lost")
+        if now - self._looked > 2 * lines.BEAT:  # this process was stopped, or did not wait: others' silence counts from now
+            self._seen.clear()
+        self._looked = now
+        value, since, looked = self._seen.get(rank, (None, now, 0.0))
+        if rank == self.rank or now - looked < LOOK:
+            return ""
+        said = lambda key: self._line.ask("get", key) if self._line.ask("check", [key]) else b""
+        process, beat = said(f"{presence.KEY}/{rank}").decode(errors="replace"), said(f"{SPACE}/beat/{rank}")
+        if presence.ended(process):
+            return f"rank {rank} is gone: its process {presence.number(process)} has ended"
+        if said(f"{SPACE}/left/{rank}"):
+            return f"rank {rank} has come to the end of its program"
+        since = since if beat == value else now
+        self._seen[rank] = (beat, since, now)
+        if now - since > lines.DEAD and (came or (beat and not self._near(process))):
+            there = f"its process {presence.number(process)} is there, but stopped or stuck" if self._near(process) else "its process was ended, or its machine is lost"
+            return f"rank {rank} has not been heard of for {now - since:.0f} s; {there}"
+        return ""
 
-    @contextlib.contextmanager
-    def beating(self) -> Iterator[None]:
-        """This rank's pulse, as long as the block lasts."""
-        stop, store = threading.Event(), self.connection()
-        self._seen.clear()
-        if self.size == 1:
-            yield
-            return
-        store.set(f"beat/{self.rank}", repr(time.monotonic()))
-
-        def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # the store is gone: nobody listens
-                while not stop.wait(BEAT):
-                    store.set(f"beat/{self.rank}", repr(time.monotonic()))
-
-        thread = threading.Thread(target=beat, name="funczero-pulse")
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            with contextlib.suppress(RuntimeError):
-                store.delete_key(f"beat/{self.rank}")  # silence is no sign of death any more
-
-    def _ask(self, fn: Any) -> Any:
-        try:
-            return fn()
-        except RuntimeError as e:
-            raise CheckpointError(f"checkpoint: rank {self.rank} cannot reach the world's store any more, so rank 0 is gone ({str(e).splitlines()[0]})") from None
-
-
+    def _near(self, process: str) -> bool:
+        """Is it a process whose end would be seen from here?"""
+        return process.split()[:2] == presence.identity().split()[:2] != []

@@ -124,26 +124,28 @@ def _keep(everything: dict[str, Part], views: dict[str, Part], read: set[str], d
 
 def load_client(path: Path, manifest: Manifest) -> Any:
     """The client state of a checkpoint."""
-    reader, made = Reader(path / ARRAYS, manifest.arrays), {}
+    reader, made = Reader(path / ARRAYS, manifest.arrays), dict[str, Tensor]()
     try:
         for name in client.names(manifest.client):
             if name not in manifest.arrays:
-                raise CheckpointError(f"restore: the client state refers to {name!r}, which is not in the checkpoint")
-            made[name] = read_whole(reader, name, manifest.arrays[name])
+                raise CheckpointError(f"restore: the client state refers to {str(name)[:80]!r}, which is not in the checkpoint")
+            ask_whole(reader, name, manifest.arrays[name], made)
         reader.finish()
         return client.decode(manifest.client, made.__getitem__)
-    except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"restore: the client state in {FILE!r} has not the form that a save gives it ({type(e).__name__}: {e})") from None
+    except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as e:
+        raise CheckpointError(f"restore: the client state in {FILE!r} has not the form that a save gives it ({type(e).__name__}: {str(e)[:200]})") from None
 
 
-def read_whole(reader: Reader, name: str, array: Array) -> Tensor:
-    """Ask for a whole array."""
-    try:
-        out = torch.empty(array.shape, dtype=torch_dtype(array.dtype))
-    except RuntimeError as e:
-        raise CheckpointError(f"restore: there is no memory for leaf {name!r} of shape {list(array.shape)} ({str(e).splitlines()[0][:200]})") from None
-    reader.ask(name, Box((0,) * len(array.shape), array.shape), lambda: out)
-    return out
+def ask_whole(reader: Reader, name: str, array: Array, into: dict[str, Tensor]) -> None:
+    """Ask for a whole array, which will be in `into`."""
+
+    def made() -> Tensor:
+        try:
+            return torch.empty(array.shape, dtype=torch_dtype(array.dtype))
+        except RuntimeError as e:
+            raise CheckpointError(f"restore: there is no memory for leaf {name!r} of shape {list(array.shape)} ({str(e).splitlines()[0][:200]})") from None
+
+    reader.ask(name, Box((0,) * len(array.shape), array.shape), made, lambda x: into.update({name: x}))
 
 
 def _read(reader: Reader, name: str, array: Array, part: Part) -> None:
@@ -180,11 +182,11 @@ def _present(parts: dict[str, Part], source: dict[str, str], manifest: Manifest,
             notes.append(f"the checkpoint holds nothing of {head!r}, which starts fresh")
         elif want.strict:
             raise CheckpointError(
-                f"restore: the checkpoint has no {', '.join(map(repr, lost[:5]))}{f' and {len(lost) - 5} more' * (len(lost) > 5)}; "
+                f"restore: the checkpoint has no {names.listed(lost)}; "
                 f"it holds names that begin with {_heads(manifest.arrays)}; rename=[(regex, replacement)] maps names, strict=False leaves these as they are"
             )
         else:
-            notes.append(f"{len(lost)} leaves are not in the checkpoint and stay as they were: {', '.join(lost[:5])}{' ...' * (len(lost) > 5)}")
+            notes.append(f"{len(lost)} leaves are not in the checkpoint and stay as they were: {names.listed(lost)}")
     return {name: part for name, part in parts.items() if source[name] in manifest.arrays}
 
 
@@ -193,11 +195,15 @@ def _refuse_strangers(source: dict[str, str], manifest: Manifest, notes: list[st
     used = set(source.values())
     heads = {name.split("/")[0] for name in used}
     left = [n for n in manifest.arrays if n not in used and not n.startswith("client/") and n != "client" and not re.match(r"[^/]+/(partial/|count$)", n)]
-    for head in sorted({n.split("/")[0] for n in left}):
-        mine = [n for n in left if n.split("/")[0] == head]
+    by_head: dict[str, list[str]] = {}
+    for n in left:
+        by_head.setdefault(n.split("/")[0], []).append(n)
+    for head, mine in sorted(by_head.items()):
         if head in heads:
-            raise CheckpointError(f"restore: the checkpoint also holds {', '.join(map(repr, mine[:5]))}, for which the state has no place; restore with strict=False to leave them out")
-        notes.append(f"{head!r} of the checkpoint is not in this chain and was left out")
+            raise CheckpointError(f"restore: the checkpoint also holds {names.listed(mine)}, for which the state has no place; restore with strict=False to leave them out")
+    out = sorted(by_head)
+    notes += [f"{head!r} of the checkpoint is not in this chain and was left out" for head in out[:8]]
+    notes += [f"nor are {len(out) - 8} more transforms of it"] * (len(out) > 8)
 
 
 def _heads(names: Any) -> list[str]:

@@ -1,12 +1,14 @@
 """One save on one rank, in a thread of its own: write this rank's chunks; on rank 0 also commit them all."""
 from __future__ import annotations
 
+import contextlib
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from absl import logging
 from torch import Tensor
 
 from funczero.checkpoint import commit, folder, manifest
@@ -14,8 +16,9 @@ from funczero.checkpoint.arrays import Array, CheckpointError, dtype_name, nbyte
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Box, Deal, Piece, deal
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.names import Names
+from funczero.checkpoint.names import Names, listed
 from funczero.checkpoint.peers import Peers
+from funczero.ending import Work
 
 KINDS = {e.__name__: e for e in (ValueError, TypeError, FileExistsError, OSError, PermissionError)}  # raised elsewhere as what they are
 
@@ -26,12 +29,13 @@ class Job(NamedTuple):
     number: int  # of the call, the same on all ranks
     directory: Path
     keep: Keep
-    limit: int  # bytes of a manifest
+    limit: int  # of a manifest
     overwrite: bool
     told: Manifest  # without arrays
     arrays: dict[str, Array]
     deal: Deal
     values: list[tuple[Piece, Tensor]]
+    named: set[str]  # what was found in the folder that is not ours, and said already
 
 
 class Staging:
@@ -69,9 +73,13 @@ class Staging:
 
 
 def refuse_taken(directory: Path, name: str, overwrite: bool) -> None:
-    """An error where there is a checkpoint of this name."""
-    if not overwrite and ((directory / name).exists() or (directory / (name + folder.NEW)).exists()):
-        raise FileExistsError(f"save: {str(directory / name)!r} is there already; choose another name, or write overwrite=True")
+    """An error where there is a checkpoint of this name, or, with `overwrite`, something that is none."""
+    final = directory / name
+    there = final.is_symlink() or final.exists()
+    if not overwrite and (there or (directory / (name + folder.NEW)).exists()):
+        raise FileExistsError(f"save: {str(final)!r} is there already; choose another name, or write overwrite=True")
+    if there and not folder.replaceable(final):
+        raise FileExistsError(f"save: {str(final)!r} is no checkpoint but a link, a file or a folder of other things, which overwrite=True does not remove; choose another name")
 
 
 def arrays_of(found: Names, own: Deal) -> dict[str, Array]:
@@ -79,80 +87,116 @@ def arrays_of(found: Names, own: Deal) -> dict[str, Array]:
     return {n: Array(p.shape, dtype_name(p.value.dtype), own.chunks[n]) for n, p in found.parts.items()}
 
 
-def run(job: Job, peers: Peers, failed: list[BaseException]) -> None:
-    """A save from the copy to the commit; what it raises is put into `failed`."""
-    try:
-        with peers.beating():
-            (_lead if peers.rank == 0 else _follow)(job, peers, peers.connection())
-    except BaseException as e:
-        failed.append(e)
+class Save(Work):
+    """A save from the copy to the commit, beside the training."""
+
+    def __init__(self, job: Job, peers: Peers) -> None:
+        """Starts."""
+        super().__init__(f"funczero-save-{job.told.name}", f"save {job.told.name!r}")
+        self.job, self.peers = job, peers
+        self.start()
+
+    def work(self) -> None:
+        """Write; on rank 0 also commit."""
+        (_lead if self.peers.rank == 0 else _follow)(self.job, self.peers.aside())
 
 
-def _lead(job: Job, peers: Peers, store: Any) -> None:
+def _lead(job: Job, peers: Peers) -> None:
     try:
-        _commit(job, peers, store)
+        odd = _commit(job, peers)
     except BaseException as e:
-        peers.put(f"{job.number}/end", spoken(e), store)
-        peers.put(f"{job.number}/dir", None, store)
+        with contextlib.suppress(CheckpointError):  # who cannot be reached finds out by itself
+            peers.put(f"{job.number}/end", {"error": spoken(e)})
+            peers.put(f"{job.number}/dir", None)
         raise
-    peers.put(f"{job.number}/end", None, store)
+    peers.put(f"{job.number}/end", {"odd": odd})
+    _warn(job, odd)
 
 
-def _follow(job: Job, peers: Peers, store: Any) -> None:
+def _follow(job: Job, peers: Peers) -> None:
     what = f"save {job.told.name!r}"
-    (where,) = peers.wait([(0, f"{job.number}/dir")], what, store)
+    (where,) = peers.wait([(0, f"{job.number}/dir")], what)
     if where is not None:
         try:
-            tails: Any = _pieces(Path(where), job, peers, store)
+            said: Any = {"tails": _pieces(Path(where), job, peers), "odd": _odd(job)}
         except BaseException as e:
-            tails = f"rank {peers.rank}: {sentence(e)}"
-        peers.put(f"{job.number}/done/{peers.rank}", tails, store)
-    (end,) = peers.wait([(0, f"{job.number}/end")], what, store)
-    if end is not None:
-        raise KINDS.get(end[0], CheckpointError)(end[1])
+            said = {"error": f"rank {peers.rank}: {sentence(e)}"}
+        peers.put(f"{job.number}/done/{peers.rank}", said)
+    (end,) = peers.wait([(0, f"{job.number}/end")], what)
+    if end.get("error") is not None:
+        kind, text = end["error"]
+        raise KINDS.get(kind, CheckpointError)(text)
+    _warn(job, end["odd"])
 
 
-def _commit(job: Job, peers: Peers, store: Any) -> None:
-    """Rank 0's: orbax's save around everybody's writing, then what may go."""
-    name, tails = job.told.name, {n: dict[str, str]() for n in job.arrays}
+def _commit(job: Job, peers: Peers) -> list[str]:
+    """Rank 0's: orbax's save around everybody's writing, then what may go. Returns the leaves that hold what no training should."""
+    name, tails, odd = job.told.name, {n: dict[str, str]() for n in job.arrays}, dict[str, None]()
 
     def everybody(path: Path) -> None:
-        peers.put(f"{job.number}/dir", str(path), store)
-        mine = _pieces(path, job, peers, store)
-        for theirs in (mine, *peers.wait([(r, f"{job.number}/done/{r}") for r in range(1, peers.size)], f"save {name!r}", store)):
-            if isinstance(theirs, str):
-                raise CheckpointError(f"save {name!r}: {theirs}")
-            for leaf, keys in theirs.items():
+        peers.put(f"{job.number}/dir", str(path))
+        mine = {"tails": _pieces(path, job, peers), "odd": _odd(job)}
+        for theirs in (mine, *peers.wait([(r, f"{job.number}/done/{r}") for r in range(1, peers.size)], f"save {name!r}")):
+            if "error" in theirs:
+                raise CheckpointError(f"save {name!r}: {theirs['error']}")
+            odd.update(dict.fromkeys(theirs["odd"]))
+            for leaf, keys in theirs["tails"].items():
                 tails[leaf] |= keys
 
+    def sealed(path: Path) -> None:
+        last = max((e.manifest.sequence for e in folder.listing(job.directory, job.limit).entries), default=0)
+        about = job.told.about | ({"not finite": list(odd)} if odd else {})
+        arrays = {n: a._replace(tails=tails[n]) for n, a in job.arrays.items()}
+        manifest.seal(path, job.told._replace(sequence=last + 1, arrays=arrays, about=about), job.limit)
+
     with folder.saving(job.directory):
-        folder.clean(job.directory)
+        folder.clean(job.directory, job.named, job.limit)
         refuse_taken(job.directory, name, job.overwrite)
         final = job.directory / name
         target = final.with_name(name + folder.NEW) if final.exists() else final
-        last = max((e.manifest.sequence for e in folder.listing(job.directory, job.limit).entries), default=0)
-        sealed = lambda path: manifest.seal(path, job.told._replace(sequence=last + 1, arrays={n: a._replace(tails=tails[n]) for n, a in job.arrays.items()}))
         try:
             commit.commit(target, [tuple(n.split("/")) for n in job.arrays], commit.Hooks(everybody, sealed))
         except Exception as e:
             raise e if isinstance(e, (OSError, CheckpointError)) else CheckpointError(f"save {name!r}: {sentence(e)}") from e
         if target != final:
             folder.swap(target, final)
-        folder.clean(job.directory)
-        folder.prune(job.directory, job.keep)
+        folder.clean(job.directory, job.named, job.limit)
+        folder.prune(job.directory, job.keep, job.named, job.limit)
+    return list(odd)
 
 
-def _pieces(path: Path, job: Job, peers: Peers, store: Any) -> dict[str, dict[str, str]]:
+def _odd(job: Job) -> list[str]:
+    """The leaves of this rank's pieces that hold NaN, or, of parameters, infinity; not the client's."""
+    return list(dict.fromkeys(p.name for p, x in job.values if not p.name.startswith("client/") and not sound(x, p.name.split("/")[0] == "params")))
+
+
+def sound(x: Tensor, finite: bool) -> bool:
+    """No NaN in it, nor, with `finite`, infinity."""
+    if not (x.is_floating_point() or x.is_complex()) or not x.numel():
+        return True
+    x = torch.view_as_real(x) if x.is_complex() else x.float() if x.dtype.itemsize == 1 else x
+    if bool(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).isfinite()):  # one pass, and nothing in new memory
+        return True
+    return bool((x.isfinite() if finite else ~x.isnan()).all())
+
+
+def _warn(job: Job, odd: list[str]) -> None:
+    if odd:
+        verb = "is" if len(odd) == 1 else "are"
+        logging.warning("save %r: %s %s not finite in the state at step %d, which was saved as it is", job.told.name, listed(odd), verb, job.told.step)
+
+
+def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, dict[str, str]]:
     """Send what others write, write what is this rank's; checksums by leaf and chunk."""
     rank = peers.rank
     key_of = lambda p: f"{job.number}/rows/{p.name}/{p.key}/{p.box.start}"
     for piece, x in job.values:
         if piece.writer != rank:
-            peers.put_bytes(key_of(piece), x.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), store)
+            peers.put_bytes(key_of(piece), x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     chunks: list[tuple[str, tuple[int, ...], Box, np.ndarray]] = [(p.name, p.key, p.box, numpy_view(x)) for p, x in job.values if p.writer == rank]
     for piece in job.deal.pieces:
         if piece.writer == rank != piece.holder:
-            (rows,) = peers.wait([(piece.holder, key_of(piece))], f"save {job.told.name!r}", store, raw=True)
+            (rows,) = peers.wait([(piece.holder, key_of(piece))], f"save {job.told.name!r}", raw=True)
             x = torch.frombuffer(bytearray(rows), dtype=torch_dtype(job.arrays[piece.name].dtype)).view(piece.box.shape)
             chunks.append((piece.name, piece.key, piece.box, numpy_view(x)))
     mine = {name for name, *_ in chunks} | {n for n, a in job.arrays.items() if rank == 0 and not prod(a.shape)}  # without values: rank 0 says that they are there

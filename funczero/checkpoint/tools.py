@@ -14,7 +14,7 @@ from torch import Tensor
 from funczero.checkpoint import folder, manifest
 from funczero.checkpoint.arrays import CheckpointError, Reader, torch_dtype
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.restore import read_whole
+from funczero.checkpoint.restore import ask_whole
 
 T = TypeVar("T")
 
@@ -44,9 +44,19 @@ def tensors(path: Path, found: Manifest, names: list[str], what: str) -> Iterato
     """Leaves one after the other, whole and checked."""
     reader = Reader(path / manifest.ARRAYS, found.arrays)
     for name in progress(names, what):
-        x = read_whole(reader, name, found.arrays[name])
+        made: dict[str, Tensor] = {}
+        ask_whole(reader, name, found.arrays[name], made)
         reader.finish()
-        yield name, x
+        yield name, made[name]
+
+
+def plain(text: str) -> str:
+    """A text without what a terminal would take for orders: what does not print as Python writes it.
+
+    >>> plain(chr(27) + "[2Jb"), plain("ä b") == "ä b"
+    ('\\\\x1b[2Jb', True)
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def inspect(path: str | Path) -> str:
@@ -61,6 +71,8 @@ def inspect(path: str | Path) -> str:
         lines += ["chain:", *(f"  {line}" for line in found.about["chain"].splitlines())]
     if found.about.get("config") is not None:
         lines.append(f"config: {json.dumps(found.about['config'])}")
+    if found.about.get("not finite"):
+        lines.append(f"not finite: {', '.join(found.about['not finite'])}")
     lines.append(f"client state: {json.dumps(found.client)}")
     wide = max((len(n) for n in found.arrays), default=0)
     specs = found.about.get("specs", {})
@@ -70,7 +82,7 @@ def inspect(path: str | Path) -> str:
     heads = sorted({n.split("/")[0] for n in found.arrays})
     parts = ", ".join(f"{h} {size_of(found, [n for n in found.arrays if n.split('/')[0] == h]):,}" for h in heads)
     lines.append(f"{len(found.arrays)} leaves, {size_of(found):,} bytes: {parts}")
-    return "\n".join(lines)
+    return "\n".join(map(plain, lines))
 
 
 def verify(path: str | Path) -> list[str]:
@@ -79,19 +91,19 @@ def verify(path: str | Path) -> list[str]:
     try:
         found = manifest.load(where)
     except CheckpointError as e:
-        return [str(e)]
+        return [plain(str(e))]
     problems = manifest.check_files(where, found, strangers=True)
     try:
         reader = Reader(where / manifest.ARRAYS, found.arrays)
     except CheckpointError as e:
-        return [*problems, str(e)]
+        return list(map(plain, [*problems, str(e)]))
     for name in progress(list(found.arrays), "verify"):
         try:
-            read_whole(reader, name, found.arrays[name])
+            ask_whole(reader, name, found.arrays[name], {})
             reader.finish()
         except CheckpointError as e:
             problems.append(str(e))
-    return problems
+    return list(map(plain, problems))
 
 
 def diff(a: str | Path, b: str | Path) -> list[str]:
@@ -110,7 +122,7 @@ def diff(a: str | Path, b: str | Path) -> list[str]:
             out.append(f"{n}: {_largest(x, y)}")
     if left.client != right.client:
         out.append(f"client state: {json.dumps(left.client)} against {json.dumps(right.client)}")
-    return out
+    return list(map(plain, out))
 
 
 def _largest(x: Tensor, y: Tensor) -> str:

@@ -18,6 +18,7 @@ from funczero.deepspeed.window import taken
 from funczero.types import Metrics
 
 JOIN = 10.0  # seconds in which all ranks must come to a save or a load
+COUNTS = "micro_steps", "global_samples", "_micro", "_backwards"  # of the loop, beside the state's own
 THERE = "mp_rank_*_model_states.pt", "*zero_pp_rank_*_states.pt"  # DeepSpeed's own files
 
 
@@ -73,7 +74,7 @@ class Saving:
     def _beside(self: Any) -> dict[str, Any]:
         """What a loop needs beside the state."""
         scheduler = self.lr_scheduler.state_dict() if self.client_lr_scheduler and hasattr(self.lr_scheduler, "state_dict") else None
-        counts = {n: getattr(self, n) for n in ("micro_steps", "global_samples", "_micro", "_backwards")}
+        counts = {n: getattr(self, n) for n in COUNTS}
         return {"counts": counts, "k": self._k, "taken": taken(self._state), "lr_scheduler": scheduler, "buffers": dict(self._leaves.user.named_buffers())}
 
     def load_checkpoint(
@@ -129,7 +130,7 @@ class Saving:
         if module_only:
             return
         for name, n in beside.get("counts", {"micro_steps": int(state.step) * self._k}).items():
-            setattr(self, name, n)
+            setattr(self, name, n)  # one of COUNTS
         if taken(state) != beside.get("taken", 0):  # the open window was left out
             self.micro_steps, self._micro, self._backwards = self.micro_steps - self._micro, 0, 0
         if beside.get("k", self._k) != self._k:  # as many micro-batches as this world takes for the same updates
@@ -201,7 +202,24 @@ class Saving:
 
 
 def _split(found: Any) -> tuple[Any, dict[str, Any]]:
-    """The client's part and the engine's; a checkpoint of a plain chain has no engine's."""
+    """The client's part and the engine's; a checkpoint of a plain chain has no engine's.
+
+    Raises:
+      CheckpointError: the engine's part holds what no engine wrote.
+    """
     if isinstance(found, dict) and found.keys() == {"client", "engine"}:
-        return ({} if found["client"] is None else found["client"]), found["engine"]
+        return ({} if found["client"] is None else found["client"]), _checked(found["engine"])
     return ({} if found is None else found), {}
+
+
+def _checked(beside: Any) -> dict[str, Any]:
+    count = lambda n: type(n) is int and 0 <= n < 1 << 63
+    form = {"counts": dict, "k": int, "taken": int, "buffers": dict}
+    wrong = "its form" if not isinstance(beside, dict) else next((k for k, kind in form.items() if k in beside and type(beside[k]) is not kind), None)
+    if wrong is None:
+        wrong = next((str(n) for n, x in beside.get("counts", {}).items() if n not in COUNTS or not count(x)), None)
+    if wrong is None:
+        wrong = next((str(n) for n, x in beside.get("buffers", {}).items() if not isinstance(x, Tensor)), None)
+    if wrong is not None:
+        raise CheckpointError(f"load_checkpoint: {wrong[:80]!r} in the engine's part of the checkpoint is nothing that an engine writes; it knows the counts {list(COUNTS)}")
+    return beside

@@ -1,0 +1,160 @@
+"""This process's two connections to the world's store, made once, and the pulse by which the others hear that it lives.
+
+Facts: a client of torch's store answers one question at a time; it waits without end for a server that is stopped or whose machine is lost, and `clone` of one
+whose server has gone tries again for minutes. After a question that was given up, the late answer would be taken for that of the next one.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+import time
+from functools import lru_cache
+from typing import Any
+
+import torch.distributed as dist
+
+from funczero import presence
+from funczero.checkpoint.arrays import CheckpointError
+from funczero.ending import Guest
+
+BEAT, DEAD = 1.0, 8.0  # seconds between two beats; without one for so long, a rank is taken for dead
+LEAVE = 10.0  # seconds for which the process that holds the store stays for ranks that have not acknowledged their last call
+SPACE = "funczero/checkpoint"
+
+
+class Line:
+    """A connection: a question that is not answered within DEAD seconds is the last one."""
+
+    def __init__(self, base: Any, rank: int) -> None:
+        """base: the world's store."""
+        self._rank, self._broken = rank, ""
+        with _bounded(base):
+            try:
+                self._store: Any = presence.connection(base, DEAD)
+            except RuntimeError as e:
+                raise CheckpointError(f"checkpoint: {e}") from None
+
+    def ask(self, verb: str, *args: Any) -> Any:
+        """A method of the store.
+
+        Raises:
+          CheckpointError: the store cannot be reached, now or earlier.
+        """
+        if not self._broken:
+            try:
+                return getattr(self._store, verb)(*args)
+            except RuntimeError as e:
+                self._broken = str(e).splitlines()[0]
+        raise CheckpointError(f"checkpoint: rank {self._rank} cannot reach the world's store any more, so rank 0, or who holds it, is gone ({self._broken})")
+
+
+class _bounded:
+    """The sockets to a store that are opened inside the block give up after DEAD seconds."""
+
+    def __init__(self, base: Any) -> None:
+        server = getattr(base, "_underlying_non_prefix_store", base)
+        self._port, self._before = getattr(server, "port", None), _sockets()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        limit = struct.pack("ll", int(DEAD), int(DEAD % 1 * 1e6))
+        for inode, fd in _sockets().items():
+            if self._port and inode not in self._before:
+                with socket.socket(fileno=os.dup(fd)) as s:  # options are of the connection, whoever holds it
+                    if _port_of(s) == self._port:
+                        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+                        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def _port_of(s: socket.socket) -> int:
+    try:
+        return s.getpeername()[1] if s.family in (socket.AF_INET, socket.AF_INET6) else 0
+    except OSError:  # not connected
+        return 0
+
+
+def _sockets() -> dict[str, int]:
+    """This process's open sockets, where the system tells: inode -> descriptor."""
+    out: dict[str, int] = {}
+    for fd in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:  # the listing's own
+            continue
+        if target.startswith("socket:"):
+            out[target] = int(fd)
+    return out
+
+
+class Lines:
+    """What all checkpointers of a process share in one world."""
+
+    def __init__(self, alone: bool = False) -> None:
+        """Opens both connections and starts the pulse; a world of one has none."""
+        self.world = dist.group.WORLD if dist.is_initialized() and not alone else None
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.world is not None else (0, 1)
+        self.process, self.numbers = os.getpid(), dict[str, int]()  # by namespace: the last call of this rank
+        self.anchor: Any = dist.distributed_c10d._get_default_store() if self.size > 1 else dist.HashStore()  # keeps rank 0's server up
+        self.front, self.back = (Line(self.anchor, self.rank) for _ in range(2))
+        lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not hasattr(getattr(self.anchor, "_underlying_non_prefix_store", self.anchor), "port")
+        self.holds = self.rank == 0 and not lent  # does the store end with this process?
+        self.back.ask("delete_key", f"{SPACE}/left/{self.rank}")
+        self.pulse = Pulse(self) if self.size > 1 and dist.get_backend() not in ("fake", "threaded") else None
+        if self.size > 1:
+            presence.announce()
+
+
+@lru_cache(maxsize=2)
+def _shared(world: Any, process: int) -> Lines:
+    return Lines()
+
+
+def lines() -> Lines:
+    """This process's connections in the world that it is in now."""
+    return _shared(dist.group.WORLD if dist.is_initialized() else None, os.getpid())
+
+
+class Pulse(Guest):
+    """Beats once a second until this process ends."""
+
+    def __init__(self, lines: Lines) -> None:
+        """Starts to beat."""
+        super().__init__(name="funczero-pulse", daemon=True)
+        self.lines, self._stop_it = lines, threading.Event()
+        self.beat()
+        self.start()
+
+    def beat(self) -> None:
+        """One beat."""
+        self.lines.back.ask("set", f"{SPACE}/beat/{self.lines.rank}", repr(time.monotonic()))
+
+    def run(self) -> None:
+        """Beat."""
+        with contextlib.suppress(CheckpointError):  # the store is gone: nobody listens
+            while not self._stop_it.wait(BEAT):
+                self.beat()
+
+    def leave(self) -> None:
+        """The process ends: the one who holds the store stays until the others have what they need from it, and are told that this one goes."""
+        own = self.lines
+        if own.process != os.getpid() or not self.is_alive():
+            return
+        with contextlib.suppress(CheckpointError):  # the store is gone: nobody listens
+            until = time.monotonic() + LEAVE
+            while own.holds and time.monotonic() < until and any(self._needs(r) for r in range(1, own.size)):
+                time.sleep(0.02)
+            own.back.ask("set", f"{SPACE}/left/{own.rank}", b"1")
+        self._stop_it.set()
+        self.join()
+
+    def _needs(self, rank: int) -> bool:
+        """Has a rank not yet acknowledged the last call of some checkpointer, though it is there?"""
+        ask = self.lines.back.ask
+        there = lambda key: ask("get", key) if ask("check", [key]) else b""
+        late = any(int(there(f"{space}/over/{rank}") or 0) < n for space, n in list(self.lines.numbers.items()))
+        return late and not there(f"{SPACE}/left/{rank}") and not presence.ended(there(f"{presence.KEY}/{rank}").decode())

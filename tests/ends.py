@@ -1,0 +1,106 @@
+"""Scripts that come to their end in every way Python has, as ranks of a world with a store of its own. They are forked from one process that has imported everything.
+
+`python ends.py` reads a life as a line of JSON, {"place", "size", "script"}, runs the script in every rank to the very end of its interpreter, and leaves in
+`<place>/told.json` by rank the exit code, what was printed, and the seconds it took. A rank without RANK in its environment is a world of one.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIMIT = 60.0  # seconds, after which a life is ended
+
+
+class Ends:
+    """The process that lives are forked from."""
+
+    def __init__(self):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "GLOO_SOCKET_IFNAME": "lo"}
+        env = {k: v for k, v in env.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=env)
+
+    def start(self, place, script, size=1):
+        """A life in a folder of its own."""
+        place.mkdir(parents=True, exist_ok=True)
+        self.process.stdin.write(json.dumps({"place": str(place), "size": size, "script": script}) + "\n")
+        self.process.stdin.flush()
+
+    def told(self, place):
+        """By rank {"code", "out", "err", "seconds"}."""
+        stop = time.monotonic() + LIMIT + 40
+        while not (place / "told.json").exists():
+            assert time.monotonic() < stop and self.process.poll() is None, f"{place}: no word"
+            time.sleep(0.02)
+        return json.loads((place / "told.json").read_text())
+
+    def run(self, place, script, size=1):
+        """`start` and `told`."""
+        self.start(place, script, size)
+        return self.told(place)
+
+    def close(self):
+        """End it."""
+        self.process.stdin.close()
+        self.process.wait(20)
+
+
+def main():
+    """The script of a rank that is to be run, in its own process; None where all lines are done."""
+    import orbax.checkpoint  # noqa: F401
+    import sympy  # noqa: F401  # which the first update would import
+    import torch
+    import torch.distributed.device_mesh
+    import zoo  # noqa: F401
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            script = guardian(json.loads(line))
+            if script is not None:
+                return script
+            os._exit(0)
+
+
+def guardian(life):
+    """Fork the ranks; in each of them its script, otherwise None once all have ended."""
+    place, size = Path(life["place"]), life["size"]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            if size > 1:
+                os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            for fd, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(place / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
+            return life["script"]
+        ranks.append(pid)
+    start, told = time.monotonic(), {}
+    while len(told) < size:
+        for rank, pid in enumerate(ranks):
+            if rank not in told and (done := os.waitpid(pid, os.WNOHANG))[0]:
+                told[rank] = {"code": os.waitstatus_to_exitcode(done[1]), "seconds": time.monotonic() - start}
+            elif rank not in told and time.monotonic() - start > LIMIT:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    said = [told[r] | {n: (place / f"{n}{r}").read_text(errors="replace") for n in ("out", "err")} for r in range(size)]
+    (place / "told.new").write_text(json.dumps(said))
+    (place / "told.new").rename(place / "told.json")
+    return None
+
+
+if __name__ == "__main__":
+    to_run = main()
+    if to_run is not None:
+        exec(compile(to_run, "script", "exec"), {"__name__": "__main__"})
