@@ -44,7 +44,7 @@ BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused"
 class Sign(NamedTuple):
     """What a rank published of itself."""
 
-    count: int = 0
+    launches: int = 0
     sum: int = 0
     inside: bool = True  # a call
     beat: int = -1  # looks so far
@@ -159,7 +159,11 @@ class Watch(threading.Thread):
         """At exit: compare the last entries, then let go."""
         if os.getpid() == self.pid and self.is_alive():
             self.leaving.set()
-            self.join(2 * LINGER + PATIENCE)
+            self.join(4 * LINGER + 2 * PATIENCE)
+            if self.is_alive():  # inside the store's client, which aborts the interpreter when it comes back after the end
+                print(f"funczero: rank {self.rank} could not take leave of the world's store within {4 * LINGER + 2 * PATIENCE:g} s", file=sys.stderr)
+                _flush()
+                os._exit(1)
         if os.getpid() == self.pid:
             self.aborting.undo()
             if (self.told or self.lost or self.settled) and hasattr(sys, "last_value"):  # the world is broken: taking gloo's groups down now may abort, and hide the error
@@ -224,8 +228,8 @@ class Watch(threading.Thread):
 
     def compare(self, own: Sign, peer: int, sign: Sign) -> None:
         """Raise the doubt where a peer's launches are not ours, or where it is gone and we go on."""
-        differs = 0 < sign.count <= own.count and self.sum_at(sign.count) not in (None, sign.sum)
-        if (differs or sign.gone and sign.count < own.count) and not self.doubt and not self.settled:
+        differs = 0 < sign.launches <= own.launches and self.sum_at(sign.launches) not in (None, sign.sum)
+        if (differs or sign.gone and sign.launches < own.launches) and not self.doubt and not self.settled:
             self.doubt = time.monotonic()
             self.store.set("doubt", "")
 
@@ -253,7 +257,7 @@ class Watch(threading.Thread):
                 tails[r] = {n: (total, entry) for n, total, entry in json.loads(zlib.decompress(self.store.get(f"tail/{r}")))}
             sign = self.sign(r)
             if sign.gone:
-                gone[r] = sign.count + 1, Entry.read(json.loads(sign.gone))
+                gone[r] = sign.launches + 1, Entry.read(json.loads(sign.gone))
         numbers = sorted({n for tail in tails.values() for n in tail} | {n for n, _ in gone.values()})
         for n in numbers:
             found = {r: tail[n] for r, tail in tails.items() if n in tail}
@@ -283,10 +287,10 @@ class Watch(threading.Thread):
         """Name, once a launch, who is awaited or silent for long: no proof, so the run goes on."""
         now = time.monotonic()
         for r, (sign, since) in self.signs.items():
-            silent, behind = now - since >= NOTICE, sign.count < own.count and now - self.moved >= NOTICE
-            if r == self.rank or sign.gone or not (silent or behind) or self.named.get(r) == own.count:
+            silent, behind = now - since >= NOTICE, sign.launches < own.launches and now - self.moved >= NOTICE
+            if r == self.rank or sign.gone or not (silent or behind) or self.named.get(r) == own.launches:
                 continue
-            self.named[r] = own.count
+            self.named[r] = own.launches
             where = f"which is alive in {'a call' if sign.inside else 'no call'}"
             if silent:
                 where = f"which gives no sign of life for {now - since:.0f} s (stopped, starved, or its machine is gone)"

@@ -19,7 +19,6 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
-
 from campaign import apart
 
 LIMIT = 10.0  # seconds from going apart to the end of every process
