@@ -50,7 +50,7 @@ def value_and_grad(
     def make(source: Source, env: Env) -> Grad:
         return _build(source, env, lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng))
 
-    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, replicated=(replicated,) if isinstance(replicated, str) else tuple(replicated))
+    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, replicated=_names(replicated))
 
 
 def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = None, replicated: Sequence[str] = ()) -> Source:
@@ -77,7 +77,11 @@ def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = Non
                 grads[place] = g if grads[place] is None or g is grads[place] else grads[place] + g
         return loss, weight, None, [None if structure.frozen(i) else g for i, g in enumerate(grads)]
 
-    return Source("pullback", lambda source, env: _build(source, env, pulled, forward=False), _batch_axes(batch), (), frozen, replicated=(replicated,) if isinstance(replicated, str) else tuple(replicated))
+    return Source("pullback", lambda source, env: _build(source, env, pulled, forward=False), _batch_axes(batch), (), frozen, replicated=_names(replicated))
+
+
+def _names(axes: str | Sequence[str]) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def pull(loss: Tensor, views: Any) -> Callable[[Tensor], Any]:
