@@ -69,11 +69,11 @@ def build(parts: Sequence[Any], env: Env) -> Grad:
     for axis in (*rules, *source.axes, *source.batch):
         if axis not in env.mesh.axes:
             raise ChainError(f"{source.name}: {axis!r} is not an axis of the mesh ({env.mesh}); write one of {list(env.mesh.axes)}")
-    _all_used(source, env)
     if source.units:
         source, marked = _open_at_seam(source, marked)
-    g = source.make(source, env._replace(rules=rules))
-    return fold(g, marked)
+    g = fold(source.make(source, env._replace(rules=rules)), marked)
+    _all_used(source, env)
+    return g
 
 
 def _all_used(source: Source, env: Env) -> None:

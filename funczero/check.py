@@ -44,12 +44,13 @@ BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused"
 class Sign(NamedTuple):
     """What a rank published of itself."""
 
-    count: int = 0  # type: ignore[assignment]  # hides the tuple's method, on purpose
+    launches: int = 0
     sum: int = 0
     inside: bool = True  # a call
     beat: int = -1  # looks so far
     gone: str = ""  # why this rank launches nothing more: its last entry, as JSON
     last: str = ""  # its last launch, in words
+    failed: int = 0  # calls that raised
 
 
 def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> Callable[..., Any]:
@@ -129,6 +130,7 @@ class Watch(threading.Thread):
         self.told = self.lost = ""  # what all print; that the store is gone
         self.inside, self.caller, self.settled = False, 0, False
         self.raised: tuple[float, str] | None = None  # when, in words
+        self.fails = 0  # calls that raised
         self.broken = 0.0  # when a connection broke
         self.moved, self.doubt, self.published = time.monotonic(), 0.0, -1
         self.signs: dict[int, tuple[Sign, float]] = {}  # by rank: the last one, and when its beat was new
@@ -144,7 +146,7 @@ class Watch(threading.Thread):
 
     def failed(self, error: BaseException, words: str) -> None:
         """A call raised. Where a connection broke, the sentence of all ranks is raised instead of gloo's."""
-        self.raised = time.monotonic(), words
+        self.raised, self.fails = (time.monotonic(), words), self.fails + 1
         if isinstance(error, RuntimeError) and any(x in str(error) for x in BROKEN) and not self.leaving.is_set():
             self.broken, until = time.monotonic(), time.monotonic() + LINGER + DEAD + 4 * PERIOD
             while self.is_alive() and not (self.told or self.lost) and time.monotonic() < until:
@@ -159,7 +161,11 @@ class Watch(threading.Thread):
         """At exit: compare the last entries, then let go."""
         if os.getpid() == self.pid and self.is_alive():
             self.leaving.set()
-            self.join(2 * LINGER + PATIENCE)
+            self.join(4 * LINGER + 2 * PATIENCE)
+            if self.is_alive():  # inside the store's client, which aborts the interpreter when it comes back after the end
+                print(f"funczero: rank {self.rank} could not take leave of the world's store within {4 * LINGER + 2 * PATIENCE:g} s", file=sys.stderr)
+                _flush()
+                os._exit(1)
         if os.getpid() == self.pid:
             self.aborting.undo()
             if (self.told or self.lost or self.settled) and hasattr(sys, "last_value"):  # the world is broken: taking gloo's groups down now may abort, and hide the error
@@ -191,13 +197,14 @@ class Watch(threading.Thread):
 
     def look(self) -> None:
         """Publish what is new, and compare with the neighbours."""
-        if self.raised and not self.gone and time.monotonic() - self.raised[0] > PATIENCE and not self.settled:
-            self.gone = _gone("raised", self.raised[1])
-        last = self.log.entries[-1] if self.log.entries else (0, 0, None)
+        raised, last = self.raised, self.log.entries[-1] if self.log.entries else (0, 0, None)
         if last[0] != self.count:
             self.count, self.moved = last[0], time.monotonic()
+        if not self.leaving.is_set():  # a rank that raised may go on after all
+            late = raised and time.monotonic() - max(raised[0], self.moved) > PATIENCE and not self.settled
+            self.gone = _gone("raised", raised[1]) if raised and late else ""
         self.beat += 1
-        own = Sign(last[0], last[1], self.inside, self.beat, self.gone, str(last[2] or "launched nothing"))
+        own = Sign(last[0], last[1], self.inside, self.beat, self.gone, str(last[2] or "launched nothing"), self.fails)
         self.store.set(f"at/{self.rank}", json.dumps(own))
         peers = {(self.rank - 1) % self.size, (self.rank + 1) % self.size}
         late = self.inside and time.monotonic() - self.moved > min(NOTICE, DEAD)
@@ -225,10 +232,14 @@ class Watch(threading.Thread):
 
     def compare(self, own: Sign, peer: int, sign: Sign) -> None:
         """Raise the doubt where a peer's launches are not ours, or where it is gone and we go on."""
-        differs = 0 < sign.count <= own.count and self.sum_at(sign.count) not in (None, sign.sum)
-        if (differs or sign.gone and sign.count < own.count) and not self.doubt and not self.settled:
+        differs = 0 < sign.launches <= own.launches and self.sum_at(sign.launches) not in (None, sign.sum)
+        if (differs or self.is_gone(sign) and sign.launches < own.launches) and not self.doubt and not self.settled:
             self.doubt = time.monotonic()
             self.store.set("doubt", "")
+
+    def is_gone(self, sign: Sign) -> bool:
+        """Will this rank launch nothing more, though we do? One that raised, as we did, may go on as we do."""
+        return bool(sign.gone) and (json.loads(sign.gone)[1] == "left" or sign.failed > self.fails)
 
     def sum_at(self, count: int) -> int | None:
         """This rank's checksum after so many launches, as far as it remembers; the main thread goes on meanwhile."""
@@ -253,8 +264,8 @@ class Watch(threading.Thread):
             if self.store.check([f"tail/{r}"]):
                 tails[r] = {n: (total, entry) for n, total, entry in json.loads(zlib.decompress(self.store.get(f"tail/{r}")))}
             sign = self.sign(r)
-            if sign.gone:
-                gone[r] = sign.count + 1, Entry.read(json.loads(sign.gone))
+            if r == self.rank and sign.gone or self.is_gone(sign):
+                gone[r] = sign.launches + 1, Entry.read(json.loads(sign.gone))
         numbers = sorted({n for tail in tails.values() for n in tail} | {n for n, _ in gone.values()})
         for n in numbers:
             found = {r: tail[n] for r, tail in tails.items() if n in tail}
@@ -284,10 +295,10 @@ class Watch(threading.Thread):
         """Name, once a launch, who is awaited or silent for long: no proof, so the run goes on."""
         now = time.monotonic()
         for r, (sign, since) in self.signs.items():
-            silent, behind = now - since >= NOTICE, sign.count < own.count and now - self.moved >= NOTICE
-            if r == self.rank or sign.gone or not (silent or behind) or self.named.get(r) == own.count:
+            silent, behind = now - since >= NOTICE, sign.launches < own.launches and now - self.moved >= NOTICE
+            if r == self.rank or sign.gone or not (silent or behind) or self.named.get(r) == own.launches:
                 continue
-            self.named[r] = own.count
+            self.named[r] = own.launches
             where = f"which is alive in {'a call' if sign.inside else 'no call'}"
             if silent:
                 where = f"which gives no sign of life for {now - since:.0f} s (stopped, starved, or its machine is gone)"

@@ -53,8 +53,7 @@ def value_and_grad(
         return _build(source, env, lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng))
 
     ties, patterns = tuple(getattr(loss_fn, "ties", {}).items()), _patterns("value_and_grad(trainable=...)", trainable)
-    axes = (replicated,) if isinstance(replicated, str) else tuple(replicated)
-    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, ties=ties, patterns=patterns, replicated=axes)
+    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, ties=ties, patterns=patterns, replicated=_names(replicated))
 
 
 def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = None, replicated: Sequence[str] = ()) -> Source:
@@ -82,9 +81,12 @@ def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = Non
         return loss, weight, None, [None if structure.frozen(i) else g for i, g in enumerate(grads)]
 
     patterns = _patterns("pullback(trainable=...)", trainable)
-    axes = (replicated,) if isinstance(replicated, str) else tuple(replicated)
     make = lambda source, env: _build(source, env, pulled, forward=False)
-    return Source("pullback", make, _batch_axes(batch), (), frozen, patterns=patterns, replicated=axes)
+    return Source("pullback", make, _batch_axes(batch), (), frozen, patterns=patterns, replicated=_names(replicated))
+
+
+def _names(axes: str | Sequence[str]) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def pull(loss: Tensor, views: Any) -> Callable[[Tensor], Any]:

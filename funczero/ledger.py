@@ -72,9 +72,9 @@ class Entry(NamedTuple):
     @classmethod
     def read(cls, values: Sequence[Any]) -> Entry:
         """An entry as JSON gives it back."""
-        c: Any = [tuple(x) if isinstance(x, list) else x for x in values[0]]
-        verb, axis, dtype, nbytes, units, text = values[1:7]
-        return cls(Context(*c), verb, axis, dtype, nbytes, tuple(units), text)
+        context: Any = [tuple(x) if isinstance(x, list) else x for x in values[0]]
+        verb, axis, dtype, nbytes, units, text = values[1:]
+        return cls(Context(*context), verb, axis, dtype, nbytes, tuple(units), text)
 
 
 class Log:
@@ -178,9 +178,10 @@ class Ledger:
         others = ranks_in_words([p for p in range(self.ranks) if p != odd])
         text = f"rank {odd} launched other collectives than {others} since the last sum, in {self.context.call} at step {self.context.step}; {DO_THE_SAME}"
         try:
-            store, at = dist.distributed_c10d._get_default_store(), f"funczero/told/{hash(tuple(sums))}"
+            store: Any = dist.distributed_c10d._get_default_store()
+            at = f"funczero/told/{hash(tuple(sums))}"
             mine = [dist.get_rank(), [*self.sealed, *self.entries], {e.context.spec: self.texts.get(e.context.spec, "") for e in self.sealed}]
-            store.set(f"{at}/{self.place}", zlib.compress(json.dumps(mine).encode()))  # type: ignore[arg-type]  # bytes are what a store holds
+            store.set(f"{at}/{self.place}", zlib.compress(json.dumps(mine).encode()))
             keys, until = [f"{at}/{p}" for p in range(self.ranks)], time.monotonic() + ANSWER
             while not store.check(keys) and time.monotonic() < until:
                 time.sleep(0.01)

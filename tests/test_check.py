@@ -287,7 +287,8 @@ def test_a_rank_that_dies_after_the_first_updates_is_named_with_its_step(tmp_pat
     assert left.when - float(dead.out.split()[1]) < LIMIT
     said, = (m.group(1) for line in left.err.splitlines() if (m := SAID.match(line)))
     if victim:
-        assert re.match(r"rank 1 died: a connection to it broke and it gave no sign of life for 3 s; it last launched all_\w+ over 'data' of .* at step 1\d, while rank 0 launched all_gather ", said), said
+        died = r"rank 1 died: a connection to it broke and it gave no sign of life for 3 s; it last launched all_\w+ over 'data' of .* at step 1\d"
+        assert re.match(f"{died}, while rank 0 launched all_gather ", said), said
     else:
         assert re.match(r"rank 0 died or left, and the world's store with it, while rank 1 launched all_gather over 'data' of .* at step 20; ", said), said
 

@@ -77,7 +77,7 @@ def main(kind, stage, at, check, said=print):
     rank = int(odd)
     lr = (lambda n: 1e-2 * (2 if odd and int(n) >= at else 1)) if kind == "rate" else 1e-2
     step = make(stage, check, lr)
-    state = step.init(params())
+    state, m = step.init(params()), None
     for t in range(at + AFTER):
         if t == at:
             said("apart", time.time(), flush=True)
