@@ -60,14 +60,15 @@ def test_one_hash_however_blocks_run_and_whatever_is_donated(run_world, policy, 
 def odd_nests(k):
     """Streams in nests, a frozen part, axes named in another order, and an axis that no batch is split over: name -> (parts, stream, mesh)."""
     g, acc, sh, tx = source(("node", "local")), fz.accumulate, fz.shard, zoo.tx(scale=True)
+    alike = zoo.source(("data",), rng=True, loss_fn=zoo.loss_random, replicated=("aside",))
     nest, aside = {"node": 2, "local": 2}, {"data": 2, "aside": 2}
     return {
         "hpZ stream": ((sh("local", g, sh("node", acc(k, stream=True), *tx)),), k, nest),
         "hpZ once stream": ((sh("local", g, acc(k, stream=True), sh("node", *tx)),), k, nest),
         "ZeRO-3 loop, stream": ((sh("local", sh("node", g, acc(2), acc(k // 2, stream=True), *tx)),), k // 2, nest),
         "batch the other way": ((sh("node", sh("local", source(("local", "node")), acc(k), *tx)),), 0, nest),
-        "aside 1": ((source(["data"]), acc(2 * k), sh("data", *tx)), 0, aside),
-        "aside 3": ((sh("data", source(["data"]), acc(2 * k), *tx),), 0, aside),
+        "aside 1": ((alike, acc(2 * k), sh("data", *tx)), 0, aside),
+        "aside 3": ((sh("data", alike, acc(2 * k), *tx),), 0, aside),
     }
 
 
