@@ -30,6 +30,7 @@ from funczero.alike import checksum, settings
 from funczero.ledger import NAN, Context, DivergenceError, Entry, Ledger, Log, ranks_in_words, sentence
 from funczero.ledger import UPDATE as UPDATE
 from funczero.mesh import Mesh, init_distributed, world_size
+from funczero.spec import Slots
 from funczero.types import Grad, Metrics, TrainState
 
 PERIOD = 0.5  # seconds between two looks; more in large worlds
@@ -57,7 +58,7 @@ def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> 
     """fn(state, ...) as a call that all ranks must make alike."""
 
     def call(state: Any, *batch: Any) -> Any:
-        mesh = running().env.mesh if isinstance(state, TrainState) else None
+        mesh = running().env.mesh if isinstance(state, TrainState) and isinstance(state.params, Slots) else None
         return fn(state, *batch) if mesh is None or mesh.ledger.ranks == 1 else _told(mesh.ledger, name, fn, state, *batch)
 
     return call

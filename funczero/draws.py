@@ -64,6 +64,16 @@ def own_generator() -> torch.Generator | None:
     return found[-1].generator if found else None
 
 
+class Routed:
+    """Stands for torch's generator in torch.random while ranks are simulated: manual_seed and get_rng_state mean the rank's own."""
+
+    def __init__(self, shared: torch.Generator) -> None:
+        self.shared = shared
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(own_generator() or self.shared, name)
+
+
 def generators(device: torch.device) -> list[torch.Generator]:
     """Those that torch draws from here: the CPU's, and the device's."""
     host = own_generator() or torch.default_generator

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from funczero.draws import OwnGenerator
+from funczero.draws import OwnGenerator, Routed
 
 GRACE = 5.0  # seconds that the other ranks have to end once one has failed
 POLL = 0.05  # seconds between two looks at the ranks
@@ -89,6 +89,7 @@ def _run(size: int, timeout: float, call: Callable[[], Any]) -> list[Any]:
 
     ranks = [threading.Thread(target=rank_of, args=(r,), name=f"rank{r}of{size}", daemon=True) for r in range(size)]
     isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+    torch.random.default_generator = Routed(torch.default_generator)  # type: ignore[assignment]
     isolate(True)  # before the world is replaced: groups of the same name belong to different ranks
     threaded._install_threaded_pg()
     try:
@@ -101,6 +102,7 @@ def _run(size: int, timeout: float, call: Callable[[], Any]) -> list[Any]:
     finally:
         threaded._uninstall_threaded_pg()
         isolate(False)
+        torch.random.default_generator = torch.default_generator
         group.reset()
     if failures:
         first = failures[0]

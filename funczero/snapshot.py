@@ -92,10 +92,16 @@ class Snapshot:
 
 
 class Changes:
-    """What a forward leaves on its modules beside buffers. Numbers that change are refused; caches, which each call makes anew, are said once."""
+    """What a forward leaves on its modules beside buffers.
+
+    Caches, which each call makes anew, are said once. A number that a first forward sets, and a second one leaves alone, is a setting (a window
+    that is no wider than the image): it is kept, and said. One that moves again is a state, and refused.
+    """
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         """modules: the snapshot's, by path."""
+        self.modules = {id(m): m for m in modules.values()}
+        self.settled: set[tuple[int, str]] = set()
         self.paths = {id(m): path for path, m in reversed(modules.items())}
         self.numbers: list[tuple[int, str, Any]] = []
         self.contents: list[tuple[int, str, Any]] = []  # containers that every copy has for itself
@@ -121,19 +127,23 @@ class Changes:
         """Of the containers that all copies share, before a call."""
         return [len(v) for *_, v in self.shared]
 
-    def check(self, copies: dict[int, nn.Module], before: list[int]) -> None:
-        """Refuse what the next call would not see; say new attributes once.
+    def check(self, copies: dict[int, nn.Module], before: list[int]) -> bool:
+        """Refuse what the next call would not see; say new attributes once. True: settings were made, and the forward has to run on them.
 
         Args:
           copies: the call's modules, by the snapshot's ids.
           before: `lengths` at its beginning.
         """
-        for m, key, old in self.numbers:
+        moved = []
+        for i, (m, key, old) in enumerate(self.numbers):
             new = copies[m].__dict__.get(key)
             if new is not old and not (type(new) is type(old) and new == old):
-                if not (old is None or isinstance(old, bool)):  # those are how a cache is marked as made
-                    raise self._refused(m, key, f"from {old!r} to {new if isinstance(new, (int, float, complex)) else type(new).__name__}")
-                self._say(m, key)
+                if old is None or isinstance(old, bool):  # how a cache is marked as made
+                    self._say(m, key)
+                elif (m, key) in self.settled or not isinstance(new, (int, float, complex)):
+                    raise self._refused(m, key, f"from {old!r} to {new!r}")
+                else:
+                    moved.append((i, new))
         for m, key, old in self.contents:
             new = copies[m].__dict__.get(key)
             if not isinstance(new, type(old)) or len(new) != len(old) or _numbers(new) != _numbers(old):
@@ -145,6 +155,14 @@ class Changes:
             if len(copies[m].__dict__) > len(names):
                 for key in copies[m].__dict__.keys() - names - {"forward"}:
                     self._say(m, key)
+
+        for i, new in moved:
+            m, key, old = self.numbers[i]
+            logging.warning("stateless: the forward sets %r from %r to %r, which is kept; should it move again, it is refused", self._name(m, key), old, new)
+            self.settled.add((m, key))
+            self.numbers[i] = (m, key, new)
+            self.modules[m].__dict__[key] = new
+        return bool(moved)
 
     def _refused(self, m: int, key: str, what: str) -> RuntimeError:
         why = f"the forward changes {self._name(m, key)!r} ({what}), but a pure loss has nowhere to keep it"

@@ -59,13 +59,19 @@ def stateless(module: nn.Module, loss: Callable[..., Any], units: Sequence[str] 
     snapshot = Snapshot(module, find_units(module, units), remat)
 
     def loss_fn(params: dict[str, Any], batch: Any, key: int | None = None) -> Any:
+        result = run(params, batch, key)
+        return run(params, batch, key) if result is None else result
+
+    def run(params: dict[str, Any], batch: Any, key: int | None) -> Any:
+        """The loss; None where the forward has made settings that count from its beginning."""
         call = Call(snapshot, params, refuse=key is None)
         copies = call.bound(snapshot)
         versions, lengths = [x._version for _, x in snapshot.buffers], snapshot.changes.lengths()
         with keyed(key, call.device, partial(_drew, snapshot.root)):
             result = loss(copies[id(snapshot.root)], batch)
         _check_buffers(copies, snapshot.buffers, versions)
-        snapshot.changes.check(copies, lengths)
+        if snapshot.changes.check(copies, lengths):
+            return None
         ports = [x for t in {r.tape for r in params.values() if isinstance(r, Ref)} for x in (t.port, *t.leaves.values())]  # stand for what is closed
         snapshot.check_leaves("", result, [*tree.tensors((params, batch)), *ports])
         return result
