@@ -283,7 +283,7 @@ def _shape_of(x: Any) -> str:
 def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
     """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
     structure, where, device = tape.whole.structure, tape.whole, tape.port.device
-    tape.land()
+    tape.end()
     if tape.env.early is not None and tape.env.early.used is not None:
         tape.env.early.used.update(i for i, g in enumerate(grads) if g is not None)
     if not tape.seam:

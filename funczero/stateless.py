@@ -20,7 +20,7 @@ from funczero.draws import KINDS, foreseen, keyed
 from funczero.layers import captured, group_of, run_block, run_unit
 from funczero.snapshot import Slot, Snapshot, copied, places
 from funczero.tape import Ref
-from funczero.units import find_units
+from funczero.units import find_units, neighbours
 
 
 def stateless(module: nn.Module, loss: Callable[..., Any], units: Sequence[str] | None = None, remat: bool = False) -> tuple[Callable, dict[str, Tensor]]:
@@ -115,7 +115,7 @@ class Call:
         """Unit i: opened, bound, run, closed."""
         unit, groups, module = self.units[i], self.groups, block()
         closed = {name: self.params[name] for _, _, name in where}
-        around = (groups[i - 1] if i else (), groups[i + 1] if i + 1 < len(groups) else ())
+        around = tuple(() if j is None else groups[j] for j in neighbours([u.path for u in self.units], i))
 
         def once(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _bind(where, own)

@@ -119,6 +119,7 @@ class Tape:
         if unit not in self.open:
             for other in [u for u in self.open if u not in group]:
                 self.drop(other)  # a frozen unit, or a backward inside the forward, says nothing of its last use
+            self.land(group)  # nor does a first block whose input needs no gradient, and whose weights no backward reads
             self.open[unit] = self.take(unit)
             self.ahead(*before)
         return self.open[unit]
@@ -140,11 +141,15 @@ class Tape:
         self.live += n if self.rest else 0
         self.peak = max(self.peak, self.live)
 
-    def land(self) -> None:
-        """After the backward nothing is open, and nothing is left under way."""
-        for unit in list(self.flying):
+    def land(self, but: Group = ()) -> None:
+        """Nothing is left under way but these units."""
+        for unit in [u for u in self.flying if u not in but]:
             self.flying.pop(unit).wait()
             self.count(-1)
+
+    def end(self) -> None:
+        """After the backward nothing is open or under way."""
+        self.land()
         for unit in list(self.open):
             self.drop(unit)
 

@@ -53,3 +53,14 @@ def _repeated(blocks: list[nn.Module]) -> bool:
     return len(blocks) > 1 and all(
         list(b.parameters()) and (list(b.children()) or not type(b).__module__.startswith("torch.nn.")) for b in blocks
     )
+
+
+def neighbours(paths: Sequence[str], i: int) -> tuple[int | None, int | None]:
+    """Which blocks run before and after block i, as far as its own list says: of two lists nobody knows which runs first.
+
+    >>> neighbours(["a.0", "a.1", "b.0"], 1)
+    (0, None)
+    """
+    home = paths[i].rpartition(".")[0]
+    near = lambda j: j if 0 <= j < len(paths) and paths[j].rpartition(".")[0] == home else None
+    return near(i - 1), near(i + 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile import INPUTS, MANIFESTS, checkpoint, resealed
+from injuries import INPUTS, MANIFESTS, checkpoint, resealed
 
 import funczero.deepspeed as deepspeed
 from funczero.checkpoint import CheckpointError
@@ -27,7 +27,7 @@ def tried(tmp_path_factory):
     place = tmp_path_factory.mktemp("hostile")
     env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent.parent}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
     asked = json.dumps({"place": str(place), "names": list(INPUTS)})
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("hostile.py"))], input=asked, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("injuries.py"))], input=asked, capture_output=True, text=True, timeout=300, env=env)
     out = {x["name"]: x for x in map(json.loads, done.stdout.splitlines())}
     assert done.returncode == 0 and list(out) == list(INPUTS), (done.returncode, list(out)[-1:], done.stderr[-3000:])
     return out

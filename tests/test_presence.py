@@ -59,7 +59,10 @@ def test_a_lost_store_is_found_out_in_seconds(how):
         start = time.monotonic()
         with pytest.raises(RuntimeError, match="rank 0 cannot reach the world's store, so rank 0, or who holds it, is gone"):
             presence.connection(Dying(store, end), seconds=2.0)
-        assert time.monotonic() - start < 8 and (how == "stop" or store.timeout == before)
+        assert time.monotonic() - start < 8
+        while how != "stop" and store.timeout != before:  # the attempt may still be at its end
+            assert time.monotonic() - start < 20
+            time.sleep(0.05)
     finally:
         server.kill()
         server.wait()

@@ -29,7 +29,7 @@ from funczero.stateless import repeatable
 from funczero.step import Step
 from funczero.tape import Ref, Tape
 from funczero.types import Env, Grad, Out, Seed, TrainState
-from funczero.units import find_units
+from funczero.units import find_units, neighbours
 
 
 class Place(NamedTuple):
@@ -190,7 +190,7 @@ class Sharded:
             return self.inside(partial(self.run, i, forward), args, kwargs)
         unit, groups, values = self.blocks[i], self.groups, self.values
         closed = {p.name: values[p.name] for p in unit.places}
-        around = (groups[i - 1] if i else (), groups[i + 1] if i + 1 < len(groups) else ())
+        around = tuple(() if j is None else groups[j] for j in neighbours([u.path for u in self.blocks], i))
 
         def once(own: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             before = [p.now() for p in unit.places]  # in the backward of a unit that runs again these are the closed parameters
