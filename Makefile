@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OPTIONS ?=
 
-.PHONY: test test-all test-launch lint types tests train bench clean
+.PHONY: campaign test test-all test-launch lint types tests train bench clean
 
 test: lint types tests
 
@@ -15,6 +15,14 @@ test-all: lint types $(READY)
 test-launch: $(READY)
 	sh tests/install_launchers.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -m hosts tests/test_launch_hosts.py
+
+# Hours, on an idle machine: random ways to go apart, to be killed, to hand in nonsense, to end. Each script prints a table.
+campaign: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign/told.py --runs=200
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign/plain.py --runs=1000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign/kills.py --lives=1000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign/checkpoint_flat.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign/hostile.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

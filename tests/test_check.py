@@ -278,7 +278,7 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on(tmp_path):
     assert re.search(r" for rank 1, which gives no sign of life for 1\d s \(stopped, starved, or its machine is gone\); it last launched ", line), line
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("end", ["os._exit(3)", pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", marks=pytest.mark.slow)], ids=["exit", "segv"])
 def test_a_rank_that_dies_after_the_first_updates_is_named_with_its_step(tmp_path, victim, end):
     ends = start(tmp_path, SILENT.replace("VICTIM", str(victim)).replace("END", end))

@@ -63,7 +63,7 @@ def ends():
     e.close()
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_what_save_took_is_there_however_the_process_ends(ends, tmp_path, size):
     """Also where each rank is killed by nothing but its own end, and rank 0, which holds the store, ends first."""
     for i, (script, _) in enumerate(ENDS.values()):

@@ -42,7 +42,7 @@ print(json.dumps([*out, held()]))
 """
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_forty_saves_hold_as_much_as_twenty(tmp_path, size):
     """The store is rank 0's."""
     ends = Ends()

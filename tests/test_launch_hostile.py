@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parent / "campaign" / "hostile.py"
 
 
-@pytest.mark.parametrize("part", [pytest.param("config", marks=pytest.mark.slow), "hostfile", "store"])
+@pytest.mark.parametrize("part", [pytest.param("config", marks=pytest.mark.slow), "hostfile", pytest.param("store", marks=pytest.mark.slow)])
 def test_no_hostile_input_does_harm(part):
     done = subprocess.run([sys.executable, str(SCRIPT), f"--only={part}"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
