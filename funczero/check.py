@@ -30,6 +30,7 @@ from funczero.alike import checksum, settings
 from funczero.ledger import NAN, Context, DivergenceError, Entry, Ledger, Log, ranks_in_words, sentence
 from funczero.ledger import UPDATE as UPDATE
 from funczero.mesh import Mesh, init_distributed, world_size
+from funczero.plain import plain, unpack
 from funczero.spec import Slots
 from funczero.types import Grad, Metrics, TrainState
 
@@ -39,6 +40,7 @@ PATIENCE = 5.5  # seconds after which an exception that did not end the process 
 NOTICE = 10.0  # seconds after which a rank that is awaited, or gives no sign of life, is named
 DEAD = 3.0  # seconds without a sign of life that, with a broken connection, prove a rank's end
 TAIL, MEMORY = 1 << 10, 1 << 14  # entries published on doubt, entries remembered
+ANSWERS = 1 << 26  # bytes that another rank may publish at most
 BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket Timeout")  # how gloo says that a connection is no more
 
 
@@ -215,7 +217,7 @@ class Watch(threading.Thread):
         if not self.settled and (self.doubt or self.store.check(["doubt"])):
             self.judge()
         if self.store.check(["verdict"]):
-            self.told = self.store.get("verdict").decode()
+            self.told = plain(self.store.get("verdict").decode(errors="replace"))
         if late:
             self.notice(own)
         if self.broken and time.monotonic() - self.broken > DEAD and not self.told:
@@ -263,7 +265,7 @@ class Watch(threading.Thread):
         gone: dict[int, tuple[int, Entry]] = {}
         for r in range(self.size):
             if self.store.check([f"tail/{r}"]):
-                tails[r] = {n: (total, entry) for n, total, entry in json.loads(zlib.decompress(self.store.get(f"tail/{r}")))}
+                tails[r] = {n: (total, entry) for n, total, entry in unpack(self.store.get(f"tail/{r}"), ANSWERS)}
             sign = self.sign(r)
             if r == self.rank and sign.gone or self.is_gone(sign):
                 gone[r] = sign.launches + 1, Entry.read(json.loads(sign.gone))
@@ -280,13 +282,13 @@ class Watch(threading.Thread):
         """The last entries, and the chains they name."""
         tail = list(self.log.entries)[-TAIL:]
         for spec in {entry.context.spec for *_, entry in tail} & set(self.texts):
-            self.store.set(f"text/{spec}", zlib.compress(self.texts[spec].encode()))
+            self.store.set(f"text/{spec}", zlib.compress(json.dumps(self.texts[spec]).encode()))
         self.store.set(f"tail/{self.rank}", zlib.compress(json.dumps(tail).encode()))
         self.published = self.count
 
     def text(self, spec: int) -> str | None:
         """A chain and its leaves by checksum."""
-        return zlib.decompress(self.store.get(f"text/{spec}")).decode() if self.store.check([f"text/{spec}"]) else None
+        return unpack(self.store.get(f"text/{spec}"), ANSWERS) if self.store.check([f"text/{spec}"]) else None
 
     def verdict(self, text: str) -> None:
         """What all ranks print; the first one counts."""
@@ -316,7 +318,7 @@ class Watch(threading.Thread):
                 f"{ranks_in_words(dead)} died: a connection to it broke and it gave no sign of life for {DEAD:g} s; it last {last}, "
                 f"while rank {self.rank} {own.last}; look for what ended it (its own output, the kernel's out-of-memory killer), and start all ranks again"
             )
-            self.told = self.store.get("verdict").decode()
+            self.told = plain(self.store.get("verdict").decode(errors="replace"))
 
     def part(self) -> None:
         """This rank launches nothing more: its last sign says so, and is compared with what the others do."""

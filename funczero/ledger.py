@@ -17,8 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from funczero.plain import plain, unpack
+
 UPDATE = "step(state, batch)"
 KEPT = 1 << 12  # launches remembered for words, since the last sum that agreed
+ANSWERS = 1 << 26  # bytes that another rank may say at most
 ANSWER = 5.0  # seconds in which the others say what they launched
 BEGINS = "begins with"
 NAN = -1.0  # stands for a nan among the scalars, whose hash would be its address
@@ -185,11 +188,11 @@ class Ledger:
             keys, until = [f"{at}/{p}" for p in range(self.ranks)], time.monotonic() + ANSWER
             while not store.check(keys) and time.monotonic() < until:
                 time.sleep(0.01)
-            told = [json.loads(zlib.decompress(store.get(k))) for k in keys if store.check([k])]
+            told = [unpack(store.get(k), ANSWERS) for k in keys if store.check([k])]
             tails = {rank: list(map(Entry.read, entries)) for rank, entries, _ in told}
             texts = {int(spec): x for *_, each in told for spec, x in each.items()}
             text = first_difference(tails, texts) or text
-            text = bytes(store.compare_set(f"{at}/verdict", "", text)).decode()
+            text = plain(bytes(store.compare_set(f"{at}/verdict", "", text)).decode(errors="replace"))
             heard = store.add(f"{at}/heard", 1)
             while self.place == 0 and heard < self.ranks and time.monotonic() < until:  # it may hold the store
                 time.sleep(0.01)
