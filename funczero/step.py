@@ -119,6 +119,7 @@ class Step(NamedTuple):
                 with nullcontext() if getattr(loss_fn, "keyed", False) else keyed(None, g.env.mesh.device, drew):
                     loss, weight, _ = check_loss(loss_fn(tape.whole.structure.unflatten(whole), batch), has_aux=False)
                 tape.left_alone({i: x for i, x in enumerate(whole) if isinstance(x, Tensor)} | tape.leaves, None)
+                tape.end()
             return _mean_over_ranks(torch.stack([loss.double(), weight.double().to(loss.device)]), g)
 
         return recorded("step.eval", evaluate, self.running)
