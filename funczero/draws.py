@@ -144,7 +144,10 @@ def foreseen(device: torch.device, drew: Callable[[str], Exception], kinds: tupl
 def _told(before: Marks, after: Marks, kinds: tuple[str, ...], drew: Callable[[str], Exception]) -> None:
     for kind in kinds:
         if getattr(before, kind) != getattr(after, kind):
-            raise drew(kind)
+            error = drew(kind)
+            others = [t.name for t in threading.enumerate() if t is not threading.current_thread() and not t.name.startswith("funczero-")]
+            beside = f" (or one of this process's other threads drew meanwhile: {', '.join(sorted(others)[:4])})" if others else ""
+            raise type(error)(f"{error}{beside}")
 
 
 def _marks(device: torch.device) -> Marks:

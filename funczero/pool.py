@@ -221,7 +221,7 @@ def _receive(worker: _Worker) -> _Reply:
 def _serve(pipe: Connection) -> None:
     """A worker's life: answer calls until the pool or the process that holds it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is the caller's
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, name="funczero-parent", daemon=True).start()
     while True:
         try:
             message = pipe.recv_bytes()

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import threading
 
 import numpy
 import pytest
@@ -107,3 +110,46 @@ def test_a_plain_functions_dropout_needs_a_key():
     step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data")), fz.shard("data", fz.sgd(0.1)), mesh={"data": 1})
     with pytest.raises(RuntimeError, match="draws from torch's global generator"):
         step(step.init({"w": torch.ones(9)}), torch.ones(9))
+
+
+def test_a_thread_that_draws_beside_the_loss_is_named():
+    asked, answered, over = threading.Event(), threading.Event(), threading.Event()
+
+    def beside():
+        asked.wait()
+        numpy.random.rand()
+        answered.set()
+        over.wait()
+
+    def draw():
+        asked.set()
+        answered.wait()
+        return 0.0
+
+    thread = threading.Thread(target=beside, name="loader")
+    thread.start()
+    with pytest.raises(RuntimeError, match="draws from numpy's global generator.*other threads drew meanwhile: .*loader"):
+        try:
+            update(draw, rng=False)
+        finally:
+            over.set()
+            thread.join()
+
+
+SAVES = """
+import sys, tempfile, numpy, torch, funczero as fz
+step = fz.train_step(fz.value_and_grad(lambda p, b: ((p["w"] * b).sum(), b.sum())), fz.sgd(0.1))
+state = step.init({"w": torch.ones(3)})
+with tempfile.TemporaryDirectory() as directory, fz.Checkpointer(directory) as ck:
+    ck.save(state, 1)
+    before = numpy.random.get_state()[1].tobytes()
+    assert "jax" in sys.modules
+    ck.wait()
+    assert numpy.random.get_state()[1].tobytes() == before
+"""
+
+
+def test_a_first_save_draws_nothing_beside_the_step():
+    """Importing JAX, which orbax stands on, draws from numpy's generator: never in the thread that saves."""
+    done = subprocess.run([sys.executable, "-c", SAVES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

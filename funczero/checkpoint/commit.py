@@ -47,8 +47,14 @@ def _quiet() -> Iterator[None]:
         root.handlers[:] = [h for h in root.handlers if h is not silent]
 
 
-def _orbax() -> Any:
-    """orbax; JAX stays on the CPU unless the program already uses it."""
+def orbax() -> Any:
+    """orbax; JAX stays on the CPU unless the program already uses it.
+
+    Importing JAX draws from numpy's global generator, so it is done where no loss runs beside it.
+
+    Raises:
+      CheckpointError: it cannot be imported.
+    """
     try:
         if "jax" not in sys.modules:
             import jax
@@ -63,7 +69,7 @@ def _orbax() -> Any:
 def commit(final: Path, names: list[tuple[str, ...]], hooks: Hooks) -> None:
     """Save leaves of these paths into `final`: all of it appears there at once, or nothing."""
     with _quiet():
-        ocp = _orbax()
+        ocp = orbax()
         kinds = _kinds(ocp)
         import jax
 

@@ -64,11 +64,24 @@ class _bounded:
     def __exit__(self, *error: object) -> None:
         limit = struct.pack("ll", int(DEAD), int(DEAD % 1 * 1e6))
         for inode, fd in _sockets().items():
-            if self._port and inode not in self._before:
-                with socket.socket(fileno=os.dup(fd)) as s:  # options are of the connection, whoever holds it
+            if self._port and inode not in self._before and (s := _twin(fd)) is not None:
+                with s:
                     if _port_of(s) == self._port:
                         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
                         s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def _twin(fd: int) -> socket.socket | None:
+    """The connection under a descriptor once more, because options are of the connection, whoever holds it; None where another thread closed it since."""
+    try:
+        other = os.dup(fd)
+    except OSError:
+        return None
+    try:
+        return socket.socket(fileno=other)
+    except OSError:  # the number now belongs to something else
+        os.close(other)
+        return None
 
 
 def _port_of(s: socket.socket) -> int:

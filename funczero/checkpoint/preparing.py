@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from funczero import tree
-from funczero.checkpoint import client, folder, manifest
+from funczero.checkpoint import client, commit, folder, manifest
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.names import Names, named, refuse_collisions, whole
 from funczero.checkpoint.peers import Peers
@@ -50,6 +50,7 @@ def prepared(asked: Asked, directory: Path, peers: Peers, step: Any, config: Any
     told = Manifest(text, 0, int(state.step), int(state.updates), {}, found.ties, numbers, encoded, peers.size, window(state), about, manifest.versions())
     if peers.rank == 0:
         refuse_taken(directory, text, asked.overwrite)
+        commit.orbax()
     return found, told
 
 

@@ -48,7 +48,7 @@ def fork_agent(arguments: list[str], output: int, told: int, meet: Callable[[Cal
 
 def _run(arguments: list[str], told: int) -> int:
     logging.disable(logging.CRITICAL)  # the launcher says it, once
-    threading.Thread(target=_watch, args=(told,), daemon=True).start()
+    threading.Thread(target=_watch, args=(told,), name="funczero-agent", daemon=True).start()
     try:
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as failed:
