@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from absl import app, flags
 
 import funczero as fz
-from funczero.ledger import Ledger
+from funczero.world.ledger import Ledger
 
 flags.DEFINE_integer("stage", 3, "ZeRO stage.")
 flags.DEFINE_integer("rounds", 60, "Visits of each.")

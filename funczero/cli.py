@@ -55,9 +55,9 @@ def _numbers(text: str, what: str) -> list[int]:
 
 def _parity(args: argparse.Namespace) -> int:
     """Runs a step builder at every stage and world on this machine and prints hashes, differences, bytes and seconds."""
-    from funczero.parity import load, parity
+    from funczero.testing.parity import load, parity
 
-    where = args.file or "funczero.example"
+    where = args.file or "funczero.testing.example"
     for name in ("make_step", "make_batch"):
         load(f"{where}:{name}")
     report = parity(

@@ -7,7 +7,7 @@ import zoo
 
 import funczero as fz
 from funczero import P, tree
-from funczero.accumulate import Accumulate
+from funczero.transforms.accumulate import Accumulate
 
 MESH = {"data": 1}
 

@@ -9,9 +9,9 @@ import zoo
 
 import funczero as fz
 from funczero import P, tree
-from funczero.mean import pointwise
-from funczero.transform import after
-from funczero.types import GradientTransformation
+from funczero.core.transform import after
+from funczero.core.types import GradientTransformation
+from funczero.transforms.mean import pointwise
 
 MESH = {"data": 1}
 X = {"x": torch.tensor([[1.0, 2.0], [3.0, -4.0]])}

@@ -14,7 +14,7 @@ import torch
 
 import funczero as fz
 from funczero import P
-from funczero.ledger import UPDATE, Context, Entry
+from funczero.world.ledger import UPDATE, Context, Entry
 
 SAID = re.compile(r"(?:\[rank\d+\]: )?funczero(?:\.ledger\.DivergenceError)?: (.*)")  # by the thread, or as the exception of the main one
 LIMIT = 10.0  # seconds from going apart to the end of every process
@@ -241,8 +241,8 @@ def test_ranks_that_do_the_same_are_left_alone(tmp_path, seconds):
 @pytest.mark.slow
 def test_a_long_wait_for_a_rank_elsewhere_is_said_and_not_ended(tmp_path):
     ends = start(tmp_path, """
-import funczero.check
-funczero.check.NOTICE = funczero.check.DEAD = 1.0
+import funczero.step.check
+funczero.step.check.NOTICE = funczero.step.check.DEAD = 1.0
 step = make()
 state = step.init(params)
 for t in range(3):

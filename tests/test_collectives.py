@@ -6,9 +6,10 @@ import torch
 import zoo
 
 import funczero as fz
-from funczero import collectives, order
-from funczero.mesh import connect, plan_mesh
-from funczero.spec import Rules, Where, lazy
+from funczero.comm import collectives
+from funczero.core import order
+from funczero.layout.mesh import connect, plan_mesh
+from funczero.layout.spec import Rules, Where, lazy
 
 NEST = {"node": 2, "local": 2}
 

@@ -17,7 +17,7 @@ from funczero.deepspeed.keys import ALIASES, HONOURED, NO_OP, REFUSED
 from funczero.deepspeed.options import OPTIMIZERS, SCHEDULERS, optimizer_keys, scheduler_keys
 from funczero.deepspeed.triad import NAMES, derive
 from funczero.optim.from_torch import ELEMENTWISE
-from funczero.schedules import TORCH
+from funczero.optim.schedules import TORCH
 
 GOLDEN = Path(__file__).parent / "golden"
 PAGE = {

@@ -11,7 +11,7 @@ from torch.func import functional_call
 import funczero as fz
 import funczero.deepspeed as deepspeed
 from funczero import tree
-from funczero.mesh import world_size
+from funczero.layout.mesh import world_size
 from funczero.testing import tree_hash
 
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}}

@@ -14,9 +14,9 @@ from torch import nn
 
 import funczero as fz
 from funczero import P
-from funczero.simulate import simulate
-from funczero.stateless import stateless
+from funczero.gradients.stateless import stateless
 from funczero.testing import tree_hash
+from funczero.testing.simulate import simulate
 
 
 class Net(nn.Module):

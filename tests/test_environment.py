@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from funczero import environment
+from funczero.world import environment
 
 CASES = json.loads((Path(__file__).parent / "golden" / "environments.json").read_text())["cases"]
 

@@ -7,7 +7,7 @@ import zoo
 
 import funczero as fz
 from funczero import P, rng, tree
-from funczero.mesh import world_size
+from funczero.layout.mesh import world_size
 
 MESH = {"data": -1}
 

@@ -6,9 +6,10 @@ import torch
 import zoo
 
 import funczero as fz
-from funczero import P, gradient, rng
-from funczero.mesh import world_size
-from funczero.tape import Ref, Tape
+from funczero import P, rng
+from funczero.gradients import gradient
+from funczero.gradients.tape import Ref, Tape
+from funczero.layout.mesh import world_size
 
 BLOCKS = 5
 

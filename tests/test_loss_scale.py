@@ -10,8 +10,8 @@ import zoo
 
 import funczero as fz
 from funczero import P
-from funczero.loss_scale import ScaleLoss, update_scale
 from funczero.testing import tree_hash
+from funczero.transforms.loss_scale import ScaleLoss, update_scale
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/loss_scaler.json").read_text())["cases"]
 FP16 = "params=float32,compute=float16,accumulate=float32"

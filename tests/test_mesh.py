@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import funczero as fz
 from funczero import P
-from funczero.mesh import World, connect, plan_mesh, world_size
+from funczero.layout.mesh import World, connect, plan_mesh, world_size
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
 
@@ -52,7 +52,7 @@ def test_torchruns_environment_is_joined_once():
     """In a process of its own: a world of one that torchrun describes."""
     code = (
         "import os, funczero as fz, torch.distributed as dist\n"
-        "from funczero.mesh import connect, plan_mesh\n"
+        "from funczero.layout.mesh import connect, plan_mesh\n"
         "print(fz.init_distributed(), dist.is_initialized(), fz.init_distributed(), connect(plan_mesh({'data': -1})).sizes(), fz.make_mesh({'data': -1}))"
     )
     env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "PATH": "/usr/bin:/bin"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from funczero.norm import BINS, CHUNK, LOW, WIDTH, _add_on_device, folds, norm_of, square_bins
+from funczero.comm.norm import BINS, CHUNK, LOW, WIDTH, _add_on_device, folds, norm_of, square_bins
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

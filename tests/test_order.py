@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from funczero import order
-from funczero.types import Layout
+from funczero.core import order
+from funczero.core.types import Layout
 
 ORDERS = st.lists(st.tuples(st.sampled_from(["accumulate", "node", "local"]), st.integers(1, 4)), max_size=5).filter(
     lambda o: all(sum(n == a for n, _ in o) <= 1 for a in ("node", "local"))

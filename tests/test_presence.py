@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from funczero import presence
+from funczero.world import presence
 
 SERVER = """
 import sys, torch.distributed as dist

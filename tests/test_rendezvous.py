@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from funczero import rendezvous
+from funczero.world import rendezvous
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ def free_port():
 def world(body, size=2, address="127.0.0.1"):
     """A script as ranks of a world that no launcher made: rank 0 holds the store."""
     port = str(free_port())
-    script = f"import sys, time\nimport torch.distributed as dist\nfrom funczero.mesh import init_distributed\nw = init_distributed()\nstore = dist.distributed_c10d._get_default_store()\n{body}"
+    script = f"import sys, time\nimport torch.distributed as dist\nfrom funczero.layout.mesh import init_distributed\nw = init_distributed()\nstore = dist.distributed_c10d._get_default_store()\n{body}"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
     own = {"MASTER_ADDR": address, "MASTER_PORT": port}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -7,7 +7,7 @@ import zoo
 
 import funczero as fz
 from funczero import P
-from funczero.chain import Bracket, Source
+from funczero.transforms.chain import Bracket, Source
 
 PLACES = {
     1: (lambda g, a, t: (g, a, fz.shard("data", t)), (), ("data",)),

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import zoo
 
 import funczero as fz
-from funczero.simulate import simulate
 from funczero.testing import tree_hash
+from funczero.testing.simulate import simulate
 
 UPDATES = 4  # the one with a value that overflows included
 

@@ -10,7 +10,7 @@ import zoo
 from hypothesis import given
 
 from funczero import P, tree
-from funczero.spec import GRAIN, Fill, Rules, Slots, Where, lazy
+from funczero.layout.spec import GRAIN, Fill, Rules, Slots, Where, lazy
 
 CPU = torch.device("cpu")
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=4)

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import funczero as fz
-from funczero import P, gradient
-from funczero.mesh import world_size
-from funczero.tape import Tape
-from funczero.units import find_units
+from funczero import P
+from funczero.gradients import gradient
+from funczero.gradients.tape import Tape
+from funczero.gradients.units import find_units
+from funczero.layout.mesh import world_size
 
 DIM = 4
 

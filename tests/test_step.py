@@ -7,7 +7,7 @@ import zoo
 
 import funczero as fz
 from funczero import P, tree
-from funczero.mesh import world_size
+from funczero.layout.mesh import world_size
 from funczero.testing import simulate, tree_hash
 
 MESH = {"data": -1}

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from funczero import pool as testing
 from funczero.testing import WorkerPool, tree_hash
+from funczero.testing import pool as testing
 
 
 class OddError(Exception):

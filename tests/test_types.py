@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from funczero.types import ChainError, GradientTransformation, Layout, Metrics, Out, Seed, TrainState
+from funczero.core.types import ChainError, GradientTransformation, Layout, Metrics, Out, Seed, TrainState
 
 LAYOUTS = {
     "sum": Layout(),

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 import funczero as fz
-from funczero import P, collectives, rng
-from funczero.chain import build
-from funczero.mesh import connect, plan_mesh
-from funczero.spec import lazy
+from funczero import P, rng
+from funczero.comm import collectives
+from funczero.core.types import Env, Seed
+from funczero.layout.mesh import connect, plan_mesh
+from funczero.layout.spec import lazy
 from funczero.testing import tree_hash
-from funczero.types import Env, Seed
+from funczero.transforms.chain import build
 
 MICROS, ROWS, TIME, BAD, UPDATES = 8, 3, 6, 3, 6
 LR, CLIP, B1, B2, EPS, DECAY = 1e-2, 0.15, 0.9, 0.99, 1e-8, 0.01

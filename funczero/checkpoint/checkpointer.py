@@ -9,7 +9,6 @@ from typing import Any
 
 from absl import logging
 
-from funczero import ending
 from funczero.checkpoint import client, folder, manifest
 from funczero.checkpoint.arrays import CheckpointError
 from funczero.checkpoint.folder import Keep
@@ -21,7 +20,8 @@ from funczero.checkpoint.preparing import Asked, chain_of, coords_of, prepared
 from funczero.checkpoint.reading import Reading, Restored, choices, first_good
 from funczero.checkpoint.restore import Context, Want, template
 from funczero.checkpoint.saving import KINDS, Job, Save, Staging, arrays_of, refuse_taken, sentence, spoken
-from funczero.types import TrainState
+from funczero.core.types import TrainState
+from funczero.world import ending
 
 
 class Checkpointer:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from funczero import presence
 from funczero.checkpoint.arrays import CheckpointError
-from funczero.ending import Guest
+from funczero.world import presence
+from funczero.world.ending import Guest
 
 BEAT, DEAD = 1.0, 8.0  # seconds between two beats; without one for so long, a rank is taken for dead
 LEAVE = 10.0  # seconds for which the process that holds the store stays for ranks that have not acknowledged their last call

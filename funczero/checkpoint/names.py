@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from funczero import tree
-from funczero.accumulate import Accumulate
-from funczero.spec import Slots, Structure, Where
-from funczero.types import TrainState
+from funczero.core import tree
+from funczero.core.types import TrainState
+from funczero.layout.spec import Slots, Structure, Where
+from funczero.transforms.accumulate import Accumulate
 
 LONGEST = 2048  # characters of a name
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from funczero import presence
 from funczero.checkpoint import lines
 from funczero.checkpoint.arrays import CheckpointError
 from funczero.checkpoint.lines import SPACE
+from funczero.world import presence
 
 LOOK = 0.1  # seconds between two looks at a rank's pulse
 MOST = 256 << 20  # bytes of a message

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funczero import tree
 from funczero.checkpoint import client, commit, folder, manifest
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.names import Names, named, refuse_collisions, whole
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.restore import window
 from funczero.checkpoint.saving import refuse_taken
-from funczero.spec import Slots
-from funczero.types import TrainState
+from funczero.core import tree
+from funczero.core.types import TrainState
+from funczero.layout.spec import Slots
 
 
 class Asked(NamedTuple):

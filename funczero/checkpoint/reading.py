@@ -14,7 +14,7 @@ from funczero.checkpoint.names import listed
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.restore import Context, Want, fill, load_client
 from funczero.checkpoint.saving import KINDS, sentence, spoken
-from funczero.types import TrainState
+from funczero.core.types import TrainState
 
 
 class Restored(NamedTuple):

@@ -12,15 +12,15 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from funczero import tree
-from funczero.accumulate import Accumulate
 from funczero.checkpoint import client, names
 from funczero.checkpoint.arrays import Array, CheckpointError, Reader, dtype_name, nbytes, room, torch_dtype
 from funczero.checkpoint.layout import Box
 from funczero.checkpoint.manifest import ARRAYS, FILE, Manifest
 from funczero.checkpoint.names import Part, named
-from funczero.spec import Fill, Slots, Where
-from funczero.types import Out, TrainState
+from funczero.core import tree
+from funczero.core.types import Out, TrainState
+from funczero.layout.spec import Fill, Slots, Where
+from funczero.transforms.accumulate import Accumulate
 
 
 class Want(NamedTuple):

@@ -18,7 +18,7 @@ from funczero.checkpoint.layout import Box, Deal, Piece, deal
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.names import Names, listed
 from funczero.checkpoint.peers import Peers
-from funczero.ending import Work
+from funczero.world.ending import Work
 
 KINDS = {e.__name__: e for e in (ValueError, TypeError, FileExistsError, OSError, PermissionError)}  # raised elsewhere as what they are
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from funczero.mesh import _default_device
+from funczero.layout.mesh import _default_device
 
 
 class Accelerator:

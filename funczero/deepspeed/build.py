@@ -10,21 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from absl import logging
 
-from funczero import optim, schedules
-from funczero.accumulate import accumulate
-from funczero.clip import clip_by_global_norm
+from funczero import optim
+from funczero.core.transform import after
+from funczero.core.types import Grad, GradientTransformation, Transform
 from funczero.deepspeed.config import Config, dtype_name, resolve
 from funczero.deepspeed.keys import ENGINE, KEYS, ConfigError
-from funczero.gradient import pullback as pulled
-from funczero.gradient import value_and_grad
-from funczero.loss_scale import scale_loss
-from funczero.mean import value
-from funczero.mesh import P
+from funczero.gradients.gradient import pullback as pulled
+from funczero.gradients.gradient import value_and_grad
+from funczero.layout.mesh import P
+from funczero.optim import schedules
 from funczero.optim.rates import Rate
-from funczero.schedules import Schedule
-from funczero.transform import after
-from funczero.types import Grad, GradientTransformation, Transform
-from funczero.zero import zero
+from funczero.optim.schedules import Schedule
+from funczero.step.zero import zero
+from funczero.transforms.accumulate import accumulate
+from funczero.transforms.clip import clip_by_global_norm
+from funczero.transforms.loss_scale import scale_loss
+from funczero.transforms.mean import value
 
 Optimizer = GradientTransformation | Callable[[Rate], GradientTransformation]
 CLIP_EPS = 1e-6  # DeepSpeed's and torch's

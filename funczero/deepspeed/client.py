@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funczero.core.number import number
+from funczero.core.types import GradientTransformation
 from funczero.deepspeed.groups import Group, Make
-from funczero.number import number
+from funczero.layout.spec import Slots
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.optim.lift import same_when_cut
-from funczero.spec import Slots
-from funczero.types import GradientTransformation
 
 KNOWN = (*ELEMENTWISE, "SGD")
 NEVER = {"LBFGS": "it runs the forward again inside its step", "SparseAdam": "gradients are dense here"}

@@ -10,7 +10,8 @@ from absl import logging
 from torch import nn
 from torch.distributed import ReduceOp as ReduceOp
 
-from funczero import environment, mesh
+from funczero.layout import mesh
+from funczero.world import environment
 
 
 def init_distributed(

@@ -12,7 +12,7 @@ from funczero.deepspeed.options import optimizer_keys, scheduler_keys
 from funczero.deepspeed.read import Document, read
 from funczero.deepspeed.triad import BATCH, MICRO, NAMES, STEPS, Triad, World, derive
 from funczero.deepspeed.typed import as_json, typed
-from funczero.mesh import world_size
+from funczero.layout.mesh import world_size
 
 _Z = "zero_optimization."
 _BY_WIDTH = {

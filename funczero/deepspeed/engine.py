@@ -11,7 +11,8 @@ import torch
 from absl import logging
 from torch import Tensor, nn
 
-from funczero import tree
+from funczero.core import tree
+from funczero.core.types import Metrics, TrainState
 from funczero.deepspeed import comm
 from funczero.deepspeed.build import Rates
 from funczero.deepspeed.config import Config
@@ -20,8 +21,7 @@ from funczero.deepspeed.held import stamp
 from funczero.deepspeed.optimizer import DIRECT, EngineOptimizer
 from funczero.deepspeed.saving import Saving
 from funczero.deepspeed.window import amended, filled, multiplied, taken
-from funczero.step import Step, donate
-from funczero.types import Metrics, TrainState
+from funczero.step.step import Step, donate
 
 INSTEAD = {
     "scale": "engine.backward(loss) scales by itself",

@@ -23,9 +23,9 @@ from funczero.deepspeed.optimizer import EngineOptimizer, with_numbers
 from funczero.deepspeed.partition import reopen
 from funczero.deepspeed.runtime.lr_schedules import FromConfig
 from funczero.deepspeed.sharded import Sharded, seam_pullback
-from funczero.gradient import pullback
-from funczero.mesh import P, plan_mesh, world_size
-from funczero.step import Step, train_step
+from funczero.gradients.gradient import pullback
+from funczero.layout.mesh import P, plan_mesh, world_size
+from funczero.step.step import Step, train_step
 
 Groups = list[dict[str, Any]]
 

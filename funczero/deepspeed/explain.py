@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from funczero import tree
+from funczero.core import tree
+from funczero.core.types import GradientTransformation
 from funczero.deepspeed.build import chain_of, optimizer_of, rates_of
 from funczero.deepspeed.config import Config, resolve
 from funczero.deepspeed.keys import ConfigError
 from funczero.deepspeed.read import parsed
-from funczero.gradient import value_and_grad
-from funczero.mesh import P
-from funczero.step import train_step
-from funczero.types import GradientTransformation
+from funczero.gradients.gradient import value_and_grad
+from funczero.layout.mesh import P
+from funczero.step.step import train_step
 
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funczero.core.transform import refuse, slot_name
+from funczero.core.types import Grad, GradientTransformation, Transform
 from funczero.deepspeed.build import Rates, _made, rates_of
 from funczero.deepspeed.config import Config, Value
 from funczero.deepspeed.keys import ConfigError
-from funczero.mean import value
-from funczero.transform import refuse, slot_name
-from funczero.types import Grad, GradientTransformation, Transform
-from funczero.update import apply_update
+from funczero.transforms.mean import value
+from funczero.transforms.update import apply_update
 
 KEY = "param_groups"
 Group = dict[str, Any]  # name -> number or tuple of numbers

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from funczero.plain import plain
+from funczero.world.plain import plain
 
 HONOURED, REFUSED, NO_OP = "honoured", "refused", "no-op"
 

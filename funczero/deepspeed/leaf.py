@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from funczero.spec import Slots, Structure
-from funczero.types import TrainState
+from funczero.core.types import TrainState
+from funczero.layout.spec import Slots, Structure
 
 
 def number(structure: Structure, name: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from funczero.dataset import Batches
+from funczero.data.dataset import Batches
 
 
 class Loader:

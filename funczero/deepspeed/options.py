@@ -10,7 +10,7 @@ import torch
 
 from funczero.deepspeed.keys import COUNT, RATE, ConfigError, Key, count, honour, ignore, kind_of, rate, refuse
 from funczero.optim.from_torch import ELEMENTWISE
-from funczero.schedules import TORCH
+from funczero.optim.schedules import TORCH
 
 _RATES: dict[str, Key] = {
     "weight_decay": rate(0.0, "number"),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from hjson.decoder import HjsonDecodeError, HjsonDecoder, JSONArray, getNext, make_scanner, mlscanstring, scanKeyName, scantfnns
 
 from funczero.deepspeed.keys import ConfigError
-from funczero.plain import plain
+from funczero.world.plain import plain
 
 BYTES = 1 << 20  # of a file; the largest published configs have some ten thousand
 DEPTH = 32  # blocks and lists in one another

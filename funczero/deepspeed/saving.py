@@ -10,12 +10,12 @@ from absl import logging
 from torch import Tensor
 
 from funczero.checkpoint import Checkpointer, CheckpointError
+from funczero.core.types import Metrics
 from funczero.deepspeed import comm
 from funczero.deepspeed.groups import KEY, scheduled
 from funczero.deepspeed.leaf import write_leaf
 from funczero.deepspeed.sharded import module_state
 from funczero.deepspeed.window import taken
-from funczero.types import Metrics
 
 JOIN = 10.0  # seconds in which all ranks must come to a save or a load
 COUNTS = "micro_steps", "global_samples", "_micro", "_backwards"  # of the loop, beside the state's own

@@ -16,20 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funczero import tree
-from funczero.chain import Source
-from funczero.check import recorded
+from funczero.core import tree
+from funczero.core.types import Env, Grad, Out, Seed, TrainState
 from funczero.deepspeed.held import OLD, Closed, differentiate, leaves_under, named
 from funczero.deepspeed.partition import start_of
-from funczero.gradient import close, open_rest, pullback
-from funczero.layers import group_of, run_block, run_unit
-from funczero.mesh import P
-from funczero.spec import Slots
-from funczero.stateless import repeatable
-from funczero.step import Step
-from funczero.tape import Ref, Tape
-from funczero.types import Env, Grad, Out, Seed, TrainState
-from funczero.units import find_units, neighbours
+from funczero.gradients.gradient import close, open_rest, pullback
+from funczero.gradients.layers import group_of, run_block, run_unit
+from funczero.gradients.stateless import repeatable
+from funczero.gradients.tape import Ref, Tape
+from funczero.gradients.units import find_units, neighbours
+from funczero.layout.mesh import P
+from funczero.layout.spec import Slots
+from funczero.step.check import recorded
+from funczero.step.step import Step
+from funczero.transforms.chain import Source
 
 
 class Place(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from funczero.deepspeed.keys import ConfigError, Key
-from funczero.plain import plain
+from funczero.world.plain import plain
 
 
 def typed(where: str, key: Key, value: Any) -> Any:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero import order
-from funczero.accumulate import Accumulate, _add
-from funczero.collectives import all_gather, all_reduce
-from funczero.spec import Slots
-from funczero.step import Step
-from funczero.types import Out, TrainState
+from funczero.comm.collectives import all_gather, all_reduce
+from funczero.core import order
+from funczero.core.types import Out, TrainState
+from funczero.layout.spec import Slots
+from funczero.step.step import Step
+from funczero.transforms.accumulate import Accumulate, _add
 
 KEY = "accumulate"
 

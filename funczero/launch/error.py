@@ -1,7 +1,7 @@
 """What the launcher raises."""
 from __future__ import annotations
 
-from funczero.plain import plain
+from funczero.world.plain import plain
 
 
 class LaunchError(ValueError):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from funczero.launch.error import LaunchError
-from funczero.plain import plain
+from funczero.world.plain import plain
 
 ENTRY = re.compile(r"(\S+)\s+slots=([0-9]+)(?:\s+max[-_]slots=[0-9]+)?\s*(?:#.*)?")
 BYTES, SLOTS, RANKS = 1 << 20, 4096, 1 << 20  # of a hostfile; of a host; of a run: more is a slip of the pen

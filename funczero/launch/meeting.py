@@ -15,7 +15,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-from funczero.rendezvous import listen, serve, visit
+from funczero.world.rendezvous import listen, serve, visit
 
 BACKEND = "funczero"
 READ = timedelta(seconds=60)  # torchrun's own patience with its store

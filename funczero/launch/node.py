@@ -29,7 +29,7 @@ from funczero.launch.keeper import keep
 from funczero.launch.meeting import register
 from funczero.launch.orders import prepare, read_orders
 from funczero.launch.processes import Ending, adopt_orphans, exit_status, reap, send
-from funczero.rendezvous import Listener
+from funczero.world.rendezvous import Listener
 
 MARK = "\x1e"
 STDIN = ("stdin", "")

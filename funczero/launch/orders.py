@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from funczero.launch.error import LaunchError
-from funczero.rendezvous import Listener, listen, resolve
+from funczero.world.rendezvous import Listener, listen, resolve
 
 
 def read_orders(argv: Sequence[str]) -> tuple[dict[str, Any] | None, bytes]:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero import tree
-from funczero.number import number
+from funczero.core import tree
+from funczero.core.number import number
+from funczero.core.types import GradientTransformation
+from funczero.layout.spec import Slots
 from funczero.optim import rates
-from funczero.spec import Slots
-from funczero.types import GradientTransformation
 
 
 class AdamW(NamedTuple):

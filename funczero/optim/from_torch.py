@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero import tree
-from funczero.number import flag, kind, number
-from funczero.number import shown as described
+from funczero.core import tree
+from funczero.core.number import flag, kind, number
+from funczero.core.number import shown as described
+from funczero.core.types import ChainError, GradientTransformation
 from funczero.optim import rates
-from funczero.types import ChainError, GradientTransformation
 
 ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 Groups = list[tuple[Any, list[list[Tensor]]]]  # (weight decay, [params, grads, *moments])

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from funczero import tree
-from funczero.number import flag, shown
-from funczero.types import GradientTransformation
-from funczero.update import foreign
+from funczero.core import tree
+from funczero.core.number import flag, shown
+from funczero.core.types import GradientTransformation
+from funczero.transforms.update import foreign
 
 
 def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) -> GradientTransformation:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero import tree
-from funczero.number import kind, number, shown
-from funczero.spec import Slots
-from funczero.types import Grad
+from funczero.core import tree
+from funczero.core.number import kind, number, shown
+from funczero.core.types import Grad
+from funczero.layout.spec import Slots
 
 Rate = float | Callable[[Tensor], Tensor] | Sequence[tuple[str, Any]] | Any
 Beta = float | Callable[[Tensor], Tensor]  # one for all leaves

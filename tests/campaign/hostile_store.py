@@ -12,9 +12,9 @@ from pathlib import Path
 
 from hostile import Case
 
-from funczero import environment, rendezvous
 from funczero.launch.run import _event
-from funczero.plain import unpack
+from funczero.world import environment, rendezvous
+from funczero.world.plain import unpack
 
 HELLO = b"\0" + struct.pack("<I", 0x3C85F7CE)  # how a client of torch's store begins
 QUICK = timedelta(seconds=3)

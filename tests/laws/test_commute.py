@@ -8,7 +8,8 @@ import torch
 import zoo
 
 import funczero as fz
-from funczero import P, order
+from funczero import P
+from funczero.core import order
 
 NEST = {"node": 2, "local": 2}
 

@@ -8,8 +8,9 @@ import torch
 import zoo
 
 import funczero as fz
-from funczero import P, spec
-from funczero.norm import BINS
+from funczero import P
+from funczero.comm.norm import BINS
+from funczero.layout import spec
 
 MESH, K = {"node": 2, "local": 2}, 4
 # Moves by name: what happens for every micro-batch, then once an update. F: gather parameters for a forward (as often as a unit is opened), S: scatter a

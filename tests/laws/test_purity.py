@@ -7,7 +7,7 @@ import zoo
 
 import funczero as fz
 from funczero import P
-from funczero.mesh import world_size
+from funczero.layout.mesh import world_size
 from funczero.testing import tree_hash
 
 EXTRA = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 import zoo
 
-from funczero.mesh import world_size
+from funczero.layout.mesh import world_size
 
 FORMS = {"whole": dict(units=()), "keep": dict(units=("blocks",)), "remat": dict(units=("blocks",), loss_fn=zoo.loss_remat)}
 

@@ -7,7 +7,7 @@ import zoo
 
 import funczero as fz
 from funczero import tree
-from funczero.mesh import world_size
+from funczero.layout.mesh import world_size
 from funczero.testing import tree_hash
 
 MOVES = {"step", "chain/scale_loss/scale", "chain/scale_loss/hysteresis", "chain/scale_loss/iteration", "chain/scale_loss/last_overflow"}

@@ -8,7 +8,7 @@ import zoo
 from hypothesis import given, settings
 
 import funczero as fz
-from funczero import order
+from funczero.core import order
 
 ROWS = 12
 

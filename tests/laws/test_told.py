@@ -10,8 +10,8 @@ from campaign import apart, told
 
 import funczero as fz
 from funczero import P
-from funczero.ledger import DivergenceError
-from funczero.simulate import simulate
+from funczero.testing.simulate import simulate
+from funczero.world.ledger import DivergenceError
 
 LATE = 500
 PAIRED = {  # what differs while every rank launches as many collectives of the same sizes: the sum is reached, and tells

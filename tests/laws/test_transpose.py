@@ -5,9 +5,10 @@ import pytest
 import torch
 import zoo
 
-from funczero import P, collectives
-from funczero.mesh import connect, plan_mesh
-from funczero.spec import Rules, Where, lazy
+from funczero import P
+from funczero.comm import collectives
+from funczero.layout.mesh import connect, plan_mesh
+from funczero.layout.spec import Rules, Where, lazy
 
 CUTS = {
     "rows": Rules(),

@@ -6,9 +6,10 @@ import torch
 import zoo
 
 import funczero as fz
-from funczero import P, collectives
-from funczero.mesh import connect, plan_mesh
-from funczero.types import Seed
+from funczero import P
+from funczero.comm import collectives
+from funczero.core.types import Seed
+from funczero.layout.mesh import connect, plan_mesh
 
 ONE = {"node": 1, "local": 1}
 

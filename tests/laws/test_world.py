@@ -8,7 +8,7 @@ import torch
 import zoo
 
 import funczero as fz
-from funczero.mesh import world_size
+from funczero.layout.mesh import world_size
 
 POLICIES = {
     "fp32": "float32",

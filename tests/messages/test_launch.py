@@ -5,13 +5,13 @@ import socket
 
 import pytest
 
-from funczero import environment
 from funczero.launch import job as jobs
 from funczero.launch.flags import parse
 from funczero.launch.hostfile import choose, parse_hostfile
 from funczero.launch.orders import devices, prepare
 from funczero.launch.run import main
 from funczero.launch.transports import describe
+from funczero.world import environment
 
 HOSTS = {"worker-1": 4, "worker-2": 2}
 

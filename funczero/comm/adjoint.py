@@ -1,0 +1,86 @@
+"""Gathers and scatters of plain tensors that can be differentiated any number of times: each is the other's transpose.
+
+For research code that differentiates through sharded values: Hessian-vector products, penalties, unrolled optimizers. The
+convention is the sum: the cotangent of a gathered tensor is summed over ranks, and every rank's own cotangent counts once.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funczero.comm.collectives import launch_exchange, launch_gather, wait
+from funczero.core.order import tree_sum
+from funczero.layout.mesh import Mesh
+
+
+class _Gather(torch.autograd.Function):
+    """[rows, ...] -> [W * rows, ...]."""
+
+    @staticmethod
+    def forward(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+        return wait(launch_gather(x.contiguous().reshape(-1), axis, mesh)).reshape(-1, *x.shape[1:]).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.axis, ctx.mesh = inputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return _Scatter.apply(g, ctx.axis, ctx.mesh), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
+        return _over_rows(_Gather, in_dims[0], x, axis, mesh)
+
+
+class _Scatter(torch.autograd.Function):
+    """[W * rows, ...] on every rank -> the sum's [rows, ...] of this rank."""
+
+    @staticmethod
+    def forward(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+        size = mesh.axes[axis].size
+        rows = wait(launch_exchange(x.contiguous().reshape(size, -1), axis, mesh))
+        return tree_sum(rows).reshape(-1, *x.shape[1:]).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.axis, ctx.mesh = inputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return _Gather.apply(g, ctx.axis, ctx.mesh), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
+        return _over_rows(_Scatter, in_dims[0], x, axis, mesh)
+
+
+def _over_rows(fn: Any, dim: int | None, x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
+    """A batched call is one call with the batch as dim 1: rows stay dim 0."""
+    if dim is None:
+        return fn.apply(x, axis, mesh), None
+    return fn.apply(x.movedim(dim, 1), axis, mesh), 1
+
+
+def gather_rows(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+    """Every rank's equal rows of dim 0, joined in the order of ranks; differentiable any number of times.
+
+    Transpose: scatter_rows. Layout: split over axis -> whole. `mesh` is a connected Mesh, as step.running().env.mesh.
+    """
+    return x if mesh.axes[axis].size == 1 else _Gather.apply(x, axis, mesh)
+
+
+def scatter_rows(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+    """The sum over ranks of whole tensors, each rank keeping its rows of dim 0; differentiable any number of times.
+
+    Transpose: gather_rows. Layout: partial sum over axis -> split over axis; the rows must divide.
+
+    Raises:
+      ValueError: the rows of dim 0 do not divide by the axis.
+    """
+    size = mesh.axes[axis].size
+    if x.shape[0] % size:
+        raise ValueError(f"scatter_rows: {x.shape[0]} rows do not divide over {axis!r} of size {size}; pad dim 0 to a multiple of it")
+    return x if size == 1 else _Scatter.apply(x, axis, mesh)

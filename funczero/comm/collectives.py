@@ -1,0 +1,354 @@
+"""Sums, gathers and scatters by axis name: the only module that sends. Launch, then wait; every byte is counted.
+
+Gathers and scatters are each other's transpose. Sums are taken locally after an all_to_all, in the fixed tree of order.py: half
+the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and the same bits on any number of ranks.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funczero.core.order import tree_sum
+from funczero.layout.mesh import Mesh
+from funczero.layout.spec import Slots, Where
+
+MESSAGE = 1 << 22  # bytes of neighbouring units that share one message
+SHORT = 1 << 15  # bytes on all wires under which a message is all latency
+_ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
+
+
+class Travelling(NamedTuple):
+    """A collective under way; `wait()` finishes it."""
+
+    wait: Callable[[], Any]
+
+
+@contextmanager
+def count_bytes(step: Any) -> Iterator[Counter]:
+    """Counts what this process sends while it is open: (axis, verb, dtype) -> bytes, payload only.
+
+    Args:
+      step: a Step or its Mesh.
+    """
+    mesh = getattr(step, "mesh", step)
+    before: Counter = Counter(mesh.sent)
+    counter: Counter = Counter()
+    yield counter
+    counter.update(mesh.sent)
+    counter.subtract(before)
+    for key in [k for k, n in counter.items() if not n]:
+        del counter[key]
+
+
+def _sent(mesh: Mesh, axis: str, verb: str, dtype: torch.dtype, n: int, units: tuple[int, ...] = ()) -> None:
+    name = _name_of(dtype)
+    mesh.sent[axis, verb, name] += n
+    mesh.ledger.note(verb, axis, name, n, units)
+
+
+@cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- one flat buffer --------------------------------------------------------------------------------------------------
+def launch_gather(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ()) -> Tensor:
+    """Start to gather [n] into [W, n]; finish with wait. `units` says whose values these are, for ranks to compare."""
+    size, _, group = mesh.axes[axis]
+    if size == 1:
+        return x.view(1, -1)
+    _sent(mesh, axis, "all_gather", x.dtype, x.nbytes * (size - 1), units)
+    return _gather_rows(x, size, group, mesh)
+
+
+def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
+    """[n] to [W, n]. A short message goes to every rank directly: gloo's gather and all_reduce take twice an exchange's latency."""
+    with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
+        if mesh.device.type == "cpu" and x.nbytes * size <= SHORT:
+            rows = x.expand(size, -1).reshape(-1)
+            return mesh.flight.note(rows, _ops.all_to_all_single(rows, [x.numel()] * size, [x.numel()] * size, group)).view(size, -1)
+        return mesh.flight.note(x, _ops.all_gather_into_tensor(x, size, group)).view(size, -1)
+
+
+def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ()) -> Tensor:
+    """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order."""
+    size, _, group = mesh.axes[axis]
+    if size == 1:
+        return x
+    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, units)
+    with torch._C._AutoDispatchBelowAutograd():
+        return mesh.flight.note(x, _ops.all_to_all_single(x, [1] * size, [1] * size, group))
+
+
+def _launch_backend_sum(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...]) -> Tensor:
+    """Start the backend's own reduce-scatter of [W, n], in whatever order it adds."""
+    size, _, group = mesh.axes[axis]
+    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, units)
+    with torch._C._AutoDispatchBelowAutograd():
+        return mesh.flight.note(x, _ops.reduce_scatter_tensor(x, "sum", size, group))
+
+
+def wait(x: Tensor) -> Tensor:
+    """The tensor of a launched collective, complete."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.wait_tensor(x)
+
+
+def sum_integers(x: Tensor, axes: tuple[str, ...], mesh: Mesh) -> Tensor:
+    """An int64 sum over axes: integers add in any order. One collective where the axes are the whole mesh."""
+    return _summed(x, axes, mesh, noted=True)
+
+
+def _summed(x: Tensor, axes: tuple[str, ...], mesh: Mesh, noted: bool) -> Tensor:
+    axes = tuple(a for a in axes if mesh.axes[a].size > 1)
+    if axes and mesh.world_group and {a for a, n in mesh.sizes().items() if n > 1} == set(axes):
+        return _sum_over(x, "+".join(axes), prod(mesh.sizes().values()), mesh.world_group, mesh, noted)
+    for a in axes:
+        x = _sum_over(x, a, mesh.axes[a].size, mesh.axes[a].group, mesh, noted)
+    return x
+
+
+def sum_and_compare(parts: Sequence[Tensor], axes: tuple[str, ...], mesh: Mesh) -> tuple[Tensor, Tensor | None]:
+    """The int64 sum of flat `parts` over axes, one after another, in which all ranks of the mesh also compare what they launched (ledger.py).
+
+    Every rank of the mesh takes part. Over the mesh's other axes the parts are the same, and are counted once.
+
+    Returns:
+      the sum; and, on an accelerator, whether the ranks agree, as a bool tensor: it is told at the next sum there, without waiting for this one.
+
+    Raises:
+      DivergenceError: they do not; on all ranks alike, and before anything is made of the sum.
+    """
+    ledger, everything = mesh.ledger, tuple(mesh.axes)
+    if ledger.ranks == 1:
+        return sum_integers(parts[0] if len(parts) == 1 else torch.cat(tuple(parts)), axes, mesh), None
+    groups = _alike(mesh) if ledger.replicated else None
+    if ledger.later is not None:  # an earlier sum's
+        later, ledger.later = ledger.later.tolist(), None
+        ledger.agreed(later, groups)
+    own = [0] * ledger.ranks * (1 if groups is None else 2)
+    own[ledger.place], rows = ledger.seal("+".join(a for a in everything if mesh.axes[a].size > 1), 8 * sum(p.numel() for p in parts))
+    if groups is not None:
+        own[ledger.ranks + ledger.place] = rows
+    if any(mesh.axes[a].index for a in everything if a not in axes):
+        parts = [torch.zeros_like(p) for p in parts]
+    table = torch.tensor(own, device=mesh.device)
+    total = _summed(torch.cat((table, *parts)), everything, mesh, noted=False)
+    table, total = total[: len(own)], total[len(own) :]
+    if mesh.device.type == "cpu":
+        ledger.agreed(table.tolist(), groups)
+        return total, None
+    ledger.later = table
+    return total, (table[: ledger.ranks] == table[0]).all()
+
+
+def _alike(mesh: Mesh) -> list[int]:
+    """By place in the mesh: which ranks are given the same rows."""
+    groups = [0]
+    for name, a in mesh.axes.items():
+        groups = [g * (1 if name in mesh.ledger.replicated else a.size) + (0 if name in mesh.ledger.replicated else i) for g in groups for i in range(a.size)]
+    return groups
+
+
+def _sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: bool) -> Tensor:
+    short = mesh.device.type == "cpu" and x.nbytes * size <= SHORT
+    nbytes = x.nbytes * (size - 1) if short else 2 * x.nbytes * (size - 1) // size
+    if noted:
+        _sent(mesh, name, "all_reduce", x.dtype, nbytes)
+    else:  # it stands in the ledger already, by its own checksum
+        mesh.sent[name, "all_reduce", _name_of(x.dtype)] += nbytes
+    if short:
+        return wait(_gather_rows(x, size, group, mesh)).sum(0)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.wait_tensor(mesh.flight.note(x, _ops.all_reduce(x, "sum", group)))
+
+
+# --- one unit of a Slots ----------------------------------------------------------------------------------------------
+class _Piece(NamedTuple):
+    """A stretch of one leaf and where it lies on the wire."""
+
+    rank: int  # row of the wire; -1: an equal share in every row; -2: the whole leaf in every row
+    offset: int
+    numel: int  # in one row
+    dim: int
+    begin: int
+    shape: tuple[int, ...]
+
+
+def _plan(where: Where, unit: int, axis: str, size: int) -> list[list[_Piece]]:
+    """By member of a unit: how its rows here lie on the wire [W, n] one step inwards. Worked out once."""
+    key = (unit, axis, size)
+    if key in where.memo:
+        return where.memo[key]
+    inner = [where.inner(axis, size, q).slots for q in range(size)]
+    plan: list[list[_Piece]] = []
+    for i in where.structure.members[unit]:
+        d, here, offset = where.structure.leaves[i].dim(axis), where.slots[i], inner[0][i].offset
+        n = prod(here.shape)
+        if n == 0:
+            plan.append([])
+        elif d is None:
+            plan.append([_Piece(-2, offset, n, 0, 0, here.shape)])
+        elif d == 0 and all(slots[i].shape[0] * size == here.shape[0] for slots in inner):
+            plan.append([_Piece(-1, offset, n // size, 0, 0, here.shape)])
+        else:
+            cuts = [(q, slots[i]) for q, slots in enumerate(inner)]
+            plan.append([_Piece(q, offset, prod(s.shape), d, s.start[d] - here.start[d], s.shape) for q, s in cuts if s.shape[d]])
+    where.memo[key] = plan
+    return plan
+
+
+def _pairs(plan: list[list[_Piece]], size: int, leaves: list[Tensor], wire: Tensor, own: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Matching views of leaves (here) and of the wire, to be copied in either direction.
+
+    A leaf that the axis does not cut goes to every row of the wire, or comes from this rank's `own` buffer.
+    """
+    here, there = [], []
+    for pieces, x in zip(plan, leaves, strict=True):
+        for p in pieces:
+            if p.rank == -1:
+                here.append(x.reshape(size, p.numel))
+                there.append(wire.narrow(1, p.offset, p.numel))
+            elif p.rank == -2:
+                here.append(x.reshape(1, p.numel) if own is not None else x.reshape(1, p.numel).expand(size, p.numel))
+                there.append((wire if own is None else own.view(1, -1)).narrow(1, p.offset, p.numel))
+            else:
+                here.append(x.narrow(p.dim, p.begin, p.shape[p.dim]))
+                there.append(wire[p.rank, p.offset : p.offset + p.numel].view(p.shape))
+    return here, there
+
+
+def _travels(inner: Where, unit: int, axis: str) -> int:
+    """Elements of a buffer that a gather must send: up to the last slot that the axis cuts."""
+    key = ("travels", unit, axis)
+    if key not in inner.memo:
+        slots, leaves = inner.slots, inner.structure.leaves
+        inner.memo[key] = max((slots[i].offset + slots[i].length for i in inner.structure.members[unit] if leaves[i].dim(axis) is not None), default=0)
+    return inner.memo[key]
+
+
+def gather_units(where: Where, units: Sequence[int], axis: str, mesh: Mesh, buffers: Sequence[Tensor]) -> Travelling:
+    """Start to gather units one step outwards, to `where`, as one message; waiting returns their buffers there."""
+    size, index, _ = mesh.axes[axis]
+    if size == 1:
+        return Travelling(lambda: list(buffers))
+    inner = where.inner(axis, size, index)
+    parts = [b.narrow(0, 0, _travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
+    wire = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), axis, mesh, tuple(units))
+
+    def finish() -> list[Tensor]:
+        out, offset, whole = [], 0, wait(wire)
+        for u, own, part in zip(units, buffers, parts, strict=True):
+            make = torch.zeros if where.gaps[u] else torch.empty
+            out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
+            here, there = _pairs(_plan(where, u, axis, size), size, where.views(u, out[-1]), whole.narrow(1, offset, part.numel()), own)
+            _copy(here, there)
+            offset += part.numel()
+        return out
+
+    return Travelling(finish)
+
+
+def scatter_units(where: Where, units: Sequence[int], axis: str, mesh: Mesh, leaves: Sequence[list[Tensor]], dtype: torch.dtype) -> Travelling:
+    """Start to sum units' leaves over an axis and keep this rank's part, as one message; waiting returns their buffers one step inwards.
+
+    The leaves travel in the dtype they come in and are added in `dtype`, in the tree over ranks.
+    """
+    size, index, _ = mesh.axes[axis]
+    inner = where.inner(axis, size, index)
+    lengths = [inner.lengths[u] for u in units]
+    make = torch.zeros if any(where.inner(axis, size, q).gaps[u] for u in units for q in range(size)) else torch.empty
+    send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
+    for u, xs, row in zip(units, leaves, send.split_with_sizes(lengths, 1), strict=True):
+        here, there = _pairs(_plan(where, u, axis, size), size, xs, row, None)
+        _copy(there, here)
+    if mesh.sums == "backend" and size > 1:
+        part = _launch_backend_sum(send.to(dtype), axis, mesh, tuple(units))
+        return Travelling(lambda: list(wait(part).view(-1).split_with_sizes(lengths)))
+    wire = launch_exchange(send, axis, mesh, tuple(units))
+    return Travelling(lambda: list(tree_sum(wait(wire).to(dtype) if size > 1 else wire).split_with_sizes(lengths)))
+
+
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    if to:
+        torch._foreach_copy_(to, source)
+
+
+# --- Slots ------------------------------------------------------------------------------------------------------------
+def all_gather(x: Slots, axis: str, mesh: Mesh) -> Slots:
+    """One step outwards: every leaf's parts over `axis`, joined. The innermost axis comes first.
+
+    Layout: sharded over (..., axis) -> sharded over (...). Empty buffers (frozen) stay empty.
+    """
+    if not x.where.coords or x.where.coords[-1][0] != axis:
+        raise ValueError(f"all_gather({axis!r}): the innermost axis of these leaves is {x.where.axes[-1:] or 'none'}; gather that one first")
+    where = x.where.outer
+    if mesh.axes[axis].size == 1:
+        return Slots(x.buffers, where)
+    flying = [(us, gather_units(where, us, axis, mesh, [x.buffers[u] for u in us])) for us in _messages(x)]
+    return Slots(_landed(flying, x), where)
+
+
+def reduce_scatter(x: Slots, axis: str, mesh: Mesh, dtype: torch.dtype) -> Slots:
+    """Sum over `axis` and keep this rank's part: the transpose of all_gather. Outer axes come first.
+
+    Layout: unreduced over axis, sharded over (...) -> sharded over (..., axis). Sums are taken in `dtype`.
+    """
+    size, index, _ = mesh.axes[axis]
+    inner = x.where.inner(axis, size, index)
+    if size == 1:
+        return Slots(x.buffers, inner)
+    flying = [(us, scatter_units(x.where, us, axis, mesh, [x.where.views(u, x.buffers[u]) for u in us], dtype)) for us in _messages(x)]
+    return Slots(_landed(flying, x), inner)
+
+
+def all_reduce(x: Slots, axis: str, mesh: Mesh, dtype: torch.dtype) -> Slots:
+    """The sum over `axis`, whole on every rank, taken in `dtype`: a scatter and a gather, or what the backend does."""
+    size, _, group = mesh.axes[axis]
+    if mesh.sums == "tree" or size == 1:
+        return all_gather(reduce_scatter(x, axis, mesh, dtype), axis, mesh)
+    for b in x.buffers:
+        _sent(mesh, axis, "all_reduce", dtype, 2 * b.numel() * dtype.itemsize * (size - 1) // size)
+    with torch._C._AutoDispatchBelowAutograd():
+        flying = [mesh.flight.note(wide, _ops.all_reduce(wide, "sum", group)) for wide in (b.to(dtype) for b in x.buffers)]
+    return Slots(tuple(wait(b) for b in flying), x.where)
+
+
+def _messages(x: Slots) -> list[list[int]]:
+    """Units that travel together: small ones share a message, large ones overlap each other's copies. Empty ones (frozen) stay."""
+    out: list[list[int]] = []
+    room = 0
+    for u, b in enumerate(x.buffers):
+        if b.numel():
+            if not out or b.nbytes > room:
+                out.append([])
+                room = MESSAGE
+            out[-1].append(u)
+            room -= b.nbytes
+    return out
+
+
+def _landed(flying: list[tuple[list[int], Travelling]], x: Slots) -> tuple[Tensor, ...]:
+    done = {u: b for us, f in flying for u, b in zip(us, f.wait(), strict=True)}
+    return tuple(done.get(u, b) for u, b in enumerate(x.buffers))
+
+
+def cut(x: Slots, axis: str, mesh: Mesh) -> Slots:
+    """One step inwards without communication: this rank's part."""
+    size, index, _ = mesh.axes[axis]
+    inner = x.where.inner(axis, size, index)
+    if size == 1:
+        return Slots(x.buffers, inner)
+    out = inner.zeros(x.buffers[0].dtype, x.buffers[0].device)
+    for i, (a, b) in enumerate(zip(x.leaves(), out.leaves(), strict=True)):
+        if a is not None and b is not None and b.numel():
+            slot, origin = inner.slots[i], x.where.slots[i]
+            b.copy_(a[tuple(slice(s - o, s - o + n) for s, o, n in zip(slot.start, origin.start, slot.shape, strict=True))])
+    return Slots(tuple(b[: n.numel()] for b, n in zip(out.buffers, x.buffers, strict=True)), inner)

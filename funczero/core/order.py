@@ -1,0 +1,68 @@
+"""The order of sums: which global micro-batch sits where, and the one tree in which all are added.
+
+A micro-batch's global index is a mixed-radix number whose digits are the accumulates and the mesh axes; the sum taken
+first is the fastest digit. Rows are dealt by it, so the tree over indices is the same on any mesh and at any stage.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funczero.core import tree
+from funczero.core.types import Layout
+
+
+def indices(layout: Layout, coordinate: Callable[[str], int]) -> list[int]:
+    """Global indices of the micro-batches of one rank, in the order of time; `coordinate(axis)` is the rank's place.
+
+    >>> order = (("accumulate", 2), ("data", 2))
+    >>> indices(Layout(order=order), {"data": 1}.get)
+    [2, 3]
+    >>> indices(Layout(order=order[::-1]), {"data": 1}.get)
+    [1, 3]
+    """
+    here, stride = [0], 1
+    for name, n in layout.order:
+        digits = range(n) if name == "accumulate" else [coordinate(name)]
+        here, stride = [i + d * stride for d in digits for i in here], stride * n
+    return here
+
+
+def deal(batch: Any, layout: Layout, coordinate: Callable[[str], int]) -> Any:
+    """This rank's rows of a global batch: its micro-batches, in the order of time."""
+    micros = tree.split_rows(batch, layout.stride, "local_rows")
+    mine = [micros[i] for i in indices(layout, coordinate)]
+    return mine[0] if len(mine) == 1 else tree.map(lambda *xs: None if xs[0] is None else torch.cat(xs), *mine)
+
+
+def tree_sum(parts: list[Tensor] | Tensor) -> Tensor:
+    """The sum along dim 0 in a balanced binary tree: a fixed order, the same for one rank's time and another's ranks.
+
+    >>> tree_sum(torch.tensor([1e8, 1.0, -1e8, 1.0], dtype=torch.float64)).item()
+    2.0
+    """
+    xs = list(parts)
+    while len(xs) > 1:
+        xs = [a + b for a, b in zip(xs[::2], xs[1::2], strict=False)] + xs[len(xs) // 2 * 2 :]
+    return xs[0]
+
+
+Counter = tuple[Any, ...]  # one partial sum for every set bit of the count, oldest and largest first
+
+
+def push(counter: Counter, count: int, item: Any, add: Callable[[Any, Any], Any]) -> Counter:
+    """The binary counter of `count` summands takes one more: log2(k) + 1 partial sums, never k."""
+    while count & 1:
+        counter, item, count = counter[:-1], add(counter[-1], item), count >> 1
+    return (*counter, item)
+
+
+def close(counter: Counter, add: Callable[[Any, Any], Any]) -> Any:
+    """The sum of what a counter holds, right to left, as the tree over the same summands would take it."""
+    total = counter[-1]
+    for part in reversed(counter[:-1]):
+        total = add(part, total)
+    return total

@@ -1,0 +1,45 @@
+"""What every transform is made of: the one place that passes "nothing yet" through, and the way to refuse."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from funczero.core.types import ChainError, Grad, Layout, Out, Seed
+
+
+def refuse(g: Grad, name: str, why: str) -> ChainError:
+    """The error for a transform that cannot stand right of g."""
+    return ChainError(f"{name}: {why}\n  {' | '.join((*g.names, name))}  <- here")
+
+
+def after(
+    g: Grad,
+    name: str,
+    layout: Layout,
+    fn: Callable[[Out, dict[str, Any]], tuple[Out, dict[str, Any]]],
+    init: Callable[[Any], dict[str, Any]] | None = None,
+    seed: Callable[[Seed, dict[str, Any]], Seed] | None = None,
+) -> Grad:
+    """g, then fn; the one place that passes "nothing yet" (None) through.
+
+    Args:
+      fn: (out, state) -> (out, state); state is the flat dict of the whole chain.
+      init: lazy parameters -> this transform's own entries of the state.
+      seed: (seed, state) -> the seed handed to the left.
+    """
+
+    def apply(views: Any, state: dict[str, Any], batch: Any, s: Seed) -> tuple[Out | None, dict[str, Any]]:
+        out, state = g.apply(views, state, batch, s if seed is None else seed(s, state))
+        return (None, state) if out is None else fn(out, state)
+
+    both = g.init if init is None else lambda params: {**g.init(params), **init(params)}
+    return g._replace(init=both, apply=apply, layout=layout, names=(*g.names, name), arrows=(*g.arrows, layout))
+
+
+def slot_name(g: Grad, kind: str) -> str:
+    """Where a transform keeps its state: its kind, then kind#2, ...
+
+    Names carry no bracket and no index, so a checkpoint's paths are the same at every stage.
+    """
+    n = sum(name.split("(")[0] == kind for name in g.names)
+    return kind if n == 0 else f"{kind}#{n + 1}"

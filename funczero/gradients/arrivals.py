@@ -1,0 +1,177 @@
+"""The gradients of one apply's units: uses are summed as they arrive, and leave in one order that every rank keeps.
+
+A message carries no name, so two ranks that open different units (routed experts, dropped layers) must still send the same ones in the
+same order. Large units leave one by one, the last one first, as backwards produce them: one that is early waits for its turn, and one
+that no backward reached sends zeros. Small ones share the last message, always all of them, in the order of their numbers.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from funczero.comm.collectives import scatter_units
+from funczero.core.types import Env
+from funczero.layout.spec import Slots, Where
+
+Group = tuple[int, ...]  # the units of one block: one, or two where some of its leaves are frozen
+SMALL = 1 << 15  # elements under which a unit's gradient is not worth a message of its own
+
+
+class Arrivals:
+    """Which gradients have arrived, what travels, and what is here. Nothing is booked but inside `collecting`."""
+
+    def __init__(self, whole: Where, axes: tuple[str, ...], env: Env, dtype: torch.dtype, device: torch.device) -> None:
+        """axes: what gradients are scattered over at the seam, outermost first; dtype: in which they are born."""
+        self.whole, self.axes, self.env, self.dtype, self.device = whole, axes, env, dtype, device
+        self.here: Where = whole  # where gradients end up
+        for a in axes:
+            self.here = self.here.inner(a, env.mesh.axes[a].size, env.mesh.index(a))
+        learning = [u for u, unit in enumerate(whole.structure.units) if unit.seam and not unit.frozen]
+        self.large = [u for u in reversed(learning) if whole.lengths[u] >= SMALL]
+        self.small = [u for u in learning if whole.lengths[u] < SMALL]
+        self.uses: dict[int, int] = {}  # forwards of a unit whose gradient has not arrived
+        self.booking = self.look = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: dict[int, list[Tensor]] = {}  # of units of which more uses will arrive
+        self.ready: dict[int, list[Tensor]] = {}  # complete, and waiting for their turn
+        self.turn, self.number = 0, 0  # of the large ones, how many have left; how many gradients have arrived
+        self.scattering: tuple[Group, Callable[[], list[Tensor]]] | None = None
+        self.grads: dict[int, Tensor] = {}
+        self.bad: dict[int, Tensor] = {}
+
+    @contextmanager
+    def collecting(self, look: bool = False, retain: bool = False) -> Iterator[None]:
+        """While the backward that the chain asked for runs. Other backwards, as a loss may take on its way, book nothing.
+
+        Args:
+          look: count non-finite values.
+          retain: the same graph will run backward once more.
+        """
+        before = dict(self.uses)
+        self.booking, self.look = True, look
+        try:
+            yield
+        finally:
+            self.booking = False
+            self.uses = before if retain else self.uses
+
+    def use(self, group: Group) -> None:
+        """One more use of units in this forward: a gradient is complete after the last one."""
+        for unit in group:
+            self.uses[unit] = self.uses.get(unit, 0) + 1
+
+    def arrive(self, unit: int, grads: Sequence[Tensor | None]) -> None:
+        """A use's gradient, in the dtype it was born in: uses are summed here, in the order of arrival."""
+        if not self.booking:
+            return
+        if self.env.early is not None and self.env.early.used is not None:
+            self.env.early.used.update(m for m, g in zip(self.whole.structure.members[unit], grads, strict=True) if g is not None)
+        zeros = self._zeros(unit, [i for i, g in enumerate(grads) if g is None])
+        full = [zeros[i] if g is None else g for i, g in enumerate(grads)]
+        if not all(g.layout == torch.strided for g in full):
+            i = next(i for i, g in zip(self.whole.structure.members[unit], full, strict=True) if g.layout != torch.strided)
+            raise TypeError(sparse(self.whole.structure.leaves[i].path))
+        if unit in self.sums:
+            full = [a + b for a, b in zip(self.sums.pop(unit), full, strict=True)]
+        self.uses[unit] -= 1
+        self.number += 1
+        if self.uses[unit] > 0:
+            self.sums[unit] = full
+        else:
+            self.put(unit, full)
+
+    def put(self, unit: int, leaves: list[Tensor]) -> None:
+        """A unit's complete gradient: it leaves when its turn has come."""
+        self.ready[unit] = leaves
+        while self.turn < len(self.large) and self.large[self.turn] in self.ready:
+            self._next()
+
+    def _next(self) -> None:
+        unit = self.large[self.turn]
+        self.turn += 1
+        self._send((unit,), [self._taken(unit)])
+
+    def _taken(self, unit: int) -> list[Tensor]:
+        leaves = self.ready.pop(unit, None)
+        if leaves is None:  # no backward reached it on this rank
+            zeros = self._zeros(unit, range(len(self.whole.structure.members[unit])))
+            leaves = list(zeros.values())
+        if self.look:
+            self.bad[unit] = torch.stack([(~x.isfinite()).sum() for x in leaves])
+        return leaves
+
+    def _zeros(self, unit: int, which: Sequence[int]) -> dict[int, Tensor]:
+        info, members = self.whole.structure.leaves, self.whole.structure.members[unit]
+        return {i: torch.zeros(info[members[i]].shape, dtype=self.dtype, device=self.device) for i in which}
+
+    def _send(self, units: Group, leaves: list[list[Tensor]]) -> None:
+        """Over all axes, outermost first; the message before this one is finished meanwhile."""
+        mesh, dtype, where = self.env.mesh, self.env.policy.accumulate, self.whole
+        first = scatter_units(where, units, self.axes[0], mesh, leaves, dtype)
+
+        def finish() -> list[Tensor]:
+            buffers, here = first.wait(), where
+            for outer, axis in zip(self.axes, self.axes[1:], strict=False):
+                here = here.inner(outer, mesh.axes[outer].size, mesh.index(outer))
+                if mesh.axes[axis].size > 1:
+                    parts = [here.views(u, b) for u, b in zip(units, buffers, strict=True)]
+                    buffers = scatter_units(here, units, axis, mesh, parts, dtype).wait()
+            return buffers
+
+        before, self.scattering = self.scattering, (units, finish)
+        self._finish(before)
+
+    def _finish(self, sent: tuple[Group, Callable[[], list[Tensor]]] | None) -> None:
+        if sent is not None:
+            self.grads |= dict(zip(sent[0], sent[1](), strict=True))
+
+    def close(self, loose: Mapping[int, list[Tensor | None]]) -> tuple[Slots, Tensor | None]:
+        """This rank's gradients of all units, and its non-finite values by leaf where they were counted; ready for another backward.
+
+        Args:
+          loose: whole gradients of the units outside the seam, by leaf; None is zero.
+        """
+        for unit in list(self.sums):  # fewer backwards than forwards came
+            self.ready[unit] = self.sums.pop(unit)
+        while self.turn < len(self.large):
+            self._next()
+        for u, grads in loose.items():
+            zeros = self._zeros(u, [i for i, g in enumerate(grads) if g is None])
+            self.ready[u] = [zeros[i] if g is None else g for i, g in enumerate(grads)]
+        small = sorted([*self.small, *(u for u in loose if self.whole.lengths[u] < SMALL)])
+        for u in loose:
+            if self.whole.lengths[u] >= SMALL:
+                self._send((u,), [self._taken(u)])
+        if small:
+            self._send(tuple(small), [self._taken(u) for u in small])
+        self._finish(self.scattering)
+        found, bad = self.grads, self._bad_by_leaf()
+        self._clear()
+        return Slots(tuple(self._of(u, found) for u in range(len(self.whole.structure.units))), self.here), bad
+
+    def _of(self, unit: int, found: dict[int, Tensor]) -> Tensor:
+        """A unit's gradient; a unit without leaves that learn has none."""
+        if unit in found:
+            return found[unit]
+        some = next(iter(found.values()), None)
+        n = 0 if self.whole.structure.units[unit].frozen else self.here.lengths[unit]
+        return torch.zeros(n, dtype=self.dtype if some is None else some.dtype, device=self.device)
+
+    def _bad_by_leaf(self) -> Tensor | None:
+        if not self.look:
+            return None
+        bad = torch.zeros(len(self.whole.structure.leaves), dtype=torch.int64, device=self.device)
+        for u, counts in self.bad.items():
+            bad[list(self.whole.structure.members[u])] = counts
+        return bad
+
+
+def sparse(path: str = "") -> str:
+    """Why a gradient by coordinates is refused."""
+    what = repr(path) if path else "a parameter"
+    return f"value_and_grad: the gradient of {what} is sparse, but gradients are added and cut as dense rows; write sparse=False in its embedding"

@@ -1,0 +1,297 @@
+"""Where gradients come from: `value_and_grad` of a loss, `pullback` of somebody else's forward."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funczero.comm.collectives import all_gather
+from funczero.core import order, rng, tree
+from funczero.core.types import ChainError, Env, Grad, Layout, Out, Seed
+from funczero.gradients import draws
+from funczero.gradients.arrivals import sparse
+from funczero.gradients.tape import Ref, Tape
+from funczero.layout.mesh import P
+from funczero.layout.spec import Slots
+from funczero.transforms.chain import Configure, Source
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    batch: P = P(),
+    units: Sequence[str] | None = None,
+    trainable: str | Callable[[str], bool] | None = None,
+    has_aux: bool = False,
+    rng: bool = False,
+    replicated: Sequence[str] = (),
+) -> Source:
+    """The loss and its gradient, as sums over the examples: a Source, at the left end of a chain.
+
+    Layout out: unreduced over the axes of `batch`, less those of brackets that open left of it.
+
+    Args:
+      loss_fn: pure; (params, batch) -> (sum of losses, sum of weights), both 0-d; a mean is never taken here.
+      batch: P("data") or P(("node", "local")): the mesh axes that dim 0 of every tensor of the batch is split over.
+      units: paths of lists of like subtrees, which the loss gets closed and opens by fz.layers or fz.gather: gathered and
+        scattered one by one where parameters are sharded. By default what the loss function names (fz.stateless), else none.
+      trainable: regex or predicate on paths; the other leaves have no gradient, no moments and are not reduced.
+      has_aux: the loss returns (sum, weight, aux); aux is a tree of 0-d sums, summed in the gradients' order.
+      rng: call loss_fn(params, batch, key) with a key folded from (state.step, global micro-batch index).
+      replicated: mesh axes that the batch is not split over, on purpose: ranks along them are given the same rows, which is compared.
+
+    Raises:
+      ChainError: the batch's spec splits another dim than 0.
+    """
+    units = getattr(loss_fn, "units", ()) if units is None else (units,) if isinstance(units, str) else units
+    matches = tree.matcher(trainable)
+    frozen = (lambda path: False) if trainable is None else (lambda path: not matches(path))
+
+    def make(source: Source, env: Env) -> Grad:
+        return _build(source, env, lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng))
+
+    ties, patterns = tuple(getattr(loss_fn, "ties", {}).items()), _patterns("value_and_grad(trainable=...)", trainable)
+    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, ties=ties, patterns=patterns, replicated=_names(replicated))
+
+
+def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = None, replicated: Sequence[str] = ()) -> Source:
+    """A gradient whose forward ran elsewhere: its batch is `(pull, loss, weight)` with `pull: cotangent -> gradients`.
+
+    `pull` is the vector-Jacobian product of the caller's loss at `step.view(state)`, as the tree of those leaves (see fz.pull);
+    scaling, brackets, clipping and optimizers do not know the difference.
+
+    Layout out: as value_and_grad.
+    """
+    matches = tree.matcher(trainable)
+    frozen = (lambda path: False) if trainable is None else (lambda path: not matches(path))
+
+    def pulled(whole: list[Tensor], micro: Any, seed: Seed, tape: Tape) -> tuple[Tensor, Tensor, Any, list[Any]]:
+        if not isinstance(micro, tuple) or len(micro) != 3 or not callable(micro[0]):
+            raise TypeError(f"pullback: its batch is (pull, loss, weight), but this is a {type(micro).__name__}; write step(state, (fz.pull(loss, views), loss, weight))")
+        pull, loss, weight = micro
+        loss, weight = (torch.as_tensor(x, device=tape.port.device).detach() for x in (loss, weight))
+        structure = tape.whole.structure
+        flat = structure.treedef.flatten_up_to(pull(seed.cotangent.to(loss.dtype)))
+        grads: list[Any] = [None] * len(structure.leaves)
+        for place, g in zip(structure.places, flat, strict=True):
+            if g is not None:
+                grads[place] = g if grads[place] is None or g is grads[place] else grads[place] + g
+        return loss, weight, None, [None if structure.frozen(i) else g for i, g in enumerate(grads)]
+
+    patterns = _patterns("pullback(trainable=...)", trainable)
+    make = lambda source, env: _build(source, env, pulled, forward=False)
+    return Source("pullback", make, _batch_axes(batch), (), frozen, patterns=patterns, replicated=_names(replicated))
+
+
+def _names(axes: str | Sequence[str]) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def pull(loss: Tensor, views: Any) -> Callable[[Tensor], Any]:
+    """The vector-Jacobian product of a loss at the leaves that its forward used, for `pullback`."""
+    flat, treedef = tree.flatten(views)
+
+    def vjp(cotangent: Tensor) -> Any:
+        unique = {id(x): x for x in flat if isinstance(x, Tensor) and x.requires_grad}
+        grads = dict(zip(unique, torch.autograd.grad(loss, list(unique.values()), cotangent, allow_unused=True), strict=True))
+        return tree.unflatten([grads.get(id(x)) for x in flat], treedef)
+
+    return vjp
+
+
+def freeze(which: str | Callable[[str], bool]) -> Configure:
+    """Leaves whose path matches have no gradient, no moments and no bytes on the wire for one, wherever this stands in the chain.
+
+    Args:
+      which: a regex searched in the path, or a predicate on it.
+    """
+    matches = tree.matcher(which)
+    name = f"freeze({which!r})"
+    more = _patterns(name, which)
+    return Configure(name, lambda s: s._replace(frozen=lambda path: s.frozen(path) or matches(path), patterns=s.patterns + more))
+
+
+def _patterns(who: str, which: Any) -> tuple[tuple[str, str], ...]:
+    return ((who, which),) if isinstance(which, str) else ()
+
+
+def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A loss that returns one mean over its rows, as (sum, weight) with weight = the number of rows.
+
+    >>> per_row(lambda params, batch: batch["x"].mean())({}, {"x": torch.ones(3)})
+    (tensor(3.), tensor(3.))
+    """
+
+    def both(params: Any, batch: Any, *key: int) -> tuple[Tensor, Tensor]:
+        loss = loss_fn(params, batch, *key)
+        rows = tree.count_rows(tree.leaves(batch), "per_row")
+        return (loss * rows if rows else loss.nan_to_num() * 0), torch.full((), rows, dtype=loss.dtype, device=loss.device)
+
+    both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
+    return both
+
+
+# --- one apply --------------------------------------------------------------------------------------------------------
+def _batch_axes(batch: P) -> tuple[str, ...]:
+    spec = batch if isinstance(batch, P) else P(batch)
+    if any(d != 0 for _, d in spec.axes()):
+        raise ChainError(f"value_and_grad: batch={spec} splits a dim other than 0, but a batch is split by rows; write P(({', '.join(repr(a) for a, _ in spec.axes())},))")
+    return tuple(a for a, _ in spec.axes())
+
+
+def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward: bool = True) -> Grad:
+    axes = (*source.axes, *source.scatter)
+    for a in axes:
+        if a not in source.batch:
+            raise ChainError(
+                f"shard({a!r}): the gradient is not a partial sum over {a!r}, because the batch is not split over it; write {source.name}(..., batch=P({a!r}))\n"
+                f"  {''.join(f'{x}[ ' for x in source.axes)}{source.name}  <- here"
+            )
+    if len(set(axes)) < len(axes):
+        raise ChainError(f"shard({axes[-1]!r}): {axes[-1]!r} is bracketed twice; a mesh axis is cut once\n  {''.join(f'{x}[ ' for x in source.axes)}{source.name}  <- here")
+    mesh = env.mesh
+    layout = Layout(source.batch, frozenset(source.batch) - set(axes), axes, source.axes, tuple((a, mesh.axes[a].size) for a in axes))
+
+    def view(views: Slots) -> Slots:
+        return reduce(lambda x, a: all_gather(x, a, mesh), reversed(source.axes), views)
+
+    def apply(views: Slots, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Out, dict[str, Any]]:
+        mine = seed._replace(index=seed.index + order.indices(layout, mesh.index)[0])
+        tape = Tape(views, source.scatter, env, seed.look)
+        whole = open_rest(tape, forward)
+        loss, weight, aux, grads = differentiate(whole, batch, mine, tape)
+        slots, bad = close(tape, grads)
+        return Out(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
+
+    name = source.name if not source.batch else f"{source.name}(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})"
+    opened = tuple(f"shard({a!r}," for a in source.axes)
+    grad = Grad(lambda params: {}, view, apply, layout, (*opened, name), env, (*[Layout()] * len(opened), layout))
+    return grad
+
+
+def open_rest(tape: Tape, forward: bool = True) -> list[Any]:
+    """Every leaf of the tree for a loss: whole tensors outside the units, closed Refs inside them."""
+    structure, learn = tape.whole.structure, tape.differentiate and forward
+    out: list[Any] = [None] * len(structure.leaves)
+    loose = [u for u, unit in enumerate(structure.units) if not unit.seam and structure.members[u]]
+    if forward:
+        tape.launch(*loose)
+        seams = [u for u, unit in enumerate(structure.units) if unit.seam]
+        for u in loose:
+            buffer = tape.take(u)
+            tape.count(-1)
+            _spread(out, tape, u, buffer, learn)
+        tape.ahead(*tape.first())
+        for u in seams:
+            if not tape.seam:
+                _spread(tape.leaves, tape, u, tape.views.buffers[u], learn)
+            for i in structure.members[u]:
+                out[i] = Ref(tape, i)
+    return out
+
+
+def _spread(out: Any, tape: Tape, unit: int, buffer: Tensor, learn: bool) -> None:
+    frozen = tape.whole.structure.units[unit].frozen
+    for i, x in zip(tape.whole.structure.members[unit], tape.whole.views(unit, buffer), strict=True):
+        leaf = x.data  # not detach(): with a version counter of its own, a write can be told from its neighbours'
+        out[i] = leaf.requires_grad_() if learn and not frozen else leaf
+
+
+def _differentiate(
+    loss_fn: Callable[..., Any], whole: list[Any], batch: Any, seed: Seed, tape: Tape, has_aux: bool, keyed: bool
+) -> tuple[Tensor, Tensor, Any, list[Any]]:
+    structure = tape.whole.structure
+    key = (rng.fold(seed.key, seed.index),) if keyed else ()
+    open_leaves = {i: x for i, x in enumerate(whole) if isinstance(x, Tensor)} | tape.leaves
+    before = tape.copies(open_leaves)
+    with nullcontext() if getattr(loss_fn, "keyed", False) else draws.keyed(next(iter(key), None), tape.port.device, drew):
+        loss, weight, aux = check_loss(loss_fn(structure.unflatten(whole), batch, *key), has_aux)
+    tape.left_alone(open_leaves, before)
+    wanted = {i: x for i, x in open_leaves.items() if x.requires_grad}
+    grads: list[Any] = [None] * len(structure.leaves)
+    if loss.requires_grad:
+        with tape.arrivals.collecting(seed.look):
+            try:
+                found = torch.autograd.grad(loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True)
+            except RuntimeError as error:
+                if "not implemented for sparse" in str(error):
+                    raise TypeError(sparse()) from None
+                raise
+        for i, g in zip(wanted, found, strict=False):
+            if g is not None and g.layout != torch.strided:
+                raise TypeError(sparse(structure.leaves[i].path))
+            grads[i] = g
+    learning = any(not u.frozen and members for u, members in zip(structure.units, structure.members, strict=True))
+    if learning and not tape.arrivals.number and all(g is None for g in grads) and bool(weight != 0):
+        raise RuntimeError(_no_gradient())
+    rows = None
+    if has_aux:
+        flat, spec = tree.flatten(aux)
+        rows = (torch.stack([_aux(path, x, loss.device) for path, x in tree.paths(aux)])[None], spec)
+    return loss, weight.to(loss.device), rows, grads
+
+
+def drew(kind: str) -> RuntimeError:
+    """The error for a loss function that draws without a key."""
+    why = f"the loss function draws from {kind}'s global generator, so it would not be a function of its arguments"
+    remedy = "write value_and_grad(loss_fn, ..., rng=True): it is called as loss_fn(params, batch, key), and what it draws comes from that key"
+    return RuntimeError(f"value_and_grad: {why}; {remedy}")
+
+
+def _aux(path: str, x: Any, device: torch.device) -> Tensor:
+    """One of the user's sums."""
+    if not isinstance(x, (Tensor, int, float)) or isinstance(x, Tensor) and (x.dim() or x.is_complex()):
+        what = f"a tensor of shape {tuple(x.shape)} and {str(x.dtype).removeprefix('torch.')}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        where = f"aux {path!r}" if path else "aux"
+        raise TypeError(f"value_and_grad: {where} is {what}, but aux is a tree of 0-d sums, added over micro-batches and ranks; write x.sum() for each, or leave it out")
+    return torch.as_tensor(x, device=device).detach().double()
+
+
+def _no_gradient() -> str:
+    """Why a loss that weighs something has no gradient at all: an update with zeros would only decay the weights."""
+    if not torch.is_grad_enabled():
+        why, remedy = "the step is called under torch.no_grad or inference_mode", "call it outside; it is pure anyway"
+    else:
+        why, remedy = "it depends on no parameter that learns", "compute it from `params`, without detach() or .item()"
+    return f"value_and_grad: the loss has no gradient, because {why}; {remedy}"
+
+
+def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:
+    """(sum, weight, aux) of what a loss function returned, or one sentence."""
+    want = "(sum of losses, sum of weights, aux)" if has_aux else "(sum of losses, sum of weights)"
+    if isinstance(result, Tensor):
+        raise TypeError(
+            f"value_and_grad: the loss function returned one tensor of shape {tuple(result.shape)}, but an update needs {want}; "
+            "return `nll.sum(), mask.sum()`, or wrap a mean over rows: value_and_grad(fz.per_row(loss_fn), ...)"
+        )
+    if not isinstance(result, tuple) or len(result) != 2 + has_aux:
+        raise TypeError(f"value_and_grad: the loss function returned {_shape_of(result)}; return {want}")
+    loss, weight = result[0], torch.as_tensor(result[1])
+    if not isinstance(loss, Tensor) or loss.dim() or weight.dim() or not loss.is_floating_point():
+        raise TypeError(f"value_and_grad: the loss function returned {_shape_of(result)}; both are 0-d: the sum of losses and the sum of weights of this micro-batch")
+    return loss, weight, result[2] if has_aux else None
+
+
+def _shape_of(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)}"
+    return f"({', '.join(map(_shape_of, x))})" if isinstance(x, tuple) else f"a {type(x).__name__}"
+
+
+def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
+    """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
+    structure, where, device = tape.whole.structure, tape.whole, tape.port.device
+    tape.end()
+    if tape.env.early is not None and tape.env.early.used is not None:
+        tape.env.early.used.update(i for i, g in enumerate(grads) if g is not None)
+    if not tape.seam:
+        bad = None
+        if tape.look:
+            zero = torch.zeros((), dtype=torch.int64, device=device)
+            bad = torch.stack([zero if g is None else (~g.isfinite()).sum() for g in grads])
+        return Slots(where.pack(grads, tape.dtype, device).buffers, tape.arrivals.here), bad
+    loose = [u for u, unit in enumerate(structure.units) if not unit.seam and not unit.frozen and structure.members[u]]
+    return tape.arrivals.close({u: [grads[i] for i in structure.members[u]] for u in loose})

@@ -1,0 +1,241 @@
+"""One apply's units for a forward: closed parameters, what is gathered, and what is under way."""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from funczero.comm.collectives import Travelling, gather_units
+from funczero.core import tree
+from funczero.core.types import Env
+from funczero.gradients.arrivals import Arrivals, Group
+from funczero.layout.spec import Slots, Where
+
+
+class Ref:
+    """A parameter inside a unit, before the unit is opened: it has a shape and a dtype, and no values."""
+
+    def __init__(self, tape: Tape, leaf: int) -> None:
+        """Leaf number `leaf` of what the tape holds."""
+        info = tape.whole.structure.leaves[leaf]
+        self.tape, self.leaf, self.unit, self.path = tape, leaf, info.unit, info.path
+        self.shape, self.dtype, self.device = torch.Size(info.shape), tape.dtype, tape.port.device
+        self.requires_grad = tape.differentiate and not tape.whole.structure.frozen(leaf)
+
+    def is_floating_point(self) -> bool:
+        """Modules ask their parameters for a dtype."""
+        return True
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """Any use as a tensor is refused, with the correction."""
+        ref = next(x for x in tree.leaves((args, kwargs)) if isinstance(x, Ref))
+        ref._refuse()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """No tensor method exists here."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        again = torch._C._current_graph_task_id() != -1  # a backward reads it: something inside the block runs once more
+        remedy = "run its blocks with fz.layers(block, params[...], x) or open it with fz.gather(params[...])"
+        if "/" not in self.path:  # a module's parameter
+            remedy = "a module may read it only inside that block's forward; leave its list out of fz.stateless(..., units=[...])"
+        if again:
+            remedy = "it is read again in the backward, as torch.utils.checkpoint does inside a unit; leave that out, and write remat=True"
+        raise TypeError(f"parameter {self.path!r} is inside a unit that is not open; {remedy}")
+
+    def __repr__(self) -> str:
+        return f"<closed parameter {self.path!r} {tuple(self.shape)} {self.dtype}>"
+
+
+class Tape:
+    """What one forward and its backward hold of the units, two at a time, and where their gradients go (`arrivals`)."""
+
+    def __init__(self, views: Slots, scatter: tuple[str, ...], env: Env, look: bool, differentiate: bool = True) -> None:
+        """views: parameters at rest; scatter: axes that gradients are scattered over at the seam beyond those of rest."""
+        self.env, self.views, self.rest = env, views, views.where.axes
+        self.whole: Where = views.where.structure.whole
+        self.dtype = views.buffers[0].dtype
+        axes = (*self.rest, *scatter)  # outermost first
+        self.seam = any(env.mesh.axes[a].size > 1 for a in axes)  # over axes of size 1 there is nothing to do
+        self.differentiate, self.look = differentiate, look
+        self.port = torch.zeros((), device=views.buffers[0].device, requires_grad=differentiate)
+        self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device)
+        self.flying: dict[int, Travelling] = {}  # gathers under way
+        self.open: dict[int, Tensor] = {}  # gathered buffers that the backward reads
+        self.kept: set[int] = set()  # of these, the forward's last block
+        self.leaves: dict[int, Tensor] = {}  # by leaf number, where nothing is gathered or scattered
+        self.lent: list[tuple[int, weakref.ref[Tensor]]] = []  # leaves that a loss holds by itself (fz.gather)
+        self.live = self.peak = 0
+
+    # --- gathers
+    def launch(self, *group: int) -> None:
+        """Start to gather units, unless they are here or under way."""
+        for unit in group if self.rest and self.seam else ():
+            if unit not in self.flying and unit not in self.open:
+                where, axis = self.views.where.outer, self.rest[-1]
+                self.flying[unit] = gather_units(where, (unit,), axis, self.env.mesh, (self.views.buffers[unit],))
+                self.count(1)
+
+    def ahead(self, *group: int) -> None:
+        """Start gathers that are not needed yet, unless the step says to wait."""
+        if self.env.prefetch:
+            self.launch(*group)
+
+    def take(self, unit: int) -> Tensor:
+        """A unit's whole buffer; innermost axis first."""
+        if not self.rest or not self.seam:
+            return self.views.buffers[unit]
+        if self.whole.structure.units[unit].seam:
+            self.whole.memo.setdefault(FIRST, unit)
+        for other in tuple(self.kept):  # it was not the last
+            self.drop(other)
+        if unit in self.open:  # a backward inside the forward has gathered it
+            self.count(1)
+            return self.open[unit]
+        self.launch(unit)
+        (buffer,), where = self.flying.pop(unit).wait(), self.views.where.outer
+        for axis in reversed(self.rest[:-1]):
+            where = where.outer
+            (buffer,) = gather_units(where, (unit,), axis, self.env.mesh, (buffer,)).wait()
+        return buffer
+
+    def first(self) -> Group:
+        """The unit that an earlier forward over these parameters opened first, if there was one; guessing it costs memory."""
+        found = self.whole.memo.get(FIRST)
+        return () if found is None else (found,)
+
+    def again(self, unit: int, group: Group, before: Group) -> Tensor:
+        """The whole buffer for the backward: gathered at first touch, then the gathers of the block before it start."""
+        if unit in self.kept:
+            self.kept.remove(unit)
+            self.ahead(*before)
+        if unit not in self.open:
+            for other in [u for u in self.open if u not in group]:
+                self.drop(other)  # a frozen unit, or a backward inside the forward, says nothing of its last use
+            self.land(group)  # nor does a first block whose input needs no gradient, and whose weights no backward reads
+            self.open[unit] = self.take(unit)
+            self.ahead(*before)
+        return self.open[unit]
+
+    def keep(self, buffers: dict[int, Tensor]) -> None:
+        """Hold on to the forward's last block, which the backward reads first."""
+        self.count(-len(buffers.keys() & self.open.keys()))
+        self.open |= buffers
+        self.kept |= set(buffers)
+
+    def drop(self, unit: int) -> None:
+        """Forget a gathered buffer."""
+        self.kept.discard(unit)
+        if self.open.pop(unit, None) is not None:
+            self.count(-1)
+
+    def count(self, n: int) -> None:
+        """Book gathered buffers that came or went."""
+        self.live += n if self.rest else 0
+        self.peak = max(self.peak, self.live)
+
+    def land(self, but: Group = ()) -> None:
+        """Nothing is left under way but these units."""
+        for unit in [u for u in self.flying if u not in but]:
+            self.flying.pop(unit).wait()
+            self.count(-1)
+
+    def end(self) -> None:
+        """After the backward nothing is open or under way."""
+        self.land()
+        for unit in list(self.open):
+            self.drop(unit)
+
+    # --- leaves
+    def open_leaves(self, buffers: dict[int, Tensor], track: bool = False) -> dict[int, Tensor]:
+        """Leaves of gathered units by leaf number; with track, those with a gradient report it to this tape."""
+        out: dict[int, Tensor] = {}
+        for u, buffer in buffers.items():
+            learns = track and not self.whole.structure.units[u].frozen
+            if learns:
+                self.arrivals.use((u,))
+            xs = self.node(u, buffer) if learns else [x.data for x in self.whole.views(u, buffer)]
+            out |= dict(zip(self.whole.structure.members[u], xs, strict=True))
+        return out
+
+    def resting_leaves(self, group: Group) -> dict[int, Tensor]:
+        """Leaves of units where nothing is gathered or scattered: views, so that the uses in one call are summed before those of other calls."""
+        members = [i for u in group for i in self.whole.structure.members[u]]
+        return {i: x.view_as(x) if x.requires_grad else x for i, x in ((i, self.leaves[i]) for i in members)}
+
+    def node(self, unit: int, buffer: Tensor | None = None) -> tuple[Tensor, ...]:
+        """A unit's leaves in the graph; without a buffer, stand-ins of their shapes and of no memory, for who computes the gradients itself."""
+        try:
+            return _Open.apply(self, unit, buffer, self.port)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):
+                raise
+            name = self.whole.structure.units[unit].name
+            why = f"unit {name!r} is opened inside a torch.func transform, but units are first-order and know no vmap or jvp"
+            raise RuntimeError(f"value_and_grad(units=...): {why}; leave units out for this loss") from None
+
+    def untouched(self, leaves: Mapping[int, Tensor], before: Mapping[int, Tensor] | None = None) -> None:
+        """Refuse a loss that wrote its parameters: at some stages that is the caller's state, at others a copy.
+
+        Args:
+          before: copies of the leaves, where writes that no version counter sees (`.data`) are looked for as well.
+        """
+        for i, x in leaves.items():
+            if not x.is_inference() and x._version or before is not None and not _same_bits(x, before[i]):
+                path = self.whole.structure.leaves[i].path
+                why = "a pure loss may read its parameters alone; write a new tensor, as w = w.clamp(...), or leave out max_norm"
+                raise RuntimeError(f"the loss writes into parameter {path!r} in place, but {why}")
+
+
+    def left_alone(self, whole: Mapping[int, Tensor], before: Mapping[int, Tensor] | None) -> None:
+        """`untouched`, of everything that a loss has had in its hands until its end."""
+        alive = {i: x for i, ref in self.lent if (x := ref()) is not None}
+        self.untouched(alive)
+        self.untouched(whole, before)
+
+    def copies(self, leaves: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
+        """What `untouched` compares with, while values are looked at (debug)."""
+        return {i: x.detach().clone() for i, x in leaves.items()} if self.look else None
+
+
+FIRST = ("tape", "first")  # in Where.memo
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.detach().contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+class _Open(torch.autograd.Function):
+    """A unit's leaves for the forward. Autograd runs this node only for a backward that asks for the parameters: there their gradients are booked."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, unit: int, buffer: Tensor | None, port: Tensor) -> tuple[Tensor, ...]:
+        ctx.tape, ctx.unit, ctx.held = tape, unit, buffer is not None
+        ctx.set_materialize_grads(False)
+        if buffer is None:
+            one, leaves = torch.zeros((), dtype=tape.dtype, device=port.device), tape.whole.structure.leaves
+            return tuple(one.expand(leaves[i].shape) for i in tape.whole.structure.members[unit])
+        return tuple(x.data for x in tape.whole.views(unit, buffer))  # .data: each has a version counter of its own
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        first_order()
+        ctx.tape.drop(ctx.unit)
+        ctx.tape.arrivals.arrive(ctx.unit, grads)
+        return None, None, None, None
+
+
+def first_order() -> None:
+    """The seam frees what a second derivative would need; say so instead of being wrong."""
+    if torch.is_grad_enabled():
+        why = "the seam is first-order only, but create_graph=True asks for a second derivative"
+        raise RuntimeError(f"value_and_grad(units=...): {why}; leave units out for this loss")
+
+

@@ -1,0 +1,224 @@
+"""Named processes: the world, the mesh, and the names of tensor dims' axes."""
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from funczero.world import environment, presence, rendezvous
+from funczero.world.inflight import InFlight
+from funczero.world.ledger import Ledger
+
+
+class P(tuple):
+    """A PartitionSpec: for every tensor dim the mesh axis (or axes, outermost first) it is split over, or None.
+
+    >>> P("data", None), P(("node", "local")), P()
+    (P('data', None), P(('node', 'local')), P())
+    """
+
+    def __new__(cls, *dims: str | tuple[str, ...] | None) -> P:
+        """One entry a tensor dim; missing ones are None."""
+        for d in dims:
+            names = d if isinstance(d, tuple) else (d,)
+            if not all(n is None or isinstance(n, str) for n in names):
+                raise TypeError(f"P: {d!r} is not a mesh axis; write a name, a tuple of names or None for every tensor dim")
+        return super().__new__(cls, dims)
+
+    def __repr__(self) -> str:
+        return f"P({', '.join(map(repr, self))})"
+
+    def axes(self) -> tuple[tuple[str, int], ...]:
+        """Every mesh axis with the tensor dim it splits, in order."""
+        return tuple((a, d) for d, names in enumerate(self) for a in (names if isinstance(names, tuple) else (names,)) if a is not None)
+
+
+class World(NamedTuple):
+    """This process among all processes."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+class Axis(NamedTuple):
+    """One axis of a mesh as this process sees it."""
+
+    size: int
+    index: int  # this process's place on it
+    group: str  # name of its process group; "" while none is needed or known
+
+
+class Mesh(NamedTuple):
+    """What a chain needs of a mesh: sizes, places, group names, the device and the count of what was sent."""
+
+    axes: dict[str, Axis]
+    device: torch.device
+    sent: Counter  # (axis, verb, dtype) -> bytes sent by this process
+    world_group: str = ""  # the group of all, where the mesh spans them
+    connected: bool = False
+    sums: str = "tree"  # how gradients are added over ranks: in the one tree, or by the "backend" as it likes
+    ledger: Any = None  # the checksum of all launches, which ranks compare; shared by all copies, as `sent` is
+    flight: Any = None  # what the backend may still hold when the process ends (inflight.py)
+
+    def sizes(self) -> dict[str, int]:
+        """Axis sizes by name."""
+        return {name: a.size for name, a in self.axes.items()}
+
+    def index(self, axis: str) -> int:
+        """This process's place on an axis."""
+        return self.axes[axis].index
+
+    def place(self, axes: tuple[str, ...]) -> tuple[int, int]:
+        """This process among those along some axes, outermost first, and their number."""
+        index, size = 0, 1
+        for name in axes:
+            a = self.axes[name]
+            index, size = index * a.size + a.index, size * a.size
+        return index, size
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={a.size}" for name, a in self.axes.items()) or "no axes"
+
+
+def _default_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    world = _environment()
+    return torch.device(accelerator.type, world.local_rank if world else 0)
+
+
+def _environment() -> World | None:
+    """What a launcher wrote into the environment, whole or not at all."""
+    found = environment.read(os.environ)
+    return None if found is None else World(int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"]))
+
+
+def init_distributed(backend: str | None = None) -> World:
+    """Join the world that torchrun, OpenMPI, MPICH or SLURM describes, or a world of one without them; a second call changes nothing.
+
+    What another launcher than torchrun says is written under torchrun's names as well, so that libraries and scripts find it there.
+
+    Args:
+      backend: a torch backend by name; by default gloo for CPU, the accelerator's own (nccl, rccl) otherwise.
+
+    Raises:
+      RuntimeError: the environment describes half a world, or several hosts without rank 0's address.
+    """
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    world = _environment()
+    if world is None:
+        return World(0, 1, 0)
+    found = environment.adopt()
+    device = _default_device()
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    dist.init_process_group(backend or dist.get_default_backend_for_device(device.type), **rendezvous.join(found or {}))
+    return world
+
+
+def world_size() -> int:
+    """Processes in this world, without joining it."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    world = _environment()
+    return 1 if world is None else world.size
+
+
+def _resolve(sizes: Mapping[str, int], world: int) -> dict[str, int]:
+    """Sizes with -1 filled in, checked."""
+    out = dict(sizes)
+    for name, n in out.items():
+        if not isinstance(name, str) or not isinstance(n, int) or isinstance(n, bool) or (n < 1 and n != -1):
+            raise ValueError(f"mesh: axis {name!r} has size {n!r}; write a positive number of processes, or -1 for all that are left")
+    free = [name for name, n in out.items() if n == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh: only one axis can be -1, but {free} are; write the size of the others")
+    if free:
+        rest = prod(n for n in out.values() if n != -1)
+        if world % rest:
+            raise ValueError(f"mesh {dict(sizes)}: {world} processes do not divide into {rest} for the axes with a size; start a multiple of {rest} processes")
+        out[free[0]] = world // rest
+    return out
+
+
+def make_mesh(sizes: Mapping[str, int], device: str | None = None) -> DeviceMesh:
+    """torch's DeviceMesh of all processes, by axis name, outermost first; -1 takes all that are left.
+
+    This is the only place that creates process groups. A collective: every process of the world calls it.
+
+    Raises:
+      ValueError: the sizes do not multiply to the world.
+    """
+    world = init_distributed()
+    full = _resolve(sizes, world.size)
+    if prod(full.values()) != world.size:
+        raise ValueError(_wrong_world(full, world.size))
+    if not dist.is_initialized():  # a world of one: a group of this process alone, no network
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device or _default_device().type, tuple(full.values()), mesh_dim_names=tuple(full))
+
+
+def _wrong_world(sizes: Mapping[str, int], world: int) -> str:
+    need = prod(sizes.values())
+    first = next(iter(sizes), "data")
+    return f"mesh {dict(sizes)} needs {need} processes, but this world has {world}; start torchrun --nproc-per-node={need}, or write {{{first!r}: -1}}"
+
+
+def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | None = None) -> Mesh:
+    """A mesh to build, print and check a chain with; joins no world and creates no group."""
+    if isinstance(mesh, Mesh):
+        return mesh
+    if isinstance(mesh, DeviceMesh):
+        return _connected(mesh)
+    if mesh is not None and not isinstance(mesh, Mapping):
+        raise TypeError(f"mesh: {mesh!r} is neither a dict of axis sizes nor a DeviceMesh; write mesh={{'data': -1}}")
+    sizes = _resolve(mesh or {}, world_size())
+    where = torch.device(device) if device else _default_device()
+    return Mesh({name: Axis(n, 0, "") for name, n in sizes.items()}, where, Counter(), connected=False, ledger=Ledger(), flight=InFlight())
+
+
+def connect(mesh: Mesh) -> Mesh:
+    """The same mesh with its process groups: joins the world, once. Axes of size 1 need none."""
+    if mesh.connected:
+        return mesh
+    world = init_distributed()
+    sizes = mesh.sizes()
+    if prod(sizes.values()) != world.size:
+        raise ValueError(_wrong_world(sizes, world.size))
+    if world.size == 1:
+        return mesh._replace(connected=True)
+    presence.announce()
+    live = _connected(_shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type), mesh.ledger)
+    return live._replace(sent=mesh.sent, device=mesh.device, sums=mesh.sums)
+
+
+@lru_cache(maxsize=16)
+def _shared_mesh(world: Any, sizes: tuple[tuple[str, int], ...], device: str) -> DeviceMesh:
+    """Steps of one world with the same axes share their process groups: each costs sockets and threads that torch never frees."""
+    return make_mesh(dict(sizes), device)
+
+
+def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
+    names = mesh.mesh_dim_names
+    if not names:
+        raise ValueError("mesh: this DeviceMesh has no mesh_dim_names; make it with fz.make_mesh({'data': -1})")
+    place = mesh.get_coordinate()
+    if place is None:
+        raise ValueError(f"mesh: rank {dist.get_rank()} is not part of this DeviceMesh; build one over all ranks with fz.make_mesh")
+    axes = {n: Axis(mesh.size(d), place[d], mesh.get_group(d).group_name if mesh.size(d) > 1 else "") for d, n in enumerate(names)}
+    whole = dist.get_world_size() == mesh.size()
+    device = torch.device(mesh.device_type) if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.accelerator.current_device_index())
+    group: Any = dist.group.WORLD
+    out = Mesh(axes, device, Counter(), group.group_name if whole else "", connected=True, ledger=ledger or Ledger(), flight=InFlight())
+    out.ledger.joined(*out.place(tuple(axes)), device)
+    return out

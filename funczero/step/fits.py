@@ -1,0 +1,254 @@
+"""Which states a step may take: those that it made or that have its form, with views that are those of their masters.
+
+Law: a state that was made for other coordinates, units or transforms is refused before anything is launched, and views that this step did not
+make from these very masters are made anew. Identity answers for the states that the step returned, a comparison by shapes for all others; what
+decides is which tensors a program handed over, so that ranks that run the same program decide alike.
+"""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funczero.comm.collectives import all_gather
+from funczero.core import tree
+from funczero.core.types import Grad, TrainState, Tree
+from funczero.layout.spec import Lazy, Slots, Structure, Where
+from funczero.transforms.accumulate import Accumulate
+from funczero.transforms.skips import Skipped
+from funczero.transforms.update import coords
+
+REMEDY = "begin with step.init(other.params(state)), or take the moments along with Checkpointer(...).restore(like=(step, params))"
+
+
+class Form(NamedTuple):
+    """What a step's states look like for one structure of parameters."""
+
+    masters: Where
+    views: Where | None  # None where a view is the cast master
+    chain: dict[str, Any] | None  # on the meta device; None for an optimizer that looks at values when it starts
+
+
+@dataclass
+class Line:
+    """What a step remembers of a state that it returned, while that lives."""
+
+    step: weakref.ref[Tensor]
+    buffers: tuple[weakref.ref[Tensor], ...]  # of the masters, then of the views
+    versions: tuple[int, ...]
+    skipped: Skipped
+
+
+class Book:
+    """The states that a step and its donating twin have returned."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, Line] = {}
+        self.said: set[str] = set()  # notices
+
+    def add(self, state: TrainState, skipped: Skipped | None = None) -> None:
+        """A state of this step's making."""
+        buffers = _buffers(state)
+        if len(self.lines) > 64:
+            self.lines = {i: line for i, line in self.lines.items() if line.step() is not None}
+        refs, versions = tuple(map(weakref.ref, buffers)), tuple(0 if x.is_inference() else x._version for x in buffers)
+        self.lines[id(state.step)] = Line(weakref.ref(state.step), refs, versions, skipped or Skipped())
+
+    def line(self, state: TrainState) -> Line | None:
+        """The line of the state that this one is, or was before something in it was replaced."""
+        line = self.lines.get(id(state.step))
+        return line if line is not None and line.step() is state.step else None
+
+    def made(self, state: TrainState) -> bool:
+        """Are these masters and views the very tensors of a state of this step's making, as it left them?"""
+        line, buffers = self.lines.get(id(state.step)), _buffers(state)
+        if line is None or line.step() is not state.step or len(buffers) != len(line.buffers):
+            return False
+        rows = zip(line.buffers, line.versions, buffers, strict=True)
+        return all([ref() is x and (x.is_inference() or x._version == v) for ref, v, x in rows])  # a list: this runs at every step
+
+
+class Fits:
+    """Looks at the states that a step is given."""
+
+    def __init__(self, book: Book, running: Callable[[], Grad], lazy: Callable[[Grad, Tree], Lazy]) -> None:
+        """lazy: a tree of meta tensors with the units, cuts and ties that the step gives them."""
+        self.book, self.running, self.lazy = book, running, lazy
+        self.forms: list[tuple[Structure, Form]] = []  # those asked for, the last one first
+
+    def look(self, state: TrainState) -> bool:
+        """Refuse what this step cannot take; are masters and views of this step's making?
+
+        Raises:
+          TypeError: its masters are no Slots, but a tree.
+          ValueError: the state is of another stage, chain, mesh or policy, or its leaves have other shapes.
+          RuntimeError: a leaf requires grad.
+        """
+        if not isinstance(state.params, Slots):
+            what = f"its masters are a {type(state.params).__name__}, but a state holds this rank's parts of them (Slots)"
+            raise TypeError(f"step: {what}; write step.init(params) for whole parameters, or state.params.map(fn) to change them")
+        made, where = self.book.made(state), state.params.where
+        known, form = self.forms[0] if self.forms else (None, None)
+        same = made and form is not None and form.chain is not None and known is where.structure and state.chain.keys() == form.chain.keys()
+        learning = any([b.requires_grad for b in _buffers(state)])
+        if learning or not same or _odd(state.chain, where):
+            self._differentiable(state)
+            self._compare(state)
+        return made
+
+    def _differentiable(self, state: TrainState) -> None:
+        for path, x in tree.paths(state):
+            if isinstance(x, Tensor) and x.requires_grad:
+                what = "what the step returns would carry a wrong derivative, because a step is not differentiable yet"
+                raise RuntimeError(f"step: {path!r} of its state requires grad, but {what}; give it tree_map(torch.detach, state)")
+
+    def views(self, state: TrainState, made: bool | None = None) -> Slots:
+        """The parameters at rest as a forward reads them; views that are not these masters' are gathered, one collective an axis.
+
+        Args:
+          made: what `look` said, where it is known.
+        """
+        g = self.running()
+        if state.views is None:
+            return state.params.to(g.env.policy.compute)
+        if self.book.made(state) if made is None else made:
+            return state.views
+        fresh = state.params.to(g.env.policy.compute)
+        for axis in reversed(state.params.where.axes[len(state.views.where.axes) :]):
+            fresh = all_gather(fresh, axis, g.env.mesh)
+        return Slots(fresh.buffers, state.views.where)
+
+    def settled(self, state: TrainState, views: Slots | None = None) -> TrainState:
+        """The same state with views of its masters (these, where they are known), remembered as this step's own."""
+        if self.book.made(state):
+            return state
+        line = self.book.line(state)
+        state = state._replace(views=None if state.views is None else views or self.views(state))
+        self.book.add(state, None if line is None else line.skipped)
+        return state
+
+    def form(self, structure: Structure) -> Form:
+        """What a state over such parameters looks like here."""
+        for i, (known, form) in enumerate(self.forms):
+            if known is structure:
+                self.forms.insert(0, self.forms.pop(i))
+                return form
+        g = self.running()
+        own = self.lazy(g, structure.unflatten([torch.empty(leaf.shape, device="meta") for leaf in structure.leaves]))
+        inner = next(lay for lay in g.arrows if lay.applied)
+        ours = structure if own.structure == structure else own.structure
+        masters, rest = Where(ours, coords(g, inner.sharded)), coords(g, g.layout.rest)
+        try:
+            chain: dict[str, Any] | None = {k: v for k, v in g.init(own).items() if k != "params"}
+        except (NotImplementedError, RuntimeError):  # an optimizer that looks at values when it starts
+            chain = None
+        form = Form(masters, None if masters.coords == rest else Where(ours, rest), chain)
+        self.forms = [(structure, form), *self.forms[:7]]
+        return form
+
+    def _compare(self, state: TrainState) -> None:
+        form, policy = self.form(state.params.where.structure), self.running().env.policy
+        why = _places("parameters", state.params.where, form.masters)
+        if not why and (state.views is None) != (form.views is None):
+            here, there = ("views apart from its masters", "none") if state.views is not None else ("no views", "them apart from the masters")
+            why = f"it has {here}, but this step keeps {there}"
+        why = why or _structures(state.params.where.structure, form.masters.structure)
+        if not why and state.views is not None and form.views is not None:
+            why = _places("views", state.views.where, form.views) or _fit("views", state.views, policy.compute)
+        why = why or _fit("params", state.params, policy.params) or _chains(state.chain, form)
+        if why:
+            raise ValueError(f"step: this state is not one of this step: {why}; {REMEDY}")
+
+
+def _buffers(state: TrainState) -> tuple[Tensor, ...]:
+    return state.params.buffers if state.views is None else (*state.params.buffers, *state.views.buffers)
+
+
+def _odd(x: Any, where: Where) -> bool:
+    """Does a transform's state hold a leaf that requires grad, or one that lies elsewhere?"""
+    if isinstance(x, Tensor):
+        return x.requires_grad
+    if isinstance(x, Slots):
+        return x.where is not where and x.where != where or any([b.requires_grad for b in x.buffers])
+    if isinstance(x, (tuple, list, dict)) and not isinstance(x, Accumulate):
+        for y in x.values() if isinstance(x, dict) else x:
+            if _odd(y, where):
+                return True
+    return False
+
+
+def _slots(x: Any) -> Iterator[Slots]:
+    """Every Slots of a chain's state but for partial sums, which lie where their window has them."""
+    if isinstance(x, Slots):
+        yield x
+    elif isinstance(x, (tuple, list, dict)) and not isinstance(x, Accumulate):
+        for y in x.values() if isinstance(x, dict) else x:
+            yield from _slots(y)
+
+
+# --- where a state differs, in words ----------------------------------------------------------------------------------
+def _structures(have: Structure, want: Structure) -> str:
+    if have == want:
+        return ""
+    for a, b in zip(have.leaves, want.leaves, strict=False):
+        for what, x, y in (("path", a.path, b.path), ("dims cut", dict(a.dims), dict(b.dims)), ("unit", *_units(a, b, have, want))):
+            if x != y:
+                return f"parameter {a.path!r} has {what} {x!r} in it, but {y!r} in this step"
+    return "its parameters are tied or nested otherwise than this step's"
+
+
+def _units(a: Any, b: Any, have: Structure, want: Structure) -> tuple[str, str]:
+    both = [s.units[leaf.unit] for leaf, s in ((a, have), (b, want))]
+    first, second = (f"{u.name or 'none'}{', frozen' * u.frozen}" for u in both)
+    return first, second
+
+
+def _places(what: str, have: Where, want: Where) -> str:
+    if have.coords == want.coords:
+        return ""
+    return f"its {what} lie {_words(have)}, but this step's lie {_words(want)}"
+
+
+def _words(where: Where) -> str:
+    cuts = ", ".join(f"part {i + 1} of {n} over {a!r}" for a, n, i in where.coords)
+    return f"cut ({cuts})" if cuts else "whole on every rank"
+
+
+def _fit(what: str, have: Slots, dtype: torch.dtype) -> str:
+    lengths = [b.numel() for b in have.buffers]
+    if lengths != list(have.where.lengths):
+        return f"its {what} have {lengths} elements a unit, but this step's have {list(have.where.lengths)}"
+    odd = next((b.dtype for b in have.buffers if b.dtype != dtype), dtype)
+    return "" if odd == dtype else f"its {what} are {_name(odd)}, but this step keeps them in {_name(dtype)}"
+
+
+def _chains(have: dict[str, Any], form: Form) -> str:
+    want = form.chain
+    if want is None:
+        return ""
+    if have.keys() != want.keys():
+        return f"its chain keeps {sorted(have)}, but this step's keeps {sorted(want)}"
+    for name, ours in want.items():
+        theirs = have[name]
+        if type(theirs) is not type(ours):
+            return f"{name!r} keeps a {type(theirs).__name__} in it, but a {type(ours).__name__} in this step"
+        if isinstance(ours, Accumulate):
+            continue  # an open window, or none
+        for a, b in zip(_slots(theirs), _slots(ours), strict=False):
+            if a.where != b.where:
+                return f"the state of {name!r} lies {_words(a.where)}, but this step's lies {_words(b.where)}"
+        (a_flat, a_tree), (b_flat, b_tree) = tree.flatten(theirs), tree.flatten(ours)
+        forms = [[(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in flat] for flat in (a_flat, b_flat)]
+        if a_tree == b_tree and forms[0] != forms[1]:
+            i = next(i for i, (x, y) in enumerate(zip(*forms, strict=True)) if x != y)
+            here, there = (f"shape {f[i][0]} in {_name(f[i][1])}" if f[i] else "no tensor" for f in forms)  # type: ignore[index]
+            return f"{f'{name}/{tree.paths(ours)[i][0]}'!r} has {here}, but {there} in this step"
+    return ""
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,199 @@
+"""Composition: parts become a gradient, and whatever cannot mean what it says is refused here, in any process."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from funczero.core.transform import refuse
+from funczero.core.types import ChainError, Env, Grad, GradientTransformation
+from funczero.layout.spec import Rules
+from funczero.transforms.update import apply_update, foreign, rewrite
+
+
+class Source(NamedTuple):
+    """A gradient not yet built: brackets that open left of it still add their axis, and what follows is inside them."""
+
+    name: str
+    make: Callable[[Source, Env], Grad]
+    batch: tuple[str, ...]
+    units: tuple[str, ...] = ()
+    frozen: Callable[[str], bool] = lambda path: False
+    axes: tuple[str, ...] = ()  # brackets open left of it, outermost first: what parameters at rest are split over
+    scatter: tuple[str, ...] = ()  # brackets that open directly right of it: the seam scatters for them
+    rules: tuple[tuple[str, Rules], ...] = ()
+    transforms: tuple[Any, ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()  # (second name, first name) of leaves that are one, whatever tree they come in
+    patterns: tuple[tuple[str, str], ...] = ()  # (who, regex): each must find a parameter
+    replicated: tuple[str, ...] = ()  # mesh axes whose ranks are meant to be given the same rows
+
+
+class Bracket(NamedTuple):
+    """`shard(axis, *parts)` right of a Source."""
+
+    axis: str
+    parts: tuple[Any, ...]
+    rules: Rules
+    edges: Callable[[Grad, Bracket], Grad]
+    opened: bool = False  # the Source already scatters over it, at the seam
+
+
+class Configure(NamedTuple):
+    """A part that changes the Source, wherever it stands."""
+
+    name: str
+    source: Callable[[Source], Source]
+
+
+class Lift(NamedTuple):
+    """An optimizer in its place; the last one of a chain applies the update."""
+
+    tx: GradientTransformation
+    applies: bool
+
+
+def build(parts: Sequence[Any], env: Env) -> Grad:
+    """A gradient from a Source and the parts to its right."""
+    if not parts or not isinstance(parts[0], Source):
+        first = _name(parts[0]) if parts else "nothing"
+        raise ChainError(f"chain: it begins with {first}, but a chain begins with a gradient; write value_and_grad(loss_fn, batch=...) or pullback() first")
+    source, *rest = parts
+    if source.axes and rest:
+        inside = " | ".join((source.name, *(_name(p) for p in source.transforms)))
+        raise ChainError(
+            f"{_name(rest[0])}: it stands after the bracket that holds the parameters at rest, which has no closing edge; move it inside: "
+            f"shard({source.axes[-1]!r}, {inside.replace(' | ', ', ')}, {', '.join(map(_name, rest))})\n"
+            f"  {''.join(f'{a}[ ' for a in source.axes)}{inside}{' ]' * len(source.axes)} | {_name(rest[0])}  <- here"
+        )
+    source, marked = configured(parts), _mark(_flatten((*source.transforms, *rest)))
+    rules = dict(source.rules) | _rules(marked)
+    for axis in (*rules, *source.axes, *source.batch):
+        if axis not in env.mesh.axes:
+            raise ChainError(f"{source.name}: {axis!r} is not an axis of the mesh ({env.mesh}); write one of {list(env.mesh.axes)}")
+    if source.units:
+        source, marked = _open_at_seam(source, marked)
+    g = fold(source.make(source, env._replace(rules=rules)), marked)
+    _all_used(source, env)
+    return g
+
+
+def _all_used(source: Source, env: Env) -> None:
+    """Refuse a mesh axis along which every rank would train a model of its own, unless that is said to be meant."""
+    for axis in (*source.replicated, *env.mesh.axes):
+        if axis not in env.mesh.axes:
+            raise ChainError(f"{source.name}: replicated names {axis!r}, which is not an axis of the mesh ({env.mesh}); write one of {list(env.mesh.axes)}")
+        if axis in source.batch and axis in source.replicated:
+            raise ChainError(f"{source.name}: the batch is split over {axis!r}, so its ranks are not given the same rows; leave it out of replicated")
+        if axis not in source.batch + source.replicated and env.mesh.axes[axis].size > 1:
+            axes = (*source.batch, axis)
+            spec = f"P({axis!r})" if len(axes) == 1 else f"P({axes!r})"
+            raise ChainError(
+                f"{source.name}: nothing is split or summed over the mesh axis {axis!r} of size {env.mesh.axes[axis].size}, so every rank along it would train a model of "
+                f"its own; write batch={spec}, or {source.name}(..., replicated=({axis!r},)) if its ranks are given the same rows"
+            )
+
+
+def fold(g: Grad, parts: Sequence[Any]) -> Grad:
+    """g, then every part in order."""
+    for part in parts:
+        if isinstance(part, Bracket):
+            g = part.edges(g, part)
+        elif isinstance(part, Lift):
+            g = apply_update(g, part.tx) if part.applies else rewrite(g, part.tx)
+        elif isinstance(part, Source):
+            raise refuse(g, part.name, "a chain has one gradient, at its left end; write a second chain for a second loss")
+        elif foreign(part):
+            raise refuse(g, _name(part), str(foreign(part)))
+        elif callable(part):
+            g = part(g)
+        else:
+            raise refuse(g, _name(part), "this is neither a transform nor an optimizer; write a function Grad -> Grad or an (init, update) pair")
+    return g
+
+
+def chain(*transforms: Any) -> tuple[Any, ...]:
+    """Parts as one part: what stands between two transforms may stand in a name."""
+    return _flatten(transforms)
+
+
+def _name(part: Any) -> str:
+    if isinstance(part, Bracket):
+        return f"shard({part.axis!r}, {', '.join(map(_name, part.parts))})"
+    if isinstance(part, Lift):
+        return part.tx.name
+    return str(getattr(part, "name", None) or getattr(part, "__name__", type(part).__name__))
+
+
+def _flatten(parts: Sequence[Any]) -> tuple[Any, ...]:
+    plain: list[Any] = []
+    for p in parts:
+        plain += _flatten(p) if type(p) in (tuple, list) else [p]
+    return tuple(plain)
+
+
+def configured(parts: Sequence[Any]) -> Source:
+    """The Source as the parts that change it (freeze) leave it."""
+    source, *rest = parts
+    for configure in _configures(_flatten((*source.transforms, *rest))):
+        source = configure.source(source)
+    return source
+
+
+def _configures(parts: Sequence[Any]) -> list[Configure]:
+    return [c for p in parts for c in ([p] if isinstance(p, Configure) else _configures(p.parts) if isinstance(p, Bracket) else [])]
+
+
+def _is_optimizer(part: Any) -> bool:
+    own = isinstance(part, (Source, Bracket, Configure, Lift))
+    return not own and callable(getattr(part, "init", None)) and callable(getattr(part, "update", None))
+
+
+def _mark(parts: Sequence[Any]) -> tuple[Any, ...]:
+    """Optimizers as Lifts; the last one applies. One in a bracket that closes before the last is refused."""
+    found: list[tuple[tuple[int, ...], Any]] = []
+
+    def walk(parts: Sequence[Any], path: tuple[int, ...]) -> None:
+        for i, p in enumerate(parts):
+            if isinstance(p, Bracket):
+                walk(p.parts, (*path, i))
+            elif _is_optimizer(p):
+                found.append(((*path, i), p))
+
+    walk(parts, ())
+    last = found[-1][0] if found else ()
+    for path, p in found[:-1]:
+        if path[:-1] != last[:-1]:
+            raise ChainError(
+                f"{_name(found[-1][1])}: it stands in another bracket than {_name(p)} before it, but an update is applied once, with the last optimizer; "
+                f"put both inside the same bracket\n  {' | '.join(_name(p) for p in parts)}"
+            )
+
+    def replaced(parts: Sequence[Any], path: tuple[int, ...]) -> tuple[Any, ...]:
+        out: list[Any] = []
+        for i, p in enumerate(parts):
+            if isinstance(p, Bracket):
+                out.append(p._replace(parts=replaced(p.parts, (*path, i))))
+            elif _is_optimizer(p):
+                tx = p if isinstance(p, GradientTransformation) else GradientTransformation(p.init, p.update, name=type(p).__name__)
+                out.append(Lift(tx, (*path, i) == last))
+            elif not isinstance(p, Configure):
+                out.append(p)
+        return tuple(out)
+
+    return replaced(parts, ())
+
+
+def _rules(parts: Sequence[Any]) -> dict[str, Rules]:
+    out: dict[str, Rules] = {}
+    for p in parts:
+        if isinstance(p, Bracket):
+            out |= {p.axis: p.rules} | _rules(p.parts)
+    return out
+
+
+def _open_at_seam(source: Source, parts: tuple[Any, ...]) -> tuple[Source, tuple[Any, ...]]:
+    """Brackets that open directly right of a Source with units scatter each unit's gradient as soon as it exists."""
+    first = parts[0] if parts else None
+    if not isinstance(first, Bracket) or first.axis not in source.batch or first.axis in (*source.axes, *source.scatter):
+        return source, parts
+    source, inner = _open_at_seam(source._replace(scatter=(*source.scatter, first.axis)), first.parts)
+    return source, (first._replace(parts=inner, opened=True), *parts[1:])

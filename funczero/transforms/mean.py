@@ -1,0 +1,129 @@
+"""The mean: left of it are sums, in any order; right of it are values."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funczero.comm.collectives import sum_and_compare
+from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
+from funczero.core import order, tree
+from funczero.core.transform import after, refuse
+from funczero.core.types import Env, Grad, Layout, Out, Transform
+from funczero.layout.spec import Slots
+
+
+def mean(g: Grad) -> Grad:
+    """The sum becomes a value: divided by the weight, through `factor` alone, with one packed integer collective an update.
+
+    Every loss and weight travels as its float64 bits at its global micro-batch index (zero elsewhere), with the norm's integer
+    bins: integer sums have no order. Left of it are sums, right of it values. A weight of zero leaves ok false.
+    With them every rank's checksum of what it launched: ranks that did not do the same raise here, and nothing is applied.
+    """
+    lay, env = g.layout, g.env
+    if lay.mean:
+        raise refuse(g, "mean", "the mean is already taken, here or by a nonlinear transform left of it; leave this one out")
+    if lay.unreduced:
+        raise refuse(g, "mean", _partial(lay))
+
+    places = torch.tensor(order.indices(lay, env.mesh.index), device=env.mesh.device)
+
+    def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
+        columns = [out.loss[:, None].double(), out.weight[:, None].double()] + ([] if out.aux is None else [out.aux[0]])
+        rows = torch.cat(columns, 1)
+        bits = torch.zeros(lay.stride, rows.shape[1], dtype=torch.int64, device=rows.device)
+        bits.index_copy_(0, places[: len(rows)], rows.view(torch.int64))
+        parts = [bits.view(-1), _norm_bins(out.grads, lay, env)]
+        if out.bad is not None:
+            parts.append(_place_of(out.bad, lay, env))
+        packed, alike = sum_and_compare(parts, lay.batch, env.mesh)
+        table = packed[: bits.numel()].view(torch.float64).view(lay.stride, -1)
+        total = order.tree_sum(table)
+        bins = packed[bits.numel() : bits.numel() + 1 + BINS]
+        bad = None if out.bad is None else _first_bad(packed[bits.numel() + 1 + BINS :], len(out.bad))
+        loss, weight = total[0], total[1]
+        finite, factor = bins[0] == 0 if alike is None else (bins[0] == 0) & alike, 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
+        norm = torch.where(finite, norm_of(bins, folds(out.grads.buffers[0].dtype)) * factor, torch.inf)
+        aux = None if out.aux is None else tree.unflatten(list(total[2:]), out.aux[1])
+        return Out(loss * factor, weight, aux, out.grads, factor, norm, finite & (weight > 0), bad, {**out.logs, "rows": table}), state
+
+    return after(g, "mean", replace(lay, mean=True), fn)
+
+
+def _norm_bins(grads: Slots, lay: Layout, env: Env) -> Tensor:
+    """This rank's share of the norm: every value counted on one rank only."""
+    first = all(env.mesh.index(a) == 0 for a in lay.batch if a not in lay.sharded)
+    mine = []
+    for u, buffer in enumerate(grads.buffers):
+        for axes, start, stop in grads.where.sections[u] if buffer.numel() and first else ():
+            if all(env.mesh.index(a) == 0 for a in axes):
+                mine.append(buffer[start:stop])
+    if sum(x.numel() for x in mine) <= CHUNK:
+        mine = [torch.cat(mine)] if mine else []
+    total = torch.zeros(1 + BINS, dtype=torch.int64, device=grads.buffers[0].device)
+    for x in mine:
+        total += square_bins(x)
+    return total
+
+
+def global_norm(grads: Slots, factor: Tensor, lay: Layout, env: Env) -> Tensor:
+    """The norm of factor * grads over the whole tree, for a gradient that was rewritten since the mean; one collective."""
+    bins, _ = sum_and_compare([_norm_bins(grads, lay, env)], lay.batch, env.mesh)
+    return torch.where(bins[0] == 0, norm_of(bins, folds(grads.buffers[0].dtype)) * factor, torch.inf)
+
+
+def rank_of(lay: Layout, env: Env) -> tuple[int, int]:
+    """This rank among those that share the batch, and their number."""
+    index, size = 0, 1
+    for a in lay.batch:
+        index, size = index * env.mesh.axes[a].size + env.mesh.index(a), size * env.mesh.axes[a].size
+    return index, size
+
+
+def _place_of(bad: Tensor, lay: Layout, env: Env) -> Tensor:
+    index, size = rank_of(lay, env)
+    table = torch.zeros(size, len(bad), dtype=torch.int64, device=bad.device)
+    table[index] = bad
+    return table.view(-1)
+
+
+def _first_bad(flat: Tensor, leaves: int) -> Tensor:
+    """[leaf, rank] of the first non-finite leaf, [-1, -1] where there is none."""
+    table = flat.view(-1, leaves) > 0
+    leaf = table.any(0).byte().argmax()
+    rank = table[:, leaf].byte().argmax()
+    return torch.where(table.any(), torch.stack([leaf, rank]), -1)
+
+
+def _partial(lay: Layout) -> str:
+    axes = [a for a in lay.batch if a in lay.unreduced]
+    return f"the gradient is still a partial sum over mesh axes {axes}; put all_reduce({axes[0]!r}) or shard({axes[0]!r}, ...) before it"
+
+
+def value(g: Grad, name: str) -> Grad:
+    """g as a value that a nonlinear transform may read: the mean is inserted here, once."""
+    if g.layout.applied:
+        raise refuse(g, name, "the update is already applied; put it further left, inside the bracket and before the last optimizer")
+    if g.layout.unreduced:
+        raise refuse(g, name, _partial(g.layout))
+    return g if g.layout.mean else mean(g)
+
+
+def pointwise(name: str, fn: Callable[[Tensor, Tensor], Tensor]) -> Transform:
+    """A nonlinear transform that rewrites gradients value by value: fn(grads, factor) -> grads; zero must stay zero."""
+
+    def transform(g: Grad) -> Grad:
+        g = value(g, name)
+        return after(g, name, g.layout, lambda out, state: (rewritten(out, out.grads.map(lambda b: fn(b, out.factor.to(b.dtype)))), state))
+
+    transform.__name__ = name
+    return transform
+
+
+def rewritten(out: Out, grads: Slots) -> Out:
+    """Out with other gradients: their factor is one and their norm unknown."""
+    logs = out.logs if out.norm is None else {"grad_norm": out.norm, **out.logs}
+    return out._replace(grads=grads, factor=torch.ones_like(out.factor), norm=None, logs=logs)

@@ -1,0 +1,55 @@
+"""The bracket: from here to its end, this rank's shard. The ZeRO stage is where it opens."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from funczero.comm import collectives
+from funczero.core.transform import refuse
+from funczero.core.types import ChainError, Grad
+from funczero.layout.mesh import P
+from funczero.layout.spec import Rules
+from funczero.transforms.chain import Bracket, Source, chain, fold
+from funczero.transforms.reduce import closed, summed
+
+
+def shard(axis: str, *inside: Any, rules: Sequence[tuple[str, P]] = (), threshold: int = 0) -> Any:
+    """`inside` on this rank's part of every leaf: a reduce-scatter where it opens, an all-gather where it closes.
+
+    Law: opening it earlier changes bytes and memory, never values, nor bits when the chain deals the rows. With a gradient
+    inside, parameters rest sharded and the bracket has no closing edge. Brackets nest to any depth, outermost axis first.
+
+    Args:
+      axis: a mesh axis that the batch is split over.
+      inside: transforms, the optimizer, further brackets; or first of all the gradient (ZeRO-3).
+      rules: (regex on the path, P): which tensor dim the axis cuts; P() keeps a leaf whole. By default dim 0. Binds inner brackets.
+      threshold: leaves with fewer elements stay whole (DeepSpeed: stage3_param_persistence_threshold).
+
+    Source: Rajbhandari et al., ZeRO, arXiv 1910.02054.
+    """
+    if not inside:
+        raise ChainError(f"shard({axis!r}): there is nothing inside it; write the optimizer inside: shard({axis!r}, adamw(...))")
+    for pair in rules:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], P):
+            raise TypeError(f"shard({axis!r}): rule {pair!r} is not a pair of a regex and a P; write rules=[('w1$', P(None, {axis!r}))]")
+    own = Rules(tuple(rules), threshold)
+    inside = chain(*inside)
+    if isinstance(inside[0], Source):
+        source = inside[0]
+        return source._replace(axes=(axis, *source.axes), rules=((axis, own), *source.rules), transforms=(*source.transforms, *inside[1:]))
+    return Bracket(axis, tuple(inside), own, _edges)
+
+
+def _edges(g: Grad, bracket: Bracket) -> Grad:
+    axis, name = bracket.axis, f"shard({bracket.axis!r},"
+    mesh, wide = g.env.mesh, g.env.policy.accumulate
+    if bracket.opened:
+        opened = g._replace(names=(*g.names, name), arrows=(*g.arrows, g.layout))
+    elif g.layout.applied:
+        raise refuse(g, name + " ...)", "the update is already applied; put it further left, around the optimizer")
+    else:
+        opened = summed(g, axis, name, lambda x: collectives.reduce_scatter(x, axis, mesh, wide), (axis,))
+    inner = fold(opened, bracket.parts)
+    if inner.layout.sharded[-1:] != (axis,):
+        raise refuse(inner, ")", f"shard({axis!r}) closes, but the leaves are sharded over {list(inner.layout.sharded)}; close what was opened inside first")
+    return closed(inner, axis, ")")

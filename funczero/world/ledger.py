@@ -1,0 +1,307 @@
+"""What this process launched, as one number that all ranks of a mesh compare whenever they sum integers anyway.
+
+Law: ranks that launched the same (verb, axis, units, dtype, bytes) in the same calls (chain, leaves, step, key, scalars of the state) have the same checksum,
+and where two differ all ranks raise the same sentence. Numbers of rows and of local micro-batches stay out: a ragged batch and a short window are right.
+"""
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from funczero.world.plain import plain, unpack
+
+UPDATE = "step(state, batch)"
+KEPT = 1 << 12  # launches remembered for words, since the last sum that agreed
+ANSWERS = 1 << 26  # bytes that another rank may say at most
+ANSWER = 5.0  # seconds in which the others say what they launched
+BEGINS = "begins with"
+NAN = -1.0  # stands for a nan among the scalars, whose hash would be its address
+
+
+class DivergenceError(RuntimeError):
+    """Ranks did not do the same; raised on all of them, before anything is applied."""
+
+
+class Context(NamedTuple):
+    """The call that launches, as all ranks must make it."""
+
+    call: str
+    step: int = 0
+    key: int = 0
+    scalars: tuple[Any, ...] = ()  # rates, counters and scales of the state, as far as they lie on the CPU
+    spec: int = 0  # checksum of the chain and the leaves
+    names: tuple[str, ...] = ()  # of scalars; not compared, nor is what follows
+    rows: str = ""  # of the call's batch
+    units: tuple[str, ...] = ()  # their names
+
+
+class Entry(NamedTuple):
+    """One launch with its call; or what a rank began with; or that it left, or raised."""
+
+    context: Context
+    verb: str
+    axis: str = ""
+    dtype: str = ""
+    nbytes: int = 0
+    units: tuple[int, ...] = ()
+    text: str = ""  # not compared
+
+    @property
+    def compared(self) -> tuple[Any, ...]:
+        """What must be the same on all ranks."""
+        return (*self.context[:5], *self[1:6])
+
+    def __str__(self) -> str:
+        c = self.context
+        if self.text:
+            return f"{self.verb} {self.text}"
+        if self.verb == BEGINS:
+            return f"{BEGINS} {self.axis}" + f" of {self.dtype}" * bool(self.dtype)
+        names = [c.units[u] or "the rest" if u < len(c.units) else str(u) for u in self.units[:3]]
+        unit = f" of {', '.join(map(repr, names))}{' ...' * (len(self.units) > 3)}" if any(c.units[u : u + 1] != ("",) for u in self.units) else ""
+        size = f" of {self.nbytes} bytes of {self.dtype}" if self.dtype else ""
+        rows = f" with {c.rows} rows" if c.rows else ""
+        return f"launched {self.verb}{unit} over {self.axis!r}{size} in {c.call}{rows} at step {c.step}"
+
+    @classmethod
+    def read(cls, values: Sequence[Any]) -> Entry:
+        """An entry as JSON gives it back."""
+        context: Any = [tuple(x) if isinstance(x, list) else x for x in values[0]]
+        verb, axis, dtype, nbytes, units, text = values[1:]
+        return cls(Context(*context), verb, axis, dtype, nbytes, tuple(units), text)
+
+
+class Log:
+    """All launches of this process, over all meshes: what check.py compares where no sum is reached any more."""
+
+    def __init__(self, kept: int) -> None:
+        self.count, self.sum = 0, 0
+        self.entries: deque[tuple[int, int, Entry]] = deque(maxlen=kept)  # (number, checksum so far, entry)
+
+    def append(self, entry: Entry, number: int) -> None:
+        """One more launch; `number` is its own checksum. By the main thread alone."""
+        total = hash((self.sum, number))
+        self.entries.append((self.count + 1, total, entry))
+        self.sum, self.count = total, self.count + 1
+
+
+class Ledger:
+    """A mesh's checksum of launches; mutable, shared by all copies of the mesh."""
+
+    def __init__(self) -> None:
+        self.place, self.ranks, self.device = 0, 1, torch.device("cpu")
+        self.chain: list[str] = []  # the chain in words
+        self.replicated: tuple[str, ...] = ()  # axes whose ranks must be given the same rows
+        self.context, self.what, self.sum, self.rows = Context("no call"), 0, 0, 0
+        self.lr = NAN  # of the last update
+        self.entries: deque[Entry] = deque(maxlen=KEPT)  # since the last sum
+        self.sealed: deque[Entry] = deque()  # before it, since the last one that agreed
+        self.watch: Any = None  # check.Watch, where launches are also logged for a thread that compares
+        self.texts: dict[int, str] = {}  # chains and leaves by checksum
+        self.later: Tensor | None = None  # what an accelerator's last sum said, not read yet
+        self._known: list[tuple[Any, int, tuple[str, ...]]] = []
+        self._plan: tuple[tuple[str, ...], list[tuple[str, int]], tuple[str, ...]] = ((), [], ())
+
+    def joined(self, place: int, ranks: int, device: torch.device) -> None:
+        """The mesh is live: this process is number `place` of `ranks`; of one there is nothing to compare."""
+        simulated = dist.is_initialized() and dist.get_backend() == "fake"  # which sends nothing, and sums nothing
+        self.place, self.ranks, self.device = place, 1 if simulated else ranks, device
+
+    # --- what is compared
+    def note(self, verb: str, axis: str, dtype: str = "", nbytes: int = 0, units: tuple[int, ...] = ()) -> None:
+        """A collective is about to be launched: about half a microsecond."""
+        number = hash((self.what, _number(verb), _number(axis), _number(dtype), nbytes, units))
+        self.sum = hash((self.sum, number))
+        entry = Entry(self.context, verb, axis, dtype, nbytes, units)
+        self.entries.append(entry)
+        if self.watch is not None:
+            self.watch.log.append(entry, number)
+
+    def enter(self, context: Context) -> None:
+        """What is launched from here on belongs to this call. A call that launches nothing leaves no trace."""
+        self.context = context
+        self.what = hash((_number(context.call), context.step, context.key, context.scalars, context.spec))
+
+    def seal(self, axis: str, nbytes: int) -> tuple[int, int]:
+        """The checksums of all launches and rows so far, this very sum of integers included, as they go into it."""
+        self.note("all_reduce", axis, "int64", nbytes)
+        self.sealed.extend(self.entries)
+        self.entries.clear()
+        rows, self.rows = self.rows, 0
+        return self.sum, rows
+
+    def mix_rows(self, numbers: Sequence[int]) -> None:
+        """The rows of a call, where ranks must be given the same."""
+        self.rows = hash((self.rows, *numbers))
+
+    def agreed(self, table: list[int], groups: list[int] | None = None) -> None:
+        """After a sum: every rank's checksum by place, and of its rows; each rank sees the same table.
+
+        Args:
+          groups: by place, which ranks must be given the same rows; then the table holds their checksums after those of launches.
+
+        Raises:
+          DivergenceError: they differ; the sentence is the same on all ranks.
+        """
+        sums, rows = table[: self.ranks], table[self.ranks :]
+        alike = sums.count(sums[0]) == self.ranks
+        if alike and (groups is None or len(set(zip(groups, rows, strict=True))) == len(set(groups))):
+            self.sealed.clear()
+            return
+        why = self._other_rows(groups, rows) if alike and groups is not None else self._explain(sums)
+        self.entries.clear()
+        self.sealed.clear()
+        self.sum = 0
+        if self.watch is not None:
+            self.watch.settled = True
+        raise DivergenceError(why)
+
+    def _other_rows(self, groups: list[int], rows: list[int]) -> str:
+        first: dict[int, int] = {}
+        odd = next(r for r, group in enumerate(groups) if rows[first.setdefault(group, r)] != rows[r])
+        return (
+            f"rank {odd} was given other rows than rank {first[groups[odd]]} at step {self.context.step}, but the batch is not split over {list(self.replicated)}; "
+            "give all ranks along it the same rows, or split the batch over it: batch=P(...)"
+        )
+
+    # --- words
+    def _explain(self, sums: list[int]) -> str:
+        """The sentence that all ranks raise: each says in the world's store what it launched, and the first sentence counts."""
+        found = Counter(sums)
+        odd = next(p for p, x in enumerate(sums) if x != found.most_common(1)[0][0])
+        others = ranks_in_words([p for p in range(self.ranks) if p != odd])
+        text = f"rank {odd} launched other collectives than {others} since the last sum, in {self.context.call} at step {self.context.step}; {DO_THE_SAME}"
+        try:
+            store: Any = dist.distributed_c10d._get_default_store()
+            at = f"funczero/told/{hash(tuple(sums))}"
+            mine = [dist.get_rank(), [*self.sealed, *self.entries], {e.context.spec: self.texts.get(e.context.spec, "") for e in self.sealed}]
+            store.set(f"{at}/{self.place}", zlib.compress(json.dumps(mine).encode()))
+            keys, until = [f"{at}/{p}" for p in range(self.ranks)], time.monotonic() + ANSWER
+            while not store.check(keys) and time.monotonic() < until:
+                time.sleep(0.01)
+            told = [unpack(store.get(k), ANSWERS) for k in keys if store.check([k])]
+            tails = {rank: list(map(Entry.read, entries)) for rank, entries, _ in told}
+            texts = {int(spec): x for *_, each in told for spec, x in each.items()}
+            text = first_difference(tails, texts) or text
+            text = plain(bytes(store.compare_set(f"{at}/verdict", "", text)).decode(errors="replace"))
+            heard = store.add(f"{at}/heard", 1)
+            while self.place == 0 and heard < self.ranks and time.monotonic() < until:  # it may hold the store
+                time.sleep(0.01)
+                heard = store.add(f"{at}/heard", 0)
+            return text
+        except RuntimeError:  # the store is gone, too
+            return text
+
+    # --- the call
+    def describe(self, structure: Any) -> tuple[int, tuple[str, ...]]:
+        """The checksum of the chain and of all leaves, and the units' names."""
+        for known, spec, names in self._known:
+            if known is structure:
+                return spec, names
+        units = () if structure is None else structure.units
+        text = "\n".join([*self.chain, *map(str, (*units, *(() if structure is None else structure.leaves)))])
+        found = zlib.crc32(text.encode()), tuple(u.name for u in units)
+        self._known = [(structure, *found), *self._known[:7]]
+        self.texts[found[0]] = text
+        return found
+
+    def scalars(self, chain: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        """Names and values of the state's 0-d leaves on the CPU (counters, scales, rates), and of the last learning rate.
+
+        A stream's count of local micro-batches is not among them: a short window is right.
+        """
+        keys = tuple(chain)
+        if self._plan[0] != keys:
+            own = [(k, i, f) for k in keys if not k.startswith("accumulate") for i, f in enumerate(getattr(chain[k], "_fields", ())) if _readable(chain[k][i])]
+            self._plan = keys, [(k, i) for k, i, _ in own], (*(f"{k}.{f}" for k, _, f in own), "learning rate of the last update")
+        found = [chain[k][i].item() for k, i in self._plan[1]]
+        return self._plan[2], (*(x if x == x else NAN for x in found), self.lr)
+
+
+def _readable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 0 and x.device.type == "cpu"
+
+
+@cache
+def _number(name: str) -> int:
+    """A name as a number that is the same in every process, as hash(str) is not."""
+    return zlib.crc32(name.encode())
+
+
+DO_THE_SAME = "every rank must make the same calls, and no branch of the loss may depend on the rank or on its rows"
+
+
+def first_difference(tails: dict[int, list[Entry]], texts: dict[int, str]) -> str:
+    """The sentence for entries by rank that begin at the same launch; "" where they are all alike."""
+    if len(tails) < 2:
+        return ""
+    for n in range(min(map(len, tails.values()))):
+        entries = {r: tail[n] for r, tail in sorted(tails.items())}
+        if len({e.compared for e in entries.values()}) > 1:
+            return sentence(entries, texts.get)
+    lengths = {len(tail) for tail in tails.values()}
+    if len(lengths) == 1:
+        return ""
+    n = min(lengths)  # one launched nothing more: it stands in the sum already
+    here = {r: tail[n] if len(tail) > n else tail[-1] if tail else Entry(Context("no call"), "nothing", text="nothing") for r, tail in sorted(tails.items())}
+    return sentence(here, texts.get) if len({e.compared for e in here.values()}) > 1 else ""
+
+
+def sentence(entries: dict[int, Entry], text_of: Callable[[int], str | None], peer: int = 0) -> str:
+    """Who is odd, where, what the others do, and what to change; entries by rank, not all alike."""
+    found = Counter(e.compared for e in entries.values())
+    usual = max(entries.values(), key=lambda e: (found[e.compared], not e.text, e.context.call == UPDATE))  # what most do; of two, the plainer
+    odd = next((r for r, e in entries.items() if e.compared != usual.compared), peer)
+    others = ranks_in_words([r for r, e in entries.items() if e.compared == usual.compared])
+    return f"rank {odd} {_difference(entries[odd], usual, others)}; {_remedy(entries[odd], usual, text_of)}"
+
+
+def _difference(odd: Entry, usual: Entry, others: str) -> str:
+    a, b = odd.context, usual.context
+    if odd.verb == usual.verb == BEGINS and a.spec != b.spec:
+        return f"begins with another chain or other leaves than {others}"
+    if odd.verb == usual.verb == BEGINS and odd.axis == usual.axis and a.spec == b.spec and odd.compared[5:] != usual.compared[5:]:
+        return f"begins with another value of {odd.axis} than {others}" + f": {odd.dtype} instead of {usual.dtype}" * (odd.dtype != usual.dtype)
+    if (a.call, a.step, a.spec) == (b.call, b.step, b.spec) and not odd.text and not usual.text:
+        differing = [(n, x, y) for n, x, y in zip(("the key", *a.names), (a.key, *a.scalars), (b.key, *b.scalars), strict=False) if x != y]
+        if differing:
+            name, x, y = differing[0]
+            return f"has {x} as {name} in {a.call} at step {a.step}, while {others} ha{'ve' if others.startswith('ranks') else 's'} {y}"
+    return f"{odd}, while {others} {usual}"
+
+
+def _remedy(odd: Entry, usual: Entry, text_of: Callable[[int], str | None]) -> str:
+    """What to write instead."""
+    gone, there = (odd, usual) if odd.text else (usual, odd)
+    a, b = odd.context, usual.context
+    if gone.text and not gone.text.startswith(("after", "nothing")):
+        return "an error on one rank ends all"
+    if gone.text:
+        return f"every rank must make as many calls of {there.context.call}{': give every rank as many batches' * (there.context.call == UPDATE)}"
+    if a.spec != b.spec:
+        one, many = ((text_of(c.spec) or "").split("\n") + [""] for c in (a, b))
+        x, y = next(((x, y) for x, y in zip(one, many, strict=False) if x != y), ("", ""))
+        return f"every rank must build the same chain from like parameters, but one has {x!r} where others have {y!r}"
+    if a.call != b.call:
+        return f"every rank must make the same calls: {a.call if a.call != UPDATE else b.call} on all ranks or on none"
+    if odd.verb == BEGINS:
+        return "every rank must begin alike: give init the same parameters (fz.init draws them leaf by leaf from one key) and the same key, under one torch and as many threads"
+    if (a.step, a.key, a.scalars) != (b.step, b.key, b.scalars):
+        return "every rank must hold the same state and rates: restore the same checkpoint, make as many updates, and let no schedule depend on the rank"
+    if odd.units != usual.units and odd.verb == usual.verb:
+        return "where parameters rest in shards every rank must open the same units in the same order: no branch of the loss may depend on the rank or on its rows (stages 1 and 2 allow it)"
+    return "every rank must launch the same collectives: no branch of the loss may depend on the rank or on its rows"
+
+
+def ranks_in_words(ranks: list[int]) -> str:
+    """rank 3; ranks 0, 1, 2."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{' ...' * (len(ranks) > 8)}"
