@@ -42,6 +42,7 @@ PATIENCE = 5.5  # seconds after which an exception that did not end the process 
 NOTICE = 10.0  # seconds after which a rank that is awaited, or gives no sign of life, is named
 DEAD = 3.0  # seconds without a sign of life that, with a broken connection, prove a rank's end
 TAIL, MEMORY = 1 << 10, 1 << 14  # entries published on doubt, entries remembered
+FEW = 32  # ranks up to which each looks at all others, and not at its neighbours alone
 ANSWERS = 1 << 26  # bytes that another rank may publish at most
 BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket Timeout")  # how gloo says that a connection is no more
 
@@ -137,6 +138,7 @@ class Watch(threading.Thread):
         self.raised: tuple[float, str] | None = None  # when, in words
         self.fails = 0  # calls that raised
         self.broken = 0.0  # when a connection broke
+        self.proven, self.claimed, self.doubted = False, 0.0, False  # a verdict: found out here, first read at this time, said not to be followed
         self.moved, self.doubt, self.published = time.monotonic(), 0.0, -1
         self.signs: dict[int, tuple[Sign, float]] = {}  # by rank: the last one, and when its beat was new
         self.named: dict[int, int] = {}  # ranks that were named as late or silent, and at which count
@@ -213,13 +215,13 @@ class Watch(threading.Thread):
         self.store.set(f"at/{self.rank}", json.dumps(own))
         peers = {(self.rank - 1) % self.size, (self.rank + 1) % self.size}
         late = self.inside and time.monotonic() - self.moved > min(NOTICE, DEAD)
-        for peer in range(self.size) if late or self.broken else peers:
+        for peer in range(self.size) if late or self.broken or self.claimed or self.size <= FEW else peers:
             if peer != self.rank:
                 self.compare(own, peer, self.sign(peer))
         if not self.settled and (self.doubt or self.store.check(["doubt"])):
             self.judge()
-        if self.store.check(["verdict"]):
-            self.told = plain(self.store.get("verdict").decode(errors="replace"))
+        if not self.told and self.store.check(["verdict"]):
+            self.hear(plain(self.store.get("verdict").decode(errors="replace")))
         if late:
             self.notice(own)
         if self.broken and time.monotonic() - self.broken > DEAD and not self.told:
@@ -293,8 +295,21 @@ class Watch(threading.Thread):
         return unpack(self.store.get(f"text/{spec}"), ANSWERS) if self.store.check([f"text/{spec}"]) else None
 
     def verdict(self, text: str) -> None:
-        """What all ranks print; the first one counts."""
+        """What all ranks print, now that this one has found out by itself; the first one counts."""
+        self.proven = True
         self.store.compare_set("verdict", "", text)
+
+    def hear(self, text: str) -> None:
+        """What somebody wrote for all ranks to print. It ends this rank only once this rank sees the same: other launches, or a rank without a sign of life."""
+        now = time.monotonic()
+        self.claimed = self.claimed or now
+        waits = self.broken or self.inside and now - self.moved > DEAD
+        silent = any(r != self.rank and now - since > DEAD for r, (_, since) in self.signs.items())
+        if self.proven or self.settled or waits and silent:
+            self.told = text
+        elif now - self.claimed > 2 * DEAD and not self.doubted:
+            self.doubted = True
+            print(f"funczero: rank {self.rank} goes on: the world's store says {text!r}, but no rank is silent and none launched anything else", file=sys.stderr, flush=True)
 
     def notice(self, own: Sign) -> None:
         """Name, once a launch, who is awaited or silent for long: no proof, so the run goes on."""
