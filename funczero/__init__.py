@@ -56,7 +56,7 @@ from funczero.layout.init import leaf as leaf
 from funczero.layout.mesh import P as P
 from funczero.layout.mesh import init_distributed as init_distributed
 from funczero.layout.mesh import make_mesh as make_mesh
-from funczero.layout.spec import Slots as Slots
+from funczero.layout.slots import Slots as Slots
 from funczero.optim import adagrad as adagrad
 from funczero.optim import adam as adam
 from funczero.optim import adamw as adamw

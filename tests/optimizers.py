@@ -8,6 +8,7 @@ import zoo
 
 import funczero as fz
 from funczero import tree
+from funczero.layout.mesh import world_size
 
 MESH = {"data": -1}
 F32, F64 = torch.float32, torch.float64
@@ -16,7 +17,7 @@ F32, F64 = torch.float32, torch.float64
 def masters(tx, stage=3, dtype=F32, updates=4, policy=None, frozen=None, units=("blocks",), **kw):
     """Whole masters after some updates of the zoo, and its metrics."""
     still = () if frozen is None else (fz.freeze(frozen),)
-    parts = fz.zero(zoo.source(units=units), *still, tx, stage=stage, accumulate=zoo.MICROS // fz.mesh.world_size())
+    parts = fz.zero(zoo.source(units=units), *still, tx, stage=stage, accumulate=zoo.MICROS // world_size())
     got, log, state, _ = zoo.train(parts, MESH, dtype=dtype, updates=updates, policy=policy or str(dtype).removeprefix("torch."), **kw)
     return dict(tree.paths(got)), log, state
 

@@ -7,6 +7,7 @@ import zoo
 
 import funczero as fz
 from funczero import P, tree
+from funczero.layout.mesh import world_size
 
 MESH = {"data": 1}
 TARGET = torch.tensor([3.0, -4.0])
@@ -48,7 +49,7 @@ def test_the_step_is_the_clipped_gradient_and_the_norm_that_before(name):
 
 def norms():
     """By stage: the norm that a clip used after a transform that rewrote the gradient, as bits of the masters."""
-    k = zoo.MICROS // fz.mesh.world_size()
+    k = zoo.MICROS // world_size()
     right = (fz.clip_by_value(0.004), fz.clip_by_global_norm(0.02), fz.adamw(1e-2))
     return [zoo.bits(zoo.train(fz.zero(zoo.source(), *right, stage=s, accumulate=k), {"data": -1}, updates=4)) for s in range(4)]
 

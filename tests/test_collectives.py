@@ -8,8 +8,11 @@ import zoo
 import funczero as fz
 from funczero.comm import collectives
 from funczero.core import order
+from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
-from funczero.layout.spec import Rules, Where, lazy
+from funczero.layout.slots import Slots
+from funczero.layout.structure import Rules
+from funczero.layout.where import Where
 
 NEST = {"node": 2, "local": 2}
 
@@ -23,7 +26,7 @@ def own(sizes, rules=None):
 def drawn(where, seed, dtype=torch.float32):
     """Random leaves; the same for the same seed."""
     g = torch.Generator().manual_seed(seed)
-    return where.pack([torch.randn(s.shape, generator=g).to(dtype) for s in where.slots], dtype, torch.device("cpu"))
+    return Slots.pack(where, [torch.randn(s.shape, generator=g).to(dtype) for s in where.slots], dtype, torch.device("cpu"))
 
 
 def same(a, b):
@@ -36,7 +39,7 @@ def verbs(world, dtype):
     whole, rank = params.at((), torch.float32), mesh.index("data")
     mine = [drawn(whole.where, r, dtype) for r in range(world)]
     scattered = collectives.reduce_scatter(mine[rank], "data", mesh, torch.float32)
-    summed = whole.where.pack([order.tree_sum([m.leaves()[i].float() for m in mine]) for i in range(len(mine[0].leaves()))], torch.float32, mesh.device)
+    summed = Slots.pack(whole.where, [order.tree_sum([m.leaves()[i].float() for m in mine]) for i in range(len(mine[0].leaves()))], torch.float32, mesh.device)
     cut = collectives.cut(whole, "data", mesh)
     return same(collectives.all_gather(cut, "data", mesh), whole), same(scattered, collectives.cut(summed, "data", mesh)), same(cut, params.at(cut.where.coords, torch.float32))
 
@@ -113,7 +116,7 @@ def order_over_ranks():
     """Four float32 values whose sum depends on the tree."""
     mesh = connect(plan_mesh({"data": 4}))
     params = lazy({"w": torch.zeros(4)}, (), {"data": Rules()}, lambda path: False, mesh.device)
-    mine = params.structure.whole.pack([torch.full((4,), [1e8, 1.0, -1e8, 1.0][mesh.index("data")])], torch.float32, mesh.device)
+    mine = Slots.pack(Where.whole(params.structure), [torch.full((4,), [1e8, 1.0, -1e8, 1.0][mesh.index("data")])], torch.float32, mesh.device)
     return collectives.reduce_scatter(mine, "data", mesh, torch.float32).leaves()[0].tolist()
 
 

@@ -11,6 +11,7 @@ from optimizers import F32, F64, PAIRS, close, masters, torchs
 
 import funczero as fz
 from funczero import P, tree
+from funczero.layout.lazy import lazy
 from funczero.optim import rates
 
 SIGNS = ("lion", "torch Rprop")  # a sign near zero differs in float32
@@ -342,7 +343,7 @@ def test_a_rule_that_says_what_holds_anyway_is_welcome():
 
 
 def test_leaves_of_one_rate_share_a_kernel_call():
-    x = fz.spec.lazy(zoo.params(), ("blocks",), {}, lambda path: False, torch.device("cpu")).at((), F32)
+    x = lazy(zoo.params(), ("blocks",), {}, lambda path: False, torch.device("cpu")).at((), F32)
     count = torch.zeros(())
     ((_, _, (buffers, _)),), shown = rates.Rates("adamw", 0.1, 0.2).groups(count, x, x)
     assert len(buffers) == len(x.buffers) and shown == 0.1

@@ -6,13 +6,14 @@ import zoo
 
 import funczero as fz
 from funczero import P
+from funczero.layout.mesh import world_size
 
 MESH = {"data": -1}
 
 
 def explicit():
     """A bracket is its two edges: reduce_scatter, and all_gather of the new parameters."""
-    g, k = zoo.source(), zoo.MICROS // fz.mesh.world_size()
+    g, k = zoo.source(), zoo.MICROS // world_size()
     rs, ag = fz.reduce_scatter("data"), fz.all_gather("data")
     runs = {
         "bracket": (g, fz.accumulate(k), fz.shard("data", *zoo.tx())),

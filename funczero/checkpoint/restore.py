@@ -19,7 +19,9 @@ from funczero.checkpoint.manifest import ARRAYS, FILE, Manifest
 from funczero.checkpoint.names import Part, named
 from funczero.core import tree
 from funczero.core.types import Out, TrainState
-from funczero.layout.spec import Fill, Slots, Where
+from funczero.layout.lazy import Fill
+from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from funczero.core.order import tree_sum
 from funczero.layout.mesh import Mesh
-from funczero.layout.spec import Slots, Where
+from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 
 MESSAGE = 1 << 22  # bytes of neighbouring units that share one message
 SHORT = 1 << 15  # bytes on all wires under which a message is all latency
@@ -346,7 +347,7 @@ def cut(x: Slots, axis: str, mesh: Mesh) -> Slots:
     inner = x.where.inner(axis, size, index)
     if size == 1:
         return Slots(x.buffers, inner)
-    out = inner.zeros(x.buffers[0].dtype, x.buffers[0].device)
+    out = Slots.zeros(inner, x.buffers[0].dtype, x.buffers[0].device)
     for i, (a, b) in enumerate(zip(x.leaves(), out.leaves(), strict=True)):
         if a is not None and b is not None and b.numel():
             slot, origin = inner.slots[i], x.where.slots[i]

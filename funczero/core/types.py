@@ -21,7 +21,7 @@ class Out(NamedTuple):
     loss: Tensor  # stacked per micro-batch until the mean
     weight: Tensor  # stacked per micro-batch until the mean
     aux: Any  # user's sums as [micro-batches, n] float64 until the mean, their tree after it; None without has_aux
-    grads: Any  # Slots (spec.py) at this place; right of the last optimizer: the new parameters
+    grads: Any  # Slots (slots.py) at this place; right of the last optimizer: the new parameters
     factor: Any = None  # tensors from here on: a scalar still to be multiplied into grads: mean, unscale and clip touch only this
     norm: Any = None  # of factor * grads; None once a transform has rewritten grads
     ok: Any = None  # bool scalar: may this update be applied?
@@ -73,7 +73,7 @@ class Env(NamedTuple):
 
     mesh: Any  # Mesh (mesh.py)
     policy: Any  # Policy (policy.py)
-    rules: dict[str, Any]  # mesh axis -> how its bracket cuts leaves (spec.py)
+    rules: dict[str, Any]  # mesh axis -> how its bracket cuts leaves (structure.py)
     donate: bool = False  # may the state be updated in place?
     prefetch: bool = True  # does the next block's gather start while one computes?
     early: Any = None  # what the first updates are looked at for (notices.py)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from funczero.core import tree
 from funczero.core.types import TrainState
 from funczero.deepspeed.leaf import number
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 from funczero.step.step import Step
 
 CLIP = "clip_grad_norm_: gradients of an engine's parameters are the chain's, not .grad; write \"gradient_clipping\" in the config, and read engine.get_global_grad_norm()"

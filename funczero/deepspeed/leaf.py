@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from funczero.core.types import TrainState
-from funczero.layout.spec import Slots, Structure
+from funczero.layout.slots import Slots
+from funczero.layout.structure import Structure
 
 
 def number(structure: Structure, name: str) -> int:

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook, re
 
 from funczero.deepspeed import comm
 from funczero.deepspeed.held import Closed, emptied, filled_in
-from funczero.layout.spec import Fill
+from funczero.layout.lazy import Fill
 
 
 class Init:

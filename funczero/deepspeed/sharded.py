@@ -26,7 +26,7 @@ from funczero.gradients.stateless import repeatable
 from funczero.gradients.tape import Ref, Tape
 from funczero.gradients.units import find_units, neighbours
 from funczero.layout.mesh import P
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 from funczero.step.check import recorded
 from funczero.step.step import Step
 from funczero.transforms.chain import Source

@@ -11,7 +11,7 @@ from funczero.deepspeed import comm
 from funczero.deepspeed.leaf import number, read_leaf, write_leaf, write_part
 from funczero.deepspeed.loader import RepeatingLoader as RepeatingLoader
 from funczero.deepspeed.window import mean_gradient
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 
 logger: logging.Logger = absl_logging.get_absl_logger()
 NAMES = {"exp_avg": ("mu", "exp_avg"), "exp_avg_sq": ("nu", "exp_avg_sq"), "momentum_buffer": ("trace", "momentum_buffer"), "sum": ("sum",)}

@@ -10,7 +10,7 @@ from torch import Tensor
 from funczero.comm.collectives import all_gather, all_reduce
 from funczero.core import order
 from funczero.core.types import Out, TrainState
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 from funczero.step.step import Step
 from funczero.transforms.accumulate import Accumulate, _add
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from funczero.comm.collectives import scatter_units
 from funczero.core.types import Env
-from funczero.layout.spec import Slots, Where
+from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 
 Group = tuple[int, ...]  # the units of one block: one, or two where some of its leaves are frozen
 SMALL = 1 << 15  # elements under which a unit's gradient is not worth a message of its own

@@ -16,7 +16,7 @@ from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.tape import Ref, Tape
 from funczero.layout.mesh import P
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 from funczero.transforms.chain import Configure, Source
 
 
@@ -292,6 +292,6 @@ def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
         if tape.look:
             zero = torch.zeros((), dtype=torch.int64, device=device)
             bad = torch.stack([zero if g is None else (~g.isfinite()).sum() for g in grads])
-        return Slots(where.pack(grads, tape.dtype, device).buffers, tape.arrivals.here), bad
+        return Slots(Slots.pack(where, grads, tape.dtype, device).buffers, tape.arrivals.here), bad
     loose = [u for u, unit in enumerate(structure.units) if not unit.seam and not unit.frozen and structure.members[u]]
     return tape.arrivals.close({u: [grads[i] for i in structure.members[u]] for u in loose})

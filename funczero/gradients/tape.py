@@ -12,7 +12,8 @@ from funczero.comm.collectives import Travelling, gather_units
 from funczero.core import tree
 from funczero.core.types import Env
 from funczero.gradients.arrivals import Arrivals, Group
-from funczero.layout.spec import Slots, Where
+from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 
 
 class Ref:
@@ -60,7 +61,7 @@ class Tape:
     def __init__(self, views: Slots, scatter: tuple[str, ...], env: Env, look: bool, differentiate: bool = True) -> None:
         """views: parameters at rest; scatter: axes that gradients are scattered over at the seam beyond those of rest."""
         self.env, self.views, self.rest = env, views, views.where.axes
-        self.whole: Where = views.where.structure.whole
+        self.whole = Where.whole(views.where.structure)
         self.dtype = views.buffers[0].dtype
         axes = (*self.rest, *scatter)  # outermost first
         self.seam = any(env.mesh.axes[a].size > 1 for a in axes)  # over axes of size 1 there is nothing to do

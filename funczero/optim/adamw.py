@@ -9,7 +9,7 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.number import number
 from funczero.core.types import GradientTransformation
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 from funczero.optim import rates
 
 

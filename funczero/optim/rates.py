@@ -13,7 +13,7 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.number import kind, number, shown
 from funczero.core.types import Grad
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 
 Rate = float | Callable[[Tensor], Tensor] | Sequence[tuple[str, Any]] | Any
 Beta = float | Callable[[Tensor], Tensor]  # one for all leaves

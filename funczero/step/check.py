@@ -29,7 +29,7 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.types import Grad, Metrics, TrainState
 from funczero.layout.mesh import Mesh, init_distributed, world_size
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 from funczero.step.alike import checksum, settings
 from funczero.world import ending, presence
 from funczero.world.ledger import NAN, Context, DivergenceError, Entry, Ledger, Log, ranks_in_words, sentence

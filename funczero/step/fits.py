@@ -17,7 +17,10 @@ from torch import Tensor
 from funczero.comm.collectives import all_gather
 from funczero.core import tree
 from funczero.core.types import Grad, TrainState, Tree
-from funczero.layout.spec import Lazy, Slots, Structure, Where
+from funczero.layout.lazy import Lazy
+from funczero.layout.slots import Slots
+from funczero.layout.structure import Structure
+from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
 from funczero.transforms.skips import Skipped
 from funczero.transforms.update import coords

@@ -12,7 +12,7 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.policy import Policy
 from funczero.core.types import Layout, Out
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 
 LOOKS = 3  # updates after which equal losses on all ranks are no accident: weights that begin at zero give one equal loss
 

@@ -18,8 +18,9 @@ from funczero.core.types import ChainError, Env, Grad, Metrics, Out, Seed, Train
 from funczero.gradients.draws import keyed
 from funczero.gradients.gradient import check_loss, drew, open_rest
 from funczero.gradients.tape import Tape
+from funczero.layout.lazy import Lazy, all_find, lazy
 from funczero.layout.mesh import Mesh, P, connect, plan_mesh
-from funczero.layout.spec import Lazy, Slots, all_find, lazy
+from funczero.layout.slots import Slots
 from funczero.step.alike import begin
 from funczero.step.check import UPDATE, recorded, watched
 from funczero.step.fits import Book, Fits

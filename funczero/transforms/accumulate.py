@@ -9,7 +9,7 @@ import torch
 from funczero.core import order, tree
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Grad, Out, Seed, Transform
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 
 
 class Accumulate(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Env, Grad, GradientTransformation
-from funczero.layout.spec import Rules
+from funczero.layout.structure import Rules
 from funczero.transforms.update import apply_update, foreign, rewrite
 
 

@@ -13,7 +13,7 @@ from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
 from funczero.core import order, tree
 from funczero.core.transform import after, refuse
 from funczero.core.types import Env, Grad, Layout, Out, Transform
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 
 
 def mean(g: Grad) -> Grad:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from funczero.comm import collectives
 from funczero.core.transform import after, refuse
 from funczero.core.types import Grad, Transform
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 
 
 def _known(g: Grad, name: str, axis: str) -> None:

@@ -8,7 +8,7 @@ from funczero.comm import collectives
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Grad
 from funczero.layout.mesh import P
-from funczero.layout.spec import Rules
+from funczero.layout.structure import Rules
 from funczero.transforms.chain import Bracket, Source, chain, fold
 from funczero.transforms.reduce import closed, summed
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.transform import after, refuse, slot_name
 from funczero.core.types import Grad, GradientTransformation, Out
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 from funczero.transforms.mean import rewritten, value
 
 
@@ -155,4 +155,4 @@ def _packed(name: str, updates: Any, like: Slots) -> Slots:
                 raise ValueError(f"{name}: it gives the tied parameter {path!r} one update at each of its paths, and they differ; return the same at all")
             by_leaf[place] = x
     buffer = like.buffers[0]
-    return like.where.pack(by_leaf, buffer.dtype, buffer.device)
+    return Slots.pack(like.where, by_leaf, buffer.dtype, buffer.device)

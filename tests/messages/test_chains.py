@@ -8,6 +8,7 @@ import zoo
 
 import funczero as fz
 from funczero import P
+from funczero.layout import mesh as mesh_module
 
 FLAT, NEST = {"data": 4}, {"node": 2, "local": 2}
 g = fz.value_and_grad(zoo.loss_plain, batch=P("data"), units=("blocks",))
@@ -324,7 +325,7 @@ def no_processes(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a chain was built with processes")
 
-    for where, name in ((dist, "init_process_group"), (dist, "new_group"), (fz.mesh, "init_distributed"), (fz.mesh, "init_device_mesh")):
+    for where, name in ((dist, "init_process_group"), (dist, "new_group"), (mesh_module, "init_distributed"), (mesh_module, "init_device_mesh")):
         monkeypatch.setattr(where, name, refuse)
 
 
@@ -355,5 +356,5 @@ def test_right_chains_are_built_and_printed_without_processes(mesh):
     tables = (zoo.flat_chains, zoo.source(("data",))) if "data" in mesh else (zoo.nested_chains, zoo.source(tuple(mesh)))
     for parts, _ in tables[0](tables[1], 4, zoo.tx(scale=True)).values():
         step = fz.train_step(*parts, mesh=mesh)
-        assert str(step).splitlines()[0] == f"train_step on {', '.join(f'{a}={n}' for a, n in mesh.items())} ({fz.mesh._default_device().type}), params=float32,compute=float32,accumulate=float32"
+        assert str(step).splitlines()[0] == f"train_step on {', '.join(f'{a}={n}' for a, n in mesh.items())} ({mesh_module._default_device().type}), params=float32,compute=float32,accumulate=float32"
         assert step.specs(zoo.params())["grads"]["gain"] == P()
