@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import funczero as fz
 from funczero import deepspeed as ds
+from funczero.layout.mesh import world_size
 from funczero.testing import tree_hash
 
 SCALER = json.loads((Path(__file__).parent / "golden/loss_scaler.json").read_text())["cases"]
@@ -31,7 +32,7 @@ def linear(params, batch):
 
 def run(config, world=None, loss=linear, xs=(1.0,), rows=8, policy=None):
     """(steps of w, metrics) of one update for every x of xs."""
-    chain, c = fz.from_deepspeed({"train_batch_size": rows, **config}, loss, world=world or fz.mesh.world_size())
+    chain, c = fz.from_deepspeed({"train_batch_size": rows, **config}, loss, world=world or world_size())
     step = fz.train_step(*chain, **(c.arguments | ({"policy": policy} if policy else {})))
     state, log, ws = step.init({"w": torch.zeros(2)}), [], [torch.zeros(2)]
     for x in xs:
@@ -268,7 +269,7 @@ def faces(world_rows=8, k=2):
             }
             hashes = []
             for pullback in (False, True):
-                chain, c = fz.from_deepspeed(config, *(() if pullback else (mean_loss,)), pullback=pullback, weight=float(k * fz.mesh.world_size()))
+                chain, c = fz.from_deepspeed(config, *(() if pullback else (mean_loss,)), pullback=pullback, weight=float(k * world_size()))
                 step = fz.train_step(*chain, **c.arguments)
                 state = step.init({"w": torch.linspace(-1, 1, 6)})
                 for b in data:
