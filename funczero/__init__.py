@@ -42,7 +42,7 @@ from funczero.core.types import Out as Out
 from funczero.core.types import Seed as Seed
 from funczero.core.types import TrainState as TrainState
 from funczero.core.types import Transform as Transform
-from funczero.deepspeed.build import from_deepspeed as from_deepspeed
+from funczero.deepspeed.config.build import from_deepspeed as from_deepspeed
 from funczero.gradients.gradient import freeze as freeze
 from funczero.gradients.gradient import per_row as per_row
 from funczero.gradients.gradient import pull as pull

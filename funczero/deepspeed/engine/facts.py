@@ -5,9 +5,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler
 
-from funczero.deepspeed import comm
-from funczero.deepspeed.config import Config
-from funczero.deepspeed.loader import Loader
+from funczero.deepspeed.config.resolve import Config
+from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.loader import Loader
 
 
 class Facts:
@@ -71,7 +71,7 @@ class Facts:
 
     def get_data_parallel_rank(self) -> int:
         """This rank among those that share the batch: all of them."""
-        return comm.get_rank()
+        return ranks.get_rank()
 
     def get_tensor_parallel_rank(self) -> int:
         """There is no tensor parallelism here."""
@@ -85,7 +85,7 @@ class Facts:
         workers = num_local_io_workers or 0
         if batch_size is None and data_sampler is None and route == "train":
             return Loader(self, dataset, collate_fn, num_workers=workers)
-        sampler = data_sampler or DistributedSampler(dataset, comm.get_world_size(), comm.get_rank(), shuffle=route == "train")
+        sampler = data_sampler or DistributedSampler(dataset, ranks.get_world_size(), ranks.get_rank(), shuffle=route == "train")
         return DataLoader(dataset, batch_size or self.train_micro_batch_size_per_gpu(), sampler=sampler, collate_fn=collate_fn, num_workers=workers)
 
     def destroy(self) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from funczero.deepspeed.keys import ConfigError, Key
+from funczero.deepspeed.config.keys import ConfigError, Key
 from funczero.world.plain import plain
 
 

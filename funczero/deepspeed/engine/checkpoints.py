@@ -11,11 +11,11 @@ from torch import Tensor
 
 from funczero.checkpoint import Checkpointer, CheckpointError
 from funczero.core.types import Metrics
-from funczero.deepspeed import comm
-from funczero.deepspeed.groups import KEY, scheduled
-from funczero.deepspeed.leaf import write_leaf
-from funczero.deepspeed.sharded import module_state
-from funczero.deepspeed.window import taken
+from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.leaf import write_leaf
+from funczero.deepspeed.engine.sharded import module_state
+from funczero.deepspeed.engine.window import taken
+from funczero.deepspeed.optim.groups import KEY, scheduled
 
 JOIN = 10.0  # seconds in which all ranks must come to a save or a load
 COUNTS = "micro_steps", "global_samples", "_micro", "_backwards"  # of the loop, beside the state's own
@@ -66,7 +66,7 @@ class Saving:
 
     def _check_tag(self: Any, name: Any) -> None:
         if self.config_.value("checkpoint.tag_validation") == "fail":
-            names = comm.gather_texts(str(name))
+            names = ranks.gather_texts(str(name))
             odd = next((r for r, other in enumerate(names) if other != names[0]), None)
             if odd is not None:
                 raise ValueError(f"save_checkpoint: the tag is {names[0]!r} on rank 0 and {names[odd]!r} on rank {odd}; name it alike, or write tag_validation: Warn")
@@ -172,7 +172,7 @@ class Saving:
             else:
                 torch.save(values, part)
             part.rename(out)
-        comm.gather_texts("")  # nobody goes on before the file is there
+        ranks.gather_texts("")  # nobody goes on before the file is there
         return True
 
     save_fp16_model = save_16bit_model

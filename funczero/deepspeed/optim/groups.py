@@ -9,9 +9,9 @@ from torch import Tensor
 
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Grad, GradientTransformation, Transform
-from funczero.deepspeed.build import Rates, _made, rates_of
-from funczero.deepspeed.config import Config, Value
-from funczero.deepspeed.keys import ConfigError
+from funczero.deepspeed.config.build import Rates, _made, rates_of
+from funczero.deepspeed.config.keys import ConfigError
+from funczero.deepspeed.config.resolve import Config, Value
 from funczero.transforms.mean import value
 from funczero.transforms.update import apply_update
 

@@ -8,10 +8,10 @@ import torch
 
 from funczero.core import tree
 from funczero.core.types import GradientTransformation
-from funczero.deepspeed.build import chain_of, optimizer_of, rates_of
-from funczero.deepspeed.config import Config, resolve
-from funczero.deepspeed.keys import ConfigError
-from funczero.deepspeed.read import parsed
+from funczero.deepspeed.config.build import chain_of, optimizer_of, rates_of
+from funczero.deepspeed.config.keys import ConfigError
+from funczero.deepspeed.config.reading import parsed
+from funczero.deepspeed.config.resolve import Config, resolve
 from funczero.gradients.gradient import value_and_grad
 from funczero.layout.mesh import P
 from funczero.step.step import train_step

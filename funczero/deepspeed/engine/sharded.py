@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from funczero.core import tree
 from funczero.core.types import Env, Grad, Out, Seed, TrainState
-from funczero.deepspeed.held import OLD, Closed, differentiate, leaves_under, named
-from funczero.deepspeed.partition import start_of
+from funczero.deepspeed.engine.held import OLD, Closed, differentiate, leaves_under, named
+from funczero.deepspeed.engine.zero_init import start_of
 from funczero.gradients.gradient import close, open_rest, pullback
 from funczero.gradients.layers import group_of, run_block, run_unit
 from funczero.gradients.stateless import repeatable

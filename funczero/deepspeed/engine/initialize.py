@@ -10,19 +10,19 @@ import torch
 from absl import logging
 from torch import Tensor, nn
 
-from funczero.deepspeed import comm
-from funczero.deepspeed.build import chain_of
-from funczero.deepspeed.client import client_groups, client_optimizer
-from funczero.deepspeed.config import Config, resolve
-from funczero.deepspeed.engine import Engine
-from funczero.deepspeed.groups import Group, Make, config_groups, config_optimizer, group_rates, grouped
-from funczero.deepspeed.held import Closed, Whole, named, take
-from funczero.deepspeed.keys import ConfigError
-from funczero.deepspeed.loader import Loader
-from funczero.deepspeed.optimizer import EngineOptimizer, with_numbers
-from funczero.deepspeed.partition import reopen
-from funczero.deepspeed.runtime.lr_schedules import FromConfig
-from funczero.deepspeed.sharded import Sharded, seam_pullback
+from funczero.deepspeed.config.build import chain_of
+from funczero.deepspeed.config.keys import ConfigError
+from funczero.deepspeed.config.resolve import Config, resolve
+from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.engine import Engine
+from funczero.deepspeed.engine.held import Closed, Whole, named, take
+from funczero.deepspeed.engine.loader import Loader
+from funczero.deepspeed.engine.sharded import Sharded, seam_pullback
+from funczero.deepspeed.engine.zero_init import reopen
+from funczero.deepspeed.optim.clients import client_groups, client_optimizer
+from funczero.deepspeed.optim.groups import Group, Make, config_groups, config_optimizer, group_rates, grouped
+from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
+from funczero.deepspeed.optim.schedulers import FromConfig
 from funczero.gradients.gradient import pullback
 from funczero.layout.mesh import P, plan_mesh, world_size
 from funczero.step.step import Step, train_step
@@ -67,10 +67,10 @@ def initialize(
     _refuse(model, mpu, mesh_param, dist_init_required)
     assert model is not None
     given = _config_of(args, config, config_params)
-    comm.init_distributed(dist_init_required=dist_init_required, distributed_port=distributed_port, verbose=False)
+    ranks.init_distributed(dist_init_required=dist_init_required, distributed_port=distributed_port, verbose=False)
     _check_local_rank(args)
     resolved = resolve(given, world_size())
-    if resolved.notes and comm.get_rank() == 0:
+    if resolved.notes and ranks.get_rank() == 0:
         logging.warning("%s: %s", resolved.name, "; ".join(resolved.notes))
     _place(model, resolved.value("zero_optimization.stage") == 3)
     groups = _groups(model, model_parameters)
@@ -111,7 +111,7 @@ def _place(model: nn.Module, cut: bool) -> None:
         model.to(device)
     for p in closed if not cut else ():
         reopen(p)
-    comm.broadcast_module(model)
+    ranks.broadcast_module(model)
 
 
 def _config_of(args: Any, config: Any, config_params: Any) -> Any:

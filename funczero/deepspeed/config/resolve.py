@@ -7,11 +7,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funczero.deepspeed.keys import ALIASES, KEYS, LITERAL_AUTO, NO_OP, REFUSED, ROWS, ConfigError, Key, switched_off
-from funczero.deepspeed.options import optimizer_keys, scheduler_keys
-from funczero.deepspeed.read import Document, read
-from funczero.deepspeed.triad import BATCH, MICRO, NAMES, STEPS, Triad, World, derive
-from funczero.deepspeed.typed import as_json, typed
+from funczero.deepspeed.config.keys import ALIASES, KEYS, LITERAL_AUTO, NO_OP, REFUSED, ROWS, ConfigError, Key, switched_off
+from funczero.deepspeed.config.options import optimizer_keys, scheduler_keys
+from funczero.deepspeed.config.reading import Document, read
+from funczero.deepspeed.config.triad import BATCH, MICRO, NAMES, STEPS, Triad, World, derive
+from funczero.deepspeed.config.typed import as_json, typed
 from funczero.layout.mesh import world_size
 
 _Z = "zero_optimization."

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from funczero.core import tree
 from funczero.core.types import TrainState
-from funczero.deepspeed.leaf import number
+from funczero.deepspeed.engine.leaf import number
 from funczero.layout.slots import Slots
 from funczero.step.step import Step
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
-from funczero.deepspeed import comm
-from funczero.deepspeed.held import Closed, emptied, filled_in
+from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.held import Closed, emptied, filled_in
 from funczero.layout.lazy import Fill
 
 
@@ -41,12 +41,12 @@ class Init:
         self._owners: list[nn.Module] = []
         self._hooks: list[Any] = []
         if enabled and module is not None:
-            comm.init_distributed(verbose=False)
+            ranks.init_distributed(verbose=False)
             cut(module, dtype)
 
     def __enter__(self) -> Init:
         if self.enabled:
-            comm.init_distributed(verbose=False)
+            ranks.init_distributed(verbose=False)
             self._hooks = [register_module_module_registration_hook(self._built), register_module_parameter_registration_hook(self._owns)]
         return self
 
@@ -71,7 +71,7 @@ def cut(module: nn.Module, dtype: torch.dtype | None) -> None:
     for name, p in module.named_parameters():
         if not hasattr(p, "home"):
             whole = p.detach() if dtype is None else p.detach().to(dtype)
-            if comm.get_world_size() > 1:
+            if ranks.get_world_size() > 1:
                 dist.broadcast(whole, 0)
             close(p, name, whole)
 
@@ -90,13 +90,13 @@ def rows(shape: Sequence[int]) -> tuple[slice, ...]:
     """This rank's rows: ceil(rows / W) neighbouring ones, as the chain cuts them."""
     if not shape:
         return ()
-    per = -(-shape[0] // comm.get_world_size())
-    return (slice(min(comm.get_rank() * per, shape[0]), min((comm.get_rank() + 1) * per, shape[0])),)
+    per = -(-shape[0] // ranks.get_world_size())
+    return (slice(min(ranks.get_rank() * per, shape[0]), min((ranks.get_rank() + 1) * per, shape[0])),)
 
 
 def whole_of(p: Any) -> Tensor:
     """All rows of a parameter that is cut. A collective."""
-    if not p.shape or comm.get_world_size() == 1:
+    if not p.shape or ranks.get_world_size() == 1:
         return p.part.clone()
     out = torch.zeros(p.shape, dtype=p.part.dtype, device=p.part.device)
     out[rows(p.shape)] = p.part
@@ -144,7 +144,7 @@ def opened(params: list[Any], rank: int | None) -> Iterator[None]:
         touched = [n for (p, n), v in zip(kept, before, strict=True) if p._version != v]
         for p, name in kept:
             value = p.detach()
-            if rank is not None and comm.get_world_size() > 1:
+            if rank is not None and ranks.get_world_size() > 1:
                 dist.broadcast(value, rank)
             close(p, name, value)
         if rank is None and touched:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from funczero.deepspeed.keys import ConfigError
+from funczero.deepspeed.config.keys import ConfigError
 
 BATCH, MICRO, STEPS = NAMES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 

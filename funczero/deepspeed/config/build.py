@@ -13,8 +13,8 @@ from absl import logging
 from funczero import optim
 from funczero.core.transform import after
 from funczero.core.types import Grad, GradientTransformation, Transform
-from funczero.deepspeed.config import Config, dtype_name, resolve
-from funczero.deepspeed.keys import ENGINE, KEYS, ConfigError
+from funczero.deepspeed.config.keys import ENGINE, KEYS, ConfigError
+from funczero.deepspeed.config.resolve import Config, dtype_name, resolve
 from funczero.gradients.gradient import pullback as pulled
 from funczero.gradients.gradient import value_and_grad
 from funczero.layout.mesh import P

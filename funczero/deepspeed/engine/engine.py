@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from funczero.core import tree
 from funczero.core.types import Metrics, TrainState
-from funczero.deepspeed import comm
-from funczero.deepspeed.build import Rates
-from funczero.deepspeed.config import Config
-from funczero.deepspeed.facts import Facts
-from funczero.deepspeed.held import stamp
-from funczero.deepspeed.optimizer import DIRECT, EngineOptimizer
-from funczero.deepspeed.saving import Saving
-from funczero.deepspeed.window import amended, filled, multiplied, taken
+from funczero.deepspeed.config.build import Rates
+from funczero.deepspeed.config.resolve import Config
+from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.checkpoints import Saving
+from funczero.deepspeed.engine.facts import Facts
+from funczero.deepspeed.engine.held import stamp
+from funczero.deepspeed.engine.window import amended, filled, multiplied, taken
+from funczero.deepspeed.optim.optimizer import DIRECT, EngineOptimizer
 from funczero.step.step import Step, donate
 
 INSTEAD = {
@@ -79,8 +79,8 @@ class Engine(Facts, Saving, nn.Module):
         self._rates, self._checkpointers = rates, dict[str, Any]()
         world = step.running().env.mesh
         self.device, self.mp_world_size = world.device, 1
-        self.global_rank, self.local_rank = comm.get_rank(), comm.get_local_rank()
-        self.world_size = self.dp_world_size = comm.get_world_size()
+        self.global_rank, self.local_rank = ranks.get_rank(), ranks.get_local_rank()
+        self.world_size = self.dp_world_size = ranks.get_world_size()
         self._leaves.renew(step, state)
 
     # --- the three moments

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funczero.core.number import number
 from funczero.core.types import GradientTransformation
-from funczero.deepspeed.groups import Group, Make
+from funczero.deepspeed.optim.groups import Group, Make
 from funczero.layout.slots import Slots
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.optim.lift import same_when_cut

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from hjson.decoder import HjsonDecodeError, HjsonDecoder, JSONArray, getNext, make_scanner, mlscanstring, scanKeyName, scantfnns
 
-from funczero.deepspeed.keys import ConfigError
+from funczero.deepspeed.config.keys import ConfigError
 from funczero.world.plain import plain
 
 BYTES = 1 << 20  # of a file; the largest published configs have some ten thousand

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from funczero.deepspeed.keys import COUNT, RATE, ConfigError, Key, count, honour, ignore, kind_of, rate, refuse
+from funczero.deepspeed.config.keys import COUNT, RATE, ConfigError, Key, count, honour, ignore, kind_of, rate, refuse
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.optim.schedules import TORCH
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funczero.core.types import TrainState
-from funczero.deepspeed.groups import KEY, Group, leaves, numbers
+from funczero.deepspeed.optim.groups import KEY, Group, leaves, numbers
 
 DIRECT = "{who}: parameter {name!r} has a .grad, so loss.backward() was called directly and the engine has not heard of it; write engine.backward(loss) instead"
 
