@@ -240,9 +240,9 @@ def test_ranks_that_do_the_same_are_left_alone(tmp_path, seconds):
 
 def test_a_text_in_the_store_that_nothing_supports_ends_nobody(tmp_path):
     ends = start(tmp_path, """
-import funczero.step.check
+import funczero.step.watch
 import torch.distributed as dist
-funczero.step.check.DEAD = 0.5
+funczero.step.watch.DEAD = 0.5
 step = make()
 state = step.init(params)
 for t in range(30):
@@ -260,8 +260,8 @@ print("end", flush=True)
 @pytest.mark.slow
 def test_a_long_wait_for_a_rank_elsewhere_is_said_and_not_ended(tmp_path):
     ends = start(tmp_path, """
-import funczero.step.check
-funczero.step.check.NOTICE = funczero.step.check.DEAD = 1.0
+import funczero.step.watch
+funczero.step.watch.NOTICE = funczero.step.watch.DEAD = 1.0
 step = make()
 state = step.init(params)
 for t in range(3):

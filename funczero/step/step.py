@@ -22,13 +22,14 @@ from funczero.layout.lazy import Lazy, all_find, lazy
 from funczero.layout.mesh import Mesh, P, connect, plan_mesh
 from funczero.layout.slots import Slots
 from funczero.step.alike import begin
-from funczero.step.check import UPDATE, recorded, watched
+from funczero.step.calls import recorded, watched
 from funczero.step.fits import Book, Fits
 from funczero.step.notices import Early, narrow, nested, say
 from funczero.transforms.chain import Source, build, chain, configured
 from funczero.transforms.mean import rank_of
 from funczero.transforms.skips import Patience, Skipped, unapplied
 from funczero.transforms.update import coords
+from funczero.world.ledger import UPDATE
 
 
 class Eval(NamedTuple):
@@ -153,7 +154,7 @@ def train_step(
       prefetch: start the next block's gather while one computes: one unit more in memory, the same bits.
       debug: log the first non-finite leaf of any update, and its rank.
       check: a thread compares what ranks launch, for ever, where no sum is reached any more: one that differs, left or died ends all with a
-        message instead of a hang or an abort of the backend (check.py). 0: no such thread; ranks are still compared in every sum (ledger.py).
+        message instead of a hang or an abort of the backend (watch.py). 0: no such thread; ranks are still compared in every sum (ledger.py).
       patience: after so many updates in a row that were not finite and were skipped, the next call raises on all ranks; those that
         a dynamic loss scale skips on its way down do not count. The first is said, with leaf and rank, and then ever fewer.
 

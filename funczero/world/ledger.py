@@ -81,7 +81,7 @@ class Entry(NamedTuple):
 
 
 class Log:
-    """All launches of this process, over all meshes: what check.py compares where no sum is reached any more."""
+    """All launches of this process, over all meshes: what watch.py compares where no sum is reached any more."""
 
     def __init__(self, kept: int) -> None:
         self.count, self.sum = 0, 0
@@ -105,7 +105,7 @@ class Ledger:
         self.lr = NAN  # of the last update
         self.entries: deque[Entry] = deque(maxlen=KEPT)  # since the last sum
         self.sealed: deque[Entry] = deque()  # before it, since the last one that agreed
-        self.watch: Any = None  # check.Watch, where launches are also logged for a thread that compares
+        self.watch: Any = None  # watch.Watch, where launches are also logged for a thread that compares
         self.texts: dict[int, str] = {}  # chains and leaves by checksum
         self.later: Tensor | None = None  # what an accelerator's last sum said, not read yet
         self._known: list[tuple[Any, int, tuple[str, ...]]] = []

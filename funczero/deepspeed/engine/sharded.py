@@ -27,7 +27,7 @@ from funczero.gradients.tape import Ref, Tape
 from funczero.gradients.units import find_units, neighbours
 from funczero.layout.mesh import P
 from funczero.layout.slots import Slots
-from funczero.step.check import recorded
+from funczero.step.calls import recorded
 from funczero.step.step import Step
 from funczero.transforms.chain import Source
 
