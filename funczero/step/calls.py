@@ -25,8 +25,9 @@ def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> 
     def call(state: Any, *batch: Any) -> Any:
         whole = isinstance(state, TrainState) and isinstance(state.params, Slots)
         ledger = running().env.mesh.ledger if whole else None
-        alone = ledger is None or ledger.ranks == 1
-        return fn(state, *batch) if alone else _entered(ledger, name, fn, state, *batch)
+        if ledger is None or ledger.ranks == 1:
+            return fn(state, *batch)
+        return _entered(ledger, name, fn, state, *batch)
 
     return call
 
