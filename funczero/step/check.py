@@ -104,8 +104,9 @@ def watched(mesh: Mesh, grad: Grad, check: int | bool, parts: Sequence[Any] = ()
       replicated: axes whose ranks are given the same rows.
     """
     arrows = [f"{name} -> {layout.describe()}" for name, layout in zip(grad.names, grad.arrows, strict=True)]
+    sums = next((e.sums for e in grad.env.edges.values()), "tree")
     ledger: Ledger = mesh.ledger
-    ledger.chain, ledger.replicated = [f"mesh {grad.env.mesh}, {grad.env.policy}, sums={mesh.sums!r}", *arrows, *settings(parts)], replicated
+    ledger.chain, ledger.replicated = [f"mesh {grad.env.mesh}, {grad.env.policy}, sums={sums!r}", *arrows, *settings(parts)], replicated
     if not check or world_size() == 1 or prod(mesh.sizes().values()) != world_size():
         return mesh
     init_distributed()
