@@ -36,6 +36,7 @@ class Seed(NamedTuple):
     key: int  # randomness of this update
     index: int = 0  # global index of the micro-batch, filled in digit by digit
     look: bool = False  # count non-finite values per leaf, to name the first
+    at: tuple[int, int] = (0, 0)  # the run's key and the number of this update: what wires of views draw from
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,22 @@ class Env(NamedTuple):
 
     mesh: Any  # Mesh (mesh.py)
     policy: Any  # Policy (policy.py)
-    rules: dict[str, Any]  # mesh axis -> how its bracket cuts leaves (structure.py)
+    edges: dict[str, Any]  # mesh axis -> Edge (edge.py), brackets first and outermost first: how it is crossed
     donate: bool = False  # may the state be updated in place?
     prefetch: bool = True  # does the next block's gather start while one computes?
     early: Any = None  # what the first updates are looked at for (notices.py)
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Mesh axis -> how its bracket cuts leaves, outermost first; axes without a bracket are not named."""
+        return {axis: edge.rules for axis, edge in self.edges.items() if edge.rules is not None}
 
 
 class Grad(NamedTuple):
     """A stateful gradient: pure functions, the layout of what they return, and the chain so far."""
 
     init: Callable[[Any], dict[str, Any]]  # lazy parameters -> state, flat by transform name
-    view: Callable[[Any], Any]  # parameters at rest -> whole leaves that a forward may use
+    view: Callable[..., Any]  # (parameters at rest, key of the update) -> whole leaves that a forward may use
     apply: Callable[[Any, dict[str, Any], Any, Seed], tuple[Out | None, dict[str, Any]]]
     layout: Layout
     names: tuple[str, ...]

@@ -66,7 +66,6 @@ class Mesh(NamedTuple):
     sent: Counter  # (axis, verb, dtype) -> bytes sent by this process
     world_group: str = ""  # the group of all, where the mesh spans them
     connected: bool = False
-    sums: str = "tree"  # how gradients are added over ranks: in the one tree, or by the "backend" as it likes
     ledger: Any = None  # the checksum of all launches, which ranks compare; shared by all copies, as `sent` is
     flight: Any = None  # what the backend may still hold when the process ends (inflight.py)
 
@@ -206,7 +205,7 @@ def connect(mesh: Mesh) -> Mesh:
         live = _connected(_shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type), mesh.ledger)
     except RuntimeError as e:
         raise _lost(world.rank, e) from e
-    return live._replace(sent=mesh.sent, device=mesh.device, sums=mesh.sums)
+    return live._replace(sent=mesh.sent, device=mesh.device)
 
 
 def _lost(rank: int, error: RuntimeError) -> RuntimeError:

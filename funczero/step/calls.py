@@ -70,7 +70,8 @@ def watched(mesh: Mesh, grad: Grad, check: int | bool, parts: Sequence[Any] = ()
     """
     arrows = [f"{name} -> {layout.describe()}" for name, layout in zip(grad.names, grad.arrows, strict=True)]
     ledger: Ledger = mesh.ledger
-    head = f"mesh {grad.env.mesh}, {grad.env.policy}, sums={mesh.sums!r}"
+    sums = next((e.sums for e in grad.env.edges.values()), "tree")
+    head = f"mesh {grad.env.mesh}, {grad.env.policy}, sums={sums!r}"
     ledger.chain, ledger.replicated = [head, *arrows, *settings(parts)], replicated
     if not check or world_size() == 1 or prod(mesh.sizes().values()) != world_size():
         return mesh

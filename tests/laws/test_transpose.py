@@ -7,6 +7,7 @@ import zoo
 
 from funczero import P
 from funczero.comm import collectives
+from funczero.comm.edge import Edge
 from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
 from funczero.layout.slots import Slots
@@ -50,7 +51,7 @@ def products(sizes, cut):
         y = integers(here, 1 + rank)  # another one on every rank: a partial sum
         x = collectives.cut(integers(Where.whole(structure), 0), outer[0], mesh) if outer else integers(Where.whole(structure), 0)
         x = collectives.cut(x, axis, mesh)  # the same wherever it is replicated
-        gathered, scattered = collectives.all_gather(x, axis, mesh), collectives.reduce_scatter(y, axis, mesh, torch.float64)
+        gathered, scattered = collectives.all_gather(x, axis, mesh), collectives.reduce_scatter(y, Edge(axis, adds=torch.float64), mesh)
         out.append((inner_product(gathered, y, mesh), inner_product(x, scattered, mesh)))
         again = collectives.all_gather(collectives.cut(gathered, axis, mesh), axis, mesh)
         assert all(torch.equal(a, b) for a, b in zip(again.buffers, gathered.buffers, strict=True))

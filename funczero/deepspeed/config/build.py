@@ -11,6 +11,7 @@ import torch
 from absl import logging
 
 from funczero import optim
+from funczero.comm.wire import as_born, cast
 from funczero.core.transform import after
 from funczero.core.types import Grad, GradientTransformation, Transform
 from funczero.deepspeed.config.keys import ENGINE, KEYS, ConfigError
@@ -105,12 +106,15 @@ def chain_of(
     """
     stage, k = config.value("zero_optimization.stage"), config.triad.steps
     over_time: tuple[Any, ...] = (accumulate(k, stream=stream),) if stream or k > 1 else ()
-    wire, first = dtype_name(config.value("communication_data_type")), source
-    if wire not in (None, "float32", config.compute):  # lossy: the gradient is rounded where it is sent
-        rounded = cast(getattr(torch, wire))
-        first, over_time = ((source, rounded), over_time) if stage == 2 else (source, (*over_time, rounded))
+    narrow, scatter, first = dtype_name(config.value("communication_data_type")), as_born, source
+    lossy = narrow if narrow not in (None, "float32", config.compute) else None
+    if lossy is not None and config.world.size > 1:
+        scatter = cast(lossy)
+    elif lossy is not None:  # nothing travels, but DeepSpeed rounds all the same
+        alone = rounded(getattr(torch, lossy))
+        first, over_time = ((source, alone), over_time) if stage == 2 else (source, (*over_time, alone))
     threshold = config.value("zero_optimization.stage3_param_persistence_threshold") + 1 if stage == 3 else 0
-    return zero(first, *on_values(config, weight), optimizer, stage=stage, axis=axis, accumulate=over_time, threshold=threshold)
+    return zero(first, *on_values(config, weight), optimizer, stage=stage, axis=axis, accumulate=over_time, threshold=threshold, scatter=scatter)
 
 
 def on_values(config: Config, weight: float | None = None) -> tuple[Transform, ...]:
@@ -149,9 +153,9 @@ def times(n: float) -> Transform:
     return transform
 
 
-def cast(dtype: torch.dtype) -> Transform:
-    """Gradients rounded to a dtype before they are sent; sums stay in `policy.accumulate` (DeepSpeed: communication_data_type)."""
-    name = f"cast({str(dtype).removeprefix('torch.')!r})"
+def rounded(dtype: torch.dtype) -> Transform:
+    """Gradients rounded to a dtype where a world of one has nobody to send them to (DeepSpeed: communication_data_type)."""
+    name = f"rounded({str(dtype).removeprefix('torch.')!r})"
 
     def transform(g: Grad) -> Grad:
         return after(g, name, g.layout, lambda out, state: (out._replace(grads=out.grads.to(dtype)), state))

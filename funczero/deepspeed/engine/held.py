@@ -16,6 +16,7 @@ from funczero.core import tree
 from funczero.core.types import TrainState
 from funczero.deepspeed.engine.leaf import number
 from funczero.layout.slots import Slots
+from funczero.step.fits import at
 from funczero.step.step import Step
 
 CLIP = "clip_grad_norm_: gradients of an engine's parameters are the chain's, not .grad; write \"gradient_clipping\" in the config, and read engine.get_global_grad_norm()"
@@ -237,7 +238,7 @@ class Whole:
 
 def whole_views(step: Step, state: TrainState) -> Slots:
     """The whole parameters in the compute dtype."""
-    return step.running().view(step.fits.views(state))
+    return step.running().view(step.fits.views(state), at(state))
 
 
 OLD = "backward: this loss comes from a forward before the last update, and the parameters have moved since; run engine(batch) again after engine.step()"

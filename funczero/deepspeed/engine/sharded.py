@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from funczero.comm.collectives import Key
 from funczero.core import tree
 from funczero.core.types import Env, Grad, Out, Seed, TrainState
 from funczero.deepspeed.engine.held import OLD, Closed, differentiate, leaves_under, named
@@ -28,6 +29,7 @@ from funczero.gradients.units import find_units, neighbours
 from funczero.layout.mesh import P
 from funczero.layout.slots import Slots
 from funczero.step.calls import recorded
+from funczero.step.fits import at
 from funczero.step.step import Step
 from funczero.transforms.chain import Source
 
@@ -153,7 +155,7 @@ class Sharded:
                 self.tape.drop(u)
             return self.whole
         views = self.step.fits.views(self.state)
-        tape = Tape(views, (), g.env, look=False, differentiate=learn)
+        tape = Tape(views, (), g.env, look=False, differentiate=learn, at=at(self.state))
         whole = open_rest(tape)
         for x in (tape.port, *whole, *tape.leaves.values()):
             if isinstance(x, Tensor):
@@ -227,16 +229,16 @@ class Sharded:
                 raise TypeError(f"engine: unit {path!r}, which runs again in the backward (gradient checkpointing), {why}; hand it in, or leave checkpointing out")
             self.sound.add(path)
 
-    def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[[Tensor, bool], Any]:
+    def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[[Tensor, bool, Key], Any]:
         """The vector-Jacobian product of a loss as this rank's part: units are scattered as their gradients are born."""
         tape, whole = self.tape, self.whole
         if tape is None:
             raise RuntimeError(OLD)
 
-        def vjp(cotangent: Tensor, look: bool) -> Any:
+        def vjp(cotangent: Tensor, look: bool, key: Key) -> Any:
             tape.look = look
             wanted = {i: x for i, x in enumerate(whole) if isinstance(x, Tensor) and x.requires_grad} | {i: x for i, x in tape.leaves.items() if x.requires_grad}
-            with tape.arrivals.collecting(look, retain):  # uses counted too high, a unit is only scattered later
+            with tape.arrivals.collecting(look, retain, key):  # uses counted too high, a unit is only scattered later
                 found = differentiate(loss, list(wanted.values()), cotangent, retain, over, (tape.port,), self.owner)
             grads: list[Any] = [None] * len(tape.whole.structure.leaves)
             for i, g in zip(wanted, found, strict=True):
@@ -363,7 +365,11 @@ def seam_pullback(batch: P, trainable: Callable[[str], bool], units: tuple[str, 
             pull, loss, weight = micro
             loss, weight = (torch.as_tensor(x, device=views.buffers[0].device).detach() for x in (loss, weight))
             cotangent = seed.cotangent.to(loss.dtype)
-            slots, bad = pull(cotangent, seed.look) if getattr(pull, "scatters", False) else _scattered(Tape(views, (), env, seed.look), pull(cotangent))
+            key = seed.key, seed.index
+            if getattr(pull, "scatters", False):
+                slots, bad = pull(cotangent, seed.look, key)
+            else:
+                slots, bad = _scattered(Tape(views, (), env, seed.look, key=key), pull(cotangent))
             return Out(loss[None], weight[None], None, slots, bad=bad), state
 
         return g._replace(apply=apply)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funczero.comm.collectives import all_gather, all_reduce
+from funczero.comm.edge import Edge
 from funczero.core import order
 from funczero.core.types import Out, TrainState
 from funczero.layout.slots import Slots
@@ -54,8 +55,8 @@ def multiplied(pull: Callable[..., Any], times: int) -> Callable[..., Any]:
     if times == 1:
         return pull
 
-    def vjp(cotangent: Tensor, *look: bool) -> Any:
-        return pull(cotangent * times, *look)
+    def vjp(cotangent: Tensor, *how: Any) -> Any:
+        return pull(cotangent * times, *how)
 
     vjp.scatters = getattr(pull, "scatters", False)  # type: ignore[attr-defined]
     return vjp
@@ -72,7 +73,7 @@ def mean_gradient(step: Step, state: TrainState, k: int) -> Slots | None:
     grads = out.grads.to(wide)
     open_axes = [a for a in g.layout.batch if a not in grads.where.axes]
     for a in open_axes:
-        grads = all_reduce(grads, a, mesh, wide)
+        grads = all_reduce(grads, Edge(a, adds=wide), mesh)  # read, not trained with: exact under every wire
     for a in reversed(grads.where.axes):
         grads = all_gather(grads, a, mesh)
     scale = state.chain.get("scale_loss")
