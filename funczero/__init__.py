@@ -43,8 +43,11 @@ from funczero.core.types import Layout as Layout
 from funczero.core.types import Metrics as Metrics
 from funczero.core.types import Out as Out
 from funczero.core.types import Seed as Seed
+from funczero.core.types import Sum as Sum
 from funczero.core.types import TrainState as TrainState
 from funczero.core.types import Transform as Transform
+from funczero.core.types import Updated as Updated
+from funczero.core.types import Value as Value
 from funczero.deepspeed.config.build import from_deepspeed as from_deepspeed
 from funczero.gradients.gradient import freeze as freeze
 from funczero.gradients.gradient import per_row as per_row

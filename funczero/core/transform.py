@@ -16,14 +16,15 @@ def after(
     g: Grad,
     name: str,
     layout: Layout,
-    fn: Callable[[Out, dict[str, Any]], tuple[Out, dict[str, Any]]],
+    fn: Callable[[Any, dict[str, Any]], tuple[Out, dict[str, Any]]],
     init: Callable[[Any], dict[str, Any]] | None = None,
     seed: Callable[[Seed, dict[str, Any]], Seed] | None = None,
 ) -> Grad:
     """g, then fn; here and in `around` "nothing yet" (None) is passed through, and nowhere else.
 
     Args:
-      fn: (out, state) -> (out, state); state is the flat dict of the whole chain.
+      fn: (out, state) -> (out, state): a Sum, a Value or Updated, by the phase of g.layout and of `layout`;
+        state is the flat dict of the whole chain.
       init: lazy parameters -> this transform's own entries of the state.
       seed: (seed, state) -> the seed handed to the left.
     """
@@ -40,7 +41,7 @@ def around(
     name: str,
     layout: Layout,
     before: Callable[[Seed, dict[str, Any]], tuple[Seed, Any]],
-    fn: Callable[[Out, dict[str, Any], Any], tuple[Out, dict[str, Any]]],
+    fn: Callable[[Any, dict[str, Any], Any], tuple[Out, dict[str, Any]]],
     init: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Grad:
     """As `after`, for a transform whose two halves share a value.

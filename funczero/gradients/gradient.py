@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funczero.comm.collectives import Key, all_gather
 from funczero.core import order, rng, tree
-from funczero.core.types import ChainError, Env, Grad, Layout, Out, Seed
+from funczero.core.types import ChainError, Env, Grad, Layout, Seed, Sum
 from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.tape import Ref, Tape
@@ -158,13 +158,13 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
     def view(views: Slots, at: Key = (0,)) -> Slots:
         return reduce(lambda x, a: all_gather(x, env.edges[a], mesh, at), reversed(source.axes), views)
 
-    def apply(views: Slots, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Out, dict[str, Any]]:
+    def apply(views: Slots, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Sum, dict[str, Any]]:
         mine = seed._replace(index=seed.index + order.indices(layout, mesh.index)[0])
         tape = Tape(views, source.scatter, env, seed.look, at=seed.at, key=(seed.key, seed.index))
         whole = open_rest(tape, forward)
         loss, weight, aux, grads = differentiate(whole, batch, mine, tape)
         slots, bad = close(tape, grads)
-        return Out(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
+        return Sum(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
 
     name = source.name if not source.batch else f"{source.name}(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})"
     opened = tuple(opening(env.edges[a]) for a in source.axes)

@@ -15,7 +15,7 @@ from funczero.comm.edge import Edge
 from funczero.core import order, rng, tree
 from funczero.core.policy import Policy
 from funczero.core.transform import refuse
-from funczero.core.types import ChainError, Env, Grad, Metrics, Out, Seed, TrainState
+from funczero.core.types import ChainError, Env, Grad, Metrics, Seed, TrainState, Updated
 from funczero.gradients.draws import keyed
 from funczero.gradients.gradient import check_loss, drew, open_rest
 from funczero.gradients.tape import Tape
@@ -228,13 +228,14 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         masters = new.pop("params")
         if out is None:
             return fits.settled(state, views)._replace(chain=new), None
+        assert isinstance(out, Updated)
         once_more = lambda: probe().apply(views, given, batch, seed._replace(look=True))[0]
         again = None if g.streams or source.name != "value_and_grad" else once_more
         seen = patience.after(seen, out, now, masters.where.structure.leaves, again)
         if early.open:
             said = early.after(out, masters, batch, g.layout)
             say(book.said, *(said if _speaks(g) else ()))
-        wide = None if state.views is None else _renewed(out.grads, views)
+        wide = None if state.views is None else _renewed(out.params, views)
         fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
         book.add(fresh, seen)
         if donated:
@@ -291,7 +292,7 @@ def _usable(state: Any, fits: Fits) -> bool:
     return fits.look(state)
 
 
-def _metrics(out: Out, state: TrainState) -> Metrics:
+def _metrics(out: Updated, state: TrainState) -> Metrics:
     device = out.loss.device
     norm = out.logs.get("grad_norm", out.norm)
     scale = out.logs.get("scale", torch.ones((), dtype=torch.float64, device=device))

@@ -9,7 +9,7 @@ from funczero.comm import collectives
 from funczero.comm.edge import Edge
 from funczero.comm.wire import Wire, as_born
 from funczero.core.transform import around, refuse
-from funczero.core.types import Grad, Out, Seed, Transform
+from funczero.core.types import Grad, Out, Seed, Sum, Transform, Updated
 from funczero.layout.slots import Slots
 
 
@@ -53,7 +53,7 @@ def summed(
     def before(s: Seed, state: dict[str, Any]) -> tuple[Seed, collectives.Key]:
         return s._replace(index=s.index + offset), (s.key, s.index)
 
-    def after(out: Out, state: dict[str, Any], key: collectives.Key) -> tuple[Out, dict[str, Any]]:
+    def after(out: Sum, state: dict[str, Any], key: collectives.Key) -> tuple[Sum, dict[str, Any]]:
         return out._replace(grads=fn(out.grads, edge, mesh, key)), state
 
     return around(g, name, layout, before, after)
@@ -131,7 +131,9 @@ def closed(g: Grad, axis: str, name: str) -> Grad:
         return s, (run, now + 1) if lay.applied else (s.key, s.index)  # views are the next update's
 
     def after(out: Out, state: dict[str, Any], key: collectives.Key) -> tuple[Out, dict[str, Any]]:
-        sent = out.grads.trainable().to(compute) if lay.applied else out.grads
-        return out._replace(grads=collectives.all_gather(sent, edge, mesh, key)), state
+        if isinstance(out, Updated):
+            views = out.params.trainable().to(compute)
+            return out._replace(params=collectives.all_gather(views, edge, mesh, key)), state
+        return out._replace(grads=collectives.all_gather(out.grads, edge, mesh, key)), state
 
     return around(g, name, replace(lay, sharded=lay.sharded[:-1]), before, after)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.transform import after, refuse, slot_name
-from funczero.core.types import Grad, GradientTransformation, Out
+from funczero.core.types import Grad, GradientTransformation, Updated, Value
 from funczero.layout.slots import Slots
 from funczero.transforms.mean import rewritten, value
 
@@ -55,7 +55,7 @@ def _whole(tx: GradientTransformation, axes: list[str]) -> str:
     return f"it needs whole leaves (elementwise=False), but they are cut over {axes} here; write {without}, or an optimizer that works value by value, as fz.adamw(lr)"
 
 
-def _ready(out: Out, dtype: torch.dtype) -> tuple[Slots, Tensor]:
+def _ready(out: Value, dtype: torch.dtype) -> tuple[Slots, Tensor]:
     """The gradient in the masters' dtype, and the factor that is still to be multiplied into it.
 
     Where the masters' dtype would round or overflow what the factor makes small, or float32 has no such factor, it is multiplied first.
@@ -76,7 +76,7 @@ def rewrite(g: Grad, tx: GradientTransformation) -> Grad:
     def init(params: Any) -> dict[str, Any]:
         return {key: tx.init(params.at(coords(g, g.layout.sharded), dtype).trainable().tree())}
 
-    def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
+    def fn(out: Value, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
         grads, updates, own = _plainly(tx, out, state[key], state["params"].trainable(), dtype)
         return rewritten(out, _packed(tx.name, updates, grads)), {**state, key: own}
 
@@ -93,29 +93,30 @@ def apply_update(g: Grad, tx: GradientTransformation) -> Grad:
         mine = masters.trainable()
         return {"params": masters, key: tx.init(mine if tx.apply is not None else mine.tree())}
 
-    def fused(out: Out, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
+    def fused(out: Value, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
         mine, own = state["params"].trainable(), state[key]
         grads, factor = _ready(out, dtype)
         if not donate:  # the same kernel, on clones
             mine, own = tree.clone(mine), tree.clone(own)
         return tx.apply(mine, grads, factor, own, out.ok)  # type: ignore[misc]
 
-    def plain(out: Out, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
+    def plain(out: Value, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
         mine = state["params"].trainable()
         _, updates, own = _plainly(tx, out, state[key], mine, dtype)
         moved = mine.map(torch.add, _packed(tx.name, updates, mine))
         return tree.where(out.ok, moved, mine), own, {}
 
-    def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
+    def fn(out: Value, state: dict[str, Any]) -> tuple[Updated, dict[str, Any]]:
         new, own, logs = (plain if tx.apply is None else fused)(out, state)
         units = new.where.structure.units
         params = Slots(tuple(old if u.frozen else b for b, old, u in zip(new.buffers, state["params"].buffers, units, strict=True)), new.where)
-        return out._replace(grads=params, logs={**out.logs, **logs}), {**state, "params": params, key: own}
+        done = Updated(out.loss, out.weight, out.aux, params, out.norm, out.ok, out.bad, {**out.logs, **logs})
+        return done, {**state, "params": params, key: own}
 
-    return after(g, tx.name, replace(g.layout, applied=True), fn, init)
+    return after(g, tx.name, replace(g.layout, phase="updated"), fn, init)
 
 
-def _plainly(tx: GradientTransformation, out: Out, own: Any, mine: Slots, dtype: torch.dtype) -> tuple[Slots, Any, Any]:
+def _plainly(tx: GradientTransformation, out: Value, own: Any, mine: Slots, dtype: torch.dtype) -> tuple[Slots, Any, Any]:
     """The gradient, the updates of the plain form, and its new state: the old one, numbers included, where the update is skipped.
 
     Raises:

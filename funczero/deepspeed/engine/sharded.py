@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from funczero.comm.collectives import Key
 from funczero.core import tree
-from funczero.core.types import Env, Grad, Out, Seed, TrainState
+from funczero.core.types import Env, Grad, Seed, Sum, TrainState
 from funczero.deepspeed.engine.held import OLD, Closed, differentiate, leaves_under, named
 from funczero.deepspeed.engine.zero_init import start_of
 from funczero.gradients.gradient import close, open_rest, pullback
@@ -361,7 +361,7 @@ def seam_pullback(batch: P, trainable: Callable[[str], bool], units: tuple[str, 
     def make(source: Source, env: Env) -> Grad:
         g = plain.make(source, env)
 
-        def apply(views: Any, state: dict[str, Any], micro: Any, seed: Seed) -> tuple[Out, dict[str, Any]]:
+        def apply(views: Any, state: dict[str, Any], micro: Any, seed: Seed) -> tuple[Sum, dict[str, Any]]:
             pull, loss, weight = micro
             loss, weight = (torch.as_tensor(x, device=views.buffers[0].device).detach() for x in (loss, weight))
             cotangent = seed.cotangent.to(loss.dtype)
@@ -370,7 +370,7 @@ def seam_pullback(batch: P, trainable: Callable[[str], bool], units: tuple[str, 
                 slots, bad = pull(cotangent, seed.look, key)
             else:
                 slots, bad = _scattered(Tape(views, (), env, seed.look, key=key), pull(cotangent))
-            return Out(loss[None], weight[None], None, slots, bad=bad), state
+            return Sum(loss[None], weight[None], None, slots, bad=bad), state
 
         return g._replace(apply=apply)
 

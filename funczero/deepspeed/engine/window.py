@@ -10,7 +10,7 @@ from torch import Tensor
 from funczero.comm.collectives import all_gather, all_reduce
 from funczero.comm.edge import Edge
 from funczero.core import order
-from funczero.core.types import Out, TrainState
+from funczero.core.types import Sum, TrainState
 from funczero.layout.slots import Slots
 from funczero.step.step import Step
 from funczero.transforms.accumulate import Accumulate, _add
@@ -31,7 +31,7 @@ def amended(step: Step, state: TrainState, micro: Any) -> TrainState:
     more, last, wide = new.chain[KEY].partial[0], own.partial[-1], step.grad.env.policy.accumulate
     grads = last.grads.map(lambda a, b: a.to(wide) + b.to(wide), more.grads)
     bad = None if last.bad is None or more.bad is None else last.bad + more.bad
-    both = Out(_ended(last.loss, more.loss), _ended(last.weight, more.weight), None, grads, bad=bad)
+    both = Sum(_ended(last.loss, more.loss), _ended(last.weight, more.weight), None, grads, bad=bad)
     return new._replace(chain={**new.chain, KEY: Accumulate(own.count, (*own.partial[:-1], both))})
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funczero.core.transform import refuse, slot_name
-from funczero.core.types import Grad, GradientTransformation, Transform
+from funczero.core.types import Grad, GradientTransformation, Transform, Updated
 from funczero.deepspeed.config.build import Rates, _made, rates_of
 from funczero.deepspeed.config.keys import ConfigError
 from funczero.deepspeed.config.resolve import Config, Value
@@ -51,7 +51,7 @@ def grouped(name: str, make: Make, groups: Sequence[Group], rates: Sequence[Rate
             own = state[key]
             now = apply_update(g._replace(apply=lambda *_: (out, state)), make(numbers(own)))
             out, state = now.apply(views, state, batch, seed)
-            assert out is not None
+            assert isinstance(out, Updated)
             if bool(out.ok):
                 own = scheduled({**own, "updates": own["updates"] + 1}, rates, own["updates"] + 1)
             return out, {**state, key: own}
