@@ -15,7 +15,7 @@ from funczero.deepspeed.build import chain_of
 from funczero.deepspeed.client import client_groups, client_optimizer
 from funczero.deepspeed.config import Config, resolve
 from funczero.deepspeed.engine import Engine
-from funczero.deepspeed.groups import Group, Make, config_groups, config_optimizer, group_rates, grouped
+from funczero.deepspeed.groups import ByGroup, Row, config_groups, config_optimizer, group_rates, grouped
 from funczero.deepspeed.held import Closed, Whole, named, take
 from funczero.deepspeed.keys import ConfigError
 from funczero.deepspeed.loader import Loader
@@ -151,7 +151,7 @@ def _groups(model: nn.Module, given: Iterable[Any] | None) -> Groups:
     return groups
 
 
-def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any) -> tuple[Step, Any, list[Group], Any]:
+def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any) -> tuple[Step, Any, list[Row], Any]:
     """The step over the module's parameters, how forwards read them, the groups' numbers and the config's rates."""
     by_id = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
     home = {n: by_id.get(id(p), 0) for n, p in named(model).items()}
@@ -163,7 +163,7 @@ def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_sch
         if unknown is not None:
             raise ValueError(f"optimizer: its parameter of shape {tuple(unknown.shape)} is not one of the model's; make it from model.parameters()")
         name, numbers = type(client).__name__.lower(), client_groups(client)
-        make: Make = client_optimizer(client, home)
+        make: ByGroup = client_optimizer(client, home)
     else:
         if config.value("optimizer.type") is None:
             raise ConfigError(f'{config.name}: neither the config nor the call names an optimizer; add "optimizer": {{"type": "Adam"}}, or write initialize(optimizer=...)')

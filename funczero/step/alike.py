@@ -85,7 +85,7 @@ def settings(parts: Sequence[Any]) -> list[str]:
         elif isinstance(p, (tuple, list)) and not hasattr(p, "_fields"):
             lines += settings(p)
         elif isinstance(p, GradientTransformation):
-            own = {k: v for fn in (p.init, p.update, p.apply) for k, v in _closure(fn, 0).items()}
+            own = {k: v for fn in (p.init, p.update, *(p.formula or ())) for k, v in _closure(fn, 0).items()}
             lines.append(f"{p.name}({_in_words(own)})")
         elif callable(p) and (own := _closure(p, 0)):
             lines.append(f"{getattr(p, '__name__', type(p).__name__)}: {_in_words(own)}")

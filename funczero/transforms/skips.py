@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from absl import logging
 from torch import Tensor
 
-from funczero.core.types import GradientTransformation, Out
+from funczero.core.types import Formula, GradientTransformation, Out, Reading
 from funczero.transforms.chain import Bracket, Configure, Lift, Source
 
 
@@ -105,6 +105,9 @@ def _loss(one: Unread) -> str:
     return "" if bool(one.loss.isfinite()) else f"; the loss is {float(one.loss)}"
 
 
+IDLE = Formula(lambda own, params, ok, donate: Reading([], None, ok), lambda own: [], lambda own, rates, factor, ok: (own, []), lambda *piece: None)
+
+
 def unapplied(parts: Sequence[Any]) -> tuple[Any, ...]:
     """A chain whose optimizers do nothing, for looking at its gradients; nothing is copied."""
     out: list[Any] = []
@@ -117,7 +120,7 @@ def unapplied(parts: Sequence[Any]) -> tuple[Any, ...]:
             out += unapplied(p)
         elif not isinstance(p, (Configure, Lift)) and callable(getattr(p, "init", None)) and callable(getattr(p, "update", None)):
             name = p.name if isinstance(p, GradientTransformation) else type(p).__name__
-            out.append(GradientTransformation(lambda params: (), lambda u, s, params: (u, s), lambda p, g, f, s, ok: (p, s, {}), name, True))
+            out.append(GradientTransformation(lambda params: (), lambda u, s, params: (u, s), IDLE, name, True))
         else:
             out.append(p)
     return tuple(out)

@@ -1,6 +1,7 @@
 """Optimizers in their place: the masters are read and written by the last one only, inside the innermost bracket around it."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.transform import after, refuse, slot_name
-from funczero.core.types import Grad, GradientTransformation, Out
+from funczero.core.types import Formula, Grad, GradientTransformation, Out, Reading
 from funczero.layout.spec import Slots
 from funczero.transforms.mean import rewritten, value
 
@@ -83,22 +84,28 @@ def rewrite(g: Grad, tx: GradientTransformation) -> Grad:
     return after(g, tx.name, g.layout, fn, init)
 
 
-def apply_update(g: Grad, tx: GradientTransformation) -> Grad:
-    """The last optimizer: the masters are read and written only here. Right of it grads are new parameters."""
+def apply_update(g: Grad, tx: GradientTransformation, elsewhere: Callable[[dict[str, Any], Slots], Reading] | None = None) -> Grad:
+    """The last optimizer: the masters are read and written only here. Right of it grads are new parameters.
+
+    Args:
+      elsewhere: (state of the chain, parameters) -> the rates, where another part of the state keeps them.
+    """
     g, key = _placed(g, tx), slot_name(g, tx.name)
     dtype, donate = g.env.policy.params, g.env.donate
 
     def init(params: Any) -> dict[str, Any]:
         masters = params.at(coords(g, g.layout.sharded), dtype)
         mine = masters.trainable()
-        return {"params": masters, key: tx.init(mine if tx.apply is not None else mine.tree())}
+        own = tx.init(mine if tx.formula is not None else mine.tree())
+        return {"params": masters, key: own if elsewhere is None else own._replace(rates=())}
 
-    def fused(out: Out, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
+    def moved(formula: Formula, out: Out, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
         mine, own = state["params"].trainable(), state[key]
         grads, factor = _ready(out, dtype)
-        if not donate:  # the same kernel, on clones
-            mine, own = tree.clone(mine), tree.clone(own)
-        return tx.apply(mine, grads, factor, own, out.ok)  # type: ignore[misc]
+        if not donate:  # the same formula, on clones
+            mine, own = tree.clone(mine), tree.clone(own._replace(rates=()))._replace(rates=own.rates)
+        read = formula.read(own, mine, out.ok, donate) if elsewhere is None else elsewhere(state, mine)
+        return mine, run(formula, read, mine, grads, factor, own, out.ok), {"lr": read.lr.to(out.ok.device)}
 
     def plain(out: Out, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
         mine = state["params"].trainable()
@@ -107,12 +114,66 @@ def apply_update(g: Grad, tx: GradientTransformation) -> Grad:
         return tree.where(out.ok, moved, mine), own, {}
 
     def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
-        new, own, logs = (plain if tx.apply is None else fused)(out, state)
+        new, own, logs = plain(out, state) if tx.formula is None else moved(tx.formula, out, state)
         units = new.where.structure.units
         params = Slots(tuple(old if u.frozen else b for b, old, u in zip(new.buffers, state["params"].buffers, units, strict=True)), new.where)
         return out._replace(grads=params, logs={**out.logs, **logs}), {**state, "params": params, key: own}
 
     return after(g, tx.name, replace(g.layout, applied=True), fn, init)
+
+
+def run(formula: Formula, read: Reading, params: Slots, grads: Slots, factor: Tensor, own: Any, ok: Tensor) -> Any:
+    """A formula on all pieces, in place on params, grads and the state's moments; returns the new state."""
+    own, scalars = formula.scalars(own, [group.rates for group in read.groups], factor, ok)
+    trees = (params, grads, *formula.moments(own))
+    for group, each in zip(read.groups, scalars, strict=True):
+        ps, gs, *moments = pieces(trees, group.leaves, formula.by_leaf)
+        formula.leaf(ps, gs, moments, each)
+    return own if read.rates is None else own._replace(rates=read.rates)
+
+
+def pieces(trees: Sequence[Slots], leaves: tuple[int, ...] | None, by_leaf: bool = False) -> list[list[Tensor]]:
+    """What these leaves of every tree are, in the same order: whole buffers where all of a unit's leaves are among them, else padded slots.
+
+    Args:
+      leaves: numbers; None: all that have a gradient.
+      by_leaf: leaves in their shapes instead.
+    """
+    where = trees[0].where
+    if by_leaf:
+        wanted = [i for i in range(len(where.structure.leaves)) if not where.structure.frozen(i)] if leaves is None else leaves
+        return [[x for i in wanted if (x := parts[i]) is not None] for parts in (t.leaves() for t in trees)]
+    if leaves is None:
+        kept = [u for u, x in enumerate(trees[1].buffers) if x.numel()]
+        return [[t.buffers[u] for u in kept] for t in trees]
+    plan = where.memo.get(("pieces", leaves))
+    if plan is None:
+        chosen = set(leaves)
+        plan = where.memo["pieces", leaves] = [
+            piece for u, members in enumerate(where.structure.members) for piece in ([(u, -1)] if members and chosen.issuperset(members) else [(u, i) for i in members if i in chosen])
+        ]
+    return [[t.buffers[u] if i < 0 else t.buffers[u].narrow(0, t.where.slots[i].offset, t.where.slots[i].length) for u, i in plan] for t in trees]
+
+
+def optimizer(name: str, init: Callable[[Any], Any], formula: Formula, elementwise: bool = True) -> GradientTransformation:
+    """The pair of a formula: `update` is the formula in float64 on copies, and its updates are the differences, rounded once."""
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        wide = lambda t: [x.detach().to(torch.float64, copy=True) for x in tree.leaves(t)]  # noqa: E731
+        (flat, treedef), held = tree.flatten(params), formula.moments(state)
+        ok = torch.ones((), dtype=torch.bool, device=flat[0].device if flat else "cpu")
+        read = formula.read(state, params, ok, False)
+        state, scalars = formula.scalars(state, [group.rates for group in read.groups], torch.ones((), dtype=torch.float64, device=ok.device), ok)
+        columns = [wide(t) for t in (params, grads, *held)]
+        for group, own in zip(read.groups, scalars, strict=True):
+            ps, gs, *moments = columns if group.leaves is None else [[column[i] for i in group.leaves] for column in columns]
+            formula.leaf(ps, gs, moments, own)
+        new = {id(x): y.to(x.dtype) for t, ys in zip(held, columns[2:], strict=True) for x, y in zip(tree.leaves(t), ys, strict=True)}
+        updates = [(y - x.double()).to(x.dtype) for x, y in zip(flat, columns[0], strict=True)]
+        state = tree.map(lambda x: new.get(id(x), x), state)
+        return tree.unflatten(updates, treedef), state if read.rates is None else state._replace(rates=read.rates)
+
+    return GradientTransformation(init, update, formula, name, elementwise)
 
 
 def _plainly(tx: GradientTransformation, out: Out, own: Any, mine: Slots, dtype: torch.dtype) -> tuple[Slots, Any, Any]:
