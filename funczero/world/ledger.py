@@ -109,7 +109,7 @@ class Ledger:
         self.texts: dict[int, str] = {}  # chains and leaves by checksum
         self.later: Tensor | None = None  # what an accelerator's last sum said, not read yet
         self._known: list[tuple[Any, int, tuple[str, ...]]] = []
-        self._plan: tuple[tuple[str, ...], list[tuple[str, int]], tuple[str, ...]] = ((), [], ())
+        self._plan: tuple[tuple[str, ...], list[tuple[str, ...]], tuple[str, ...]] = ((), [], ())
 
     def joined(self, place: int, ranks: int, device: torch.device) -> None:
         """The mesh is live: this process is number `place` of `ranks`; of one there is nothing to compare."""
@@ -221,14 +221,28 @@ class Ledger:
         """
         keys = tuple(chain)
         if self._plan[0] != keys:
-            own = [(k, i, f) for k in keys if not k.startswith("accumulate") for i, f in enumerate(getattr(chain[k], "_fields", ())) if _readable(chain[k][i])]
-            self._plan = keys, [(k, i) for k, i, _ in own], (*(f"{k}.{f}" for k, _, f in own), "learning rate of the last update")
-        found = [chain[k][i].item() for k, i in self._plan[1]]
+            own = [x for k in keys if not k.startswith("accumulate") and not isinstance(chain[k], dict) for x in _paths(chain[k], (k,))]
+            self._plan = keys, own, (*(".".join(map(str, path)) for path in own), "learning rate of the last update")
+        found = [_leaf(chain, path).item() for path in self._plan[1]]
         return self._plan[2], (*(x if x == x else NAN for x in found), self.lr)
 
 
-def _readable(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() == 0 and x.device.type == "cpu"
+def _paths(node: Any, path: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Where the 0-d leaves on the CPU lie among a state's fields and in its dicts of rates."""
+    out: list[tuple[str, ...]] = []
+    for key in (node if isinstance(node, dict) else getattr(node, "_fields", ())):
+        x = _leaf(node, (key,))
+        if isinstance(x, Tensor) and x.dim() == 0 and x.device.type == "cpu":
+            out.append((*path, key))
+        elif isinstance(x, dict) and "rates" in (*path[1:], key):
+            out += _paths(x, (*path, key))
+    return out
+
+
+def _leaf(node: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        node = node[key] if isinstance(node, dict) else getattr(node, key)
+    return node
 
 
 @cache
