@@ -141,6 +141,8 @@ def _mirrored(node: Any, masters: Slots) -> list[tuple[Tensor, ...]] | None:
     values: list[tuple[Tensor, ...]] = [()] * len(structure.leaves)
     for place, x in zip(structure.places, flat, strict=True):
         if not structure.frozen(place):
+            if tuple(x.shape) == (0,) != slots[place].shape:  # another optimizer has it
+                continue
             if tuple(x.shape) != slots[place].shape:
                 return None
             values[place] += (x,)

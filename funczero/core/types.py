@@ -117,7 +117,7 @@ class Formula(NamedTuple):
     for the plain pair. A state is a NamedTuple with a field `rates`, whose leaves are float64 and 0-d.
 
     Args:
-      read: (state, params, ok, donate) -> Reading.
+      read: (state, params, ok, donate) -> Reading; of Slots only the place counts, whose leaves may be a part of the tree.
       moments: state -> those of its fields that lie like the parameters.
       scalars: (state, rates by group, factor, ok) -> (the state with its own numbers after the update, scalars by group).
       leaf: (params, grads, moments, scalars), in place on lists of tensors, a group at a time; a rank that holds nothing gives empty lists.

@@ -14,6 +14,7 @@ from funczero.core import tree
 from funczero.core.number import kind, number, shown
 from funczero.core.types import Grad, Group, Reading
 from funczero.layout.spec import Slots
+from funczero.transforms.partition import holds
 
 Rate = float | Callable[[Tensor], Tensor] | Sequence[tuple[str, Any]] | Any
 Beta = float | Callable[[Tensor], Tensor]  # one for all leaves
@@ -160,7 +161,7 @@ class Rates:
             who = f"{self.who}: {what}"
             columns.append([first + k for k in leaves.spots(who, rate)])
             if not _plain(rate) and not _is_rules(rate):
-                twins += [(columns[-1][place], first + k, who, leaves.names[place]) for k, place in enumerate(leaves.places) if columns[-1][place] != first + k]
+                twins += [(columns[-1][place], first + k, who, leaves.names[place]) for k, place in enumerate(leaves.places) if leaves.names[place] and columns[-1][place] != first + k]
             first += len(_parts(rate))
         found: dict[tuple[int, ...], list[int]] = {}
         for i, place in leaves.moved():
@@ -308,7 +309,7 @@ def _is_rules(rate: Any) -> bool:
 
 
 class _Leaves:
-    """The leaves of Slots or of an ordinary tree with all their names; a tied leaf is one."""
+    """The leaves of Slots or of an ordinary tree with all their names; a tied leaf is one, and one of another optimizer has no name."""
 
     def __init__(self, params: Any) -> None:
         self.structure = params.where.structure if isinstance(params, Slots) else None
@@ -321,7 +322,9 @@ class _Leaves:
             self.places = tuple(found.setdefault(id(x), len(found)) for x in flat)
         self.names: list[list[str]] = [[] for _ in range(max(self.places, default=-1) + 1)]
         for place, (path, _) in zip(self.places, tree.paths(tree.unflatten(self.places, self.treedef)), strict=True):
-            self.names[place].append(path)
+            if self.structure is None or holds(self.structure, place):
+                self.names[place].append(path)
+        self.held = sum(map(bool, self.names))
 
     def moved(self) -> list[tuple[int, int]]:
         """(number of a leaf, its place among the names), of what is trained here; of an ordinary tree (position, place)."""
@@ -340,16 +343,16 @@ class _Leaves:
         first = [next((k for k, mine in enumerate(hits) if i in mine), None) for i in range(len(self.names))]
         for (regex, r), mine in zip(rules, hits, strict=True):
             if not mine:
-                some = ", ".join(repr(n[0]) for n in self.names[:6])
+                some = ", ".join(repr(n[0]) for n in [n for n in self.names if n][:6])
                 raise ValueError(f"{who}: the rule {regex!r} is found in no parameter's path; correct it or leave it out (paths are {some}, ...)")
             others = [rules[k][1] for i in mine if (k := first[i]) is not None]
-            if len(mine) < len(self.names) and all(x is not r and x != r for x in others):
+            if len(mine) < self.held and all(x is not r and x != r for x in others):
                 raise ValueError(f"{who}: the rule {regex!r} never counts, because a rule before it takes {self.names[min(mine)][0]!r} and all else that it matches; put it first")
-        missing = next((n[0] for n, k in zip(self.names, first, strict=True) if k is None), None)
+        missing = next((n[0] for n, k in zip(self.names, first, strict=True) if n and k is None), None)
         if missing is not None:
             raise ValueError(f"{who}: no rule matches parameter {missing!r}; end the rules with ('', default)")
         regexes = list(dict(rules))
-        return [regexes.index(rules[k][0]) for k in first if k is not None]
+        return [0 if k is None else regexes.index(rules[k][0]) for k in first]
 
     def _by_tree(self, who: str, rate: Any) -> list[int]:
         try:
@@ -358,10 +361,12 @@ class _Leaves:
             raise TypeError(f"{who}: {type(rate).__name__} is neither a number, a schedule, rules [(regex, value), ...] nor a tree like the parameters: {e}") from None
         out: list[Any] = [None] * len(self.names)
         for spot, (place, r) in enumerate(zip(self.places, flat, strict=True)):
+            if not self.names[place]:
+                continue
             if not _plain(r):
                 raise TypeError(f"{who}: the value for parameter {self.names[place][0]!r} is {kind(r)}, neither a number nor a schedule")
             if out[place] is None:
                 out[place] = spot
             elif (other := flat[out[place]]) is not r and other != r:
                 raise ValueError(f"{who}: the tree says two things of one tied parameter, {' = '.join(self.names[place])}; write the same at all its paths")
-        return out
+        return [0 if spot is None else spot for spot in out]

@@ -19,6 +19,7 @@ from funczero.core import tree
 from funczero.core.types import Grad, TrainState, Tree
 from funczero.layout.spec import Lazy, Slots, Structure, Where
 from funczero.transforms.accumulate import Accumulate
+from funczero.transforms.partition import subsets
 from funczero.transforms.skips import Skipped
 from funczero.transforms.update import coords
 
@@ -173,7 +174,7 @@ def _odd(x: Any, where: Where) -> bool:
     if isinstance(x, Tensor):
         return x.requires_grad
     if isinstance(x, Slots):
-        return x.where is not where and x.where != where or any([b.requires_grad for b in x.buffers])
+        return x.where is not where and x.where not in (where, *subsets(where)) or any([b.requires_grad for b in x.buffers])
     if isinstance(x, (tuple, list, dict)) and not isinstance(x, Accumulate):
         for y in x.values() if isinstance(x, dict) else x:
             if _odd(y, where):

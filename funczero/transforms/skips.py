@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funczero.core.types import Formula, GradientTransformation, Out, Reading
 from funczero.transforms.chain import Bracket, Configure, Lift, Source
+from funczero.transforms.partition import Partition
 
 
 class Unread(NamedTuple):
@@ -108,6 +109,10 @@ def _loss(one: Unread) -> str:
 IDLE = Formula(lambda own, params, ok, donate: Reading([], None, ok), lambda own: [], lambda own, rates, factor, ok: (own, []), lambda *piece: None)
 
 
+def _idle(name: str) -> GradientTransformation:
+    return GradientTransformation(lambda params: (), lambda u, s, params: (u, s), IDLE, name, True)
+
+
 def unapplied(parts: Sequence[Any]) -> tuple[Any, ...]:
     """A chain whose optimizers do nothing, for looking at its gradients; nothing is copied."""
     out: list[Any] = []
@@ -118,9 +123,10 @@ def unapplied(parts: Sequence[Any]) -> tuple[Any, ...]:
             out.append(p._replace(transforms=unapplied(p.transforms)))
         elif type(p) in (tuple, list):
             out += unapplied(p)
+        elif isinstance(p, Partition):
+            out.append(Partition(tuple(part._replace(tx=_idle(part.tx.name)) for part in p.parts)))
         elif not isinstance(p, (Configure, Lift)) and callable(getattr(p, "init", None)) and callable(getattr(p, "update", None)):
-            name = p.name if isinstance(p, GradientTransformation) else type(p).__name__
-            out.append(GradientTransformation(lambda params: (), lambda u, s, params: (u, s), IDLE, name, True))
+            out.append(_idle(p.name if isinstance(p, GradientTransformation) else type(p).__name__))
         else:
             out.append(p)
     return tuple(out)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,11 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.transform import after, refuse, slot_name
 from funczero.core.types import Formula, Grad, GradientTransformation, Out, Reading
-from funczero.layout.spec import Slots
+from funczero.layout.spec import Slots, Where
 from funczero.transforms.mean import rewritten, value
+from funczero.transforms.partition import Part, Partition, owners, put, subset, taken
+
+Optimizer = GradientTransformation | Partition
 
 
 def coords(g: Grad, axes: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
@@ -69,65 +72,142 @@ def _ready(out: Out, dtype: torch.dtype) -> tuple[Slots, Tensor]:
     return out.grads.to(dtype), out.factor
 
 
-def rewrite(g: Grad, tx: GradientTransformation) -> Grad:
+class Entry(NamedTuple):
+    """One optimizer in its place: where its state is kept, and which leaves it has."""
+
+    key: str
+    tx: GradientTransformation
+    part: int | None = None  # of a partition; None: it has all leaves
+
+    def init(self, params: Slots) -> Any:
+        """Its state, for its own leaves."""
+        return self.tx.init(params if self.tx.formula is not None else params.tree())
+
+
+class Shares(NamedTuple):
+    """Who has which leaves: an optimizer all, those of a partition each its own."""
+
+    entries: tuple[Entry, ...]
+    parts: tuple[Part, ...] = ()
+
+    def of(self, where: Where) -> list[tuple[Entry, Where, tuple[int, ...] | None]]:
+        """(optimizer, the place of its leaves, their numbers; None for all)."""
+        if not self.parts:
+            return [(self.entries[0], where, None)]
+        if where.memo.get("shares", (None,))[0] is not self.parts:
+            where.memo["shares"] = self.parts, owners(self.parts, where.structure)
+        return [(e, subset(where, held), held) for e, held in zip(self.entries, where.memo["shares"][1], strict=True)]
+
+    def init(self, params: Slots) -> dict[str, Any]:
+        """Every optimizer's state by its key."""
+        return {e.key: e.init(params if held is None else taken(params, where)) for e, where, held in self.of(params.where)}
+
+
+def _shares(g: Grad, tx: Optimizer) -> tuple[Grad, str, Shares]:
+    """g with all but the last name of an optimizer or a partition, that name, and who has what."""
+    if not isinstance(tx, Partition):
+        g = _placed(g, tx)
+        return g, tx.name, Shares((Entry(slot_name(g, tx.name), tx),))
+    entries: list[Entry] = []
+    for i, part in enumerate(tx.parts):
+        g = _placed(g, part.tx) if not i else _passed(_placed(g, part.tx), str(tx.parts[i - 1]))
+        entries.append(Entry(slot_name(g, part.tx.name), part.tx, i))
+    return g, str(tx.parts[-1]), Shares(tuple(entries), tx.parts)
+
+
+def _passed(g: Grad, name: str) -> Grad:
+    return g._replace(names=(*g.names, name), arrows=(*g.arrows, g.layout))
+
+
+def rewrite(g: Grad, tx: Optimizer) -> Grad:
     """An optimizer that is not the last: its updates are the gradient of the next."""
-    g, key = _placed(g, tx), slot_name(g, tx.name)
+    g, name, shares = _shares(g, tx)
     dtype = g.env.policy.params
 
     def init(params: Any) -> dict[str, Any]:
-        return {key: tx.init(params.at(coords(g, g.layout.sharded), dtype).trainable().tree())}
+        mine = params.at(coords(g, g.layout.sharded), dtype).trainable()
+        return {e.key: e.tx.init((mine if held is None else taken(mine, where)).tree()) for e, where, held in shares.of(mine.where)}
 
     def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
-        grads, updates, own = _plainly(tx, out, state[key], state["params"].trainable(), dtype)
-        return rewritten(out, _packed(tx.name, updates, grads)), {**state, key: own}
+        mine, (grads, factor) = state["params"].trainable(), _ready(out, dtype)
+        grads = grads.map(lambda b: b * factor.to(b.dtype))
+        new = grads if not shares.parts else grads.map(torch.zeros_like)
+        for e, where, held in shares.of(mine.where):
+            updates, own = _plainly(e.tx, grads, out.ok, state[e.key], mine, None if held is None else where)
+            state = {**state, e.key: own}
+            if held is None:
+                new = updates
+            else:
+                put(new, updates)
+        return rewritten(out, new), state
 
-    return after(g, tx.name, g.layout, fn, init)
+    return after(g, name, g.layout, fn, init)
 
 
-def apply_update(g: Grad, tx: GradientTransformation, elsewhere: Callable[[dict[str, Any], Slots], Reading] | None = None) -> Grad:
+def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Slots], Reading] | None = None) -> Grad:
     """The last optimizer: the masters are read and written only here. Right of it grads are new parameters.
 
     Args:
       elsewhere: (state of the chain, parameters) -> the rates, where another part of the state keeps them.
     """
-    g, key = _placed(g, tx), slot_name(g, tx.name)
+    g, name, shares = _shares(g, tx)
     dtype, donate = g.env.policy.params, g.env.donate
 
     def init(params: Any) -> dict[str, Any]:
         masters = params.at(coords(g, g.layout.sharded), dtype)
-        mine = masters.trainable()
-        own = tx.init(mine if tx.formula is not None else mine.tree())
-        return {"params": masters, key: own if elsewhere is None else own._replace(rates=())}
+        own = shares.init(masters.trainable())
+        return {"params": masters, **(own if elsewhere is None else {k: x._replace(rates=()) for k, x in own.items()})}
 
-    def moved(formula: Formula, out: Out, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
-        mine, own = state["params"].trainable(), state[key]
-        grads, factor = _ready(out, dtype)
-        if not donate:  # the same formula, on clones
-            mine, own = tree.clone(mine), tree.clone(own._replace(rates=()))._replace(rates=own.rates)
-        read = formula.read(own, mine, out.ok, donate) if elsewhere is None else elsewhere(state, mine)
-        return mine, run(formula, read, mine, grads, factor, own, out.ok), {"lr": read.lr.to(out.ok.device)}
-
-    def plain(out: Out, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
-        mine = state["params"].trainable()
-        _, updates, own = _plainly(tx, out, state[key], mine, dtype)
-        moved = mine.map(torch.add, _packed(tx.name, updates, mine))
-        return tree.where(out.ok, moved, mine), own, {}
+    def read(e: Entry, where: Where, state: dict[str, Any], mine: Slots, ok: Tensor) -> Reading | None:
+        if e.tx.formula is None:
+            return None
+        return e.tx.formula.read(state[e.key], Slots(mine.buffers, where), ok, donate) if elsewhere is None else elsewhere(state, mine)
 
     def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
-        new, own, logs = plain(out, state) if tx.formula is None else moved(tx.formula, out, state)
+        old, own, logs = state["params"].trainable(), dict[str, Any](), out.logs
+        having = shares.of(old.where)
+        reads = [read(e, where, state, old, out.ok) for e, where, _ in having]  # all, before anything is written
+        in_place = shares.parts or having[0][0].tx.formula is not None
+        new = old if donate or not in_place else tree.clone(old)  # the same formula, on clones
+        grads, factor = _ready(out, dtype)
+        plain = grads.map(lambda b: b * factor.to(b.dtype)) if None in reads else grads  # which formulas write into
+        for (e, where, held), reading in zip(having, reads, strict=True):
+            if reading is None:
+                updates, own[e.key] = _plainly(e.tx, plain, out.ok, state[e.key], old, None if held is None else where)
+                here = old if held is None else taken(old, where)
+                moved = tree.where(out.ok, here.map(torch.add, updates), here)
+                if held is None:
+                    new = moved
+                else:
+                    put(new, moved)
+            else:
+                mine = state[e.key] if donate else _cloned(state[e.key])
+                own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held)  # type: ignore[arg-type]
+                logs = {**logs, "lr": reading.lr.to(out.ok.device)}
         units = new.where.structure.units
-        params = Slots(tuple(old if u.frozen else b for b, old, u in zip(new.buffers, state["params"].buffers, units, strict=True)), new.where)
-        return out._replace(grads=params, logs={**out.logs, **logs}), {**state, "params": params, key: own}
+        params = Slots(tuple(x if u.frozen else b for b, x, u in zip(new.buffers, state["params"].buffers, units, strict=True)), new.where)
+        return out._replace(grads=params, logs=logs), {**state, **own, "params": params}
 
-    return after(g, tx.name, replace(g.layout, applied=True), fn, init)
+    return after(g, name, replace(g.layout, applied=True), fn, init)
 
 
-def run(formula: Formula, read: Reading, params: Slots, grads: Slots, factor: Tensor, own: Any, ok: Tensor) -> Any:
-    """A formula on all pieces, in place on params, grads and the state's moments; returns the new state."""
+def _cloned(own: Any) -> Any:
+    """A state whose moments may be written; rates are made anew by whoever reads them."""
+    return tree.clone(own._replace(rates=()))._replace(rates=own.rates)
+
+
+def run(
+    formula: Formula, read: Reading, params: Slots, grads: Slots, factor: Tensor, own: Any, ok: Tensor, held: tuple[int, ...] | None = None
+) -> Any:
+    """A formula on all pieces, in place on params, grads and the state's moments; returns the new state.
+
+    Args:
+      held: numbers of the leaves that the optimizer has; None: all.
+    """
     own, scalars = formula.scalars(own, [group.rates for group in read.groups], factor, ok)
     trees = (params, grads, *formula.moments(own))
     for group, each in zip(read.groups, scalars, strict=True):
-        ps, gs, *moments = pieces(trees, group.leaves, formula.by_leaf)
+        ps, gs, *moments = pieces(trees, held if group.leaves is None else group.leaves, formula.by_leaf)
         formula.leaf(ps, gs, moments, each)
     return own if read.rates is None else own._replace(rates=read.rates)
 
@@ -150,7 +230,9 @@ def pieces(trees: Sequence[Slots], leaves: tuple[int, ...] | None, by_leaf: bool
     if plan is None:
         chosen = set(leaves)
         plan = where.memo["pieces", leaves] = [
-            piece for u, members in enumerate(where.structure.members) for piece in ([(u, -1)] if members and chosen.issuperset(members) else [(u, i) for i in members if i in chosen])
+            piece
+            for u, members in enumerate(where.structure.members)
+            for piece in ([(u, -1)] if members and chosen.issuperset(members) else [(u, i) for i in members if i in chosen and where.slots[i].length])
         ]
     return [[t.buffers[u] if i < 0 else t.buffers[u].narrow(0, t.where.slots[i].offset, t.where.slots[i].length) for u, i in plan] for t in trees]
 
@@ -176,21 +258,22 @@ def optimizer(name: str, init: Callable[[Any], Any], formula: Formula, elementwi
     return GradientTransformation(init, update, formula, name, elementwise)
 
 
-def _plainly(tx: GradientTransformation, out: Out, own: Any, mine: Slots, dtype: torch.dtype) -> tuple[Slots, Any, Any]:
-    """The gradient, the updates of the plain form, and its new state: the old one, numbers included, where the update is skipped.
+def _plainly(tx: GradientTransformation, grads: Slots, ok: Tensor, own: Any, mine: Slots, where: Where | None) -> tuple[Slots, Any]:
+    """The updates of the plain form on the leaves at `where` (None: all), and its new state: the old one, numbers included, where the update is skipped.
 
     Raises:
       RuntimeError: `update` wrote into what it was given, so that a state would change which somebody still holds.
     """
-    grads, factor = _ready(out, dtype)
-    grads = grads.map(lambda b: b * factor.to(b.dtype))
+    if where is not None:
+        grads, mine = taken(grads, where), taken(mine, where)
     held = {"the parameters": [*mine.buffers], "its state": tree.tensors(own)}
     versions = {what: [x._version for x in xs] for what, xs in held.items()}
     updates, new = tx.update(grads.tree(), own, mine.tree())
     for what, xs in held.items():
         if versions[what] != [x._version for x in xs]:
             raise RuntimeError(f"{tx.name}: its update writes into {what}, which stay as they were given; return new tensors, as m = b * m + g for m.mul_(b).add_(g)")
-    return grads, updates, tree.map(lambda n, o: torch.where(out.ok, n, o) if isinstance(n, Tensor) else n if n is o or bool(out.ok) else o, new, own)
+    state = tree.map(lambda n, o: torch.where(ok, n, o) if isinstance(n, Tensor) else n if n is o or bool(ok) else o, new, own)
+    return _packed(tx.name, updates, mine), state
 
 
 def _packed(name: str, updates: Any, like: Slots) -> Slots:
