@@ -9,7 +9,7 @@ OPTIONS ?=
 test: lint types tests
 
 test-all: lint types $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not hosts"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not hosts"
 
 # About ten minutes, as root: hosts out of namespaces with sshd, pdsh, OpenMPI, MPICH and SLURM. What cannot be installed is skipped by name.
 test-launch: $(READY)
@@ -31,8 +31,8 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-tests: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+tests: $(READY)  # two files at a time: much of the time is spent waiting for processes to start and to be missed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # About two minutes: a small GPT under ZeRO-3 on two processes.
 train: $(READY)

@@ -30,6 +30,9 @@ from funczero.checkpoint import Checkpointer as Checkpointer
 from funczero.checkpoint import CheckpointError as CheckpointError
 from funczero.checkpoint import Notice as Notice
 from funczero.comm.collectives import count_bytes as count_bytes
+from funczero.comm.wire import Wire as Wire
+from funczero.comm.wire import as_born as as_born
+from funczero.comm.wire import cast as cast
 from funczero.core import rng as rng
 from funczero.core import tree as tree
 from funczero.core.policy import Policy as Policy
@@ -40,9 +43,12 @@ from funczero.core.types import Layout as Layout
 from funczero.core.types import Metrics as Metrics
 from funczero.core.types import Out as Out
 from funczero.core.types import Seed as Seed
+from funczero.core.types import Sum as Sum
 from funczero.core.types import TrainState as TrainState
 from funczero.core.types import Transform as Transform
-from funczero.deepspeed.build import from_deepspeed as from_deepspeed
+from funczero.core.types import Updated as Updated
+from funczero.core.types import Value as Value
+from funczero.deepspeed.config.build import from_deepspeed as from_deepspeed
 from funczero.gradients.gradient import freeze as freeze
 from funczero.gradients.gradient import per_row as per_row
 from funczero.gradients.gradient import pull as pull
@@ -56,7 +62,7 @@ from funczero.layout.init import leaf as leaf
 from funczero.layout.mesh import P as P
 from funczero.layout.mesh import init_distributed as init_distributed
 from funczero.layout.mesh import make_mesh as make_mesh
-from funczero.layout.spec import Slots as Slots
+from funczero.layout.slots import Slots as Slots
 from funczero.optim import adagrad as adagrad
 from funczero.optim import adam as adam
 from funczero.optim import adamw as adamw

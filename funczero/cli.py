@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from funczero.checkpoint.cli import add as add_checkpoint_commands
-from funczero.deepspeed.explain import add_commands as add_config_commands
+from funczero.deepspeed.config.explain import add_commands as add_config_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,6 +143,7 @@ def one(rank, life, store):
         {"point": at_point, "clock": by_clock}["clock" if "clock" in life else "point"](rank, life, say)
     except BaseException as e:
         say("raised", kind=type(e).__name__, text=str(e))
+        traceback.print_exc()  # into stderr0 or stderr1, which is told
         return 1
     return 0
 
@@ -156,6 +158,12 @@ def at_point(rank, life, say):
 
     step, t = checkpoints.make(life.get("chain", CHAIN), 2), 4
     ck = Checkpointer(Path(life["place"], "run"), step=step, keep=life.get("keep", 2 if life.get("goes_on") else None))
+    if life["point"] == "born":
+        if rank in life["victims"]:
+            time.sleep(0.5)  # the others have joined as well
+            say("dies")
+            os.kill(os.getpid(), signal.SIGKILL)
+        ck.restore(like=(step, checkpoints.abstract()))
     if life.get("goes_on"):
         found = ck.restore(like=(step, checkpoints.abstract()))
         t = found.step + life["updates"]

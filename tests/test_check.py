@@ -16,7 +16,7 @@ import funczero as fz
 from funczero import P
 from funczero.world.ledger import UPDATE, Context, Entry
 
-SAID = re.compile(r"(?:\[rank\d+\]: )?funczero(?:\.ledger\.DivergenceError)?: (.*)")  # by the thread, or as the exception of the main one
+SAID = re.compile(r"(?:\[rank\d+\]: )?funczero(?:\.world\.ledger\.DivergenceError)?: (.*)")  # by the thread, or as the exception of the main one
 LIMIT = 10.0  # seconds from going apart to the end of every process
 
 PRELUDE = '''
@@ -238,11 +238,30 @@ def test_ranks_that_do_the_same_are_left_alone(tmp_path, seconds):
     assert [(e.code, e.out, [line for line in e.err.splitlines() if "funczero" in line or "TCPStore" in line]) for e in ends] == [(0, "end\n", [])] * 2, ends
 
 
+def test_a_text_in_the_store_that_nothing_supports_ends_nobody(tmp_path):
+    ends = start(tmp_path, """
+import funczero.step.watch
+import torch.distributed as dist
+funczero.step.watch.DEAD = 0.5
+step = make()
+state = step.init(params)
+for t in range(30):
+    state, m = step(state, step.local_rows(rows))
+    if t == 3 and RANK == 1:
+        dist.distributed_c10d._get_default_store().set("funczero/check/1/verdict", "all is lost")
+    if t > 3:
+        time.sleep(0.1)
+print("end", flush=True)
+""")  # fmt: skip
+    assert [(e.code, e.out) for e in ends] == [(0, "end\n")] * 2, ends
+    assert all("goes on: the world's store says 'all is lost', but no rank is silent" in e.err for e in ends), ends
+
+
 @pytest.mark.slow
 def test_a_long_wait_for_a_rank_elsewhere_is_said_and_not_ended(tmp_path):
     ends = start(tmp_path, """
-import funczero.step.check
-funczero.step.check.NOTICE = funczero.step.check.DEAD = 1.0
+import funczero.step.watch
+funczero.step.watch.NOTICE = funczero.step.watch.DEAD = 1.0
 step = make()
 state = step.init(params)
 for t in range(3):

@@ -19,6 +19,8 @@ from funczero.checkpoint import Checkpointer, CheckpointError, client
 from funczero.checkpoint.arrays import numpy_view
 from funczero.checkpoint.layout import Box, chunk_shape, deal
 from funczero.checkpoint.names import named
+from funczero.layout.lazy import lazy
+from funczero.layout.where import Where
 from funczero.testing import tree_hash
 
 LEAF_DTYPES = ["float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int8", "uint8", "uint64", "bool", "complex64"]
@@ -169,13 +171,13 @@ def test_other_objects_are_refused_by_path_before_anything_is_written(bad, tmp_p
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(8, 600))
 def test_every_value_is_written_once_and_chunks_keep_to_the_cap(rows, columns, outer, inner, cap):
-    structure = fz.spec.lazy({"w": torch.zeros(rows, columns)}, (), {}, lambda p: False, torch.device("cpu")).structure
+    structure = lazy({"w": torch.zeros(rows, columns)}, (), {}, lambda p: False, torch.device("cpu")).structure
     ranks = [{"a": (outer, i), "b": (inner, j)} for i in range(outer) for j in range(inner)]
     from funczero.checkpoint.names import Part
 
     written = torch.zeros(rows, columns, dtype=torch.int64)
     for rank, c in enumerate(ranks):
-        where = fz.spec.Where(structure, tuple((n, *c[n]) for n in ("a", "b")))
+        where = Where(structure, tuple((n, *c[n]) for n in ("a", "b")))
         part = Part(torch.zeros(where.slots[0].shape), (rows, columns), where.slots[0].start, where, 0)
         own = deal({"w": part}, ranks, rank)
         for piece in own.pieces:

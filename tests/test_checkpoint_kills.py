@@ -127,6 +127,18 @@ def clean(directory, names):
         assert not manifest.check_files(e.path, e.manifest, strangers=True)
 
 
+def test_one_that_dies_before_its_first_call_is_missed_at_once(tmp_path):
+    """It joined a world that somebody else made, built its step and nothing more; the others' patience is the product's own 60 s."""
+    step = checkpoints.make(CHAIN, 1)
+    with Checkpointer(tmp_path / "run", step=step) as ck:
+        ck.save(step.init(zoo.params(), key=7), 0)
+    with nursery() as n:
+        n.start(tmp_path, point="born", victims=[1])
+        told = n.told(tmp_path)
+    died, last = told[1]["events"][-1]["at"], told[0]["events"][-1]
+    assert told[1]["ended"] == -9 and last["what"] == "raised" and last["at"] - died < 10 and "rank 1" in last["text"], told
+
+
 @pytest.mark.slow
 def test_killed_at_100_random_moments(tmp_path):
     """One run after another, each of 100 lives goes on where the last one ended. With -s it prints what happened."""

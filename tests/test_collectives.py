@@ -7,9 +7,13 @@ import zoo
 
 import funczero as fz
 from funczero.comm import collectives
+from funczero.comm.edge import Edge
 from funczero.core import order
+from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
-from funczero.layout.spec import Rules, Where, lazy
+from funczero.layout.slots import Slots
+from funczero.layout.structure import Rules
+from funczero.layout.where import Where
 
 NEST = {"node": 2, "local": 2}
 
@@ -23,7 +27,7 @@ def own(sizes, rules=None):
 def drawn(where, seed, dtype=torch.float32):
     """Random leaves; the same for the same seed."""
     g = torch.Generator().manual_seed(seed)
-    return where.pack([torch.randn(s.shape, generator=g).to(dtype) for s in where.slots], dtype, torch.device("cpu"))
+    return Slots.pack(where, [torch.randn(s.shape, generator=g).to(dtype) for s in where.slots], dtype, torch.device("cpu"))
 
 
 def same(a, b):
@@ -35,8 +39,8 @@ def verbs(world, dtype):
     mesh, params = own({"data": world})
     whole, rank = params.at((), torch.float32), mesh.index("data")
     mine = [drawn(whole.where, r, dtype) for r in range(world)]
-    scattered = collectives.reduce_scatter(mine[rank], "data", mesh, torch.float32)
-    summed = whole.where.pack([order.tree_sum([m.leaves()[i].float() for m in mine]) for i in range(len(mine[0].leaves()))], torch.float32, mesh.device)
+    scattered = collectives.reduce_scatter(mine[rank], Edge("data", adds=torch.float32), mesh)
+    summed = Slots.pack(whole.where, [order.tree_sum([m.leaves()[i].float() for m in mine]) for i in range(len(mine[0].leaves()))], torch.float32, mesh.device)
     cut = collectives.cut(whole, "data", mesh)
     return same(collectives.all_gather(cut, "data", mesh), whole), same(scattered, collectives.cut(summed, "data", mesh)), same(cut, params.at(cut.where.coords, torch.float32))
 
@@ -51,7 +55,7 @@ def frozen_empties():
     """Gradients of frozen units have no buffer, and travel nowhere."""
     mesh, params = own({"data": 2})
     x = params.at((), torch.float32).trainable()
-    back = collectives.all_gather(collectives.reduce_scatter(x, "data", mesh, torch.float32), "data", mesh)
+    back = collectives.all_gather(collectives.reduce_scatter(x, Edge("data", adds=torch.float32), mesh), "data", mesh)
     return [b.numel() for b in back.buffers] == [b.numel() for b in x.buffers], min(b.numel() for b in x.buffers), same(back, x.map(lambda b: 2 * b))
 
 
@@ -91,7 +95,7 @@ def counted():
         with fz.count_bytes(mesh) as gather:
             collectives.all_gather(x, "local", mesh)
         with fz.count_bytes(mesh) as scatter:
-            collectives.reduce_scatter(y, "local", mesh, torch.float32)
+            collectives.reduce_scatter(y, Edge("local", adds=torch.float32), mesh)
     cut = sum(s.length for s, leaf in zip(x.where.slots, params.structure.leaves, strict=True) if leaf.shape)
     return dict(gather) == {("local", "all_gather", "bfloat16"): 2 * cut}, dict(scatter) == {("local", "reduce_scatter", "float32"): 4 * sum(x.where.lengths)}, outer == gather + scatter
 
@@ -113,8 +117,8 @@ def order_over_ranks():
     """Four float32 values whose sum depends on the tree."""
     mesh = connect(plan_mesh({"data": 4}))
     params = lazy({"w": torch.zeros(4)}, (), {"data": Rules()}, lambda path: False, mesh.device)
-    mine = params.structure.whole.pack([torch.full((4,), [1e8, 1.0, -1e8, 1.0][mesh.index("data")])], torch.float32, mesh.device)
-    return collectives.reduce_scatter(mine, "data", mesh, torch.float32).leaves()[0].tolist()
+    mine = Slots.pack(Where.whole(params.structure), [torch.full((4,), [1e8, 1.0, -1e8, 1.0][mesh.index("data")])], torch.float32, mesh.device)
+    return collectives.reduce_scatter(mine, Edge("data", adds=torch.float32), mesh).leaves()[0].tolist()
 
 
 def test_ranks_are_added_in_the_one_tree(run_world):

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from funczero import deepspeed as ds
-from funczero.deepspeed.build import rates_of
-from funczero.deepspeed.keys import ALIASES, HONOURED, NO_OP, REFUSED
-from funczero.deepspeed.options import OPTIMIZERS, SCHEDULERS, optimizer_keys, scheduler_keys
-from funczero.deepspeed.triad import NAMES, derive
+from funczero.deepspeed.config.build import rates_of
+from funczero.deepspeed.config.keys import ALIASES, HONOURED, NO_OP, REFUSED
+from funczero.deepspeed.config.options import OPTIMIZERS, SCHEDULERS, optimizer_keys, scheduler_keys
+from funczero.deepspeed.config.triad import NAMES, derive
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.optim.schedules import TORCH
 

@@ -10,8 +10,8 @@ import pytest
 
 import funczero as fz
 from funczero import deepspeed as ds
-from funczero.deepspeed.keys import ALIASES
-from funczero.deepspeed.options import OPTIMIZERS, SCHEDULERS
+from funczero.deepspeed.config.keys import ALIASES
+from funczero.deepspeed.config.options import OPTIMIZERS, SCHEDULERS
 
 COUNT, WORLD = 1000, 2
 BASES = [

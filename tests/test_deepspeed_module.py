@@ -13,7 +13,7 @@ from test_deepspeed_engine import Net, config
 from torch import nn
 
 import funczero.deepspeed as deepspeed
-from funczero.deepspeed.held import ZeroParamStatus
+from funczero.deepspeed.engine.held import ZeroParamStatus
 from funczero.testing import tree_hash
 
 SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.5}}, "gradient_clipping": 0}

@@ -11,7 +11,7 @@ from optimizers import F32, F64, PAIRS, close, masters, torchs
 
 import funczero as fz
 from funczero import P, tree
-from funczero.layout.spec import lazy
+from funczero.layout.lazy import lazy
 from funczero.optim import rates
 from funczero.transforms.update import pieces
 

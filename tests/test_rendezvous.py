@@ -25,7 +25,8 @@ def free_port():
 def world(body, size=2, address="127.0.0.1"):
     """A script as ranks of a world that no launcher made: rank 0 holds the store."""
     port = str(free_port())
-    script = f"import sys, time\nimport torch.distributed as dist\nfrom funczero.layout.mesh import init_distributed\nw = init_distributed()\nstore = dist.distributed_c10d._get_default_store()\n{body}"
+    begin = "import sys, time\nimport torch.distributed as dist\nfrom funczero.layout.mesh import init_distributed\nw = init_distributed()"
+    script = f"{begin}\nstore = dist.distributed_c10d._get_default_store()\n{body}"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
     own = {"MASTER_ADDR": address, "MASTER_PORT": port}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from funczero.core.types import ChainError, GradientTransformation, Layout, Metrics, Out, Seed, TrainState
+from funczero.core.types import ChainError, GradientTransformation, Layout, Metrics, Seed, Sum, TrainState, Updated, Value
 
 LAYOUTS = {
     "sum": Layout(),
@@ -12,8 +12,8 @@ LAYOUTS = {
     "sum, unreduced over ['local'], sharded over ['node'], of 8 micro-batches": Layout(
         batch=("node", "local"), unreduced=frozenset({"local"}), sharded=("node",), order=(("accumulate", 4), ("node", 2))
     ),
-    "mean, sharded over ['data']": Layout(batch=("data",), sharded=("data",), rest=("data",), mean=True),
-    "new parameters": Layout(batch=("data",), mean=True, applied=True),
+    "mean, sharded over ['data']": Layout(batch=("data",), sharded=("data",), rest=("data",), phase="value"),
+    "new parameters": Layout(batch=("data",), phase="updated"),
 }
 
 
@@ -29,12 +29,13 @@ def test_the_stride_is_the_micro_batches_summed():
 def test_layouts_are_values():
     assert Layout(batch=("data",)) == Layout(batch=("data",)) != Layout() and hash(Layout()) == hash(Layout())
     with pytest.raises(AttributeError):
-        Layout().mean = True  # type: ignore[misc]
+        Layout().phase = "value"  # type: ignore[misc]
 
 
 def test_fields_keep_their_order():
-    assert Out._fields[:4] == ("loss", "weight", "aux", "grads")
-    assert Seed._fields == ("cotangent", "key", "index", "look")
+    assert Sum._fields == ("loss", "weight", "aux", "grads", "bad")
+    assert Value._fields[:4] == Sum._fields[:4] and Updated._fields[:4] == ("loss", "weight", "aux", "params")
+    assert Seed._fields[:4] == ("cotangent", "key", "index", "look")
     assert TrainState._fields == ("params", "views", "chain", "step", "updates", "key")
     assert Metrics._fields == ("loss", "weight", "grad_norm", "ok", "empty", "scale", "lr", "updates", "aux")
     assert GradientTransformation._fields[:2] == ("init", "update")
@@ -45,6 +46,8 @@ def test_a_chain_error_is_a_type_error():
         raise ChainError("clip: ...")
 
 
-def test_an_out_before_the_mean_has_no_value():
-    out = Out(torch.zeros(1), torch.ones(1), None, None)
-    assert (out.factor, out.norm, out.ok, out.bad, out.logs) == (None, None, None, None, {})
+def test_a_sum_has_no_value_and_new_parameters_have_no_gradient():
+    total = Sum(torch.zeros(1), torch.ones(1), None, None)
+    assert total.bad is None and not {"factor", "norm", "ok", "logs"} & set(Sum._fields) and "grads" not in Updated._fields
+    assert [Layout(phase=p).mean for p in ("sum", "value", "updated")] == [False, True, True]
+    assert [Layout(phase=p).applied for p in ("sum", "value", "updated")] == [False, False, True]

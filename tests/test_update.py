@@ -11,8 +11,9 @@ from optimizers import F64
 import funczero as fz
 from funczero import checkpoint, tree
 from funczero.core.types import Group, Reading
+from funczero.layout.lazy import lazy
 from funczero.layout.mesh import world_size
-from funczero.layout.spec import Slots, lazy
+from funczero.layout.slots import Slots
 from funczero.testing import tree_hash
 from funczero.transforms.update import pieces, run
 

@@ -10,8 +10,8 @@ import funczero as fz
 from funczero import P, rng
 from funczero.comm import collectives
 from funczero.core.types import Env, Seed
+from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
-from funczero.layout.spec import lazy
 from funczero.testing import tree_hash
 from funczero.transforms.chain import build
 

@@ -21,7 +21,7 @@ from funczero.checkpoint.reading import Reading, Restored, choices, first_good
 from funczero.checkpoint.restore import Context, Want, template
 from funczero.checkpoint.saving import KINDS, Job, Save, Staging, arrays_of, refuse_taken, sentence, spoken
 from funczero.core.types import TrainState
-from funczero.world import ending
+from funczero.world import ending, presence
 
 
 class Checkpointer:
@@ -77,6 +77,8 @@ class Checkpointer:
         self._staging = Staging()
         self._named: set[str] = set()
         ending.prepared()
+        with contextlib.suppress(RuntimeError):  # `save` and `restore` say that the store is gone
+            presence.announce()
 
     def __enter__(self) -> Checkpointer:
         return self

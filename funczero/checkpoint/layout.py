@@ -11,7 +11,7 @@ from math import ceil, prod
 from typing import Any, NamedTuple
 
 from funczero.checkpoint.names import Part
-from funczero.layout.spec import Where
+from funczero.layout.where import Where
 
 CAP = 4 << 20  # bytes of a chunk: small enough to be decoded in a cache, large enough to count little
 

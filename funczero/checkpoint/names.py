@@ -15,7 +15,9 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.types import TrainState
-from funczero.layout.spec import Slots, Structure, Where
+from funczero.layout.slots import Slots
+from funczero.layout.structure import Structure
+from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
 
 LONGEST = 2048  # characters of a name
@@ -160,7 +162,7 @@ def _mirror(parts: dict[str, Part], path: tuple[str, ...], values: Sequence[tupl
 
 def _paths(structure: Structure) -> list[tuple[tuple[str, ...], int]]:
     """Every path of the parameters in order, with the number of the leaf that stands there."""
-    memo = structure.whole.memo
+    memo = structure.memo
     if "checkpoint paths" not in memo:
         found = pytree.tree_flatten_with_path(structure.unflatten(range(len(structure.leaves))))[0]
         memo["checkpoint paths"] = [(tuple(escape(tree.path_name((k,))) for k in path), i) for path, i in found]

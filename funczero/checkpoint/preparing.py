@@ -13,7 +13,7 @@ from funczero.checkpoint.restore import window
 from funczero.checkpoint.saving import refuse_taken
 from funczero.core import tree
 from funczero.core.types import TrainState
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 
 
 class Asked(NamedTuple):

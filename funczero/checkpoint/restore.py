@@ -19,8 +19,10 @@ from funczero.checkpoint.layout import Box
 from funczero.checkpoint.manifest import ARRAYS, FILE, Manifest
 from funczero.checkpoint.names import Part, named
 from funczero.core import tree
-from funczero.core.types import Out, TrainState
-from funczero.layout.spec import Fill, Slots, Where
+from funczero.core.types import Sum, TrainState
+from funczero.layout.lazy import Fill
+from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
 
 
@@ -273,7 +275,7 @@ def window(state: TrainState) -> dict[str, Any]:
     return out
 
 
-def _form(out: Out) -> dict[str, Any]:
+def _form(out: Sum) -> dict[str, Any]:
     try:
         aux = None if out.aux is None else pytree.treespec_dumps(out.aux[1])
     except Exception:  # a node type that has no name in JSON
@@ -294,7 +296,7 @@ def _windows(state: TrainState, manifest: Manifest, context: Context, notes: lis
     chain, dropped = dict(state.chain), set()
     for name, own in state.chain.items():
         form = manifest.window.get(name) if isinstance(own, Accumulate) else None
-        partial: tuple[Out, ...] = ()
+        partial: tuple[Sum, ...] = ()
         if form is not None:
             same = context.chain is not None and (manifest.world, manifest.about.get("chain")) == (context.size, context.chain)
             if same and all(p["spec"] != "" for p in form["partial"]):
@@ -307,7 +309,7 @@ def _windows(state: TrainState, manifest: Manifest, context: Context, notes: lis
     return state._replace(chain=chain), dropped
 
 
-def _continued(form: dict[str, Any], state: TrainState, context: Context) -> tuple[Out, ...]:
+def _continued(form: dict[str, Any], state: TrainState, context: Context) -> tuple[Sum, ...]:
     try:
         return tuple(_empty(p, state, context) for p in form["partial"])
     except CheckpointError:
@@ -316,7 +318,7 @@ def _continued(form: dict[str, Any], state: TrainState, context: Context) -> tup
         raise CheckpointError(f"restore: the open window in {FILE!r} has not the form that a save gives it ({type(e).__name__}: {e})") from None
 
 
-def _empty(form: dict[str, Any], state: TrainState, context: Context) -> Out:
+def _empty(form: dict[str, Any], state: TrainState, context: Context) -> Sum:
     where: Where = state.params.where
     here = Where(where.structure, tuple((a, *context.coords[context.rank][a]) for a in form["axes"]))
     device = state.params.buffers[0].device
@@ -329,4 +331,4 @@ def _empty(form: dict[str, Any], state: TrainState, context: Context) -> Out:
         raise ValueError("its metrics are no plain tree")
     aux = None if form["aux"] is None else (make(form["aux"]), pytree.treespec_loads(form["spec"]))
     buffers: Any = tuple(make(x) for x in form["grads"])
-    return Out(make(form["loss"]), make(form["weight"]), aux, Slots(buffers, here), bad=make(form["bad"]))  # type: ignore[arg-type]
+    return Sum(make(form["loss"]), make(form["weight"]), aux, Slots(buffers, here), bad=make(form["bad"]))  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Sums, gathers and scatters by axis name: the only module that sends. Launch, then wait; every byte is counted.
 
-Gathers and scatters are each other's transpose. Sums are taken locally after an all_to_all, in the fixed tree of order.py: half
+Gathers and scatters are each other's transpose, where nothing is rounded on the wire. Sums are taken locally after an all_to_all, in the fixed tree of order.py: half
 the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and the same bits on any number of ranks.
 """
 from __future__ import annotations
@@ -15,12 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funczero.comm.edge import Edge
+from funczero.comm.wire import Lengths, as_born, pack_units, unpack_units
+from funczero.core import rng
 from funczero.core.order import tree_sum
 from funczero.layout.mesh import Mesh
-from funczero.layout.spec import Slots, Where
+from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 
 MESSAGE = 1 << 22  # bytes of neighbouring units that share one message
 SHORT = 1 << 15  # bytes on all wires under which a message is all latency
+Key = tuple[int, ...]  # what a wire's draws are folded from, the same on all ranks of an axis
 _ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
 
 
@@ -32,7 +37,7 @@ class Travelling(NamedTuple):
 
 @contextmanager
 def count_bytes(step: Any) -> Iterator[Counter]:
-    """Counts what this process sends while it is open: (axis, verb, dtype) -> bytes, payload only.
+    """Counts what this process sends while it is open: (axis, verb, dtype or wire) -> bytes, payload only.
 
     Args:
       step: a Step or its Mesh.
@@ -47,8 +52,8 @@ def count_bytes(step: Any) -> Iterator[Counter]:
         del counter[key]
 
 
-def _sent(mesh: Mesh, axis: str, verb: str, dtype: torch.dtype, n: int, units: tuple[int, ...] = ()) -> None:
-    name = _name_of(dtype)
+def _sent(mesh: Mesh, axis: str, verb: str, form: torch.dtype | str, n: int, units: tuple[int, ...] = ()) -> None:
+    name = form if isinstance(form, str) else _name_of(form)
     mesh.sent[axis, verb, name] += n
     mesh.ledger.note(verb, axis, name, n, units)
 
@@ -59,12 +64,17 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 # --- one flat buffer --------------------------------------------------------------------------------------------------
-def launch_gather(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ()) -> Tensor:
-    """Start to gather [n] into [W, n]; finish with wait. `units` says whose values these are, for ranks to compare."""
+def launch_gather(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "") -> Tensor:
+    """Start to gather [n] into [W, n]; finish with wait.
+
+    Args:
+      units: whose values these are, for ranks to compare.
+      form: the wire that packed them; by default their dtype is counted.
+    """
     size, _, group = mesh.axes[axis]
     if size == 1:
         return x.view(1, -1)
-    _sent(mesh, axis, "all_gather", x.dtype, x.nbytes * (size - 1), units)
+    _sent(mesh, axis, "all_gather", form or x.dtype, x.nbytes * (size - 1), units)
     return _gather_rows(x, size, group, mesh)
 
 
@@ -77,12 +87,12 @@ def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
         return mesh.flight.note(x, _ops.all_gather_into_tensor(x, size, group)).view(size, -1)
 
 
-def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ()) -> Tensor:
-    """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order."""
+def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "") -> Tensor:
+    """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order. Args: as launch_gather's."""
     size, _, group = mesh.axes[axis]
     if size == 1:
         return x
-    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, units)
+    _sent(mesh, axis, "reduce_scatter", form or x.dtype, x.nbytes * (size - 1) // size, units)
     with torch._C._AutoDispatchBelowAutograd():
         return mesh.flight.note(x, _ops.all_to_all_single(x, [1] * size, [1] * size, group))
 
@@ -234,46 +244,112 @@ def _travels(inner: Where, unit: int, axis: str) -> int:
     return inner.memo[key]
 
 
-def gather_units(where: Where, units: Sequence[int], axis: str, mesh: Mesh, buffers: Sequence[Tensor]) -> Travelling:
-    """Start to gather units one step outwards, to `where`, as one message; waiting returns their buffers there."""
+def gather_units(
+    where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, buffers: Sequence[Tensor], key: Key = (0,)
+) -> Travelling:
+    """Start to gather units one step outwards, to `where`, as one message; waiting returns their buffers there.
+
+    Args:
+      key: of the update, for wires that draw; the same on all ranks, and whenever the same values are gathered again.
+    """
+    axis = edge.axis
     size, index, _ = mesh.axes[axis]
     if size == 1:
         return Travelling(lambda: list(buffers))
     inner = where.inner(axis, size, index)
     parts = [b.narrow(0, 0, _travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
-    wire = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), axis, mesh, tuple(units))
+    if edge.gather is as_born:
+        wire = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), axis, mesh, tuple(units))
+        arrived = lambda: list(wait(wire).split_with_sizes([p.numel() for p in parts], 1))
+    else:
+        arrived = _gather_packed(inner, units, edge, mesh, parts, key)
 
     def finish() -> list[Tensor]:
-        out, offset, whole = [], 0, wait(wire)
-        for u, own, part in zip(units, buffers, parts, strict=True):
+        out = []
+        for u, own, rows in zip(units, buffers, arrived(), strict=True):
             make = torch.zeros if where.gaps[u] else torch.empty
             out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
-            here, there = _pairs(_plan(where, u, axis, size), size, where.views(u, out[-1]), whole.narrow(1, offset, part.numel()), own)
+            here, there = _pairs(_plan(where, u, axis, size), size, where.views(u, out[-1]), rows, own)
             _copy(here, there)
-            offset += part.numel()
         return out
 
     return Travelling(finish)
 
 
-def scatter_units(where: Where, units: Sequence[int], axis: str, mesh: Mesh, leaves: Sequence[list[Tensor]], dtype: torch.dtype) -> Travelling:
+def scatter_units(
+    where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, leaves: Sequence[list[Tensor]], key: Key = (0,)
+) -> Travelling:
     """Start to sum units' leaves over an axis and keep this rank's part, as one message; waiting returns their buffers one step inwards.
 
-    The leaves travel in the dtype they come in and are added in `dtype`, in the tree over ranks.
+    The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added in `edge.adds`, in the tree over ranks.
+
+    Args:
+      key: of this sum, for wires that draw; the same on all ranks.
     """
+    axis = edge.axis
     size, index, _ = mesh.axes[axis]
     inner = where.inner(axis, size, index)
     lengths = [inner.lengths[u] for u in units]
     make = torch.zeros if any(where.inner(axis, size, q).gaps[u] for u in units for q in range(size)) else torch.empty
     send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
-    for u, xs, row in zip(units, leaves, send.split_with_sizes(lengths, 1), strict=True):
+    columns = send.split_with_sizes(lengths, 1)
+    for u, xs, row in zip(units, leaves, columns, strict=True):
         here, there = _pairs(_plan(where, u, axis, size), size, xs, row, None)
         _copy(there, here)
-    if mesh.sums == "backend" and size > 1:
-        part = _launch_backend_sum(send.to(dtype), axis, mesh, tuple(units))
+    if edge.sums == "backend" and size > 1:
+        part = _launch_backend_sum(send.to(edge.adds), axis, mesh, tuple(units))
         return Travelling(lambda: list(wait(part).view(-1).split_with_sizes(lengths)))
+    if edge.scatter is not as_born and size > 1:
+        return _scatter_packed(inner, units, edge, mesh, columns, key)
     wire = launch_exchange(send, axis, mesh, tuple(units))
-    return Travelling(lambda: list(tree_sum(wait(wire).to(dtype) if size > 1 else wire).split_with_sizes(lengths)))
+    return Travelling(lambda: list(tree_sum(wait(wire).to(edge.adds) if size > 1 else wire).split_with_sizes(lengths)))
+
+
+# --- one message of packed units --------------------------------------------------------------------------------------
+def _slot_lengths(inner: Where, unit: int, n: int) -> Lengths:
+    """The slots of a buffer's first n elements, in their order there."""
+    key = ("slot lengths", unit, n)
+    if key not in inner.memo:
+        found = sorted((inner.slots[i] for i in inner.structure.members[unit]), key=lambda s: s.offset)
+        inner.memo[key] = tuple(s.length for s in found if s.length and s.offset < n)
+    return inner.memo[key]
+
+
+def _gather_packed(
+    inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, parts: list[Tensor], key: Key
+) -> Callable[[], list[Tensor]]:
+    """Start to gather what the wire makes of units; the result waits and reads it: [W, n] by unit."""
+    lengths = [_slot_lengths(inner, u, p.numel()) for u, p in zip(units, parts, strict=True)]
+    frozen = [inner.structure.units[u].frozen for u in units]  # read alike at every update, as their views are kept
+    keys = [rng.fold(*(key[:1] if still else key), "gather", edge.axis, u) for u, still in zip(units, frozen, strict=True)]
+    packed = pack_units(edge.gather, [parts], lengths, keys)
+    sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), edge.gather.name)
+    return lambda: [torch.stack(xs) for xs in unpack_units(edge.gather, packed, wait(sent), lengths, parts[0].dtype)]
+
+
+def _scatter_packed(
+    inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, columns: Sequence[Tensor], key: Key
+) -> Travelling:
+    """Start to send every rank its rows as the wire packs them, unit by unit; what arrives is read in `edge.adds` and added."""
+    lengths = [_slot_lengths(inner, u, c.shape[1]) for u, c in zip(units, columns, strict=True)]
+    keys = [rng.fold(*key, "scatter", edge.axis, mesh.index(edge.axis), u) for u in units]
+    packed = pack_units(edge.scatter, list(zip(*columns, strict=True)), lengths, keys)
+    sent = launch_exchange(packed.rows, edge.axis, mesh, tuple(units), edge.scatter.name)
+
+    def finish() -> list[Tensor]:
+        found = unpack_units(edge.scatter, packed, wait(sent), lengths, edge.adds)
+        return [_without_gaps(inner, u, tree_sum(xs)) for u, xs in zip(units, found, strict=True)]
+
+    return Travelling(finish)
+
+
+def _without_gaps(where: Where, unit: int, buffer: Tensor) -> Tensor:
+    """The buffer with zeros in its padding, which a wire may have read otherwise."""
+    if not where.gaps[unit]:
+        return buffer
+    out = torch.zeros_like(buffer)
+    _copy(where.views(unit, out), where.views(unit, buffer))
+    return out
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:
@@ -282,42 +358,52 @@ def _copy(to: list[Tensor], source: list[Tensor]) -> None:
 
 
 # --- Slots ------------------------------------------------------------------------------------------------------------
-def all_gather(x: Slots, axis: str, mesh: Mesh) -> Slots:
-    """One step outwards: every leaf's parts over `axis`, joined. The innermost axis comes first.
+def all_gather(x: Slots, edge: Edge | str, mesh: Mesh, key: Key = (0,)) -> Slots:
+    """One step outwards: every leaf's parts over an axis, joined. The innermost axis comes first.
 
     Layout: sharded over (..., axis) -> sharded over (...). Empty buffers (frozen) stay empty.
+
+    Args:
+      edge: how the axis is crossed; its name alone reads the exact values.
+      key: as gather_units'.
     """
+    edge = Edge(edge) if isinstance(edge, str) else edge
+    axis = edge.axis
     if not x.where.coords or x.where.coords[-1][0] != axis:
         raise ValueError(f"all_gather({axis!r}): the innermost axis of these leaves is {x.where.axes[-1:] or 'none'}; gather that one first")
     where = x.where.outer
     if mesh.axes[axis].size == 1:
         return Slots(x.buffers, where)
-    flying = [(us, gather_units(where, us, axis, mesh, [x.buffers[u] for u in us])) for us in _messages(x)]
+    flying = [(us, gather_units(where, us, edge, mesh, [x.buffers[u] for u in us], key)) for us in _messages(x)]
     return Slots(_landed(flying, x), where)
 
 
-def reduce_scatter(x: Slots, axis: str, mesh: Mesh, dtype: torch.dtype) -> Slots:
-    """Sum over `axis` and keep this rank's part: the transpose of all_gather. Outer axes come first.
+def reduce_scatter(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
+    """Sum over an axis and keep this rank's part: the transpose of all_gather. Outer axes come first.
 
-    Layout: unreduced over axis, sharded over (...) -> sharded over (..., axis). Sums are taken in `dtype`.
+    Layout: unreduced over axis, sharded over (...) -> sharded over (..., axis). Sums are taken in `edge.adds`.
+
+    Args:
+      key: as scatter_units'.
     """
-    size, index, _ = mesh.axes[axis]
-    inner = x.where.inner(axis, size, index)
+    size, index, _ = mesh.axes[edge.axis]
+    inner = x.where.inner(edge.axis, size, index)
     if size == 1:
         return Slots(x.buffers, inner)
-    flying = [(us, scatter_units(x.where, us, axis, mesh, [x.where.views(u, x.buffers[u]) for u in us], dtype)) for us in _messages(x)]
+    leaves = lambda units: [x.where.views(u, x.buffers[u]) for u in units]
+    flying = [(us, scatter_units(x.where, us, edge, mesh, leaves(us), key)) for us in _messages(x)]
     return Slots(_landed(flying, x), inner)
 
 
-def all_reduce(x: Slots, axis: str, mesh: Mesh, dtype: torch.dtype) -> Slots:
-    """The sum over `axis`, whole on every rank, taken in `dtype`: a scatter and a gather, or what the backend does."""
-    size, _, group = mesh.axes[axis]
-    if mesh.sums == "tree" or size == 1:
-        return all_gather(reduce_scatter(x, axis, mesh, dtype), axis, mesh)
+def all_reduce(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
+    """The sum over an axis, whole on every rank, taken in `edge.adds`: a scatter and a gather, or what the backend does."""
+    size, _, group = mesh.axes[edge.axis]
+    if edge.sums == "tree" or size == 1:
+        return all_gather(reduce_scatter(x, edge, mesh, key), edge, mesh, key)
     for b in x.buffers:
-        _sent(mesh, axis, "all_reduce", dtype, 2 * b.numel() * dtype.itemsize * (size - 1) // size)
+        _sent(mesh, edge.axis, "all_reduce", edge.adds, 2 * b.numel() * edge.adds.itemsize * (size - 1) // size)
     with torch._C._AutoDispatchBelowAutograd():
-        flying = [mesh.flight.note(wide, _ops.all_reduce(wide, "sum", group)) for wide in (b.to(dtype) for b in x.buffers)]
+        flying = [mesh.flight.note(wide, _ops.all_reduce(wide, "sum", group)) for wide in (b.to(edge.adds) for b in x.buffers)]
     return Slots(tuple(wait(b) for b in flying), x.where)
 
 
@@ -346,7 +432,7 @@ def cut(x: Slots, axis: str, mesh: Mesh) -> Slots:
     inner = x.where.inner(axis, size, index)
     if size == 1:
         return Slots(x.buffers, inner)
-    out = inner.zeros(x.buffers[0].dtype, x.buffers[0].device)
+    out = Slots.zeros(inner, x.buffers[0].dtype, x.buffers[0].device)
     for i, (a, b) in enumerate(zip(x.leaves(), out.leaves(), strict=True)):
         if a is not None and b is not None and b.numel():
             slot, origin = inner.slots[i], x.where.slots[i]

@@ -9,11 +9,12 @@ _NAMES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float3
 _SHORT = {"f64": "float64", "fp64": "float64", "f32": "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 
 
-def _dtype(name: str | torch.dtype) -> torch.dtype:
+def dtype_of(name: str | torch.dtype, who: str = "policy") -> torch.dtype:
+    """A dtype of training by any of its names; `who` asks."""
     text = str(name).removeprefix("torch.")
     dtype = _NAMES.get(_SHORT.get(text, text))
     if dtype is None:
-        raise ValueError(f"policy: {name!r} is not a dtype of training; write one of {', '.join(_NAMES)}")
+        raise ValueError(f"{who}: {name!r} is not a dtype of training; write one of {', '.join(_NAMES)}")
     return dtype
 
 
@@ -38,12 +39,12 @@ class Policy(NamedTuple):
         if text is None or isinstance(text, Policy):
             return text or Policy()
         if "=" not in text:
-            return Policy(*[_dtype(text)] * 3)
+            return Policy(*[dtype_of(text)] * 3)
         given = dict(part.strip().split("=", 1) for part in text.split(",") if part.strip())
         unknown = set(given) - set(Policy._fields)
         if unknown:
             raise ValueError(f"policy: {sorted(unknown)[0]!r} is not a part of a policy; write {','.join(f + '=...' for f in Policy._fields)}")
-        return Policy(**{name: _dtype(value.strip()) for name, value in given.items()})
+        return Policy(**{name: dtype_of(value.strip()) for name, value in given.items()})
 
     def __str__(self) -> str:
         return ",".join(f"{name}={str(dtype).removeprefix('torch.')}" for name, dtype in zip(self._fields, self, strict=True))

@@ -16,14 +16,15 @@ def after(
     g: Grad,
     name: str,
     layout: Layout,
-    fn: Callable[[Out, dict[str, Any]], tuple[Out, dict[str, Any]]],
+    fn: Callable[[Any, dict[str, Any]], tuple[Out, dict[str, Any]]],
     init: Callable[[Any], dict[str, Any]] | None = None,
     seed: Callable[[Seed, dict[str, Any]], Seed] | None = None,
 ) -> Grad:
-    """g, then fn; the one place that passes "nothing yet" (None) through.
+    """g, then fn; here and in `around` "nothing yet" (None) is passed through, and nowhere else.
 
     Args:
-      fn: (out, state) -> (out, state); state is the flat dict of the whole chain.
+      fn: (out, state) -> (out, state): a Sum, a Value or Updated, by the phase of g.layout and of `layout`;
+        state is the flat dict of the whole chain.
       init: lazy parameters -> this transform's own entries of the state.
       seed: (seed, state) -> the seed handed to the left.
     """
@@ -32,6 +33,34 @@ def after(
         out, state = g.apply(views, state, batch, s if seed is None else seed(s, state))
         return (None, state) if out is None else fn(out, state)
 
+    return _right_of(g, name, layout, apply, init)
+
+
+def around(
+    g: Grad,
+    name: str,
+    layout: Layout,
+    before: Callable[[Seed, dict[str, Any]], tuple[Seed, Any]],
+    fn: Callable[[Any, dict[str, Any], Any], tuple[Out, dict[str, Any]]],
+    init: Callable[[Any], dict[str, Any]] | None = None,
+) -> Grad:
+    """As `after`, for a transform whose two halves share a value.
+
+    Args:
+      before: (seed, state) -> (the seed handed to the left, a value that is carried past it).
+      fn: (out, state, carried) -> (out, state).
+      init: as after's.
+    """
+
+    def apply(views: Any, state: dict[str, Any], batch: Any, s: Seed) -> tuple[Out | None, dict[str, Any]]:
+        s, carried = before(s, state)
+        out, state = g.apply(views, state, batch, s)
+        return (None, state) if out is None else fn(out, state, carried)
+
+    return _right_of(g, name, layout, apply, init)
+
+
+def _right_of(g: Grad, name: str, layout: Layout, apply: Callable[..., Any], init: Callable[[Any], dict[str, Any]] | None) -> Grad:
     both = g.init if init is None else lambda params: {**g.init(params), **init(params)}
     return g._replace(init=both, apply=apply, layout=layout, names=(*g.names, name), arrows=(*g.arrows, layout))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -15,18 +15,45 @@ class ChainError(TypeError):
     """A chain that cannot mean what it says; raised where it is built, in any process."""
 
 
-class Out(NamedTuple):
-    """What a gradient returns: a sum over examples left of the mean, a value right of it."""
+class Sum(NamedTuple):
+    """A sum over examples: what flows left of the mean."""
 
-    loss: Tensor  # stacked per micro-batch until the mean
-    weight: Tensor  # stacked per micro-batch until the mean
-    aux: Any  # user's sums as [micro-batches, n] float64 until the mean, their tree after it; None without has_aux
-    grads: Any  # Slots (spec.py) at this place; right of the last optimizer: the new parameters
-    factor: Any = None  # tensors from here on: a scalar still to be multiplied into grads: mean, unscale and clip touch only this
-    norm: Any = None  # of factor * grads; None once a transform has rewritten grads
-    ok: Any = None  # bool scalar: may this update be applied?
-    bad: Any = None  # only while looking for it: non-finite values per leaf here; right of the mean: (leaf, rank)
+    loss: Tensor  # [micro-batches], in the order of time
+    weight: Tensor  # [micro-batches]
+    aux: Any  # the user's sums as ([micro-batches, n] float64, their tree); None without has_aux
+    grads: Any  # Slots (slots.py) at this place of the chain
+    bad: Any = None  # [leaves] int64, only while looking for it: values that are not finite
+
+
+class Value(NamedTuple):
+    """A value: what flows right of the mean, and what nonlinear transforms read."""
+
+    loss: Tensor  # 0-d, as all that follow but aux and grads: the mean over the update's weight
+    weight: Tensor
+    aux: Any  # the user's sums over all micro-batches and ranks, as their tree
+    grads: Any  # Slots at this place of the chain
+    factor: Tensor  # still to be multiplied into grads: mean, unscale and clip touch only this
+    norm: Any  # of factor * grads; None once a transform has rewritten grads
+    ok: Tensor  # bool: may this update be applied?
+    bad: Any = None  # [2] int64, only while looking for it: (leaf, rank) of the first value that is not finite
     logs: dict[str, Tensor] = {}  # scalars for the metrics: scale, lr
+
+
+class Updated(NamedTuple):
+    """New parameters: what flows right of the last optimizer."""
+
+    loss: Tensor
+    weight: Tensor
+    aux: Any
+    params: Any  # Slots at this place of the chain: the masters, and their views once a bracket has closed
+    norm: Any
+    ok: Tensor
+    bad: Any = None
+    logs: dict[str, Tensor] = {}
+
+
+Out = Sum | Value | Updated  # what a gradient returns, by the phase of its layout
+Phase = Literal["sum", "value", "updated"]
 
 
 class Seed(NamedTuple):
@@ -36,6 +63,7 @@ class Seed(NamedTuple):
     key: int  # randomness of this update
     index: int = 0  # global index of the micro-batch, filled in digit by digit
     look: bool = False  # count non-finite values per leaf, to name the first
+    at: tuple[int, int] = (0, 0)  # the run's key and the number of this update: what wires of views draw from
 
 
 @dataclass(frozen=True)
@@ -51,8 +79,17 @@ class Layout:
     sharded: tuple[str, ...] = ()  # mesh axes the grads are split over, outermost first
     rest: tuple[str, ...] = ()  # mesh axes the views at rest are split over
     order: tuple[tuple[str, int], ...] = ()  # the sums taken so far, first one first
-    mean: bool = False  # divided by the weight
-    applied: bool = False  # grads are new parameters
+    phase: Phase = "sum"  # what flows: a Sum, a Value, or Updated parameters
+
+    @property
+    def mean(self) -> bool:
+        """Is the mean taken?"""
+        return self.phase != "sum"
+
+    @property
+    def applied(self) -> bool:
+        """Are these new parameters?"""
+        return self.phase == "updated"
 
     @property
     def stride(self) -> int:
@@ -73,17 +110,22 @@ class Env(NamedTuple):
 
     mesh: Any  # Mesh (mesh.py)
     policy: Any  # Policy (policy.py)
-    rules: dict[str, Any]  # mesh axis -> how its bracket cuts leaves (spec.py)
+    edges: dict[str, Any]  # mesh axis -> Edge (edge.py), brackets first and outermost first: how it is crossed
     donate: bool = False  # may the state be updated in place?
     prefetch: bool = True  # does the next block's gather start while one computes?
     early: Any = None  # what the first updates are looked at for (notices.py)
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Mesh axis -> how its bracket cuts leaves, outermost first; axes without a bracket are not named."""
+        return {axis: edge.rules for axis, edge in self.edges.items() if edge.rules is not None}
 
 
 class Grad(NamedTuple):
     """A stateful gradient: pure functions, the layout of what they return, and the chain so far."""
 
     init: Callable[[Any], dict[str, Any]]  # lazy parameters -> state, flat by transform name
-    view: Callable[[Any], Any]  # parameters at rest -> whole leaves that a forward may use
+    view: Callable[..., Any]  # (parameters at rest, key of the update) -> whole leaves that a forward may use
     apply: Callable[[Any, dict[str, Any], Any, Seed], tuple[Out | None, dict[str, Any]]]
     layout: Layout
     names: tuple[str, ...]

@@ -1,21 +1,5 @@
 """`deepspeed.checkpointing`: activations computed again in the backward, by torch's own function."""
-from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from torch.utils.checkpoint import checkpoint as _checkpoint
-
-
-def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), computed again in the backward instead of kept; torch's, with its random state restored."""
-    return _checkpoint(function, *args, use_reentrant=False)
-
-
-def configure(*args: Any, **kwargs: Any) -> None:
-    """Nothing: where activations lie changes no value."""
-
-
-def is_configured() -> bool:
-    """There is nothing to configure."""
-    return True
+from funczero.deepspeed.engine.activations import checkpoint as checkpoint
+from funczero.deepspeed.engine.activations import configure as configure
+from funczero.deepspeed.engine.activations import is_configured as is_configured

@@ -1,97 +1,12 @@
 """`deepspeed.utils`: logger, RepeatingLoader, and whole values of parameters that are sharded."""
-from __future__ import annotations
 
-import logging
-from typing import Any
-
-from absl import logging as absl_logging
-from torch import Tensor, nn
-
-from funczero.deepspeed import comm
-from funczero.deepspeed.leaf import number, read_leaf, write_leaf, write_part
-from funczero.deepspeed.loader import RepeatingLoader as RepeatingLoader
-from funczero.deepspeed.window import mean_gradient
-from funczero.layout.spec import Slots
-
-logger: logging.Logger = absl_logging.get_absl_logger()
-NAMES = {"exp_avg": ("mu", "exp_avg"), "exp_avg_sq": ("nu", "exp_avg_sq"), "momentum_buffer": ("trace", "momentum_buffer"), "sum": ("sum",)}
-
-
-def log_dist(message: str, ranks: list[int] | None = None, level: int = logging.INFO) -> None:
-    """A line of some ranks; all of them with None or [-1]."""
-    if ranks is None or -1 in ranks or comm.get_rank() in ranks:
-        logger.log(level, "[rank %d] %s", comm.get_rank(), message)
-
-
-def home(param: Any) -> tuple[Any, str]:
-    """A parameter's engine and its name there."""
-    found: Any = getattr(param, "home", (None, ""))
-    engine = None if found[0] is None else found[0]()
-    if engine is None:
-        raise ValueError("safe_get: this parameter belongs to no engine; give one of engine.parameters()")
-    return engine, found[1]
-
-
-def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """The master, whole, on every rank. A collective."""
-    engine, name = home(param)
-    return read_leaf(engine.state.params, name)
-
-
-def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
-    """Writes the master and what is kept of it elsewhere; every rank gives the same value."""
-    engine, name = home(param)
-    write_leaf(engine._state, name, value)
-    engine.state = engine._state
-
-
-def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
-    """The sum of the open window's gradients so far over its micro-batches, whole, unscaled and before the clip; None between windows. A collective."""
-    engine, name = home(param)
-    grads = mean_gradient(engine.train_step, engine._state, engine.gradient_accumulation_steps())
-    return None if grads is None else grads.leaves()[number(grads.where.structure, name)]
-
-
-def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
-    """A moment, whole, by torch's name of it: exp_avg, exp_avg_sq, momentum_buffer. A collective; None for a frozen parameter."""
-    engine, name = home(param)
-    return read_leaf(_moment(engine, optim_state_key), name)
-
-
-def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
-    """Writes a moment; every rank gives the same value."""
-    engine, name = home(param)
-    write_part(_moment(engine, optim_state_key), name, value)
-
-
-def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """This rank's rows of the master."""
-    return _part(home(param)[0].state.params, param)
-
-
-def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
-    """This rank's rows of a moment."""
-    return _part(_moment(home(param)[0], optim_state_key), param)
-
-
-def _part(slots: Slots, param: nn.Parameter) -> Tensor | None:
-    return slots.leaves()[number(slots.where.structure, home(param)[1])]
-
-
-def _moment(engine: Any, key: str) -> Slots:
-    """The Slots of a moment."""
-    found: dict[str, Slots] = {}
-    for own in engine.state.chain.values():
-        found |= dict(_slots(own))
-    hit = next((found[n] for n in NAMES.get(key, (key,)) if n in found), None)
-    if hit is None:
-        raise KeyError(f"safe_get_full_optimizer_state: this optimizer keeps no {key!r}; it keeps {sorted(found)}")
-    return hit
-
-
-def _slots(own: Any) -> list[tuple[str, Slots]]:
-    fields = own._asdict().items() if hasattr(own, "_asdict") else own.items() if isinstance(own, dict) else ()
-    out: list[tuple[str, Slots]] = []
-    for n, x in fields:
-        out += [(n, x)] if isinstance(x, Slots) else _slots(x) if isinstance(x, dict) else []
-    return out
+from funczero.deepspeed.engine.access import log_dist as log_dist
+from funczero.deepspeed.engine.access import logger as logger
+from funczero.deepspeed.engine.access import safe_get_full_fp32_param as safe_get_full_fp32_param
+from funczero.deepspeed.engine.access import safe_get_full_grad as safe_get_full_grad
+from funczero.deepspeed.engine.access import safe_get_full_optimizer_state as safe_get_full_optimizer_state
+from funczero.deepspeed.engine.access import safe_get_local_fp32_param as safe_get_local_fp32_param
+from funczero.deepspeed.engine.access import safe_get_local_optimizer_state as safe_get_local_optimizer_state
+from funczero.deepspeed.engine.access import safe_set_full_fp32_param as safe_set_full_fp32_param
+from funczero.deepspeed.engine.access import safe_set_full_optimizer_state as safe_set_full_optimizer_state
+from funczero.deepspeed.engine.loader import RepeatingLoader as RepeatingLoader

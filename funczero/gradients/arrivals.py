@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import scatter_units
+from funczero.comm.collectives import Key, scatter_units
 from funczero.core.types import Env
-from funczero.layout.spec import Slots, Where
+from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 
 Group = tuple[int, ...]  # the units of one block: one, or two where some of its leaves are frozen
 SMALL = 1 << 15  # elements under which a unit's gradient is not worth a message of its own
@@ -23,12 +24,25 @@ SMALL = 1 << 15  # elements under which a unit's gradient is not worth a message
 class Arrivals:
     """Which gradients have arrived, what travels, and what is here. Nothing is booked but inside `collecting`."""
 
-    def __init__(self, whole: Where, axes: tuple[str, ...], env: Env, dtype: torch.dtype, device: torch.device) -> None:
-        """axes: what gradients are scattered over at the seam, outermost first; dtype: in which they are born."""
+    def __init__(
+        self, whole: Where, axes: tuple[str, ...], env: Env, dtype: torch.dtype, device: torch.device, key: Key = (0,)
+    ) -> None:
+        """Nothing has arrived.
+
+        Args:
+          axes: what gradients are scattered over at the seam, outermost first.
+          dtype: in which they are born.
+          key: (of the update, the micro-batch's index): what wires draw from.
+        """
+        self.key = key
         self.whole, self.axes, self.env, self.dtype, self.device = whole, axes, env, dtype, device
         self.here: Where = whole  # where gradients end up
+        digits, stride = list[int](), 1
         for a in axes:
-            self.here = self.here.inner(a, env.mesh.axes[a].size, env.mesh.index(a))
+            size, index, _ = env.mesh.axes[a]
+            self.here = self.here.inner(a, size, index)
+            digits, stride = [*digits, index * stride], stride * size
+        self.later = [sum(digits[i + 1 :]) for i in range(len(axes))]  # of the micro-batch's index, digits of axes that are summed later
         learning = [u for u, unit in enumerate(whole.structure.units) if unit.seam and not unit.frozen]
         self.large = [u for u in reversed(learning) if whole.lengths[u] >= SMALL]
         self.small = [u for u in learning if whole.lengths[u] < SMALL]
@@ -45,13 +59,15 @@ class Arrivals:
         self.bad: dict[int, Tensor] = {}
 
     @contextmanager
-    def collecting(self, look: bool = False, retain: bool = False) -> Iterator[None]:
+    def collecting(self, look: bool = False, retain: bool = False, key: Key | None = None) -> Iterator[None]:
         """While the backward that the chain asked for runs. Other backwards, as a loss may take on its way, book nothing.
 
         Args:
           look: count non-finite values.
           retain: the same graph will run backward once more.
+          key: of this backward, where it was not known when the tape was made.
         """
+        self.key = self.key if key is None else key
         before = dict(self.uses)
         self.booking, self.look = True, look
         try:
@@ -111,20 +127,25 @@ class Arrivals:
 
     def _send(self, units: Group, leaves: list[list[Tensor]]) -> None:
         """Over all axes, outermost first; the message before this one is finished meanwhile."""
-        mesh, dtype, where = self.env.mesh, self.env.policy.accumulate, self.whole
-        first = scatter_units(where, units, self.axes[0], mesh, leaves, dtype)
+        mesh, edges, where = self.env.mesh, self.env.edges, self.whole
+        first = scatter_units(where, units, edges[self.axes[0]], mesh, leaves, self._key_over(0))
 
         def finish() -> list[Tensor]:
             buffers, here = first.wait(), where
-            for outer, axis in zip(self.axes, self.axes[1:], strict=False):
+            for i, (outer, axis) in enumerate(zip(self.axes, self.axes[1:], strict=False), 1):
                 here = here.inner(outer, mesh.axes[outer].size, mesh.index(outer))
                 if mesh.axes[axis].size > 1:
                     parts = [here.views(u, b) for u, b in zip(units, buffers, strict=True)]
-                    buffers = scatter_units(here, units, axis, mesh, parts, dtype).wait()
+                    buffers = scatter_units(here, units, edges[axis], mesh, parts, self._key_over(i)).wait()
             return buffers
 
         before, self.scattering = self.scattering, (units, finish)
         self._finish(before)
+
+    def _key_over(self, i: int) -> Key:
+        """Of the sum over axis number i: its micro-batch's index with the digits of the axes that are summed after it."""
+        *rest, index = self.key
+        return (*rest, index + self.later[i])
 
     def _finish(self, sent: tuple[Group, Callable[[], list[Tensor]]] | None) -> None:
         if sent is not None:

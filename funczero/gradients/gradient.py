@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import all_gather
+from funczero.comm.collectives import Key, all_gather
 from funczero.core import order, rng, tree
-from funczero.core.types import ChainError, Env, Grad, Layout, Out, Seed
+from funczero.core.types import ChainError, Env, Grad, Layout, Seed, Sum
 from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.tape import Ref, Tape
 from funczero.layout.mesh import P
-from funczero.layout.spec import Slots
-from funczero.transforms.chain import Configure, Source
+from funczero.layout.slots import Slots
+from funczero.transforms.chain import Configure, Source, opening
 
 
 def value_and_grad(
@@ -155,19 +155,19 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
     mesh = env.mesh
     layout = Layout(source.batch, frozenset(source.batch) - set(axes), axes, source.axes, tuple((a, mesh.axes[a].size) for a in axes))
 
-    def view(views: Slots) -> Slots:
-        return reduce(lambda x, a: all_gather(x, a, mesh), reversed(source.axes), views)
+    def view(views: Slots, at: Key = (0,)) -> Slots:
+        return reduce(lambda x, a: all_gather(x, env.edges[a], mesh, at), reversed(source.axes), views)
 
-    def apply(views: Slots, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Out, dict[str, Any]]:
+    def apply(views: Slots, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Sum, dict[str, Any]]:
         mine = seed._replace(index=seed.index + order.indices(layout, mesh.index)[0])
-        tape = Tape(views, source.scatter, env, seed.look)
+        tape = Tape(views, source.scatter, env, seed.look, at=seed.at, key=(seed.key, seed.index))
         whole = open_rest(tape, forward)
         loss, weight, aux, grads = differentiate(whole, batch, mine, tape)
         slots, bad = close(tape, grads)
-        return Out(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
+        return Sum(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
 
     name = source.name if not source.batch else f"{source.name}(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})"
-    opened = tuple(f"shard({a!r}," for a in source.axes)
+    opened = tuple(opening(env.edges[a]) for a in source.axes)
     grad = Grad(lambda params: {}, view, apply, layout, (*opened, name), env, (*[Layout()] * len(opened), layout))
     return grad
 
@@ -292,6 +292,6 @@ def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
         if tape.look:
             zero = torch.zeros((), dtype=torch.int64, device=device)
             bad = torch.stack([zero if g is None else (~g.isfinite()).sum() for g in grads])
-        return Slots(where.pack(grads, tape.dtype, device).buffers, tape.arrivals.here), bad
+        return Slots(Slots.pack(where, grads, tape.dtype, device).buffers, tape.arrivals.here), bad
     loose = [u for u, unit in enumerate(structure.units) if not unit.seam and not unit.frozen and structure.members[u]]
     return tape.arrivals.close({u: [grads[i] for i in structure.members[u]] for u in loose})

@@ -8,11 +8,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import Travelling, gather_units
+from funczero.comm.collectives import Key, Travelling, gather_units
 from funczero.core import tree
 from funczero.core.types import Env
 from funczero.gradients.arrivals import Arrivals, Group
-from funczero.layout.spec import Slots, Where
+from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 
 
 class Ref:
@@ -57,16 +58,25 @@ class Ref:
 class Tape:
     """What one forward and its backward hold of the units, two at a time, and where their gradients go (`arrivals`)."""
 
-    def __init__(self, views: Slots, scatter: tuple[str, ...], env: Env, look: bool, differentiate: bool = True) -> None:
-        """views: parameters at rest; scatter: axes that gradients are scattered over at the seam beyond those of rest."""
+    def __init__(
+        self, views: Slots, scatter: tuple[str, ...], env: Env, look: bool, differentiate: bool = True, at: Key = (0,), key: Key = (0,)
+    ) -> None:
+        """One apply's units, closed.
+
+        Args:
+          views: parameters at rest.
+          scatter: axes that gradients are scattered over at the seam beyond those of rest.
+          at, key: what wires of views, and of gradients, draw from.
+        """
+        self.at = at
         self.env, self.views, self.rest = env, views, views.where.axes
-        self.whole: Where = views.where.structure.whole
+        self.whole = Where.whole(views.where.structure)
         self.dtype = views.buffers[0].dtype
         axes = (*self.rest, *scatter)  # outermost first
         self.seam = any(env.mesh.axes[a].size > 1 for a in axes)  # over axes of size 1 there is nothing to do
         self.differentiate, self.look = differentiate, look
         self.port = torch.zeros((), device=views.buffers[0].device, requires_grad=differentiate)
-        self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device)
+        self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device, key)
         self.flying: dict[int, Travelling] = {}  # gathers under way
         self.open: dict[int, Tensor] = {}  # gathered buffers that the backward reads
         self.kept: set[int] = set()  # of these, the forward's last block
@@ -79,8 +89,8 @@ class Tape:
         """Start to gather units, unless they are here or under way."""
         for unit in group if self.rest and self.seam else ():
             if unit not in self.flying and unit not in self.open:
-                where, axis = self.views.where.outer, self.rest[-1]
-                self.flying[unit] = gather_units(where, (unit,), axis, self.env.mesh, (self.views.buffers[unit],))
+                where, edge = self.views.where.outer, self.env.edges[self.rest[-1]]
+                self.flying[unit] = gather_units(where, (unit,), edge, self.env.mesh, (self.views.buffers[unit],), self.at)
                 self.count(1)
 
     def ahead(self, *group: int) -> None:
@@ -103,7 +113,7 @@ class Tape:
         (buffer,), where = self.flying.pop(unit).wait(), self.views.where.outer
         for axis in reversed(self.rest[:-1]):
             where = where.outer
-            (buffer,) = gather_units(where, (unit,), axis, self.env.mesh, (buffer,)).wait()
+            (buffer,) = gather_units(where, (unit,), self.env.edges[axis], self.env.mesh, (buffer,), self.at).wait()
         return buffer
 
     def first(self) -> Group:

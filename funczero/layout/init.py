@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from funczero.core import rng, tree
-from funczero.layout.spec import Fill
+from funczero.layout.lazy import Fill
 
 
 def leaf(shape: tuple[int, ...], draw: Callable[[int, tuple[int, ...]], Tensor] | float = 0.0, dtype: torch.dtype = torch.float32) -> Fill:

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -64,7 +66,6 @@ class Mesh(NamedTuple):
     sent: Counter  # (axis, verb, dtype) -> bytes sent by this process
     world_group: str = ""  # the group of all, where the mesh spans them
     connected: bool = False
-    sums: str = "tree"  # how gradients are added over ranks: in the one tree, or by the "backend" as it likes
     ledger: Any = None  # the checksum of all launches, which ranks compare; shared by all copies, as `sent` is
     flight: Any = None  # what the backend may still hold when the process ends (inflight.py)
 
@@ -178,6 +179,8 @@ def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | 
     """A mesh to build, print and check a chain with; joins no world and creates no group."""
     if isinstance(mesh, Mesh):
         return mesh
+    with suppress(RuntimeError):  # in a world that somebody else joined; whoever needs its store says that it is gone
+        presence.announce()
     if isinstance(mesh, DeviceMesh):
         return _connected(mesh)
     if mesh is not None and not isinstance(mesh, Mapping):
@@ -198,8 +201,21 @@ def connect(mesh: Mesh) -> Mesh:
     if world.size == 1:
         return mesh._replace(connected=True)
     presence.announce()
-    live = _connected(_shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type), mesh.ledger)
-    return live._replace(sent=mesh.sent, device=mesh.device, sums=mesh.sums)
+    try:
+        live = _connected(_shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type), mesh.ledger)
+    except RuntimeError as e:
+        raise _lost(world.rank, e) from e
+    return live._replace(sent=mesh.sent, device=mesh.device)
+
+
+def _lost(rank: int, error: RuntimeError) -> RuntimeError:
+    """What rank could not be reached, where that can be proven; else the backend's own words with where they came up."""
+    gone, until = presence.ranks_that_ended(), time.monotonic() + 1.0
+    while not gone and time.monotonic() < until:
+        time.sleep(0.05)  # a process that was just killed
+        gone = presence.ranks_that_ended()
+    who = f"rank {gone[0]} ended" if gone else "the process groups could not be made"
+    return RuntimeError(f"mesh: {who} while rank {rank} was connecting to the others ({str(error).splitlines()[0]}); look for what ended it, and start all ranks again")
 
 
 @lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.number import kind, number, shown
 from funczero.core.types import Grad, Group, Reading
-from funczero.layout.spec import Slots
+from funczero.layout.slots import Slots
 from funczero.transforms.partition import holds
 
 Rate = float | Callable[[Tensor], Tensor] | Sequence[tuple[str, Any]] | Any

@@ -14,10 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import all_gather
+from funczero.comm.collectives import Key, all_gather
+from funczero.comm.wire import as_born
 from funczero.core import tree
 from funczero.core.types import Grad, TrainState, Tree
-from funczero.layout.spec import Lazy, Slots, Structure, Where
+from funczero.layout.lazy import Lazy
+from funczero.layout.slots import Slots
+from funczero.layout.structure import Structure
+from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
 from funczero.transforms.partition import subsets
 from funczero.transforms.skips import Skipped
@@ -120,15 +124,15 @@ class Fits:
             return state.views
         fresh = state.params.to(g.env.policy.compute)
         for axis in reversed(state.params.where.axes[len(state.views.where.axes) :]):
-            fresh = all_gather(fresh, axis, g.env.mesh)
+            fresh = all_gather(fresh, g.env.edges[axis], g.env.mesh, at(state))
         return Slots(fresh.buffers, state.views.where)
 
     def settled(self, state: TrainState, views: Slots | None = None) -> TrainState:
         """The same state with views of its masters (these, where they are known), remembered as this step's own."""
-        if self.book.made(state):
+        if self.book.made(state) and not packed(self.running()):
             return state
         line = self.book.line(state)
-        state = state._replace(views=None if state.views is None else views or self.views(state))
+        state = state._replace(views=None if state.views is None else views or self.views(state, made=False))
         self.book.add(state, None if line is None else line.skipped)
         return state
 
@@ -163,6 +167,16 @@ class Fits:
         why = why or _fit("params", state.params, policy.params) or _chains(state.chain, form)
         if why:
             raise ValueError(f"step: this state is not one of this step: {why}; {REMEDY}")
+
+
+def at(state: TrainState) -> Key:
+    """What the wires of a state's views draw from: the same for these values wherever and however often they are gathered."""
+    return int(state.key), int(state.step)
+
+
+def packed(g: Grad) -> bool:
+    """Are views something else than masters that were cast, because of a wire?"""
+    return any(e.gather is not as_born and g.env.mesh.axes[e.axis].size > 1 for e in g.env.edges.values())
 
 
 def _buffers(state: TrainState) -> tuple[Tensor, ...]:

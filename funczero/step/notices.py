@@ -11,8 +11,8 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.policy import Policy
-from funczero.core.types import Layout, Out
-from funczero.layout.spec import Slots
+from funczero.core.types import Layout, Updated
+from funczero.layout.slots import Slots
 
 LOOKS = 3  # updates after which equal losses on all ranks are no accident: weights that begin at zero give one equal loss
 
@@ -63,7 +63,7 @@ class Early:
             parts = enumerate(masters.leaves())
             self.idle = {i: x.detach().clone() for i, x in parts if x is not None and not structure.frozen(i) and i not in self.used}
 
-    def after(self, out: Out, masters: Slots, batch: Any, layout: Layout) -> list[str]:
+    def after(self, out: Updated, masters: Slots, batch: Any, layout: Layout) -> list[str]:
         """What to say of an update."""
         self.updates += 1
         said = [self._decayed(masters)] if self.idle and bool(out.ok) else []

@@ -11,23 +11,26 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from funczero.comm.collectives import all_gather, sum_and_compare
+from funczero.comm.edge import Edge
 from funczero.core import order, rng, tree
 from funczero.core.policy import Policy
 from funczero.core.transform import refuse
-from funczero.core.types import ChainError, Env, Grad, Metrics, Out, Seed, TrainState
+from funczero.core.types import ChainError, Env, Grad, Metrics, Seed, TrainState, Updated
 from funczero.gradients.draws import keyed
 from funczero.gradients.gradient import check_loss, drew, open_rest
 from funczero.gradients.tape import Tape
+from funczero.layout.lazy import Lazy, all_find, lazy
 from funczero.layout.mesh import Mesh, P, connect, plan_mesh
-from funczero.layout.spec import Lazy, Slots, all_find, lazy
+from funczero.layout.slots import Slots
 from funczero.step.alike import begin
-from funczero.step.check import UPDATE, recorded, watched
-from funczero.step.fits import Book, Fits
+from funczero.step.calls import recorded, watched
+from funczero.step.fits import Book, Fits, at, packed
 from funczero.step.notices import Early, narrow, nested, say
 from funczero.transforms.chain import Source, build, chain, configured
 from funczero.transforms.mean import rank_of
 from funczero.transforms.skips import Patience, Skipped, unapplied
 from funczero.transforms.update import coords
+from funczero.world.ledger import UPDATE
 
 
 class Eval(NamedTuple):
@@ -70,7 +73,7 @@ class Step(NamedTuple):
     def view(self, state: TrainState) -> Any:
         """The whole parameters in the compute dtype as fresh leaves that want a gradient, for a forward of your own (pullback)."""
         _usable(state, self.fits)
-        slots = self.running().view(self.fits.views(state))
+        slots = self.running().view(self.fits.views(state), at(state))
         units = slots.where.structure.units
         leaves = [x if x is None else x.detach().requires_grad_(not units[i.unit].frozen) for x, i in zip(slots.leaves(), slots.where.structure.leaves, strict=True)]
         return slots.where.structure.unflatten(leaves)
@@ -113,7 +116,7 @@ class Step(NamedTuple):
         def evaluate(state: TrainState, batch: Any) -> Eval:
             g = self.running()
             _usable(state, self.fits)
-            tape = Tape(self.fits.views(state), (), g.env, look=False, differentiate=False)
+            tape = Tape(self.fits.views(state), (), g.env, look=False, differentiate=False, at=at(state))
             with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version counters
                 whole = open_rest(tape)
                 with nullcontext() if getattr(loss_fn, "keyed", False) else keyed(None, g.env.mesh.device, drew):
@@ -152,7 +155,7 @@ def train_step(
       prefetch: start the next block's gather while one computes: one unit more in memory, the same bits.
       debug: log the first non-finite leaf of any update, and its rank.
       check: a thread compares what ranks launch, for ever, where no sum is reached any more: one that differs, left or died ends all with a
-        message instead of a hang or an abort of the backend (check.py). 0: no such thread; ranks are still compared in every sum (ledger.py).
+        message instead of a hang or an abort of the backend (watch.py). 0: no such thread; ranks are still compared in every sum (ledger.py).
       patience: after so many updates in a row that were not finite and were skipped, the next call raises on all ranks; those that
         a dynamic loss scale skips on its way down do not count. The first is said, with leaf and rank, and then ever fewer.
 
@@ -166,7 +169,8 @@ def train_step(
         mesh = dict.fromkeys(flat[0].batch, -1)
     if sums not in ("tree", "backend"):
         raise ValueError(f"train_step: sums={sums!r} is neither 'tree' nor 'backend'; leave it out for the same bits on any mesh")
-    env = Env(plan_mesh(mesh)._replace(sums=sums), Policy.parse(policy), {}, prefetch=prefetch)
+    planned = plan_mesh(mesh)
+    env = Env(planned, Policy.parse(policy), {a: Edge(a, sums=sums) for a in planned.axes}, prefetch=prefetch)
     return _make(flat, env, Options(debug, check, patience), donated=False, book=Book())
 
 
@@ -205,6 +209,8 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         if _speaks(g):
             say(book.said, narrow(params, g.env.policy), nested(params, source.units))
         state = _initial(g, own, key)
+        if state.views is not None and packed(g):  # as every later forward will see them
+            state = state._replace(views=fits.views(state, made=False))
         book.add(state)
         return state
 
@@ -213,7 +219,8 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         made = _usable(state, fits)
         now, seen = int(state.step), _seen(book, state, patience)
         look = options.debug or seen.row > 0
-        seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(int(state.key), now), 0, look)
+        run = int(state.key)
+        seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(run, now), 0, look, (run, now))
         views, given = fits.views(state, made), {**state.chain, "params": state.params}
         if early.open:
             early.before(state.params)
@@ -221,13 +228,14 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         masters = new.pop("params")
         if out is None:
             return fits.settled(state, views)._replace(chain=new), None
+        assert isinstance(out, Updated)
         once_more = lambda: probe().apply(views, given, batch, seed._replace(look=True))[0]
         again = None if g.streams or source.name != "value_and_grad" else once_more
         seen = patience.after(seen, out, now, masters.where.structure.leaves, again)
         if early.open:
             said = early.after(out, masters, batch, g.layout)
             say(book.said, *(said if _speaks(g) else ()))
-        wide = None if state.views is None else _renewed(out.grads, views)
+        wide = None if state.views is None else _renewed(out.params, views)
         fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
         book.add(fresh, seen)
         if donated:
@@ -284,7 +292,7 @@ def _usable(state: Any, fits: Fits) -> bool:
     return fits.look(state)
 
 
-def _metrics(out: Out, state: TrainState) -> Metrics:
+def _metrics(out: Updated, state: TrainState) -> Metrics:
     device = out.loss.device
     norm = out.logs.get("grad_norm", out.norm)
     scale = out.logs.get("scale", torch.ones((), dtype=torch.float64, device=device))
@@ -340,10 +348,19 @@ def describe(step: Step) -> str:
     if odd:
         more = ", and in other orders of these sums (stages 2 and 3 against 0 and 1)" if len(g.layout.order) > 1 else ""
         notes.append(f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds{more}")
-    if g.env.mesh.sums == "backend":
+    edges = g.env.edges.values()
+    if any(e.sums == "backend" for e in edges):
         notes.append("gradients are added over ranks by the backend: the same-bits promise is off")
+    notes += [_packs(e, g.env.mesh.axes[e.axis].size) for e in edges if not e.exact]
     head = f"train_step on {g.env.mesh} ({g.env.mesh.device.type}), {g.env.policy}{', donated' if g.env.donate else ''}"
     return "\n".join([head, *(f"  {a:<{wide}}  -> {b}" if b else f"  {a}" for a, b in lines), *(f"  note: {n}" for n in notes)])
+
+
+def _packs(edge: Edge, size: int) -> str:
+    """What a wire means for the values."""
+    if size == 1:
+        return f"nothing travels over {edge.axis!r}, whose size is 1, so {edge} packs nothing there"
+    return f"what travels over {edge.axis!r} is packed ({edge}): all ranks read the same, and other bits than those of the chain without wires"
 
 
 __all__ = ["ChainError", "Eval", "Step", "describe", "donate", "train_step"]

@@ -8,15 +8,15 @@ import torch
 
 from funczero.core import order, tree
 from funczero.core.transform import refuse, slot_name
-from funczero.core.types import Grad, Out, Seed, Transform
-from funczero.layout.spec import Slots
+from funczero.core.types import Grad, Seed, Sum, Transform
+from funczero.layout.slots import Slots
 
 
 class Accumulate(NamedTuple):
     """A streaming accumulate's state: micro-batches taken, and one partial sum for every set bit of their number."""
 
     count: torch.Tensor
-    partial: tuple[Out, ...]
+    partial: tuple[Sum, ...]
 
 
 def accumulate(k: int, stream: bool = False) -> Transform:
@@ -44,19 +44,19 @@ def accumulate(k: int, stream: bool = False) -> Transform:
         wide = g.env.policy.accumulate
         key = slot_name(g, "accumulate")
 
-        def one(views: Any, state: dict[str, Any], micro: Any, seed: Seed, j: int) -> tuple[Out, dict[str, Any]]:
+        def one(views: Any, state: dict[str, Any], micro: Any, seed: Seed, j: int) -> tuple[Sum, dict[str, Any]]:
             out, state = g.apply(views, state, micro, seed._replace(index=seed.index + j * stride))
-            assert out is not None
+            assert isinstance(out, Sum)
             return out, state
 
-        def loop(views: Any, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Out, dict[str, Any]]:
+        def loop(views: Any, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Sum, dict[str, Any]]:
             counter: order.Counter = ()
             for j, micro in enumerate(tree.split_rows(batch, k, name)):
                 out, state = one(views, state, micro, seed, j)
                 counter = order.push(counter, j, out, lambda a, b: _add(a, b, wide, reuse=True))
             return order.close(counter, lambda a, b: _add(a, b, wide, reuse=True)), state
 
-        def streamed(views: Any, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Out | None, dict[str, Any]]:
+        def streamed(views: Any, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Sum | None, dict[str, Any]]:
             own: Accumulate = state[key]
             j = int(own.count)
             if batch is None:
@@ -81,7 +81,7 @@ def _empty() -> Accumulate:
     return Accumulate(torch.zeros((), dtype=torch.int64), ())
 
 
-def _add(a: Out, b: Out, wide: torch.dtype, reuse: bool = False) -> Out:
+def _add(a: Sum, b: Sum, wide: torch.dtype, reuse: bool = False) -> Sum:
     """The sum of two partial sums, in the accumulate dtype; what is stacked per micro-batch is joined in order of time.
 
     With reuse, a's memory may be the result's: a loop's partial sums are its own.
@@ -93,4 +93,4 @@ def _add(a: Out, b: Out, wide: torch.dtype, reuse: bool = False) -> Out:
         grads = Slots(tuple(x.to(wide) + y.to(wide) for x, y in zip(a.grads.buffers, b.grads.buffers, strict=True)), a.grads.where)
     aux = None if a.aux is None else (torch.cat([a.aux[0], b.aux[0]]), a.aux[1])
     bad = None if a.bad is None or b.bad is None else a.bad + b.bad
-    return Out(torch.cat([a.loss, b.loss]), torch.cat([a.weight, b.weight]), aux, grads, bad=bad)
+    return Sum(torch.cat([a.loss, b.loss]), torch.cat([a.weight, b.weight]), aux, grads, bad=bad)

@@ -4,9 +4,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from funczero.comm.edge import Edge, joined
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Env, Grad, GradientTransformation
-from funczero.layout.spec import Rules
 from funczero.transforms.partition import Partition
 from funczero.transforms.update import Optimizer, apply_update, foreign, rewrite
 
@@ -21,7 +21,7 @@ class Source(NamedTuple):
     frozen: Callable[[str], bool] = lambda path: False
     axes: tuple[str, ...] = ()  # brackets open left of it, outermost first: what parameters at rest are split over
     scatter: tuple[str, ...] = ()  # brackets that open directly right of it: the seam scatters for them
-    rules: tuple[tuple[str, Rules], ...] = ()
+    edges: tuple[Edge, ...] = ()  # of those brackets
     transforms: tuple[Any, ...] = ()
     ties: tuple[tuple[str, str], ...] = ()  # (second name, first name) of leaves that are one, whatever tree they come in
     patterns: tuple[tuple[str, str], ...] = ()  # (who, regex): each must find a parameter
@@ -31,11 +31,15 @@ class Source(NamedTuple):
 class Bracket(NamedTuple):
     """`shard(axis, *parts)` right of a Source."""
 
-    axis: str
+    edge: Edge
     parts: tuple[Any, ...]
-    rules: Rules
-    edges: Callable[[Grad, Bracket], Grad]
+    crossed: Callable[[Grad, Bracket], Grad]
     opened: bool = False  # the Source already scatters over it, at the seam
+
+    @property
+    def axis(self) -> str:
+        """The mesh axis that it cuts over."""
+        return self.edge.axis
 
 
 class Configure(NamedTuple):
@@ -66,13 +70,13 @@ def build(parts: Sequence[Any], env: Env) -> Grad:
             f"  {''.join(f'{a}[ ' for a in source.axes)}{inside}{' ]' * len(source.axes)} | {_name(rest[0])}  <- here"
         )
     source, marked = configured(parts), _mark(_flatten((*source.transforms, *rest)))
-    rules = dict(source.rules) | _rules(marked)
-    for axis in (*rules, *source.axes, *source.batch):
+    edges = _edges((*source.edges, *_bracketed(marked)), source, env)
+    for axis in (*edges, *source.axes, *source.batch):
         if axis not in env.mesh.axes:
             raise ChainError(f"{source.name}: {axis!r} is not an axis of the mesh ({env.mesh}); write one of {list(env.mesh.axes)}")
     if source.units:
         source, marked = _open_at_seam(source, marked)
-    g = fold(source.make(source, env._replace(rules=rules)), marked)
+    g = fold(source.make(source, env._replace(edges=edges)), marked)
     _all_used(source, env)
     return g
 
@@ -97,7 +101,7 @@ def fold(g: Grad, parts: Sequence[Any]) -> Grad:
     """g, then every part in order."""
     for part in parts:
         if isinstance(part, Bracket):
-            g = part.edges(g, part)
+            g = part.crossed(g, part)
         elif isinstance(part, Lift):
             g = apply_update(g, part.tx) if part.applies else rewrite(g, part.tx)
         elif isinstance(part, Source):
@@ -183,12 +187,31 @@ def _mark(parts: Sequence[Any]) -> tuple[Any, ...]:
     return replaced(parts, ())
 
 
-def _rules(parts: Sequence[Any]) -> dict[str, Rules]:
-    out: dict[str, Rules] = {}
-    for p in parts:
-        if isinstance(p, Bracket):
-            out |= {p.axis: p.rules} | _rules(p.parts)
-    return out
+def _bracketed(parts: Sequence[Any]) -> list[Edge]:
+    """The edges of brackets, outermost first."""
+    return [e for p in parts if isinstance(p, Bracket) for e in (p.edge, *_bracketed(p.parts))]
+
+
+def _edges(bracketed: Sequence[Edge], source: Source, env: Env) -> dict[str, Edge]:
+    """How every axis is crossed: those of brackets first and outermost first, then the other axes of the mesh.
+
+    Raises:
+      ChainError: a wire cannot be meant, or an axis is given two for one direction.
+    """
+
+    def known(e: Edge) -> Edge:
+        return e._replace(sums=env.edges.get(e.axis, e).sums, adds=env.policy.accumulate)
+
+    try:
+        out = {a: known(e).proven(env.policy.compute, env.mesh.device) for a, e in joined(bracketed).items()}
+    except (TypeError, ValueError) as error:
+        raise ChainError(f"{source.name}: {error}") from None
+    return out | {a: known(Edge(a)) for a in env.mesh.axes if a not in out}
+
+
+def opening(edge: Edge) -> str:
+    """A bracket's opening edge in a printed chain."""
+    return f"shard({edge.axis!r}," if edge.exact else f"shard({edge.axis!r}, {edge},"
 
 
 def _open_at_seam(source: Source, parts: tuple[Any, ...]) -> tuple[Source, tuple[Any, ...]]:

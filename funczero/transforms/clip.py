@@ -8,7 +8,7 @@ import torch
 
 from funczero.core.number import number
 from funczero.core.transform import after
-from funczero.core.types import Grad, Out, Transform
+from funczero.core.types import Grad, Transform, Value
 from funczero.transforms.mean import global_norm, pointwise, value
 
 
@@ -30,7 +30,7 @@ def clip_by_global_norm(limit: float, eps: float = 0.0) -> Transform:
     def transform(g: Grad) -> Grad:
         g = value(g, name)
 
-        def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
+        def fn(out: Value, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
             norm = global_norm(out.grads, out.factor, g.layout, g.env) if out.norm is None else out.norm
             shrink = (limit / (norm + eps)).clamp(max=1)
             return out._replace(factor=out.factor * shrink, norm=norm * shrink, logs={"grad_norm": norm, **out.logs}), state

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funczero.core.number import flag, number, whole
 from funczero.core.transform import after, refuse, slot_name
-from funczero.core.types import Grad, Out, Seed, Transform
+from funczero.core.types import Grad, Out, Seed, Transform, Value
 from funczero.transforms.mean import value
 
 
@@ -97,9 +97,12 @@ def scale_loss(
             at_floor = dynamic and batch is not None and float(own.scale) <= floor and int(own.hysteresis) <= 1
             seeded = seed._replace(cotangent=seed.cotangent * factor, look=seed.look or at_floor)
             out, state = g.apply(views, {**state, key: own}, batch, seeded)
-            return (None, state) if out is None else close(out, state, own, factor)
+            if out is None:
+                return None, state
+            assert isinstance(out, Value)
+            return close(out, state, own, factor)
 
-        def close(out: Out, state: dict[str, Any], own: ScaleLoss, factor: Tensor) -> tuple[Out, dict[str, Any]]:
+        def close(out: Value, state: dict[str, Any], own: ScaleLoss, factor: Tensor) -> tuple[Value, dict[str, Any]]:
             counts = out.weight > 0  # an update of weight 0 is skipped without touching the scale
             overflow = ~out.ok & counts
             new, logs = own, {**out.logs, "scale": own.scale}

@@ -12,8 +12,8 @@ from funczero.comm.collectives import sum_and_compare
 from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
 from funczero.core import order, tree
 from funczero.core.transform import after, refuse
-from funczero.core.types import Env, Grad, Layout, Out, Transform
-from funczero.layout.spec import Slots
+from funczero.core.types import Env, Grad, Layout, Sum, Transform, Value
+from funczero.layout.slots import Slots
 
 
 def mean(g: Grad) -> Grad:
@@ -31,7 +31,7 @@ def mean(g: Grad) -> Grad:
 
     places = torch.tensor(order.indices(lay, env.mesh.index), device=env.mesh.device)
 
-    def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
+    def fn(out: Sum, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
         columns = [out.loss[:, None].double(), out.weight[:, None].double()] + ([] if out.aux is None else [out.aux[0]])
         rows = torch.cat(columns, 1)
         bits = torch.zeros(lay.stride, rows.shape[1], dtype=torch.int64, device=rows.device)
@@ -48,9 +48,9 @@ def mean(g: Grad) -> Grad:
         finite, factor = bins[0] == 0 if alike is None else (bins[0] == 0) & alike, 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
         norm = torch.where(finite, norm_of(bins, folds(out.grads.buffers[0].dtype)) * factor, torch.inf)
         aux = None if out.aux is None else tree.unflatten(list(total[2:]), out.aux[1])
-        return Out(loss * factor, weight, aux, out.grads, factor, norm, finite & (weight > 0), bad, {**out.logs, "rows": table}), state
+        return Value(loss * factor, weight, aux, out.grads, factor, norm, finite & (weight > 0), bad, {"rows": table}), state
 
-    return after(g, "mean", replace(lay, mean=True), fn)
+    return after(g, "mean", replace(lay, phase="value"), fn)
 
 
 def _norm_bins(grads: Slots, lay: Layout, env: Env) -> Tensor:
@@ -123,7 +123,7 @@ def pointwise(name: str, fn: Callable[[Tensor, Tensor], Tensor]) -> Transform:
     return transform
 
 
-def rewritten(out: Out, grads: Slots) -> Out:
-    """Out with other gradients: their factor is one and their norm unknown."""
+def rewritten(out: Value, grads: Slots) -> Value:
+    """A value with other gradients: their factor is one and their norm unknown."""
     logs = out.logs if out.norm is None else {"grad_norm": out.norm, **out.logs}
     return out._replace(grads=grads, factor=torch.ones_like(out.factor), norm=None, logs=logs)

@@ -12,7 +12,9 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.number import kind, shown
 from funczero.core.types import GradientTransformation
-from funczero.layout.spec import Slots, Structure, Unit, Where
+from funczero.layout.slots import Slots
+from funczero.layout.structure import Structure, Unit
+from funczero.layout.where import Where
 
 Which = str | Callable[[str], bool] | Any  # a regex, a predicate on paths, or a tree of bools like the parameters
 OTHERS = Unit("(of other optimizers)", False, True)  # where a subset's structure puts the leaves that it does not hold
@@ -150,7 +152,7 @@ def subsets(where: Where) -> list[Where]:
 def taken(slots: Slots, where: Where) -> Slots:
     """A copy of the leaves that a subset holds."""
     parts: list[Tensor | None] = [x if holds(where.structure, i) else None for i, x in enumerate(slots.leaves())]
-    return where.pack(parts, slots.buffers[0].dtype, slots.buffers[0].device)
+    return Slots.pack(where, parts, slots.buffers[0].dtype, slots.buffers[0].device)
 
 
 def put(slots: Slots, part: Slots) -> None:

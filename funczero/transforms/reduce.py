@@ -3,69 +3,111 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from funczero.comm import collectives
-from funczero.core.transform import after, refuse
-from funczero.core.types import Grad, Transform
-from funczero.layout.spec import Slots
+from funczero.comm.edge import Edge
+from funczero.comm.wire import Wire, as_born
+from funczero.core.transform import around, refuse
+from funczero.core.types import Grad, Out, Seed, Sum, Transform, Updated
+from funczero.layout.slots import Slots
 
 
-def _known(g: Grad, name: str, axis: str) -> None:
-    if axis not in g.env.mesh.axes:
-        raise refuse(g, name, f"{axis!r} is not an axis of the mesh ({g.env.mesh}); write one of {list(g.env.mesh.axes)}")
+def with_wires(g: Grad, name: str, edge: Edge) -> Grad:
+    """g, whose env knows the wires that this edge brings along.
+
+    Raises:
+      ChainError: the axis is not on the mesh, or has a wire for that direction already.
+    """
+    if edge.axis not in g.env.mesh.axes:
+        raise refuse(g, name, f"{edge.axis!r} is not an axis of the mesh ({g.env.mesh}); write one of {list(g.env.mesh.axes)}")
+    if edge.exact:
+        return g
+    try:
+        known = g.env.edges[edge.axis].with_wires(edge).proven(g.env.policy.compute, g.env.mesh.device)
+    except (TypeError, ValueError) as error:
+        raise refuse(g, name, str(error)) from None
+    return g._replace(env=g.env._replace(edges={**g.env.edges, edge.axis: known}))
 
 
-def summed(g: Grad, axis: str, name: str, fn: Callable[[Slots], Slots], sharded: tuple[str, ...]) -> Grad:
-    """g with the partial sum over one axis taken; the axis is the next digit of the order of sums."""
-    _known(g, name, axis)
-    lay, mesh = g.layout, g.env.mesh
+def summed(
+    g: Grad, edge: Edge, name: str, fn: Callable[[Slots, Edge, Any, collectives.Key], Slots], sharded: tuple[str, ...]
+) -> Grad:
+    """g with the partial sum over one axis taken; the axis is the next digit of the order of sums.
+
+    Args:
+      edge: the axis, with the wires that this transform brings along.
+      fn: (partial sum, the axis's edge, mesh, key) -> the sum.
+    """
+    g, axis = with_wires(g, name, edge), edge.axis
+    lay, mesh, edge = g.layout, g.env.mesh, g.env.edges[axis]
     if lay.mean or lay.applied:
         raise refuse(g, name, "it adds up sums, but the mean is already taken; put it further left")
     if axis not in lay.unreduced:
         why = f"it was summed before, or the batch is not split over it (batch={list(lay.batch)})"
         raise refuse(g, name, f"the gradient is not a partial sum over {axis!r}: {why}; leave it out, or write batch=P({axis!r})")
-    layout = replace(lay, unreduced=lay.unreduced - {axis}, sharded=(*lay.sharded, *sharded), order=(*lay.order, (axis, mesh.axes[axis].size)))
+    order = (*lay.order, (axis, mesh.axes[axis].size))
+    layout = replace(lay, unreduced=lay.unreduced - {axis}, sharded=(*lay.sharded, *sharded), order=order)
     offset = mesh.index(axis) * lay.stride
-    return after(g, name, layout, lambda out, state: (out._replace(grads=fn(out.grads)), state), seed=lambda s, state: s._replace(index=s.index + offset))
+
+    def before(s: Seed, state: dict[str, Any]) -> tuple[Seed, collectives.Key]:
+        return s._replace(index=s.index + offset), (s.key, s.index)
+
+    def after(out: Sum, state: dict[str, Any], key: collectives.Key) -> tuple[Sum, dict[str, Any]]:
+        return out._replace(grads=fn(out.grads, edge, mesh, key)), state
+
+    return around(g, name, layout, before, after)
 
 
-def all_reduce(axis: str) -> Transform:
+def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
     """The sum over a mesh axis, whole on every rank; over an axis of size 1 the identity.
 
     Layout: unreduced over axis -> reduced. Bytes a rank: 2 (W - 1) / W of the gradient's. Bits: the one tree, any W.
+
+    Args:
+      axis: a mesh axis that the batch is split over.
+      wire: how it travels, both ways: the parts to be added, and the sum to all ranks.
     """
+    name = f"all_reduce({axis!r}{_said(wire)})"
 
     def transform(g: Grad) -> Grad:
-        mesh, wide = g.env.mesh, g.env.policy.accumulate
-        return summed(g, axis, f"all_reduce({axis!r})", lambda x: collectives.all_reduce(x, axis, mesh, wide), ())
+        return summed(g, Edge(axis, gather=wire, scatter=wire), name, collectives.all_reduce, ())
 
-    transform.__name__ = f"all_reduce({axis!r})"
+    transform.__name__ = name
     return transform
 
 
-def reduce_scatter(axis: str) -> Transform:
+def reduce_scatter(axis: str, wire: Wire = as_born) -> Transform:
     """The sum over a mesh axis, each rank keeping its rows; the transpose of all_gather, and the opening edge of `shard`.
 
     Layout: unreduced over axis, sharded (...) -> sharded (..., axis). A chain that leaves it so is refused: prefer shard(axis, ...).
+
+    Args:
+      axis: a mesh axis that the batch is split over.
+      wire: how the parts travel.
     """
+    name = f"reduce_scatter({axis!r}{_said(wire)})"
 
     def transform(g: Grad) -> Grad:
-        mesh, wide = g.env.mesh, g.env.policy.accumulate
-        return summed(g, axis, f"reduce_scatter({axis!r})", lambda x: collectives.reduce_scatter(x, axis, mesh, wide), (axis,))
+        return summed(g, Edge(axis, scatter=wire), name, collectives.reduce_scatter, (axis,))
 
-    transform.__name__ = f"reduce_scatter({axis!r})"
+    transform.__name__ = name
     return transform
 
 
-def all_gather(axis: str) -> Transform:
+def all_gather(axis: str, wire: Wire = as_born) -> Transform:
     """Gradients or new parameters joined over a mesh axis: the closing edge of `shard`. New parameters travel in `policy.compute`.
 
     Layout: sharded (..., axis) -> sharded (...).
+
+    Args:
+      axis: the innermost axis that the leaves are cut over here.
+      wire: how the parts travel.
     """
-    name = f"all_gather({axis!r})"
+    name = f"all_gather({axis!r}{_said(wire)})"
 
     def transform(g: Grad) -> Grad:
-        _known(g, name, axis)
+        g = with_wires(g, name, Edge(axis, gather=wire))
         lay = g.layout
         if lay.sharded[-1:] != (axis,) or axis in lay.rest:
             where = f"sharded over {list(lay.sharded)}" if lay.sharded else "whole"
@@ -76,9 +118,22 @@ def all_gather(axis: str) -> Transform:
     return transform
 
 
+def _said(wire: Wire) -> str:
+    return "" if wire is as_born else f", wire={wire}"
+
+
 def closed(g: Grad, axis: str, name: str) -> Grad:
-    """g with its innermost bracket closed."""
-    lay, mesh, narrow = g.layout, g.env.mesh, g.env.policy.compute
-    ship = (lambda x: x.trainable().to(narrow)) if lay.applied else (lambda x: x)
-    layout = replace(lay, sharded=lay.sharded[:-1])
-    return after(g, name, layout, lambda out, state: (out._replace(grads=collectives.all_gather(ship(out.grads), axis, mesh)), state))
+    """g with its innermost bracket closed: what is joined are new views, or a gradient."""
+    lay, mesh, edge, compute = g.layout, g.env.mesh, g.env.edges[axis], g.env.policy.compute
+
+    def before(s: Seed, state: dict[str, Any]) -> tuple[Seed, collectives.Key]:
+        run, now = s.at
+        return s, (run, now + 1) if lay.applied else (s.key, s.index)  # views are the next update's
+
+    def after(out: Out, state: dict[str, Any], key: collectives.Key) -> tuple[Out, dict[str, Any]]:
+        if isinstance(out, Updated):
+            views = out.params.trainable().to(compute)
+            return out._replace(params=collectives.all_gather(views, edge, mesh, key)), state
+        return out._replace(grads=collectives.all_gather(out.grads, edge, mesh, key)), state
+
+    return around(g, name, replace(lay, sharded=lay.sharded[:-1]), before, after)

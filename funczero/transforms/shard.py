@@ -5,15 +5,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from funczero.comm import collectives
+from funczero.comm.edge import Edge
+from funczero.comm.wire import Wire, as_born
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Grad
 from funczero.layout.mesh import P
-from funczero.layout.spec import Rules
-from funczero.transforms.chain import Bracket, Source, chain, fold
+from funczero.layout.structure import Rules
+from funczero.transforms.chain import Bracket, Source, chain, fold, opening
 from funczero.transforms.reduce import closed, summed
 
 
-def shard(axis: str, *inside: Any, rules: Sequence[tuple[str, P]] = (), threshold: int = 0) -> Any:
+def shard(
+    axis: str,
+    *inside: Any,
+    rules: Sequence[tuple[str, P]] = (),
+    threshold: int = 0,
+    gather: Wire = as_born,
+    scatter: Wire = as_born,
+) -> Any:
     """`inside` on this rank's part of every leaf: a reduce-scatter where it opens, an all-gather where it closes.
 
     Law: opening it earlier changes bytes and memory, never values, nor bits when the chain deals the rows. With a gradient
@@ -24,6 +33,13 @@ def shard(axis: str, *inside: Any, rules: Sequence[tuple[str, P]] = (), threshol
       inside: transforms, the optimizer, further brackets; or first of all the gradient (ZeRO-3).
       rules: (regex on the path, P): which tensor dim the axis cuts; P() keeps a leaf whole. By default dim 0. Binds inner brackets.
       threshold: leaves with fewer elements stay whole (DeepSpeed: stage3_param_persistence_threshold).
+      gather: how views travel over this axis: to a forward, to an evaluation, where the bracket closes, after a restore. Masters
+        are exact, and so is a leaf that the axis leaves whole, for it does not travel.
+      scatter: how gradients travel on their way to the sum, which is taken in `policy.accumulate`.
+
+    Raises:
+      ChainError: there is nothing inside.
+      TypeError: a rule is no pair.
 
     Source: Rajbhandari et al., ZeRO, arXiv 1910.02054.
     """
@@ -32,23 +48,22 @@ def shard(axis: str, *inside: Any, rules: Sequence[tuple[str, P]] = (), threshol
     for pair in rules:
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], P):
             raise TypeError(f"shard({axis!r}): rule {pair!r} is not a pair of a regex and a P; write rules=[('w1$', P(None, {axis!r}))]")
-    own = Rules(tuple(rules), threshold)
+    own = Edge(axis, Rules(tuple(rules), threshold), gather, scatter)
     inside = chain(*inside)
     if isinstance(inside[0], Source):
         source = inside[0]
-        return source._replace(axes=(axis, *source.axes), rules=((axis, own), *source.rules), transforms=(*source.transforms, *inside[1:]))
-    return Bracket(axis, tuple(inside), own, _edges)
+        return source._replace(axes=(axis, *source.axes), edges=(own, *source.edges), transforms=(*source.transforms, *inside[1:]))
+    return Bracket(own, tuple(inside), _crossed)
 
 
-def _edges(g: Grad, bracket: Bracket) -> Grad:
-    axis, name = bracket.axis, f"shard({bracket.axis!r},"
-    mesh, wide = g.env.mesh, g.env.policy.accumulate
+def _crossed(g: Grad, bracket: Bracket) -> Grad:
+    axis, name = bracket.axis, opening(bracket.edge)
     if bracket.opened:
         opened = g._replace(names=(*g.names, name), arrows=(*g.arrows, g.layout))
     elif g.layout.applied:
         raise refuse(g, name + " ...)", "the update is already applied; put it further left, around the optimizer")
     else:
-        opened = summed(g, axis, name, lambda x: collectives.reduce_scatter(x, axis, mesh, wide), (axis,))
+        opened = summed(g, Edge(axis), name, collectives.reduce_scatter, (axis,))
     inner = fold(opened, bracket.parts)
     if inner.layout.sharded[-1:] != (axis,):
         raise refuse(inner, ")", f"shard({axis!r}) closes, but the leaves are sharded over {list(inner.layout.sharded)}; close what was opened inside first")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from absl import logging
 from torch import Tensor
 
-from funczero.core.types import Formula, GradientTransformation, Out, Reading
+from funczero.core.types import Formula, GradientTransformation, Reading, Updated
 from funczero.transforms.chain import Bracket, Configure, Lift, Source
 from funczero.transforms.partition import Partition
 
@@ -57,7 +57,7 @@ class Patience:
                 "look at the data and the learning rate, or write train_step(..., patience=...) larger"
             )
 
-    def after(self, seen: Skipped, out: Out, now: int, leaves: Sequence[Any], again: Callable[[], Out | None] | None) -> Skipped:
+    def after(self, seen: Skipped, out: Updated, now: int, leaves: Sequence[Any], again: Callable[[], Any] | None) -> Skipped:
         """One update more.
 
         Args:
@@ -71,7 +71,7 @@ class Patience:
             seen = self._read(seen, one, leaves, None if late else again)
         return seen._replace(unread=unread[-1:] if late else ())
 
-    def _read(self, seen: Skipped, one: Unread, leaves: Sequence[Any], again: Callable[[], Out | None] | None) -> Skipped:
+    def _read(self, seen: Skipped, one: Unread, leaves: Sequence[Any], again: Callable[[], Any] | None) -> Skipped:
         if bool(one.ok):
             return seen._replace(row=0) if seen.row else seen
         weight = float(one.weight)

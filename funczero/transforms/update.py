@@ -10,8 +10,9 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.transform import after, refuse, slot_name
-from funczero.core.types import Formula, Grad, GradientTransformation, Out, Reading
-from funczero.layout.spec import Slots, Where
+from funczero.core.types import Formula, Grad, GradientTransformation, Reading, Updated, Value
+from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 from funczero.transforms.mean import rewritten, value
 from funczero.transforms.partition import Part, Partition, owners, put, subset, taken
 
@@ -59,7 +60,7 @@ def _whole(tx: GradientTransformation, axes: list[str]) -> str:
     return f"it needs whole leaves (elementwise=False), but they are cut over {axes} here; write {without}, or an optimizer that works value by value, as fz.adamw(lr)"
 
 
-def _ready(out: Out, dtype: torch.dtype) -> tuple[Slots, Tensor]:
+def _ready(out: Value, dtype: torch.dtype) -> tuple[Slots, Tensor]:
     """The gradient in the masters' dtype, and the factor that is still to be multiplied into it.
 
     Where the masters' dtype would round or overflow what the factor makes small, or float32 has no such factor, it is multiplied first.
@@ -128,7 +129,7 @@ def rewrite(g: Grad, tx: Optimizer) -> Grad:
         mine = params.at(coords(g, g.layout.sharded), dtype).trainable()
         return {e.key: e.tx.init((mine if held is None else taken(mine, where)).tree()) for e, where, held in shares.of(mine.where)}
 
-    def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
+    def fn(out: Value, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
         mine, (grads, factor) = state["params"].trainable(), _ready(out, dtype)
         grads = grads.map(lambda b: b * factor.to(b.dtype))
         new = grads if not shares.parts else grads.map(torch.zeros_like)
@@ -163,7 +164,7 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Sl
             return None
         return e.tx.formula.read(state[e.key], Slots(mine.buffers, where), ok, donate) if elsewhere is None else elsewhere(state, mine)
 
-    def fn(out: Out, state: dict[str, Any]) -> tuple[Out, dict[str, Any]]:
+    def fn(out: Value, state: dict[str, Any]) -> tuple[Updated, dict[str, Any]]:
         old, own, logs = state["params"].trainable(), dict[str, Any](), out.logs
         having = shares.of(old.where)
         reads = [read(e, where, state, old, out.ok) for e, where, _ in having]  # all, before anything is written
@@ -186,9 +187,9 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Sl
                 logs = {**logs, "lr": reading.lr.to(out.ok.device)}
         units = new.where.structure.units
         params = Slots(tuple(x if u.frozen else b for b, x, u in zip(new.buffers, state["params"].buffers, units, strict=True)), new.where)
-        return out._replace(grads=params, logs=logs), {**state, **own, "params": params}
+        return Updated(out.loss, out.weight, out.aux, params, out.norm, out.ok, out.bad, logs), {**state, **own, "params": params}
 
-    return after(g, name, replace(g.layout, applied=True), fn, init)
+    return after(g, name, replace(g.layout, phase="updated"), fn, init)
 
 
 def _cloned(own: Any) -> Any:
@@ -299,4 +300,4 @@ def _packed(name: str, updates: Any, like: Slots) -> Slots:
                 raise ValueError(f"{name}: it gives the tied parameter {path!r} one update at each of its paths, and they differ; return the same at all")
             by_leaf[place] = x
     buffer = like.buffers[0]
-    return like.where.pack(by_leaf, buffer.dtype, buffer.device)
+    return Slots.pack(like.where, by_leaf, buffer.dtype, buffer.device)

@@ -58,6 +58,16 @@ def announce() -> None:
         store.set(f"{KEY}/{dist.get_rank()}", identity())
 
 
+def ranks_that_ended() -> list[int]:
+    """Ranks of this world that have provably ended; none where its store does not answer."""
+    try:
+        store: Any = dist.distributed_c10d._get_default_store()
+        keys = {r: f"{KEY}/{r}" for r in range(dist.get_world_size())}
+        return [r for r, key in keys.items() if store.check([key]) and ended(store.get(key).decode())]
+    except RuntimeError:
+        return []
+
+
 def connection(base: Any, seconds: float = 8.0) -> Any:
     """A connection of its own to the world's store, `base.clone()`; but never for the minutes for which that tries a server that has gone.
 

@@ -8,7 +8,7 @@ import zoo
 import funczero as fz
 from funczero import P, tree
 from funczero.layout.mesh import world_size
-from funczero.layout.spec import Where
+from funczero.layout.where import Where
 
 FROZEN = r"embed|blocks/1|blocks/\d/b"  # loose, a whole block, and a leaf inside each block
 RULES = [("embed", P(None, "data")), ("conv", P(None, None, "data")), (r"/v$", P(None, "data")), ("unused", P())]

@@ -10,7 +10,7 @@ import zoo
 import funczero as fz
 from funczero import P
 from funczero.comm.norm import BINS
-from funczero.layout import spec
+from funczero.layout.where import GRAIN, Where
 
 MESH, K = {"node": 2, "local": 2}, 4
 # Moves by name: what happens for every micro-batch, then once an update. F: gather parameters for a forward (as often as a unit is opened), S: scatter a
@@ -72,7 +72,7 @@ def measured(model, units, policy):
             state, _ = step(state, step.local_rows(batch()))
         held = [sum(b.numel() for b in x.buffers) for x in (state.views or state.params, state.chain["adamw"].mu)]
         structure = state.params.where.structure
-        out[name] = dict(sent), held, sum(structure.whole.lengths), expected(structure, MOVES[name], step.grad.env.policy, opens if units else {})
+        out[name] = dict(sent), held, sum(Where.whole(structure).lengths), expected(structure, MOVES[name], step.grad.env.policy, opens if units else {})
     return out
 
 
@@ -83,7 +83,7 @@ def expected(structure, moves, policy, opens):
         born = policy.compute if many else policy.accumulate
         for move in filter(None, line.split(", ")):
             verb, axis, *at = move.replace("@", "").split()
-            inner = spec.Where(structure, tuple((a, MESH[a], 0) for a in (*at, axis)))
+            inner = Where(structure, tuple((a, MESH[a], 0) for a in (*at, axis)))
             dtype = {"F": policy.compute, "G": policy.compute, "S": born, "R": policy.accumulate}[verb]
             if verb == "S":
                 elements, born = sum(inner.lengths), policy.accumulate
@@ -123,12 +123,12 @@ def resting(stage):
     step = fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=stage, accumulate=2), mesh={"data": 4})
     state = step.init(zoo.params())
     held = [sum(b.numel() for b in x.buffers) for x in (state.views or state.params, state.params, state.chain["adamw"].mu, state.chain["adamw"].nu)]
-    return held, sum(state.params.where.structure.whole.lengths), len(state.params.where.structure.leaves)
+    return held, sum(Where.whole(state.params.where.structure).lengths), len(state.params.where.structure.leaves)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_what_rests_on_four_ranks_is_a_quarter_and_padding(run_world, stage):
     (params, *own), whole, leaves = zoo.everywhere(run_world, 4, resting, stage)
-    quarter = whole / 4 + leaves * spec.GRAIN
+    quarter = whole / 4 + leaves * GRAIN
     assert params <= quarter if stage == 3 else params == whole
     assert all(n <= quarter for n in own) if stage else own == [whole] * 3

@@ -7,8 +7,12 @@ import zoo
 
 from funczero import P
 from funczero.comm import collectives
+from funczero.comm.edge import Edge
+from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
-from funczero.layout.spec import Rules, Where, lazy
+from funczero.layout.slots import Slots
+from funczero.layout.structure import Rules
+from funczero.layout.where import Where
 
 CUTS = {
     "rows": Rules(),
@@ -25,7 +29,7 @@ def renamed(rules, axis):
 def integers(where, seed):
     """Small whole numbers in every slot: their products and sums are exact."""
     g = torch.Generator().manual_seed(seed)
-    return where.pack([torch.randint(-8, 9, s.shape, generator=g).double() for s in where.slots], torch.float64, torch.device("cpu"))
+    return Slots.pack(where, [torch.randint(-8, 9, s.shape, generator=g).double() for s in where.slots], torch.float64, torch.device("cpu"))
 
 
 def inner_product(x, y, mesh):
@@ -45,9 +49,9 @@ def products(sizes, cut):
     for outer, axis in places:
         here = Where(structure, tuple((a, mesh.axes[a].size, mesh.index(a)) for a in outer))
         y = integers(here, 1 + rank)  # another one on every rank: a partial sum
-        x = collectives.cut(integers(structure.whole, 0), outer[0], mesh) if outer else integers(structure.whole, 0)
+        x = collectives.cut(integers(Where.whole(structure), 0), outer[0], mesh) if outer else integers(Where.whole(structure), 0)
         x = collectives.cut(x, axis, mesh)  # the same wherever it is replicated
-        gathered, scattered = collectives.all_gather(x, axis, mesh), collectives.reduce_scatter(y, axis, mesh, torch.float64)
+        gathered, scattered = collectives.all_gather(x, axis, mesh), collectives.reduce_scatter(y, Edge(axis, adds=torch.float64), mesh)
         out.append((inner_product(gathered, y, mesh), inner_product(x, scattered, mesh)))
         again = collectives.all_gather(collectives.cut(gathered, axis, mesh), axis, mesh)
         assert all(torch.equal(a, b) for a, b in zip(again.buffers, gathered.buffers, strict=True))

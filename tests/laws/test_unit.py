@@ -8,6 +8,7 @@ import zoo
 import funczero as fz
 from funczero import P
 from funczero.comm import collectives
+from funczero.comm.edge import Edge
 from funczero.core.types import Seed
 from funczero.layout.mesh import connect, plan_mesh
 
@@ -33,7 +34,7 @@ def test_collectives_over_one_rank_return_what_they_were_given(verb):
     mesh, x = sums.mesh, sums.views
     if verb == "all_gather":
         x = collectives.cut(x, "data", mesh)
-    got = getattr(collectives, verb)(x, "data", mesh, *([torch.float64] if verb == "reduce_scatter" else []))
+    got = getattr(collectives, verb)(x, Edge("data", adds=torch.float64) if verb == "reduce_scatter" else "data", mesh)
     assert all(a is b for a, b in zip(got.buffers, x.buffers, strict=True))
     assert got.where.axes == (() if verb == "all_gather" else ("data",))
 

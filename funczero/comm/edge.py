@@ -1,0 +1,70 @@
+"""How one mesh axis is crossed: which leaves it cuts, what travels when it gathers and when it scatters, how it adds."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from funczero.comm.wire import Wire, as_born, prove
+from funczero.layout.structure import Rules
+
+
+class Edge(NamedTuple):
+    """All that collectives and tapes know of an axis; `Env.edges` holds one for every axis of the mesh. `Edge(axis)` is exact."""
+
+    axis: str
+    rules: Rules | None = None  # how its bracket cuts leaves; None without a bracket
+    gather: Wire = as_born  # of views, and of what a closing bracket joins
+    scatter: Wire = as_born  # of gradients on their way to a sum
+    sums: str = "tree"  # how ranks' parts are added: in the one tree, or by the "backend" as it likes
+    adds: torch.dtype = torch.float32  # in which they are added: policy.accumulate
+
+    @property
+    def exact(self) -> bool:
+        """Does everything travel as it was born?"""
+        return self.gather is as_born and self.scatter is as_born
+
+    def with_wires(self, other: Edge) -> Edge:
+        """This edge with another's wires.
+
+        Raises:
+          ValueError: both name one for the same direction.
+        """
+        for way in ("gather", "scatter"):
+            ours, theirs = getattr(self, way), getattr(other, way)
+            if ours is not as_born and theirs is not as_born:
+                raise ValueError(f"the {way} over {self.axis!r} has a wire already ({ours}), and is given another ({theirs}); write one of them")
+        return self._replace(
+            gather=self.gather if other.gather is as_born else other.gather,
+            scatter=self.scatter if other.scatter is as_born else other.scatter,
+        )
+
+    def proven(self, born: torch.dtype, device: torch.device) -> Edge:
+        """This edge, its wires tried: views and first sums are born in `born`, later sums in `adds`.
+
+        Raises:
+          TypeError, ValueError: a wire breaks a law, or the backend should add what is packed.
+        """
+        for wire, dtypes in ((self.gather, ((born, born), (self.adds, self.adds))), (self.scatter, ((born, self.adds), (self.adds, self.adds)))):
+            for pair in dict.fromkeys(dtypes) if wire is not as_born else ():
+                prove(wire, *pair, device)
+        if self.scatter is not as_born and self.sums == "backend":
+            why = f"the backend adds what is on the wire, and {self.scatter} packs it"
+            raise ValueError(f"sums='backend' over {self.axis!r}: {why}; leave one of them out")
+        return self
+
+    def __str__(self) -> str:
+        return ", ".join(f"{way}={wire}" for way, wire in (("gather", self.gather), ("scatter", self.scatter)) if wire is not as_born)
+
+
+def joined(edges: Iterable[Edge]) -> dict[str, Edge]:
+    """By axis, in order; an axis that is named twice has the rules of the first and the wires of both.
+
+    Raises:
+      ValueError: two name a wire for the same direction of one axis.
+    """
+    out: dict[str, Edge] = {}
+    for e in edges:
+        out[e.axis] = out[e.axis].with_wires(e) if e.axis in out else e
+    return out

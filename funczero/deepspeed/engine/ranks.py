@@ -1,0 +1,108 @@
+"""`deepspeed.comm`: the world, its ranks and its collectives, as torch.distributed has them."""
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch.distributed as dist
+from absl import logging
+from torch import nn
+from torch.distributed import ReduceOp as ReduceOp
+
+from funczero.layout import mesh
+from funczero.world import environment
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: datetime.timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Joins the world that torchrun, SLURM, OpenMPI or PMI describe, and says which; a world of one without any. A second call changes nothing.
+
+    Args:
+      dist_backend: by name; nccl for CUDA and ROCm and gloo for the CPU by default.
+      auto_mpi_discovery: read SLURM's, OpenMPI's and PMI's variables, too.
+      distributed_port: of rank 0, where no launcher names one.
+      init_method, timeout: as torch.distributed.init_process_group's.
+      rank, world_size: instead of the environment's.
+
+    Raises:
+      RuntimeError: rank 0's address is not known; with the option to add.
+    """
+    if dist.is_initialized() or dist_init_required is False:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return
+    if rank >= 0 and world_size > 0:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    who = environment.launcher(os.environ)
+    if init_method is None and (auto_mpi_discovery or who == "torchrun"):
+        port = {"MASTER_PORT": str(distributed_port)} if who not in ("torchrun", None) and distributed_port != environment.PORT else {}
+        os.environ.update(environment.read(port | os.environ) or {})
+    if init_method is not None or timeout is not None:
+        device = mesh._default_device().type
+        backend = dist_backend or dist.get_default_backend_for_device(device)
+        dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    world = mesh.init_distributed(dist_backend)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    if verbose and world.rank == 0:
+        said = f"the variables of {who}" if who else "no launcher's variables: one process"
+        logging.info("init_distributed: %d processes, from %s", world.size, said)
+
+
+def is_initialized() -> bool:
+    """Is there a world? One of a single process always is."""
+    return dist.is_initialized() or mesh.world_size() == 1
+
+
+def get_rank(group: Any = None) -> int:
+    """This process."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def get_world_size(group: Any = None) -> int:
+    """All processes."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def get_local_rank() -> int:
+    """This process on its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def barrier(*args: Any, **kwargs: Any) -> Any:
+    """Until all ranks are here."""
+    return dist.barrier(*args, **kwargs) if dist.is_initialized() else None
+
+
+def broadcast_module(module: nn.Module) -> None:
+    """Rank 0's parameters and buffers on every rank."""
+    if get_world_size() > 1:
+        for x in [*module.parameters(), *module.buffers()]:
+            if not hasattr(x, "home"):
+                dist.broadcast(x.data, 0)
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text."""
+    held: list[Any] = [text] * get_world_size()
+    if get_world_size() > 1:
+        dist.all_gather_object(held, text)
+    return held
+
+
+def __getattr__(name: str) -> Any:
+    """torch.distributed's of that name; in a world of one without a group it is made first."""
+    if name.startswith("__") or not hasattr(dist, name):
+        raise AttributeError(f"deepspeed.comm.{name}: torch.distributed has nothing of that name")
+    if not dist.is_initialized() and mesh.world_size() == 1:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return getattr(dist, name)

@@ -1,0 +1,151 @@
+"""`deepspeed.zero.Init`: parameters are cut as soon as the module that holds them is built, so that no rank ever holds the model."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+
+from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.held import Closed, emptied, filled_in
+from funczero.layout.lazy import Fill
+
+
+class Init:
+    """Modules built inside hold this rank's rows of rank 0's values; initialize(model=...) takes them over, at any stage.
+
+    Law: at most this rank's share of the model and the largest submodule with parameters of its own are in memory. Code that initialises
+    parameters later (module.apply) opens them with GatheredParameters.
+
+    Args:
+      module: cut this one, which is built already.
+      dtype: of the values; by default as they are built.
+      enabled: False: it does nothing.
+
+    Source: DeepSpeed 0.19.8, zero.Init.
+    """
+
+    def __init__(
+        self, module: nn.Module | None = None, data_parallel_group: Any = None, mem_efficient_linear: bool = True, remote_device: str | None = None, pin_memory: bool = False,
+        config_dict_or_path: Any = None, config: Any = None, enabled: bool = True, dtype: torch.dtype | None = None, mpu: Any = None,
+    ) -> None:  # fmt: skip
+        if mpu is not None or data_parallel_group is not None:
+            raise ValueError("zero.Init: it cuts over all processes; leave mpu and data_parallel_group out")
+        if remote_device not in (None, "none"):
+            raise ValueError(f"zero.Init: remote_device={remote_device!r} asks for offload, which does not exist here yet; leave it out")
+        self.enabled, self.dtype = enabled, dtype
+        self._owners: list[nn.Module] = []
+        self._hooks: list[Any] = []
+        if enabled and module is not None:
+            ranks.init_distributed(verbose=False)
+            cut(module, dtype)
+
+    def __enter__(self) -> Init:
+        if self.enabled:
+            ranks.init_distributed(verbose=False)
+            self._hooks = [register_module_module_registration_hook(self._built), register_module_parameter_registration_hook(self._owns)]
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        for h in self._hooks:
+            h.remove()
+        for m in self._owners if kind is None else ():
+            cut(m, self.dtype)
+        self._owners, self._hooks = [], []
+
+    def _built(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if child is not None:
+            cut(child, self.dtype)
+
+    def _owns(self, module: nn.Module, name: str, param: Any) -> None:
+        if not self._owners or self._owners[-1] is not module:
+            self._owners.append(module)
+
+
+def cut(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Leaves of every parameter this rank's rows of rank 0's values."""
+    for name, p in module.named_parameters():
+        if not hasattr(p, "home"):
+            whole = p.detach() if dtype is None else p.detach().to(dtype)
+            if ranks.get_world_size() > 1:
+                dist.broadcast(whole, 0)
+            close(p, name, whole)
+
+
+def close(p: Any, name: str, whole: Tensor) -> None:
+    """A parameter that holds its rows of a value, and shows none."""
+    place = rows(whole.shape)
+    part = whole[place].clone()
+    if type(p) is not Closed:
+        filled_in(p, whole)  # its dtype and device
+        emptied(p)
+    p.home, p.part = (None, name), part
+
+
+def rows(shape: Sequence[int]) -> tuple[slice, ...]:
+    """This rank's rows: ceil(rows / W) neighbouring ones, as the chain cuts them."""
+    if not shape:
+        return ()
+    per = -(-shape[0] // ranks.get_world_size())
+    return (slice(min(ranks.get_rank() * per, shape[0]), min((ranks.get_rank() + 1) * per, shape[0])),)
+
+
+def whole_of(p: Any) -> Tensor:
+    """All rows of a parameter that is cut. A collective."""
+    if not p.shape or ranks.get_world_size() == 1:
+        return p.part.clone()
+    out = torch.zeros(p.shape, dtype=p.part.dtype, device=p.part.device)
+    out[rows(p.shape)] = p.part
+    dist.all_reduce(out)
+    return out
+
+
+class _Rows:
+    """A leaf of which only this rank's rows are here."""
+
+    def __init__(self, part: Tensor, start: int) -> None:
+        self.part, self.start = part, start
+
+    def __getitem__(self, place: tuple[slice, ...]) -> Tensor:
+        first, *rest = place
+        return self.part[(slice(first.start - self.start, first.stop - self.start), *rest)]
+
+
+def start_of(p: Any, whole: bool) -> Any:
+    """A parameter as step.init reads it; with whole, or of a scalar, its whole value. A collective then."""
+    if getattr(p, "part", None) is None:
+        return p.detach()
+    if whole or not p.shape:
+        return whole_of(p)
+    part, begin = p.part, rows(p.shape)[0].start
+    return Fill(tuple(p.shape), part.dtype, lambda: _Rows(part, begin))  # type: ignore[return-value,arg-type]
+
+
+def reopen(p: Any) -> None:
+    """An ordinary parameter again, for stages that hold it whole."""
+    filled_in(p, whole_of(p))
+    del p.home, p.part
+
+
+@contextmanager
+def opened(params: list[Any], rank: int | None) -> Iterator[None]:
+    """Whole values of parameters that no engine has taken over yet."""
+    kept = [(p, p.home[1]) for p in params]
+    for p, _ in kept:
+        reopen(p)
+    before = [p._version for p in params]
+    try:
+        yield
+    finally:
+        touched = [n for (p, n), v in zip(kept, before, strict=True) if p._version != v]
+        for p, name in kept:
+            value = p.detach()
+            if rank is not None and ranks.get_world_size() > 1:
+                dist.broadcast(value, rank)
+            close(p, name, value)
+        if rank is None and touched:
+            raise RuntimeError(f"GatheredParameters: {touched[0]!r} was written to on this rank alone; write modifier_rank=0")

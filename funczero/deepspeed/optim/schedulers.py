@@ -1,0 +1,97 @@
+"""DeepSpeed's five schedules as schedulers of any torch optimizer: the values of funczero.schedules after so many steps."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from funczero.deepspeed.config.build import _scheduled
+from funczero.deepspeed.config.options import SCHEDULERS
+
+
+class FromConfig:
+    """The config's scheduler: it writes inside the chain after every applied update, so there is nothing to step."""
+
+    def __init__(self, optimizer: Any) -> None:
+        """optimizer: the engine's."""
+        self.optimizer = optimizer
+
+    def step(self, *args: Any) -> None:
+        """Nothing: engine.step() moves it."""
+
+    def get_lr(self) -> list[float]:
+        """By group, of the next update."""
+        return [g["lr"] for g in self.optimizer.param_groups]
+
+    get_last_lr = get_lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of applied updates, which is all there is; it comes with the engine's checkpoint."""
+        return {"last_batch_iteration": int(self.optimizer.engine.state.updates) - 1}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Nothing: engine.load_checkpoint brings it."""
+
+
+class _Schedule:
+    """One of DeepSpeed's schedules over an optimizer's groups; `step()` after every update."""
+
+    def __init__(self, optimizer: Any, last_batch_iteration: int = -1, **options: Any) -> None:
+        kind = type(self).__name__
+        known = SCHEDULERS[kind]
+        odd = next((n for n in options if n not in known), None)
+        if odd is not None:
+            raise TypeError(f"{kind}: it takes no {odd!r}; write some of {', '.join(known)}")
+        missing = next((n for n, k in known.items() if k.default is ... and n not in options), None)
+        if missing is not None:
+            raise TypeError(f"{kind}: {missing!r} is missing; add it")
+        self.optimizer, self.last_batch_iteration = optimizer, last_batch_iteration
+        options = {n: options.get(n, k.default) for n, k in known.items()}
+        self._rates = [_scheduled(kind, options, g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
+        self._write()
+
+    def _write(self) -> None:
+        updates = torch.tensor(self.last_batch_iteration + 1)
+        for g, r in zip(self.optimizer.param_groups, self._rates, strict=True):
+            g["lr"] = float(r.lr(updates))  # type: ignore[operator,misc]
+            if r.momentum is not None and "betas" in g:
+                g["betas"] = (float(r.momentum(updates)), 0.99)
+
+    def step(self, last_batch_iteration: int | None = None) -> None:
+        """One update more, or so many."""
+        self.last_batch_iteration = self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
+        self._write()
+
+    def get_lr(self) -> list[float]:
+        """By group, of the next update."""
+        return [g["lr"] for g in self.optimizer.param_groups]
+
+    get_last_lr = get_lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its position."""
+        return {"last_batch_iteration": self.last_batch_iteration}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a position."""
+        self.last_batch_iteration = state_dict["last_batch_iteration"]
+
+
+class WarmupLR(_Schedule):
+    """fz.schedules.warmup_lr."""
+
+
+class WarmupDecayLR(_Schedule):
+    """fz.schedules.warmup_decay_lr."""
+
+
+class WarmupCosineLR(_Schedule):
+    """fz.schedules.warmup_cosine_lr."""
+
+
+class OneCycle(_Schedule):
+    """fz.schedules.one_cycle."""
+
+
+class LRRangeTest(_Schedule):
+    """fz.schedules.lr_range_test."""

@@ -1,0 +1,132 @@
+"""Whole parameters that are read part by part: ties by identity and by name, units by path."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funczero.core import tree
+from funczero.layout.slots import Slots
+from funczero.layout.structure import Leaf, Rules, Structure, Unit, dims_cut
+from funczero.layout.where import Where
+
+
+@dataclass(frozen=True, eq=False)
+class Fill:
+    """A parameter that is not there yet: its shape, its dtype, and how to draw the whole leaf (see fz.init)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[..., Tensor]
+
+
+class Lazy(NamedTuple):
+    """Parameters that are read part by part: `read(leaf, slices)` returns that part of a leaf. Nothing whole is ever built here."""
+
+    structure: Structure
+    read: Callable[[int, tuple[slice, ...]], Tensor]
+    device: torch.device
+
+    def at(self, coords: tuple[tuple[str, int, int], ...], dtype: torch.dtype) -> Slots:
+        """This rank's part as Slots of one dtype."""
+        where = Where(self.structure, coords)
+        out = Slots.zeros(where, dtype, self.device)
+        for i, x in enumerate(out.leaves()):
+            slot = where.slots[i]
+            if x is not None and x.numel():
+                x.copy_(self.read(i, tuple(slice(a, a + n) for a, n in zip(slot.start, slot.shape, strict=True))))
+        return out
+
+
+def lazy(
+    params: Any,
+    units: Sequence[str],
+    rules: dict[str, Rules],
+    frozen: Callable[[str], bool],
+    device: torch.device,
+    ties: Sequence[tuple[str, str]] = (),
+) -> Lazy:
+    """Whole parameters as lazy leaves: finds ties by identity and by name, units by path, and the dim that every bracket cuts.
+
+    Args:
+      frozen: asked once a leaf, with a tree.Path of all its names.
+      ties: (second name, first name) of leaves that are one, though a tree may hold two tensors.
+
+    Raises:
+      TypeError, ValueError: a leaf is no floating tensor, a unit is not there, a rule cannot hold; with the leaf's path.
+    """
+    flat, treedef = tree.flatten(params)
+    named = tree.paths(params)
+    if not flat:
+        raise ValueError("init: the parameters hold no tensor; give a pytree with at least one")
+    found: dict[int, int] = {}
+    same = _tied(dict(named), ties)
+    places = tuple(found.setdefault(same.get(id(x), id(x)), len(found)) for x in flat)
+    first = [places.index(i) for i in range(len(found))]
+    keys = [{_unit_of(named[p][0], units) for p, leaf in enumerate(places) if leaf == i} for i in range(len(found))]
+    kinds: dict[Unit, int] = {Unit("", False, False): 0}
+    leaves = []
+    for i, p in enumerate(first):
+        path, x = named[p]
+        if not isinstance(x, (Tensor, Fill)) or not x.dtype.is_floating_point:
+            what = f"a {x.dtype} tensor" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise TypeError(f"init: parameter {path!r} is {what}; parameters are floating tensors, other values go into the batch or the loss function")
+        path = tree.Path(*(named[q][0] for q, leaf in enumerate(places) if leaf == i))
+        name = keys[i].pop() if len(keys[i]) == 1 else ""  # a leaf tied across units is gathered with the rest
+        unit = kinds.setdefault(Unit(name, bool(name), frozen(path)), len(kinds))
+        leaves.append(Leaf(path, tuple(x.shape), unit, dims_cut(path, tuple(x.shape), rules)))
+    for u in units:
+        if not any(k.name.startswith(u) for k in kinds):
+            raise ValueError(f"value_and_grad: units={u!r} names no list of blocks among the parameters; paths begin with {sorted({n.split('/')[0] for n, _ in named})[:8]}")
+    values = [flat[p] for p in first]
+
+    def read(i: int, cut: tuple[slice, ...]) -> Tensor:
+        x = values[i]
+        return (x.make() if isinstance(x, Fill) else x.detach())[cut]
+
+    return Lazy(Structure(treedef, places, tuple(leaves), tuple(kinds)), read, device)
+
+
+def _tied(named: dict[str, Any], ties: Sequence[tuple[str, str]]) -> dict[int, int]:
+    """Of leaves that are tied by name: whose place each takes, by id.
+
+    Raises:
+      ValueError: they differ, so that one of the values would be lost.
+    """
+    out: dict[int, int] = {}
+    for second, first in ties:
+        a, b = named.get(first), named.get(second)
+        if a is None or b is None or a is b:
+            continue
+        apart = getattr(a, "shape", 0) != getattr(b, "shape", 1)
+        real = [x for x in (a, b) if isinstance(x, Tensor) and not x.is_meta]
+        if apart or len(real) == 2 and not torch.equal(a, b.to(a.device)):
+            raise ValueError(f"init: {first!r} and {second!r} are one parameter of the module, but here they differ; give both the same values")
+        out[id(b)] = out.get(id(a), id(a))
+    return out
+
+
+def all_find(patterns: Sequence[tuple[str, str]], rules: dict[str, Rules], structure: Structure) -> None:
+    """Refuse a regex that finds no parameter: what it should have changed would go on as if it were not there.
+
+    Args:
+      patterns: (who, regex); those of the rules come by themselves.
+    """
+    paths = [leaf.path for leaf in structure.leaves]
+    for who, regex in (*patterns, *((f"shard({axis!r}, rules=...)", regex) for axis, (pairs, _) in rules.items() for regex, _ in pairs)):
+        why = tree.unmatched(regex, paths)
+        if why:
+            raise ValueError(f"{who}: {why}; correct it, or leave it out")
+
+
+def _unit_of(path: str, units: Sequence[str]) -> str:
+    """'blocks/3' for 'blocks/3/w' under the unit 'blocks'; also with dots, as modules name their parameters."""
+    for u in units:
+        match = re.match(re.escape(u) + r"[/.][^/.]+", path)
+        if match:
+            return match.group()
+    return ""

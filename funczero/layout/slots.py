@@ -1,0 +1,67 @@
+"""Buffers: a tree of parameters, or of anything shaped like it, as this rank holds it, one buffer a unit."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funczero.layout.where import Where
+
+
+class Slots(NamedTuple):
+    """A tree of parameters as this rank holds it: one buffer a unit, and where its leaves lie. A pytree whose leaves are the buffers."""
+
+    buffers: tuple[Tensor, ...]
+    where: Where
+
+    def leaves(self) -> list[Tensor | None]:
+        """This rank's part of every leaf, as views in their logical shapes; None for what a gradient does not have (frozen)."""
+        out: list[Tensor | None] = [None] * len(self.where.structure.leaves)
+        for u, (buffer, n) in enumerate(zip(self.buffers, self.where.lengths, strict=True)):
+            if buffer.numel() == n:
+                for i, x in zip(self.where.structure.members[u], self.where.views(u, buffer), strict=True):
+                    out[i] = x
+        return out
+
+    def tree(self) -> Any:
+        """This rank's parts as the tree the user gave; what a gradient does not have (frozen) is an empty tensor."""
+        return self.where.structure.unflatten([self.buffers[0].new_empty(0) if x is None else x for x in self.leaves()])
+
+    def map(self, fn: Callable[..., Tensor], *others: Slots) -> Slots:
+        """fn on buffers; padding must stay zero."""
+        return Slots(tuple(fn(*b) for b in zip(self.buffers, *(o.buffers for o in others), strict=True)), self.where)
+
+    def to(self, dtype: torch.dtype) -> Slots:
+        """Cast; the same memory where nothing changes."""
+        return self if all(b.dtype == dtype for b in self.buffers) else self.map(lambda b: b.to(dtype))
+
+    def trainable(self) -> Slots:
+        """Without the frozen units' values: what gradients and moments look like."""
+        frozen = self.where.structure.units
+        return Slots(tuple(b[:0] if u.frozen else b for b, u in zip(self.buffers, frozen, strict=True)), self.where)
+
+    @staticmethod
+    def zeros(where: Where, dtype: torch.dtype, device: torch.device, frozen: bool = True) -> Slots:
+        """All-zero buffers; with frozen=False those of frozen units are empty."""
+        units = where.structure.units
+        return Slots(tuple(torch.zeros(n if frozen or not u.frozen else 0, dtype=dtype, device=device) for n, u in zip(where.lengths, units, strict=True)), where)
+
+    @staticmethod
+    def pack(where: Where, leaves: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Slots:
+        """Leaves of this place copied into buffers; units of None (frozen) are empty, a None among others is zero."""
+        buffers = []
+        for u, members in enumerate(where.structure.members):
+            mine = [leaves[i] for i in members]
+            if all(x is None for x in mine):
+                frozen = where.structure.units[u].frozen
+                buffers.append(torch.zeros(0 if frozen else where.lengths[u], dtype=dtype, device=device))
+                continue
+            make = torch.zeros if where.gaps[u] or any(x is None for x in mine) else torch.empty
+            buffer = make(where.lengths[u], dtype=dtype, device=device)
+            pairs = [(v, x) for v, x in zip(where.views(u, buffer), mine, strict=True) if x is not None and x.numel()]
+            if pairs:
+                torch._foreach_copy_([v for v, _ in pairs], [x for _, x in pairs])
+            buffers.append(buffer)
+        return Slots(tuple(buffers), where)

@@ -1,0 +1,144 @@
+"""Leaf coordinates: which part of every leaf a rank holds, and where it lies in that rank's buffers.
+
+A rank holds ceil(rows / W) neighbouring rows of a leaf's dim (late ranks may hold none); a nested bracket cuts the outer shard
+again. In memory each part lies in a zero-padded slot of 16-element multiples, at W = 1 too, and the slots of a unit are one
+buffer: one gather a unit, elementwise kernels without tails, the same bits on any cut. In every spec there is only the logical array.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from funczero.layout.mesh import P
+from funczero.layout.structure import Structure
+
+GRAIN = 16  # elements; a slot is a multiple of it, so that no vector kernel meets a tail
+
+
+class Slot(NamedTuple):
+    """Where one leaf's part lies."""
+
+    offset: int
+    length: int  # padded
+    shape: tuple[int, ...]  # of the part
+    start: tuple[int, ...]  # of the part in the leaf
+    block: tuple[int, ...]  # shape of a full part; that of a late rank may be less
+
+
+@dataclass(frozen=True)
+class Where:
+    """One rank's part of a structure: `coords` are (axis, size, index), outermost first."""
+
+    structure: Structure
+    coords: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def whole(cls, structure: Structure) -> Where:
+        """Every leaf whole: one value a structure, so that what is worked out for it is kept."""
+        if "whole" not in structure.memo:
+            structure.memo["whole"] = cls(structure, ())
+        return structure.memo["whole"]
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Mesh axes this is split over."""
+        return tuple(a for a, _, _ in self.coords)
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What was worked out for this place: neighbours, and plans of what travels."""
+        return {}
+
+    def inner(self, axis: str, size: int, index: int) -> Where:
+        """One step inwards."""
+        key = (axis, size, index)
+        if key not in self.memo:
+            self.memo[key] = Where(self.structure, (*self.coords, key))
+        return self.memo[key]
+
+    @cached_property
+    def outer(self) -> Where:
+        """One step outwards."""
+        return Where(self.structure, self.coords[:-1])
+
+    def replicas(self, leaf: int) -> tuple[str, ...]:
+        """Axes of this place that hold the same part of a leaf on all their ranks."""
+        return tuple(a for a, n, _ in self.coords if n > 1 and self.structure.leaves[leaf].dim(a) is None)
+
+    @cached_property
+    def sections(self) -> tuple[tuple[tuple[tuple[str, ...], int, int], ...], ...]:
+        """By unit: runs of slots with the same replicas, as (axes, start, stop); what is cut over all axes comes first."""
+        out = []
+        for members in self.structure.members:
+            kinds = sorted({self.replicas(i) for i in members}, key=lambda axes: (len(axes), axes))
+            spans = [(k, [self.slots[i] for i in members if self.replicas(i) == k]) for k in kinds]
+            out.append(tuple((k, min(s.offset for s in ss), max(s.offset + s.length for s in ss)) for k, ss in spans))
+        return tuple(out)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Elements of every unit's buffer, the same on every rank."""
+        return tuple(max((self.slots[i].offset + self.slots[i].length for i in m), default=0) for m in self.structure.members)
+
+    @cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """Every leaf's slot."""
+        found: dict[int, Slot] = {}
+        for members in self.structure.members:
+            offset = 0
+            for i in sorted(members, key=lambda i: (len(self.replicas(i)), self.replicas(i), i)):
+                found[i] = self._slot(i, offset)
+                offset += found[i].length
+        return tuple(found[i] for i in range(len(self.structure.leaves)))
+
+    def _slot(self, i: int, offset: int) -> Slot:
+        leaf = self.structure.leaves[i]
+        start, stop, per = [0] * len(leaf.shape), list(leaf.shape), list(leaf.shape)
+        for axis, size, index in self.coords:
+            d = leaf.dim(axis)
+            if d is not None:
+                per[d] = -(-per[d] // size)
+                start[d], stop[d] = min(start[d] + index * per[d], stop[d]), min(start[d] + (index + 1) * per[d], stop[d])
+        shape = tuple(b - a for a, b in zip(start, stop, strict=True))
+        return Slot(offset, -(-prod(per) // GRAIN) * GRAIN, shape, tuple(start), tuple(per))
+
+    @cached_property
+    def gaps(self) -> tuple[bool, ...]:
+        """By unit: does its buffer hold padding?"""
+        return tuple(any(prod(self.slots[i].shape) != self.slots[i].length for i in m) for m in self.structure.members)
+
+    @cached_property
+    def _cuts(self) -> tuple[tuple[list[int], list[int]], ...]:
+        """By unit: sizes that split its buffer into parts and padding, and which pieces are the members' parts, in their order."""
+        out = []
+        for members in self.structure.members:
+            sizes: list[int] = []
+            piece: dict[int, int] = {}
+            for i in sorted(members, key=lambda i: self.slots[i].offset):
+                piece[i], n = len(sizes), prod(self.slots[i].shape)
+                sizes += [n] + [self.slots[i].length - n] * (self.slots[i].length > n)
+            out.append((sizes, [piece[i] for i in members]))
+        return tuple(out)
+
+    def views(self, unit: int, buffer: Tensor) -> list[Tensor]:
+        """A unit's leaves as views of its buffer, each in its logical shape."""
+        sizes, pieces = self._cuts[unit]
+        parts = buffer.split_with_sizes(sizes)
+        return [parts[p].view(self.slots[i].shape) for p, i in zip(pieces, self.structure.members[unit], strict=True)]
+
+    def spec(self, leaf: int) -> P:
+        """The PartitionSpec of one leaf's part here."""
+        info = self.structure.leaves[leaf]
+        names = [tuple(a for a in self.axes if info.dim(a) == d) for d in range(len(info.shape))]
+        entries: list[Any] = [None if not n else n[0] if len(n) == 1 else n for n in names]
+        while entries and entries[-1] is None:
+            entries.pop()
+        return P(*entries)
+
+
+pytree.register_constant(Where)

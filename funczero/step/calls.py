@@ -1,0 +1,90 @@
+"""Calls that all ranks must make alike: what they launch is entered in the mesh's ledger, with their context."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from funczero.core import tree
+from funczero.core.types import Grad, Metrics, TrainState
+from funczero.layout.mesh import Mesh, init_distributed, world_size
+from funczero.layout.slots import Slots
+from funczero.step.alike import checksum, settings
+from funczero.step.watch import Watch, in_words
+from funczero.world.ledger import NAN, Context, Ledger
+
+
+def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> Callable[..., Any]:
+    """fn(state, ...) as a call that all ranks must make alike."""
+
+    def call(state: Any, *batch: Any) -> Any:
+        whole = isinstance(state, TrainState) and isinstance(state.params, Slots)
+        ledger = running().env.mesh.ledger if whole else None
+        if ledger is None or ledger.ranks == 1:
+            return fn(state, *batch)
+        return _entered(ledger, name, fn, state, *batch)
+
+    return call
+
+
+def _entered(ledger: Ledger, name: str, fn: Callable[..., Any], state: TrainState, *batch: Any) -> Any:
+    """fn(state, *batch) with its context in the ledger, and what it raises where others can see it."""
+    watch, before, now = ledger.watch, ledger.context, int(state.step)
+    tensors = [x for x in tree.leaves(batch) if isinstance(x, Tensor)]
+    rows = "/".join(sorted({str(len(x)) for x in tensors if x.dim()}))
+    spec, units = ledger.describe(state.params.where.structure)
+    names, scalars = ledger.scalars(state.chain)
+    ledger.enter(Context(name, now, int(state.key), scalars, spec, names, rows, units))
+    if ledger.replicated and tensors:
+        ledger.mix_rows(torch.stack([checksum(x) for x in tensors]).tolist())
+    if watch is not None:
+        watch.enter()
+    try:
+        out = fn(state, *batch)
+    except BaseException as error:
+        if watch is not None:
+            watch.failed(error, f"{in_words(error)} in {name} at step {now}")
+        raise
+    finally:
+        ledger.enter(before._replace(step=now))
+        if watch is not None:
+            watch.inside = False
+    if type(out) is tuple and type(out[1]) is Metrics and out[1].lr.device.type == "cpu":
+        lr = out[1].lr.item()
+        ledger.lr = lr if lr == lr else NAN
+    return out
+
+
+def watched(mesh: Mesh, grad: Grad, check: int | bool, parts: Sequence[Any] = (), replicated: tuple[str, ...] = ()) -> Mesh:
+    """The mesh, whose ledger now knows the chain; with the thread that compares, unless no other rank could differ.
+
+    Args:
+      check: 0 leaves the thread out.
+      parts: of the chain; the numbers they were built with are compared as well.
+      replicated: axes whose ranks are given the same rows.
+    """
+    arrows = [f"{name} -> {layout.describe()}" for name, layout in zip(grad.names, grad.arrows, strict=True)]
+    ledger: Ledger = mesh.ledger
+    sums = next((e.sums for e in grad.env.edges.values()), "tree")
+    head = f"mesh {grad.env.mesh}, {grad.env.policy}, sums={sums!r}"
+    ledger.chain, ledger.replicated = [head, *arrows, *settings(parts)], replicated
+    if not check or world_size() == 1 or prod(mesh.sizes().values()) != world_size():
+        return mesh
+    init_distributed()
+    simulated = dist.get_backend() in ("fake", "threaded")
+    if simulated or not hasattr(dist.distributed_c10d._get_default_store(), "clone"):
+        return mesh  # or without a store that a thread can ask
+    there = (t for t in threading.enumerate() if isinstance(t, Watch) and t.world is dist.group.WORLD)
+    ledger.watch = next(there, None) or Watch()
+    texts = ledger.watch.verdict.texts
+    texts |= ledger.texts
+    ledger.texts = texts
+    if not mesh.connected:  # groups are about to be made, by all ranks
+        ledger.enter(Context("train_step", spec=ledger.describe(None)[0]))
+        ledger.note("connect", str(mesh))
+    return mesh
