@@ -83,6 +83,7 @@ from funczero.transforms.clip import clip_by_global_norm as clip_by_global_norm
 from funczero.transforms.clip import clip_by_value as clip_by_value
 from funczero.transforms.loss_scale import scale_loss as scale_loss
 from funczero.transforms.mean import mean as mean
+from funczero.transforms.partition import partition as partition
 from funczero.transforms.reduce import all_gather as all_gather
 from funczero.transforms.reduce import all_reduce as all_reduce
 from funczero.transforms.reduce import reduce_scatter as reduce_scatter

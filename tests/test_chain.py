@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import zoo
 import funczero as fz
 from funczero import P, tree
 from funczero.core.transform import after
-from funczero.core.types import GradientTransformation
+from funczero.core.types import Formula, GradientTransformation, Group, Reading
 from funczero.transforms.mean import pointwise
 
 MESH = {"data": 1}
@@ -154,14 +155,19 @@ def test_pointwise_reads_the_mean_and_forgets_its_norm():
         fz.train_step(source(), sign, fz.sgd(1.0), mesh={"data": 2})
 
 
-def test_a_fused_form_owns_what_it_is_given():
+class Mine(NamedTuple):
+    rates: Any = ()
+
+
+def test_a_formula_owns_what_it_is_given():
     """In place on its arguments, yet a pure step leaves its own alone."""
 
-    def apply(params, grads, factor, state, ok):
-        for p, g in zip(params.buffers, grads.buffers, strict=True):
+    def leaf(params, grads, moments, factor):
+        for p, g in zip(params, grads, strict=True):
             p.sub_(g * factor)
-        return params, state, {"lr": torch.tensor(7.0, dtype=torch.float64)}
 
-    tx = GradientTransformation(lambda p: (), lambda u, s, p: (u, s), apply, "mine", elementwise=True)
+    lr = torch.tensor(7.0, dtype=torch.float64)
+    formula = Formula(lambda own, params, ok, donate: Reading([Group({})], None, lr), lambda own: [], lambda own, rates, factor, ok: (own, [factor]), leaf)
+    tx = GradientTransformation(lambda p: Mine(), lambda u, s, p: (u, s), formula, "mine", elementwise=True)
     w, m, _ = one(source(), fz.shard("data", tx))
     assert w == [-2.0, 1.0] and m.lr == 7

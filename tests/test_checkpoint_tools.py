@@ -157,7 +157,8 @@ def test_a_checkpoint_of_the_first_version_stays_readable():
     state = step.init(params, key=3)
     for _ in range(2):
         state, _ = step(state, torch.ones(4))
-    assert got.notes == () and got.metrics == {"loss": 0.5} and got.name == "two" and verify(GOLDEN) == []
+    rates = "adamw/rates/lr = 0.125, adamw/rates/weight_decay = 0.01, adamw/rates/b1 = 0.9, adamw/rates/b2 = 0.999"  # leaves since 0.2
+    assert got.notes == (f"the checkpoint says nothing of these rates, which come from the script: {rates}",) and got.metrics == {"loss": 0.5} and got.name == "two" and verify(GOLDEN) == []
     assert repr(got.client_state) == repr({"epoch": 1, "pair": (1, None), 5: torch.tensor([1, 2])})
     for name, a in checkpoints.joined([checkpoints.parts(got.state)]).items():
         torch.testing.assert_close(a, checkpoints.joined([checkpoints.parts(state)])[name])

@@ -13,6 +13,7 @@ import funczero as fz
 from funczero import P, tree
 from funczero.layout.lazy import lazy
 from funczero.optim import rates
+from funczero.transforms.update import pieces
 
 SIGNS = ("lion", "torch Rprop")  # a sign near zero differs in float32
 
@@ -344,10 +345,15 @@ def test_a_rule_that_says_what_holds_anyway_is_welcome():
 
 def test_leaves_of_one_rate_share_a_kernel_call():
     x = lazy(zoo.params(), ("blocks",), {}, lambda path: False, torch.device("cpu")).at((), F32)
-    count = torch.zeros(())
-    ((_, _, (buffers, _)),), shown = rates.Rates("adamw", 0.1, 0.2).groups(count, x, x)
+
+    def called(lr, decay):
+        rate = rates.Rates("adamw", lr=lr, weight_decay=decay)
+        read = rate.read(torch.zeros(()), rate.init(x), x, torch.ones((), dtype=torch.bool), False)
+        return [(g.rates["lr"], g.rates["weight_decay"], pieces((x, x, x), g.leaves)) for g in read.groups], read.lr
+
+    ((_, _, (buffers, _, _)),), shown = called(0.1, 0.2)
     assert len(buffers) == len(x.buffers) and shown == 0.1
-    by_rule, _ = rates.Rates("adamw", [("blocks", 1.0), ("", 2.0)], DECAYS).groups(count, x, x, x)
+    by_rule, _ = called([("blocks", 1.0), ("", 2.0)], DECAYS)
     assert sorted((a, d) for a, d, _ in by_rule) == [(1.0, 0.0), (1.0, 0.2), (2.0, 0.0), (2.0, 0.2)]
     assert sum(t.numel() for _, _, (p, *_) in by_rule for t in p) == sum(b.numel() for b in x.buffers)
 

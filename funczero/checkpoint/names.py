@@ -1,6 +1,6 @@
 """What a checkpoint calls every leaf of a state. No stage, bracket, mesh or tuple index is in a name, so the same run has the same names everywhere.
 
-`step`, `updates`, `key`; `params/<path>`; `<transform>/<field>/<path>`, as `adamw/mu/blocks/0/w` and `scale_loss/scale`. Parts of a path are joined by "/" in
+`step`, `updates`, `key`; `params/<path>`; `<transform>/<field>/<path>`, as `adamw/mu/blocks/0/w`, `adamw/rates/lr` and `scale_loss/scale`. Parts of a path are joined by "/" in
 manifests and messages, by "." in the arrays' store and in exported files.
 """
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -60,6 +61,12 @@ def unescape(part: str) -> str:
     ('a/B%C', '')
     """
     return re.sub(r"%(D[89A-F][0-9A-F]{2}|[0-9A-F]{2})", lambda m: chr(int(m[1], 16)), part) if part != "%" else ""
+
+
+def is_rate(name: str, part: Part | None = None) -> bool:
+    """Is this a learning rate, weight decay or beta that an optimizer keeps: `adamw/rates/lr`?"""
+    pieces = name.split("/")
+    return len(pieces) > 2 and pieces[1] == "rates" and pieces[0] != "params" and (part is None or part.shape == () and part.value.dtype == torch.float64)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -136,6 +143,8 @@ def _mirrored(node: Any, masters: Slots) -> list[tuple[Tensor, ...]] | None:
     values: list[tuple[Tensor, ...]] = [()] * len(structure.leaves)
     for place, x in zip(structure.places, flat, strict=True):
         if not structure.frozen(place):
+            if tuple(x.shape) == (0,) != slots[place].shape:  # another optimizer has it
+                continue
             if tuple(x.shape) != slots[place].shape:
                 return None
             values[place] += (x,)

@@ -1,6 +1,7 @@
 """From disk into a state of any world, mesh, stage and policy: each rank reads the ranges that it holds, and shapes never come from disk."""
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -94,7 +95,8 @@ def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], T
         raise CheckpointError(f"restore: no leaf's name matches {list(want.only)}; names begin with {_heads(everything)}")
     known = {names.stored(n): n for n in manifest.arrays}  # keys with dots, as modules and exported files have them, are paths, too
     source = {name: _source(name, manifest, known, want.rename) for name in asked}
-    parts = _present(asked, source, manifest, want, notes)
+    rates = Rates(like, {n: p for n, p in asked.items() if names.is_rate(n, p)}, named(like, context.rank, context.size).parts)
+    parts = _present({n: p for n, p in asked.items() if n not in rates.parts or source[n] in manifest.arrays}, source, manifest, want, notes)
     if want.strict and not want.only:
         _refuse_strangers(source, manifest, notes)
     cast: dict[tuple[str, str], int] = {}
@@ -102,13 +104,40 @@ def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], T
         _check(name, part, manifest.arrays[source[name]], cast)
     views = {} if state.views is None else _views(state.views, everything)
     if not context.donated:
-        _keep(everything, views, set(parts), dropped, fresh, context)
+        _keep(everything, views, {*parts, *rates.parts}, dropped, fresh, context)
     reader = Reader(path / ARRAYS, manifest.arrays)
     for name, part in [*parts.items(), *((n, v) for n, v in views.items() if n in parts)]:
         _read(reader, source[name], manifest.arrays[source[name]], part)
     reader.finish()
+    notes += rates.settled(set(parts))
     notes += [f"{n} leaves were cast from {a} to {b}, as the policy says" for (a, b), n in cast.items()]
     return state, notes
+
+
+class Rates:
+    """The rates among the leaves: what the script says of them, and what the checkpoint does.
+
+    The checkpoint's value counts, and a script that says another is told. One that the checkpoint lacks comes from the script.
+    """
+
+    def __init__(self, like: TrainState, parts: dict[str, Part], given: dict[str, Part]) -> None:
+        """parts: the rates that are restored; given: the leaves of `like`, whose rates are never on the meta device."""
+        self.parts = parts
+        self.said = {n: float(given[n].value) for n in parts}
+        self.fresh = like.updates.is_meta or not int(like.updates)  # later a schedule's leaf is what it last wrote, and nobody's word
+
+    def settled(self, read: set[str]) -> list[str]:
+        """Fill in what was not read; notes on what the script and the checkpoint do not have alike."""
+        lacks, notes = [], []
+        for name, part in self.parts.items():
+            said = self.said[name]
+            kept = float(part.value) if name in read else math.nan
+            if kept != kept:  # not there, or saved before a schedule wrote it
+                part.value.fill_(said)
+                lacks += [f"{name} = {said!r}"] if said == said else []
+            elif self.fresh and said == said and kept != said:
+                notes.append(f"{name!r} is {kept!r} in the checkpoint, which counts, and {said!r} in the script; write another value into the restored state")
+        return [f"the checkpoint says nothing of these rates, which come from the script: {', '.join(lacks)}"] * bool(lacks) + notes
 
 
 def _keep(everything: dict[str, Part], views: dict[str, Part], read: set[str], dropped: set[str], fresh: Callable[[], TrainState], context: Context) -> None:
@@ -197,6 +226,9 @@ def _refuse_strangers(source: dict[str, str], manifest: Manifest, notes: list[st
     used = set(source.values())
     heads = {name.split("/")[0] for name in used}
     left = [n for n in manifest.arrays if n not in used and not n.startswith("client/") and n != "client" and not re.match(r"[^/]+/(partial/|count$)", n)]
+    rates = [n for n in left if names.is_rate(n) and n.split("/")[0] in heads]
+    notes += [f"the script has no place for these rates of the checkpoint, which were left out: {names.listed(rates)}"] * bool(rates)
+    left = [n for n in left if n not in rates]
     by_head: dict[str, list[str]] = {}
     for n in left:
         by_head.setdefault(n.split("/")[0], []).append(n)

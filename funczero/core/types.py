@@ -137,18 +137,53 @@ class Grad(NamedTuple):
 Transform = Callable[[Grad], Grad]  # wraps everything to its left in the chain
 
 
-class GradientTransformation(NamedTuple):
-    """optax's pair, unchanged; `apply` is the fused form, in place on what it is given.
+class Group(NamedTuple):
+    """Leaves that one set of rates moves in an update."""
 
-    `init(params) -> state`, `update(updates, state, params) -> (updates, state)`, and optionally
-    `apply(params, grads, factor, state, ok) -> (params, state, logs)`, which owns its arguments: a pure step hands it clones.
+    rates: Any  # name -> number, or a float32 tensor where a schedule was read on an accelerator
+    leaves: tuple[int, ...] | None = None  # their numbers; None: all that the optimizer has
+
+
+class Reading(NamedTuple):
+    """The rates of one update, read from the state before anything is written."""
+
+    groups: list[Group]
+    rates: Any  # what the state keeps of them after the update; None where they are kept elsewhere
+    lr: Tensor  # for the metrics
+
+
+class Formula(NamedTuple):
+    """An optimizer's formula, written once for any piece of a tree of parameters; `transforms/update.py` runs it.
+
+    It runs on clones in a pure step, in place in a donated one, on the leaves of one optimizer of a partition, and on copies in float64
+    for the plain pair. A state is a NamedTuple with a field `rates`, whose leaves are float64 and 0-d.
+
+    Args:
+      read: (state, params, ok, donate) -> Reading; of Slots only the place counts, whose leaves may be a part of the tree.
+      moments: state -> those of its fields that lie like the parameters.
+      scalars: (state, rates by group, factor, ok) -> (the state with its own numbers after the update, scalars by group).
+      leaf: (params, grads, moments, scalars), in place on lists of tensors, a group at a time; a rank that holds nothing gives empty lists.
+      by_leaf: are the pieces leaves in their shapes, rather than padded flat buffers?
+    """
+
+    read: Callable[[Any, Any, Tensor, bool], Reading]
+    moments: Callable[[Any], list[Any]]
+    scalars: Callable[[Any, list[Any], Tensor, Tensor], tuple[Any, list[Any]]]
+    leaf: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], Any], None]
+    by_leaf: bool = False
+
+
+class GradientTransformation(NamedTuple):
+    """optax's pair, unchanged; `formula` is the form that runs in place, on any piece.
+
+    `init(params) -> state` and `update(updates, state, params) -> (updates, state)` are all that anybody's optimizer needs.
     `elementwise` promises that each value depends on its own place alone, so that it may be handed whole buffers; False: it needs
     whole leaves; None: it does not say.
     """
 
     init: Callable[[Tree], Any]
     update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
-    apply: Callable[..., tuple[Tree, Any, dict[str, Tensor]]] | None = None
+    formula: Formula | None = None
     name: str = "lift"
     elementwise: bool | None = None
 

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import number
-from funczero.core.types import GradientTransformation
-from funczero.layout.slots import Slots
+from funczero.core.types import Formula, GradientTransformation
 from funczero.optim import rates
+from funczero.transforms.update import optimizer
 
 
 class Adagrad(NamedTuple):
-    """The number of applied updates, and the sum of squared gradients."""
+    """The number of applied updates, the sum of squared gradients, and the rates lr and weight_decay."""
 
     count: Tensor
     nu: Any
+    rates: Any = ()
 
 
 def adagrad(lr: rates.Rate = 1e-2, eps: float = 1e-10, weight_decay: rates.Rate = 0.0) -> GradientTransformation:
@@ -30,27 +31,18 @@ def adagrad(lr: rates.Rate = 1e-2, eps: float = 1e-10, weight_decay: rates.Rate 
       eps: added to the root; positive.
       weight_decay: added to the gradient (not decoupled); number, schedule, rules or tree.
     """
-    rate, eps = rates.Rates("adagrad", lr, weight_decay), number("adagrad", "eps", eps, above=True)
+    eps, rate = number("adagrad", "eps", eps, above=True), rates.Rates("adagrad", lr=lr, weight_decay=weight_decay)
 
     def init(params: Any) -> Adagrad:
-        rate.fit(params)
+        kept = rate.init(params)
         rates.lasting("adagrad", eps, params)
-        leaf = next(iter(tree.tensors(params)), torch.zeros(()))
-        return Adagrad(torch.zeros((), dtype=torch.float32, device=leaf.device), tree.map(torch.zeros_like, params))
+        return Adagrad(rates.zero(params), tree.map(torch.zeros_like, params), kept)
 
-    def update(grads: Any, state: Adagrad, params: Any) -> tuple[Any, Adagrad]:
-        step, decay = rate.trees(state.count, params)
-        g = tree.map(lambda g, p, d: g + d * p, grads, params, decay)
-        nu = tree.map(lambda v, x: v + x * x, state.nu, g)
-        return tree.map(lambda x, v, a: -a * x / (v.sqrt() + eps), g, nu, step), Adagrad(state.count + 1, nu)
+    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: rates.Scalars) -> None:
+        (sums,), (factor, _) = moments, s.of(grads)
+        for p, g, v in zip(params, grads, sums, strict=True):
+            g = torch.where(s.ok, g.mul_(factor).add_(p * s.rates["weight_decay"]), 0.0)
+            v.addcmul_(g, g)
+            p.sub_(g.mul_(s.rates["lr"]).div_(v.sqrt().add_(eps)))
 
-    def apply(params: Slots, grads: Slots, factor: Tensor, state: Adagrad, ok: Tensor) -> tuple[Slots, Adagrad, dict[str, Tensor]]:
-        groups, shown = rate.groups(state.count, params, grads, state.nu)
-        for a, decay, (ps, gs, vs) in groups:
-            for p, g, v in zip(ps, gs, vs, strict=True):
-                g = torch.where(ok, g.mul_(factor.to(g.dtype)).add_(p * decay), 0.0)
-                v.addcmul_(g, g)
-                p.sub_(g.mul_(a).div_(v.sqrt().add_(eps)))
-        return params, Adagrad(state.count + ok, state.nu), {"lr": shown}
-
-    return GradientTransformation(init, update, apply, "adagrad", elementwise=True)
+    return optimizer("adagrad", init, Formula(rate.reads(), lambda s: [s.nu], rates.counted, leaf))

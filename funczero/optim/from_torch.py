@@ -11,18 +11,30 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.number import flag, kind, number
 from funczero.core.number import shown as described
-from funczero.core.types import ChainError, GradientTransformation
+from funczero.core.types import ChainError, Formula, GradientTransformation
 from funczero.optim import rates
+from funczero.transforms.update import optimizer
 
 ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
-Groups = list[tuple[Any, list[list[Tensor]]]]  # (weight decay, [params, grads, *moments])
 
 
 class FromTorch(NamedTuple):
-    """The class's own state: what is one number for all values, and what is like the parameters."""
+    """The class's own state: what is one number for all values, what is like the parameters, and the rates lr and weight_decay."""
 
     scalars: dict[str, Tensor]  # step, and eta, mu, mu_product where the class has them
     moments: dict[str, Any]
+    rates: Any = ()
+
+
+class Scalars(NamedTuple):
+    """What the class counts by itself, before and after the update: the latter is written by `leaf`."""
+
+    ok: Tensor
+    factor: Tensor
+    rates: dict[str, Any]
+    old: dict[str, Tensor]
+    new: dict[str, Tensor]
+    names: list[str]  # of the moments
 
 
 def from_torch(name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate | None = None, **options: Any) -> GradientTransformation:
@@ -59,14 +71,14 @@ def from_torch(name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate
     lr = defaults["lr"] if lr is None else lr
     if isinstance(lr, (list, tuple, dict)):
         raise TypeError(f"from_torch: lr is {kind(lr)}, but these classes keep one number for all leaves; write a number or a schedule")
-    rate = rates.Rates(who, lr, weight_decay if weight_decay is not None else defaults.get("weight_decay", 0.0))
+    rate = rates.Rates(who, lr=lr, weight_decay=weight_decay if weight_decay is not None else defaults.get("weight_decay", 0.0))
     options = {k: _option(who, k, defaults[k], x) for k, x in options.items()}
 
-    def optimizer(groups: list[tuple[float, list[Tensor]]], now: float) -> torch.optim.Optimizer:
-        return cls([{"params": p} | ({"weight_decay": d} if decays else {}) for d, p in groups], lr=now, foreach=False, **options)
+    def build(params: list[Tensor], now: float, decay: float) -> torch.optim.Optimizer:
+        return cls(params, lr=now, foreach=False, **({"weight_decay": decay} if decays else {}), **options)
 
     try:
-        optimizer([(0.0, [torch.zeros(1)])], 0.0 if callable(lr) else lr)
+        build([torch.zeros(1)], 0.0 if callable(lr) else lr, 0.0)
     except (ValueError, TypeError, RuntimeError) as e:
         raise ValueError(f"{who}: torch.optim.{name} refuses its arguments ({e}); correct {', '.join(options) or 'lr'}") from None
 
@@ -74,53 +86,41 @@ def from_torch(name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate
         """The state that the class gives a parameter before its first step."""
         p = leaf.detach().clone()
         p.grad = torch.zeros_like(p)
-        own = optimizer([(0.0, [p])], float(rates.at(who, "lr", lr, torch.zeros((), dtype=torch.int64))))
-        lists: list[list[Tensor]] = [[] for _ in list(inspect.signature(own._init_group).parameters)[1:]]  # type: ignore[attr-defined]
-        own._init_group(own.param_groups[0], *lists)  # type: ignore[attr-defined]
+        own: Any = build([p], float(rates.at(who, "lr", lr, torch.zeros((), dtype=torch.int64))), 0.0)
+        lists: list[list[Tensor]] = [[] for _ in list(inspect.signature(own._init_group).parameters)[1:]]
+        own._init_group(own.param_groups[0], *lists)
         return {k: x for k, x in own.state[p].items() if isinstance(x, Tensor)}
 
     def init(params: Any) -> FromTorch:
-        rate.fit(params)
+        kept = rate.init(params)
         rates.lasting(who, float(options.get("eps", defaults.get("eps", 0.0)) or 0.0), params)
         probe = fresh(torch.zeros(1, device=next(iter(tree.tensors(params)), torch.zeros(())).device))
         moments = {k: tree.map(lambda p, k=k: fresh(p)[k], params) for k, x in probe.items() if x.dim()}
-        return FromTorch({k: x for k, x in probe.items() if not x.dim()}, moments)
+        return FromTorch({k: x for k, x in probe.items() if not x.dim()}, moments, kept)
 
-    def step(groups: Groups, now: float, state: FromTorch) -> dict[str, Tensor]:
-        """The class's step in place on groups; the new scalars, which one value of its own counts: this rank may hold no other."""
-        own = optimizer([(float(d), trees[0]) for d, trees in groups] or [(0.0, [])], now)
-        counter, *rest = (torch.zeros(1, device=state.scalars["step"].device) for _ in range(2 + len(state.moments)))
-        own.param_groups[0]["params"].append(counter)
-        for p, g, *moments in [(counter, *rest), *(x for _, trees in groups for x in zip(*trees, strict=True))]:
+    def scalars(state: FromTorch, now: list[dict[str, Any]], factor: Tensor, ok: Tensor) -> tuple[FromTorch, list[Scalars]]:
+        new = {k: x.clone() for k, x in state.scalars.items()}
+        return state._replace(scalars=new), [Scalars(ok, factor, each, state.scalars, new, [*state.moments]) for each in now]
+
+    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars) -> None:
+        """The class steps on clones, which count where ok; one value of its own counts for it, as this rank may hold no other."""
+        counter = [torch.zeros(1, device=s.old["step"].device) for _ in range(2 + len(moments))]
+        rows = [[x.detach().clone() for x in xs] for xs in (params, grads, *moments)]
+        own: Any = build([counter[0], *rows[0]], float(s.rates["lr"]), float(s.rates["weight_decay"]))
+        for g in rows[1]:
+            g.mul_(s.factor.to(g.dtype))
+        for p, g, *moment in [counter, *zip(*rows, strict=True)]:
             p.grad = g
-            own.state[p] = {k: x.clone() for k, x in state.scalars.items()} | dict(zip(state.moments, moments, strict=True))
+            own.state[p] = {k: x.clone() for k, x in s.old.items()} | dict(zip(s.names, moment, strict=True))
         own.step()
-        return {k: own.state[counter][k] for k in state.scalars}
+        for xs, ys in zip((params, *moments), (rows[0], *rows[2:]), strict=True):
+            for x, y in zip(xs, ys, strict=True):
+                x.copy_(torch.where(s.ok, y, x))
+        for k, x in s.new.items():
+            x.copy_(torch.where(s.ok.to(x.device), own.state[counter[0]][k], s.old[k]))
 
-    def update(grads: Any, state: FromTorch, params: Any) -> tuple[Any, FromTorch]:
-        mine = tree.clone((params, grads, *state.moments.values()))
-        step_, decay = rate.trees(state.scalars["step"], params)
-        groups = [(d, [[x] for x in leaf]) for d, *leaf in zip(tree.leaves(decay), *map(tree.leaves, mine), strict=True)]
-        scalars = step(groups, float(tree.leaves(step_)[0]), state)
-        return tree.map(torch.sub, mine[0], params), FromTorch(scalars, dict(zip(state.moments, mine[2:], strict=True)))
-
-    def apply(params: Any, grads: Any, factor: Tensor, state: FromTorch, ok: Tensor) -> tuple[Any, FromTorch, dict[str, Tensor]]:
-        """The class steps on clones, which count where ok."""
-        rated, shown = rate.groups(state.scalars["step"], params, grads, *state.moments.values())
-        old = [(d, trees) for _, d, trees in rated]
-        new = [(d, [[x.detach().clone() for x in xs] for xs in trees]) for d, trees in old]
-        for _, (_, gs, *_) in new:
-            for g in gs:
-                g.mul_(factor.to(g.dtype))
-        scalars = step(new, float(shown), state)
-        for (_, before), (_, after) in zip(old, new, strict=True):
-            for xs, ys in zip((before[0], *before[2:]), (after[0], *after[2:]), strict=True):
-                for x, y in zip(xs, ys, strict=True):
-                    x.copy_(torch.where(ok, y, x))
-        scalars = {k: torch.where(ok.to(x.device), x, state.scalars[k]) for k, x in scalars.items()}
-        return params, FromTorch(scalars, state.moments), {"lr": shown.to(ok.device)}
-
-    return GradientTransformation(init, update, apply, name.lower(), elementwise=True)
+    formula = Formula(rate.reads(lambda state: state.scalars["step"]), lambda state: [*state.moments.values()], scalars, leaf)
+    return optimizer(name.lower(), init, formula)
 
 
 def _option(who: str, what: str, default: Any, x: Any) -> Any:

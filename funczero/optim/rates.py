@@ -1,23 +1,26 @@
-"""Learning rate and weight decay: a number, a schedule of applied updates, rules by path, or a tree."""
+"""Learning rate, weight decay and betas: a number, a schedule of applied updates, rules by path, or a tree; read from leaves of the state."""
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import kind, number, shown
-from funczero.core.types import Grad
+from funczero.core.types import Grad, Group, Reading
 from funczero.layout.slots import Slots
+from funczero.transforms.partition import holds
 
 Rate = float | Callable[[Tensor], Tensor] | Sequence[tuple[str, Any]] | Any
 Beta = float | Callable[[Tensor], Tensor]  # one for all leaves
 COUNTED = 2**24  # applied updates that a float32 count tells apart
+BY_LEAF = ("lr", "weight_decay")  # what may go by rule or tree
+BELOW = {"b1": 1.0, "b2": 1.0, "momentum": 1.0}
 FORMS = "write a number, a schedule of applied updates, rules [(regex, rate), ...] or a tree of rates like the parameters"
 
 
@@ -43,78 +46,177 @@ class Count(Tensor):
             return out.as_subclass(Tensor)
 
 
+class Scalars(NamedTuple):
+    """What most formulas take beside the leaves."""
+
+    ok: Tensor
+    factor: Tensor  # to be multiplied into the gradient
+    rates: dict[str, Any]
+
+    def of(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The factor and zero, in the gradients' dtype."""
+        factor = self.factor.to(grads[0].dtype) if grads else self.factor
+        return factor, factor.new_zeros(())
+
+
+def counted(state: Any, now: list[dict[str, Any]], factor: Tensor, ok: Tensor) -> tuple[Any, list[Scalars]]:
+    """`scalars` of a formula that needs no more of its state than the number of applied updates."""
+    return state._replace(count=state.count + ok), [Scalars(ok, factor, each) for each in now]
+
+
+def zero(params: Any) -> Tensor:
+    """The number of applied updates at the start, where the parameters lie."""
+    leaf = next(iter(tree.tensors(params)), torch.zeros(()))
+    return torch.zeros((), dtype=torch.float32, device=leaf.device)
+
+
 class Rates:
-    """The rates of one optimizer: checked when it is built, fitted to the paths at init, read once an update."""
+    """The rates of one optimizer: checked when it is built, fitted to the paths at init, read from the state at every update.
 
-    def __init__(self, who: str, lr: Rate, weight_decay: Rate) -> None:
-        """who: the optimizer, as errors name it."""
+    Law: a number lives in the state, where an edit counts from the next update on; a schedule overwrites its leaf at every applied update.
+    """
+
+    def __init__(self, who: str, **given: Any) -> None:
+        """who: the optimizer, as errors name it; given: rates by name, of which lr and weight_decay may go by rule or tree."""
         self.who = who
-        self.last: tuple[Any, list[tuple[Any, Any, list[int]]]] | None = None  # where rates were fitted last, and the leaves by pair
-        self.given: dict[str, Any] = {"lr": checked(who, "lr", lr), "weight_decay": checked(who, "weight_decay", weight_decay)}
+        self.given: dict[str, Any] = {what: checked(who, what, r) if what in BY_LEAF else r for what, r in given.items()}
+        self.spots = [(what, r) for what, rate in self.given.items() for r in _parts(rate)]  # one a leaf of the state, in its order
+        self.moves = any(callable(r) for _, r in self.spots)
+        self.twins: list[tuple[int, int, str, list[str]]] = []  # spots of a tree that speak of one tied leaf
+        self.last: tuple[Any, list[tuple[tuple[int, ...], tuple[int, ...]]]] | None = None  # where rates were fitted last, and leaves by spots
 
-    def fit(self, params: Any) -> list[tuple[Any, Any]]:
-        """(lr, weight decay) of every leaf, each a number or a schedule.
+    def init(self, params: Any) -> dict[str, Any]:
+        """The rates as leaves of the state: 0-d float64 on the CPU; nan where a schedule has not written yet.
+
+        A number or a schedule is one leaf, rules are a dict by regex, a tree is the tree.
 
         Raises:
           ValueError, TypeError: a leaf without a rate, a rule without a leaf or without effect, a tree of another form.
         """
-        leaves = _Leaves(params)
-        return list(zip(*(leaves.rates(f"{self.who}: {what}", rate) for what, rate in self.given.items()), strict=True))
+        self._fit(params)
+        return self._like([torch.tensor(math.nan if callable(r) else r, dtype=torch.float64) for _, r in self.spots])
 
-    def groups(self, updates: Tensor, params: Slots, grads: Slots, *moments: Slots) -> tuple[list[tuple[Any, Any, list[list[Tensor]]]], Tensor]:
-        """[(lr, decay, [params, grads, *moments])] for every pair of rates, and the rate for the metrics.
+    def reads(self, count: Callable[[Any], Tensor] = lambda state: state.count) -> Callable[..., Reading]:
+        """`read` of a formula, whose state keeps these rates in its field `rates`."""
+        return lambda state, params, ok, donate: self.read(count(state), state.rates, params, ok, donate)
 
-        Whole buffers where all leaves share one pair, else padded slots. Every rate is read before anything is written.
+    def read(self, count: Tensor, own: Any, params: Any, ok: Tensor, donate: bool) -> Reading:
+        """What every leaf is moved by in this update, and the state's rates after it.
+
+        Raises:
+          TypeError, ValueError: a leaf of the state or a schedule's value is no such number; nothing is written yet.
         """
-        trees, now = (params, grads, *moments), self._reader(updates)
-        lr, decay = self.given.values()
-        if _plain(lr) and _plain(decay):
-            kept = [u for u, g in enumerate(grads.buffers) if g.numel()]
-            return [(now("lr", lr), now("weight_decay", decay), [[t.buffers[u] for u in kept] for t in trees])], self._metric(now, updates)
-        where = params.where
-
-        def slot(t: Slots, i: int) -> Tensor:
-            return t.buffers[where.structure.leaves[i].unit][where.slots[i].offset :][: where.slots[i].length]
-
-        rated = [(now("lr", a), now("weight_decay", d), members) for a, d, members in self._pairs(params)]
-        return [(a, d, [[slot(t, i) for i in members] for t in trees]) for a, d, members in rated], self._metric(now, updates)
-
-    def _pairs(self, params: Slots) -> list[tuple[Any, Any, list[int]]]:
-        """(lr, decay, leaves) for every pair of rates."""
-        last, where = self.last, params.where
-        if last is not None and last[0] is where:
-            return last[1]
-        found: dict[Any, tuple[Any, Any, list[int]]] = {}
-        for i, (a, d) in enumerate(self.fit(params)):
-            if not where.structure.frozen(i) and where.slots[i].length:
-                found.setdefault((id(a) if callable(a) else a, id(d) if callable(d) else d), (a, d, []))[2].append(i)
-        self.last = (where, list(found.values()))
-        return self.last[1]
-
-    def trees(self, updates: Tensor, params: Any) -> tuple[Any, Any]:
-        """Trees of lr and of weight decay for the plain form, whose parameters are an ordinary tree."""
-        now, leaves = self._reader(updates), _Leaves(params)
-        lr, decay = ([now(what, r) for r in leaves.rates(f"{self.who}: {what}", rate)] for what, rate in self.given.items())
-        return tree.unflatten([lr[i] for i in leaves.places], leaves.treedef), tree.unflatten([decay[i] for i in leaves.places], leaves.treedef)
-
-    def _reader(self, updates: Tensor) -> Callable[[str, Any], Any]:
-        seen: dict[tuple[str, int], Any] = {}
-
-        def now(what: str, rate: Any) -> Any:
+        held, seen = self._held(own), dict[tuple[str, int], Any]()
+        now: list[Any] = []
+        for (what, rate), x in zip(self.spots, held, strict=True):
             if not callable(rate):
-                return rate
-            if (what, id(rate)) not in seen:
-                seen[what, id(rate)] = at(self.who, what, rate, updates)
-            return seen[what, id(rate)]
+                now.append(self._number(what, x))
+            elif (what, id(rate)) in seen:
+                now.append(seen[what, id(rate)])
+            else:
+                now.append(seen.setdefault((what, id(rate)), at(self.who, what, rate, count, BELOW.get(what, math.inf))))
+        self._alike(now)
+        groups = [Group(dict(zip(self.given, (now[k] for k in spots), strict=True)), leaves) for spots, leaves in self._grouped(params, now)]
+        kept, lr = self._after(own, held, now, ok, donate)
+        return Reading(groups, kept, lr)
 
-        return now
+    def _held(self, own: Any) -> list[Any]:
+        """The state's leaves in the order of the spots."""
+        try:
+            return [x for what, rate in self.given.items() for x in _values(rate, own[what])]
+        except (KeyError, TypeError, ValueError) as e:
+            raise TypeError(f"{self.who}: the rates of its state have another form than it was built with ({e!r}); begin with step.init, and edit values alone") from None
 
-    def _metric(self, now: Callable[[str, Any], Any], updates: Tensor) -> Tensor:
-        """The number, or the first rule's default; nan for a tree."""
+    def _number(self, what: str, x: Any) -> float:
+        """A number that the state keeps, whoever wrote it."""
+        if not isinstance(x, Tensor) or x.dtype is not torch.float64 or x.dim():
+            have = f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else kind(x)
+            raise TypeError(f"{self.who}: rates[{what!r}] of its state is {have}; write it in place, as rates[{what!r}].fill_(x), or as a 0-d float64 tensor")
+        value = x.item()
+        return value if 0 <= value < BELOW.get(what, math.inf) else number(f"{self.who}: in its state", what, value, high=BELOW.get(what, math.inf))
+
+    def _alike(self, now: list[Any]) -> None:
+        """Refuse a tree that was edited at one of a tied leaf's paths."""
+        for a, b, who, names in self.twins:
+            if now[a] is not now[b] and now[a] != now[b]:
+                raise ValueError(f"{who}: in its state the tree says two things of one tied parameter, {' = '.join(names)}; write the same at all its paths")
+
+    def _grouped(self, params: Any, now: list[Any]) -> list[tuple[tuple[int, ...], tuple[int, ...] | None]]:
+        """(spots, leaves) for all leaves that the same values move; every leaf where there is one spot a rate."""
+        if len(self.spots) == len(self.given) and all(map(_plain, self.given.values())):
+            return [(tuple(range(len(self.spots))), None)]
+        found: dict[Any, tuple[tuple[int, ...], list[int]]] = {}
+        for spots, leaves in self._fit(params):
+            key = tuple(id(now[k]) if isinstance(now[k], Tensor) else now[k] for k in spots)
+            found.setdefault(key, (spots, []))[1].extend(leaves)
+        return [(spots, tuple(leaves)) for spots, leaves in found.values()] or [((0,) * len(self.given), ())]
+
+    def _fit(self, params: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(spots, leaves) for all leaves that the same spots move; leaves by number, or by position in an ordinary tree."""
+        where = params.where if isinstance(params, Slots) else None
+        if where is not None and self.last is not None and self.last[0] is where:
+            return self.last[1]
+        leaves, first, columns, twins = _Leaves(params), 0, [], []
+        for what, rate in self.given.items():
+            who = f"{self.who}: {what}"
+            columns.append([first + k for k in leaves.spots(who, rate)])
+            if not _plain(rate) and not _is_rules(rate):
+                twins += [(columns[-1][place], first + k, who, leaves.names[place]) for k, place in enumerate(leaves.places) if leaves.names[place] and columns[-1][place] != first + k]
+            first += len(_parts(rate))
+        found: dict[tuple[int, ...], list[int]] = {}
+        for i, place in leaves.moved():
+            found.setdefault(tuple(column[place] for column in columns), []).append(i)
+        fitted = [(spots, tuple(members)) for spots, members in found.items()]
+        self.last, self.twins = (where, fitted), twins
+        return fitted
+
+    def _after(self, own: Any, held: list[Tensor], now: list[Any], ok: Tensor, donate: bool) -> tuple[Any, Tensor]:
+        """The state's rates after this update, and the rate for the metrics: the number, or the rules' default; nan for a tree."""
+        lr = self._shown(now)
+        if ok.device.type != "cpu":  # without waiting for the device
+            news = [torch.where(ok, y, x.to(ok.device)) if callable(r) else x if donate else x.clone() for (_, r), x, y in zip(self.spots, held, now, strict=True)]
+            return self._like(news), torch.as_tensor(lr, dtype=torch.float64, device=ok.device)
+        if donate and not self.moves:
+            return own, torch.tensor(lr, dtype=torch.float64)
+        applied = self.moves and bool(ok)
+        values = [y if applied or not callable(r) else x.item() for (_, r), x, y in zip(self.spots, held, now, strict=True)]
+        *news, shown = torch.tensor([*values, lr], dtype=torch.float64).unbind()
+        return self._like(news), shown
+
+    def _shown(self, now: list[Any]) -> Any:
         lr = self.given["lr"]
         if _is_rules(lr):
-            lr = tree.rule(lr, "", lr[-1][1])
-        return torch.as_tensor(now("lr", lr) if _plain(lr) else math.nan, dtype=torch.float64, device=updates.device)
+            regexes = list(dict(lr))
+            return now[next((k for k, regex in enumerate(regexes) if re.search(regex, "")), regexes.index(lr[-1][0]))]
+        return now[0] if _plain(lr) else math.nan
+
+    def _like(self, flat: Sequence[Any]) -> dict[str, Any]:
+        """Values of the spots in the form of the state."""
+        left, out = iter(flat), {}
+        for what, rate in self.given.items():
+            if _is_rules(rate):
+                out[what] = {regex: next(left) for regex in dict(rate)}
+            else:
+                parts, treedef = tree.flatten(rate)
+                out[what] = tree.unflatten([next(left) for _ in parts], treedef)
+        return out
+
+
+def _parts(rate: Any) -> list[Any]:
+    """The numbers and schedules of one rate; of equal regexes the first counts."""
+    if _is_rules(rate):
+        first: dict[str, Any] = {}
+        for regex, r in rate:
+            first.setdefault(regex, r)
+        return list(first.values())
+    return tree.leaves(rate)
+
+
+def _values(rate: Any, own: Any) -> list[Any]:
+    """The state's leaves of one rate, in the order of its parts."""
+    if _is_rules(rate):
+        return [own[regex] for regex in dict(rate)]
+    return [own] if _plain(rate) else tree.flatten(rate)[1].flatten_up_to(own)
 
 
 def checked(who: str, what: str, rate: Any) -> Rate:
@@ -207,50 +309,64 @@ def _is_rules(rate: Any) -> bool:
 
 
 class _Leaves:
-    """The leaves of Slots or of an ordinary tree with all their names; a tied leaf is one."""
+    """The leaves of Slots or of an ordinary tree with all their names; a tied leaf is one, and one of another optimizer has no name."""
 
     def __init__(self, params: Any) -> None:
-        if isinstance(params, Slots):
-            structure = params.where.structure
-            self.places, self.treedef = structure.places, structure.treedef
+        self.structure = params.where.structure if isinstance(params, Slots) else None
+        self.lengths = [slot.length for slot in params.where.slots] if isinstance(params, Slots) else []
+        if self.structure is not None:
+            self.places, self.treedef = self.structure.places, self.structure.treedef
         else:
             flat, self.treedef = tree.flatten(params)
             found: dict[int, int] = {}
             self.places = tuple(found.setdefault(id(x), len(found)) for x in flat)
         self.names: list[list[str]] = [[] for _ in range(max(self.places, default=-1) + 1)]
         for place, (path, _) in zip(self.places, tree.paths(tree.unflatten(self.places, self.treedef)), strict=True):
-            self.names[place].append(path)
+            if self.structure is None or holds(self.structure, place):
+                self.names[place].append(path)
+        self.held = sum(map(bool, self.names))
 
-    def rates(self, who: str, rate: Rate) -> list[Any]:
-        """One number or schedule a leaf; the first rule that is found in any of its names counts."""
+    def moved(self) -> list[tuple[int, int]]:
+        """(number of a leaf, its place among the names), of what is trained here; of an ordinary tree (position, place)."""
+        if self.structure is None:
+            return list(enumerate(self.places))
+        return [(i, i) for i, n in enumerate(self.lengths) if n and not self.structure.frozen(i)]
+
+    def spots(self, who: str, rate: Rate) -> list[int]:
+        """By leaf: which of the rate's parts counts; of rules the first that is found in any of its names."""
         if _plain(rate):
-            return [rate] * len(self.names)
+            return [0] * len(self.names)
         return self._by_rule(who, rate) if _is_rules(rate) else self._by_tree(who, rate)
 
-    def _by_rule(self, who: str, rules: Any) -> list[Any]:
+    def _by_rule(self, who: str, rules: Any) -> list[int]:
         hits = [{i for i, names in enumerate(self.names) if any(re.search(regex, n) for n in names)} for regex, _ in rules]
-        out: list[Any] = [next((r for (_, r), mine in zip(rules, hits, strict=True) if i in mine), None) for i in range(len(self.names))]
+        first = [next((k for k, mine in enumerate(hits) if i in mine), None) for i in range(len(self.names))]
         for (regex, r), mine in zip(rules, hits, strict=True):
             if not mine:
-                some = ", ".join(repr(n[0]) for n in self.names[:6])
+                some = ", ".join(repr(n[0]) for n in [n for n in self.names if n][:6])
                 raise ValueError(f"{who}: the rule {regex!r} is found in no parameter's path; correct it or leave it out (paths are {some}, ...)")
-            if len(mine) < len(self.names) and all(out[i] is not r and out[i] != r for i in mine):
+            others = [rules[k][1] for i in mine if (k := first[i]) is not None]
+            if len(mine) < self.held and all(x is not r and x != r for x in others):
                 raise ValueError(f"{who}: the rule {regex!r} never counts, because a rule before it takes {self.names[min(mine)][0]!r} and all else that it matches; put it first")
-        missing = next((n[0] for n, r in zip(self.names, out, strict=True) if r is None), None)
+        missing = next((n[0] for n, k in zip(self.names, first, strict=True) if n and k is None), None)
         if missing is not None:
             raise ValueError(f"{who}: no rule matches parameter {missing!r}; end the rules with ('', default)")
-        return out
+        regexes = list(dict(rules))
+        return [0 if k is None else regexes.index(rules[k][0]) for k in first]
 
-    def _by_tree(self, who: str, rate: Any) -> list[Any]:
+    def _by_tree(self, who: str, rate: Any) -> list[int]:
         try:
             flat = self.treedef.flatten_up_to(rate)
         except ValueError as e:
             raise TypeError(f"{who}: {type(rate).__name__} is neither a number, a schedule, rules [(regex, value), ...] nor a tree like the parameters: {e}") from None
         out: list[Any] = [None] * len(self.names)
-        for place, r in zip(self.places, flat, strict=True):
+        for spot, (place, r) in enumerate(zip(self.places, flat, strict=True)):
+            if not self.names[place]:
+                continue
             if not _plain(r):
                 raise TypeError(f"{who}: the value for parameter {self.names[place][0]!r} is {kind(r)}, neither a number nor a schedule")
-            if out[place] is not None and out[place] is not r and out[place] != r:
+            if out[place] is None:
+                out[place] = spot
+            elif (other := flat[out[place]]) is not r and other != r:
                 raise ValueError(f"{who}: the tree says two things of one tied parameter, {' = '.join(self.names[place])}; write the same at all its paths")
-            out[place] = r
-        return out
+        return [0 if spot is None else spot for spot in out]

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import flag
-from funczero.core.types import GradientTransformation
-from funczero.layout.slots import Slots
+from funczero.core.types import Formula, GradientTransformation
 from funczero.optim import rates
+from funczero.transforms.update import optimizer
 
 
 class SGD(NamedTuple):
-    """The number of applied updates, and the momentum buffers (None without momentum)."""
+    """The number of applied updates, the momentum buffers (None without momentum), and the rates lr, weight_decay and momentum."""
 
     count: Tensor
     trace: Any
+    rates: Any = ()
 
 
 def sgd(lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: rates.Rate = 0.0) -> GradientTransformation:
@@ -30,34 +31,24 @@ def sgd(lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_de
       momentum: in [0, 1).
       weight_decay: added to the gradient (not decoupled); number, schedule, rules or tree.
     """
-    rate, momentum = rates.Rates("sgd", lr, weight_decay), rates.one_for_all("sgd", "momentum", momentum, moves=False)
+    momentum = rates.one_for_all("sgd", "momentum", momentum, moves=False)
     if flag("sgd", "nesterov", nesterov) and not momentum:
         raise ValueError("sgd: momentum=0.0 leaves nesterov=True nothing to look ahead with; write a momentum above 0, or leave nesterov out")
+    rate = rates.Rates("sgd", lr=lr, weight_decay=weight_decay, **({"momentum": momentum} if momentum else {}))
 
     def init(params: Any) -> SGD:
-        rate.fit(params)
-        leaf = next(iter(tree.tensors(params)), torch.zeros(()))
-        return SGD(torch.zeros((), dtype=torch.float32, device=leaf.device), tree.map(torch.zeros_like, params) if momentum else None)
+        return SGD(rates.zero(params), tree.map(torch.zeros_like, params) if momentum else None, rate.init(params))
 
-    def update(grads: Any, state: SGD, params: Any) -> tuple[Any, SGD]:
-        step, decay = rate.trees(state.count, params)
-        g = tree.map(lambda g, p, d: g + d * p, grads, params, decay)
-        trace = tree.map(lambda t, x: momentum * t + x, state.trace, g) if momentum else None
-        u = g if trace is None else tree.map(lambda x, t: x + momentum * t, g, trace) if nesterov else trace
-        return tree.map(lambda a, x: -a * x, step, u), SGD(state.count + 1, trace)
+    def leaf(params: list[Tensor], grads: list[Tensor], traces: list[list[Tensor]], s: rates.Scalars) -> None:
+        lr, decay, beta = s.rates["lr"], s.rates["weight_decay"], s.rates.get("momentum", 0.0)
+        factor, zero = s.of(grads)
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            g.mul_(factor)
+            g = g.add_(p * decay) if isinstance(decay, Tensor) else g.add_(p, alpha=decay) if decay else g
+            if traces:
+                t = traces[0][i]
+                t.copy_(torch.where(s.ok, beta * t + g, t))
+                g = g + beta * t if nesterov else t
+            p.sub_(torch.where(s.ok, g * lr, zero))
 
-    def apply(params: Slots, grads: Slots, factor: Tensor, state: SGD, ok: Tensor) -> tuple[Slots, SGD, dict[str, Tensor]]:
-        zero = torch.zeros((), dtype=grads.buffers[0].dtype, device=ok.device)
-        traces = (state.trace,) if momentum else ()
-        groups, shown = rate.groups(state.count, params, grads, *traces)
-        for a, decay, (p, g, *t) in groups:
-            for i, (x, y) in enumerate(zip(p, g, strict=True)):
-                y.mul_(factor.to(y.dtype))
-                y = y.add_(x * decay) if isinstance(decay, Tensor) else y.add_(x, alpha=decay) if decay else y
-                if momentum:
-                    t[0][i].copy_(torch.where(ok, momentum * t[0][i] + y, t[0][i]))
-                    y = y + momentum * t[0][i] if nesterov else t[0][i]
-                x.sub_(torch.where(ok, y * a, zero))
-        return params, SGD(state.count + ok, state.trace), {"lr": shown}
-
-    return GradientTransformation(init, update, apply, "sgd", elementwise=True)
+    return optimizer("sgd", init, Formula(rate.reads(), lambda s: [] if s.trace is None else [s.trace], rates.counted, leaf))

@@ -14,6 +14,7 @@ from funczero.core import tree
 from funczero.core.types import GradientTransformation
 from funczero.layout.mesh import Mesh
 from funczero.transforms.chain import Bracket, Source
+from funczero.transforms.partition import Partition
 from funczero.world.ledger import BEGINS, Context
 
 WORDS = 1 << 10  # of 8 bytes, in a row of what is summed
@@ -84,8 +85,10 @@ def settings(parts: Sequence[Any]) -> list[str]:
             lines += settings(p.parts)
         elif isinstance(p, (tuple, list)) and not hasattr(p, "_fields"):
             lines += settings(p)
+        elif isinstance(p, Partition):
+            lines += [f"{part}: {line}" for part in p.parts for line in settings([part.tx])]
         elif isinstance(p, GradientTransformation):
-            own = {k: v for fn in (p.init, p.update, p.apply) for k, v in _closure(fn, 0).items()}
+            own = {k: v for fn in (p.init, p.update, *(p.formula or ())) for k, v in _closure(fn, 0).items()}
             lines.append(f"{p.name}({_in_words(own)})")
         elif callable(p) and (own := _closure(p, 0)):
             lines.append(f"{getattr(p, '__name__', type(p).__name__)}: {_in_words(own)}")

@@ -23,6 +23,7 @@ from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure
 from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
+from funczero.transforms.partition import subsets
 from funczero.transforms.skips import Skipped
 from funczero.transforms.update import coords
 
@@ -187,7 +188,7 @@ def _odd(x: Any, where: Where) -> bool:
     if isinstance(x, Tensor):
         return x.requires_grad
     if isinstance(x, Slots):
-        return x.where is not where and x.where != where or any([b.requires_grad for b in x.buffers])
+        return x.where is not where and x.where not in (where, *subsets(where)) or any([b.requires_grad for b in x.buffers])
     if isinstance(x, (tuple, list, dict)) and not isinstance(x, Accumulate):
         for y in x.values() if isinstance(x, dict) else x:
             if _odd(y, where):

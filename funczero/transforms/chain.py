@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from funczero.comm.edge import Edge, joined
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Env, Grad, GradientTransformation
-from funczero.transforms.update import apply_update, foreign, rewrite
+from funczero.transforms.partition import Partition
+from funczero.transforms.update import Optimizer, apply_update, foreign, rewrite
 
 
 class Source(NamedTuple):
@@ -51,7 +52,7 @@ class Configure(NamedTuple):
 class Lift(NamedTuple):
     """An optimizer in its place; the last one of a chain applies the update."""
 
-    tx: GradientTransformation
+    tx: Optimizer
     applies: bool
 
 
@@ -148,7 +149,7 @@ def _configures(parts: Sequence[Any]) -> list[Configure]:
 
 def _is_optimizer(part: Any) -> bool:
     own = isinstance(part, (Source, Bracket, Configure, Lift))
-    return not own and callable(getattr(part, "init", None)) and callable(getattr(part, "update", None))
+    return isinstance(part, Partition) or not own and callable(getattr(part, "init", None)) and callable(getattr(part, "update", None))
 
 
 def _mark(parts: Sequence[Any]) -> tuple[Any, ...]:
@@ -177,7 +178,7 @@ def _mark(parts: Sequence[Any]) -> tuple[Any, ...]:
             if isinstance(p, Bracket):
                 out.append(p._replace(parts=replaced(p.parts, (*path, i))))
             elif _is_optimizer(p):
-                tx = p if isinstance(p, GradientTransformation) else GradientTransformation(p.init, p.update, name=type(p).__name__)
+                tx = p if isinstance(p, (GradientTransformation, Partition)) else GradientTransformation(p.init, p.update, name=type(p).__name__)
                 out.append(Lift(tx, (*path, i) == last))
             elif not isinstance(p, Configure):
                 out.append(p)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from absl import logging
 from torch import Tensor
 
-from funczero.core.types import GradientTransformation, Updated
+from funczero.core.types import Formula, GradientTransformation, Reading, Updated
 from funczero.transforms.chain import Bracket, Configure, Lift, Source
+from funczero.transforms.partition import Partition
 
 
 class Unread(NamedTuple):
@@ -105,6 +106,13 @@ def _loss(one: Unread) -> str:
     return "" if bool(one.loss.isfinite()) else f"; the loss is {float(one.loss)}"
 
 
+IDLE = Formula(lambda own, params, ok, donate: Reading([], None, ok), lambda own: [], lambda own, rates, factor, ok: (own, []), lambda *piece: None)
+
+
+def _idle(name: str) -> GradientTransformation:
+    return GradientTransformation(lambda params: (), lambda u, s, params: (u, s), IDLE, name, True)
+
+
 def unapplied(parts: Sequence[Any]) -> tuple[Any, ...]:
     """A chain whose optimizers do nothing, for looking at its gradients; nothing is copied."""
     out: list[Any] = []
@@ -115,9 +123,10 @@ def unapplied(parts: Sequence[Any]) -> tuple[Any, ...]:
             out.append(p._replace(transforms=unapplied(p.transforms)))
         elif type(p) in (tuple, list):
             out += unapplied(p)
+        elif isinstance(p, Partition):
+            out.append(Partition(tuple(part._replace(tx=_idle(part.tx.name)) for part in p.parts)))
         elif not isinstance(p, (Configure, Lift)) and callable(getattr(p, "init", None)) and callable(getattr(p, "update", None)):
-            name = p.name if isinstance(p, GradientTransformation) else type(p).__name__
-            out.append(GradientTransformation(lambda params: (), lambda u, s, params: (u, s), lambda p, g, f, s, ok: (p, s, {}), name, True))
+            out.append(_idle(p.name if isinstance(p, GradientTransformation) else type(p).__name__))
         else:
             out.append(p)
     return tuple(out)

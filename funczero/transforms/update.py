@@ -1,17 +1,22 @@
 """Optimizers in their place: the masters are read and written by the last one only, inside the innermost bracket around it."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.transform import after, refuse, slot_name
-from funczero.core.types import Grad, GradientTransformation, Updated, Value
+from funczero.core.types import Formula, Grad, GradientTransformation, Reading, Updated, Value
 from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 from funczero.transforms.mean import rewritten, value
+from funczero.transforms.partition import Part, Partition, owners, put, subset, taken
+
+Optimizer = GradientTransformation | Partition
 
 
 def coords(g: Grad, axes: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
@@ -68,69 +73,208 @@ def _ready(out: Value, dtype: torch.dtype) -> tuple[Slots, Tensor]:
     return out.grads.to(dtype), out.factor
 
 
-def rewrite(g: Grad, tx: GradientTransformation) -> Grad:
+class Entry(NamedTuple):
+    """One optimizer in its place: where its state is kept, and which leaves it has."""
+
+    key: str
+    tx: GradientTransformation
+    part: int | None = None  # of a partition; None: it has all leaves
+
+    def init(self, params: Slots) -> Any:
+        """Its state, for its own leaves."""
+        return self.tx.init(params if self.tx.formula is not None else params.tree())
+
+
+class Shares(NamedTuple):
+    """Who has which leaves: an optimizer all, those of a partition each its own."""
+
+    entries: tuple[Entry, ...]
+    parts: tuple[Part, ...] = ()
+
+    def of(self, where: Where) -> list[tuple[Entry, Where, tuple[int, ...] | None]]:
+        """(optimizer, the place of its leaves, their numbers; None for all)."""
+        if not self.parts:
+            return [(self.entries[0], where, None)]
+        if where.memo.get("shares", (None,))[0] is not self.parts:
+            where.memo["shares"] = self.parts, owners(self.parts, where.structure)
+        return [(e, subset(where, held), held) for e, held in zip(self.entries, where.memo["shares"][1], strict=True)]
+
+    def init(self, params: Slots) -> dict[str, Any]:
+        """Every optimizer's state by its key."""
+        return {e.key: e.init(params if held is None else taken(params, where)) for e, where, held in self.of(params.where)}
+
+
+def _shares(g: Grad, tx: Optimizer) -> tuple[Grad, str, Shares]:
+    """g with all but the last name of an optimizer or a partition, that name, and who has what."""
+    if not isinstance(tx, Partition):
+        g = _placed(g, tx)
+        return g, tx.name, Shares((Entry(slot_name(g, tx.name), tx),))
+    entries: list[Entry] = []
+    for i, part in enumerate(tx.parts):
+        g = _placed(g, part.tx) if not i else _passed(_placed(g, part.tx), str(tx.parts[i - 1]))
+        entries.append(Entry(slot_name(g, part.tx.name), part.tx, i))
+    return g, str(tx.parts[-1]), Shares(tuple(entries), tx.parts)
+
+
+def _passed(g: Grad, name: str) -> Grad:
+    return g._replace(names=(*g.names, name), arrows=(*g.arrows, g.layout))
+
+
+def rewrite(g: Grad, tx: Optimizer) -> Grad:
     """An optimizer that is not the last: its updates are the gradient of the next."""
-    g, key = _placed(g, tx), slot_name(g, tx.name)
+    g, name, shares = _shares(g, tx)
     dtype = g.env.policy.params
 
     def init(params: Any) -> dict[str, Any]:
-        return {key: tx.init(params.at(coords(g, g.layout.sharded), dtype).trainable().tree())}
+        mine = params.at(coords(g, g.layout.sharded), dtype).trainable()
+        return {e.key: e.tx.init((mine if held is None else taken(mine, where)).tree()) for e, where, held in shares.of(mine.where)}
 
     def fn(out: Value, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
-        grads, updates, own = _plainly(tx, out, state[key], state["params"].trainable(), dtype)
-        return rewritten(out, _packed(tx.name, updates, grads)), {**state, key: own}
+        mine, (grads, factor) = state["params"].trainable(), _ready(out, dtype)
+        grads = grads.map(lambda b: b * factor.to(b.dtype))
+        new = grads if not shares.parts else grads.map(torch.zeros_like)
+        for e, where, held in shares.of(mine.where):
+            updates, own = _plainly(e.tx, grads, out.ok, state[e.key], mine, None if held is None else where)
+            state = {**state, e.key: own}
+            if held is None:
+                new = updates
+            else:
+                put(new, updates)
+        return rewritten(out, new), state
 
-    return after(g, tx.name, g.layout, fn, init)
+    return after(g, name, g.layout, fn, init)
 
 
-def apply_update(g: Grad, tx: GradientTransformation) -> Grad:
-    """The last optimizer: the masters are read and written only here. Right of it grads are new parameters."""
-    g, key = _placed(g, tx), slot_name(g, tx.name)
+def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Slots], Reading] | None = None) -> Grad:
+    """The last optimizer: the masters are read and written only here. Right of it grads are new parameters.
+
+    Args:
+      elsewhere: (state of the chain, parameters) -> the rates, where another part of the state keeps them.
+    """
+    g, name, shares = _shares(g, tx)
     dtype, donate = g.env.policy.params, g.env.donate
 
     def init(params: Any) -> dict[str, Any]:
         masters = params.at(coords(g, g.layout.sharded), dtype)
-        mine = masters.trainable()
-        return {"params": masters, key: tx.init(mine if tx.apply is not None else mine.tree())}
+        own = shares.init(masters.trainable())
+        return {"params": masters, **(own if elsewhere is None else {k: x._replace(rates=()) for k, x in own.items()})}
 
-    def fused(out: Value, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
-        mine, own = state["params"].trainable(), state[key]
-        grads, factor = _ready(out, dtype)
-        if not donate:  # the same kernel, on clones
-            mine, own = tree.clone(mine), tree.clone(own)
-        return tx.apply(mine, grads, factor, own, out.ok)  # type: ignore[misc]
-
-    def plain(out: Value, state: dict[str, Any]) -> tuple[Slots, Any, dict[str, Tensor]]:
-        mine = state["params"].trainable()
-        _, updates, own = _plainly(tx, out, state[key], mine, dtype)
-        moved = mine.map(torch.add, _packed(tx.name, updates, mine))
-        return tree.where(out.ok, moved, mine), own, {}
+    def read(e: Entry, where: Where, state: dict[str, Any], mine: Slots, ok: Tensor) -> Reading | None:
+        if e.tx.formula is None:
+            return None
+        return e.tx.formula.read(state[e.key], Slots(mine.buffers, where), ok, donate) if elsewhere is None else elsewhere(state, mine)
 
     def fn(out: Value, state: dict[str, Any]) -> tuple[Updated, dict[str, Any]]:
-        new, own, logs = (plain if tx.apply is None else fused)(out, state)
+        old, own, logs = state["params"].trainable(), dict[str, Any](), out.logs
+        having = shares.of(old.where)
+        reads = [read(e, where, state, old, out.ok) for e, where, _ in having]  # all, before anything is written
+        in_place = shares.parts or having[0][0].tx.formula is not None
+        new = old if donate or not in_place else tree.clone(old)  # the same formula, on clones
+        grads, factor = _ready(out, dtype)
+        plain = grads.map(lambda b: b * factor.to(b.dtype)) if None in reads else grads  # which formulas write into
+        for (e, where, held), reading in zip(having, reads, strict=True):
+            if reading is None:
+                updates, own[e.key] = _plainly(e.tx, plain, out.ok, state[e.key], old, None if held is None else where)
+                here = old if held is None else taken(old, where)
+                moved = tree.where(out.ok, here.map(torch.add, updates), here)
+                if held is None:
+                    new = moved
+                else:
+                    put(new, moved)
+            else:
+                mine = state[e.key] if donate else _cloned(state[e.key])
+                own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held)  # type: ignore[arg-type]
+                logs = {**logs, "lr": reading.lr.to(out.ok.device)}
         units = new.where.structure.units
-        params = Slots(tuple(old if u.frozen else b for b, old, u in zip(new.buffers, state["params"].buffers, units, strict=True)), new.where)
-        done = Updated(out.loss, out.weight, out.aux, params, out.norm, out.ok, out.bad, {**out.logs, **logs})
-        return done, {**state, "params": params, key: own}
+        params = Slots(tuple(x if u.frozen else b for b, x, u in zip(new.buffers, state["params"].buffers, units, strict=True)), new.where)
+        return Updated(out.loss, out.weight, out.aux, params, out.norm, out.ok, out.bad, logs), {**state, **own, "params": params}
 
-    return after(g, tx.name, replace(g.layout, phase="updated"), fn, init)
+    return after(g, name, replace(g.layout, phase="updated"), fn, init)
 
 
-def _plainly(tx: GradientTransformation, out: Value, own: Any, mine: Slots, dtype: torch.dtype) -> tuple[Slots, Any, Any]:
-    """The gradient, the updates of the plain form, and its new state: the old one, numbers included, where the update is skipped.
+def _cloned(own: Any) -> Any:
+    """A state whose moments may be written; rates are made anew by whoever reads them."""
+    return tree.clone(own._replace(rates=()))._replace(rates=own.rates)
+
+
+def run(
+    formula: Formula, read: Reading, params: Slots, grads: Slots, factor: Tensor, own: Any, ok: Tensor, held: tuple[int, ...] | None = None
+) -> Any:
+    """A formula on all pieces, in place on params, grads and the state's moments; returns the new state.
+
+    Args:
+      held: numbers of the leaves that the optimizer has; None: all.
+    """
+    own, scalars = formula.scalars(own, [group.rates for group in read.groups], factor, ok)
+    trees = (params, grads, *formula.moments(own))
+    for group, each in zip(read.groups, scalars, strict=True):
+        ps, gs, *moments = pieces(trees, held if group.leaves is None else group.leaves, formula.by_leaf)
+        formula.leaf(ps, gs, moments, each)
+    return own if read.rates is None else own._replace(rates=read.rates)
+
+
+def pieces(trees: Sequence[Slots], leaves: tuple[int, ...] | None, by_leaf: bool = False) -> list[list[Tensor]]:
+    """What these leaves of every tree are, in the same order: whole buffers where all of a unit's leaves are among them, else padded slots.
+
+    Args:
+      leaves: numbers; None: all that have a gradient.
+      by_leaf: leaves in their shapes instead.
+    """
+    where = trees[0].where
+    if by_leaf:
+        wanted = [i for i in range(len(where.structure.leaves)) if not where.structure.frozen(i)] if leaves is None else leaves
+        return [[x for i in wanted if (x := parts[i]) is not None] for parts in (t.leaves() for t in trees)]
+    if leaves is None:
+        kept = [u for u, x in enumerate(trees[1].buffers) if x.numel()]
+        return [[t.buffers[u] for u in kept] for t in trees]
+    plan = where.memo.get(("pieces", leaves))
+    if plan is None:
+        chosen = set(leaves)
+        plan = where.memo["pieces", leaves] = [
+            piece
+            for u, members in enumerate(where.structure.members)
+            for piece in ([(u, -1)] if members and chosen.issuperset(members) else [(u, i) for i in members if i in chosen and where.slots[i].length])
+        ]
+    return [[t.buffers[u] if i < 0 else t.buffers[u].narrow(0, t.where.slots[i].offset, t.where.slots[i].length) for u, i in plan] for t in trees]
+
+
+def optimizer(name: str, init: Callable[[Any], Any], formula: Formula, elementwise: bool = True) -> GradientTransformation:
+    """The pair of a formula: `update` is the formula in float64 on copies, and its updates are the differences, rounded once."""
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        wide = lambda t: [x.detach().to(torch.float64, copy=True) for x in tree.leaves(t)]  # noqa: E731
+        (flat, treedef), held = tree.flatten(params), formula.moments(state)
+        ok = torch.ones((), dtype=torch.bool, device=flat[0].device if flat else "cpu")
+        read = formula.read(state, params, ok, False)
+        state, scalars = formula.scalars(state, [group.rates for group in read.groups], torch.ones((), dtype=torch.float64, device=ok.device), ok)
+        columns = [wide(t) for t in (params, grads, *held)]
+        for group, own in zip(read.groups, scalars, strict=True):
+            ps, gs, *moments = columns if group.leaves is None else [[column[i] for i in group.leaves] for column in columns]
+            formula.leaf(ps, gs, moments, own)
+        new = {id(x): y.to(x.dtype) for t, ys in zip(held, columns[2:], strict=True) for x, y in zip(tree.leaves(t), ys, strict=True)}
+        updates = [(y - x.double()).to(x.dtype) for x, y in zip(flat, columns[0], strict=True)]
+        state = tree.map(lambda x: new.get(id(x), x), state)
+        return tree.unflatten(updates, treedef), state if read.rates is None else state._replace(rates=read.rates)
+
+    return GradientTransformation(init, update, formula, name, elementwise)
+
+
+def _plainly(tx: GradientTransformation, grads: Slots, ok: Tensor, own: Any, mine: Slots, where: Where | None) -> tuple[Slots, Any]:
+    """The updates of the plain form on the leaves at `where` (None: all), and its new state: the old one, numbers included, where the update is skipped.
 
     Raises:
       RuntimeError: `update` wrote into what it was given, so that a state would change which somebody still holds.
     """
-    grads, factor = _ready(out, dtype)
-    grads = grads.map(lambda b: b * factor.to(b.dtype))
+    if where is not None:
+        grads, mine = taken(grads, where), taken(mine, where)
     held = {"the parameters": [*mine.buffers], "its state": tree.tensors(own)}
     versions = {what: [x._version for x in xs] for what, xs in held.items()}
     updates, new = tx.update(grads.tree(), own, mine.tree())
     for what, xs in held.items():
         if versions[what] != [x._version for x in xs]:
             raise RuntimeError(f"{tx.name}: its update writes into {what}, which stay as they were given; return new tensors, as m = b * m + g for m.mul_(b).add_(g)")
-    return grads, updates, tree.map(lambda n, o: torch.where(out.ok, n, o) if isinstance(n, Tensor) else n if n is o or bool(out.ok) else o, new, own)
+    state = tree.map(lambda n, o: torch.where(ok, n, o) if isinstance(n, Tensor) else n if n is o or bool(ok) else o, new, own)
+    return _packed(tx.name, updates, mine), state
 
 
 def _packed(name: str, updates: Any, like: Slots) -> Slots:

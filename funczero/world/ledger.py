@@ -24,6 +24,7 @@ KEPT = 1 << 12  # launches remembered for words, since the last sum that agreed
 ANSWERS = 1 << 26  # bytes that another rank may say at most
 ANSWER = 5.0  # seconds in which the others say what they launched
 BEGINS = "begins with"
+LISTED = 256  # numbers of a param group that are compared
 NAN = -1.0  # stands for a nan among the scalars, whose hash would be its address
 
 
@@ -109,7 +110,7 @@ class Ledger:
         self.texts: dict[int, str] = {}  # chains and leaves by checksum
         self.later: Tensor | None = None  # what an accelerator's last sum said, not read yet
         self._known: list[tuple[Any, int, tuple[str, ...]]] = []
-        self._plan: tuple[tuple[str, ...], list[tuple[str, int]], tuple[str, ...]] = ((), [], ())
+        self._plan: tuple[tuple[str, ...], list[tuple[Any, ...]], tuple[str, ...]] = ((), [], ())
 
     def joined(self, place: int, ranks: int, device: torch.device) -> None:
         """The mesh is live: this process is number `place` of `ranks`; of one there is nothing to compare."""
@@ -221,14 +222,38 @@ class Ledger:
         """
         keys = tuple(chain)
         if self._plan[0] != keys:
-            own = [(k, i, f) for k in keys if not k.startswith("accumulate") for i, f in enumerate(getattr(chain[k], "_fields", ())) if _readable(chain[k][i])]
-            self._plan = keys, [(k, i) for k, i, _ in own], (*(f"{k}.{f}" for k, _, f in own), "learning rate of the last update")
-        found = [chain[k][i].item() for k, i in self._plan[1]]
+            own = [x for k in keys if not k.startswith("accumulate") for x in _compared(chain[k], (k,))]
+            names = [f"{name}[{i}]" if n else name for _, name, n in own for i in range(n or 1)]
+            self._plan = keys, [path for path, *_ in own], (*names, "learning rate of the last update")
+        found = [x for path in self._plan[1] for x in _numbers(chain, path)]
         return self._plan[2], (*(x if x == x else NAN for x in found), self.lr)
 
 
-def _readable(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() == 0 and x.device.type == "cpu"
+def _compared(node: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], str, int]]:
+    """(path, name, numbers in it or 0 for a scalar) of what ranks compare: 0-d leaves among a state's fields, all rates, and the numbers of param groups; on the CPU alone."""
+    fields = getattr(node, "_fields", ())
+    inside = "rates" in path or path[0] == "param_groups"
+    children: Any = [(f, getattr(node, f)) for f in fields] if fields else []
+    if inside and not fields:
+        children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else []
+    out: list[tuple[tuple[Any, ...], str, int]] = []
+    for key, x in children:
+        here = (*path, key)
+        if not isinstance(x, Tensor):
+            out += _compared(x, here) if inside or key == "rates" else []
+        elif x.device.type == "cpu" and not (x.dim() and not inside) and x.numel() <= LISTED:
+            out.append((here, ".".join(map(str, here)), x.numel() if x.dim() else 0))
+    return out
+
+
+def _numbers(node: Any, path: tuple[Any, ...]) -> list[Any]:
+    """The numbers of one leaf; nan where it is no tensor any more, which whoever reads it will say."""
+    try:
+        for key in path:
+            node = getattr(node, key) if hasattr(node, "_fields") and isinstance(key, str) else node[key]
+        return [node.item()] if not node.dim() else node.flatten().tolist()
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return [NAN]
 
 
 @cache

@@ -20,7 +20,7 @@ from funczero.deepspeed.engine.loader import Loader
 from funczero.deepspeed.engine.sharded import Sharded, seam_pullback
 from funczero.deepspeed.engine.zero_init import reopen
 from funczero.deepspeed.optim.clients import client_groups, client_optimizer
-from funczero.deepspeed.optim.groups import Group, Make, config_groups, config_optimizer, group_rates, grouped
+from funczero.deepspeed.optim.groups import ByGroup, Row, config_groups, config_optimizer, group_rates, grouped
 from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
 from funczero.deepspeed.optim.schedulers import FromConfig
 from funczero.gradients.gradient import pullback
@@ -151,7 +151,7 @@ def _groups(model: nn.Module, given: Iterable[Any] | None) -> Groups:
     return groups
 
 
-def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any) -> tuple[Step, Any, list[Group], Any]:
+def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any) -> tuple[Step, Any, list[Row], Any]:
     """The step over the module's parameters, how forwards read them, the groups' numbers and the config's rates."""
     by_id = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
     home = {n: by_id.get(id(p), 0) for n, p in named(model).items()}
@@ -163,7 +163,7 @@ def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_sch
         if unknown is not None:
             raise ValueError(f"optimizer: its parameter of shape {tuple(unknown.shape)} is not one of the model's; make it from model.parameters()")
         name, numbers = type(client).__name__.lower(), client_groups(client)
-        make: Make = client_optimizer(client, home)
+        make: ByGroup = client_optimizer(client, home)
     else:
         if config.value("optimizer.type") is None:
             raise ConfigError(f'{config.name}: neither the config nor the call names an optimizer; add "optimizer": {{"type": "Adam"}}, or write initialize(optimizer=...)')

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from funczero.core.number import number
-from funczero.core.types import GradientTransformation
-from funczero.deepspeed.optim.groups import Group, Make
+from funczero.core.types import Formula, GradientTransformation, Group, Reading
+from funczero.deepspeed.optim.groups import ByGroup, Row, by_group
 from funczero.layout.slots import Slots
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.optim.lift import same_when_cut
@@ -25,9 +25,22 @@ class Client(NamedTuple):
     started: Tensor
     scalars: dict[str, Tensor]  # [leaves]
     moments: dict[str, Slots]
+    rates: Any = ()
 
 
-def client_groups(client: torch.optim.Optimizer) -> list[Group]:
+class Scalars(NamedTuple):
+    """What one applied update takes beside the leaves: the groups as they are now, and the class's own numbers before and after it."""
+
+    rows: list[Row]
+    leaves: tuple[tuple[int, int], ...]  # (number, group) of those that are given
+    factor: Tensor
+    started: bool
+    old: dict[str, Tensor]
+    new: dict[str, Tensor]  # written by the step
+    names: list[str]  # of the moments
+
+
+def client_groups(client: torch.optim.Optimizer) -> list[Row]:
     """The numbers of a client's groups."""
     name = type(client).__name__
     if name in NEVER:
@@ -49,8 +62,8 @@ def _plain(x: Any) -> Any:
     return tuple(map(float, x)) if isinstance(x, (tuple, list)) else float(x)
 
 
-def client_optimizer(client: torch.optim.Optimizer, home: Mapping[str, int]) -> Make:
-    """`make` for a client's optimizer. Law: the class's values on unsharded leaves; its state is made at the first applied update, as there.
+def client_optimizer(client: torch.optim.Optimizer, home: Mapping[str, int]) -> ByGroup:
+    """A client's optimizer by groups. Law: the class's values on unsharded leaves; its state is made at the first applied update, as there.
 
     Args:
       home: parameter name -> number of its group.
@@ -63,61 +76,64 @@ def client_optimizer(client: torch.optim.Optimizer, home: Mapping[str, int]) -> 
     eager = _eager(client)
     keys = _state_keys(client, eager)
 
-    def make(groups: list[Group]) -> GradientTransformation:
-        for i, g in enumerate(groups):
-            number(f"{type(client).__name__}: param_groups[{i}]", "lr", g.get("lr", 0.0))
+    def init(params: Slots) -> Client:
+        n = len(params.where.structure.leaves)
+        scalars = {k: torch.zeros(n) for k in sorted({k for s, _ in keys for k in s})}
+        return Client(torch.zeros((), dtype=torch.bool), scalars, {k: params.map(torch.zeros_like) for k in sorted({k for _, m in keys for k in m})})
 
-        def init(params: Slots) -> Client:
-            n = len(params.where.structure.leaves)
-            scalars = {k: torch.zeros(n) for k in sorted({k for s, _ in keys for k in s})}
-            return Client(torch.zeros((), dtype=torch.bool), scalars, {k: params.map(torch.zeros_like) for k in sorted({k for _, m in keys for k in m})})
+    def read(rows: list[Row], params: Slots) -> Reading:
+        for i, row in enumerate(rows):
+            number(f"{type(client).__name__}: param_groups[{i}]", "lr", row.get("lr", 0.0))
+        leaves = sorted((i, group) for group, members in by_group(params, home).items() for i in members)
+        return Reading([Group((rows, tuple(leaves)), tuple(i for i, _ in leaves))], None, torch.tensor(rows[0]["lr"], dtype=torch.float64))
 
-        def apply(params: Slots, grads: Slots, factor: Tensor, state: Client, ok: Tensor) -> tuple[Slots, Client, dict[str, Tensor]]:
-            logs = {"lr": torch.tensor(groups[0]["lr"], dtype=torch.float64, device=ok.device)}
-            if not bool(ok):
-                return params, state, logs
-            return params, _stepped(client, groups, home, (keys, eager), params, grads, factor, state), logs
+    def scalars(state: Client, now: list[Any], factor: Tensor, ok: Tensor) -> tuple[Client, list[Scalars | None]]:
+        if not bool(ok):
+            return state, [None]
+        ((rows, leaves),), new = now, {k: x.clone() for k, x in state.scalars.items()}
+        moved = state._replace(started=torch.ones_like(state.started), scalars=new)
+        return moved, [Scalars(rows, leaves, factor, bool(state.started), state.scalars, new, [*state.moments])]
 
-        return GradientTransformation(init, _no_update, apply, type(client).__name__.lower(), elementwise)
+    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars | None) -> None:
+        if s is not None:
+            _stepped(client, (keys, eager), params, grads, moments, s)
 
-    return make
+    formula = Formula(_no_rates, lambda state: [*state.moments.values()], scalars, leaf, by_leaf=True)
+    return ByGroup(GradientTransformation(init, _no_update, formula, type(client).__name__.lower(), elementwise), read)
 
 
 def _no_update(*args: Any) -> Any:
     raise NotImplementedError("a client's optimizer is only applied")
 
 
-def _stepped(client: Any, groups: list[Group], home: Mapping[str, int], kinds: Any, params: Slots, grads: Slots, factor: Tensor, state: Client) -> Client:
-    """The class's own step, in place on params and moments."""
+def _no_rates(*args: Any) -> Any:
+    raise NotImplementedError("a client's rates are those of its groups")
+
+
+def _stepped(client: Any, kinds: Any, params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars) -> None:
+    """The class's own step, in place on params, moments and s.new."""
     keys, eager = kinds
-    structure = params.where.structure
-    mine = [(i, x) for i, x in enumerate(params.leaves()) if x is not None and not structure.frozen(i)]
-    group_of = {i: home[structure.leaves[i].path] for i, _ in mine}
-    gs, moments = grads.leaves(), {k: m.leaves() for k, m in state.moments.items()}
-    ps = {i: torch.nn.Parameter(x.detach()) for i, x in mine}
-    own = _again(client, [[p for i, p in ps.items() if group_of[i] == n] for n in range(len(groups))], groups)
-    for i, p in ps.items():
-        g = gs[i]
-        assert g is not None
-        p.grad = g * factor.to(g.dtype)
-        if bool(state.started):
-            scalars, like = keys[group_of[i]]
-            own.state[p] = {k: state.scalars[k][i].clone() for k in scalars} | {k: moments[k][i] for k in like}
-        elif eager[group_of[i]]:
-            own.state[p] = _first(eager[group_of[i]], p)
+    ps = [torch.nn.Parameter(x.detach()) for x in params]
+    groups = [[p for p, (_, group) in zip(ps, s.leaves, strict=True) if group == n] for n in range(len(s.rows))]
+    own = _again(client, groups, s.rows)
+    parts = [dict(zip(s.names, each, strict=True)) for each in zip(*moments, strict=True)] if moments else [{} for _ in ps]
+    for p, g, part, (i, group) in zip(ps, grads, parts, s.leaves, strict=True):
+        p.grad = g * s.factor.to(g.dtype)
+        if s.started:
+            scalars, like = keys[group]
+            own.state[p] = {k: s.old[k][i].clone() for k in scalars} | {k: part[k] for k in like}
+        elif eager[group]:
+            own.state[p] = _first(eager[group], p)
     own.step()
-    scalars = {k: x.clone() for k, x in state.scalars.items()}
-    for i, p in ps.items():
-        for k in keys[group_of[i]][0]:
-            scalars[k][i] = own.state[p][k]
-        for k in keys[group_of[i]][1]:
-            place, now = moments[k][i], own.state[p][k]
-            if place is not now and place is not None:
-                place.copy_(now)
-    return Client(torch.ones_like(state.started), scalars, state.moments)
+    for p, part, (i, group) in zip(ps, parts, s.leaves, strict=True):
+        for k in keys[group][0]:
+            s.new[k][i] = own.state[p][k]
+        for k in keys[group][1]:
+            if part[k] is not own.state[p][k]:
+                part[k].copy_(own.state[p][k])
 
 
-def _again(client: Any, params: list[list[Any]], groups: list[Group]) -> Any:
+def _again(client: Any, params: list[list[Any]], groups: list[Row]) -> Any:
     """The same optimizer over other parameters, without state; whatever wrapped the client's own step stays there."""
     own = object.__new__(type(client))
     own.__dict__.update({k: v for k, v in client.__dict__.items() if k != "step"})

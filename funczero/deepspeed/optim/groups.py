@@ -1,42 +1,52 @@
 """Param groups as leaves of the state: what the optimizer's face shows, a hand may edit, and the schedule writes after every applied update."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from funczero.core.number import number
 from funczero.core.transform import refuse, slot_name
-from funczero.core.types import Grad, GradientTransformation, Transform, Updated
+from funczero.core.types import Grad, GradientTransformation, Group, Reading, Transform, Updated
 from funczero.deepspeed.config.build import Rates, _made, rates_of
 from funczero.deepspeed.config.keys import ConfigError
 from funczero.deepspeed.config.resolve import Config, Value
+from funczero.layout.slots import Slots
 from funczero.transforms.mean import value
 from funczero.transforms.update import apply_update
 
 KEY = "param_groups"
-Group = dict[str, Any]  # name -> number or tuple of numbers
-Make = Callable[[list[Group]], GradientTransformation]
 LR = "optimizer.params.lr"
+Row = dict[str, Any]  # a group: name -> number or tuple of numbers
 
 
-def grouped(name: str, make: Make, groups: Sequence[Group], rates: Sequence[Rates] = ()) -> Transform:
+class ByGroup(NamedTuple):
+    """An optimizer whose rates are the numbers of groups."""
+
+    tx: GradientTransformation
+    read: Callable[[list[Row], Slots], Reading]  # the rows as they are now, the parameters -> the rates of this update
+
+
+def grouped(name: str, optimizer: ByGroup, groups: Sequence[Row], rates: Sequence[Rates] = ()) -> Transform:
     """The last optimizer of a chain, with the numbers of its groups as leaves of the state, under "param_groups".
 
-    Law: with groups that nobody edits it gives the bits of `make`'s optimizer with the same rates. An edit holds until the schedule's
+    Law: with groups that nobody edits it gives the bits of the same optimizer with the same rates. An edit holds until the schedule's
     next write, which follows an applied update.
 
     Args:
       name: the optimizer's.
-      make: the optimizer of one update, from the numbers of every group.
+      optimizer: moves every leaf by its group's numbers.
       groups: at the start; each has "lr".
       rates: by group, where a schedule writes lr (and beta 1).
     """
 
     def transform(g: Grad) -> Grad:
         g = value(g, name)
-        base, key = apply_update(g, make(list(groups))), slot_name(g, KEY)
+        key = slot_name(g, KEY)
+        base = apply_update(g, optimizer.tx, lambda state, params: optimizer.read(numbers(state[key]), params))
         if not groups:
             raise refuse(g, name, "it has no group of parameters; give at least one parameter that requires a gradient")
 
@@ -45,16 +55,11 @@ def grouped(name: str, make: Make, groups: Sequence[Group], rates: Sequence[Rate
             return {**base.init(params), key: scheduled({"updates": zero, **leaves(groups)}, rates, zero)}
 
         def apply(views: Any, state: dict[str, Any], batch: Any, seed: Any) -> tuple[Any, dict[str, Any]]:
-            out, state = g.apply(views, state, batch, seed)
-            if out is None:
-                return None, state
+            out, state = base.apply(views, state, batch, seed)
+            if not isinstance(out, Updated) or not bool(out.ok):
+                return out, state
             own = state[key]
-            now = apply_update(g._replace(apply=lambda *_: (out, state)), make(numbers(own)))
-            out, state = now.apply(views, state, batch, seed)
-            assert isinstance(out, Updated)
-            if bool(out.ok):
-                own = scheduled({**own, "updates": own["updates"] + 1}, rates, own["updates"] + 1)
-            return out, {**state, key: own}
+            return out, {**state, key: scheduled({**own, "updates": own["updates"] + 1}, rates, own["updates"] + 1)}
 
         return base._replace(init=init, apply=apply)
 
@@ -62,12 +67,12 @@ def grouped(name: str, make: Make, groups: Sequence[Group], rates: Sequence[Rate
     return transform
 
 
-def leaves(groups: Sequence[Group]) -> dict[str, Tensor]:
+def leaves(groups: Sequence[Row]) -> dict[str, Tensor]:
     """Groups as tensors: name -> float64 [groups] or [groups, n]."""
     return {name: torch.tensor([g[name] for g in groups], dtype=torch.float64) for name in groups[0]}
 
 
-def numbers(own: Mapping[str, Tensor]) -> list[Group]:
+def numbers(own: Mapping[str, Tensor]) -> list[Row]:
     """Groups as plain numbers."""
     columns = {name: [tuple(x) if isinstance(x, list) else x for x in t.tolist()] for name, t in own.items() if name != "updates"}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -89,14 +94,14 @@ def _at(rate: Any, updates: Tensor) -> Tensor:
     return torch.as_tensor(rate(updates) if callable(rate) else rate, dtype=torch.float64)
 
 
-def group_rates(config: Config, groups: Sequence[Group]) -> list[Rates]:
+def group_rates(config: Config, groups: Sequence[Row]) -> list[Rates]:
     """The config's schedule for every group, from the group's own rate; none without a scheduler."""
     if config.value("scheduler.type") is None:
         return []
     return [rates_of(config._replace(values={**config.values, LR: Value(g["lr"], "group")})) for g in groups]
 
 
-def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Group]:
+def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The config's numbers for every group of the call, which may say lr, weight_decay and betas itself."""
     p, kind = config.block("optimizer.params"), config.value("optimizer.type")
     shown = {n: p[n] for n in ("lr", "betas", "weight_decay") if n in p}
@@ -105,7 +110,7 @@ def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Gr
     shown = {n: tuple(map(float, x)) if n == "betas" else float(x) for n, x in shown.items()}
     if rates_of(config).momentum is not None and "betas" in shown:
         shown["betas"] = (shown["betas"][0], 0.99)  # OneCycle forces the second beta
-    out: list[Group] = []
+    out: list[Row] = []
     for i, g in enumerate(given):
         odd = next((n for n in g if n not in ("params", "name", "param_names", *shown)), None)
         if odd is not None:
@@ -116,19 +121,47 @@ def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Gr
     return out
 
 
-def config_optimizer(config: Config, home: Mapping[str, int]) -> Make:
-    """`make` for the config's optimizer.
+def config_optimizer(config: Config, home: Mapping[str, int]) -> ByGroup:
+    """The config's optimizer by groups.
 
     Args:
       home: parameter name -> number of its group.
     """
     kind, fixed = config.value("optimizer.type"), config.block("optimizer.params")
+    tx = _made(kind, fixed, 0.0, None)
+    ours = kind.lower() in ("adam", "adamw", "lion", "adagrad", "sgd")
+    constant = {"momentum": fixed["momentum"]} if kind == "SGD" else {}
 
-    def make(groups: list[Group]) -> GradientTransformation:
-        first = groups[0]
-        if len({g.get("betas") for g in groups}) > 1:
+    def read(rows: list[Row], params: Slots) -> Reading:
+        if len({row.get("betas") for row in rows}) > 1:
             raise ValueError("param_groups: the groups have different betas, but this optimizer keeps one pair for all; write the same in each")
-        by: dict[str, Any] = {n: first[n] if len({g[n] for g in groups}) == 1 else {path: groups[i][n] for path, i in home.items()} for n in ("lr", "weight_decay") if n in first}
-        return _made(kind, {**fixed, **by, **({"betas": first["betas"]} if "betas" in first else {})}, by["lr"], None)
+        alike = len({row["lr"] for row in rows}) == 1
+        if not alike and not ours:
+            raise TypeError("from_torch: lr differs by group, but these classes keep one number for all leaves; write the same in each")
+        members, found = by_group(params, home), dict[tuple[Any, ...], Group]()
+        for i, row in enumerate(rows):
+            rates = {**constant, **_checked(tx.name if alike else f"{tx.name}: param_groups[{i}]", row)}
+            same = found.setdefault(tuple(rates.values()), Group(rates, ()))
+            found[tuple(rates.values())] = Group(rates, (*(same.leaves or ()), *members.get(i, ())))
+        groups = list(found.values()) if len(found) > 1 else [Group(g.rates) for g in found.values()]
+        return Reading(groups, None, torch.tensor(rows[0]["lr"] if alike else math.nan, dtype=torch.float64))
 
-    return make
+    return ByGroup(tx, read)
+
+
+def _checked(who: str, row: Row) -> dict[str, float]:
+    """A group's numbers under the names of the formula."""
+    rates = {n: number(who, n, row[n]) for n in ("lr", "weight_decay") if n in row}
+    return rates | {f"b{i + 1}": number(who, f"b{i + 1}", b, high=1.0) for i, b in enumerate(row.get("betas", ()))}
+
+
+def by_group(params: Slots, home: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
+    """Numbers of the trained leaves by group."""
+    where = params.where
+    if KEY not in where.memo:
+        found: dict[int, list[int]] = {}
+        for i, leaf in enumerate(where.structure.leaves):
+            if not where.structure.frozen(i):
+                found.setdefault(home[leaf.path], []).append(i)
+        where.memo[KEY] = {group: tuple(members) for group, members in found.items()}
+    return where.memo[KEY]
