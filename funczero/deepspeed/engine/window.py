@@ -9,11 +9,10 @@ from torch import Tensor
 
 from funczero.comm.collectives import all_gather, all_reduce
 from funczero.comm.edge import Edge
-from funczero.core import order
 from funczero.core.types import Sum, TrainState
 from funczero.layout.slots import Slots
 from funczero.step.step import Step
-from funczero.transforms.accumulate import Accumulate, _add
+from funczero.transforms.accumulate import Accumulate
 
 KEY = "accumulate"
 
@@ -69,7 +68,7 @@ def mean_gradient(step: Step, state: TrainState, k: int) -> Slots | None:
         return None
     g = step.running()
     mesh, wide = g.env.mesh, g.env.policy.accumulate
-    out = order.close(own.partial, lambda a, b: _add(a, b, wide))
+    out = own.total(wide)
     grads = out.grads.to(wide)
     open_axes = [a for a in g.layout.batch if a not in grads.where.axes]
     for a in open_axes:

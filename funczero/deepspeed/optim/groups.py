@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Grad, GradientTransformation, Transform, Updated
-from funczero.deepspeed.config.build import Rates, _made, rates_of
+from funczero.deepspeed.config.build import Rates, make_optimizer, rates_of
 from funczero.deepspeed.config.keys import ConfigError
 from funczero.deepspeed.config.resolve import Config, Value
 from funczero.transforms.mean import value
@@ -129,6 +129,6 @@ def config_optimizer(config: Config, home: Mapping[str, int]) -> Make:
         if len({g.get("betas") for g in groups}) > 1:
             raise ValueError("param_groups: the groups have different betas, but this optimizer keeps one pair for all; write the same in each")
         by: dict[str, Any] = {n: first[n] if len({g[n] for g in groups}) == 1 else {path: groups[i][n] for path, i in home.items()} for n in ("lr", "weight_decay") if n in first}
-        return _made(kind, {**fixed, **by, **({"betas": first["betas"]} if "betas" in first else {})}, by["lr"], None)
+        return make_optimizer(kind, {**fixed, **by, **({"betas": first["betas"]} if "betas" in first else {})}, by["lr"], None)
 
     return make

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from funczero.deepspeed.config.build import _scheduled
+from funczero.deepspeed.config.build import schedule_of
 from funczero.deepspeed.config.options import SCHEDULERS
 
 
@@ -47,7 +47,7 @@ class _Schedule:
             raise TypeError(f"{kind}: {missing!r} is missing; add it")
         self.optimizer, self.last_batch_iteration = optimizer, last_batch_iteration
         options = {n: options.get(n, k.default) for n, k in known.items()}
-        self._rates = [_scheduled(kind, options, g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
+        self._rates = [schedule_of(kind, options, g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
         self._write()
 
     def _write(self) -> None:
