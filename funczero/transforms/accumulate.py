@@ -18,7 +18,7 @@ class Accumulate(NamedTuple):
     count: torch.Tensor
     partial: tuple[Sum, ...]
 
-    def total(self, wide: torch.dtype) -> Out:
+    def total(self, wide: torch.dtype) -> Sum:
         """The sum so far in a dtype; of a window that holds at least one micro-batch."""
         return order.close(self.partial, lambda a, b: _add(a, b, wide))
 

@@ -10,10 +10,11 @@ from absl import logging
 from torch import Tensor
 
 from funczero.checkpoint import Checkpointer, CheckpointError
-from funczero.core.types import Metrics
+from funczero.core.types import TrainState
 from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.facts import Facts
 from funczero.deepspeed.engine.leaf import write_leaf
-from funczero.deepspeed.engine.sharded import module_state
+from funczero.deepspeed.engine.values import module_state
 from funczero.deepspeed.engine.window import taken
 from funczero.deepspeed.optim.groups import KEY, scheduled
 
@@ -22,12 +23,14 @@ COUNTS = "micro_steps", "global_samples", "_micro", "_backwards"  # of the loop,
 THERE = "mp_rank_*_model_states.pt", "*zero_pp_rank_*_states.pt"  # DeepSpeed's own files
 
 
-class Saving:
-    """save_checkpoint, load_checkpoint and their relatives, of an engine."""
+class Checkpoints(Facts):
+    """An engine's save_checkpoint, load_checkpoint and their relatives."""
 
-    metrics: Metrics | None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._checkpointers = dict[str, Checkpointer]()
 
-    def _checkpointer(self: Any, directory: str | Path) -> Checkpointer:
+    def _checkpointer(self, directory: str | Path) -> Checkpointer:
         where = str(Path(directory).absolute())
         if where not in self._checkpointers:
             config = {p: v.value for p, v in self.config_.values.items() if v.origin != "default"}
@@ -35,7 +38,7 @@ class Saving:
         return self._checkpointers[where]
 
     def save_checkpoint(
-        self: Any, save_dir: str | Path, tag: Any = None, client_state: Any = None, save_latest: bool = True, exclude_frozen_parameters: bool = False, client_sd: Any = None
+        self, save_dir: str | Path, tag: Any = None, client_state: Any = None, save_latest: bool = True, exclude_frozen_parameters: bool = False, client_sd: Any = None
     ) -> bool:  # fmt: skip
         """True once the checkpoint is committed; all ranks call it. Another world size and another stage load it.
 
@@ -64,21 +67,21 @@ class Saving:
             part.rename(Path(save_dir, "latest"))
         return True
 
-    def _check_tag(self: Any, name: Any) -> None:
+    def _check_tag(self, name: Any) -> None:
         if self.config_.value("checkpoint.tag_validation") == "fail":
             names = ranks.gather_texts(str(name))
             odd = next((r for r, other in enumerate(names) if other != names[0]), None)
             if odd is not None:
                 raise ValueError(f"save_checkpoint: the tag is {names[0]!r} on rank 0 and {names[odd]!r} on rank {odd}; name it alike, or write tag_validation: Warn")
 
-    def _beside(self: Any) -> dict[str, Any]:
+    def _beside(self) -> dict[str, Any]:
         """What a loop needs beside the state."""
         scheduler = self.lr_scheduler.state_dict() if self.client_lr_scheduler and hasattr(self.lr_scheduler, "state_dict") else None
         counts = {n: getattr(self, n) for n in COUNTS}
-        return {"counts": counts, "k": self._k, "taken": taken(self._state), "lr_scheduler": scheduler, "buffers": dict(self._leaves.user.named_buffers())}
+        return {"counts": counts, "k": self._k, "taken": self.micro_batches(), "lr_scheduler": scheduler, "buffers": dict(self.module.named_buffers())}
 
     def load_checkpoint(
-        self: Any,
+        self,
         load_dir: str | Path | None,
         tag: Any = None,
         load_module_strict: bool = True,
@@ -118,11 +121,11 @@ class Saving:
         self._restored(found.state, beside, load_module_only, load_lr_scheduler_states)
         return str(Path(load_dir, found.name)), client
 
-    def _restored(self: Any, state: Any, beside: dict[str, Any], module_only: bool, schedulers: bool) -> None:
+    def _restored(self, state: TrainState, beside: dict[str, Any], module_only: bool, schedulers: bool) -> None:
         own = state.chain[KEY]
         if schedulers and self._rates and int(own["updates"]) != int(state.updates):  # of another chain, or without the optimizer's
             state = state._replace(chain={**state.chain, KEY: scheduled({**own, "updates": state.updates.cpu().clone()}, self._rates, state.updates.cpu())})
-        buffers = dict(self._leaves.user.named_buffers())
+        buffers = dict(self.module.named_buffers())
         for name, x in beside.get("buffers", {}).items():
             if name in buffers:
                 buffers[name].copy_(x)
@@ -131,7 +134,7 @@ class Saving:
             return
         for name, n in beside.get("counts", {"micro_steps": int(state.step) * self._k}).items():
             setattr(self, name, n)  # one of COUNTS
-        if taken(state) != beside.get("taken", 0):  # the open window was left out
+        if taken(self._step, state) != beside.get("taken", 0):  # the open window was left out
             self.micro_steps, self._micro, self._backwards = self.micro_steps - self._micro, 0, 0
         if beside.get("k", self._k) != self._k:  # as many micro-batches as this world takes for the same updates
             self.micro_steps = int(state.step) * self._k + self._micro
@@ -139,7 +142,7 @@ class Saving:
         if schedulers and self.client_lr_scheduler and beside.get("lr_scheduler") is not None:
             self.lr_scheduler.load_state_dict(beside["lr_scheduler"])
 
-    def _refuse_foreign(self: Any, where: Path) -> None:
+    def _refuse_foreign(self, where: Path) -> None:
         theirs = next((p for pattern in THERE for p in (*where.glob(pattern), *where.glob(f"*/{pattern}"))), None)
         if theirs is not None:
             root = where.parent if theirs.parent == where else where
@@ -148,7 +151,7 @@ class Saving:
                 f"and `funczero import OUT NEW`, then load_checkpoint(NEW, load_module_only=True)"
             )
 
-    def save_16bit_model(self: Any, save_dir: str | Path, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False) -> bool:
+    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False) -> bool:
         """The module's state_dict in the compute dtype as one file, by rank 0; all ranks call it.
 
         Args:
@@ -160,8 +163,8 @@ class Saving:
         key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
         if self.zero_optimization_stage() == 3 and not self.config_.value(key):
             raise ValueError(f"save_16bit_model: at stage 3 it gathers the whole model on every rank; allow that with {key}: true, or write engine.save_checkpoint and `funczero export`")
-        whole = module_state(self.train_step, self._state, self._leaves.user)
-        frozen = {n for n, p in self._leaves.named.items() if not p.requires_grad} if exclude_frozen_parameters else set()
+        whole = module_state(self.train_step, self._state, self.module)
+        frozen = {n for n, p in self._holder.named.items() if not p.requires_grad} if exclude_frozen_parameters else set()
         if self.global_rank == 0:
             Path(save_dir).mkdir(parents=True, exist_ok=True)
             out = Path(save_dir, save_filename)
@@ -177,20 +180,20 @@ class Saving:
 
     save_fp16_model = save_16bit_model
 
-    def module_state_dict(self: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+    def module_state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
         """The module's state_dict, whole, in the compute dtype. A collective."""
         out = {} if destination is None else destination
-        frozen = {n for n, p in self._leaves.named.items() if not p.requires_grad} if exclude_frozen_parameters else set()
-        out.update({prefix + n: x for n, x in module_state(self.train_step, self._state, self._leaves.user).items() if n not in frozen})
+        frozen = {n for n, p in self._holder.named.items() if not p.requires_grad} if exclude_frozen_parameters else set()
+        out.update({prefix + n: x for n, x in module_state(self.train_step, self._state, self.module).items() if n not in frozen})
         return out
 
-    def load_module_state_dict(self: Any, state_dict: dict[str, Tensor], strict: bool = True, custom_load_fn: Any = None) -> None:
+    def load_module_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, custom_load_fn: Any = None) -> None:
         """Writes whole parameters into the masters, and buffers.
 
         Raises:
           KeyError: names differ, unless strict is False.
         """
-        named, buffers = self._leaves.named, dict(self._leaves.user.named_buffers())
+        named, buffers = self._holder.named, dict(self.module.named_buffers())
         odd = sorted((named.keys() | {n for n in buffers if n in state_dict}) ^ state_dict.keys())
         if strict and odd:
             raise KeyError(f"load_module_state_dict: {odd[0]!r} is only in {'the state_dict' if odd[0] in state_dict else 'the module'}; write strict=False to pass over such names")

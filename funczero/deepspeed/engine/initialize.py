@@ -10,20 +10,21 @@ import torch
 from absl import logging
 from torch import Tensor, nn
 
-from funczero.deepspeed.config.build import chain_of
+from funczero.deepspeed.config.build import Rates, chain_of
 from funczero.deepspeed.config.keys import ConfigError
 from funczero.deepspeed.config.resolve import Config, resolve
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.engine import Engine
-from funczero.deepspeed.engine.held import Closed, Whole, named, take
+from funczero.deepspeed.engine.held import Closed, named, take
+from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.loader import Loader
-from funczero.deepspeed.engine.sharded import Sharded, seam_pullback
+from funczero.deepspeed.engine.sharded import Sharded
+from funczero.deepspeed.engine.whole import Whole
 from funczero.deepspeed.engine.zero_init import reopen
 from funczero.deepspeed.optim.clients import client_groups, client_optimizer
 from funczero.deepspeed.optim.groups import Group, Make, config_groups, config_optimizer, group_rates, grouped
 from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
 from funczero.deepspeed.optim.schedulers import FromConfig
-from funczero.gradients.gradient import pullback
 from funczero.layout.mesh import P, plan_mesh, world_size
 from funczero.step.step import Step, train_step
 
@@ -77,11 +78,11 @@ def initialize(
     client = optimizer if optimizer is None or isinstance(optimizer, torch.optim.Optimizer) else optimizer(groups)
     if client is not None:
         groups = [dict(g) for g in client.param_groups]
-    step, leaves, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
-    state = step.init(leaves.start(resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1))
-    engine = Engine(leaves.module, leaves, resolved, step, state, rates)
-    take(model, engine, leaves.kind)
-    leaves.taken()
+    step, holder, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
+    state = step.init(holder.start(resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1))
+    engine = Engine(holder, resolved, step, state, rates)
+    take(model, engine, holder.kind)
+    holder.attach()
     engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), client)
     engine.optimizer.pull(state)
     engine.lr_scheduler, engine.client_lr_scheduler = _scheduler(engine.optimizer, lr_scheduler, bool(rates))
@@ -151,7 +152,7 @@ def _groups(model: nn.Module, given: Iterable[Any] | None) -> Groups:
     return groups
 
 
-def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any) -> tuple[Step, Any, list[Group], Any]:
+def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any) -> tuple[Step, Holder, list[Group], list[Rates]]:
     """The step over the module's parameters, how forwards read them, the groups' numbers and the config's rates."""
     by_id = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
     home = {n: by_id.get(id(p), 0) for n, p in named(model).items()}
@@ -172,12 +173,12 @@ def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_sch
     rates = group_rates(config, numbers)
     if rates and lr_scheduler is not None:
         raise ConfigError(f"{config.where('scheduler.type')}the call gives lr_scheduler=, too; delete one of the two")
-    whole, frozen = config.value("zero_optimization.stage") < 3, lambda path: path in trained
-    leaves: Any = Whole(model) if whole else Sharded(model)
-    source = pullback(P("data"), trainable=frozen) if whole else seam_pullback(P("data"), frozen, leaves.units)
+    whole = config.value("zero_optimization.stage") < 3
+    holder: Holder = Whole(model) if whole else Sharded(model)
+    source = holder.source(P("data"), lambda path: path in trained)
     weight = 2.0 ** round(math.log2(config.triad.steps))
     chain = chain_of(config, source, grouped(name, make, numbers, rates), stream=True, weight=weight)  # type: ignore[arg-type]
-    return train_step(*chain, **config.arguments, check=True if not whole else 10), leaves, numbers, rates
+    return train_step(*chain, **config.arguments, check=10 if whole else True), holder, numbers, rates
 
 
 def _scheduler(optimizer: EngineOptimizer, given: Any, in_chain: bool) -> tuple[Any, bool]:

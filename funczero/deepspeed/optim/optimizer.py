@@ -54,7 +54,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Nothing: engine.step() updates."""
         if closure is not None:
             raise TypeError("optimizer.step: a closure would run the forward again, but engine.step() updates from what engine.backward(loss) was given; leave it out")
-        name = self.engine._leaves.direct()
+        name = self.engine.stray_gradient()
         if name is not None:
             raise RuntimeError(DIRECT.format(who="optimizer.step", name=name))
 
@@ -89,7 +89,7 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def override_loss_scale(self, scale: float) -> None:
         """Another loss scale from the next window on."""
-        self.engine._set_scale(float(scale))
+        self.engine.set_loss_scale(float(scale))
 
     def state_dict(self) -> dict[str, Any]:
         """The groups alone; moments are in engine.save_checkpoint."""
