@@ -14,8 +14,10 @@ from funczero import optim
 from funczero.comm.wire import as_born, cast
 from funczero.core.transform import after
 from funczero.core.types import Grad, GradientTransformation, Transform
-from funczero.deepspeed.config.keys import ENGINE, KEYS, ConfigError
-from funczero.deepspeed.config.resolve import Config, dtype_name, resolve
+from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.keys import ENGINE, KEYS
+from funczero.deepspeed.config.resolve import resolve
+from funczero.deepspeed.config.resolved import Config, dtype_name
 from funczero.gradients.gradient import pullback as pulled
 from funczero.gradients.gradient import value_and_grad
 from funczero.layout.mesh import P

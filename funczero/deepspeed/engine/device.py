@@ -9,10 +9,10 @@ from funczero.layout.mesh import default_device
 
 
 class Accelerator:
-    """The device of this process, by torch's own names; asked for something else it has torch.cuda's, torch.xpu's, ..."""
+    """The device of this process by torch's own names; what is not here is torch.cuda's, torch.xpu's, ..."""
 
     def device_name(self, device_index: int | None = None) -> str:
-        """"cpu", or "cuda" or "cuda:1"."""
+        """ "cpu", or "cuda" or "cuda:1"."""
         kind = default_device().type
         return kind if device_index is None or kind == "cpu" else f"{kind}:{device_index}"
 

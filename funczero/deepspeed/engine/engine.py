@@ -35,9 +35,9 @@ class Engine(Checkpoints):
     `fz.from_deepspeed(config, pullback=True)`, on the same micro-batches; `engine.state` is its state.
 
     A window's gradient is the sum of its losses over gradient_accumulation_steps, whatever calls of backward and step
-    made it: the first losses weigh one micro-batch each, further ones are added to them, and at the boundary a short
-    window is filled up with the weight it lacks. A micro-batch ends at step(), or where the boundary is set anew after a
-    backward, as Accelerate's loops do.
+    made it. The first losses weigh one micro-batch each, further ones are added to them, and at the boundary a short
+    window is filled up with the weight it lacks. A micro-batch ends at step(), or where the boundary is set anew after
+    a backward, as Accelerate's loops do.
 
     Source: DeepSpeed 0.19.8, DeepSpeedEngine.
     """

@@ -24,7 +24,7 @@ def differentiate(
     ports: tuple[Tensor, ...] = (),
     owner: Any = None,
 ) -> list[Tensor | None]:
-    """Gradients at `wanted`; leaves of no engine under the loss get theirs added to .grad, as (loss / over).backward() would.
+    """Gradients at `wanted`. Leaves of no engine get theirs added to .grad, as (loss / over).backward() would.
 
     Args:
       loss, cotangent: 0-d.
@@ -38,8 +38,8 @@ def differentiate(
     if owner is not None and any(getattr(x, "home", None) is owner and id(x) not in known for x in leaves):
         raise RuntimeError(OLD)
     if not any(id(x) in known for x in leaves):
-        why = "this loss depends on no parameter of this engine that is trained; compute it from what engine(batch) returns"
-        raise RuntimeError(f"engine.backward: {why}")
+        why = "this loss depends on no parameter of this engine that is trained"
+        raise RuntimeError(f"engine.backward: {why}; compute it from what engine(batch) returns")
     others = [x for x in leaves if id(x) not in known and not hasattr(x, "home")]
     found = torch.autograd.grad(loss, [*wanted, *ports, *others], cotangent, retain_graph=retain, allow_unused=True)
     for x, g in zip(others, found[len(known) :], strict=True):

@@ -109,7 +109,9 @@ class Closed(Held):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy is closed, too, and of no engine."""
-        return memo.setdefault(id(self), _orphan(self.home[1], tuple(self.shape), self.dtype, self.device, self.requires_grad))
+        return memo.setdefault(
+            id(self), _orphan(self.home[1], tuple(self.shape), self.dtype, self.device, self.requires_grad)
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """So is one that is pickled."""
@@ -153,7 +155,7 @@ def named(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def take(module: nn.Module, engine: Any, cls: type[Held]) -> None:
-    """Marks a module's parameters as an engine's; of a class that is closed they keep shape, dtype and requires_grad alone."""
+    """Marks a module's parameters as an engine's; closed ones keep shape, dtype and requires_grad alone."""
     for name, p in named(module).items():
         home = getattr(p, "home", None)
         if home is not None and home[0] is not None and home[0]() not in (None, engine):

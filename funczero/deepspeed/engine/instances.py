@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Spot(NamedTuple):
-    """Where a parameter stands: in a module's _parameters, or in a list of its own, as an RNN keeps (and makes anew) its weights."""
+    """Where a parameter stands: in a module's _parameters, or in a list of its own, as an RNN keeps its weights."""
 
     module: nn.Module
     box: str
@@ -75,7 +75,10 @@ def unasked(modules: list[nn.Module]) -> Iterator[None]:
 
 
 class Method:
-    """A method on one module's instance that goes through its owner; it looks like the one it replaces, and copies lack it."""
+    """A method on one module's instance that goes through its owner.
+
+    It looks like the one that it replaces, and copies of the module do not have it.
+    """
 
     def __init__(self, owner: Any, module: nn.Module, name: str, call: Callable[..., Any]) -> None:
         """call: (the method that was there, *args, **kwargs) -> result."""

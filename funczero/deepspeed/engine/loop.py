@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from funczero.core import tree
 from funczero.core.types import Metrics, TrainState
 from funczero.deepspeed.config.build import Rates
-from funczero.deepspeed.config.resolve import Config
+from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.graphs import stamp
 from funczero.deepspeed.engine.holder import Holder
@@ -76,8 +76,8 @@ class Loop(nn.Module):
         """Takes the gradient of a loss into the window; returns loss / gradient_accumulation_steps.
 
         Args:
-          loss: 0-d, the mean over this rank's micro-batch; computed from what the engine returned, with criteria outside
-            as you like.
+          loss: 0-d, the mean over this rank's micro-batch, computed from what the engine returned. Criteria may be
+            outside of the module.
           scale_wrt_gas: False: this loss is added to the window undivided.
         """
         _check_loss(loss)
@@ -108,8 +108,10 @@ class Loop(nn.Module):
         """
         if not self._backwards:
             name = self.stray_gradient()
-            why = "engine.backward(loss) was not called since the last engine.step(); call it for every micro-batch, before step"
-            raise RuntimeError(DIRECT.format(who="engine.step", name=name) if name else f"engine.step: {why}")
+            if name is not None:
+                raise RuntimeError(DIRECT.format(who="engine.step", name=name))
+            why = "engine.backward(loss) was not called since the last engine.step()"
+            raise RuntimeError(f"engine.step: {why}; call it for every micro-batch, before step")
         if self._unsent:
             why = "it is called inside engine.no_sync(), where nothing is reduced; leave the context first"
             raise RuntimeError(f"engine.step: {why}")
@@ -136,7 +138,9 @@ class Loop(nn.Module):
         every, number = self.config_.value("steps_per_print"), int(self._state.step)
         if every and number % every == 0 and self.global_rank == 0:
             lr = [g["lr"] for g in self.optimizer.param_groups]
-            logging.info("step %d: loss %.6g, grad norm %.4g, scale %g, lr %s", number, m.loss, m.grad_norm, m.scale, lr)
+            logging.info(
+                "step %d: loss %.6g, grad norm %.4g, scale %g, lr %s", number, m.loss, m.grad_norm, m.scale, lr
+            )
 
     @property
     def state(self) -> TrainState:

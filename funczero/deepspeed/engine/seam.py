@@ -1,4 +1,4 @@
-"""The Source of an engine at stage 3: gradients of units were sent by the backward, and reach the chain as this rank's part."""
+"""The Source of an engine at stage 3, whose backward has sent the units' gradients already."""
 from __future__ import annotations
 
 from collections.abc import Callable

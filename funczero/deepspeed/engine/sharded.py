@@ -113,7 +113,8 @@ class Sharded:
         """Values in the parameters' places."""
         odd = next((s.name for s in self.spots if s.now() is not s.closed), None)
         if odd is not None:
-            why = "was replaced after initialize (an assignment, or torch.func.functional_call), but the engine runs its own values"
+            how = "an assignment, or torch.func.functional_call"
+            why = f"was replaced after initialize ({how}), but the engine runs its own values"
             remedy = "write into it with deepspeed.zero.GatheredParameters, or run a copy of the module"
             raise RuntimeError(f"engine: parameter {odd!r} {why}; {remedy}")
         self.values = values
@@ -173,7 +174,9 @@ class Sharded:
             groups = [group_of([values[s.name] for s in b.spots]) for b in self.blocks]
             self.seam = Blocks([b.path for b in self.blocks], groups)
             asking = [m for m in self.modules if m.training and asks(m)]
-            self.again = {i for i, b in enumerate(self.blocks) if any(m in b.within for m in asking)} if asking else set()
+            self.again = (
+                {i for i, b in enumerate(self.blocks) if any(m in b.within for m in asking)} if asking else set()
+            )
             ours = [m for m in asking if any(m in self.blocks[i].within for i in self.again)]  # the seam does it
             with self.bound(values), unasked(ours):
                 return fn(*batch, **kwargs)

@@ -17,7 +17,7 @@ def whole_values(step: Step, state: TrainState, dtype: torch.dtype | None = None
 def module_state(
     step: Step, state: TrainState, module: nn.Module, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """A module's state_dict in its own order, with `whole_values` as parameters and copies of its buffers. A collective."""
+    """A module's state_dict in its own order: whole parameters from the masters, copies of buffers. A collective."""
     whole, dtype = step.params(state), dtype or step.policy.compute
     out: dict[str, Tensor] = {}
     for path, m in module.named_modules(remove_duplicate=False):

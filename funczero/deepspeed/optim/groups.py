@@ -10,8 +10,8 @@ from torch import Tensor
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Grad, GradientTransformation, Transform, Updated
 from funczero.deepspeed.config.build import Rates, make_optimizer, rates_of
-from funczero.deepspeed.config.keys import ConfigError
-from funczero.deepspeed.config.resolve import Config, Value
+from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.resolved import Config, Value
 from funczero.transforms.mean import value
 from funczero.transforms.update import apply_update
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's five schedules as schedulers of any torch optimizer: the values of funczero.schedules after so many steps."""
+"""DeepSpeed's five schedules as schedulers of any torch optimizer, with the values of funczero.schedules."""
 from __future__ import annotations
 
 from typing import Any
@@ -59,7 +59,9 @@ class _Schedule:
 
     def step(self, last_batch_iteration: int | None = None) -> None:
         """One update more, or so many."""
-        self.last_batch_iteration = self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
+        self.last_batch_iteration = (
+            self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
+        )
         self._write()
 
     def get_lr(self) -> list[float]:
