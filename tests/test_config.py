@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from funczero import deepspeed as ds
 from funczero.deepspeed.config.build import rates_of
-from funczero.deepspeed.config.keys import ALIASES, HONOURED, NO_OP, REFUSED
+from funczero.deepspeed.config.key import HONOURED, NO_OP, REFUSED
+from funczero.deepspeed.config.keys import ALIASES
 from funczero.deepspeed.config.options import OPTIMIZERS, SCHEDULERS, optimizer_keys, scheduler_keys
 from funczero.deepspeed.config.triad import NAMES, derive
 from funczero.optim.from_torch import ELEMENTWISE

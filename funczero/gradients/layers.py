@@ -6,7 +6,6 @@ it exists: the next gather and the last scatter travel while a block computes. P
 """
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -184,7 +183,7 @@ def gather(params: Any) -> Any:
         leaves = tape.open_leaves({u: tape.take(u) for u in units}, track=torch.is_grad_enabled() and tape.differentiate)
     else:
         leaves = tape.resting_leaves(units)
-    tape.lent += [(i, weakref.ref(x)) for i, x in leaves.items()]
+    tape.lend(leaves)
     return tree.unflatten([leaves[r.leaf] if isinstance(r, Ref) else r for r in flat], treedef)
 
 

@@ -16,11 +16,12 @@ from absl import logging
 from torch import Tensor, nn
 
 from funczero.core import tree
+from funczero.gradients.blocks import Again, Blocks
 from funczero.gradients.draws import KINDS, foreseen, keyed
-from funczero.gradients.layers import captured, group_of, run_block, run_unit
+from funczero.gradients.layers import captured, group_of
 from funczero.gradients.snapshot import Slot, Snapshot, copied, places
 from funczero.gradients.tape import Ref
-from funczero.gradients.units import find_units, neighbours
+from funczero.gradients.units import find_units
 
 
 def stateless(module: nn.Module, loss: Callable[..., Any], units: Sequence[str] | None = None, remat: bool = False) -> tuple[Callable, dict[str, Tensor]]:
@@ -96,7 +97,7 @@ class Call:
             raise TypeError(f"stateless: parameter {taught!r} is frozen in the module (requires_grad=False) but is differentiated here; {remedy}")
         self.units, self.check_leaves, self.params, self.refuse = snapshot.units, snapshot.check_leaves, params, refuse
         self.device = next((x.device for x in params.values()), torch.device("cpu"))
-        self.groups = [group_of([params[name] for *_, name in u.slots]) for u in self.units]
+        self.blocks = Blocks([u.path for u in self.units], [group_of([params[name] for *_, name in u.slots]) for u in self.units])
 
     def bound(self, snapshot: Snapshot) -> dict[int, nn.Module]:
         """A fresh copy of the modules, with parameters in their places; units are closed until they run."""
@@ -113,11 +114,9 @@ class Call:
 
     def run(self, i: int, block: Any, where: list[Any], forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Unit i: opened, bound, run, closed."""
-        unit, groups, module = self.units[i], self.groups, block()
-        closed = {name: self.params[name] for _, _, name in where}
-        around = tuple(() if j is None else groups[j] for j in neighbours([u.path for u in self.units], i))
+        unit, module = self.units[i], block()
 
-        def once(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def bound(own: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _bind(where, own)
             named = foreseen(self.device, partial(_drew, module, path=unit.path), KINDS) if self.refuse else nullcontext()
             try:
@@ -126,20 +125,8 @@ class Call:
             finally:
                 _bind(where, self.params)
 
-        def twice(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            before = [(x, x._version) for x in tree.tensors((args, kwargs))]
-            out = once(own, args, kwargs)
-            if any(x._version != version for x, version in before):
-                why = "changes an input in place; write x = x + y, or leave out remat"
-                raise RuntimeError(f"stateless: unit {unit.path!r} runs again in the backward (remat), but {why}")
-            self.check_leaves(unit.path, out, [*own.values(), *(x for x, _ in before)])
-            return out
-
-        if unit.again and torch.is_grad_enabled():
-            return run_block(twice, tree.flatten(closed), groups[i], repeatable(unit.path, args, kwargs), {}, around, True)
-        tape = next((r.tape for r in closed.values() if isinstance(r, Ref)), None)
-        opened = lambda leaves: once({n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs)
-        return opened({}) if tape is None else run_unit(tape, groups[i], opened, *around)
+        again = Again("stateless", "remat", "leave out remat", self.check_leaves) if unit.again else None
+        return self.blocks.run(i, {name: self.params[name] for _, _, name in where}, bound, args, kwargs, again)
 
 
 def _bind(where: list[tuple[Any, Any, str]], values: dict[str, Any]) -> None:
@@ -160,17 +147,6 @@ def _check_buffers(copies: dict[int, nn.Module], buffers: list[tuple[Slot, Tenso
 
 def _at(box: Any, key: Any) -> Any:
     return box.get(key) if isinstance(box, dict) else box[key] if key < len(box) else None
-
-
-def repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Arguments without empty key-value caches, which a block that runs twice would fill twice; other objects are refused."""
-    empty = lambda x: callable(getattr(x, "get_seq_length", None)) and int(x.get_seq_length()) == 0
-    both = tuple(None if empty(x) else x for x in args), {k: False if k == "use_cache" else None if empty(x) else x for k, x in kwargs.items()}
-    odd = next((x for x in tree.leaves(both) if hasattr(x, "__dict__") and not isinstance(x, Tensor) and not callable(x)), None)
-    if odd is not None:
-        why = f"it is handed a {type(odd).__name__}, which may change in between or hold tensors that need a gradient; leave that out, or leave out remat"
-        raise TypeError(f"stateless: unit {path!r} runs again in the backward (remat), but {why}")
-    return both
 
 
 def _drew(m: nn.Module, kind: str, path: str = "") -> Exception:

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -157,13 +158,67 @@ class Tape:
             self.flying.pop(unit).wait()
             self.count(-1)
 
-    def end(self) -> None:
-        """After the backward nothing is open or under way."""
-        self.land()
+    def drop_all(self) -> None:
+        """Forget every gathered buffer; a backward that reads one gathers it again."""
         for unit in list(self.open):
             self.drop(unit)
 
+    def end(self) -> None:
+        """After the backward nothing is open or under way."""
+        self.land()
+        self.drop_all()
+
     # --- leaves
+    def open_rest(self, forward: bool = True) -> list[Any]:
+        """Every leaf of the tree for a loss: whole tensors outside the units, closed Refs inside them.
+
+        Args:
+          forward: False: the forward runs elsewhere, and every leaf is None.
+        """
+        structure = self.whole.structure
+        out: list[Any] = [None] * len(structure.leaves)
+        loose = [u for u, unit in enumerate(structure.units) if not unit.seam and structure.members[u]]
+        if not forward:
+            return out
+        self.launch(*loose)
+        for u in loose:
+            buffer = self.take(u)
+            self.count(-1)
+            for i, x in self._loose_leaves(u, buffer).items():
+                out[i] = x
+        self.ahead(*self.first())
+        for u in (u for u, unit in enumerate(structure.units) if unit.seam):
+            if not self.seam:
+                self.leaves |= self._loose_leaves(u, self.views.buffers[u])
+            for i in structure.members[u]:
+                out[i] = Ref(self, i)
+        return out
+
+    def _loose_leaves(self, unit: int, buffer: Tensor) -> dict[int, Tensor]:
+        """A unit's leaves outside the seam; each has a version counter of its own, so a write can be told from its neighbours'."""
+        learns = self.differentiate and not self.whole.structure.units[unit].frozen
+        leaves = [x.data for x in self.whole.views(unit, buffer)]  # not detach(), which shares the counter
+        return dict(zip(self.whole.structure.members[unit], [x.requires_grad_() if learns else x for x in leaves], strict=True))
+
+    def tensors(self, rest: Sequence[Any]) -> dict[int, Tensor]:
+        """By leaf number, all that a loss reads without opening a unit.
+
+        Args:
+          rest: what `open_rest` returned.
+        """
+        return {i: x for i, x in enumerate(rest) if isinstance(x, Tensor)} | self.leaves
+
+    def lend(self, leaves: Mapping[int, Tensor]) -> None:
+        """Remember leaves that a loss goes on to hold by itself (fz.gather), for as long as it does."""
+        self.lent += [(i, weakref.ref(x)) for i, x in leaves.items()]
+
+    @contextmanager
+    def collecting(self, look: bool = False, retain: bool = False, key: Key | None = None) -> Iterator[None]:
+        """While the backward that the chain asked for runs; see Arrivals.collecting."""
+        self.look = look
+        with self.arrivals.collecting(look, retain, key):
+            yield
+
     def open_leaves(self, buffers: dict[int, Tensor], track: bool = False) -> dict[int, Tensor]:
         """Leaves of gathered units by leaf number; with track, those with a gradient report it to this tape."""
         out: dict[int, Tensor] = {}

@@ -89,7 +89,8 @@ class Mesh(NamedTuple):
         return ", ".join(f"{name}={a.size}" for name, a in self.axes.items()) or "no axes"
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """The device of this process: the accelerator of its local rank, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         return torch.device("cpu")
@@ -120,7 +121,7 @@ def init_distributed(backend: str | None = None) -> World:
     if world is None:
         return World(0, 1, 0)
     found = environment.adopt()
-    device = _default_device()
+    device = default_device()
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     dist.init_process_group(backend or dist.get_default_backend_for_device(device.type), **rendezvous.join(found or {}))
@@ -166,7 +167,7 @@ def make_mesh(sizes: Mapping[str, int], device: str | None = None) -> DeviceMesh
         raise ValueError(_wrong_world(full, world.size))
     if not dist.is_initialized():  # a world of one: a group of this process alone, no network
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(device or _default_device().type, tuple(full.values()), mesh_dim_names=tuple(full))
+    return init_device_mesh(device or default_device().type, tuple(full.values()), mesh_dim_names=tuple(full))
 
 
 def _wrong_world(sizes: Mapping[str, int], world: int) -> str:
@@ -186,7 +187,7 @@ def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | 
     if mesh is not None and not isinstance(mesh, Mapping):
         raise TypeError(f"mesh: {mesh!r} is neither a dict of axis sizes nor a DeviceMesh; write mesh={{'data': -1}}")
     sizes = _resolve(mesh or {}, world_size())
-    where = torch.device(device) if device else _default_device()
+    where = torch.device(device) if device else default_device()
     return Mesh({name: Axis(n, 0, "") for name, n in sizes.items()}, where, Counter(), connected=False, ledger=Ledger(), flight=InFlight())
 
 

@@ -14,8 +14,10 @@ from funczero import optim
 from funczero.comm.wire import as_born, cast
 from funczero.core.transform import after
 from funczero.core.types import Grad, GradientTransformation, Transform
-from funczero.deepspeed.config.keys import ENGINE, KEYS, ConfigError
-from funczero.deepspeed.config.resolve import Config, dtype_name, resolve
+from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.keys import ENGINE, KEYS
+from funczero.deepspeed.config.resolve import resolve
+from funczero.deepspeed.config.resolved import Config, dtype_name
 from funczero.gradients.gradient import pullback as pulled
 from funczero.gradients.gradient import value_and_grad
 from funczero.layout.mesh import P
@@ -175,7 +177,7 @@ def rates_of(config: Config, lr: float | None = None) -> Rates:
     if kind is None or kind.value is None:
         return Rates(own)
     try:
-        return _scheduled(kind.value, p, own)
+        return schedule_of(kind.value, p, own)
     except (ValueError, TypeError) as e:
         said = "it starts from the optimizer's lr, and there is none; add optimizer.params.lr" if own is None else _remedied(e, "scheduler.params")
         raise ConfigError(f"{config.where('scheduler.type')}{said}") from None
@@ -185,7 +187,7 @@ def _remedied(error: Exception, block: str) -> str:
     return f"{error}" if "write" in str(error) else f"{error}; write other {block}"
 
 
-def _scheduled(kind: str, p: dict[str, Any], own: Any) -> Rates:
+def schedule_of(kind: str, p: dict[str, Any], own: Any) -> Rates:
     if kind == "LRRangeTest":
         return Rates(schedules.lr_range_test(*(p[f"lr_range_test_{n}"] for n in ("min_lr", "step_size", "step_rate", "staircase"))))
     if kind == "OneCycle":
@@ -229,12 +231,12 @@ def optimizer_of(config: Config, given: Optimizer | None = None, rates: Rates | 
             )
         return given(lr)  # type: ignore[operator]
     try:
-        return _made(kind, config.block("optimizer.params"), lr, momentum)
+        return make_optimizer(kind, config.block("optimizer.params"), lr, momentum)
     except (ValueError, TypeError) as e:
         raise ConfigError(f"{config.where('optimizer.type')}{_remedied(e, 'optimizer.params')}") from None
 
 
-def _made(kind: str, p: dict[str, Any], lr: Any, momentum: Schedule | None) -> GradientTransformation:
+def make_optimizer(kind: str, p: dict[str, Any], lr: Any, momentum: Schedule | None) -> GradientTransformation:
     b1, b2 = p.get("betas", (0.9, 0.999))
     if momentum is not None:  # OneCycle forces the second beta
         b1, b2 = momentum, 0.99

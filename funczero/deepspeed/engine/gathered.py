@@ -49,7 +49,7 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
     waiting = [p for p in params if p.home[0] is None]
     inside = [p for p in params if p.home[0] is not None]
     for e in engines.values():
-        if e._backwards or e._state.chain["accumulate"].partial and rank is not None:
+        if e._backwards or e.micro_batches() and rank is not None:
             raise RuntimeError("GatheredParameters: a window of micro-batches is open, and parameters stand still within it; write right after an update")
     with opened(waiting, rank):
         values = [read_leaf(p.home[0]().state.params, p.home[1]) for p in inside]
@@ -68,7 +68,7 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
             for p, was in zip(inside, before, strict=True):
                 _hide(p, *was)
             for e in engines.values():
-                e._leaves.reread()
+                e._holder.refresh()
             if not failed:
                 _back(inside, now, touched, rank)
                 for e in engines.values() if rank is not None else ():

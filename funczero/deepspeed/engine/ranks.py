@@ -48,7 +48,7 @@ def init_distributed(
         port = {"MASTER_PORT": str(distributed_port)} if who not in ("torchrun", None) and distributed_port != environment.PORT else {}
         os.environ.update(environment.read(port | os.environ) or {})
     if init_method is not None or timeout is not None:
-        device = mesh._default_device().type
+        device = mesh.default_device().type
         backend = dist_backend or dist.get_default_backend_for_device(device)
         dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
     world = mesh.init_distributed(dist_backend)

@@ -11,9 +11,9 @@ from torch import Tensor
 from funczero.core.number import number
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Grad, GradientTransformation, Group, Reading, Transform, Updated
-from funczero.deepspeed.config.build import Rates, _made, rates_of
-from funczero.deepspeed.config.keys import ConfigError
-from funczero.deepspeed.config.resolve import Config, Value
+from funczero.deepspeed.config.build import Rates, make_optimizer, rates_of
+from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.resolved import Config, Value
 from funczero.layout.slots import Slots
 from funczero.transforms.mean import value
 from funczero.transforms.update import apply_update
@@ -128,7 +128,7 @@ def config_optimizer(config: Config, home: Mapping[str, int]) -> ByGroup:
       home: parameter name -> number of its group.
     """
     kind, fixed = config.value("optimizer.type"), config.block("optimizer.params")
-    tx = _made(kind, fixed, 0.0, None)
+    tx = make_optimizer(kind, fixed, 0.0, None)
     ours = kind.lower() in ("adam", "adamw", "lion", "adagrad", "sgd")
     constant = {"momentum": fixed["momentum"]} if kind == "SGD" else {}
 
