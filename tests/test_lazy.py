@@ -7,8 +7,8 @@ import zoo
 from layouts import CPU, structure
 
 from funczero import tree
+from funczero.layout.cut import Rules
 from funczero.layout.lazy import Fill, lazy
-from funczero.layout.structure import Rules
 
 
 def test_a_tensor_at_two_paths_is_one_leaf_named_by_the_first():

@@ -10,7 +10,7 @@ from hypothesis import given
 from layouts import MESHES, SHAPES, numbered, ranks, structure
 
 from funczero import P
-from funczero.layout.structure import Rules
+from funczero.layout.cut import Rules
 from funczero.layout.where import GRAIN, Where
 
 
@@ -23,7 +23,7 @@ def test_every_element_lies_on_one_rank_and_parts_join(shapes, sizes, dim, thres
     parts = [own.at(c, torch.float64) for c in ranks(sizes)]
     assert len({p.where.lengths for p in parts}) == 1
     for i, x in enumerate(params.values()):
-        copies = prod(n for a, n in enumerate(sizes) if own.structure.leaves[i].dim(f"axis{a}") is None)
+        copies = prod(n for a, n in enumerate(sizes) if own.structure.leaves[i].cut(f"axis{a}").replicated)
         seen = sorted(v for p in parts for v in p.leaves()[i].flatten().tolist())
         assert seen == sorted(x.flatten().tolist() * copies)
         for p in parts:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
+from funczero.layout.cut import Rules, cuts
 from funczero.layout.slots import Slots
-from funczero.layout.structure import Leaf, Rules, Structure, Unit, dims_cut
+from funczero.layout.structure import Leaf, Structure, Unit
 from funczero.layout.where import Where
 
 
@@ -78,7 +79,7 @@ def lazy(
         path = tree.Path(*(named[q][0] for q, leaf in enumerate(places) if leaf == i))
         name = keys[i].pop() if len(keys[i]) == 1 else ""  # a leaf tied across units is gathered with the rest
         unit = kinds.setdefault(Unit(name, bool(name), frozen(path)), len(kinds))
-        leaves.append(Leaf(path, tuple(x.shape), unit, dims_cut(path, tuple(x.shape), rules)))
+        leaves.append(Leaf(path, tuple(x.shape), unit, cuts(path, tuple(x.shape), rules)))
     for u in units:
         if not any(k.name.startswith(u) for k in kinds):
             raise ValueError(f"value_and_grad: units={u!r} names no list of blocks among the parameters; paths begin with {sorted({n.split('/')[0] for n, _ in named})[:8]}")
@@ -117,7 +118,7 @@ def all_find(patterns: Sequence[tuple[str, str]], rules: dict[str, Rules], struc
       patterns: (who, regex); those of the rules come by themselves.
     """
     paths = [leaf.path for leaf in structure.leaves]
-    for who, regex in (*patterns, *((f"shard({axis!r}, rules=...)", regex) for axis, (pairs, _) in rules.items() for regex, _ in pairs)):
+    for who, regex in (*patterns, *((f"shard({axis!r}, rules=...)", regex) for axis, (pairs, _) in rules.items() if not callable(pairs) for regex, _ in pairs)):
         why = tree.unmatched(regex, paths)
         if why:
             raise ValueError(f"{who}: {why}; correct it, or leave it out")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from funczero.layout.cut import Extent
 from funczero.layout.mesh import P
 from funczero.layout.structure import Structure
 
@@ -68,7 +69,7 @@ class Where:
 
     def replicas(self, leaf: int) -> tuple[str, ...]:
         """Axes of this place that hold the same part of a leaf on all their ranks."""
-        return tuple(a for a, n, _ in self.coords if n > 1 and self.structure.leaves[leaf].dim(a) is None)
+        return tuple(a for a, n, _ in self.coords if n > 1 and self.structure.leaves[leaf].cut(a).replicated)
 
     @cached_property
     def sections(self) -> tuple[tuple[tuple[tuple[str, ...], int, int], ...], ...]:
@@ -98,14 +99,10 @@ class Where:
 
     def _slot(self, i: int, offset: int) -> Slot:
         leaf = self.structure.leaves[i]
-        start, stop, per = [0] * len(leaf.shape), list(leaf.shape), list(leaf.shape)
+        part = Extent((0,) * len(leaf.shape), leaf.shape, leaf.shape)
         for axis, size, index in self.coords:
-            d = leaf.dim(axis)
-            if d is not None:
-                per[d] = -(-per[d] // size)
-                start[d], stop[d] = min(start[d] + index * per[d], stop[d]), min(start[d] + (index + 1) * per[d], stop[d])
-        shape = tuple(b - a for a, b in zip(start, stop, strict=True))
-        return Slot(offset, -(-prod(per) // GRAIN) * GRAIN, shape, tuple(start), tuple(per))
+            part = leaf.cut(axis).part(part, size, index)
+        return Slot(offset, -(-prod(part.block) // GRAIN) * GRAIN, part.shape, part.start, part.block)
 
     @cached_property
     def gaps(self) -> tuple[bool, ...]:
@@ -134,7 +131,7 @@ class Where:
     def spec(self, leaf: int) -> P:
         """The PartitionSpec of one leaf's part here."""
         info = self.structure.leaves[leaf]
-        names = [tuple(a for a in self.axes if info.dim(a) == d) for d in range(len(info.shape))]
+        names = [tuple(a for a in self.axes if info.cut(a).dim == d) for d in range(len(info.shape))]
         entries: list[Any] = [None if not n else n[0] if len(n) == 1 else n for n in names]
         while entries and entries[-1] is None:
             entries.pop()

@@ -209,7 +209,7 @@ def _structures(have: Structure, want: Structure) -> str:
     if have == want:
         return ""
     for a, b in zip(have.leaves, want.leaves, strict=False):
-        for what, x, y in (("path", a.path, b.path), ("dims cut", dict(a.dims), dict(b.dims)), ("unit", *_units(a, b, have, want))):
+        for what, x, y in (("path", a.path, b.path), ("cuts", dict(a.cuts), dict(b.cuts)), ("unit", *_units(a, b, have, want))):
             if x != y:
                 return f"parameter {a.path!r} has {what} {x!r} in it, but {y!r} in this step"
     return "its parameters are tied or nested otherwise than this step's"
