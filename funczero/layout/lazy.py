@@ -11,6 +11,8 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.layout.cut import Rules, cuts
+from funczero.layout.mesh import Coords
+from funczero.layout.place import DEVICE, Place
 from funczero.layout.slots import Slots
 from funczero.layout.structure import Leaf, Structure, Unit
 from funczero.layout.where import Where
@@ -30,11 +32,11 @@ class Lazy(NamedTuple):
 
     structure: Structure
     read: Callable[[int, tuple[slice, ...]], Tensor]
-    device: torch.device
+    device: torch.device  # the rank's own; meta for a form without memory
 
-    def at(self, coords: tuple[tuple[str, int, int], ...], dtype: torch.dtype) -> Slots:
+    def at(self, coords: Coords, dtype: torch.dtype, place: Place = DEVICE) -> Slots:
         """This rank's part as Slots of one dtype."""
-        where = Where(self.structure, coords)
+        where = Where(self.structure, coords, place)
         out = Slots.zeros(where, dtype, self.device)
         for i, x in enumerate(out.leaves()):
             slot = where.slots[i]

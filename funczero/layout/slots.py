@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from funczero.layout.place import Place
 from funczero.layout.where import Where
 
 
@@ -36,6 +38,17 @@ class Slots(NamedTuple):
     def to(self, dtype: torch.dtype) -> Slots:
         """Cast; the same memory where nothing changes."""
         return self if all(b.dtype == dtype for b in self.buffers) else self.map(lambda b: b.to(dtype))
+
+    def placed(self, place: Place, device: torch.device) -> Slots:
+        """The same values in another place; the same memory where nothing changes.
+
+        Args:
+          device: the rank's own.
+        """
+        if place == self.where.place:
+            return self
+        buffers = tuple(place.empty(b.numel(), b.dtype, device).copy_(b) for b in self.buffers)
+        return Slots(buffers, replace(self.where, place=place))
 
     def trainable(self) -> Slots:
         """Without the frozen units' values: what gradients and moments look like."""

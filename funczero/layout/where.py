@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funczero.layout.cut import Extent
 from funczero.layout.mesh import P
+from funczero.layout.place import DEVICE, Place
 from funczero.layout.structure import Structure
 
 GRAIN = 16  # elements; a slot is a multiple of it, so that no vector kernel meets a tail
@@ -33,17 +34,19 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Where:
-    """One rank's part of a structure: `coords` are (axis, size, index), outermost first."""
+    """One rank's part of a structure and the memory it lies in: `coords` are (axis, size, index), outermost first."""
 
     structure: Structure
     coords: tuple[tuple[str, int, int], ...]
+    place: Place = DEVICE
 
     @classmethod
-    def whole(cls, structure: Structure) -> Where:
-        """Every leaf whole: one value a structure, so that what is worked out for it is kept."""
-        if "whole" not in structure.memo:
-            structure.memo["whole"] = cls(structure, ())
-        return structure.memo["whole"]
+    def whole(cls, structure: Structure, place: Place = DEVICE) -> Where:
+        """Every leaf whole: one value a structure and place, so that what is worked out for it is kept."""
+        key = ("whole", place)
+        if key not in structure.memo:
+            structure.memo[key] = cls(structure, (), place)
+        return structure.memo[key]
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
@@ -52,23 +55,23 @@ class Where:
 
     @cached_property
     def memo(self) -> dict[Any, Any]:
-        """What was worked out for this place: neighbours, and plans of what travels."""
+        """What was worked out for this part: neighbours, and plans of what travels."""
         return {}
 
     def inner(self, axis: str, size: int, index: int) -> Where:
         """One step inwards."""
         key = (axis, size, index)
         if key not in self.memo:
-            self.memo[key] = Where(self.structure, (*self.coords, key))
+            self.memo[key] = Where(self.structure, (*self.coords, key), self.place)
         return self.memo[key]
 
     @cached_property
     def outer(self) -> Where:
         """One step outwards."""
-        return Where(self.structure, self.coords[:-1])
+        return Where(self.structure, self.coords[:-1], self.place)
 
     def replicas(self, leaf: int) -> tuple[str, ...]:
-        """Axes of this place that hold the same part of a leaf on all their ranks."""
+        """Axes of this part that hold the same part of a leaf on all their ranks."""
         return tuple(a for a, n, _ in self.coords if n > 1 and self.structure.leaves[leaf].cut(a).replicated)
 
     @cached_property
@@ -139,3 +142,11 @@ class Where:
 
 
 pytree.register_constant(Where)
+
+
+def apart(masters: Where, rest: Where) -> Where | None:
+    """Where views are kept between updates: `rest`, if its coordinates or its place differ from those of the masters.
+
+    None where they do not: a view is then the cast master, and nothing is kept.
+    """
+    return None if (masters.coords, masters.place) == (rest.coords, rest.place) else rest

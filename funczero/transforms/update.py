@@ -14,11 +14,6 @@ from funczero.layout.slots import Slots
 from funczero.transforms.mean import rewritten, value
 
 
-def coords(g: Grad, axes: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
-    """This rank's place on axes, as Where wants it."""
-    return tuple((a, g.env.mesh.axes[a].size, g.env.mesh.index(a)) for a in axes)
-
-
 def foreign(part: Any) -> str | None:
     """Why something of another library is no part of a chain, and what to write; None where it is none of those known."""
     kind = part if isinstance(part, type) else type(part)
@@ -74,7 +69,7 @@ def rewrite(g: Grad, tx: GradientTransformation) -> Grad:
     dtype = g.env.policy.params
 
     def init(params: Any) -> dict[str, Any]:
-        return {key: tx.init(params.at(coords(g, g.layout.sharded), dtype).trainable().tree())}
+        return {key: tx.init(params.at(g.env.mesh.coords(g.layout.sharded), dtype).trainable().tree())}
 
     def fn(out: Value, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
         grads, updates, own = _plainly(tx, out, state[key], state["params"].trainable(), dtype)
@@ -89,7 +84,7 @@ def apply_update(g: Grad, tx: GradientTransformation) -> Grad:
     dtype, donate = g.env.policy.params, g.env.donate
 
     def init(params: Any) -> dict[str, Any]:
-        masters = params.at(coords(g, g.layout.sharded), dtype)
+        masters = params.at(g.env.mesh.coords(g.layout.sharded), dtype)
         mine = masters.trainable()
         return {"params": masters, key: tx.init(mine if tx.apply is not None else mine.tree())}
 
