@@ -39,14 +39,23 @@ def of(shape):
     return Extent((0,) * len(shape), shape, shape)
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=3).map(tuple), st.lists(st.integers(1, 4), max_size=3), st.integers(0, 2))
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=3).map(tuple),
+    st.lists(st.integers(1, 4), max_size=3),
+    st.integers(0, 2),
+)
 def test_parts_of_nested_cuts_join_and_blocks_are_equal(shape, sizes, dim):
     for cut in (Rows(dim % len(shape)), Dealt(dim)):
         parts = [of(shape)]
         for n in sizes:
             parts = [cut.part(p, n, i) for p in parts for i in range(n)]
         assert sum(prod(p.shape) for p in parts) == prod(shape) and len({p.block for p in parts}) == 1
-        assert all(n <= b and a + n <= total for p in parts for a, n, b, total in zip(p.start, p.shape, p.block, shape, strict=True) if prod(p.shape))
+        assert all(
+            n <= b and a + n <= total
+            for p in parts
+            for a, n, b, total in zip(p.start, p.shape, p.block, shape, strict=True)
+            if prod(p.shape)
+        )
 
 
 def test_cuts_are_values():
@@ -66,7 +75,10 @@ AXES = {
     "another leaf's rule": ({"data": Rules((("v", P()),))}, P("data")),
     "the first rule": ({"data": Rules((("w", P()), ("", P("data"))))}, P()),
     "twice the same dim": ({"node": Rules(), "local": Rules()}, P(("node", "local"))),
-    "the inner follows the outer": ({"node": Rules((("w", P(None, "node")),)), "local": Rules()}, P(None, ("node", "local"))),
+    "the inner follows the outer": (
+        {"node": Rules((("w", P(None, "node")),)), "local": Rules()},
+        P(None, ("node", "local")),
+    ),
     "the outer binds the inner": ({"node": Rules((("w", P("node", "local")),)), "local": Rules()}, P("node", "local")),
     "the inner by itself": ({"node": Rules(), "local": Rules((("w", P(None, "local")),))}, P("node", "local")),
     "the outer whole, so the inner": ({"node": Rules((("w", P()),)), "local": Rules()}, P()),
@@ -90,14 +102,26 @@ def widest(path, shape):
 
 def test_a_rule_may_be_a_function_of_path_and_shape():
     params = {"w": torch.ones(2, 3), "v": torch.ones(4, 3), "norm": torch.ones(9), "gain": torch.ones(())}
-    specs = fz.train_step(fz.shard("data", zoo.source(units=()), *zoo.tx(), rules=widest), mesh={"data": 2}).specs(params)
+    specs = fz.train_step(fz.shard("data", zoo.source(units=()), *zoo.tx(), rules=widest), mesh={"data": 2}).specs(
+        params
+    )
     assert specs["params"] == {"w": P(None, "data"), "v": P("data"), "norm": P(), "gain": P()}
     asked = []
     structure(params, rules={"data": Rules(lambda path, shape: asked.append((path, shape)))})
     assert sorted(asked) == sorted((n, tuple(x.shape)) for n, x in params.items())
 
 
-@pytest.mark.parametrize(("answer", "want"), [(P(None, "data"), Rows(1)), (P(), Whole()), (Rows(1), Rows(1)), (Whole(), Whole()), (Dealt(1), Dealt(1)), (None, Rows(0))])
+@pytest.mark.parametrize(
+    ("answer", "want"),
+    [
+        (P(None, "data"), Rows(1)),
+        (P(), Whole()),
+        (Rows(1), Rows(1)),
+        (Whole(), Whole()),
+        (Dealt(1), Dealt(1)),
+        (None, Rows(0)),
+    ],
+)
 def test_what_a_function_may_answer(answer, want):
     leaf = structure({"w": torch.ones(4, 3)}, rules={"data": Rules(lambda path, shape: answer)}).structure.leaves[0]
     assert leaf.cut("data") == want
@@ -105,7 +129,9 @@ def test_what_a_function_may_answer(answer, want):
 
 def test_a_threshold_holds_where_a_function_says_nothing():
     rules = {"data": Rules(lambda path, shape: Rows(0) if path == "small" else None, threshold=10)}
-    leaves = structure({"small": torch.ones(3), "other": torch.ones(3), "large": torch.ones(10)}, rules=rules).structure.leaves
+    leaves = structure(
+        {"small": torch.ones(3), "other": torch.ones(3), "large": torch.ones(10)}, rules=rules
+    ).structure.leaves
     assert {leaf.path: leaf.cut("data") for leaf in leaves} == {"small": Rows(0), "other": Whole(), "large": Rows(0)}
 
 
@@ -150,7 +176,13 @@ def test_a_cut_changes_no_bit(run_world, stage):
 def exchanged():
     """Both ways of a leaf that one rank has whole, and what a gather sent."""
     mesh = connect(plan_mesh({"data": 2}))
-    own = lazy({"w": torch.arange(40.0).view(5, 8), "b": torch.arange(3.0)}, (), {"data": Rules(lambda path, shape: Dealt(1))}, lambda path: False, CPU)
+    own = lazy(
+        {"w": torch.arange(40.0).view(5, 8), "b": torch.arange(3.0)},
+        (),
+        {"data": Rules(lambda path, shape: Dealt(1))},
+        lambda path: False,
+        CPU,
+    )
     whole = own.at((), torch.float32)
     part = collectives.cut(whole, "data", mesh)
     summed = collectives.reduce_scatter(whole, Edge("data"), mesh)
@@ -184,4 +216,7 @@ def overlapping():
 
 def test_parts_that_are_not_the_leaf_are_refused(run_world):
     what = "Overlapping(owner=0) gives the ranks of 'data' parts of shapes [(2,), (2,)], which do not make up its (2,)"
-    assert zoo.everywhere(run_world, 2, overlapping) == f"parameter 'w': {what}; a cut's blocks are equal and its parts are the leaf, once"
+    assert (
+        zoo.everywhere(run_world, 2, overlapping)
+        == f"parameter 'w': {what}; a cut's blocks are equal and its parts are the leaf, once"
+    )

@@ -1,7 +1,7 @@
 """A cut: which part of a leaf each rank of a mesh axis holds, and the rules that choose a cut for every leaf.
 
-Rows and Whole are the cuts that exist. Another kind is a frozen dataclass with the same three members. All that is read of it are the parts
-that it gives: slots, messages and chunks follow from them.
+Rows and Whole are the cuts that exist. Another kind is a frozen dataclass with the same three members. All that is read
+of it are the parts that it gives: slots, messages and chunks follow from them.
 """
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ class Cut(Protocol):
         """Do all ranks of the axis hold the same part? Then nothing of it is gathered, and it counts once in a norm."""
 
     def part(self, of: Extent, size: int, index: int) -> Extent:
-        """What rank `index` of `size` holds. Blocks are equal on all ranks, parts do not overlap, and together they are `of`."""
+        """What rank `index` of `size` holds.
+
+        Law: blocks are equal on all ranks. Parts do not overlap, and together they are `of`; or all ranks have the same
+        part, if that is what `replicated` says.
+        """
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,16 @@ def _put(x: tuple[int, ...], d: int, n: int) -> tuple[int, ...]:
     return (*x[:d], n, *x[d + 1 :])
 
 
-CutRule = Callable[[str, tuple[int, ...]], "P | Cut | None"]  # (path, global shape) -> a spec, a cut, or None for the default
+CutRule = Callable[
+    [str, tuple[int, ...]], "P | Cut | None"
+]  # (path, global shape) -> a spec, a cut, or None for the default
 
 
 class Rules(NamedTuple):
     """How one bracket cuts leaves: what its rules say, else dim 0. Leaves under `threshold` elements stay whole.
 
-    `rules` are (regex, P), of which the first that matches the path holds; or a function (path, shape) -> P, cut or None.
+    `rules` are pairs (regex, P), of which the first that matches the path holds; or a function (path, shape) -> P, cut
+    or None.
     """
 
     rules: tuple[tuple[str, P], ...] | CutRule = ()
@@ -101,11 +108,17 @@ class Rules(NamedTuple):
         if found is None or isinstance(found, (P, Cut)):
             return found
         write = f"return a P, as P({axis!r}), or None for the default"
-        raise TypeError(f"shard({axis!r}): rules={_name(self.rules)} gave {found!r} for parameter {path!r} of shape {shape}; {write}")
+        raise TypeError(
+            f"shard({axis!r}): rules={_name(self.rules)} gave {found!r} for parameter {path!r} "
+            f"of shape {shape}; {write}"
+        )
 
 
 def cuts(path: str, shape: tuple[int, ...], rules: Mapping[str, Rules]) -> tuple[tuple[str, Cut], ...]:
-    """The cut of every bracket's axis for one leaf. Outer brackets come first: their rules bind inner axes, which otherwise follow them.
+    """The cut of every bracket's axis for one leaf.
+
+    Outer brackets come first. Their rules bind inner axes, and where nothing is said an inner axis follows the outer
+    one.
 
     Args:
       rules: by mesh axis, outermost bracket first.
@@ -122,7 +135,10 @@ def cuts(path: str, shape: tuple[int, ...], rules: Mapping[str, Rules]) -> tuple
             out[axis] = default = _spec(axis, said, path, shape, out, bound)
         elif said is not None:
             if said.dim is not None and not 0 <= said.dim < len(shape):
-                raise ValueError(f"shard({axis!r}): {said!r} cuts dim {said.dim}, but parameter {path!r} has shape {shape}; write a dim it has")
+                raise ValueError(
+                    f"shard({axis!r}): {said!r} cuts dim {said.dim}, but parameter {path!r} has shape {shape}; "
+                    f"write a dim it has"
+                )
             if axis in bound and said.dim != bound[axis]:
                 raise ValueError(_contradicts(axis, said, said.dim, path, axis))
             out[axis] = said

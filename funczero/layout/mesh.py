@@ -62,7 +62,7 @@ class Axis(NamedTuple):
 
 
 class Planned(Axis):
-    """An axis of a mesh of which this process is no part, as far as it knows: it has a size, and nobody's place on it is known."""
+    """An axis of a mesh that is only a plan: it has a size, and nobody has a place on it."""
 
     __slots__ = ()
 
@@ -214,7 +214,8 @@ def _wrong_world(sizes: Mapping[str, int], world: int) -> str:
 def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | None = None) -> Mesh:
     """A mesh to build, print and check a chain with; joins no world and creates no group."""
     if isinstance(mesh, Mesh):  # of another step; a plan is that of the first rank
-        return mesh if mesh.connected else mesh._replace(axes={name: Axis(a.size, 0, "") for name, a in mesh.axes.items()})
+        planned = {name: Axis(a.size, 0, "") for name, a in mesh.axes.items()}
+        return mesh if mesh.connected else mesh._replace(axes=planned)
     with suppress(RuntimeError):  # in a world that somebody else joined; whoever needs its store says that it is gone
         presence.announce()
     if isinstance(mesh, DeviceMesh):
@@ -229,8 +230,8 @@ def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | 
 def located(mesh: Mesh) -> Mesh:
     """The same mesh with this process's place on it, as far as that is known without joining a world.
 
-    It is known from the world that was joined, or is to be: a launcher's environment names the rank. A mesh of another size than
-    the world's is a plan, and nobody has a place on it: asking for one raises, since an index of 0 on every rank would be wrong.
+    It is known from the world that was joined, or is to be: a launcher's environment names the rank. A mesh of another size
+    than the world's is a plan, on which nobody has a place. Asking for one raises, since 0 on every rank would be wrong.
     """
     if mesh.connected:
         return mesh

@@ -13,13 +13,19 @@ from funczero.layout.where import Where
 
 
 class Slots(NamedTuple):
-    """A tree of parameters as this rank holds it: one buffer a unit, and where its leaves lie. A pytree whose leaves are the buffers."""
+    """A tree of parameters as this rank holds it: one buffer a unit, and where its leaves lie.
+
+    A pytree whose leaves are the buffers.
+    """
 
     buffers: tuple[Tensor, ...]
     where: Where
 
     def leaves(self) -> list[Tensor | None]:
-        """This rank's part of every leaf, as views in their logical shapes; None for what a gradient does not have (frozen)."""
+        """This rank's part of every leaf, as views in their logical shapes.
+
+        None stands for what a gradient does not have (frozen).
+        """
         out: list[Tensor | None] = [None] * len(self.where.structure.leaves)
         for u, (buffer, n) in enumerate(zip(self.buffers, self.where.lengths, strict=True)):
             if buffer.numel() == n:
@@ -59,7 +65,13 @@ class Slots(NamedTuple):
     def zeros(where: Where, dtype: torch.dtype, device: torch.device, frozen: bool = True) -> Slots:
         """All-zero buffers; with frozen=False those of frozen units are empty."""
         units = where.structure.units
-        return Slots(tuple(torch.zeros(n if frozen or not u.frozen else 0, dtype=dtype, device=device) for n, u in zip(where.lengths, units, strict=True)), where)
+        return Slots(
+            tuple(
+                torch.zeros(n if frozen or not u.frozen else 0, dtype=dtype, device=device)
+                for n, u in zip(where.lengths, units, strict=True)
+            ),
+            where,
+        )
 
     @staticmethod
     def pack(where: Where, leaves: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Slots:

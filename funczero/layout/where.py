@@ -1,8 +1,8 @@
-"""Leaf coordinates: which part of every leaf a rank holds, and where it lies in that rank's buffers.
+"""Leaf coordinates: which part of every leaf a rank holds, in which memory, and where it lies in that rank's buffers.
 
-A rank holds ceil(rows / W) neighbouring rows of a leaf's dim (late ranks may hold none); a nested bracket cuts the outer shard
-again. In memory each part lies in a zero-padded slot of 16-element multiples, at W = 1 too, and the slots of a unit are one
-buffer: one gather a unit, elementwise kernels without tails, the same bits on any cut. In every spec there is only the logical array.
+Every bracket cuts what the bracket around it left (cut.py). In memory each part lies in a zero-padded slot of
+16-element multiples, at W = 1 too, and the slots of a unit are one buffer: one gather a unit, elementwise kernels
+without tails, the same bits on any cut. In every spec there is only the logical array.
 """
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ class Where:
 
     @cached_property
     def sections(self) -> tuple[tuple[tuple[tuple[str, ...], int, int], ...], ...]:
-        """By unit: runs of slots with the same replicas, as (axes, start, stop); what is cut over all axes comes first."""
+        """By unit: runs of slots with the same replicas, as (axes, start, stop).
+
+        What is cut over all axes comes first.
+        """
         out = []
         for members in self.structure.members:
             kinds = sorted({self.replicas(i) for i in members}, key=lambda axes: (len(axes), axes))
@@ -87,7 +90,9 @@ class Where:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Elements of every unit's buffer, the same on every rank."""
-        return tuple(max((self.slots[i].offset + self.slots[i].length for i in m), default=0) for m in self.structure.members)
+        return tuple(
+            max((self.slots[i].offset + self.slots[i].length for i in m), default=0) for m in self.structure.members
+        )
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
@@ -114,7 +119,10 @@ class Where:
 
     @cached_property
     def _cuts(self) -> tuple[tuple[list[int], list[int]], ...]:
-        """By unit: sizes that split its buffer into parts and padding, and which pieces are the members' parts, in their order."""
+        """By unit: sizes that split its buffer into parts and padding, and which pieces are the members' parts.
+
+        The parts are in the members' order.
+        """
         out = []
         for members in self.structure.members:
             sizes: list[int] = []
