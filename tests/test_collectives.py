@@ -9,10 +9,10 @@ import funczero as fz
 from funczero.comm import collectives
 from funczero.comm.edge import Edge
 from funczero.core import order
+from funczero.layout.cut import Rules
 from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
 from funczero.layout.slots import Slots
-from funczero.layout.structure import Rules
 from funczero.layout.where import Where
 
 NEST = {"node": 2, "local": 2}

@@ -21,6 +21,7 @@ from funczero.checkpoint.names import Part, named
 from funczero.core import tree
 from funczero.core.types import Sum, TrainState
 from funczero.layout.lazy import Fill
+from funczero.layout.place import DEVICE, Place
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
@@ -62,23 +63,25 @@ def template(step: Any, params: Any) -> tuple[TrainState, Callable[[], TrainStat
 
 
 def roomy(like: TrainState, device: torch.device) -> TrainState:
-    """A state of the same form in new memory, its values still to be filled in; padding is zero."""
+    """A state of the same form in new memory, every part in its place, its values still to be filled in; padding is zero."""
 
-    def new(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        place = device if x.is_meta else x.device
-        if place.type != "cpu" or nbytes(x) < 4 << 20:
-            return torch.empty_like(x, device=place)
-        return room(nbytes(x)).view(x.dtype).view(x.shape)
-
-    state = tree.map(new, like)
-    for slots in tree.leaves(state, is_leaf=lambda x: isinstance(x, Slots)):
-        if isinstance(slots, Slots):
-            for buffer, gap in zip(slots.buffers, slots.where.gaps, strict=True):
+    def new(x: Any, place: Place = DEVICE) -> Any:
+        if isinstance(x, Slots):
+            buffers = tuple(new(b, x.where.place) for b in x.buffers)
+            for buffer, gap in zip(buffers, x.where.gaps, strict=True):
                 if gap:
                     buffer.zero_()
-    return state
+            return Slots(buffers, x.where)
+        if not isinstance(x, Tensor):
+            return x
+        own = device if x.is_meta else x.device
+        if place != DEVICE:
+            return place.empty(x.numel(), x.dtype, own).view(x.shape)
+        if own.type != "cpu" or nbytes(x) < 4 << 20:
+            return torch.empty_like(x, device=own)
+        return room(nbytes(x)).view(x.dtype).view(x.shape)
+
+    return tree.map(new, like, is_leaf=lambda x: isinstance(x, Slots))
 
 
 def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], TrainState], want: Want, context: Context) -> tuple[TrainState, list[str]]:
@@ -321,7 +324,7 @@ def _continued(form: dict[str, Any], state: TrainState, context: Context) -> tup
 def _empty(form: dict[str, Any], state: TrainState, context: Context) -> Sum:
     where: Where = state.params.where
     here = Where(where.structure, tuple((a, *context.coords[context.rank][a]) for a in form["axes"]))
-    device = state.params.buffers[0].device
+    device = (state.params if state.views is None else state.views).buffers[0].device  # gradients lie where a forward reads
     lengths = [0 if u.frozen else n for n, u in zip(here.lengths, where.structure.units, strict=True)]
     make = lambda x: None if x is None else torch.zeros(x[1], dtype=torch_dtype(x[0]), device=device)
     scalars = [x[1] for k in ("loss", "weight", "aux", "bad") if (x := form[k]) is not None]

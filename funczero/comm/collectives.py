@@ -19,9 +19,10 @@ from funczero.comm.edge import Edge
 from funczero.comm.wire import Lengths, as_born, pack_units, unpack_units
 from funczero.core import rng
 from funczero.core.order import tree_sum
+from funczero.layout.cut import Cut, Rows
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
-from funczero.layout.where import Where
+from funczero.layout.where import Slot, Where
 
 MESSAGE = 1 << 22  # bytes of neighbouring units that share one message
 SHORT = 1 << 15  # bytes on all wires under which a message is all latency
@@ -181,15 +182,46 @@ def _sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: bo
 
 
 # --- one unit of a Slots ----------------------------------------------------------------------------------------------
-class _Piece(NamedTuple):
-    """A stretch of one leaf and where it lies on the wire."""
+class _Share(NamedTuple):
+    """An equal share of a leaf in every row of the wire: one copy, whatever the number of ranks."""
 
-    rank: int  # row of the wire; -1: an equal share in every row; -2: the whole leaf in every row
     offset: int
     numel: int  # in one row
-    dim: int
-    begin: int
+
+    def pair(self, x: Tensor, wire: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Views of the leaf here and of the wire."""
+        return x.reshape(wire.shape[0], self.numel), wire.narrow(1, self.offset, self.numel)
+
+
+class _Everywhere(NamedTuple):
+    """A leaf that the axis does not cut: it goes to every row of the wire, or comes from this rank's own buffer."""
+
+    offset: int
+    numel: int
+
+    def pair(self, x: Tensor, wire: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Views of the leaf here and of the wire, or of `own`."""
+        flat, rows = x.reshape(1, self.numel), wire if own is None else own.view(1, -1)
+        return flat.expand(rows.shape[0], self.numel), rows.narrow(1, self.offset, self.numel)
+
+
+class _Stretch(NamedTuple):
+    """One rank's part of a leaf, in that rank's row of the wire."""
+
+    rank: int
+    offset: int
+    numel: int
     shape: tuple[int, ...]
+    narrows: tuple[tuple[int, int, int], ...]  # dims in which it is less than what is here, with start and length
+
+    def pair(self, x: Tensor, wire: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Views of the leaf here and of the wire."""
+        for narrow in self.narrows:
+            x = x.narrow(*narrow)
+        return x, wire[self.rank, self.offset : self.offset + self.numel].view(self.shape)
+
+
+_Piece = _Share | _Everywhere | _Stretch
 
 
 def _plan(where: Where, unit: int, axis: str, size: int) -> list[list[_Piece]]:
@@ -200,39 +232,38 @@ def _plan(where: Where, unit: int, axis: str, size: int) -> list[list[_Piece]]:
     inner = [where.inner(axis, size, q).slots for q in range(size)]
     plan: list[list[_Piece]] = []
     for i in where.structure.members[unit]:
-        d, here, offset = where.structure.leaves[i].dim(axis), where.slots[i], inner[0][i].offset
+        cut, here, offset = where.structure.leaves[i].cut(axis), where.slots[i], inner[0][i].offset
         n = prod(here.shape)
         if n == 0:
             plan.append([])
-        elif d is None:
-            plan.append([_Piece(-2, offset, n, 0, 0, here.shape)])
-        elif d == 0 and all(slots[i].shape[0] * size == here.shape[0] for slots in inner):
-            plan.append([_Piece(-1, offset, n // size, 0, 0, here.shape)])
+        elif cut.replicated:
+            plan.append([_Everywhere(offset, n)])
+        elif cut == Rows(0) and all(slots[i].shape[0] * size == here.shape[0] for slots in inner):
+            plan.append([_Share(offset, n // size)])
         else:
-            cuts = [(q, slots[i]) for q, slots in enumerate(inner)]
-            plan.append([_Piece(q, offset, prod(s.shape), d, s.start[d] - here.start[d], s.shape) for q, s in cuts if s.shape[d]])
+            parts = [slots[i] for slots in inner]
+            if sum(prod(p.shape) for p in parts) != n or any((p.offset, p.length) != (offset, parts[0].length) for p in parts):
+                raise ValueError(_uneven(where.structure.leaves[i].path, cut, axis, [p.shape for p in parts], here.shape))
+            plan.append([_stretch(q, offset, p, here) for q, p in enumerate(parts) if prod(p.shape)])
     where.memo[key] = plan
     return plan
 
 
-def _pairs(plan: list[list[_Piece]], size: int, leaves: list[Tensor], wire: Tensor, own: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Matching views of leaves (here) and of the wire, to be copied in either direction.
+def _uneven(path: str, cut: Cut, axis: str, parts: list[tuple[int, ...]], here: tuple[int, ...]) -> str:
+    what = f"{cut!r} gives the ranks of {axis!r} parts of shapes {parts}"
+    return f"parameter {path!r}: {what}, which do not make up its {here}; a cut's blocks are equal and its parts are the leaf, once"
 
-    A leaf that the axis does not cut goes to every row of the wire, or comes from this rank's `own` buffer.
-    """
-    here, there = [], []
-    for pieces, x in zip(plan, leaves, strict=True):
-        for p in pieces:
-            if p.rank == -1:
-                here.append(x.reshape(size, p.numel))
-                there.append(wire.narrow(1, p.offset, p.numel))
-            elif p.rank == -2:
-                here.append(x.reshape(1, p.numel) if own is not None else x.reshape(1, p.numel).expand(size, p.numel))
-                there.append((wire if own is None else own.view(1, -1)).narrow(1, p.offset, p.numel))
-            else:
-                here.append(x.narrow(p.dim, p.begin, p.shape[p.dim]))
-                there.append(wire[p.rank, p.offset : p.offset + p.numel].view(p.shape))
-    return here, there
+
+def _stretch(rank: int, offset: int, part: Slot, here: Slot) -> _Stretch:
+    dims = zip(part.start, here.start, part.shape, here.shape, strict=True)
+    narrows = tuple((d, a - b, n) for d, (a, b, n, m) in enumerate(dims) if n != m)
+    return _Stretch(rank, offset, prod(part.shape), part.shape, narrows)
+
+
+def _pairs(plan: list[list[_Piece]], leaves: list[Tensor], wire: Tensor, own: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Matching views of leaves (here) and of the wire, to be copied in either direction."""
+    pairs = [p.pair(x, wire, own) for pieces, x in zip(plan, leaves, strict=True) for p in pieces]
+    return [here for here, _ in pairs], [there for _, there in pairs]
 
 
 def _travels(inner: Where, unit: int, axis: str) -> int:
@@ -240,7 +271,7 @@ def _travels(inner: Where, unit: int, axis: str) -> int:
     key = ("travels", unit, axis)
     if key not in inner.memo:
         slots, leaves = inner.slots, inner.structure.leaves
-        inner.memo[key] = max((slots[i].offset + slots[i].length for i in inner.structure.members[unit] if leaves[i].dim(axis) is not None), default=0)
+        inner.memo[key] = max((slots[i].offset + slots[i].length for i in inner.structure.members[unit] if not leaves[i].cut(axis).replicated), default=0)
     return inner.memo[key]
 
 
@@ -269,7 +300,7 @@ def gather_units(
         for u, own, rows in zip(units, buffers, arrived(), strict=True):
             make = torch.zeros if where.gaps[u] else torch.empty
             out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
-            here, there = _pairs(_plan(where, u, axis, size), size, where.views(u, out[-1]), rows, own)
+            here, there = _pairs(_plan(where, u, axis, size), where.views(u, out[-1]), rows, own)
             _copy(here, there)
         return out
 
@@ -294,7 +325,7 @@ def scatter_units(
     send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
     columns = send.split_with_sizes(lengths, 1)
     for u, xs, row in zip(units, leaves, columns, strict=True):
-        here, there = _pairs(_plan(where, u, axis, size), size, xs, row, None)
+        here, there = _pairs(_plan(where, u, axis, size), xs, row, None)
         _copy(there, here)
     if edge.sums == "backend" and size > 1:
         part = _launch_backend_sum(send.to(edge.adds), axis, mesh, tuple(units))

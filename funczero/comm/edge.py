@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from funczero.comm.wire import Wire, as_born, prove
-from funczero.layout.structure import Rules
+from funczero.layout.cut import Rules
 
 
 class Edge(NamedTuple):

@@ -20,16 +20,15 @@ from funczero.gradients.draws import keyed
 from funczero.gradients.gradient import check_loss, drew
 from funczero.gradients.tape import Tape
 from funczero.layout.lazy import Lazy, all_find, lazy
-from funczero.layout.mesh import Mesh, P, connect, plan_mesh
+from funczero.layout.mesh import Mesh, P, connect, located, plan_mesh
 from funczero.layout.slots import Slots
+from funczero.layout.where import Where, apart
 from funczero.step.alike import begin
 from funczero.step.calls import recorded, watched
 from funczero.step.fits import Book, Fits, at, packed
 from funczero.step.notices import Early, narrow, nested, say
 from funczero.transforms.chain import Source, build, chain, configured
-from funczero.transforms.mean import rank_of
 from funczero.transforms.skips import Patience, Skipped, unapplied
-from funczero.transforms.update import coords
 from funczero.world.ledger import UPDATE
 
 Own = TypeVar("Own")  # what a transform keeps
@@ -59,7 +58,16 @@ class Step(NamedTuple):
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh as this process sees it, with its count of bytes sent; joins the world. As planned it is `grad.env.mesh`."""
+        """The mesh with its count of bytes sent, and this rank's place on it; joins no world.
+
+        Before the world is joined the place is what the launcher's environment says; of a plan for another world there is none, and
+        to ask for an index raises.
+        """
+        return located(self.grad.env.mesh)
+
+    @property
+    def live_mesh(self) -> Mesh:
+        """The mesh with its process groups, to send over; joins the world."""
         return self.running().env.mesh
 
     @property
@@ -137,7 +145,7 @@ class Step(NamedTuple):
         meta = _lazy(self.source, self.grad, params, torch.device("meta"))
         state = self.grad.init(meta)
         masters: Slots = state["params"]
-        rest = coords(self.grad, self.grad.layout.rest)
+        rest = self.grad.env.mesh.coords(self.grad.layout.rest)
         out = {name: tree.map(_spec_tree, own, is_leaf=lambda x: isinstance(x, Slots)) for name, own in state.items()}
         return out | {"grads": _spec_tree(masters), "views": _spec_tree(meta.at(rest, self.grad.env.policy.compute))}
 
@@ -300,8 +308,8 @@ def _built(parts: tuple[Any, ...], env: Env) -> Grad:
 def _initial(g: Grad, own: Lazy, key: int) -> TrainState:
     state = g.init(own)
     masters = state.pop("params")
-    rest = coords(g, g.layout.rest)
-    views = None if masters.where.coords == rest else own.at(rest, g.env.policy.compute)
+    rest = apart(masters.where, Where(own.structure, g.env.mesh.coords(g.layout.rest)))
+    views = None if rest is None else own.at(rest.coords, g.env.policy.compute, rest.place)
     zero = torch.zeros((), dtype=torch.int64)
     return TrainState(masters, views, state, zero, zero.to(own.device, copy=True), torch.tensor(key))
 
@@ -321,6 +329,7 @@ def _check_widening(params: Any, policy: Policy) -> None:
 
 def _renewed(new: Slots, old: Slots) -> Slots:
     """New views; frozen leaves were not sent and stay."""
+    new = new.to(old.buffers[0].dtype).placed(old.where.place, old.buffers[0].device)
     return Slots(tuple(o if u.frozen else n for n, o, u in zip(new.buffers, old.buffers, old.where.structure.units, strict=True)), old.where)
 
 
@@ -353,12 +362,12 @@ def _seen(book: Book, state: TrainState, patience: Patience) -> Skipped:
 
 def _speaks(g: Grad) -> bool:
     """Is this the rank that says what all ranks know?"""
-    return all(a.index == 0 for a in g.env.mesh.axes.values())
+    return g.env.mesh.rank(tuple(g.env.mesh.axes))[0] == 0
 
 
 def _mean_over_ranks(sums: Tensor, g: Grad) -> Eval:
     axes = g.layout.batch
-    index, size = rank_of(g.layout, g.env)
+    index, size = g.env.mesh.rank(axes)
     bits = torch.zeros(size, 2, dtype=torch.int64, device=sums.device)
     bits[index] = sums.view(torch.int64)
     total, _ = sum_and_compare([bits.view(-1)], axes, g.env.mesh)

@@ -8,10 +8,10 @@ import zoo
 from funczero import P
 from funczero.comm import collectives
 from funczero.comm.edge import Edge
+from funczero.layout.cut import Rules
 from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
 from funczero.layout.slots import Slots
-from funczero.layout.structure import Rules
 from funczero.layout.where import Where
 
 CUTS = {

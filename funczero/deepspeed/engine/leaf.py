@@ -48,7 +48,7 @@ def write_part(slots: Slots, name: str, value: Tensor) -> None:
 
 def _cut(slots: Slots, i: int) -> bool:
     leaf = slots.where.structure.leaves[i]
-    return any(size > 1 and leaf.dim(axis) is not None for axis, size, _ in slots.where.coords)
+    return any(size > 1 and not leaf.cut(axis).replicated for axis, size, _ in slots.where.coords)
 
 
 def _place(slot: Any) -> tuple[slice, ...]:

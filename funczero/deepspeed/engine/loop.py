@@ -50,7 +50,7 @@ class Loop(nn.Module):
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
         self.client_lr_scheduler = False
-        self.device, self.mp_world_size = step.mesh.device, 1
+        self.device, self.mp_world_size = step.live_mesh.device, 1
         self.global_rank, self.local_rank = ranks.get_rank(), ranks.get_local_rank()
         self.world_size = self.dp_world_size = ranks.get_world_size()
         self._holder.renew(step, state)

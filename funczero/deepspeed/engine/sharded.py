@@ -76,7 +76,7 @@ class Sharded:
     # --- the user's module
     def attach(self) -> None:
         """Its parameters are closed now: its forwards become ours, and its buffers go where the parameters are."""
-        device, root = self.step.mesh.device, self.module
+        device, root = self.step.live_mesh.device, self.module
         self.modules = list(root.modules())
         for m in self.modules:
             moved = {k: b.to(device) for k, b in m._buffers.items() if b is not None and b.device != device}

@@ -75,7 +75,7 @@ def mean_gradient(step: Step, state: TrainState, k: int) -> Slots | None:
     own = window_of(step, state)
     if not own.partial:
         return None
-    mesh, wide, axes = step.mesh, step.policy.accumulate, step.grad.layout.batch
+    mesh, wide, axes = step.live_mesh, step.policy.accumulate, step.grad.layout.batch
     grads = own.total(wide).grads.to(wide)
     for axis in axes:
         if axis not in grads.where.axes:
@@ -84,5 +84,5 @@ def mean_gradient(step: Step, state: TrainState, k: int) -> Slots | None:
         grads = all_gather(grads, axis, mesh)
     scale = step.state_of(state, ScaleLoss)
     factor = 1.0 if scale is None else float(scale.weight / scale.scale)
-    weight = k * mesh.place(axes)[1]  # every rank's window weighs alike
+    weight = k * mesh.rank(axes)[1]  # every rank's window weighs alike
     return grads.map(lambda b: b * (factor / weight))
