@@ -107,12 +107,12 @@ def chain_of(
     stage, k = config.value("zero_optimization.stage"), config.triad.steps
     over_time: tuple[Any, ...] = (accumulate(k, stream=stream),) if stream or k > 1 else ()
     narrow, scatter, first = dtype_name(config.value("communication_data_type")), as_born, source
-    lossy = narrow not in (None, "float32", config.compute)
-    if lossy and config.world.size > 1:
-        scatter = cast(narrow)
-    elif lossy:  # nothing travels, but DeepSpeed rounds all the same
+    if narrow is not None and narrow not in ("float32", config.compute):  # lossy: the gradient is rounded where it is sent
         alone = rounded(getattr(torch, narrow))
-        first, over_time = ((source, alone), over_time) if stage == 2 else (source, (*over_time, alone))
+        if config.world.size > 1:
+            scatter = cast(narrow)
+        else:  # nothing travels, but DeepSpeed rounds all the same
+            first, over_time = ((source, alone), over_time) if stage == 2 else (source, (*over_time, alone))
     threshold = config.value("zero_optimization.stage3_param_persistence_threshold") + 1 if stage == 3 else 0
     return zero(first, *on_values(config, weight), optimizer, stage=stage, axis=axis, accumulate=over_time, threshold=threshold, scatter=scatter)
 

@@ -21,6 +21,7 @@ from funczero.deepspeed.engine.facts import Facts
 from funczero.deepspeed.engine.held import stamp
 from funczero.deepspeed.engine.window import amended, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT, EngineOptimizer
+from funczero.layout.mesh import Mesh
 from funczero.step.step import Step, donate
 
 INSTEAD = {
@@ -151,6 +152,11 @@ class Engine(Facts, Saving, nn.Module):
         if every and self.global_steps % every == 0 and self.global_rank == 0:
             m = self.metrics
             logging.info("step %d: loss %.6g, grad norm %.4g, scale %g, lr %s", self.global_steps, m.loss, m.grad_norm, m.scale, self.get_lr())  # type: ignore[union-attr]
+
+    @property
+    def live_mesh(self) -> Mesh:
+        """The mesh with its process groups."""
+        return self._step.running().env.mesh
 
     @property
     def state(self) -> TrainState:

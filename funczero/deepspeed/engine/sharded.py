@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funczero.comm.collectives import Key
+from funczero.comm.wire import Key
 from funczero.core import tree
 from funczero.core.types import Env, Grad, Out, Seed, TrainState
 from funczero.deepspeed.engine.held import OLD, Closed, differentiate, leaves_under, named
