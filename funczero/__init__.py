@@ -31,7 +31,7 @@ from funczero import data as data
 from funczero.checkpoint import Checkpointer as Checkpointer
 from funczero.checkpoint import CheckpointError as CheckpointError
 from funczero.checkpoint import Notice as Notice
-from funczero.comm.collectives import count_bytes as count_bytes
+from funczero.comm.launch import count_bytes as count_bytes
 from funczero.comm.wire import Wire as Wire
 from funczero.comm.wire import as_born as as_born
 from funczero.comm.wire import cast as cast

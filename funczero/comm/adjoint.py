@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import launch_exchange, launch_gather, wait
+from funczero.comm.launch import launch_exchange, launch_gather, wait
 from funczero.core.order import tree_sum
 from funczero.layout.mesh import Mesh
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from funczero.core.policy import dtype_of
 
 Lengths = tuple[int, ...]  # of the slots that lie one after another in a buffer, padding included
+Key = tuple[int, ...]  # what the draws of a message are folded from, the same on all ranks of an axis
 
 
 class Wire(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import Key, all_gather
+from funczero.comm.collectives import all_gather
+from funczero.comm.wire import Key
 from funczero.core import order, rng, tree
 from funczero.core.types import ChainError, Env, Grad, Layout, Seed, Sum
 from funczero.gradients import draws

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import Key, Travelling, gather_units
+from funczero.comm.collectives import Travelling, gather_units
+from funczero.comm.wire import Key
 from funczero.core import tree
 from funczero.core.types import Env
 from funczero.gradients.arrivals import Arrivals, Group

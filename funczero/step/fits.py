@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import Key, all_gather
-from funczero.comm.wire import as_born
+from funczero.comm.collectives import all_gather
+from funczero.comm.wire import Key, as_born
 from funczero.core import tree
 from funczero.core.types import Grad, TrainState, Tree
 from funczero.layout.lazy import Lazy

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from funczero.comm.collectives import all_gather, sum_and_compare
+from funczero.comm.collectives import all_gather
 from funczero.comm.edge import Edge
+from funczero.comm.integers import sum_and_compare
 from funczero.core import order, rng, tree
 from funczero.core.policy import Policy
 from funczero.core.transform import refuse

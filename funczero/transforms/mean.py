@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import sum_and_compare
+from funczero.comm.integers import sum_and_compare
 from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
 from funczero.core import order, tree
 from funczero.core.transform import after, refuse

@@ -109,12 +109,12 @@ def chain_of(
     stage, k = config.value("zero_optimization.stage"), config.triad.steps
     over_time: tuple[Any, ...] = (accumulate(k, stream=stream),) if stream or k > 1 else ()
     narrow, scatter, first = dtype_name(config.value("communication_data_type")), as_born, source
-    lossy = narrow if narrow not in (None, "float32", config.compute) else None
-    if lossy is not None and config.world.size > 1:
-        scatter = cast(lossy)
-    elif lossy is not None:  # nothing travels, but DeepSpeed rounds all the same
-        alone = rounded(getattr(torch, lossy))
-        first, over_time = ((source, alone), over_time) if stage == 2 else (source, (*over_time, alone))
+    if narrow is not None and narrow not in ("float32", config.compute):  # lossy: the gradient is rounded where it is sent
+        alone = rounded(getattr(torch, narrow))
+        if config.world.size > 1:
+            scatter = cast(narrow)
+        else:  # nothing travels, but DeepSpeed rounds all the same
+            first, over_time = ((source, alone), over_time) if stage == 2 else (source, (*over_time, alone))
     threshold = config.value("zero_optimization.stage3_param_persistence_threshold") + 1 if stage == 3 else 0
     return zero(first, *on_values(config, weight), optimizer, stage=stage, axis=axis, accumulate=over_time, threshold=threshold, scatter=scatter)
 

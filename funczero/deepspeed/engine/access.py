@@ -35,7 +35,7 @@ def home(param: Any) -> tuple[Any, str]:
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The master, whole, on every rank. A collective."""
     engine, name = home(param)
-    return read_leaf(engine.state.params, name)
+    return read_leaf(engine.state.params, name, engine.live_mesh)
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -55,7 +55,7 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """A moment, whole, by torch's name of it: exp_avg, exp_avg_sq, momentum_buffer. A collective; None for a frozen parameter."""
     engine, name = home(param)
-    return read_leaf(_moment(engine, optim_state_key), name)
+    return read_leaf(_moment(engine, optim_state_key), name, engine.live_mesh)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:

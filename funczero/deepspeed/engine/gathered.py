@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from funczero.comm.launch import broadcast
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.held import Closed, ZeroParamStatus, emptied, filled_in
 from funczero.deepspeed.engine.leaf import read_leaf, write_leaf
@@ -52,7 +52,7 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
         if e._backwards or e.micro_batches() and rank is not None:
             raise RuntimeError("GatheredParameters: a window of micro-batches is open, and parameters stand still within it; write right after an update")
     with opened(waiting, rank):
-        values = [read_leaf(p.home[0]().state.params, p.home[1]) for p in inside]
+        values = [read_leaf(p.home[0]().state.params, p.home[1], p.home[0]().live_mesh) for p in inside]
         before = [(None if isinstance(p, Closed) else p.data, p.__class__, p.dtype) for p in inside]
         for p, x in zip(inside, values, strict=True):
             assert x is not None
@@ -100,6 +100,5 @@ def _back(params: list[Any], now: Iterable[Tensor], touched: list[str], rank: in
             raise RuntimeError(f"GatheredParameters: {touched[0]!r} was written to, and would be lost; write modifier_rank=0")
         return
     for p, x in zip(params, now, strict=True):
-        if ranks.get_world_size() > 1:
-            dist.broadcast(x, rank)
-        write_leaf(p.home[0]()._state, p.home[1], x)
+        engine = p.home[0]()
+        write_leaf(engine._state, p.home[1], broadcast(x, rank, engine.live_mesh))

@@ -18,6 +18,7 @@ from funczero.deepspeed.engine.graphs import stamp
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.window import amended, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
+from funczero.layout.mesh import Mesh
 from funczero.step.step import Step, donate
 
 
@@ -141,6 +142,11 @@ class Loop(nn.Module):
             logging.info(
                 "step %d: loss %.6g, grad norm %.4g, scale %g, lr %s", number, m.loss, m.grad_norm, m.scale, lr
             )
+
+    @property
+    def live_mesh(self) -> Mesh:
+        """The mesh with its process groups."""
+        return self._step.live_mesh
 
     @property
     def state(self) -> TrainState:

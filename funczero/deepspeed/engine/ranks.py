@@ -3,15 +3,19 @@ from __future__ import annotations
 
 import datetime
 import os
+from functools import lru_cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from absl import logging
 from torch import nn
 from torch.distributed import ReduceOp as ReduceOp
 
+from funczero.comm.integers import sum_and_compare
 from funczero.layout import mesh
 from funczero.world import environment
+from funczero.world.ledger import Context
 
 
 def init_distributed(
@@ -81,6 +85,28 @@ def get_local_rank() -> int:
 def barrier(*args: Any, **kwargs: Any) -> Any:
     """Until all ranks are here."""
     return dist.barrier(*args, **kwargs) if dist.is_initialized() else None
+
+
+@lru_cache(maxsize=1)
+def _mesh_of(world: Any) -> mesh.Mesh:
+    return mesh.connect(mesh.plan_mesh({"data": -1}))
+
+
+def world_mesh(call: str) -> mesh.Mesh:
+    """All processes on one axis, where no engine has a mesh yet; what is launched there belongs to `call`."""
+    found = _mesh_of(dist.group.WORLD if dist.is_initialized() else None)
+    found.ledger.enter(Context(call))
+    return found
+
+
+def compared(call: str) -> None:
+    """Ranks compare what they launched since the last time; a collective of a few bytes.
+
+    Raises:
+      DivergenceError: one launched something else; on all ranks alike.
+    """
+    found = world_mesh(call)
+    sum_and_compare([torch.zeros(0, dtype=torch.int64, device=found.device)], (), found)
 
 
 def broadcast_module(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funczero.comm.collectives import Key
+from funczero.comm.wire import Key
 from funczero.core import tree
 from funczero.core.types import TrainState
 from funczero.deepspeed.engine.graphs import OLD, differentiate, leaves_under

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
+from funczero.comm.launch import broadcast, launch_gather, wait
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.held import Closed, emptied, filled_in
 from funczero.layout.lazy import Fill
@@ -43,6 +43,7 @@ class Init:
         if enabled and module is not None:
             ranks.init_distributed(verbose=False)
             cut(module, dtype)
+            ranks.compared("the end of zero.Init")
 
     def __enter__(self) -> Init:
         if self.enabled:
@@ -55,6 +56,8 @@ class Init:
             h.remove()
         for m in self._owners if kind is None else ():
             cut(m, self.dtype)
+        if self.enabled and kind is None:
+            ranks.compared("the end of zero.Init")
         self._owners, self._hooks = [], []
 
     def _built(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -71,9 +74,7 @@ def cut(module: nn.Module, dtype: torch.dtype | None) -> None:
     for name, p in module.named_parameters():
         if not hasattr(p, "home"):
             whole = p.detach() if dtype is None else p.detach().to(dtype)
-            if ranks.get_world_size() > 1:
-                dist.broadcast(whole, 0)
-            close(p, name, whole)
+            close(p, name, broadcast(whole, 0, ranks.world_mesh(f"zero.Init, parameter {name!r}")))
 
 
 def close(p: Any, name: str, whole: Tensor) -> None:
@@ -98,10 +99,10 @@ def whole_of(p: Any) -> Tensor:
     """All rows of a parameter that is cut. A collective."""
     if not p.shape or ranks.get_world_size() == 1:
         return p.part.clone()
-    out = torch.zeros(p.shape, dtype=p.part.dtype, device=p.part.device)
-    out[rows(p.shape)] = p.part
-    dist.all_reduce(out)
-    return out
+    mesh = ranks.world_mesh(f"the parameter {p.home[1]!r} of zero.Init, opened")
+    mine = p.part.new_zeros((-(-p.shape[0] // mesh.axes["data"].size), *p.shape[1:]))
+    mine[: len(p.part)] = p.part
+    return wait(launch_gather(mine.view(-1), "data", mesh)).view(-1, *p.shape[1:])[: p.shape[0]].clone()
 
 
 class _Rows:
@@ -144,8 +145,8 @@ def opened(params: list[Any], rank: int | None) -> Iterator[None]:
         touched = [n for (p, n), v in zip(kept, before, strict=True) if p._version != v]
         for p, name in kept:
             value = p.detach()
-            if rank is not None and ranks.get_world_size() > 1:
-                dist.broadcast(value, rank)
+            if rank is not None:
+                value = broadcast(value, rank, ranks.world_mesh(f"GatheredParameters, parameter {name!r}"))
             close(p, name, value)
         if rank is None and touched:
             raise RuntimeError(f"GatheredParameters: {touched[0]!r} was written to on this rank alone; write modifier_rank=0")
