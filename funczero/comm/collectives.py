@@ -1,8 +1,8 @@
 """Gathers, scatters and sums of parameters over a mesh axis, as its edge says: units of one message, and whole Slots.
 
 Gathers and scatters are each other's transpose, where nothing is rounded on the wire. Sums are taken locally after an
-all_to_all, in the fixed tree of order.py: half the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and the
-same bits on any number of ranks.
+all_to_all, in the fixed tree of order.py: half the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and
+the same bits on any number of ranks.
 """
 from __future__ import annotations
 
@@ -161,9 +161,10 @@ def gather_units(
 def scatter_units(
     where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, leaves: Sequence[list[Tensor]], key: Key = (0,)
 ) -> Travelling:
-    """Start to sum units' leaves over an axis and keep this rank's part, as one message; waiting returns their buffers one step inwards.
+    """Start to sum units' leaves over an axis and keep this rank's part; waiting returns their buffers one step inwards.
 
-    The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added in `edge.adds`, in the tree over ranks.
+    They are one message. The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added in
+    `edge.adds`, in the tree over ranks.
 
     Args:
       key: of this sum, for wires that draw; the same on all ranks.
@@ -203,7 +204,8 @@ def _gather_packed(
     """Start to gather what the wire makes of units; the result waits and reads it: [W, n] by unit."""
     lengths = [_slot_lengths(inner, u, p.numel()) for u, p in zip(units, parts, strict=True)]
     frozen = [inner.structure.units[u].frozen for u in units]  # read alike at every update, as their views are kept
-    keys = [rng.fold(*(key[:1] if still else key), "gather", edge.axis, u) for u, still in zip(units, frozen, strict=True)]
+    parts_of = [key[:1] if still else key for still in frozen]
+    keys = [rng.fold(*k, "gather", edge.axis, u) for u, k in zip(units, parts_of, strict=True)]
     packed = pack_units(edge.gather, [parts], lengths, keys)
     sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), edge.gather.name)
     return lambda: [torch.stack(xs) for xs in unpack_units(edge.gather, packed, wait(sent), lengths, parts[0].dtype)]
@@ -212,7 +214,7 @@ def _gather_packed(
 def _scatter_packed(
     inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, columns: Sequence[Tensor], key: Key
 ) -> Travelling:
-    """Start to send every rank its rows as the wire packs them, unit by unit; what arrives is read in `edge.adds` and added."""
+    """Start to send every rank its rows as the wire packs them; what arrives is read in `edge.adds` and added."""
     lengths = [_slot_lengths(inner, u, c.shape[1]) for u, c in zip(units, columns, strict=True)]
     keys = [rng.fold(*key, "scatter", edge.axis, mesh.index(edge.axis), u) for u in units]
     packed = pack_units(edge.scatter, list(zip(*columns, strict=True)), lengths, keys)
@@ -278,7 +280,7 @@ def reduce_scatter(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
 
 
 def all_reduce(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
-    """The sum over an axis, whole on every rank, taken in `edge.adds`: a scatter and a gather, or what the backend does."""
+    """The sum over an axis in `edge.adds`, whole on every rank: a scatter and a gather, or what the backend does."""
     if edge.sums == "tree" or mesh.axes[edge.axis].size == 1:
         return all_gather(reduce_scatter(x, edge, mesh, key), edge, mesh, key)
     flying = [launch_backend_sum(b.to(edge.adds), edge.axis, mesh) for b in x.buffers]
@@ -308,7 +310,10 @@ def gather_leaf(x: Slots, leaf: int, mesh: Mesh) -> Tensor | None:
 
 
 def _messages(x: Slots) -> list[list[int]]:
-    """Units that travel together: small ones share a message, large ones overlap each other's copies. Empty ones (frozen) stay."""
+    """Units that travel together: small ones share a message, large ones overlap each other's copies.
+
+    Empty ones (frozen) stay.
+    """
     out: list[list[int]] = []
     room = 0
     for u, b in enumerate(x.buffers):
