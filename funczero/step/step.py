@@ -133,7 +133,7 @@ class Step(NamedTuple):
         return recorded("step.params", self._whole, self.running)(state)
 
     def _whole(self, state: TrainState) -> Any:
-        mesh = self.mesh
+        mesh = self.live_mesh
         whole = reduce(lambda x, a: all_gather(x, a, mesh), reversed(state.params.where.axes), state.params)
         return whole.where.structure.unflatten([x if x is None else x.clone() for x in whole.leaves()])
 
