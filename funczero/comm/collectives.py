@@ -1,8 +1,8 @@
 """Gathers, scatters and sums of parameters over a mesh axis, as its edge says: units of one message, and whole Slots.
 
 Gathers and scatters are each other's transpose, where nothing is rounded on the wire. Sums are taken locally after an
-all_to_all, in the fixed tree of order.py: half the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and the
-same bits on any number of ranks.
+all_to_all, in the fixed tree of order.py: half the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and
+the same bits on any number of ranks.
 """
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from funczero.comm.edge import Edge
 from funczero.comm.launch import launch_backend_scatter, launch_backend_sum, launch_exchange, launch_gather, wait
-from funczero.comm.wire import Key, Lengths, as_born, pack_units, unpack_units
+from funczero.comm.pieces import pairs, plan_of, slot_lengths, travels
+from funczero.comm.wire import Key, as_born, pack_units, unpack_units
 from funczero.core import rng
 from funczero.core.order import tree_sum
-from funczero.layout.cut import Cut, Rows
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
-from funczero.layout.where import Slot, Where
+from funczero.layout.where import Where
 
 MESSAGE = 1 << 22  # bytes of neighbouring units that share one message
 
@@ -32,100 +32,7 @@ class Travelling(NamedTuple):
     wait: Callable[[], Any]
 
 
-# --- one unit of a Slots ----------------------------------------------------------------------------------------------
-class _Share(NamedTuple):
-    """An equal share of a leaf in every row of the wire: one copy, whatever the number of ranks."""
-
-    offset: int
-    numel: int  # in one row
-
-    def pair(self, x: Tensor, wire: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Views of the leaf here and of the wire."""
-        return x.reshape(wire.shape[0], self.numel), wire.narrow(1, self.offset, self.numel)
-
-
-class _Everywhere(NamedTuple):
-    """A leaf that the axis does not cut: it goes to every row of the wire, or comes from this rank's own buffer."""
-
-    offset: int
-    numel: int
-
-    def pair(self, x: Tensor, wire: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Views of the leaf here and of the wire, or of `own`."""
-        flat, rows = x.reshape(1, self.numel), wire if own is None else own.view(1, -1)
-        return flat.expand(rows.shape[0], self.numel), rows.narrow(1, self.offset, self.numel)
-
-
-class _Stretch(NamedTuple):
-    """One rank's part of a leaf, in that rank's row of the wire."""
-
-    rank: int
-    offset: int
-    numel: int
-    shape: tuple[int, ...]
-    narrows: tuple[tuple[int, int, int], ...]  # dims in which it is less than what is here, with start and length
-
-    def pair(self, x: Tensor, wire: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Views of the leaf here and of the wire."""
-        for narrow in self.narrows:
-            x = x.narrow(*narrow)
-        return x, wire[self.rank, self.offset : self.offset + self.numel].view(self.shape)
-
-
-_Piece = _Share | _Everywhere | _Stretch
-
-
-def _plan(where: Where, unit: int, axis: str, size: int) -> list[list[_Piece]]:
-    """By member of a unit: how its rows here lie on the wire [W, n] one step inwards. Worked out once."""
-    key = (unit, axis, size)
-    if key in where.memo:
-        return where.memo[key]
-    inner = [where.inner(axis, size, q).slots for q in range(size)]
-    plan: list[list[_Piece]] = []
-    for i in where.structure.members[unit]:
-        cut, here, offset = where.structure.leaves[i].cut(axis), where.slots[i], inner[0][i].offset
-        n = prod(here.shape)
-        if n == 0:
-            plan.append([])
-        elif cut.replicated:
-            plan.append([_Everywhere(offset, n)])
-        elif cut == Rows(0) and all(slots[i].shape[0] * size == here.shape[0] for slots in inner):
-            plan.append([_Share(offset, n // size)])
-        else:
-            parts = [slots[i] for slots in inner]
-            if sum(prod(p.shape) for p in parts) != n or any((p.offset, p.length) != (offset, parts[0].length) for p in parts):
-                raise ValueError(_uneven(where.structure.leaves[i].path, cut, axis, [p.shape for p in parts], here.shape))
-            plan.append([_stretch(q, offset, p, here) for q, p in enumerate(parts) if prod(p.shape)])
-    where.memo[key] = plan
-    return plan
-
-
-def _uneven(path: str, cut: Cut, axis: str, parts: list[tuple[int, ...]], here: tuple[int, ...]) -> str:
-    what = f"{cut!r} gives the ranks of {axis!r} parts of shapes {parts}"
-    return f"parameter {path!r}: {what}, which do not make up its {here}; a cut's blocks are equal and its parts are the leaf, once"
-
-
-def _stretch(rank: int, offset: int, part: Slot, here: Slot) -> _Stretch:
-    dims = zip(part.start, here.start, part.shape, here.shape, strict=True)
-    narrows = tuple((d, a - b, n) for d, (a, b, n, m) in enumerate(dims) if n != m)
-    return _Stretch(rank, offset, prod(part.shape), part.shape, narrows)
-
-
-def _pairs(plan: list[list[_Piece]], leaves: list[Tensor], wire: Tensor, own: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Matching views of leaves (here) and of the wire, to be copied in either direction."""
-    pairs = [p.pair(x, wire, own) for pieces, x in zip(plan, leaves, strict=True) for p in pieces]
-    return [here for here, _ in pairs], [there for _, there in pairs]
-
-
-def _travels(inner: Where, unit: int, axis: str) -> int:
-    """Elements of a buffer that a gather must send: up to the last slot that the axis cuts."""
-    key = ("travels", unit, axis)
-    if key not in inner.memo:
-        slots, leaves = inner.slots, inner.structure.leaves
-        inner.memo[key] = max((slots[i].offset + slots[i].length for i in inner.structure.members[unit] if not leaves[i].cut(axis).replicated), default=0)
-    return inner.memo[key]
-
-
+# --- one message of units ---------------------------------------------------------------------------------------------
 def gather_units(
     where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, buffers: Sequence[Tensor], key: Key = (0,)
 ) -> Travelling:
@@ -139,7 +46,7 @@ def gather_units(
     if size == 1:
         return Travelling(lambda: list(buffers))
     inner = where.inner(axis, size, index)
-    parts = [b.narrow(0, 0, _travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
+    parts = [b.narrow(0, 0, travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
     if edge.gather is as_born:
         wire = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), axis, mesh, tuple(units))
         arrived = lambda: list(wait(wire).split_with_sizes([p.numel() for p in parts], 1))
@@ -151,7 +58,7 @@ def gather_units(
         for u, own, rows in zip(units, buffers, arrived(), strict=True):
             make = torch.zeros if where.gaps[u] else torch.empty
             out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
-            here, there = _pairs(_plan(where, u, axis, size), where.views(u, out[-1]), rows, own)
+            here, there = pairs(plan_of(where, u, axis, size), where.views(u, out[-1]), rows, own)
             _copy(here, there)
         return out
 
@@ -161,9 +68,10 @@ def gather_units(
 def scatter_units(
     where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, leaves: Sequence[list[Tensor]], key: Key = (0,)
 ) -> Travelling:
-    """Start to sum units' leaves over an axis and keep this rank's part, as one message; waiting returns their buffers one step inwards.
+    """Start to sum units' leaves over an axis and keep this rank's part; waiting returns their buffers one step inwards.
 
-    The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added in `edge.adds`, in the tree over ranks.
+    They are one message. The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added in
+    `edge.adds`, in the tree over ranks.
 
     Args:
       key: of this sum, for wires that draw; the same on all ranks.
@@ -176,7 +84,7 @@ def scatter_units(
     send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
     columns = send.split_with_sizes(lengths, 1)
     for u, xs, row in zip(units, leaves, columns, strict=True):
-        here, there = _pairs(_plan(where, u, axis, size), xs, row, None)
+        here, there = pairs(plan_of(where, u, axis, size), xs, row, None)
         _copy(there, here)
     if edge.sums == "backend" and size > 1:
         part = launch_backend_scatter(send.to(edge.adds), axis, mesh, tuple(units))
@@ -188,22 +96,14 @@ def scatter_units(
 
 
 # --- one message of packed units --------------------------------------------------------------------------------------
-def _slot_lengths(inner: Where, unit: int, n: int) -> Lengths:
-    """The slots of a buffer's first n elements, in their order there."""
-    key = ("slot lengths", unit, n)
-    if key not in inner.memo:
-        found = sorted((inner.slots[i] for i in inner.structure.members[unit]), key=lambda s: s.offset)
-        inner.memo[key] = tuple(s.length for s in found if s.length and s.offset < n)
-    return inner.memo[key]
-
-
 def _gather_packed(
     inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, parts: list[Tensor], key: Key
 ) -> Callable[[], list[Tensor]]:
     """Start to gather what the wire makes of units; the result waits and reads it: [W, n] by unit."""
-    lengths = [_slot_lengths(inner, u, p.numel()) for u, p in zip(units, parts, strict=True)]
+    lengths = [slot_lengths(inner, u, p.numel()) for u, p in zip(units, parts, strict=True)]
     frozen = [inner.structure.units[u].frozen for u in units]  # read alike at every update, as their views are kept
-    keys = [rng.fold(*(key[:1] if still else key), "gather", edge.axis, u) for u, still in zip(units, frozen, strict=True)]
+    parts_of = [key[:1] if still else key for still in frozen]
+    keys = [rng.fold(*k, "gather", edge.axis, u) for u, k in zip(units, parts_of, strict=True)]
     packed = pack_units(edge.gather, [parts], lengths, keys)
     sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), edge.gather.name)
     return lambda: [torch.stack(xs) for xs in unpack_units(edge.gather, packed, wait(sent), lengths, parts[0].dtype)]
@@ -212,8 +112,8 @@ def _gather_packed(
 def _scatter_packed(
     inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, columns: Sequence[Tensor], key: Key
 ) -> Travelling:
-    """Start to send every rank its rows as the wire packs them, unit by unit; what arrives is read in `edge.adds` and added."""
-    lengths = [_slot_lengths(inner, u, c.shape[1]) for u, c in zip(units, columns, strict=True)]
+    """Start to send every rank its rows as the wire packs them; what arrives is read in `edge.adds` and added."""
+    lengths = [slot_lengths(inner, u, c.shape[1]) for u, c in zip(units, columns, strict=True)]
     keys = [rng.fold(*key, "scatter", edge.axis, mesh.index(edge.axis), u) for u in units]
     packed = pack_units(edge.scatter, list(zip(*columns, strict=True)), lengths, keys)
     sent = launch_exchange(packed.rows, edge.axis, mesh, tuple(units), edge.scatter.name)
@@ -278,7 +178,7 @@ def reduce_scatter(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
 
 
 def all_reduce(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
-    """The sum over an axis, whole on every rank, taken in `edge.adds`: a scatter and a gather, or what the backend does."""
+    """The sum over an axis in `edge.adds`, whole on every rank: a scatter and a gather, or what the backend does."""
     if edge.sums == "tree" or mesh.axes[edge.axis].size == 1:
         return all_gather(reduce_scatter(x, edge, mesh, key), edge, mesh, key)
     flying = [launch_backend_sum(b.to(edge.adds), edge.axis, mesh) for b in x.buffers]
@@ -308,7 +208,10 @@ def gather_leaf(x: Slots, leaf: int, mesh: Mesh) -> Tensor | None:
 
 
 def _messages(x: Slots) -> list[list[int]]:
-    """Units that travel together: small ones share a message, large ones overlap each other's copies. Empty ones (frozen) stay."""
+    """Units that travel together: small ones share a message, large ones overlap each other's copies.
+
+    Empty ones (frozen) stay.
+    """
     out: list[list[int]] = []
     room = 0
     for u, b in enumerate(x.buffers):

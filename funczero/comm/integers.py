@@ -26,12 +26,13 @@ def _summed(x: Tensor, axes: tuple[str, ...], mesh: Mesh, noted: bool) -> Tensor
 
 
 def sum_and_compare(parts: Sequence[Tensor], axes: tuple[str, ...], mesh: Mesh) -> tuple[Tensor, Tensor | None]:
-    """The int64 sum of flat `parts` over axes, one after another, in which all ranks of the mesh also compare what they launched (ledger.py).
+    """The int64 sum of flat `parts` over axes, in which all ranks of the mesh also compare what they launched (ledger.py).
 
     Every rank of the mesh takes part. Over the mesh's other axes the parts are the same, and are counted once.
 
     Returns:
-      the sum; and, on an accelerator, whether the ranks agree, as a bool tensor: it is told at the next sum there, without waiting for this one.
+      the sum, the parts one after another; and, on an accelerator, whether the ranks agree, as a bool tensor: it is told at
+        the next sum there, without waiting for this one.
 
     Raises:
       DivergenceError: they do not; on all ranks alike, and before anything is made of the sum.
@@ -44,7 +45,8 @@ def sum_and_compare(parts: Sequence[Tensor], axes: tuple[str, ...], mesh: Mesh) 
         later, ledger.later = ledger.later.tolist(), None
         ledger.agreed(later, groups)
     own = [0] * ledger.ranks * (1 if groups is None else 2)
-    own[ledger.place], rows = ledger.seal("+".join(a for a in everything if mesh.axes[a].size > 1), 8 * sum(p.numel() for p in parts))
+    name = "+".join(a for a in everything if mesh.axes[a].size > 1)
+    own[ledger.place], rows = ledger.seal(name, 8 * sum(p.numel() for p in parts))
     if groups is not None:
         own[ledger.ranks + ledger.place] = rows
     if any(mesh.axes[a].index for a in everything if a not in axes):
@@ -63,5 +65,6 @@ def _alike(mesh: Mesh) -> list[int]:
     """By place in the mesh: which ranks are given the same rows."""
     groups = [0]
     for name, a in mesh.axes.items():
-        groups = [g * (1 if name in mesh.ledger.replicated else a.size) + (0 if name in mesh.ledger.replicated else i) for g in groups for i in range(a.size)]
+        one = name in mesh.ledger.replicated
+        groups = [g if one else g * a.size + i for g in groups for i in range(a.size)]
     return groups

@@ -60,16 +60,20 @@ def launch_gather(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (),
 
 
 def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
-    """[n] to [W, n]. A short message goes to every rank directly: gloo's gather and all_reduce take twice an exchange's latency."""
+    """[n] to [W, n]. A short message goes to every rank directly: gloo's gather takes twice an exchange's latency."""
     with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
         if mesh.device.type == "cpu" and x.nbytes * size <= SHORT:
             rows = x.expand(size, -1).reshape(-1)
-            return mesh.flight.note(rows, _ops.all_to_all_single(rows, [x.numel()] * size, [x.numel()] * size, group)).view(size, -1)
+            splits = [x.numel()] * size
+            return mesh.flight.note(rows, _ops.all_to_all_single(rows, splits, splits, group)).view(size, -1)
         return mesh.flight.note(x, _ops.all_gather_into_tensor(x, size, group)).view(size, -1)
 
 
 def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "") -> Tensor:
-    """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order. Args: as launch_gather's."""
+    """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order.
+
+    Args: as launch_gather's.
+    """
     size, _, group = mesh.axes[axis]
     if size == 1:
         return x

@@ -20,7 +20,8 @@ def with_wires(g: Grad, name: str, edge: Edge) -> Grad:
       ChainError: the axis is not on the mesh, or has a wire for that direction already.
     """
     if edge.axis not in g.env.mesh.axes:
-        raise refuse(g, name, f"{edge.axis!r} is not an axis of the mesh ({g.env.mesh}); write one of {list(g.env.mesh.axes)}")
+        why = f"{edge.axis!r} is not an axis of the mesh ({g.env.mesh})"
+        raise refuse(g, name, f"{why}; write one of {list(g.env.mesh.axes)}")
     if edge.exact:
         return g
     try:
@@ -45,7 +46,8 @@ def summed(
         raise refuse(g, name, "it adds up sums, but the mean is already taken; put it further left")
     if axis not in lay.unreduced:
         why = f"it was summed before, or the batch is not split over it (batch={list(lay.batch)})"
-        raise refuse(g, name, f"the gradient is not a partial sum over {axis!r}: {why}; leave it out, or write batch=P({axis!r})")
+        what = f"the gradient is not a partial sum over {axis!r}"
+        raise refuse(g, name, f"{what}: {why}; leave it out, or write batch=P({axis!r})")
     order = (*lay.order, (axis, mesh.axes[axis].size))
     layout = replace(lay, unreduced=lay.unreduced - {axis}, sharded=(*lay.sharded, *sharded), order=order)
     offset = mesh.index(axis) * lay.stride
@@ -78,9 +80,10 @@ def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
 
 
 def reduce_scatter(axis: str, wire: Wire = as_born) -> Transform:
-    """The sum over a mesh axis, each rank keeping its rows; the transpose of all_gather, and the opening edge of `shard`.
+    """The sum over a mesh axis, each rank keeping its rows: the transpose of all_gather, and the opening edge of `shard`.
 
-    Layout: unreduced over axis, sharded (...) -> sharded (..., axis). A chain that leaves it so is refused: prefer shard(axis, ...).
+    Layout: unreduced over axis, sharded (...) -> sharded (..., axis). A chain that leaves it so is refused: prefer
+    shard(axis, ...).
 
     Args:
       axis: a mesh axis that the batch is split over.
@@ -96,7 +99,9 @@ def reduce_scatter(axis: str, wire: Wire = as_born) -> Transform:
 
 
 def all_gather(axis: str, wire: Wire = as_born) -> Transform:
-    """Gradients or new parameters joined over a mesh axis: the closing edge of `shard`. New parameters travel in `policy.compute`.
+    """Gradients or new parameters joined over a mesh axis: the closing edge of `shard`.
+
+    New parameters travel in `policy.compute`.
 
     Layout: sharded (..., axis) -> sharded (...).
 

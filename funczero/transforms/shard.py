@@ -25,8 +25,9 @@ def shard(
 ) -> Any:
     """`inside` on this rank's part of every leaf: a reduce-scatter where it opens, an all-gather where it closes.
 
-    Law: opening it earlier changes bytes and memory, never values, nor bits when the chain deals the rows. With a gradient
-    inside, parameters rest sharded and the bracket has no closing edge. Brackets nest to any depth, outermost axis first.
+    Law: opening it earlier changes bytes and memory, never values, nor bits when the chain deals the rows. With a
+    gradient inside, parameters rest sharded and the bracket has no closing edge. Brackets nest to any depth, outermost
+    axis first. A wire that rounds does so once for every sum over the axis, so fewer sums round less.
 
     Args:
       axis: a mesh axis that the batch is split over.
@@ -34,8 +35,8 @@ def shard(
       rules: (regex on the path, P): which tensor dim the axis cuts; P() keeps a leaf whole. By default dim 0. Binds inner brackets.
         Or a function (path, shape) -> P, or None for the default. Asked once a leaf, and the same answer on every rank.
       threshold: leaves with fewer elements stay whole (DeepSpeed: stage3_param_persistence_threshold).
-      gather: how views travel over this axis: to a forward, to an evaluation, where the bracket closes, after a restore. Masters
-        are exact, and so is a leaf that the axis leaves whole, for it does not travel.
+      gather: how views travel over this axis: to a forward, to an evaluation, where the bracket closes, after a
+        restore. Masters are exact, and so is a leaf that the axis leaves whole, for it does not travel.
       scatter: how gradients travel on their way to the sum, which is taken in `policy.accumulate`.
 
     Raises:
