@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from funczero.core import tree
 from funczero.core.types import Metrics, TrainState
-from funczero.deepspeed.config.build import Rates
+from funczero.deepspeed.config.optimizers import Rates
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.graphs import stamp

@@ -11,8 +11,8 @@ from torch import Tensor
 from funczero.core.number import number
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Grad, GradientTransformation, Group, Reading, Transform, Updated
-from funczero.deepspeed.config.build import Rates, make_optimizer, rates_of
 from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.optimizers import Rates, make_optimizer, rates_of
 from funczero.deepspeed.config.resolved import Config, Value
 from funczero.layout.slots import Slots
 from funczero.transforms.mean import value
