@@ -110,7 +110,7 @@ def chain_of(
     stage, k = config.value("zero_optimization.stage"), config.triad.steps
     over_time: tuple[Any, ...] = (accumulate(k, stream=stream),) if stream or k > 1 else ()
     narrow, scatter, first = dtype_name(config.value("communication_data_type")), as_born, source
-    if narrow is not None and narrow not in ("float32", config.compute):  # lossy: the gradient is rounded where it is sent
+    if narrow is not None and narrow not in ("float32", config.compute):  # gradients are rounded where they are sent
         alone = rounded(getattr(torch, narrow))
         if config.world.size > 1:
             scatter = cast(narrow)
