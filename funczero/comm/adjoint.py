@@ -68,7 +68,7 @@ def _over_rows(fn: Any, dim: int | None, x: Tensor, axis: str, mesh: Mesh) -> tu
 def gather_rows(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
     """Every rank's equal rows of dim 0, joined in the order of ranks; differentiable any number of times.
 
-    Transpose: scatter_rows. Layout: split over axis -> whole. `mesh` is a connected Mesh, as step.mesh.
+    Transpose: scatter_rows. Layout: split over axis -> whole. `mesh` is a connected Mesh, as step.live_mesh.
     """
     return x if mesh.axes[axis].size == 1 else _Gather.apply(x, axis, mesh)
 

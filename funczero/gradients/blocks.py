@@ -1,4 +1,4 @@
-"""The blocks of a module at the seam: each one's unit is opened, its parameters are bound, it runs, and it is closed."""
+"""The blocks of a module at the seam: a unit is opened, its parameters are bound, the block runs, and it is closed."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,10 +10,12 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.gradients.arrivals import Group
 from funczero.gradients.layers import run_block, run_unit
-from funczero.gradients.tape import Ref
+from funczero.gradients.ref import Ref
 from funczero.gradients.units import neighbours
 
-Forward = Callable[[dict[str, Any], tuple[Any, ...], dict[str, Any]], Any]  # (parameters by name, args, kwargs) -> output
+Forward = Callable[
+    [dict[str, Any], tuple[Any, ...], dict[str, Any]], Any
+]  # (parameters by name, args, kwargs) -> output
 
 
 class Again(NamedTuple):
@@ -32,7 +34,13 @@ class Blocks(NamedTuple):
     groups: list[Group]  # the units that each one's parameters lie in
 
     def run(
-        self, i: int, closed: dict[str, Any], forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], again: Again | None = None
+        self,
+        i: int,
+        closed: dict[str, Any],
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        again: Again | None = None,
     ) -> Any:
         """forward(parameters, *args, **kwargs) of block i, with its unit open for as long as it runs.
 
@@ -49,7 +57,9 @@ class Blocks(NamedTuple):
         tape = next((r.tape for r in closed.values() if isinstance(r, Ref)), None)
         if tape is None:
             return forward(closed, args, kwargs)
-        opened = lambda leaves: forward({n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs)
+        opened = lambda leaves: forward(
+            {n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs
+        )
         return run_unit(tape, group, opened, *around)
 
 
@@ -69,7 +79,11 @@ def _checked(path: str, forward: Forward, again: Again) -> Forward:
 
 
 def repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Arguments without empty key-value caches, which a block that runs twice would fill twice; other objects are refused."""
+    """Arguments of a block that runs twice, without empty key-value caches, which it would fill twice.
+
+    Raises:
+      TypeError: an argument is another object, which may be another one at the second run.
+    """
     empty = lambda x: callable(getattr(x, "get_seq_length", None)) and int(x.get_seq_length()) == 0
     bare = {k: False if k == "use_cache" else None if empty(x) else x for k, x in kwargs.items()}
     both = tuple(None if empty(x) else x for x in args), bare

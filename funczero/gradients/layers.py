@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from funczero.core import rng, tree
 from funczero.gradients.arrivals import Group
 from funczero.gradients.draws import foreseen
+from funczero.gradients.ref import Ref
 from funczero.gradients.surroundings import Uncached, here, restored
-from funczero.gradients.tape import Ref, Tape
+from funczero.gradients.tape import Tape
 
 Run = Callable[[dict[int, Tensor]], Any]  # a block as a function of its open leaves, by leaf number
 

@@ -8,8 +8,9 @@ import torch
 
 from funczero.core import tree
 from funczero.core.types import GradientTransformation
-from funczero.deepspeed.config.build import chain_of, optimizer_of, rates_of
+from funczero.deepspeed.config.build import chain_of
 from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.optimizers import optimizer_of, rates_of
 from funczero.deepspeed.config.reading import parsed
 from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config

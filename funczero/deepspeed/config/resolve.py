@@ -12,7 +12,7 @@ from funczero.deepspeed.config.key import ROWS, ConfigError, Key
 from funczero.deepspeed.config.keys import KEYS, LITERAL_AUTO
 from funczero.deepspeed.config.reading import Document, read
 from funczero.deepspeed.config.resolved import Config, Value
-from funczero.deepspeed.config.triad import BATCH, MICRO, NAMES, STEPS, World, derive
+from funczero.deepspeed.config.triad import BATCH, MICRO, NAMES, STEPS, WorldSize, derive
 from funczero.deepspeed.config.typed import typed
 from funczero.layout.mesh import world_size
 
@@ -25,7 +25,7 @@ _BY_WIDTH = {
 
 
 def resolve(
-    config: str | Path | Mapping[str, Any], world: int | World | None = None, auto: Mapping[str, Any] | None = None
+    config: str | Path | Mapping[str, Any], world: int | WorldSize | None = None, auto: Mapping[str, Any] | None = None
 ) -> Config:
     """Reads and checks a config, and fills in what it leaves open.
 
@@ -74,16 +74,16 @@ def resolve(
     return resolved._replace(notes=(*notes, *unused(resolved), *lossy(resolved)))
 
 
-def _world(world: int | World | None) -> World:
-    if isinstance(world, World):
+def _world(world: int | WorldSize | None) -> WorldSize:
+    if isinstance(world, WorldSize):
         return world
     if world is None:
-        return World(
+        return WorldSize(
             world_size(), "WORLD_SIZE of the environment" if "WORLD_SIZE" in os.environ else "the processes there are"
         )
     if isinstance(world, bool) or not isinstance(world, int) or world < 1:
         raise ConfigError(f"world: {world!r} is not a number of processes; write an int of at least 1")
-    return World(world, "the argument world")
+    return WorldSize(world, "the argument world")
 
 
 def _spelling(v: Value, path: str) -> str:

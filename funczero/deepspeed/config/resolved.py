@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from funczero.deepspeed.config.triad import Triad, World
+from funczero.deepspeed.config.triad import Triad, WorldSize
 
 DTYPES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
@@ -21,7 +21,7 @@ class Config(NamedTuple):
 
     name: str
     values: dict[str, Value]
-    world: World
+    world: WorldSize
     triad: Triad
     notes: tuple[str, ...]  # what was accepted without effect, one sentence each
 

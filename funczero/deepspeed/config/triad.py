@@ -12,7 +12,7 @@ BATCH, MICRO, STEPS = NAMES = ("train_batch_size", "train_micro_batch_size_per_g
 Given = tuple[int | None, int | None, int | None]
 
 
-class World(NamedTuple):
+class WorldSize(NamedTuple):
     """How many ranks share the batch, and who said so."""
 
     size: int
@@ -27,7 +27,7 @@ class Triad(NamedTuple):
     steps: int
 
 
-def derive(batch: int | None, micro: int | None, steps: int | None, world: World, where: str = "") -> Triad:
+def derive(batch: int | None, micro: int | None, steps: int | None, world: WorldSize, where: str = "") -> Triad:
     """The triad from any of its numbers, by DeepSpeed's rules; what is missing is derived, what cannot be is refused.
 
     Law: batch == micro * steps * world, all positive.
@@ -40,7 +40,7 @@ def derive(batch: int | None, micro: int | None, steps: int | None, world: World
     Raises:
       ConfigError: with all numbers, where the world size came from, and two corrections (`fixes`), each of them valid.
 
-    >>> derive(32, 4, None, World(2, "given"))
+    >>> derive(32, 4, None, WorldSize(2, "given"))
     Triad(batch=32, micro=4, steps=4)
     """
     given, n = (batch, micro, steps), world.size

@@ -90,7 +90,7 @@ class Checkpoints(Weights):
         return {
             "counts": counts,
             "k": self._k,
-            "taken": self.micro_batches(),
+            "taken": self.window_length(),
             "lr_scheduler": self.lr_scheduler.state_dict() if kept else None,
             "buffers": dict(self.module.named_buffers()),
         }

@@ -54,7 +54,7 @@ class Engine(Checkpoints):
           RuntimeError: a window is open, or the chain scales no loss.
         """
         own = self.train_step.state_of(self._state, ScaleLoss)
-        if own is None or self.micro_batches():
+        if own is None or self.window_length():
             why = "the scale stands still within a window, and only fp16 has one; call it right after an update"
             raise RuntimeError(f"override_loss_scale: {why}")
         self._state = self.train_step.with_state(self._state, own._replace(scale=torch.full_like(own.scale, scale)))

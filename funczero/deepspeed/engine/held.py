@@ -104,7 +104,7 @@ class Closed(Held):
         if engine is None:
             part = getattr(self, "part", None)
             return torch.empty(0, dtype=self.dtype) if part is None else part
-        slots = engine._state.params
+        slots = engine.state.params
         return slots.leaves()[number(slots.where.structure, self.home[1])].detach()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -10,8 +10,9 @@ import torch
 from absl import logging
 from torch import Tensor, nn
 
-from funczero.deepspeed.config.build import Rates, chain_of
+from funczero.deepspeed.config.build import chain_of
 from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.optimizers import Rates
 from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks

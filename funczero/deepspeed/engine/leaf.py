@@ -24,7 +24,7 @@ def read_leaf(slots: Slots, name: str, mesh: Mesh) -> Tensor | None:
 
 
 def write_leaf(state: TrainState, name: str, value: Tensor) -> None:
-    """A whole leaf into the masters, and into the views where those are kept apart; in place, and without communication."""
+    """A whole leaf into the masters, and into the views where those are kept apart, in place. Nothing is sent."""
     for slots in (state.params, state.views) if state.views is not None else (state.params,):
         write_part(slots, name, value)
 
@@ -34,7 +34,10 @@ def write_part(slots: Slots, name: str, value: Tensor) -> None:
     i = number(slots.where.structure, name)
     part, shape = slots.leaves()[i], slots.where.structure.leaves[i].shape
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"parameter {name!r} has shape {tuple(shape)}, but the value has {tuple(value.shape)}; give one of the same shape")
+        raise ValueError(
+            f"parameter {name!r} has shape {tuple(shape)}, but the value has {tuple(value.shape)}; "
+            "give one of the same shape"
+        )
     assert part is not None
     part.data.copy_(value.detach()[_place(slots.where.slots[i])])
 

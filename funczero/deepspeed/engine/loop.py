@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from funczero.core import tree
 from funczero.core.types import Metrics, TrainState
-from funczero.deepspeed.config.build import Rates
+from funczero.deepspeed.config.optimizers import Rates
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.graphs import stamp
 from funczero.deepspeed.engine.holder import Holder
+from funczero.deepspeed.engine.leaf import write_leaf
 from funczero.deepspeed.engine.window import amended, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
 from funczero.layout.mesh import Mesh
@@ -83,7 +84,7 @@ class Loop(nn.Module):
         """
         _check_loss(loss)
         over = self._k if scale_wrt_gas else 1
-        more = self._again or self.micro_batches() >= self._k
+        more = self._again or self.window_length() >= self._k
         times = self._k // over  # a loss that is not averaged weighs as much as k of those that are
         pull = multiplied(self._holder.pull(loss, retain_graph, over), times)
         micro = (pull, loss if times == 1 else loss.detach() * times, 0.0 if more else 1.0)
@@ -165,9 +166,23 @@ class Loop(nn.Module):
         if self.optimizer is not None:
             self.optimizer.pull(state)
 
-    def micro_batches(self) -> int:
+    def window_length(self) -> int:
         """Micro-batches that the open window holds."""
         return taken(self._step, self._state)
+
+    def window_is_open(self, writes: bool) -> bool:
+        """Do parameters stand still now? From a backward to its step(), and for who writes until the update."""
+        return self._backwards > 0 or writes and self.window_length() > 0
+
+    def write_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Whole values by name into the masters, which forwards read from now on; every rank gives the same."""
+        for name, value in values.items():
+            write_leaf(self._state, name, value)
+        self.state = self._state
+
+    def refresh_parameters(self) -> None:
+        """The module's parameters show the state again, after somebody opened them."""
+        self._holder.refresh()
 
     def stray_gradient(self) -> str | None:
         """A parameter with a gradient of loss.backward(), of which the engine has not heard."""

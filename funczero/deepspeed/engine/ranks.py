@@ -30,7 +30,9 @@ def init_distributed(
     rank: int = -1,
     world_size: int = -1,
 ) -> None:
-    """Joins the world that torchrun, SLURM, OpenMPI or PMI describe, and says which; a world of one without any. A second call changes nothing.
+    """Joins the world that torchrun, SLURM, OpenMPI or PMI describe, and says which.
+
+    Without any of them it is a world of one. A second call changes nothing.
 
     Args:
       dist_backend: by name; nccl for CUDA and ROCm and gloo for the CPU by default.
@@ -49,12 +51,19 @@ def init_distributed(
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     who = environment.launcher(os.environ)
     if init_method is None and (auto_mpi_discovery or who == "torchrun"):
-        port = {"MASTER_PORT": str(distributed_port)} if who not in ("torchrun", None) and distributed_port != environment.PORT else {}
+        given = who not in ("torchrun", None) and distributed_port != environment.PORT
+        port = {"MASTER_PORT": str(distributed_port)} if given else {}
         os.environ.update(environment.read(port | os.environ) or {})
     if init_method is not None or timeout is not None:
         device = mesh.default_device().type
         backend = dist_backend or dist.get_default_backend_for_device(device)
-        dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        dist.init_process_group(
+            backend,
+            init_method=init_method,
+            timeout=timeout,
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )
     world = mesh.init_distributed(dist_backend)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     if verbose and world.rank == 0:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.facts import Facts
-from funczero.deepspeed.engine.leaf import write_leaf
 from funczero.deepspeed.engine.values import module_state
 
 
@@ -81,8 +80,6 @@ class Weights(Facts):
                 f"{'the state_dict' if odd[0] in state_dict else 'the module'}; "
                 "write strict=False to pass over such names"
             )
-        for n in named.keys() & state_dict.keys():
-            write_leaf(self._state, n, state_dict[n])
+        self.write_parameters({n: state_dict[n] for n in named.keys() & state_dict.keys()})
         for n in buffers.keys() & state_dict.keys():
             buffers[n].copy_(state_dict[n])
-        self.state = self._state

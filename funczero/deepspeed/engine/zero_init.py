@@ -1,4 +1,4 @@
-"""`deepspeed.zero.Init`: parameters are cut as soon as the module that holds them is built, so that no rank ever holds the model."""
+"""`zero.Init`: parameters are cut as soon as the module that holds them is built, so that no rank holds the model."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from funczero.comm.launch import broadcast, launch_gather, wait
 from funczero.deepspeed.engine import ranks
@@ -16,10 +19,10 @@ from funczero.layout.lazy import Fill
 
 
 class Init:
-    """Modules built inside hold this rank's rows of rank 0's values; initialize(model=...) takes them over, at any stage.
+    """Modules built inside hold this rank's rows of rank 0's values. initialize(model=...) takes them, at any stage.
 
-    Law: at most this rank's share of the model and the largest submodule with parameters of its own are in memory. Code that initialises
-    parameters later (module.apply) opens them with GatheredParameters.
+    Law: at most this rank's share of the model and the largest submodule with parameters of its own are in memory. Code
+    that initialises parameters later (module.apply) opens them with GatheredParameters.
 
     Args:
       module: cut this one, which is built already.
@@ -30,13 +33,25 @@ class Init:
     """
 
     def __init__(
-        self, module: nn.Module | None = None, data_parallel_group: Any = None, mem_efficient_linear: bool = True, remote_device: str | None = None, pin_memory: bool = False,
-        config_dict_or_path: Any = None, config: Any = None, enabled: bool = True, dtype: torch.dtype | None = None, mpu: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+    ) -> None:
         if mpu is not None or data_parallel_group is not None:
             raise ValueError("zero.Init: it cuts over all processes; leave mpu and data_parallel_group out")
         if remote_device not in (None, "none"):
-            raise ValueError(f"zero.Init: remote_device={remote_device!r} asks for offload, which does not exist here yet; leave it out")
+            raise ValueError(
+                f"zero.Init: remote_device={remote_device!r} asks for offload, which does not exist here yet; "
+                "leave it out"
+            )
         self.enabled, self.dtype = enabled, dtype
         self._owners: list[nn.Module] = []
         self._hooks: list[Any] = []
@@ -48,7 +63,10 @@ class Init:
     def __enter__(self) -> Init:
         if self.enabled:
             ranks.init_distributed(verbose=False)
-            self._hooks = [register_module_module_registration_hook(self._built), register_module_parameter_registration_hook(self._owns)]
+            self._hooks = [
+                register_module_module_registration_hook(self._built),
+                register_module_parameter_registration_hook(self._owns),
+            ]
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
@@ -149,4 +167,6 @@ def opened(params: list[Any], rank: int | None) -> Iterator[None]:
                 value = broadcast(value, rank, ranks.world_mesh(f"GatheredParameters, parameter {name!r}"))
             close(p, name, value)
         if rank is None and touched:
-            raise RuntimeError(f"GatheredParameters: {touched[0]!r} was written to on this rank alone; write modifier_rank=0")
+            raise RuntimeError(
+                f"GatheredParameters: {touched[0]!r} was written to on this rank alone; write modifier_rank=0"
+            )

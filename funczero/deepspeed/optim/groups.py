@@ -1,4 +1,4 @@
-"""Param groups as leaves of the state: what the optimizer's face shows, a hand may edit, and the schedule writes after every applied update."""
+"""Param groups as leaves of the state, which a hand may edit and the schedule writes after every applied update."""
 from __future__ import annotations
 
 import math
@@ -11,8 +11,8 @@ from torch import Tensor
 from funczero.core.number import number
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Grad, GradientTransformation, Group, Reading, Transform, Updated
-from funczero.deepspeed.config.build import Rates, make_optimizer, rates_of
 from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.optimizers import Rates, make_optimizer, rates_of
 from funczero.deepspeed.config.resolved import Config, Value
 from funczero.layout.slots import Slots
 from funczero.transforms.mean import value
@@ -33,8 +33,8 @@ class ByGroup(NamedTuple):
 def grouped(name: str, optimizer: ByGroup, groups: Sequence[Row], rates: Sequence[Rates] = ()) -> Transform:
     """The last optimizer of a chain, with the numbers of its groups as leaves of the state, under "param_groups".
 
-    Law: with groups that nobody edits it gives the bits of the same optimizer with the same rates. An edit holds until the schedule's
-    next write, which follows an applied update.
+    Law: with groups that nobody edits it gives the bits of the same optimizer with the same rates. An edit holds until
+    the schedule's next write, which follows an applied update.
 
     Args:
       name: the optimizer's.
@@ -74,7 +74,11 @@ def leaves(groups: Sequence[Row]) -> dict[str, Tensor]:
 
 def numbers(own: Mapping[str, Tensor]) -> list[Row]:
     """Groups as plain numbers."""
-    columns = {name: [tuple(x) if isinstance(x, list) else x for x in t.tolist()] for name, t in own.items() if name != "updates"}
+    columns = {
+        name: [tuple(x) if isinstance(x, list) else x for x in t.tolist()]
+        for name, t in own.items()
+        if name != "updates"
+    }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -114,10 +118,18 @@ def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Ro
     for i, g in enumerate(given):
         odd = next((n for n in g if n not in ("params", "name", "param_names", *shown)), None)
         if odd is not None:
-            raise ConfigError(f"model_parameters: group {i} has {odd!r}, which {kind} does not take by group; write some of {', '.join(shown)}")
-        out.append({n: tuple(map(float, g.get(n, x))) if n == "betas" else float(g.get(n, x)) for n, x in shown.items()})
+            raise ConfigError(
+                f"model_parameters: group {i} has {odd!r}, which {kind} does not take by group; "
+                f"write some of {', '.join(shown)}"
+            )
+        out.append(
+            {n: tuple(map(float, g.get(n, x))) if n == "betas" else float(g.get(n, x)) for n, x in shown.items()}
+        )
     if len({g.get("betas") for g in out}) > 1:
-        raise ConfigError("model_parameters: the groups have different betas, which the config's optimizer keeps for all; give optimizer=torch.optim.AdamW(groups)")
+        raise ConfigError(
+            "model_parameters: the groups have different betas, which the config's optimizer keeps for all; "
+            "give optimizer=torch.optim.AdamW(groups)"
+        )
     return out
 
 
@@ -134,10 +146,16 @@ def config_optimizer(config: Config, home: Mapping[str, int]) -> ByGroup:
 
     def read(rows: list[Row], params: Slots) -> Reading:
         if len({row.get("betas") for row in rows}) > 1:
-            raise ValueError("param_groups: the groups have different betas, but this optimizer keeps one pair for all; write the same in each")
+            raise ValueError(
+                "param_groups: the groups have different betas, but this optimizer keeps one pair for all; "
+                "write the same in each"
+            )
         alike = len({row["lr"] for row in rows}) == 1
         if not alike and not ours:
-            raise TypeError("from_torch: lr differs by group, but these classes keep one number for all leaves; write the same in each")
+            raise TypeError(
+                "from_torch: lr differs by group, but these classes keep one number for all leaves; "
+                "write the same in each"
+            )
         members, found = by_group(params, home), dict[tuple[Any, ...], Group]()
         for i, row in enumerate(rows):
             rates = {**constant, **_checked(tx.name if alike else f"{tx.name}: param_groups[{i}]", row)}

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from funczero.deepspeed.config.build import schedule_of
+from funczero.deepspeed.config.optimizers import schedule_of
 from funczero.deepspeed.config.options import SCHEDULERS
 
 
