@@ -31,6 +31,7 @@ from funczero import data as data
 from funczero.checkpoint import Checkpointer as Checkpointer
 from funczero.checkpoint import CheckpointError as CheckpointError
 from funczero.checkpoint import Notice as Notice
+from funczero.checkpoint.reshard import reshard as reshard
 from funczero.comm.launch import count_bytes as count_bytes
 from funczero.comm.wire import Wire as Wire
 from funczero.comm.wire import as_born as as_born

@@ -105,7 +105,7 @@ def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], T
     cast: dict[tuple[str, str], int] = {}
     for name, part in parts.items():
         _check(name, part, manifest.arrays[source[name]], cast)
-    views = {} if state.views is None else _views(state.views, everything)
+    views = {} if state.views is None else views_of(state.views, everything)
     if not context.donated:
         _keep(everything, views, {*parts, *rates.parts}, dropped, fresh, context)
     reader = Reader(path / ARRAYS, manifest.arrays)
@@ -149,7 +149,7 @@ def _keep(everything: dict[str, Part], views: dict[str, Part], read: set[str], d
     if left:
         given = fresh()
         parts = named(given, context.rank, context.size).parts
-        others = {} if given.views is None else _views(given.views, parts)
+        others = {} if given.views is None else views_of(given.views, parts)
         for mine, theirs in ((everything, parts), (views, others)):
             for n in (n for n in left if n in mine):
                 for x in (mine[n].value, *mine[n].also):
@@ -257,7 +257,7 @@ def _check(name: str, part: Part, array: Array, cast: dict[tuple[str, str], int]
         cast[array.dtype, dtype_name(want)] = cast.get((array.dtype, dtype_name(want)), 0) + 1
 
 
-def _views(views: Slots, parts: dict[str, Part]) -> dict[str, Part]:
+def views_of(views: Slots, parts: dict[str, Part]) -> dict[str, Part]:
     """Wider copies of the masters: the same leaves, other ranges."""
     leaves, slots = views.leaves(), views.where.slots
     out = {}
