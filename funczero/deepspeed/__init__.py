@@ -16,12 +16,12 @@ from funczero.deepspeed.config.explain import differences as differences
 from funczero.deepspeed.config.key import ConfigError as ConfigError
 from funczero.deepspeed.config.key import Key as Key
 from funczero.deepspeed.config.keys import KEYS as KEYS
-from funczero.deepspeed.config.optimizers import Rates as Rates
+from funczero.deepspeed.config.optimizers import GroupRates as GroupRates
 from funczero.deepspeed.config.optimizers import optimizer_of as optimizer_of
 from funczero.deepspeed.config.optimizers import rates_of as rates_of
 from funczero.deepspeed.config.resolve import resolve as resolve
 from funczero.deepspeed.config.resolved import Config as Config
-from funczero.deepspeed.config.resolved import Value as Value
+from funczero.deepspeed.config.resolved import Setting as Setting
 from funczero.deepspeed.config.triad import Triad as Triad
 from funczero.deepspeed.config.triad import WorldSize as WorldSize
 from funczero.deepspeed.engine.device import get_accelerator as get_accelerator

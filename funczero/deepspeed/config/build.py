@@ -15,7 +15,7 @@ from funczero.core.transform import after
 from funczero.core.types import Grad, GradientTransformation, Transform
 from funczero.deepspeed.config.key import ConfigError
 from funczero.deepspeed.config.keys import ENGINE, KEYS
-from funczero.deepspeed.config.optimizers import Optimizer, optimizer_of
+from funczero.deepspeed.config.optimizers import GivenOptimizer, optimizer_of
 from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config, dtype_name
 from funczero.gradients.gradient import pullback as pulled
@@ -36,7 +36,7 @@ def from_deepspeed(
     *,
     pullback: bool = False,
     world: int | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: GivenOptimizer | None = None,
     auto: Mapping[str, Any] | None = None,
     axis: str | tuple[str, ...] = "data",
     units: Sequence[str] | None = None,

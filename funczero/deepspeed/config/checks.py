@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 from funczero.deepspeed.config.key import NO_OP, REFUSED, ConfigError, Key, switched_off
 from funczero.deepspeed.config.reading import Document
-from funczero.deepspeed.config.resolved import Config, Value, dtype_name
+from funczero.deepspeed.config.resolved import Config, Setting, dtype_name
 from funczero.deepspeed.config.typed import as_json
 
 
-def judged(doc: Document, found: Mapping[str, Value], table: Mapping[str, Key]) -> list[str]:
+def judged(doc: Document, found: Mapping[str, Setting], table: Mapping[str, Key]) -> list[str]:
     """Refuses what would change the training; a note for every key that changes nothing here."""
     notes = []
     for path, (value, origin, line) in found.items():
@@ -29,7 +29,7 @@ def judged(doc: Document, found: Mapping[str, Value], table: Mapping[str, Key]) 
 def unused(c: Config) -> list[str]:
     """Values of the optimizer that its scheduler does not read."""
     kind, top = c.value("scheduler.type"), c.block("scheduler.params")
-    given = lambda name: c.values.get(f"optimizer.params.{name}", Value(None, "default")).origin != "default"
+    given = lambda name: c.values.get(f"optimizer.params.{name}", Setting(None, "default")).origin != "default"
     out = []
     if given("lr") and (
         kind in ("LRRangeTest", "OneCycle") or top.get("warmup_max_lr") not in (None, c.value("optimizer.params.lr"))

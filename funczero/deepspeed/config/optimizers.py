@@ -12,17 +12,17 @@ from funczero.optim import schedules
 from funczero.optim.rates import Rate
 from funczero.optim.schedules import Schedule
 
-Optimizer = GradientTransformation | Callable[[Rate], GradientTransformation]
+GivenOptimizer = GradientTransformation | Callable[[Rate], GradientTransformation]
 
 
-class Rates(NamedTuple):
+class GroupRates(NamedTuple):
     """What changes from update to update: the learning rate, and beta 1 where the scheduler moves it too."""
 
     lr: float | Schedule | None  # None: the config names neither an optimizer nor a rate
     momentum: Schedule | None = None
 
 
-def rates_of(config: Config, lr: float | None = None) -> Rates:
+def rates_of(config: Config, lr: float | None = None) -> GroupRates:
     """The learning rate of the config as a number or a function of applied updates, and beta 1 where OneCycle moves it.
 
     Args:
@@ -31,7 +31,7 @@ def rates_of(config: Config, lr: float | None = None) -> Rates:
     kind, p = config.values.get("scheduler.type"), config.block("scheduler.params")
     own = config.value("optimizer.params.lr") if "optimizer.params.lr" in config.values else lr
     if kind is None or kind.value is None:
-        return Rates(own)
+        return GroupRates(own)
     try:
         return schedule_of(kind.value, p, own)
     except (ValueError, TypeError) as e:
@@ -44,7 +44,7 @@ def _remedied(error: Exception, block: str) -> str:
     return f"{error}" if "write" in str(error) else f"{error}; write other {block}"
 
 
-def schedule_of(kind: str, p: dict[str, Any], own: Any) -> Rates:
+def schedule_of(kind: str, p: dict[str, Any], own: Any) -> GroupRates:
     """A scheduler type with its parameters as functions of applied updates.
 
     Args:
@@ -53,7 +53,7 @@ def schedule_of(kind: str, p: dict[str, Any], own: Any) -> Rates:
     """
     if kind == "LRRangeTest":
         names = "min_lr", "step_size", "step_rate", "staircase"
-        return Rates(schedules.lr_range_test(*(p[f"lr_range_test_{n}"] for n in names)))
+        return GroupRates(schedules.lr_range_test(*(p[f"lr_range_test_{n}"] for n in names)))
     if kind == "OneCycle":
         shape = {
             "first": p["cycle_first_step_size"],
@@ -65,20 +65,24 @@ def schedule_of(kind: str, p: dict[str, Any], own: Any) -> Rates:
         lr = schedules.one_cycle(p["cycle_min_lr"], p["cycle_max_lr"], decay_rate=p["decay_lr_rate"], **shape)
         low, high, decay = p["cycle_min_mom"], p["cycle_max_mom"], p["decay_mom_rate"]
         momentum = schedules.one_cycle_momentum(low, high, decay_rate=decay, **shape)
-        return Rates(lr, momentum if p["cycle_momentum"] else None)
+        return GroupRates(lr, momentum if p["cycle_momentum"] else None)
     if kind == "WarmupCosineLR":
         rise = p["warmup_num_steps"], p["warmup_min_ratio"]
-        return Rates(schedules.warmup_cosine_lr(own, p["total_num_steps"], *rise, p["cos_min_ratio"], p["warmup_type"]))
+        return GroupRates(
+            schedules.warmup_cosine_lr(own, p["total_num_steps"], *rise, p["cos_min_ratio"], p["warmup_type"])
+        )
     if kind in ("WarmupLR", "WarmupDecayLR"):
         peak = own if p["warmup_max_lr"] is None else p["warmup_max_lr"]
         way = p["warmup_num_steps"], p["warmup_min_lr"], p["warmup_type"]
         if kind == "WarmupLR":
-            return Rates(schedules.warmup_lr(peak, *way))
-        return Rates(schedules.warmup_decay_lr(peak, p["total_num_steps"], *way))
-    return Rates(schedules.from_torch(kind, own, **p))
+            return GroupRates(schedules.warmup_lr(peak, *way))
+        return GroupRates(schedules.warmup_decay_lr(peak, p["total_num_steps"], *way))
+    return GroupRates(schedules.from_torch(kind, own, **p))
 
 
-def optimizer_of(config: Config, given: Optimizer | None = None, rates: Rates | None = None) -> GradientTransformation:
+def optimizer_of(
+    config: Config, given: GivenOptimizer | None = None, rates: GroupRates | None = None
+) -> GradientTransformation:
     """The config's optimizer with its rates, or the one given.
 
     Args:

@@ -11,7 +11,7 @@ from funczero.deepspeed.config.entries import entries, typed_keys, unknown
 from funczero.deepspeed.config.key import ROWS, ConfigError, Key
 from funczero.deepspeed.config.keys import KEYS, LITERAL_AUTO
 from funczero.deepspeed.config.reading import Document, read
-from funczero.deepspeed.config.resolved import Config, Value
+from funczero.deepspeed.config.resolved import Config, Setting
 from funczero.deepspeed.config.triad import BATCH, MICRO, NAMES, STEPS, WorldSize, derive
 from funczero.deepspeed.config.typed import typed
 from funczero.layout.mesh import world_size
@@ -40,18 +40,18 @@ def resolve(
 
     >>> c = resolve({"train_batch_size": 8, "zero_optimization": True}, world=2)
     >>> c.triad, c.value("zero_optimization.stage"), c.values["gradient_clipping"]
-    (Triad(batch=8, micro=4, steps=1), 1, Value(value=1.0, origin='default', line=None))
+    (Triad(batch=8, micro=4, steps=1), 1, Setting(value=1.0, origin='default', line=None))
     """
     doc = read(config)
     notes: list[str] = []
     table = KEYS | typed_keys(doc)
-    found: dict[str, Value] = {}
+    found: dict[str, Setting] = {}
     for path, value, origin, spelled in entries(doc, doc.raw, "", "", table):
         if path in found:
             raise ConfigError(
                 f"{doc.where(spelled)}it says the same as {_spelling(found[path], path)}; delete one of the two"
             )
-        found[path] = Value(value, origin, doc.lines.get(spelled))
+        found[path] = Setting(value, origin, doc.lines.get(spelled))
         if origin.startswith("alias"):
             notes.append(f"{spelled} is an old spelling of {path}")
     found = _filled(doc, found, table, auto or {})
@@ -62,13 +62,13 @@ def resolve(
         block, name = missing.split(".")[0], missing.rsplit(".", 1)[1]
         why = f"{name!r} is missing, and {found[block + '.type'].value} has no default for it; add {name!r}"
         raise ConfigError(f"{doc.where(block + '.params')}{why}")
-    values = {path: found.get(path, Value(key.default, "default")) for path, key in table.items()}
+    values = {path: found.get(path, Setting(key.default, "default")) for path, key in table.items()}
     size = _world(world)
     triad = derive(values[BATCH].value, values[MICRO].value, values[STEPS].value, size, f"{doc.name}: ")
     if triad.batch > ROWS:
         said = f"{' * '.join(str(x) for x in triad[1:])} * {size.size} = {triad.batch} rows an update are out of range"
         raise ConfigError(f"{doc.where(BATCH)}{said}; write a batch of at most {ROWS:g}")
-    values |= {name: Value(x, "derived") for name, x in zip(NAMES, triad, strict=True) if values[name].value is None}
+    values |= {name: Setting(x, "derived") for name, x in zip(NAMES, triad, strict=True) if values[name].value is None}
     resolved = Config(doc.name, values, size, triad, tuple(notes))
     agree(resolved)
     return resolved._replace(notes=(*notes, *unused(resolved), *lossy(resolved)))
@@ -86,13 +86,13 @@ def _world(world: int | WorldSize | None) -> WorldSize:
     return WorldSize(world, "the argument world")
 
 
-def _spelling(v: Value, path: str) -> str:
+def _spelling(v: Setting, path: str) -> str:
     return v.origin.removeprefix("alias ") if v.origin.startswith("alias") else path
 
 
 def _filled(
-    doc: Document, found: dict[str, Value], table: Mapping[str, Key], auto: Mapping[str, Any]
-) -> dict[str, Value]:
+    doc: Document, found: dict[str, Setting], table: Mapping[str, Key], auto: Mapping[str, Any]
+) -> dict[str, Setting]:
     """The one place where "auto" is replaced."""
     for name in auto:
         if (

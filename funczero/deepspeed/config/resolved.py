@@ -8,7 +8,7 @@ from funczero.deepspeed.config.triad import Triad, WorldSize
 DTYPES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
-class Value(NamedTuple):
+class Setting(NamedTuple):
     """A key's value and its origin: file, default, auto, derived, or the old spelling it was given under."""
 
     value: Any
@@ -20,7 +20,7 @@ class Config(NamedTuple):
     """A resolved config: every key that exists, dotted, with its value."""
 
     name: str
-    values: dict[str, Value]
+    values: dict[str, Setting]
     world: WorldSize
     triad: Triad
     notes: tuple[str, ...]  # what was accepted without effect, one sentence each

@@ -14,7 +14,10 @@ from funczero.transforms.chain import Source
 
 
 class Holder(Protocol):
-    """What stands between a module's parameters and a chain's state: `Whole` at stages 0 to 2, `Sharded` at stage 3."""
+    """What stands between a module's parameters and a chain's state.
+
+    It is `WholeParameters` at stages 0 to 2, and `ShardedParameters` at stage 3.
+    """
 
     kind: type[Held]  # what a parameter of the module is, for as long as an engine holds it
     module: nn.Module  # the user's

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from funczero.deepspeed.config.build import chain_of
 from funczero.deepspeed.config.key import ConfigError
-from funczero.deepspeed.config.optimizers import Rates
+from funczero.deepspeed.config.optimizers import GroupRates
 from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
@@ -20,11 +20,11 @@ from funczero.deepspeed.engine.engine import Engine
 from funczero.deepspeed.engine.held import Closed, named, take
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.loader import Loader
-from funczero.deepspeed.engine.sharded import Sharded
-from funczero.deepspeed.engine.whole import Whole
+from funczero.deepspeed.engine.sharded import ShardedParameters
+from funczero.deepspeed.engine.whole import WholeParameters
 from funczero.deepspeed.engine.zero_init import reopen
 from funczero.deepspeed.optim.clients import client_groups, client_optimizer
-from funczero.deepspeed.optim.groups import ByGroup, Row, config_groups, config_optimizer, group_rates, grouped
+from funczero.deepspeed.optim.groups import ByGroup, Numbers, config_groups, config_optimizer, group_rates, grouped
 from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
 from funczero.deepspeed.optim.schedulers import FromConfig
 from funczero.layout.mesh import P, plan_mesh, world_size
@@ -181,7 +181,7 @@ def _groups(model: nn.Module, given: Iterable[Any] | None) -> Groups:
 
 def _built(
     config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any
-) -> tuple[Step, Holder, list[Row], list[Rates]]:
+) -> tuple[Step, Holder, list[Numbers], list[GroupRates]]:
     """The step over the module's parameters, how forwards read them, the groups' numbers and the config's rates."""
     by_id = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
     home = {n: by_id.get(id(p), 0) for n, p in named(model).items()}
@@ -212,7 +212,7 @@ def _built(
     if rates and lr_scheduler is not None:
         raise ConfigError(f"{config.where('scheduler.type')}the call gives lr_scheduler=, too; delete one of the two")
     whole = config.value("zero_optimization.stage") < 3
-    holder: Holder = Whole(model) if whole else Sharded(model)
+    holder: Holder = WholeParameters(model) if whole else ShardedParameters(model)
     source = holder.source(P("data"), lambda path: path in trained)
     weight = 2.0 ** round(math.log2(config.triad.steps))
     optimizer: Any = grouped(name, make, numbers, rates)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from funczero.core import tree
 from funczero.core.types import Metrics, TrainState
-from funczero.deepspeed.config.optimizers import Rates
+from funczero.deepspeed.config.optimizers import GroupRates
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.graphs import stamp
@@ -27,7 +27,7 @@ class Loop(nn.Module):
     """A module, a step, its state, and where the loop stands in the window of micro-batches."""
 
     def __init__(
-        self, holder: Holder, config: Config, step: Step, state: TrainState, rates: Sequence[Rates] = ()
+        self, holder: Holder, config: Config, step: Step, state: TrainState, rates: Sequence[GroupRates] = ()
     ) -> None:
         """Use initialize.
 

@@ -35,7 +35,7 @@ from funczero.step.step import Step
 from funczero.transforms.chain import Source
 
 
-class Sharded:
+class ShardedParameters:
     """Parameters rest in shards, and one set of leaves a window is shared by all its forwards; see Holder."""
 
     kind: type[Held] = Closed

@@ -16,7 +16,7 @@ from funczero.step.step import Step
 from funczero.transforms.chain import Source
 
 
-class Whole:
+class WholeParameters:
     """Every parameter shares storage with the whole views; see Holder."""
 
     kind: type[Held] = Held

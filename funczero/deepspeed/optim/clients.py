@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funczero.core.number import number
 from funczero.core.types import Formula, GradientTransformation, Group, Reading
-from funczero.deepspeed.optim.groups import ByGroup, Row, by_group
+from funczero.deepspeed.optim.groups import ByGroup, Numbers, by_group
 from funczero.layout.slots import Slots
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.optim.lift import same_when_cut
@@ -28,10 +28,10 @@ class Client(NamedTuple):
     rates: Any = ()
 
 
-class Scalars(NamedTuple):
+class ClientScalars(NamedTuple):
     """What one applied update takes beside the leaves: the groups as they are now, and the class's own numbers."""
 
-    rows: list[Row]
+    rows: list[Numbers]
     leaves: tuple[tuple[int, int], ...]  # (number, group) of those that are given
     factor: Tensor
     started: bool
@@ -40,7 +40,7 @@ class Scalars(NamedTuple):
     names: list[str]  # of the moments
 
 
-def client_groups(client: torch.optim.Optimizer) -> list[Row]:
+def client_groups(client: torch.optim.Optimizer) -> list[Numbers]:
     """The numbers of a client's groups."""
     name = type(client).__name__
     if name in NEVER:
@@ -97,7 +97,7 @@ def client_optimizer(client: torch.optim.Optimizer, home: Mapping[str, int]) -> 
             {k: params.map(torch.zeros_like) for k in sorted({k for _, m in keys for k in m})},
         )
 
-    def read(rows: list[Row], params: Slots) -> Reading:
+    def read(rows: list[Numbers], params: Slots) -> Reading:
         for i, row in enumerate(rows):
             number(f"{type(client).__name__}: param_groups[{i}]", "lr", row.get("lr", 0.0))
         leaves = sorted((i, group) for group, members in by_group(params, home).items() for i in members)
@@ -107,14 +107,14 @@ def client_optimizer(client: torch.optim.Optimizer, home: Mapping[str, int]) -> 
             torch.tensor(rows[0]["lr"], dtype=torch.float64),
         )
 
-    def scalars(state: Client, now: list[Any], factor: Tensor, ok: Tensor) -> tuple[Client, list[Scalars | None]]:
+    def scalars(state: Client, now: list[Any], factor: Tensor, ok: Tensor) -> tuple[Client, list[ClientScalars | None]]:
         if not bool(ok):
             return state, [None]
         ((rows, leaves),), new = now, {k: x.clone() for k, x in state.scalars.items()}
         moved = state._replace(started=torch.ones_like(state.started), scalars=new)
-        return moved, [Scalars(rows, leaves, factor, bool(state.started), state.scalars, new, [*state.moments])]
+        return moved, [ClientScalars(rows, leaves, factor, bool(state.started), state.scalars, new, [*state.moments])]
 
-    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars | None) -> None:
+    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: ClientScalars | None) -> None:
         if s is not None:
             _stepped(client, (keys, eager), params, grads, moments, s)
 
@@ -131,7 +131,7 @@ def _no_rates(*args: Any) -> Any:
 
 
 def _stepped(
-    client: Any, kinds: Any, params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars
+    client: Any, kinds: Any, params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: ClientScalars
 ) -> None:
     """The class's own step, in place on params, moments and s.new."""
     keys, eager = kinds
@@ -157,7 +157,7 @@ def _stepped(
                 part[k].copy_(own.state[p][k])
 
 
-def _again(client: Any, params: list[list[Any]], groups: list[Row]) -> Any:
+def _again(client: Any, params: list[list[Any]], groups: list[Numbers]) -> Any:
     """The same optimizer over other parameters, without state; whatever wrapped the client's own step stays there."""
     own = object.__new__(type(client))
     own.__dict__.update({k: v for k, v in client.__dict__.items() if k != "step"})

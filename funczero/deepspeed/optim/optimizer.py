@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funczero.core.types import TrainState
-from funczero.deepspeed.optim.groups import KEY, Row, leaves, numbers
+from funczero.deepspeed.optim.groups import KEY, Numbers, leaves, numbers
 
 DIRECT = (
     "{who}: parameter {name!r} has a .grad, so loss.backward() was called directly and the engine has not heard of it; "
@@ -116,6 +116,6 @@ def _number(x: Any) -> Any:
     return float(x) if isinstance(x, (int, float, Tensor)) and not isinstance(x, bool) else x
 
 
-def with_numbers(given: Sequence[Mapping[str, Any]], groups: Sequence[Row]) -> list[dict[str, Any]]:
+def with_numbers(given: Sequence[Mapping[str, Any]], groups: Sequence[Numbers]) -> list[dict[str, Any]]:
     """Groups of parameters with their numbers."""
     return [{**g, **n} for g, n in zip(given, groups, strict=True)]
