@@ -45,6 +45,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import funczero as fz
 from funczero import P
+from funczero.world import environment
 
 F = flags.FLAGS
 flags.DEFINE_integer("stage", 3, "ZeRO stage: 0 shards nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters.", lower_bound=0, upper_bound=3)
@@ -298,7 +299,7 @@ def leave() -> None:
 
 def main(argv: list[str]) -> None:
     """Check the flags, then start the processes, or be one of them."""
-    fz.environment.adopt()  # SLURM's and MPI's words for rank and world, in torchrun's
+    environment.adopt()  # SLURM's and MPI's words for rank and world, in torchrun's
     try:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r} is not a flag; write --flag=value, or --help for the list")

@@ -25,11 +25,14 @@
 (True, 20)
 """
 
+from typing import TYPE_CHECKING
+
 from funczero import data as data
 from funczero.checkpoint import Checkpointer as Checkpointer
 from funczero.checkpoint import CheckpointError as CheckpointError
 from funczero.checkpoint import Notice as Notice
-from funczero.comm.collectives import count_bytes as count_bytes
+from funczero.checkpoint.reshard import reshard as reshard
+from funczero.comm.launch import count_bytes as count_bytes
 from funczero.comm.wire import Wire as Wire
 from funczero.comm.wire import as_born as as_born
 from funczero.comm.wire import cast as cast
@@ -48,7 +51,6 @@ from funczero.core.types import TrainState as TrainState
 from funczero.core.types import Transform as Transform
 from funczero.core.types import Updated as Updated
 from funczero.core.types import Value as Value
-from funczero.deepspeed.config.build import from_deepspeed as from_deepspeed
 from funczero.gradients.gradient import freeze as freeze
 from funczero.gradients.gradient import per_row as per_row
 from funczero.gradients.gradient import pull as pull
@@ -88,3 +90,22 @@ from funczero.transforms.reduce import all_gather as all_gather
 from funczero.transforms.reduce import all_reduce as all_reduce
 from funczero.transforms.reduce import reduce_scatter as reduce_scatter
 from funczero.transforms.shard import shard as shard
+
+if TYPE_CHECKING:
+    from funczero import deepspeed as deepspeed
+    from funczero.deepspeed.config.build import from_deepspeed as from_deepspeed
+
+LAZY = "deepspeed", "from_deepspeed"  # a program that uses neither does not import the face
+
+
+def __getattr__(name: str) -> object:
+    """DeepSpeed's face, imported at its first use."""
+    if name not in LAZY:
+        raise AttributeError(f"module 'funczero' has no attribute {name!r}")
+    import funczero.deepspeed as face
+
+    return face if name == "deepspeed" else face.from_deepspeed
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

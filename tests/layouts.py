@@ -20,7 +20,10 @@ def structure(params, units=(), rules=None, frozen=lambda path: False):
 def numbered(shapes):
     """Leaves whose elements are all different."""
     start = [sum(prod(s) for s in shapes[:i]) for i in range(len(shapes))]
-    return {f"p{i}": torch.arange(prod(s), dtype=torch.float64).add(a + 1).view(s) for i, (s, a) in enumerate(zip(shapes, start, strict=True))}
+    return {
+        f"p{i}": torch.arange(prod(s), dtype=torch.float64).add(a + 1).view(s)
+        for i, (s, a) in enumerate(zip(shapes, start, strict=True))
+    }
 
 
 def ranks(sizes):

@@ -6,13 +6,16 @@ import torch
 import zoo
 
 import funczero as fz
+from funczero import P
 from funczero.comm import collectives
 from funczero.comm.edge import Edge
+from funczero.comm.integers import sum_integers
+from funczero.comm.launch import broadcast
 from funczero.core import order
+from funczero.layout.cut import Rules
 from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
 from funczero.layout.slots import Slots
-from funczero.layout.structure import Rules
 from funczero.layout.where import Where
 
 NEST = {"node": 2, "local": 2}
@@ -70,7 +73,7 @@ def integers():
     for axes in ((), ("node",), ("local",), ("node", "local"), ("local", "node")):
         for n in (3, 10_000):
             with fz.count_bytes(mesh) as sent:
-                total = collectives.sum_integers(torch.full((n,), 10**rank), axes, mesh)
+                total = sum_integers(torch.full((n,), 10**rank), axes, mesh)
             out[axes, n] = total.unique().item(), dict(sent)
     return out
 
@@ -124,3 +127,25 @@ def order_over_ranks():
 def test_ranks_are_added_in_the_one_tree(run_world):
     want = order.tree_sum(torch.tensor([1e8, 1.0, -1e8, 1.0])).item()
     assert run_world(4, order_over_ranks) == [[want]] * 4 and want != 2.0
+
+
+def leaves():
+    """Every leaf as it is gathered alone, at places with a replica axis; and what rank 3 broadcasts."""
+    mesh, params = own(NEST, {a: Rules((("embed|w$", P(None, a)),)) for a in NEST})
+    whole, found = drawn(Where.whole(params.structure), 5), []
+    whole = whole.map(lambda b: torch.where(b < 0, -0.0, b))
+    for axes in (("local",), ("node", "local"), ()):
+        part = whole
+        for a in axes:
+            part = collectives.cut(part, a, mesh)
+        each = [collectives.gather_leaf(part, i, mesh) for i in range(len(params.structure.leaves))]
+        found.append(all(x.shape == y.shape and torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(each, whole.leaves())))
+    with fz.count_bytes(mesh) as sent:
+        x = broadcast(torch.tensor([-0.0, mesh.ledger.place]), 3, mesh)
+    return found, x.tolist(), x[0].signbit().item(), dict(sent)
+
+
+def test_one_leaf_is_read_bit_for_bit_with_a_replica_axis_too(run_world):
+    for rank, (found, x, negative, sent) in enumerate(run_world(4, leaves)):
+        assert found == [True] * 3 and x == [0.0, 3.0] and negative
+        assert sent == ({("node+local", "broadcast", "float32"): 8 * 3} if rank == 3 else {})

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from funczero import deepspeed as ds
-from funczero.deepspeed.config.build import rates_of
-from funczero.deepspeed.config.keys import ALIASES, HONOURED, NO_OP, REFUSED
+from funczero.deepspeed.config.key import HONOURED, NO_OP, REFUSED
+from funczero.deepspeed.config.keys import ALIASES
+from funczero.deepspeed.config.optimizers import rates_of
 from funczero.deepspeed.config.options import OPTIMIZERS, SCHEDULERS, optimizer_keys, scheduler_keys
 from funczero.deepspeed.config.triad import NAMES, derive
 from funczero.optim.from_torch import ELEMENTWISE
@@ -60,11 +61,11 @@ number = st.none() | st.integers(-2, 40)
 @given(number, number, number, st.integers(1, 9))
 def test_a_triad_holds_or_says_two_ways_to_hold(batch, micro, steps, n):
     try:
-        t = derive(batch, micro, steps, ds.World(n, "given"))
+        t = derive(batch, micro, steps, ds.WorldSize(n, "given"))
     except ds.ConfigError as e:
         assert len(e.fixes) == 2 and e.fixes[0] != e.fixes[1]
         for fix in e.fixes:
-            derive(*(fix.get(name, x) for name, x in zip(NAMES, (batch, micro, steps))), ds.World(n, "given"))
+            derive(*(fix.get(name, x) for name, x in zip(NAMES, (batch, micro, steps))), ds.WorldSize(n, "given"))
         assert f"world size {n}: given" in str(e)
         assert all(f"{name}={'absent' if x is None else x}" in str(e) for name, x in zip(NAMES, (batch, micro, steps)))
         return

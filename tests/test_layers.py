@@ -8,7 +8,8 @@ import zoo
 import funczero as fz
 from funczero import P, rng
 from funczero.gradients import gradient
-from funczero.gradients.tape import Ref, Tape
+from funczero.gradients.ref import Ref
+from funczero.gradients.tape import Tape
 from funczero.layout.mesh import world_size
 
 BLOCKS = 5

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import funczero as fz
 from funczero import P
-from funczero.layout.mesh import World, connect, plan_mesh, world_size
+from funczero.layout.mesh import Axis, World, connect, located, plan_mesh, world_size
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
 
@@ -104,3 +104,43 @@ def meshes_given():
 
 def test_a_mesh_is_sizes_or_torchs_own(run_world):
     assert all(len(found) == 1 for found in run_world(2, meshes_given))
+
+
+@pytest.mark.parametrize(("rank", "want"), [(0, (0, 0)), (3, (0, 3)), (4, (1, 0)), (7, (1, 3))])
+def test_a_place_is_known_before_the_world_is_joined(alone, monkeypatch, rank, want):
+    for name, value in {**TORCHRUN, "RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
+    mesh = located(plan_mesh({"node": 2, "local": -1}))
+    assert tuple(mesh.axes) == ("node", "local") and not mesh.connected
+    assert (mesh.index("node"), mesh.index("local")) == want and mesh.rank(("node", "local")) == (rank, 8)
+    assert mesh.coords(("local",)) == (("local", 4, want[1]),)
+
+
+def test_nobody_has_a_place_on_a_plan_for_another_world(alone):
+    step = fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=3), mesh={"data": 4})
+    assert step.mesh.sizes() == {"data": 4} and str(step.mesh) == "data=4" and step.mesh.device.type
+    words = "mesh: no process has a place on this axis of size 4 before the world is joined; call step.init or fz.init_distributed first, in a world that has the mesh's size"
+    for ask in (lambda m: m.index("data"), lambda m: m.axes["data"].index, lambda m: m.rank(("data",)), lambda m: m.coords(("data",))):
+        with pytest.raises(RuntimeError) as e:
+            ask(step.mesh)
+        assert str(e.value) == words
+    again = fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=3), mesh=step.mesh)
+    assert str(again) == str(step)
+
+
+def indices():
+    """What a step by sizes says of this rank before and after it runs, and what its live mesh says."""
+    step = fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=3), mesh={"data": -1})
+    before = step.mesh.index("data"), step.mesh.rank(("data",))
+    step.init(zoo.params())
+    live = step.running().env.mesh
+    return before == (step.mesh.index("data"), step.mesh.rank(("data",))) == (live.index("data"), live.rank(("data",))), before[0], step.mesh.sent is live.sent
+
+
+def test_a_step_by_sizes_says_each_rank_its_own_place(run_world):
+    assert run_world(2, indices) == [(True, r, True) for r in range(2)]
+
+
+def test_coordinates_along_no_axis():
+    mesh = plan_mesh({"a": 1})._replace(axes={"a": Axis(2, 1, ""), "b": Axis(3, 2, "")})
+    assert mesh.coords(()) == () and mesh.rank(()) == (0, 1) and mesh.rank(("b", "a")) == (5, 6)

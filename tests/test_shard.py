@@ -65,7 +65,7 @@ def test_nests_are_cut_outermost_first():
 def test_a_chain_is_printed_as_it_nests():
     g = fz.value_and_grad(zoo.loss_plain, batch=P("data"))
     step = fz.train_step(g, fz.shard("data", fz.accumulate(2), fz.adamw(1e-3)), mesh={"data": 4}, policy="compute=bfloat16")
-    device = step.mesh.device.type
+    device = step.grad.env.mesh.device.type
     assert str(step) == "\n".join([
         f"train_step on data=4 ({device}), params=float32,compute=bfloat16,accumulate=float32",
         "  value_and_grad(batch=P('data'))  -> sum, unreduced over ['data']",

@@ -13,7 +13,9 @@ from funczero.layout.where import Where
 def test_packing_takes_none_as_zero_and_frozen_units_as_empty():
     own = structure({"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(4)}, frozen="c".__eq__)
     packed = Slots.pack(Where.whole(own.structure), [None, torch.full((2,), 2.0), None], torch.float32, CPU)
-    assert [None if x is None else x.tolist() for x in packed.leaves()] == [[0, 0, 0], [2, 2], None] and packed.buffers[1].numel() == 0
+    assert [None if x is None else x.tolist() for x in packed.leaves()] == [[0, 0, 0], [2, 2], None] and packed.buffers[
+        1
+    ].numel() == 0
     assert tree.leaves(packed.tree())[2].shape == (0,)
 
 

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import funczero as fz
 from funczero import P
+from funczero.gradients.ref import Ref
 from funczero.gradients.stateless import stateless
-from funczero.gradients.tape import Ref, Tape
+from funczero.gradients.tape import Tape
 from funczero.testing import tree_hash
 
 VOCAB, DIM, TIME, ROWS, MICROS = 11, 6, 5, 2, 4

@@ -9,6 +9,8 @@ import funczero as fz
 from funczero import P, tree
 from funczero.layout.mesh import world_size
 from funczero.testing import simulate, tree_hash
+from funczero.transforms.accumulate import Accumulate
+from funczero.transforms.loss_scale import ScaleLoss
 
 MESH = {"data": -1}
 
@@ -49,6 +51,28 @@ def test_any_tree_of_parameters_comes_back_as_it_was():
         step = fz.train_step(fz.shard("data", g, fz.sgd(1.0)), mesh=MESH)
         state, _ = step(step.init(params), {"x": torch.ones(1)})
         assert tree.flatten(step.params(state))[1] == tree.flatten(params)[1] and all((x == 0).all() for x in tree.leaves(step.params(state)))
+
+
+def found(stage):
+    """What a step says of a state, and what it is."""
+    step = make(stage, tx=(fz.scale_loss(init=4.0), fz.adamw(1e-3)))
+    state = step.init(zoo.params())
+    own = step.state_of(state, ScaleLoss)
+    more = step.with_state(state, own._replace(scale=own.scale * 2))
+    same = own is state.chain["scale_loss"] and step.state_of(state, Accumulate) is None
+    whole = tree_hash(step.whole_views(state).where.structure.unflatten(step.whole_views(state).leaves()))
+    return same, float(more.chain["scale_loss"].scale), float(own.scale), step.mesh.index("data"), whole == tree_hash(zoo.params())
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_step_finds_its_mesh_its_views_and_the_state_of_a_transform(run_world, stage):
+    assert run_world(2, found, stage) == [(True, 8.0, 4.0, rank, True) for rank in range(2)]
+
+
+def test_a_state_that_no_transform_keeps_is_refused():
+    step = make(0)
+    with pytest.raises(KeyError, match="no transform of this chain keeps a Accumulate; it has"):
+        step.with_state(step.init(zoo.params()), Accumulate(torch.zeros(()), ()))
 
 
 def test_counters_count_calls_and_applied_updates():

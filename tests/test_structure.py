@@ -1,13 +1,12 @@
 """The static half: which leaves there are, what is opened together, and which dim an axis cuts."""
 from __future__ import annotations
 
-import pytest
 import torch
 import zoo
 from layouts import structure
 
 from funczero import P
-from funczero.layout.structure import Rules
+from funczero.layout.cut import Rules
 from funczero.layout.where import Where
 
 
@@ -29,26 +28,3 @@ def test_a_rule_finds_a_tied_leaf_by_any_name():
     one = torch.ones(4, 4)
     own = structure({"embed": one, "head": one}, rules={"data": Rules((("head", P(None, "data")),))}).structure
     assert Where(own, (("data", 2, 0),)).spec(0) == P(None, "data")
-
-
-AXES = {
-    "rows": ({"data": Rules()}, P("data")),
-    "columns": ({"data": Rules((("w", P(None, "data")),))}, P(None, "data")),
-    "whole by rule": ({"data": Rules((("w", P()),))}, P()),
-    "whole by size": ({"data": Rules(threshold=13)}, P()),
-    "just large enough": ({"data": Rules(threshold=12)}, P("data")),
-    "another leaf's rule": ({"data": Rules((("v", P()),))}, P("data")),
-    "the first rule": ({"data": Rules((("w", P()), ("", P("data"))))}, P()),
-    "twice the same dim": ({"node": Rules(), "local": Rules()}, P(("node", "local"))),
-    "the inner follows the outer": ({"node": Rules((("w", P(None, "node")),)), "local": Rules()}, P(None, ("node", "local"))),
-    "the outer binds the inner": ({"node": Rules((("w", P("node", "local")),)), "local": Rules()}, P("node", "local")),
-    "the inner by itself": ({"node": Rules(), "local": Rules((("w", P(None, "local")),))}, P("node", "local")),
-    "the outer whole, so the inner": ({"node": Rules((("w", P()),)), "local": Rules()}, P()),
-}
-
-
-@pytest.mark.parametrize("name", AXES)
-def test_rules_say_which_dim_an_axis_cuts(name):
-    rules, want = AXES[name]
-    own = structure({"w": torch.ones(4, 3)}, rules=rules).structure
-    assert Where(own, tuple((a, 2, 0) for a in rules)).spec(0) == want

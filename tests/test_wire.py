@@ -184,8 +184,8 @@ def counted(stage):
     where, opens = state.params.where, {"": 1, "blocks/0": 2, "blocks/1": 3, "blocks/2": 2}
     gathered, scattered = 0, 0
     for u, members in enumerate(where.structure.members):
-        slots = sorted((where.slots[i].offset, where.slots[i].length, where.structure.leaves[i].dim("data")) for i in members)
-        cut = tuple(n for _, n, dim in slots if n and dim is not None)
+        slots = sorted((where.slots[i].offset, where.slots[i].length, where.structure.leaves[i].cut("data").replicated) for i in members)
+        cut = tuple(n for _, n, whole in slots if n and not whole)
         gathered += w.nbytes(cut, torch.float32) * (opens[where.structure.units[u].name] if stage == 3 else 1)
         scattered += w.nbytes(tuple(n for _, n, _ in slots if n), torch.float32)
     return {k[1]: n for k, n in sent.items() if k[2] == w.name}, {"all_gather": gathered, "reduce_scatter": scattered}, {k[2] for k in sent}

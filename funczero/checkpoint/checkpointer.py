@@ -291,6 +291,6 @@ class Checkpointer:
             raise KINDS.get(bad[1][0], CheckpointError)(f"{bad[1][1]} (rank {bad[0]})")
         peers.forget(number)  # all are here
         coords = [{a: tuple(c) for a, c in r["coords"].items()} for r in ready]
-        device = target.params.buffers[0].device if step is None else step.running().env.mesh.device
+        device = target.params.buffers[0].device if step is None else step.live_mesh.device
         context = Context(peers.rank, peers.size, coords, None if step is None else chain_of(step), device, donate)
         return first_good(Reading(peers, number, self.directory, self.max_metadata, want, context), paths, target, fresh, fallback)

@@ -56,11 +56,12 @@ def orbax() -> Any:
       CheckpointError: it cannot be imported.
     """
     try:
-        if "jax" not in sys.modules:
-            import jax
+        with _quiet():
+            if "jax" not in sys.modules:
+                import jax
 
-            jax.config.update("jax_platforms", "cpu")
-        import orbax.checkpoint as ocp
+                jax.config.update("jax_platforms", "cpu")
+            import orbax.checkpoint as ocp
     except ImportError as e:
         raise CheckpointError(f"save: orbax-checkpoint cannot be imported ({e}); pip install orbax-checkpoint") from e
     return ocp

@@ -21,6 +21,7 @@ from funczero.checkpoint.names import Part, named
 from funczero.core import tree
 from funczero.core.types import Sum, TrainState
 from funczero.layout.lazy import Fill
+from funczero.layout.place import DEVICE, Place
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
@@ -62,23 +63,25 @@ def template(step: Any, params: Any) -> tuple[TrainState, Callable[[], TrainStat
 
 
 def roomy(like: TrainState, device: torch.device) -> TrainState:
-    """A state of the same form in new memory, its values still to be filled in; padding is zero."""
+    """A state of the same form in new memory, every part in its place, its values still to be filled in; padding is zero."""
 
-    def new(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        place = device if x.is_meta else x.device
-        if place.type != "cpu" or nbytes(x) < 4 << 20:
-            return torch.empty_like(x, device=place)
-        return room(nbytes(x)).view(x.dtype).view(x.shape)
-
-    state = tree.map(new, like)
-    for slots in tree.leaves(state, is_leaf=lambda x: isinstance(x, Slots)):
-        if isinstance(slots, Slots):
-            for buffer, gap in zip(slots.buffers, slots.where.gaps, strict=True):
+    def new(x: Any, place: Place = DEVICE) -> Any:
+        if isinstance(x, Slots):
+            buffers = tuple(new(b, x.where.place) for b in x.buffers)
+            for buffer, gap in zip(buffers, x.where.gaps, strict=True):
                 if gap:
                     buffer.zero_()
-    return state
+            return Slots(buffers, x.where)
+        if not isinstance(x, Tensor):
+            return x
+        own = device if x.is_meta else x.device
+        if place != DEVICE:
+            return place.empty(x.numel(), x.dtype, own).view(x.shape)
+        if own.type != "cpu" or nbytes(x) < 4 << 20:
+            return torch.empty_like(x, device=own)
+        return room(nbytes(x)).view(x.dtype).view(x.shape)
+
+    return tree.map(new, like, is_leaf=lambda x: isinstance(x, Slots))
 
 
 def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], TrainState], want: Want, context: Context) -> tuple[TrainState, list[str]]:
@@ -102,7 +105,7 @@ def fill(path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], T
     cast: dict[tuple[str, str], int] = {}
     for name, part in parts.items():
         _check(name, part, manifest.arrays[source[name]], cast)
-    views = {} if state.views is None else _views(state.views, everything)
+    views = {} if state.views is None else views_of(state.views, everything)
     if not context.donated:
         _keep(everything, views, {*parts, *rates.parts}, dropped, fresh, context)
     reader = Reader(path / ARRAYS, manifest.arrays)
@@ -146,7 +149,7 @@ def _keep(everything: dict[str, Part], views: dict[str, Part], read: set[str], d
     if left:
         given = fresh()
         parts = named(given, context.rank, context.size).parts
-        others = {} if given.views is None else _views(given.views, parts)
+        others = {} if given.views is None else views_of(given.views, parts)
         for mine, theirs in ((everything, parts), (views, others)):
             for n in (n for n in left if n in mine):
                 for x in (mine[n].value, *mine[n].also):
@@ -254,7 +257,7 @@ def _check(name: str, part: Part, array: Array, cast: dict[tuple[str, str], int]
         cast[array.dtype, dtype_name(want)] = cast.get((array.dtype, dtype_name(want)), 0) + 1
 
 
-def _views(views: Slots, parts: dict[str, Part]) -> dict[str, Part]:
+def views_of(views: Slots, parts: dict[str, Part]) -> dict[str, Part]:
     """Wider copies of the masters: the same leaves, other ranges."""
     leaves, slots = views.leaves(), views.where.slots
     out = {}
@@ -321,7 +324,7 @@ def _continued(form: dict[str, Any], state: TrainState, context: Context) -> tup
 def _empty(form: dict[str, Any], state: TrainState, context: Context) -> Sum:
     where: Where = state.params.where
     here = Where(where.structure, tuple((a, *context.coords[context.rank][a]) for a in form["axes"]))
-    device = state.params.buffers[0].device
+    device = (state.params if state.views is None else state.views).buffers[0].device  # gradients lie where a forward reads
     lengths = [0 if u.frozen else n for n, u in zip(here.lengths, where.structure.units, strict=True)]
     make = lambda x: None if x is None else torch.zeros(x[1], dtype=torch_dtype(x[0]), device=device)
     scalars = [x[1] for k in ("loss", "weight", "aux", "bad") if (x := form[k]) is not None]

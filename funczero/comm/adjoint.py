@@ -2,6 +2,7 @@
 
 For research code that differentiates through sharded values: Hessian-vector products, penalties, unrolled optimizers. The
 convention is the sum: the cotangent of a gathered tensor is summed over ranks, and every rank's own cotangent counts once.
+They are exact: no wire of an edge packs what they send.
 """
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import launch_exchange, launch_gather, wait
+from funczero.comm.launch import launch_exchange, launch_gather, wait
 from funczero.core.order import tree_sum
 from funczero.layout.mesh import Mesh
 
@@ -67,7 +68,7 @@ def _over_rows(fn: Any, dim: int | None, x: Tensor, axis: str, mesh: Mesh) -> tu
 def gather_rows(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
     """Every rank's equal rows of dim 0, joined in the order of ranks; differentiable any number of times.
 
-    Transpose: scatter_rows. Layout: split over axis -> whole. `mesh` is a connected Mesh, as step.running().env.mesh.
+    Transpose: scatter_rows. Layout: split over axis -> whole. `mesh` is a connected Mesh, as step.live_mesh.
     """
     return x if mesh.axes[axis].size == 1 else _Gather.apply(x, axis, mesh)
 

@@ -1,14 +1,12 @@
-"""Sums, gathers and scatters by axis name: the only module that sends. Launch, then wait; every byte is counted.
+"""Gathers, scatters and sums of parameters over a mesh axis, as its edge says: units of one message, and whole Slots.
 
-Gathers and scatters are each other's transpose, where nothing is rounded on the wire. Sums are taken locally after an all_to_all, in the fixed tree of order.py: half
-the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and the same bits on any number of ranks.
+Gathers and scatters are each other's transpose, where nothing is rounded on the wire. Sums are taken locally after an
+all_to_all, in the fixed tree of order.py: half the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and
+the same bits on any number of ranks.
 """
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,7 +14,9 @@ import torch
 from torch import Tensor
 
 from funczero.comm.edge import Edge
-from funczero.comm.wire import Lengths, as_born, pack_units, unpack_units
+from funczero.comm.launch import launch_backend_scatter, launch_backend_sum, launch_exchange, launch_gather, wait
+from funczero.comm.pieces import pairs, plan_of, slot_lengths, travels
+from funczero.comm.wire import Key, as_born, pack_units, unpack_units
 from funczero.core import rng
 from funczero.core.order import tree_sum
 from funczero.layout.mesh import Mesh
@@ -24,9 +24,6 @@ from funczero.layout.slots import Slots
 from funczero.layout.where import Where
 
 MESSAGE = 1 << 22  # bytes of neighbouring units that share one message
-SHORT = 1 << 15  # bytes on all wires under which a message is all latency
-Key = tuple[int, ...]  # what a wire's draws are folded from, the same on all ranks of an axis
-_ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
 
 
 class Travelling(NamedTuple):
@@ -35,215 +32,7 @@ class Travelling(NamedTuple):
     wait: Callable[[], Any]
 
 
-@contextmanager
-def count_bytes(step: Any) -> Iterator[Counter]:
-    """Counts what this process sends while it is open: (axis, verb, dtype or wire) -> bytes, payload only.
-
-    Args:
-      step: a Step or its Mesh.
-    """
-    mesh = getattr(step, "mesh", step)
-    before: Counter = Counter(mesh.sent)
-    counter: Counter = Counter()
-    yield counter
-    counter.update(mesh.sent)
-    counter.subtract(before)
-    for key in [k for k, n in counter.items() if not n]:
-        del counter[key]
-
-
-def _sent(mesh: Mesh, axis: str, verb: str, form: torch.dtype | str, n: int, units: tuple[int, ...] = ()) -> None:
-    name = form if isinstance(form, str) else _name_of(form)
-    mesh.sent[axis, verb, name] += n
-    mesh.ledger.note(verb, axis, name, n, units)
-
-
-@cache
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-# --- one flat buffer --------------------------------------------------------------------------------------------------
-def launch_gather(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "") -> Tensor:
-    """Start to gather [n] into [W, n]; finish with wait.
-
-    Args:
-      units: whose values these are, for ranks to compare.
-      form: the wire that packed them; by default their dtype is counted.
-    """
-    size, _, group = mesh.axes[axis]
-    if size == 1:
-        return x.view(1, -1)
-    _sent(mesh, axis, "all_gather", form or x.dtype, x.nbytes * (size - 1), units)
-    return _gather_rows(x, size, group, mesh)
-
-
-def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
-    """[n] to [W, n]. A short message goes to every rank directly: gloo's gather and all_reduce take twice an exchange's latency."""
-    with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
-        if mesh.device.type == "cpu" and x.nbytes * size <= SHORT:
-            rows = x.expand(size, -1).reshape(-1)
-            return mesh.flight.note(rows, _ops.all_to_all_single(rows, [x.numel()] * size, [x.numel()] * size, group)).view(size, -1)
-        return mesh.flight.note(x, _ops.all_gather_into_tensor(x, size, group)).view(size, -1)
-
-
-def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "") -> Tensor:
-    """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order. Args: as launch_gather's."""
-    size, _, group = mesh.axes[axis]
-    if size == 1:
-        return x
-    _sent(mesh, axis, "reduce_scatter", form or x.dtype, x.nbytes * (size - 1) // size, units)
-    with torch._C._AutoDispatchBelowAutograd():
-        return mesh.flight.note(x, _ops.all_to_all_single(x, [1] * size, [1] * size, group))
-
-
-def _launch_backend_sum(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...]) -> Tensor:
-    """Start the backend's own reduce-scatter of [W, n], in whatever order it adds."""
-    size, _, group = mesh.axes[axis]
-    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, units)
-    with torch._C._AutoDispatchBelowAutograd():
-        return mesh.flight.note(x, _ops.reduce_scatter_tensor(x, "sum", size, group))
-
-
-def wait(x: Tensor) -> Tensor:
-    """The tensor of a launched collective, complete."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.wait_tensor(x)
-
-
-def sum_integers(x: Tensor, axes: tuple[str, ...], mesh: Mesh) -> Tensor:
-    """An int64 sum over axes: integers add in any order. One collective where the axes are the whole mesh."""
-    return _summed(x, axes, mesh, noted=True)
-
-
-def _summed(x: Tensor, axes: tuple[str, ...], mesh: Mesh, noted: bool) -> Tensor:
-    axes = tuple(a for a in axes if mesh.axes[a].size > 1)
-    if axes and mesh.world_group and {a for a, n in mesh.sizes().items() if n > 1} == set(axes):
-        return _sum_over(x, "+".join(axes), prod(mesh.sizes().values()), mesh.world_group, mesh, noted)
-    for a in axes:
-        x = _sum_over(x, a, mesh.axes[a].size, mesh.axes[a].group, mesh, noted)
-    return x
-
-
-def sum_and_compare(parts: Sequence[Tensor], axes: tuple[str, ...], mesh: Mesh) -> tuple[Tensor, Tensor | None]:
-    """The int64 sum of flat `parts` over axes, one after another, in which all ranks of the mesh also compare what they launched (ledger.py).
-
-    Every rank of the mesh takes part. Over the mesh's other axes the parts are the same, and are counted once.
-
-    Returns:
-      the sum; and, on an accelerator, whether the ranks agree, as a bool tensor: it is told at the next sum there, without waiting for this one.
-
-    Raises:
-      DivergenceError: they do not; on all ranks alike, and before anything is made of the sum.
-    """
-    ledger, everything = mesh.ledger, tuple(mesh.axes)
-    if ledger.ranks == 1:
-        return sum_integers(parts[0] if len(parts) == 1 else torch.cat(tuple(parts)), axes, mesh), None
-    groups = _alike(mesh) if ledger.replicated else None
-    if ledger.later is not None:  # an earlier sum's
-        later, ledger.later = ledger.later.tolist(), None
-        ledger.agreed(later, groups)
-    own = [0] * ledger.ranks * (1 if groups is None else 2)
-    own[ledger.place], rows = ledger.seal("+".join(a for a in everything if mesh.axes[a].size > 1), 8 * sum(p.numel() for p in parts))
-    if groups is not None:
-        own[ledger.ranks + ledger.place] = rows
-    if any(mesh.axes[a].index for a in everything if a not in axes):
-        parts = [torch.zeros_like(p) for p in parts]
-    table = torch.tensor(own, device=mesh.device)
-    total = _summed(torch.cat((table, *parts)), everything, mesh, noted=False)
-    table, total = total[: len(own)], total[len(own) :]
-    if mesh.device.type == "cpu":
-        ledger.agreed(table.tolist(), groups)
-        return total, None
-    ledger.later = table
-    return total, (table[: ledger.ranks] == table[0]).all()
-
-
-def _alike(mesh: Mesh) -> list[int]:
-    """By place in the mesh: which ranks are given the same rows."""
-    groups = [0]
-    for name, a in mesh.axes.items():
-        groups = [g * (1 if name in mesh.ledger.replicated else a.size) + (0 if name in mesh.ledger.replicated else i) for g in groups for i in range(a.size)]
-    return groups
-
-
-def _sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: bool) -> Tensor:
-    short = mesh.device.type == "cpu" and x.nbytes * size <= SHORT
-    nbytes = x.nbytes * (size - 1) if short else 2 * x.nbytes * (size - 1) // size
-    if noted:
-        _sent(mesh, name, "all_reduce", x.dtype, nbytes)
-    else:  # it stands in the ledger already, by its own checksum
-        mesh.sent[name, "all_reduce", _name_of(x.dtype)] += nbytes
-    if short:
-        return wait(_gather_rows(x, size, group, mesh)).sum(0)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.wait_tensor(mesh.flight.note(x, _ops.all_reduce(x, "sum", group)))
-
-
-# --- one unit of a Slots ----------------------------------------------------------------------------------------------
-class _Piece(NamedTuple):
-    """A stretch of one leaf and where it lies on the wire."""
-
-    rank: int  # row of the wire; -1: an equal share in every row; -2: the whole leaf in every row
-    offset: int
-    numel: int  # in one row
-    dim: int
-    begin: int
-    shape: tuple[int, ...]
-
-
-def _plan(where: Where, unit: int, axis: str, size: int) -> list[list[_Piece]]:
-    """By member of a unit: how its rows here lie on the wire [W, n] one step inwards. Worked out once."""
-    key = (unit, axis, size)
-    if key in where.memo:
-        return where.memo[key]
-    inner = [where.inner(axis, size, q).slots for q in range(size)]
-    plan: list[list[_Piece]] = []
-    for i in where.structure.members[unit]:
-        d, here, offset = where.structure.leaves[i].dim(axis), where.slots[i], inner[0][i].offset
-        n = prod(here.shape)
-        if n == 0:
-            plan.append([])
-        elif d is None:
-            plan.append([_Piece(-2, offset, n, 0, 0, here.shape)])
-        elif d == 0 and all(slots[i].shape[0] * size == here.shape[0] for slots in inner):
-            plan.append([_Piece(-1, offset, n // size, 0, 0, here.shape)])
-        else:
-            cuts = [(q, slots[i]) for q, slots in enumerate(inner)]
-            plan.append([_Piece(q, offset, prod(s.shape), d, s.start[d] - here.start[d], s.shape) for q, s in cuts if s.shape[d]])
-    where.memo[key] = plan
-    return plan
-
-
-def _pairs(plan: list[list[_Piece]], size: int, leaves: list[Tensor], wire: Tensor, own: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Matching views of leaves (here) and of the wire, to be copied in either direction.
-
-    A leaf that the axis does not cut goes to every row of the wire, or comes from this rank's `own` buffer.
-    """
-    here, there = [], []
-    for pieces, x in zip(plan, leaves, strict=True):
-        for p in pieces:
-            if p.rank == -1:
-                here.append(x.reshape(size, p.numel))
-                there.append(wire.narrow(1, p.offset, p.numel))
-            elif p.rank == -2:
-                here.append(x.reshape(1, p.numel) if own is not None else x.reshape(1, p.numel).expand(size, p.numel))
-                there.append((wire if own is None else own.view(1, -1)).narrow(1, p.offset, p.numel))
-            else:
-                here.append(x.narrow(p.dim, p.begin, p.shape[p.dim]))
-                there.append(wire[p.rank, p.offset : p.offset + p.numel].view(p.shape))
-    return here, there
-
-
-def _travels(inner: Where, unit: int, axis: str) -> int:
-    """Elements of a buffer that a gather must send: up to the last slot that the axis cuts."""
-    key = ("travels", unit, axis)
-    if key not in inner.memo:
-        slots, leaves = inner.slots, inner.structure.leaves
-        inner.memo[key] = max((slots[i].offset + slots[i].length for i in inner.structure.members[unit] if leaves[i].dim(axis) is not None), default=0)
-    return inner.memo[key]
-
-
+# --- one message of units ---------------------------------------------------------------------------------------------
 def gather_units(
     where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, buffers: Sequence[Tensor], key: Key = (0,)
 ) -> Travelling:
@@ -257,7 +46,7 @@ def gather_units(
     if size == 1:
         return Travelling(lambda: list(buffers))
     inner = where.inner(axis, size, index)
-    parts = [b.narrow(0, 0, _travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
+    parts = [b.narrow(0, 0, travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
     if edge.gather is as_born:
         wire = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), axis, mesh, tuple(units))
         arrived = lambda: list(wait(wire).split_with_sizes([p.numel() for p in parts], 1))
@@ -269,7 +58,7 @@ def gather_units(
         for u, own, rows in zip(units, buffers, arrived(), strict=True):
             make = torch.zeros if where.gaps[u] else torch.empty
             out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
-            here, there = _pairs(_plan(where, u, axis, size), size, where.views(u, out[-1]), rows, own)
+            here, there = pairs(plan_of(where, u, axis, size), where.views(u, out[-1]), rows, own)
             _copy(here, there)
         return out
 
@@ -279,9 +68,10 @@ def gather_units(
 def scatter_units(
     where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, leaves: Sequence[list[Tensor]], key: Key = (0,)
 ) -> Travelling:
-    """Start to sum units' leaves over an axis and keep this rank's part, as one message; waiting returns their buffers one step inwards.
+    """Start to sum units' leaves over an axis and keep this rank's part; waiting returns their buffers one step inwards.
 
-    The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added in `edge.adds`, in the tree over ranks.
+    They are one message. The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added in
+    `edge.adds`, in the tree over ranks.
 
     Args:
       key: of this sum, for wires that draw; the same on all ranks.
@@ -294,10 +84,10 @@ def scatter_units(
     send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
     columns = send.split_with_sizes(lengths, 1)
     for u, xs, row in zip(units, leaves, columns, strict=True):
-        here, there = _pairs(_plan(where, u, axis, size), size, xs, row, None)
+        here, there = pairs(plan_of(where, u, axis, size), xs, row, None)
         _copy(there, here)
     if edge.sums == "backend" and size > 1:
-        part = _launch_backend_sum(send.to(edge.adds), axis, mesh, tuple(units))
+        part = launch_backend_scatter(send.to(edge.adds), axis, mesh, tuple(units))
         return Travelling(lambda: list(wait(part).view(-1).split_with_sizes(lengths)))
     if edge.scatter is not as_born and size > 1:
         return _scatter_packed(inner, units, edge, mesh, columns, key)
@@ -306,22 +96,14 @@ def scatter_units(
 
 
 # --- one message of packed units --------------------------------------------------------------------------------------
-def _slot_lengths(inner: Where, unit: int, n: int) -> Lengths:
-    """The slots of a buffer's first n elements, in their order there."""
-    key = ("slot lengths", unit, n)
-    if key not in inner.memo:
-        found = sorted((inner.slots[i] for i in inner.structure.members[unit]), key=lambda s: s.offset)
-        inner.memo[key] = tuple(s.length for s in found if s.length and s.offset < n)
-    return inner.memo[key]
-
-
 def _gather_packed(
     inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, parts: list[Tensor], key: Key
 ) -> Callable[[], list[Tensor]]:
     """Start to gather what the wire makes of units; the result waits and reads it: [W, n] by unit."""
-    lengths = [_slot_lengths(inner, u, p.numel()) for u, p in zip(units, parts, strict=True)]
+    lengths = [slot_lengths(inner, u, p.numel()) for u, p in zip(units, parts, strict=True)]
     frozen = [inner.structure.units[u].frozen for u in units]  # read alike at every update, as their views are kept
-    keys = [rng.fold(*(key[:1] if still else key), "gather", edge.axis, u) for u, still in zip(units, frozen, strict=True)]
+    parts_of = [key[:1] if still else key for still in frozen]
+    keys = [rng.fold(*k, "gather", edge.axis, u) for u, k in zip(units, parts_of, strict=True)]
     packed = pack_units(edge.gather, [parts], lengths, keys)
     sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), edge.gather.name)
     return lambda: [torch.stack(xs) for xs in unpack_units(edge.gather, packed, wait(sent), lengths, parts[0].dtype)]
@@ -330,8 +112,8 @@ def _gather_packed(
 def _scatter_packed(
     inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, columns: Sequence[Tensor], key: Key
 ) -> Travelling:
-    """Start to send every rank its rows as the wire packs them, unit by unit; what arrives is read in `edge.adds` and added."""
-    lengths = [_slot_lengths(inner, u, c.shape[1]) for u, c in zip(units, columns, strict=True)]
+    """Start to send every rank its rows as the wire packs them; what arrives is read in `edge.adds` and added."""
+    lengths = [slot_lengths(inner, u, c.shape[1]) for u, c in zip(units, columns, strict=True)]
     keys = [rng.fold(*key, "scatter", edge.axis, mesh.index(edge.axis), u) for u in units]
     packed = pack_units(edge.scatter, list(zip(*columns, strict=True)), lengths, keys)
     sent = launch_exchange(packed.rows, edge.axis, mesh, tuple(units), edge.scatter.name)
@@ -396,19 +178,40 @@ def reduce_scatter(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
 
 
 def all_reduce(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
-    """The sum over an axis, whole on every rank, taken in `edge.adds`: a scatter and a gather, or what the backend does."""
-    size, _, group = mesh.axes[edge.axis]
-    if edge.sums == "tree" or size == 1:
+    """The sum over an axis in `edge.adds`, whole on every rank: a scatter and a gather, or what the backend does."""
+    if edge.sums == "tree" or mesh.axes[edge.axis].size == 1:
         return all_gather(reduce_scatter(x, edge, mesh, key), edge, mesh, key)
-    for b in x.buffers:
-        _sent(mesh, edge.axis, "all_reduce", edge.adds, 2 * b.numel() * edge.adds.itemsize * (size - 1) // size)
-    with torch._C._AutoDispatchBelowAutograd():
-        flying = [mesh.flight.note(wide, _ops.all_reduce(wide, "sum", group)) for wide in (b.to(edge.adds) for b in x.buffers)]
+    flying = [launch_backend_sum(b.to(edge.adds), edge.axis, mesh) for b in x.buffers]
     return Slots(tuple(wait(b) for b in flying), x.where)
 
 
+def gather_leaf(x: Slots, leaf: int, mesh: Mesh) -> Tensor | None:
+    """One leaf, whole and bit for bit, on every rank; None for what has no values (frozen)."""
+    where, unit = x.where, x.where.structure.leaves[leaf].unit
+    part = x.leaves()[leaf]
+    if part is None:
+        return None
+    for axis, size, _ in reversed(where.coords):
+        slot, outer = where.slots[leaf], where.outer
+        if not slot.length:
+            part = part.new_empty(outer.slots[leaf].shape)
+        elif size > 1 and not where.structure.leaves[leaf].cut(axis).replicated:
+            flat = part.new_zeros(slot.length)
+            flat[: part.numel()] = part.reshape(-1)
+            rows, origin = wait(launch_gather(flat, axis, mesh, (unit,))), outer.slots[leaf]
+            part = part.new_empty(origin.shape)
+            for row, s in zip(rows, (outer.inner(axis, size, q).slots[leaf] for q in range(size)), strict=True):
+                place = tuple(slice(a - o, a - o + n) for a, o, n in zip(s.start, origin.start, s.shape, strict=True))
+                part[place] = row[: prod(s.shape)].view(s.shape)
+        where = outer
+    return part.detach().clone()
+
+
 def _messages(x: Slots) -> list[list[int]]:
-    """Units that travel together: small ones share a message, large ones overlap each other's copies. Empty ones (frozen) stay."""
+    """Units that travel together: small ones share a message, large ones overlap each other's copies.
+
+    Empty ones (frozen) stay.
+    """
     out: list[list[int]] = []
     room = 0
     for u, b in enumerate(x.buffers):

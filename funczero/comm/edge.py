@@ -1,4 +1,4 @@
-"""How one mesh axis is crossed: which leaves it cuts, what travels when it gathers and when it scatters, how it adds."""
+"""How one mesh axis is crossed: which leaves it cuts, what travels when it gathers and scatters, how it adds."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -7,11 +7,14 @@ from typing import NamedTuple
 import torch
 
 from funczero.comm.wire import Wire, as_born, prove
-from funczero.layout.structure import Rules
+from funczero.layout.cut import Rules
 
 
 class Edge(NamedTuple):
-    """All that collectives and tapes know of an axis; `Env.edges` holds one for every axis of the mesh. `Edge(axis)` is exact."""
+    """All that collectives and tapes know of an axis; `Env.edges` holds one for every axis of the mesh.
+
+    `Edge(axis)` is exact.
+    """
 
     axis: str
     rules: Rules | None = None  # how its bracket cuts leaves; None without a bracket
@@ -34,7 +37,8 @@ class Edge(NamedTuple):
         for way in ("gather", "scatter"):
             ours, theirs = getattr(self, way), getattr(other, way)
             if ours is not as_born and theirs is not as_born:
-                raise ValueError(f"the {way} over {self.axis!r} has a wire already ({ours}), and is given another ({theirs}); write one of them")
+                what = f"the {way} over {self.axis!r} has a wire already ({ours}), and is given another ({theirs})"
+                raise ValueError(f"{what}; write one of them")
         return self._replace(
             gather=self.gather if other.gather is as_born else other.gather,
             scatter=self.scatter if other.scatter is as_born else other.scatter,
@@ -46,8 +50,9 @@ class Edge(NamedTuple):
         Raises:
           TypeError, ValueError: a wire breaks a law, or the backend should add what is packed.
         """
-        for wire, dtypes in ((self.gather, ((born, born), (self.adds, self.adds))), (self.scatter, ((born, self.adds), (self.adds, self.adds)))):
-            for pair in dict.fromkeys(dtypes) if wire is not as_born else ():
+        sums = (self.adds, self.adds)
+        for wire, first in ((self.gather, (born, born)), (self.scatter, (born, self.adds))):
+            for pair in dict.fromkeys((first, sums)) if wire is not as_born else ():
                 prove(wire, *pair, device)
         if self.scatter is not as_born and self.sums == "backend":
             why = f"the backend adds what is on the wire, and {self.scatter} packs it"
@@ -55,7 +60,8 @@ class Edge(NamedTuple):
         return self
 
     def __str__(self) -> str:
-        return ", ".join(f"{way}={wire}" for way, wire in (("gather", self.gather), ("scatter", self.scatter)) if wire is not as_born)
+        both = (("gather", self.gather), ("scatter", self.scatter))
+        return ", ".join(f"{way}={wire}" for way, wire in both if wire is not as_born)
 
 
 def joined(edges: Iterable[Edge]) -> dict[str, Edge]:

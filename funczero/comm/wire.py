@@ -1,8 +1,9 @@
 """What travels over a mesh axis: a wire turns a flat buffer into one flat buffer to send, and reads it again.
 
-A wire packs the values of one unit for one rank, never a whole message, so that what units share a message changes no value. It sees
-views and gradients, never masters: `step.params`, checkpoints and exports are exact under every wire. What does not travel is not packed:
-over an axis of size 1 every wire is the identity, and a leaf that an axis leaves whole is not packed where that axis gathers.
+A wire packs the values of one unit for one rank, never a whole message, so that it changes no value which units share a
+message. It sees views and gradients, never masters: `step.params`, checkpoints and exports are exact under every wire.
+What does not travel is not packed: over an axis of size 1 every wire is the identity, and a leaf that an axis leaves
+whole is not packed where that axis gathers.
 """
 from __future__ import annotations
 
@@ -15,22 +16,29 @@ from torch import Tensor
 from funczero.core.policy import dtype_of
 
 Lengths = tuple[int, ...]  # of the slots that lie one after another in a buffer, padding included
+Key = tuple[int, ...]  # what the draws of a message are folded from, the same on all ranks of an axis
 
 
 class Wire(NamedTuple):
     """Two pure functions between a buffer x[n] and what is sent in its place, and how many bytes that is.
 
-    Law: every slot is packed by itself, so that the parts of x that `lengths` names do not depend on each other; a value that is not
-    finite reads as one that is not; the same (x, lengths, key) gives the same bytes. A chain tries all this when it is built.
+    Law: every slot is packed by itself, so that the parts of x that `lengths` names do not depend on each other; a value
+    that is not finite reads as one that is not; the same (x, lengths, key) gives the same bytes. A chain tries all this
+    when it is built.
 
     Args:
       name: what is printed, counted and compared among ranks; it should say the wire's numbers, as "int8(2048)".
-      pack: (x[n], lengths, key) -> one flat buffer of any dtype; n = sum(lengths); draws come from `fz.rng.generator(key)` alone.
+      pack: (x[n], lengths, key) -> one flat buffer of any dtype; n = sum(lengths); draws come from
+        `fz.rng.generator(key)` alone. The key is that of the unit in this update, the same on all ranks where they must agree.
       unpack: (sent, lengths, dtype) -> x[n] in dtype; sums are read in `policy.accumulate`, views in `policy.compute`.
       nbytes: (lengths, dtype) -> the bytes of what `pack` gives for an x of that dtype, in closed form.
       init: (where, unit) -> the state of a wire with memory, as error feedback has; None: it has none.
 
-    >>> half = Wire("half", lambda x, lengths, key: x.half(), lambda sent, lengths, dtype: sent.to(dtype), lambda lengths, dtype: 2 * sum(lengths))
+    >>> half = Wire(
+    ...     "half",
+    ...     lambda x, lengths, key: x.half(),
+    ...     lambda sent, lengths, dtype: sent.to(dtype),
+    ...     lambda lengths, dtype: 2 * sum(lengths))
     >>> half.unpack(half.pack(torch.tensor([1.0, 0.1]), (2,), 0), (2,), torch.float32)
     tensor([1.0000, 0.1000])
     """
@@ -81,14 +89,16 @@ class Packed(NamedTuple):
 
 
 def pack_units(wire: Wire, rows: Sequence[Sequence[Tensor]], lengths: Sequence[Lengths], keys: Sequence[int]) -> Packed:
-    """rows[rank][unit] as one message; keys are by unit, so that a leaf which goes to every rank whole is the same on all of them."""
+    """rows[rank][unit] as one message; keys are by unit, so that a leaf which goes to all ranks is the same on them."""
     sent = [[_sent(wire, x, n, key) if n else x for x, n, key in zip(row, lengths, keys, strict=True)] for row in rows]
     flat = [x.view(torch.uint8) for row in sent for x in row]
     whole = (flat[0] if len(flat) == 1 else torch.cat(flat)).view(len(rows), -1)
     return Packed(whole, [x.nbytes for x in sent[0]], [x.dtype for x in sent[0]])
 
 
-def unpack_units(wire: Wire, packed: Packed, got: Tensor, lengths: Sequence[Lengths], dtype: torch.dtype) -> list[list[Tensor]]:
+def unpack_units(
+    wire: Wire, packed: Packed, got: Tensor, lengths: Sequence[Lengths], dtype: torch.dtype
+) -> list[list[Tensor]]:
     """By unit: what every rank sent, [n] each in dtype; got is [ranks, bytes] as `packed.rows`."""
     out = []
     for part, born, n in zip(got.split_with_sizes(packed.widths, 1), packed.dtypes, lengths, strict=True):
@@ -100,7 +110,8 @@ def _sent(wire: Wire, x: Tensor, lengths: Lengths, key: int) -> Tensor:
     sent, want = wire.pack(x, lengths, key), wire.nbytes(lengths, x.dtype)
     if not isinstance(sent, Tensor) or sent.dim() != 1 or not sent.is_contiguous() or sent.nbytes != want:
         have = f"{sent.nbytes} bytes as {tuple(sent.shape)}" if isinstance(sent, Tensor) else f"a {type(sent).__name__}"
-        raise TypeError(f"wire {wire.name!r}: pack gives {have} for slots of {lengths}, but nbytes says {want}; give one flat buffer of as many bytes")
+        what = f"pack gives {have} for slots of {lengths}, but nbytes says {want}"
+        raise TypeError(f"wire {wire.name!r}: {what}; give one flat buffer of as many bytes")
     return sent
 
 
@@ -109,8 +120,8 @@ def _read(wire: Wire, row: Tensor, born: torch.dtype, lengths: Lengths, dtype: t
         return row.new_empty(0, dtype=dtype)
     x = wire.unpack(row.view(born), lengths, dtype)
     if x.dtype != dtype or x.shape != (sum(lengths),):
-        have = f"{tuple(x.shape)} of {x.dtype}"
-        raise TypeError(f"wire {wire.name!r}: unpack gives {have}, but it was asked for ({sum(lengths)},) of {dtype}; read what was sent in that dtype")
+        what = f"unpack gives {tuple(x.shape)} of {x.dtype}, but it was asked for ({sum(lengths)},) of {dtype}"
+        raise TypeError(f"wire {wire.name!r}: {what}; read what was sent in that dtype")
     return x
 
 
@@ -134,7 +145,8 @@ def prove(wire: Wire, born: torch.dtype, dtype: torch.dtype, device: torch.devic
     if not torch.equal(x, before):
         raise ValueError(f"wire {wire.name!r}: pack writes into the values that it is given; return new ones")
     if not torch.equal(_sent(wire, x, TRIED, 0).view(torch.uint8), first.view(torch.uint8)):
-        raise ValueError(f"wire {wire.name!r}: pack gives other bytes for the same values; draw from fz.rng.generator(key) alone")
+        why = "pack gives other bytes for the same values"
+        raise ValueError(f"wire {wire.name!r}: {why}; draw from fz.rng.generator(key) alone")
     again = lambda x: _read(wire, _sent(wire, x, TRIED, 0).view(torch.uint8), first.dtype, TRIED, dtype)
     if not again(x).isfinite().all():
         raise ValueError(f"wire {wire.name!r}: values between -1 and 1 do not read as finite ones")
@@ -150,4 +162,5 @@ def prove(wire: Wire, born: torch.dtype, dtype: torch.dtype, device: torch.devic
         for bad in (torch.nan, torch.inf):
             other[start] = bad
             if again(other)[start:stop].isfinite().all():
-                raise ValueError(f"wire {wire.name!r}: {bad} reads as a finite value, so an overflow would be applied; let its block read as nan")
+                why = f"{bad} reads as a finite value, so an overflow would be applied"
+                raise ValueError(f"wire {wire.name!r}: {why}; let its block read as nan")

@@ -174,8 +174,8 @@ class Batches:
         Raises:
           ValueError: a batch that does not divide into the chain's micro-batches.
         """
-        g = step.running()
-        parts, mine = g.layout.stride, order.indices(g.layout, g.env.mesh.index)
+        g = step.grad
+        parts, mine = g.layout.stride, order.indices(g.layout, step.live_mesh.index)
         _check_dealing(self, parts, " x ".join(f"{name} {n}" for name, n in g.layout.order))
         calls = next(n for name, n in reversed(g.layout.order) if name == "accumulate") if g.streams else 1
         return replace(self, parts=parts, mine=tuple(mine), calls=calls)

@@ -8,22 +8,22 @@ from funczero.deepspeed import runtime as runtime
 from funczero.deepspeed import utils as utils
 from funczero.deepspeed import zero as zero
 from funczero.deepspeed.config.arguments import add_config_arguments as add_config_arguments
-from funczero.deepspeed.config.build import Rates as Rates
 from funczero.deepspeed.config.build import chain_of as chain_of
 from funczero.deepspeed.config.build import from_deepspeed as from_deepspeed
 from funczero.deepspeed.config.build import on_values as on_values
-from funczero.deepspeed.config.build import optimizer_of as optimizer_of
-from funczero.deepspeed.config.build import rates_of as rates_of
 from funczero.deepspeed.config.explain import diff as diff
 from funczero.deepspeed.config.explain import differences as differences
+from funczero.deepspeed.config.key import ConfigError as ConfigError
+from funczero.deepspeed.config.key import Key as Key
 from funczero.deepspeed.config.keys import KEYS as KEYS
-from funczero.deepspeed.config.keys import ConfigError as ConfigError
-from funczero.deepspeed.config.keys import Key as Key
-from funczero.deepspeed.config.resolve import Config as Config
-from funczero.deepspeed.config.resolve import Value as Value
+from funczero.deepspeed.config.optimizers import GroupRates as GroupRates
+from funczero.deepspeed.config.optimizers import optimizer_of as optimizer_of
+from funczero.deepspeed.config.optimizers import rates_of as rates_of
 from funczero.deepspeed.config.resolve import resolve as resolve
+from funczero.deepspeed.config.resolved import Config as Config
+from funczero.deepspeed.config.resolved import Setting as Setting
 from funczero.deepspeed.config.triad import Triad as Triad
-from funczero.deepspeed.config.triad import World as World
+from funczero.deepspeed.config.triad import WorldSize as WorldSize
 from funczero.deepspeed.engine.device import get_accelerator as get_accelerator
 from funczero.deepspeed.engine.engine import Engine as Engine
 from funczero.deepspeed.engine.initialize import initialize as initialize
@@ -31,7 +31,8 @@ from funczero.deepspeed.engine.ranks import init_distributed as init_distributed
 
 DeepSpeedEngine = Engine
 ABSENT = {
-    "init_inference": "there is no inference engine here; run engine.eval() under torch.no_grad(), or export the weights",
+    "init_inference": "there is no inference engine here; "
+    "run engine.eval() under torch.no_grad(), or export the weights",
     "moe": "there are no experts over ranks here; a module's own experts train like any other parameters",
     "pipe": "there is no pipeline here; write a torch.nn.Module and stage 3",
     "PipelineModule": "there is no pipeline here; write a torch.nn.Module and stage 3",

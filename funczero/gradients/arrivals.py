@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import Key, scatter_units
+from funczero.comm.collectives import scatter_units
+from funczero.comm.wire import Key
 from funczero.core.types import Env
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import Key, all_gather
+from funczero.comm.collectives import all_gather
+from funczero.comm.wire import Key
 from funczero.core import order, rng, tree
 from funczero.core.types import ChainError, Env, Grad, Layout, Seed, Sum
 from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
-from funczero.gradients.tape import Ref, Tape
+from funczero.gradients.tape import Tape
 from funczero.layout.mesh import P
 from funczero.layout.slots import Slots
 from funczero.transforms.chain import Configure, Source, opening
@@ -161,7 +162,7 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
     def apply(views: Slots, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Sum, dict[str, Any]]:
         mine = seed._replace(index=seed.index + order.indices(layout, mesh.index)[0])
         tape = Tape(views, source.scatter, env, seed.look, at=seed.at, key=(seed.key, seed.index))
-        whole = open_rest(tape, forward)
+        whole = tape.open_rest(forward)
         loss, weight, aux, grads = differentiate(whole, batch, mine, tape)
         slots, bad = close(tape, grads)
         return Sum(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
@@ -172,40 +173,12 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
     return grad
 
 
-def open_rest(tape: Tape, forward: bool = True) -> list[Any]:
-    """Every leaf of the tree for a loss: whole tensors outside the units, closed Refs inside them."""
-    structure, learn = tape.whole.structure, tape.differentiate and forward
-    out: list[Any] = [None] * len(structure.leaves)
-    loose = [u for u, unit in enumerate(structure.units) if not unit.seam and structure.members[u]]
-    if forward:
-        tape.launch(*loose)
-        seams = [u for u, unit in enumerate(structure.units) if unit.seam]
-        for u in loose:
-            buffer = tape.take(u)
-            tape.count(-1)
-            _spread(out, tape, u, buffer, learn)
-        tape.ahead(*tape.first())
-        for u in seams:
-            if not tape.seam:
-                _spread(tape.leaves, tape, u, tape.views.buffers[u], learn)
-            for i in structure.members[u]:
-                out[i] = Ref(tape, i)
-    return out
-
-
-def _spread(out: Any, tape: Tape, unit: int, buffer: Tensor, learn: bool) -> None:
-    frozen = tape.whole.structure.units[unit].frozen
-    for i, x in zip(tape.whole.structure.members[unit], tape.whole.views(unit, buffer), strict=True):
-        leaf = x.data  # not detach(): with a version counter of its own, a write can be told from its neighbours'
-        out[i] = leaf.requires_grad_() if learn and not frozen else leaf
-
-
 def _differentiate(
     loss_fn: Callable[..., Any], whole: list[Any], batch: Any, seed: Seed, tape: Tape, has_aux: bool, keyed: bool
 ) -> tuple[Tensor, Tensor, Any, list[Any]]:
     structure = tape.whole.structure
     key = (rng.fold(seed.key, seed.index),) if keyed else ()
-    open_leaves = {i: x for i, x in enumerate(whole) if isinstance(x, Tensor)} | tape.leaves
+    open_leaves = tape.tensors(whole)
     before = tape.copies(open_leaves)
     with nullcontext() if getattr(loss_fn, "keyed", False) else draws.keyed(next(iter(key), None), tape.port.device, drew):
         loss, weight, aux = check_loss(loss_fn(structure.unflatten(whole), batch, *key), has_aux)
@@ -213,7 +186,7 @@ def _differentiate(
     wanted = {i: x for i, x in open_leaves.items() if x.requires_grad}
     grads: list[Any] = [None] * len(structure.leaves)
     if loss.requires_grad:
-        with tape.arrivals.collecting(seed.look):
+        with tape.collecting(seed.look):
             try:
                 found = torch.autograd.grad(loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True)
             except RuntimeError as error:

@@ -6,7 +6,6 @@ it exists: the next gather and the last scatter travel while a block computes. P
 """
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from funczero.core import rng, tree
 from funczero.gradients.arrivals import Group
 from funczero.gradients.draws import foreseen
+from funczero.gradients.ref import Ref
 from funczero.gradients.surroundings import Uncached, here, restored
-from funczero.gradients.tape import Ref, Tape
+from funczero.gradients.tape import Tape
 
 Run = Callable[[dict[int, Tensor]], Any]  # a block as a function of its open leaves, by leaf number
 
@@ -184,7 +184,7 @@ def gather(params: Any) -> Any:
         leaves = tape.open_leaves({u: tape.take(u) for u in units}, track=torch.is_grad_enabled() and tape.differentiate)
     else:
         leaves = tape.resting_leaves(units)
-    tape.lent += [(i, weakref.ref(x)) for i, x in leaves.items()]
+    tape.lend(leaves)
     return tree.unflatten([leaves[r.leaf] if isinstance(r, Ref) else r for r in flat], treedef)
 
 

@@ -1,7 +1,8 @@
-"""Any `torch.nn.Module` as a pure loss function of a flat dict of parameters, with ZeRO-3 per block inside the module's own loop.
+"""Any `torch.nn.Module` as a pure loss function of a flat dict of parameters, with ZeRO-3 inside the module's own loop.
 
-The module is never touched. A snapshot of its tree is taken once, without parameters; every call runs on a fresh copy of it, where each
-repeated block has a `forward` of ours: it opens its unit at the seam (layers.py), binds the parameters, runs, and lets them go.
+The module is never touched. A snapshot of its tree is taken once, without parameters. Every call runs on a fresh copy
+of it, where each repeated block has a `forward` of ours: it opens its unit at the seam (blocks.py), binds the
+parameters, runs, and lets them go.
 """
 from __future__ import annotations
 
@@ -16,31 +17,38 @@ from absl import logging
 from torch import Tensor, nn
 
 from funczero.core import tree
+from funczero.gradients.blocks import Again, Blocks
 from funczero.gradients.draws import KINDS, foreseen, keyed
-from funczero.gradients.layers import captured, group_of, run_block, run_unit
+from funczero.gradients.layers import captured, group_of
+from funczero.gradients.ref import Ref
 from funczero.gradients.snapshot import Slot, Snapshot, copied, places
-from funczero.gradients.tape import Ref
-from funczero.gradients.units import find_units, neighbours
+from funczero.gradients.units import find_units
 
 
-def stateless(module: nn.Module, loss: Callable[..., Any], units: Sequence[str] | None = None, remat: bool = False) -> tuple[Callable, dict[str, Tensor]]:
-    """(loss_fn, params): a module as a pure loss over {dotted name: tensor}; its repeated blocks are units, gathered one by one.
+def stateless(
+    module: nn.Module, loss: Callable[..., Any], units: Sequence[str] | None = None, remat: bool = False
+) -> tuple[Callable, dict[str, Tensor]]:
+    """(loss_fn, params): a module as a pure loss over {dotted name: tensor}, its repeated blocks gathered one by one.
 
-    The values are the module's own. value_and_grad reads `loss_fn.units`; `loss_fn.trainable` tells which paths require grad (None: all),
-    `loss_fn.ties` which names are one tensor. What a forward draws from torch, python or numpy is a function of the key of
-    value_and_grad(loss_fn, rng=True); without a key drawing is refused. Given whole tensors, outside of any step, loss_fn is a plain function.
+    The values are the module's own. value_and_grad reads `loss_fn.units`. `loss_fn.trainable` tells which paths require
+    grad (None: all), `loss_fn.ties` which names are one tensor. What a forward draws from torch, python or numpy is a
+    function of the key of value_and_grad(loss_fn, rng=True). Without a key drawing is refused. Given whole tensors,
+    outside of any step, loss_fn is a plain function.
 
-    >>> loss_fn, params = stateless(nn.Linear(2, 1, bias=False), lambda model, x: (model(x).sum(), torch.tensor(float(len(x)))))
+    >>> loss = lambda model, x: (model(x).sum(), torch.tensor(float(len(x))))
+    >>> loss_fn, params = stateless(nn.Linear(2, 1, bias=False), loss)
     >>> [x.item() for x in loss_fn({"weight": torch.ones(1, 2)}, torch.ones(3, 2))], list(params)
     ([6.0, 3.0], ['weight'])
 
     Args:
-      module: read once, now, with its training mode, hooks and buffers; to evaluate write another, stateless(module.eval(), loss). Buffers
-        follow the parameters' device. A forward that changes a buffer, as batch norm in training, a number or a container of its modules
-        is refused. torch.compile is taken off, in print.
+      module: read once, now, with its training mode, hooks and buffers. To evaluate write another one,
+        stateless(module.eval(), loss). Buffers follow the parameters' device. A forward that changes a buffer, as batch
+        norm in training, a number or a container of its modules is refused. torch.compile is taken off, in print.
       loss: loss(model, batch) -> (sum, weight); model is called like the module.
-      units: paths of lists of blocks, as "transformer.h"; () for none. By default the lists (ModuleList, ModuleDict, Sequential) of blocks.
-      remat: save only each block's inputs and run it again in the backward; so does a block that has gradient_checkpointing set.
+      units: paths of lists of blocks, as "transformer.h", () for none. By default the lists (ModuleList, ModuleDict,
+        Sequential) of blocks.
+      remat: save only each block's inputs and run it again in the backward. So does a block that has
+        gradient_checkpointing set.
 
     Raises:
       ValueError: units names no list of blocks, or the module has no values (meta).
@@ -48,11 +56,13 @@ def stateless(module: nn.Module, loss: Callable[..., Any], units: Sequence[str] 
     """
     original = getattr(module, "_orig_mod", None)
     if isinstance(original, nn.Module) and hasattr(module, "dynamo_ctx"):
-        logging.warning("stateless: torch.compile is taken off, because what it made runs on the module that it was given; blocks run uncompiled")
+        why = "what it made runs on the module that it was given; blocks run uncompiled"
+        logging.warning("stateless: torch.compile is taken off, because %s", why)
         module = original
     meta = next((n for n, p in [*module.named_parameters(), *module.named_buffers()] if p.is_meta), None)
     if meta is not None:
-        raise ValueError(f"stateless: {meta!r} is on the meta device and has no values; write module.to_empty(device=...) and load them first")
+        remedy = "write module.to_empty(device=...) and load them first"
+        raise ValueError(f"stateless: {meta!r} is on the meta device and has no values; {remedy}")
     for x in captured(loss):
         what = f"captures a tensor of shape {tuple(x.shape)} that needs a gradient, which nobody would hear of"
         raise TypeError(f"stateless: the loss {what}; register it as a parameter of the module, or detach it")
@@ -72,31 +82,43 @@ def stateless(module: nn.Module, loss: Callable[..., Any], units: Sequence[str] 
         _check_buffers(copies, snapshot.buffers, versions)
         if snapshot.changes.check(copies, lengths):
             return None
-        ports = [x for t in {r.tape for r in params.values() if isinstance(r, Ref)} for x in (t.port, *t.leaves.values())]  # stand for what is closed
+        tapes = {r.tape for r in params.values() if isinstance(r, Ref)}
+        ports = [x for t in tapes for x in (t.port, *t.leaves.values())]  # they stand for what is closed
         snapshot.check_leaves("", result, [*tree.tensors((params, batch)), *ports])
         return result
 
     frozen, once = snapshot.frozen, dict[int, Tensor]()
-    loss_fn.units, loss_fn.trainable = snapshot.lists, (lambda path: path not in frozen) if frozen else None  # type: ignore[attr-defined]
-    loss_fn.ties, loss_fn.keyed = snapshot.ties, True  # type: ignore[attr-defined]
+    loss_fn.units, loss_fn.ties, loss_fn.keyed = snapshot.lists, snapshot.ties, True  # type: ignore[attr-defined]
+    loss_fn.trainable = (lambda path: path not in frozen) if frozen else None  # type: ignore[attr-defined]
     return loss_fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
 
 
 class Call:
-    """One forward. Its copies of the blocks hold it, and never the other way: a cycle would keep gathered memory until a collection."""
+    """One forward. Its copies of the blocks hold it, and never the other way.
+
+    A cycle would keep gathered memory until a collection.
+    """
 
     def __init__(self, snapshot: Snapshot, params: dict[str, Any], refuse: bool = False) -> None:
         """params: by the names that stateless returned, whole or closed; refuse: a unit that draws is named."""
         if not isinstance(params, dict) or params.keys() != snapshot.names:
-            odd = f"differ in {sorted(snapshot.names ^ params.keys())[0]!r}" if isinstance(params, dict) else f"are a {type(params).__name__}"
-            raise ValueError(f"stateless: the parameters {odd}; give a flat dict with the names of the one that stateless returned")
+            odd = f"are a {type(params).__name__}"
+            if isinstance(params, dict):
+                odd = f"differ in {sorted(snapshot.names ^ params.keys())[0]!r}"
+            remedy = "give a flat dict with the names of the one that stateless returned"
+            raise ValueError(f"stateless: the parameters {odd}; {remedy}")
         taught = next((n for n in snapshot.frozen if params[n].requires_grad), None)
         if taught is not None:
-            remedy = "write value_and_grad(loss_fn, trainable=loss_fn.trainable, ...), or module.requires_grad_() before fz.stateless"
-            raise TypeError(f"stateless: parameter {taught!r} is frozen in the module (requires_grad=False) but is differentiated here; {remedy}")
+            why = "is frozen in the module (requires_grad=False) but is differentiated here"
+            remedy = (
+                "write value_and_grad(loss_fn, trainable=loss_fn.trainable, ...), "
+                "or module.requires_grad_() before fz.stateless"
+            )
+            raise TypeError(f"stateless: parameter {taught!r} {why}; {remedy}")
         self.units, self.check_leaves, self.params, self.refuse = snapshot.units, snapshot.check_leaves, params, refuse
         self.device = next((x.device for x in params.values()), torch.device("cpu"))
-        self.groups = [group_of([params[name] for *_, name in u.slots]) for u in self.units]
+        groups = [group_of([params[name] for *_, name in u.slots]) for u in self.units]
+        self.blocks = Blocks([u.path for u in self.units], groups)
 
     def bound(self, snapshot: Snapshot) -> dict[int, nn.Module]:
         """A fresh copy of the modules, with parameters in their places; units are closed until they run."""
@@ -113,33 +135,19 @@ class Call:
 
     def run(self, i: int, block: Any, where: list[Any], forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Unit i: opened, bound, run, closed."""
-        unit, groups, module = self.units[i], self.groups, block()
-        closed = {name: self.params[name] for _, _, name in where}
-        around = tuple(() if j is None else groups[j] for j in neighbours([u.path for u in self.units], i))
+        unit, module = self.units[i], block()
 
-        def once(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def bound(own: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _bind(where, own)
-            named = foreseen(self.device, partial(_drew, module, path=unit.path), KINDS) if self.refuse else nullcontext()
+            drew = partial(_drew, module, path=unit.path)
             try:
-                with named:
+                with foreseen(self.device, drew, KINDS) if self.refuse else nullcontext():
                     return (forward or partial(type(module).forward, module))(*args, **kwargs)
             finally:
                 _bind(where, self.params)
 
-        def twice(own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            before = [(x, x._version) for x in tree.tensors((args, kwargs))]
-            out = once(own, args, kwargs)
-            if any(x._version != version for x, version in before):
-                why = "changes an input in place; write x = x + y, or leave out remat"
-                raise RuntimeError(f"stateless: unit {unit.path!r} runs again in the backward (remat), but {why}")
-            self.check_leaves(unit.path, out, [*own.values(), *(x for x, _ in before)])
-            return out
-
-        if unit.again and torch.is_grad_enabled():
-            return run_block(twice, tree.flatten(closed), groups[i], repeatable(unit.path, args, kwargs), {}, around, True)
-        tape = next((r.tape for r in closed.values() if isinstance(r, Ref)), None)
-        opened = lambda leaves: once({n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs)
-        return opened({}) if tape is None else run_unit(tape, groups[i], opened, *around)
+        again = Again("stateless", "remat", "leave out remat", self.check_leaves) if unit.again else None
+        return self.blocks.run(i, {name: self.params[name] for _, _, name in where}, bound, args, kwargs, again)
 
 
 def _bind(where: list[tuple[Any, Any, str]], values: dict[str, Any]) -> None:
@@ -148,35 +156,38 @@ def _bind(where: list[tuple[Any, Any, str]], values: dict[str, Any]) -> None:
 
 
 def _check_buffers(copies: dict[int, nn.Module], buffers: list[tuple[Slot, Tensor]], versions: list[int]) -> None:
-    """Refuse what would be forgotten: a changed buffer, or tensor among the attributes. A buffer outside the state_dict may be replaced on the copy."""
+    """Refuse what would be forgotten: a changed buffer, or tensor among the attributes.
+
+    A buffer outside the state_dict may be replaced on the copy.
+    """
     for ((m, box, key, name), x), version in zip(buffers, versions, strict=True):
         module = copies[m]
         lasting = box != "_buffers" or key not in module._non_persistent_buffers_set
         if x._version != version or lasting and _at(getattr(module, box), key) is not x:
             what = "buffer" if box == "_buffers" else "tensor"
-            remedy = "write fz.stateless(module.eval(), ...), or use a layer without running state (BatchNorm: track_running_stats=False)"
-            raise RuntimeError(f"stateless: the forward of {type(module).__name__} changes {what} {name!r}, but a pure loss has nowhere to keep it; {remedy}")
+            why = f"changes {what} {name!r}, but a pure loss has nowhere to keep it"
+            remedy = (
+                "write fz.stateless(module.eval(), ...), "
+                "or use a layer without running state (BatchNorm: track_running_stats=False)"
+            )
+            raise RuntimeError(f"stateless: the forward of {type(module).__name__} {why}; {remedy}")
 
 
 def _at(box: Any, key: Any) -> Any:
     return box.get(key) if isinstance(box, dict) else box[key] if key < len(box) else None
 
 
-def repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Arguments without empty key-value caches, which a block that runs twice would fill twice; other objects are refused."""
-    empty = lambda x: callable(getattr(x, "get_seq_length", None)) and int(x.get_seq_length()) == 0
-    both = tuple(None if empty(x) else x for x in args), {k: False if k == "use_cache" else None if empty(x) else x for k, x in kwargs.items()}
-    odd = next((x for x in tree.leaves(both) if hasattr(x, "__dict__") and not isinstance(x, Tensor) and not callable(x)), None)
-    if odd is not None:
-        why = f"it is handed a {type(odd).__name__}, which may change in between or hold tensors that need a gradient; leave that out, or leave out remat"
-        raise TypeError(f"stateless: unit {path!r} runs again in the backward (remat), but {why}")
-    return both
-
-
 def _drew(m: nn.Module, kind: str, path: str = "") -> Exception:
     """Who drew random numbers, as far as can be told: the first active dropout layer of a module at a path."""
-    active = {f"{path}.{n}".lstrip("."): x for n, x in m.named_modules() if isinstance(x, nn.modules.dropout._DropoutNd) and x.training and x.p > 0}
+    dropouts = [(n, x) for n, x in m.named_modules() if isinstance(x, nn.modules.dropout._DropoutNd)]
+    active = {f"{path}.{n}".lstrip("."): x for n, x in dropouts if x.training and x.p > 0}
     who = next(iter(active), "") if kind == "torch" else ""
-    what = f"{who!r} ({type(active[who]).__name__}, p={active[who].p})" if who else f"the forward of {path or type(m).__name__!r}"
-    remedy = "write value_and_grad(loss_fn, ..., rng=True), or fz.stateless(module.eval(), ...) where nothing should be dropped"
-    return RuntimeError(f"stateless: {what} draws from {kind}'s global generator, so the loss would not be a function of its arguments; {remedy}")
+    what = f"the forward of {path or type(m).__name__!r}"
+    if who:
+        what = f"{who!r} ({type(active[who]).__name__}, p={active[who].p})"
+    why = f"draws from {kind}'s global generator, so the loss would not be a function of its arguments"
+    remedy = (
+        "write value_and_grad(loss_fn, ..., rng=True), "
+        "or fz.stateless(module.eval(), ...) where nothing should be dropped"
+    )
+    return RuntimeError(f"stateless: {what} {why}; {remedy}")

@@ -1,65 +1,35 @@
-"""One apply's units for a forward: closed parameters, what is gathered, and what is under way."""
+"""One apply's units for a forward: what is gathered, what is under way, and the leaves that a loss reads."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import Key, Travelling, gather_units
-from funczero.core import tree
+from funczero.comm.collectives import Travelling, gather_units
+from funczero.comm.wire import Key
 from funczero.core.types import Env
 from funczero.gradients.arrivals import Arrivals, Group
+from funczero.gradients.ref import Ref
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
-
-
-class Ref:
-    """A parameter inside a unit, before the unit is opened: it has a shape and a dtype, and no values."""
-
-    def __init__(self, tape: Tape, leaf: int) -> None:
-        """Leaf number `leaf` of what the tape holds."""
-        info = tape.whole.structure.leaves[leaf]
-        self.tape, self.leaf, self.unit, self.path = tape, leaf, info.unit, info.path
-        self.shape, self.dtype, self.device = torch.Size(info.shape), tape.dtype, tape.port.device
-        self.requires_grad = tape.differentiate and not tape.whole.structure.frozen(leaf)
-
-    def is_floating_point(self) -> bool:
-        """Modules ask their parameters for a dtype."""
-        return True
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        """Any use as a tensor is refused, with the correction."""
-        ref = next(x for x in tree.leaves((args, kwargs)) if isinstance(x, Ref))
-        ref._refuse()
-
-    def __getattr__(self, name: str) -> NoReturn:
-        """No tensor method exists here."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        again = torch._C._current_graph_task_id() != -1  # a backward reads it: something inside the block runs once more
-        remedy = "run its blocks with fz.layers(block, params[...], x) or open it with fz.gather(params[...])"
-        if "/" not in self.path:  # a module's parameter
-            remedy = "a module may read it only inside that block's forward; leave its list out of fz.stateless(..., units=[...])"
-        if again:
-            remedy = "it is read again in the backward, as torch.utils.checkpoint does inside a unit; leave that out, and write remat=True"
-        raise TypeError(f"parameter {self.path!r} is inside a unit that is not open; {remedy}")
-
-    def __repr__(self) -> str:
-        return f"<closed parameter {self.path!r} {tuple(self.shape)} {self.dtype}>"
 
 
 class Tape:
     """What one forward and its backward hold of the units, two at a time, and where their gradients go (`arrivals`)."""
 
     def __init__(
-        self, views: Slots, scatter: tuple[str, ...], env: Env, look: bool, differentiate: bool = True, at: Key = (0,), key: Key = (0,)
+        self,
+        views: Slots,
+        scatter: tuple[str, ...],
+        env: Env,
+        look: bool,
+        differentiate: bool = True,
+        at: Key = (0,),
+        key: Key = (0,),
     ) -> None:
         """One apply's units, closed.
 
@@ -90,7 +60,9 @@ class Tape:
         for unit in group if self.rest and self.seam else ():
             if unit not in self.flying and unit not in self.open:
                 where, edge = self.views.where.outer, self.env.edges[self.rest[-1]]
-                self.flying[unit] = gather_units(where, (unit,), edge, self.env.mesh, (self.views.buffers[unit],), self.at)
+                self.flying[unit] = gather_units(
+                    where, (unit,), edge, self.env.mesh, (self.views.buffers[unit],), self.at
+                )
                 self.count(1)
 
     def ahead(self, *group: int) -> None:
@@ -117,7 +89,7 @@ class Tape:
         return buffer
 
     def first(self) -> Group:
-        """The unit that an earlier forward over these parameters opened first, if there was one; guessing it costs memory."""
+        """The unit that an earlier forward over these parameters opened first; a guess would cost memory."""
         found = self.whole.memo.get(FIRST)
         return () if found is None else (found,)
 
@@ -129,7 +101,9 @@ class Tape:
         if unit not in self.open:
             for other in [u for u in self.open if u not in group]:
                 self.drop(other)  # a frozen unit, or a backward inside the forward, says nothing of its last use
-            self.land(group)  # nor does a first block whose input needs no gradient, and whose weights no backward reads
+            self.land(
+                group
+            )  # nor does a first block whose input needs no gradient, and whose weights no backward reads
             self.open[unit] = self.take(unit)
             self.ahead(*before)
         return self.open[unit]
@@ -157,13 +131,69 @@ class Tape:
             self.flying.pop(unit).wait()
             self.count(-1)
 
-    def end(self) -> None:
-        """After the backward nothing is open or under way."""
-        self.land()
+    def drop_all(self) -> None:
+        """Forget every gathered buffer; a backward that reads one gathers it again."""
         for unit in list(self.open):
             self.drop(unit)
 
+    def end(self) -> None:
+        """After the backward nothing is open or under way."""
+        self.land()
+        self.drop_all()
+
     # --- leaves
+    def open_rest(self, forward: bool = True) -> list[Any]:
+        """Every leaf of the tree for a loss: whole tensors outside the units, closed Refs inside them.
+
+        Args:
+          forward: False: the forward runs elsewhere, and every leaf is None.
+        """
+        structure = self.whole.structure
+        out: list[Any] = [None] * len(structure.leaves)
+        loose = [u for u, unit in enumerate(structure.units) if not unit.seam and structure.members[u]]
+        if not forward:
+            return out
+        self.launch(*loose)
+        for u in loose:
+            buffer = self.take(u)
+            self.count(-1)
+            for i, x in self._loose_leaves(u, buffer).items():
+                out[i] = x
+        self.ahead(*self.first())
+        for u in (u for u, unit in enumerate(structure.units) if unit.seam):
+            if not self.seam:
+                self.leaves |= self._loose_leaves(u, self.views.buffers[u])
+            for i in structure.members[u]:
+                out[i] = Ref(self, i)
+        return out
+
+    def _loose_leaves(self, unit: int, buffer: Tensor) -> dict[int, Tensor]:
+        """A unit's leaves outside the seam, each with a version counter of its own, so a write is known by leaf."""
+        learns = self.differentiate and not self.whole.structure.units[unit].frozen
+        leaves = [x.data for x in self.whole.views(unit, buffer)]  # not detach(), which shares the counter
+        return dict(
+            zip(self.whole.structure.members[unit], [x.requires_grad_() if learns else x for x in leaves], strict=True)
+        )
+
+    def tensors(self, rest: Sequence[Any]) -> dict[int, Tensor]:
+        """By leaf number, all that a loss reads without opening a unit.
+
+        Args:
+          rest: what `open_rest` returned.
+        """
+        return {i: x for i, x in enumerate(rest) if isinstance(x, Tensor)} | self.leaves
+
+    def lend(self, leaves: Mapping[int, Tensor]) -> None:
+        """Remember leaves that a loss goes on to hold by itself (fz.gather), for as long as it does."""
+        self.lent += [(i, weakref.ref(x)) for i, x in leaves.items()]
+
+    @contextmanager
+    def collecting(self, look: bool = False, retain: bool = False, key: Key | None = None) -> Iterator[None]:
+        """While the backward that the chain asked for runs; see Arrivals.collecting."""
+        self.look = look
+        with self.arrivals.collecting(look, retain, key):
+            yield
+
     def open_leaves(self, buffers: dict[int, Tensor], track: bool = False) -> dict[int, Tensor]:
         """Leaves of gathered units by leaf number; with track, those with a gradient report it to this tape."""
         out: dict[int, Tensor] = {}
@@ -176,20 +206,28 @@ class Tape:
         return out
 
     def resting_leaves(self, group: Group) -> dict[int, Tensor]:
-        """Leaves of units where nothing is gathered or scattered: views, so that the uses in one call are summed before those of other calls."""
+        """Leaves of units where nothing is gathered or scattered.
+
+        They are views, so that the uses in one call are summed before those of other calls.
+        """
         members = [i for u in group for i in self.whole.structure.members[u]]
         return {i: x.view_as(x) if x.requires_grad else x for i, x in ((i, self.leaves[i]) for i in members)}
 
     def node(self, unit: int, buffer: Tensor | None = None) -> tuple[Tensor, ...]:
-        """A unit's leaves in the graph; without a buffer, stand-ins of their shapes and of no memory, for who computes the gradients itself."""
+        """A unit's leaves in the graph.
+
+        Args:
+          buffer: None: stand-ins of their shapes and of no memory, for who computes the gradients itself.
+        """
         try:
             return _Open.apply(self, unit, buffer, self.port)
         except RuntimeError as error:
             if "setup_context" not in str(error):
                 raise
             name = self.whole.structure.units[unit].name
-            why = f"unit {name!r} is opened inside a torch.func transform, but units are first-order and know no vmap or jvp"
-            raise RuntimeError(f"value_and_grad(units=...): {why}; leave units out for this loss") from None
+            why = "is opened inside a torch.func transform, but units are first-order and know no vmap or jvp"
+            remedy = "leave units out for this loss"
+            raise RuntimeError(f"value_and_grad(units=...): unit {name!r} {why}; {remedy}") from None
 
     def untouched(self, leaves: Mapping[int, Tensor], before: Mapping[int, Tensor] | None = None) -> None:
         """Refuse a loss that wrote its parameters: at some stages that is the caller's state, at others a copy.
@@ -200,9 +238,9 @@ class Tape:
         for i, x in leaves.items():
             if not x.is_inference() and x._version or before is not None and not _same_bits(x, before[i]):
                 path = self.whole.structure.leaves[i].path
-                why = "a pure loss may read its parameters alone; write a new tensor, as w = w.clamp(...), or leave out max_norm"
-                raise RuntimeError(f"the loss writes into parameter {path!r} in place, but {why}")
-
+                why = "a pure loss may read its parameters alone"
+                remedy = "write a new tensor, as w = w.clamp(...), or leave out max_norm"
+                raise RuntimeError(f"the loss writes into parameter {path!r} in place, but {why}; {remedy}")
 
     def left_alone(self, whole: Mapping[int, Tensor], before: Mapping[int, Tensor] | None) -> None:
         """`untouched`, of everything that a loss has had in its hands until its end."""
@@ -223,7 +261,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 class _Open(torch.autograd.Function):
-    """A unit's leaves for the forward. Autograd runs this node only for a backward that asks for the parameters: there their gradients are booked."""
+    """A unit's leaves for the forward. Autograd runs this node only for a backward that asks for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, tape: Tape, unit: int, buffer: Tensor | None, port: Tensor) -> tuple[Tensor, ...]:
@@ -247,5 +285,3 @@ def first_order() -> None:
     if torch.is_grad_enabled():
         why = "the seam is first-order only, but create_graph=True asks for a second derivative"
         raise RuntimeError(f"value_and_grad(units=...): {why}; leave units out for this loss")
-
-

@@ -13,7 +13,11 @@ from funczero.core import rng, tree
 from funczero.layout.lazy import Fill
 
 
-def leaf(shape: tuple[int, ...], draw: Callable[[int, tuple[int, ...]], Tensor] | float = 0.0, dtype: torch.dtype = torch.float32) -> Fill:
+def leaf(
+    shape: tuple[int, ...],
+    draw: Callable[[int, tuple[int, ...]], Tensor] | float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Fill:
     """A parameter to be drawn by fz.init: `draw(key, shape)`, or a number that fills it."""
     if callable(draw):
         return Fill(tuple(shape), dtype, draw)
@@ -24,8 +28,8 @@ def leaf(shape: tuple[int, ...], draw: Callable[[int, tuple[int, ...]], Tensor] 
 def init(what: Any, key: int = 0, init_fn: Callable[[nn.Module], Any] | None = None) -> Any:
     """Parameters for `step.init`, each drawn from its own key when, and where, its rows are needed.
 
-    Law: the values depend on (key, path) alone, not on the mesh, the stage or the order of drawing; at most one leaf (of a
-    module: one submodule's own leaves) is whole in memory at a time.
+    Law: the values depend on (key, path) alone, not on the mesh, the stage or the order of drawing. At most one leaf is
+    whole in memory at a time; of a module, one submodule's own leaves.
 
     >>> import funczero as fz
     >>> tree = fz.init({"w": leaf((2, 3), fz.rng.normal), "b": leaf((3,))}, key=1)
@@ -33,8 +37,8 @@ def init(what: Any, key: int = 0, init_fn: Callable[[nn.Module], Any] | None = N
     ((2, 3), torch.Size([2, 3]))
 
     Args:
-      what: a tree of fz.leaf, a function that returns one, or an nn.Module, on `meta` if it is large: its parameters by dotted
-        name, as fz.stateless names them.
+      what: a tree of fz.leaf, a function that returns one, or an nn.Module, on `meta` if it is large. Of a module the
+        result has the parameters by dotted name, as fz.stateless names them.
       key: of all randomness.
       init_fn: for a module: initialises one submodule's own parameters in place; by default its reset_parameters().
         Hugging Face models: init_fn=model._init_weights.
@@ -49,7 +53,10 @@ def init(what: Any, key: int = 0, init_fn: Callable[[nn.Module], Any] | None = N
     seen: dict[int, Fill] = {}
     for (path, _), x in zip(tree.paths(given), flat, strict=True):
         if not isinstance(x, Fill):
-            raise TypeError(f"init: {path!r} is a {type(x).__name__}; write fz.leaf(shape, draw) for every parameter, or give whole tensors to step.init")
+            raise TypeError(
+                f"init: {path!r} is a {type(x).__name__}; write fz.leaf(shape, draw) for every parameter, "
+                f"or give whole tensors to step.init"
+            )
         seen.setdefault(id(x), Fill(x.shape, x.dtype, partial(_make, x, rng.fold(key, path))))
     return tree.unflatten([seen[id(x)] for x in flat], treedef)
 
@@ -57,7 +64,10 @@ def init(what: Any, key: int = 0, init_fn: Callable[[nn.Module], Any] | None = N
 def _make(x: Fill, key: int) -> Tensor:
     value = x.make(key, x.shape)
     if tuple(value.shape) != x.shape:
-        raise ValueError(f"init: a leaf of shape {x.shape} was drawn with shape {tuple(value.shape)}; draw(key, shape) returns that shape")
+        raise ValueError(
+            f"init: a leaf of shape {x.shape} was drawn with shape {tuple(value.shape)}; "
+            f"draw(key, shape) returns that shape"
+        )
     return value.to(x.dtype)
 
 
@@ -68,16 +78,25 @@ def _module(module: nn.Module, key: int, init_fn: Callable[[nn.Module], Any] | N
         for name, p in owner._parameters.items():
             if p is not None:
                 if init_fn is None and not callable(getattr(owner, "reset_parameters", None)):
-                    raise TypeError(f"init: submodule {path!r} ({type(owner).__name__}) has parameters but no reset_parameters(); pass init_fn=, which sets one submodule's own parameters")
+                    raise TypeError(
+                        f"init: submodule {path!r} ({type(owner).__name__}) has parameters but no reset_parameters(); "
+                        f"pass init_fn=, which sets one submodule's own parameters"
+                    )
                 make = partial(_draw, owner, rng.fold(key, path), init_fn, name)
                 out[f"{path}.{name}" if path else name] = seen.setdefault(id(p), Fill(tuple(p.shape), p.dtype, make))
     return out
 
 
 def _draw(owner: nn.Module, key: int, init_fn: Callable[[nn.Module], Any] | None, name: str) -> Tensor:
-    """One submodule's own parameter, drawn with its neighbours on a shallow copy of it; the module and the global generator stay as they were."""
+    """One submodule's own parameter, drawn with its neighbours on a shallow copy of it.
+
+    The module and the global generator stay as they were.
+    """
     own = copy.copy(owner)
-    empty = {n: None if p is None else nn.Parameter(torch.zeros(p.shape, dtype=p.dtype), p.requires_grad) for n, p in owner._parameters.items()}
+    empty = {
+        n: None if p is None else nn.Parameter(torch.zeros(p.shape, dtype=p.dtype), p.requires_grad)
+        for n, p in owner._parameters.items()
+    }
     own.__dict__.update(_parameters=empty, _modules=dict(owner._modules))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(key)

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
+from funczero.layout.cut import Rules, cuts
+from funczero.layout.mesh import Coords
+from funczero.layout.place import DEVICE, Place
 from funczero.layout.slots import Slots
-from funczero.layout.structure import Leaf, Rules, Structure, Unit, dims_cut
+from funczero.layout.structure import Leaf, Structure, Unit
 from funczero.layout.where import Where
 
 
@@ -25,15 +28,18 @@ class Fill:
 
 
 class Lazy(NamedTuple):
-    """Parameters that are read part by part: `read(leaf, slices)` returns that part of a leaf. Nothing whole is ever built here."""
+    """Parameters that are read part by part: `read(leaf, slices)` returns that part of a leaf.
+
+    Nothing whole is ever built here.
+    """
 
     structure: Structure
     read: Callable[[int, tuple[slice, ...]], Tensor]
-    device: torch.device
+    device: torch.device  # the rank's own; meta for a form without memory
 
-    def at(self, coords: tuple[tuple[str, int, int], ...], dtype: torch.dtype) -> Slots:
+    def at(self, coords: Coords, dtype: torch.dtype, place: Place = DEVICE) -> Slots:
         """This rank's part as Slots of one dtype."""
-        where = Where(self.structure, coords)
+        where = Where(self.structure, coords, place)
         out = Slots.zeros(where, dtype, self.device)
         for i, x in enumerate(out.leaves()):
             slot = where.slots[i]
@@ -50,14 +56,15 @@ def lazy(
     device: torch.device,
     ties: Sequence[tuple[str, str]] = (),
 ) -> Lazy:
-    """Whole parameters as lazy leaves: finds ties by identity and by name, units by path, and the dim that every bracket cuts.
+    """Whole parameters as lazy leaves: finds ties by identity and by name, units by path, and how every bracket cuts.
 
     Args:
       frozen: asked once a leaf, with a tree.Path of all its names.
       ties: (second name, first name) of leaves that are one, though a tree may hold two tensors.
 
     Raises:
-      TypeError, ValueError: a leaf is no floating tensor, a unit is not there, a rule cannot hold; with the leaf's path.
+      TypeError: a leaf is no floating tensor; with its path.
+      ValueError: a unit is not there, a rule cannot hold, or tied leaves differ; with the leaf's path.
     """
     flat, treedef = tree.flatten(params)
     named = tree.paths(params)
@@ -74,14 +81,20 @@ def lazy(
         path, x = named[p]
         if not isinstance(x, (Tensor, Fill)) or not x.dtype.is_floating_point:
             what = f"a {x.dtype} tensor" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise TypeError(f"init: parameter {path!r} is {what}; parameters are floating tensors, other values go into the batch or the loss function")
+            raise TypeError(
+                f"init: parameter {path!r} is {what}; parameters are floating tensors, "
+                f"other values go into the batch or the loss function"
+            )
         path = tree.Path(*(named[q][0] for q, leaf in enumerate(places) if leaf == i))
         name = keys[i].pop() if len(keys[i]) == 1 else ""  # a leaf tied across units is gathered with the rest
         unit = kinds.setdefault(Unit(name, bool(name), frozen(path)), len(kinds))
-        leaves.append(Leaf(path, tuple(x.shape), unit, dims_cut(path, tuple(x.shape), rules)))
+        leaves.append(Leaf(path, tuple(x.shape), unit, cuts(path, tuple(x.shape), rules)))
     for u in units:
         if not any(k.name.startswith(u) for k in kinds):
-            raise ValueError(f"value_and_grad: units={u!r} names no list of blocks among the parameters; paths begin with {sorted({n.split('/')[0] for n, _ in named})[:8]}")
+            raise ValueError(
+                f"value_and_grad: units={u!r} names no list of blocks among the parameters; "
+                f"paths begin with {sorted({n.split('/')[0] for n, _ in named})[:8]}"
+            )
     values = [flat[p] for p in first]
 
     def read(i: int, cut: tuple[slice, ...]) -> Tensor:
@@ -105,7 +118,10 @@ def _tied(named: dict[str, Any], ties: Sequence[tuple[str, str]]) -> dict[int, i
         apart = getattr(a, "shape", 0) != getattr(b, "shape", 1)
         real = [x for x in (a, b) if isinstance(x, Tensor) and not x.is_meta]
         if apart or len(real) == 2 and not torch.equal(a, b.to(a.device)):
-            raise ValueError(f"init: {first!r} and {second!r} are one parameter of the module, but here they differ; give both the same values")
+            raise ValueError(
+                f"init: {first!r} and {second!r} are one parameter of the module, but here they differ; "
+                f"give both the same values"
+            )
         out[id(b)] = out.get(id(a), id(a))
     return out
 
@@ -117,7 +133,15 @@ def all_find(patterns: Sequence[tuple[str, str]], rules: dict[str, Rules], struc
       patterns: (who, regex); those of the rules come by themselves.
     """
     paths = [leaf.path for leaf in structure.leaves]
-    for who, regex in (*patterns, *((f"shard({axis!r}, rules=...)", regex) for axis, (pairs, _) in rules.items() for regex, _ in pairs)):
+    for who, regex in (
+        *patterns,
+        *(
+            (f"shard({axis!r}, rules=...)", regex)
+            for axis, (pairs, _) in rules.items()
+            if not callable(pairs)
+            for regex, _ in pairs
+        ),
+    ):
         why = tree.unmatched(regex, paths)
         if why:
             raise ValueError(f"{who}: {why}; correct it, or leave it out")

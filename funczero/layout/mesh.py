@@ -50,12 +50,33 @@ class World(NamedTuple):
     local_rank: int
 
 
+Coords = tuple[tuple[str, int, int], ...]  # (mesh axis, its size, a rank's index on it), outermost first
+
+
 class Axis(NamedTuple):
     """One axis of a mesh as this process sees it."""
 
     size: int
     index: int  # this process's place on it
     group: str  # name of its process group; "" while none is needed or known
+
+
+class Planned(Axis):
+    """An axis of a mesh that is only a plan: it has a size, and nobody has a place on it."""
+
+    __slots__ = ()
+
+    @property
+    def index(self) -> int:
+        """Not known.
+
+        Raises:
+          RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"mesh: no process has a place on this axis of size {self.size} before the world is joined; "
+            f"call step.init or fz.init_distributed first, in a world that has the mesh's size"
+        )
 
 
 class Mesh(NamedTuple):
@@ -77,19 +98,27 @@ class Mesh(NamedTuple):
         """This process's place on an axis."""
         return self.axes[axis].index
 
-    def place(self, axes: tuple[str, ...]) -> tuple[int, int]:
-        """This process among those along some axes, outermost first, and their number."""
+    def coords(self, axes: tuple[str, ...]) -> Coords:
+        """This process's coordinates along some axes, as Where wants them."""
+        return tuple((name, self.axes[name].size, self.axes[name].index) for name in axes)
+
+    def rank(self, axes: tuple[str, ...]) -> tuple[int, int]:
+        """This process among those along some axes, outermost first, and their number.
+
+        >>> Mesh({"a": Axis(2, 1, ""), "b": Axis(3, 2, "")}, torch.device("cpu"), Counter()).rank(("a", "b"))
+        (5, 6)
+        """
         index, size = 0, 1
-        for name in axes:
-            a = self.axes[name]
-            index, size = index * a.size + a.index, size * a.size
+        for _, n, i in self.coords(axes):
+            index, size = index * n + i, size * n
         return index, size
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={a.size}" for name, a in self.axes.items()) or "no axes"
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """The device of this process: the accelerator of its local rank, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         return torch.device("cpu")
@@ -120,7 +149,7 @@ def init_distributed(backend: str | None = None) -> World:
     if world is None:
         return World(0, 1, 0)
     found = environment.adopt()
-    device = _default_device()
+    device = default_device()
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     dist.init_process_group(backend or dist.get_default_backend_for_device(device.type), **rendezvous.join(found or {}))
@@ -133,6 +162,14 @@ def world_size() -> int:
         return dist.get_world_size()
     world = _environment()
     return 1 if world is None else world.size
+
+
+def _world_rank() -> int:
+    """This process among all, without joining them."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    world = _environment()
+    return 0 if world is None else world.rank
 
 
 def _resolve(sizes: Mapping[str, int], world: int) -> dict[str, int]:
@@ -166,7 +203,7 @@ def make_mesh(sizes: Mapping[str, int], device: str | None = None) -> DeviceMesh
         raise ValueError(_wrong_world(full, world.size))
     if not dist.is_initialized():  # a world of one: a group of this process alone, no network
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(device or _default_device().type, tuple(full.values()), mesh_dim_names=tuple(full))
+    return init_device_mesh(device or default_device().type, tuple(full.values()), mesh_dim_names=tuple(full))
 
 
 def _wrong_world(sizes: Mapping[str, int], world: int) -> str:
@@ -177,8 +214,9 @@ def _wrong_world(sizes: Mapping[str, int], world: int) -> str:
 
 def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | None = None) -> Mesh:
     """A mesh to build, print and check a chain with; joins no world and creates no group."""
-    if isinstance(mesh, Mesh):
-        return mesh
+    if isinstance(mesh, Mesh):  # of another step; a plan is that of the first rank
+        planned = {name: Axis(a.size, 0, "") for name, a in mesh.axes.items()}
+        return mesh if mesh.connected else mesh._replace(axes=planned)
     with suppress(RuntimeError):  # in a world that somebody else joined; whoever needs its store says that it is gone
         presence.announce()
     if isinstance(mesh, DeviceMesh):
@@ -186,8 +224,26 @@ def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | 
     if mesh is not None and not isinstance(mesh, Mapping):
         raise TypeError(f"mesh: {mesh!r} is neither a dict of axis sizes nor a DeviceMesh; write mesh={{'data': -1}}")
     sizes = _resolve(mesh or {}, world_size())
-    where = torch.device(device) if device else _default_device()
+    where = torch.device(device) if device else default_device()
     return Mesh({name: Axis(n, 0, "") for name, n in sizes.items()}, where, Counter(), connected=False, ledger=Ledger(), flight=InFlight())
+
+
+def located(mesh: Mesh) -> Mesh:
+    """The same mesh with this process's place on it, as far as that is known without joining a world.
+
+    It is known from the world that was joined, or is to be: a launcher's environment names the rank. A mesh of another size
+    than the world's is a plan, on which nobody has a place. Asking for one raises, since 0 on every rank would be wrong.
+    """
+    if mesh.connected:
+        return mesh
+    size, axes = world_size(), {}
+    if prod(mesh.sizes().values()) != size:
+        return mesh._replace(axes={name: Planned(a.size, 0, "") for name, a in mesh.axes.items()})
+    rank = _world_rank()
+    for name, a in reversed(mesh.axes.items()):  # ranks lie in rows of the last axis
+        axes[name] = a._replace(index=rank % a.size)
+        rank //= a.size
+    return mesh._replace(axes=dict(reversed(axes.items())))
 
 
 def connect(mesh: Mesh) -> Mesh:
@@ -236,5 +292,5 @@ def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
     device = torch.device(mesh.device_type) if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.accelerator.current_device_index())
     group: Any = dist.group.WORLD
     out = Mesh(axes, device, Counter(), group.group_name if whole else "", connected=True, ledger=ledger or Ledger(), flight=InFlight())
-    out.ledger.joined(*out.place(tuple(axes)), device)
+    out.ledger.joined(*out.rank(tuple(axes)), device)
     return out

@@ -2,22 +2,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from funczero.layout.place import Place
 from funczero.layout.where import Where
 
 
 class Slots(NamedTuple):
-    """A tree of parameters as this rank holds it: one buffer a unit, and where its leaves lie. A pytree whose leaves are the buffers."""
+    """A tree of parameters as this rank holds it: one buffer a unit, and where its leaves lie.
+
+    A pytree whose leaves are the buffers.
+    """
 
     buffers: tuple[Tensor, ...]
     where: Where
 
     def leaves(self) -> list[Tensor | None]:
-        """This rank's part of every leaf, as views in their logical shapes; None for what a gradient does not have (frozen)."""
+        """This rank's part of every leaf, as views in their logical shapes.
+
+        None stands for what a gradient does not have (frozen).
+        """
         out: list[Tensor | None] = [None] * len(self.where.structure.leaves)
         for u, (buffer, n) in enumerate(zip(self.buffers, self.where.lengths, strict=True)):
             if buffer.numel() == n:
@@ -37,6 +45,17 @@ class Slots(NamedTuple):
         """Cast; the same memory where nothing changes."""
         return self if all(b.dtype == dtype for b in self.buffers) else self.map(lambda b: b.to(dtype))
 
+    def placed(self, place: Place, device: torch.device) -> Slots:
+        """The same values in another place; the same memory where nothing changes.
+
+        Args:
+          device: the rank's own.
+        """
+        if place == self.where.place:
+            return self
+        buffers = tuple(place.empty(b.numel(), b.dtype, device).copy_(b) for b in self.buffers)
+        return Slots(buffers, replace(self.where, place=place))
+
     def trainable(self) -> Slots:
         """Without the frozen units' values: what gradients and moments look like."""
         frozen = self.where.structure.units
@@ -46,7 +65,13 @@ class Slots(NamedTuple):
     def zeros(where: Where, dtype: torch.dtype, device: torch.device, frozen: bool = True) -> Slots:
         """All-zero buffers; with frozen=False those of frozen units are empty."""
         units = where.structure.units
-        return Slots(tuple(torch.zeros(n if frozen or not u.frozen else 0, dtype=dtype, device=device) for n, u in zip(where.lengths, units, strict=True)), where)
+        return Slots(
+            tuple(
+                torch.zeros(n if frozen or not u.frozen else 0, dtype=dtype, device=device)
+                for n, u in zip(where.lengths, units, strict=True)
+            ),
+            where,
+        )
 
     @staticmethod
     def pack(where: Where, leaves: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Slots:

@@ -1,8 +1,8 @@
-"""Leaf coordinates: which part of every leaf a rank holds, and where it lies in that rank's buffers.
+"""Leaf coordinates: which part of every leaf a rank holds, in which memory, and where it lies in that rank's buffers.
 
-A rank holds ceil(rows / W) neighbouring rows of a leaf's dim (late ranks may hold none); a nested bracket cuts the outer shard
-again. In memory each part lies in a zero-padded slot of 16-element multiples, at W = 1 too, and the slots of a unit are one
-buffer: one gather a unit, elementwise kernels without tails, the same bits on any cut. In every spec there is only the logical array.
+Every bracket cuts what the bracket around it left (cut.py). In memory each part lies in a zero-padded slot of
+16-element multiples, at W = 1 too, and the slots of a unit are one buffer: one gather a unit, elementwise kernels
+without tails, the same bits on any cut. In every spec there is only the logical array.
 """
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from funczero.layout.cut import Extent
 from funczero.layout.mesh import P
+from funczero.layout.place import DEVICE, Place
 from funczero.layout.structure import Structure
 
 GRAIN = 16  # elements; a slot is a multiple of it, so that no vector kernel meets a tail
@@ -32,17 +34,19 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Where:
-    """One rank's part of a structure: `coords` are (axis, size, index), outermost first."""
+    """One rank's part of a structure and the memory it lies in: `coords` are (axis, size, index), outermost first."""
 
     structure: Structure
     coords: tuple[tuple[str, int, int], ...]
+    place: Place = DEVICE
 
     @classmethod
-    def whole(cls, structure: Structure) -> Where:
-        """Every leaf whole: one value a structure, so that what is worked out for it is kept."""
-        if "whole" not in structure.memo:
-            structure.memo["whole"] = cls(structure, ())
-        return structure.memo["whole"]
+    def whole(cls, structure: Structure, place: Place = DEVICE) -> Where:
+        """Every leaf whole: one value a structure and place, so that what is worked out for it is kept."""
+        key = ("whole", place)
+        if key not in structure.memo:
+            structure.memo[key] = cls(structure, (), place)
+        return structure.memo[key]
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
@@ -51,28 +55,31 @@ class Where:
 
     @cached_property
     def memo(self) -> dict[Any, Any]:
-        """What was worked out for this place: neighbours, and plans of what travels."""
+        """What was worked out for this part: neighbours, and plans of what travels."""
         return {}
 
     def inner(self, axis: str, size: int, index: int) -> Where:
         """One step inwards."""
         key = (axis, size, index)
         if key not in self.memo:
-            self.memo[key] = Where(self.structure, (*self.coords, key))
+            self.memo[key] = Where(self.structure, (*self.coords, key), self.place)
         return self.memo[key]
 
     @cached_property
     def outer(self) -> Where:
         """One step outwards."""
-        return Where(self.structure, self.coords[:-1])
+        return Where(self.structure, self.coords[:-1], self.place)
 
     def replicas(self, leaf: int) -> tuple[str, ...]:
-        """Axes of this place that hold the same part of a leaf on all their ranks."""
-        return tuple(a for a, n, _ in self.coords if n > 1 and self.structure.leaves[leaf].dim(a) is None)
+        """Axes of this part that hold the same part of a leaf on all their ranks."""
+        return tuple(a for a, n, _ in self.coords if n > 1 and self.structure.leaves[leaf].cut(a).replicated)
 
     @cached_property
     def sections(self) -> tuple[tuple[tuple[tuple[str, ...], int, int], ...], ...]:
-        """By unit: runs of slots with the same replicas, as (axes, start, stop); what is cut over all axes comes first."""
+        """By unit: runs of slots with the same replicas, as (axes, start, stop).
+
+        What is cut over all axes comes first.
+        """
         out = []
         for members in self.structure.members:
             kinds = sorted({self.replicas(i) for i in members}, key=lambda axes: (len(axes), axes))
@@ -83,7 +90,9 @@ class Where:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Elements of every unit's buffer, the same on every rank."""
-        return tuple(max((self.slots[i].offset + self.slots[i].length for i in m), default=0) for m in self.structure.members)
+        return tuple(
+            max((self.slots[i].offset + self.slots[i].length for i in m), default=0) for m in self.structure.members
+        )
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
@@ -98,14 +107,10 @@ class Where:
 
     def _slot(self, i: int, offset: int) -> Slot:
         leaf = self.structure.leaves[i]
-        start, stop, per = [0] * len(leaf.shape), list(leaf.shape), list(leaf.shape)
+        part = Extent((0,) * len(leaf.shape), leaf.shape, leaf.shape)
         for axis, size, index in self.coords:
-            d = leaf.dim(axis)
-            if d is not None:
-                per[d] = -(-per[d] // size)
-                start[d], stop[d] = min(start[d] + index * per[d], stop[d]), min(start[d] + (index + 1) * per[d], stop[d])
-        shape = tuple(b - a for a, b in zip(start, stop, strict=True))
-        return Slot(offset, -(-prod(per) // GRAIN) * GRAIN, shape, tuple(start), tuple(per))
+            part = leaf.cut(axis).part(part, size, index)
+        return Slot(offset, -(-prod(part.block) // GRAIN) * GRAIN, part.shape, part.start, part.block)
 
     @cached_property
     def gaps(self) -> tuple[bool, ...]:
@@ -114,7 +119,10 @@ class Where:
 
     @cached_property
     def _cuts(self) -> tuple[tuple[list[int], list[int]], ...]:
-        """By unit: sizes that split its buffer into parts and padding, and which pieces are the members' parts, in their order."""
+        """By unit: sizes that split its buffer into parts and padding, and which pieces are the members' parts.
+
+        The parts are in the members' order.
+        """
         out = []
         for members in self.structure.members:
             sizes: list[int] = []
@@ -134,7 +142,7 @@ class Where:
     def spec(self, leaf: int) -> P:
         """The PartitionSpec of one leaf's part here."""
         info = self.structure.leaves[leaf]
-        names = [tuple(a for a in self.axes if info.dim(a) == d) for d in range(len(info.shape))]
+        names = [tuple(a for a in self.axes if info.cut(a).dim == d) for d in range(len(info.shape))]
         entries: list[Any] = [None if not n else n[0] if len(n) == 1 else n for n in names]
         while entries and entries[-1] is None:
             entries.pop()
@@ -142,3 +150,11 @@ class Where:
 
 
 pytree.register_constant(Where)
+
+
+def apart(masters: Where, rest: Where) -> Where | None:
+    """Where views are kept between updates: `rest`, if its coordinates or its place differ from those of the masters.
+
+    None where they do not: a view is then the cast master, and nothing is kept.
+    """
+    return None if (masters.coords, masters.place) == (rest.coords, rest.place) else rest

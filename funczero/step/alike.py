@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import sum_and_compare
+from funczero.comm.integers import sum_and_compare
 from funczero.core import tree
 from funczero.core.types import GradientTransformation
 from funczero.layout.mesh import Mesh

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import Key, all_gather
-from funczero.comm.wire import as_born
+from funczero.comm.collectives import all_gather
+from funczero.comm.wire import Key, as_born
 from funczero.core import tree
 from funczero.core.types import Grad, TrainState, Tree
 from funczero.layout.lazy import Lazy
+from funczero.layout.place import DEVICE
 from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure
-from funczero.layout.where import Where
+from funczero.layout.where import Where, apart
 from funczero.transforms.accumulate import Accumulate
 from funczero.transforms.partition import subsets
 from funczero.transforms.skips import Skipped
-from funczero.transforms.update import coords
 
 REMEDY = "begin with step.init(other.params(state)), or take the moments along with Checkpointer(...).restore(like=(step, params))"
 
@@ -122,7 +122,7 @@ class Fits:
             return state.params.to(g.env.policy.compute)
         if self.book.made(state) if made is None else made:
             return state.views
-        fresh = state.params.to(g.env.policy.compute)
+        fresh = state.params.to(g.env.policy.compute).placed(state.views.where.place, g.env.mesh.device)
         for axis in reversed(state.params.where.axes[len(state.views.where.axes) :]):
             fresh = all_gather(fresh, g.env.edges[axis], g.env.mesh, at(state))
         return Slots(fresh.buffers, state.views.where)
@@ -145,13 +145,16 @@ class Fits:
         g = self.running()
         own = self.lazy(g, structure.unflatten([torch.empty(leaf.shape, device="meta") for leaf in structure.leaves]))
         inner = next(lay for lay in g.arrows if lay.applied)
-        ours = structure if own.structure == structure else own.structure
-        masters, rest = Where(ours, coords(g, inner.sharded)), coords(g, g.layout.rest)
+        if own.structure == structure:
+            own = own._replace(structure=structure)
+        masters, rest = (Where(own.structure, g.env.mesh.coords(axes)) for axes in (inner.sharded, g.layout.rest))
+        chain: dict[str, Any] | None = None
         try:
-            chain: dict[str, Any] | None = {k: v for k, v in g.init(own).items() if k != "params"}
-        except (NotImplementedError, RuntimeError):  # an optimizer that looks at values when it starts
-            chain = None
-        form = Form(masters, None if masters.coords == rest else Where(ours, rest), chain)
+            made = g.init(own)
+            masters, chain = made.pop("params").where, made
+        except (NotImplementedError, RuntimeError):
+            pass  # an optimizer that looks at values when it starts
+        form = Form(masters, apart(masters, rest), chain)
         self.forms = [(structure, form), *self.forms[:7]]
         return form
 
@@ -210,7 +213,7 @@ def _structures(have: Structure, want: Structure) -> str:
     if have == want:
         return ""
     for a, b in zip(have.leaves, want.leaves, strict=False):
-        for what, x, y in (("path", a.path, b.path), ("dims cut", dict(a.dims), dict(b.dims)), ("unit", *_units(a, b, have, want))):
+        for what, x, y in (("path", a.path, b.path), ("cuts", dict(a.cuts), dict(b.cuts)), ("unit", *_units(a, b, have, want))):
             if x != y:
                 return f"parameter {a.path!r} has {what} {x!r} in it, but {y!r} in this step"
     return "its parameters are tied or nested otherwise than this step's"
@@ -223,14 +226,15 @@ def _units(a: Any, b: Any, have: Structure, want: Structure) -> tuple[str, str]:
 
 
 def _places(what: str, have: Where, want: Where) -> str:
-    if have.coords == want.coords:
+    if (have.coords, have.place) == (want.coords, want.place):
         return ""
     return f"its {what} lie {_words(have)}, but this step's lie {_words(want)}"
 
 
 def _words(where: Where) -> str:
     cuts = ", ".join(f"part {i + 1} of {n} over {a!r}" for a, n, i in where.coords)
-    return f"cut ({cuts})" if cuts else "whole on every rank"
+    place = "" if where.place == DEVICE else f", in {where.place}"
+    return (f"cut ({cuts})" if cuts else "whole on every rank") + place
 
 
 def _fit(what: str, have: Slots, dtype: torch.dtype) -> str:

@@ -4,33 +4,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cache, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from funczero.comm.collectives import all_gather, sum_and_compare
+from funczero.comm.collectives import all_gather
 from funczero.comm.edge import Edge
+from funczero.comm.integers import sum_and_compare
 from funczero.core import order, rng, tree
 from funczero.core.policy import Policy
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Env, Grad, Metrics, Seed, TrainState, Updated
 from funczero.gradients.draws import keyed
-from funczero.gradients.gradient import check_loss, drew, open_rest
+from funczero.gradients.gradient import check_loss, drew
 from funczero.gradients.tape import Tape
 from funczero.layout.lazy import Lazy, all_find, lazy
-from funczero.layout.mesh import Mesh, P, connect, plan_mesh
+from funczero.layout.mesh import Mesh, P, connect, located, plan_mesh
 from funczero.layout.slots import Slots
+from funczero.layout.where import Where, apart
 from funczero.step.alike import begin
 from funczero.step.calls import recorded, watched
 from funczero.step.fits import Book, Fits, at, packed
 from funczero.step.notices import Early, narrow, nested, say
 from funczero.transforms.chain import Source, build, chain, configured
-from funczero.transforms.mean import rank_of
 from funczero.transforms.skips import Patience, Skipped, unapplied
-from funczero.transforms.update import coords
 from funczero.world.ledger import UPDATE
+
+Own = TypeVar("Own")  # what a transform keeps
 
 
 class Eval(NamedTuple):
@@ -57,8 +59,22 @@ class Step(NamedTuple):
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh with its count of bytes sent."""
-        return self.grad.env.mesh
+        """The mesh with its count of bytes sent, and this rank's place on it; joins no world.
+
+        Before the world is joined the place is what the launcher's environment says; of a plan for another world there is none, and
+        to ask for an index raises.
+        """
+        return located(self.grad.env.mesh)
+
+    @property
+    def live_mesh(self) -> Mesh:
+        """The mesh with its process groups, to send over; joins the world."""
+        return self.running().env.mesh
+
+    @property
+    def policy(self) -> Policy:
+        """The dtypes."""
+        return self.grad.env.policy
 
     def local_rows(self, batch: Any) -> Any:
         """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device; None stays None.
@@ -66,17 +82,50 @@ class Step(NamedTuple):
         Raises:
           ValueError: the rows do not divide by the number of micro-batches.
         """
-        g = self.running()
-        rows = order.deal(batch, g.layout, g.env.mesh.index)
-        return rows if g.env.mesh.device.type == "cpu" else tree.map(lambda x: None if x is None else x.to(g.env.mesh.device, non_blocking=True), rows)
+        mesh = self.live_mesh
+        rows = order.deal(batch, self.grad.layout, mesh.index)
+        if mesh.device.type == "cpu":
+            return rows
+        return tree.map(lambda x: None if x is None else x.to(mesh.device, non_blocking=True), rows)
 
     def view(self, state: TrainState) -> Any:
         """The whole parameters in the compute dtype as fresh leaves that want a gradient, for a forward of your own (pullback)."""
         _usable(state, self.fits)
-        slots = self.running().view(self.fits.views(state), at(state))
+        slots = self.whole_views(state)
         units = slots.where.structure.units
         leaves = [x if x is None else x.detach().requires_grad_(not units[i.unit].frozen) for x, i in zip(slots.leaves(), slots.where.structure.leaves, strict=True)]
         return slots.where.structure.unflatten(leaves)
+
+    def views(self, state: TrainState) -> Slots:
+        """This rank's part of the parameters at rest in the compute dtype. A collective where the masters were replaced."""
+        return self.fits.views(state)
+
+    def whole_views(self, state: TrainState) -> Slots:
+        """The whole parameters in the compute dtype. A collective where they are sharded at rest."""
+        return self.running().view(self.views(state), at(state))
+
+    def tape(self, state: TrainState, differentiate: bool = False) -> Tape:
+        """What a forward of your own opens parameters with (see layers.py); with differentiate its leaves want a gradient."""
+        return Tape(self.views(state), (), self.running().env, False, differentiate, at(state))
+
+    def state_of(self, state: TrainState, kind: type[Own]) -> Own | None:
+        """The state of the first transform of a kind, as step.state_of(state, ScaleLoss); None where the chain has none.
+
+        Args:
+          kind: the NamedTuple that the transform keeps.
+        """
+        return next((own for own in state.chain.values() if isinstance(own, kind)), None)
+
+    def with_state(self, state: TrainState, own: Any) -> TrainState:
+        """The state with another one of the first transform of own's kind.
+
+        Raises:
+          KeyError: the chain has no such transform.
+        """
+        name = next((name for name, x in state.chain.items() if type(x) is type(own)), None)
+        if name is None:
+            raise KeyError(f"with_state: no transform of this chain keeps a {type(own).__name__}; it has {list(state.chain)}")
+        return state._replace(chain={**state.chain, name: own})
 
     def params(self, state: TrainState) -> Any:
         """The whole masters as the tree given to init; a collective, and a copy."""
@@ -84,7 +133,7 @@ class Step(NamedTuple):
         return recorded("step.params", self._whole, self.running)(state)
 
     def _whole(self, state: TrainState) -> Any:
-        mesh = self.running().env.mesh
+        mesh = self.live_mesh
         whole = reduce(lambda x, a: all_gather(x, a, mesh), reversed(state.params.where.axes), state.params)
         return whole.where.structure.unflatten([x if x is None else x.clone() for x in whole.leaves()])
 
@@ -97,7 +146,7 @@ class Step(NamedTuple):
         meta = _lazy(self.source, self.grad, params, torch.device("meta"))
         state = self.grad.init(meta)
         masters: Slots = state["params"]
-        rest = coords(self.grad, self.grad.layout.rest)
+        rest = self.grad.env.mesh.coords(self.grad.layout.rest)
         out = {name: tree.map(_spec_tree, own, is_leaf=lambda x: isinstance(x, Slots)) for name, own in state.items()}
         return out | {"grads": _spec_tree(masters), "views": _spec_tree(meta.at(rest, self.grad.env.policy.compute))}
 
@@ -116,12 +165,12 @@ class Step(NamedTuple):
         def evaluate(state: TrainState, batch: Any) -> Eval:
             g = self.running()
             _usable(state, self.fits)
-            tape = Tape(self.fits.views(state), (), g.env, look=False, differentiate=False, at=at(state))
+            tape = self.tape(state)
             with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version counters
-                whole = open_rest(tape)
+                rest = tape.open_rest()
                 with nullcontext() if getattr(loss_fn, "keyed", False) else keyed(None, g.env.mesh.device, drew):
-                    loss, weight, _ = check_loss(loss_fn(tape.whole.structure.unflatten(whole), batch), has_aux=False)
-                tape.left_alone({i: x for i, x in enumerate(whole) if isinstance(x, Tensor)} | tape.leaves, None)
+                    loss, weight, _ = check_loss(loss_fn(tape.whole.structure.unflatten(rest), batch), has_aux=False)
+                tape.left_alone(tape.tensors(rest), None)
                 tape.end()
             return _mean_over_ranks(torch.stack([loss.double(), weight.double().to(loss.device)]), g)
 
@@ -260,8 +309,8 @@ def _built(parts: tuple[Any, ...], env: Env) -> Grad:
 def _initial(g: Grad, own: Lazy, key: int) -> TrainState:
     state = g.init(own)
     masters = state.pop("params")
-    rest = coords(g, g.layout.rest)
-    views = None if masters.where.coords == rest else own.at(rest, g.env.policy.compute)
+    rest = apart(masters.where, Where(own.structure, g.env.mesh.coords(g.layout.rest)))
+    views = None if rest is None else own.at(rest.coords, g.env.policy.compute, rest.place)
     zero = torch.zeros((), dtype=torch.int64)
     return TrainState(masters, views, state, zero, zero.to(own.device, copy=True), torch.tensor(key))
 
@@ -281,6 +330,7 @@ def _check_widening(params: Any, policy: Policy) -> None:
 
 def _renewed(new: Slots, old: Slots) -> Slots:
     """New views; frozen leaves were not sent and stay."""
+    new = new.to(old.buffers[0].dtype).placed(old.where.place, old.buffers[0].device)
     return Slots(tuple(o if u.frozen else n for n, o, u in zip(new.buffers, old.buffers, old.where.structure.units, strict=True)), old.where)
 
 
@@ -313,12 +363,12 @@ def _seen(book: Book, state: TrainState, patience: Patience) -> Skipped:
 
 def _speaks(g: Grad) -> bool:
     """Is this the rank that says what all ranks know?"""
-    return all(a.index == 0 for a in g.env.mesh.axes.values())
+    return g.env.mesh.rank(tuple(g.env.mesh.axes))[0] == 0
 
 
 def _mean_over_ranks(sums: Tensor, g: Grad) -> Eval:
     axes = g.layout.batch
-    index, size = rank_of(g.layout, g.env)
+    index, size = g.env.mesh.rank(axes)
     bits = torch.zeros(size, 2, dtype=torch.int64, device=sums.device)
     bits[index] = sums.view(torch.int64)
     total, _ = sum_and_compare([bits.view(-1)], axes, g.env.mesh)

@@ -32,7 +32,7 @@ def zero(
       axis: the mesh axis, or axes outermost first, that state is sharded over.
       accumulate: micro-batches an update, or the parts that sum over time, as (accumulate(4, stream=True),).
       threshold: leaves with fewer elements stay whole.
-      gather, scatter: how views and gradients travel over each of the axes, as shard's. A sum itself is exact, at stage 0 too.
+      gather, scatter: how views and gradients travel over each of the axes, as shard's. A sum stays exact, at stage 0 too.
 
     Raises:
       ValueError: there is no such stage, or no view travels at this one.
@@ -47,9 +47,8 @@ def zero(
     acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
 
     def bracket(*inside: Any) -> Any:
-        return reduce(
-            lambda parts, a: (shard(a, *parts, threshold=threshold, gather=gather, scatter=scatter),), reversed(axes), inside
-        )[0]
+        how: dict[str, Any] = {"threshold": threshold, "gather": gather, "scatter": scatter}
+        return reduce(lambda parts, a: (shard(a, *parts, **how),), reversed(axes), inside)[0]
 
     if stage == 0 and scatter is as_born:
         return chain(grad, acc, *(all_reduce(a) for a in axes), *transforms)

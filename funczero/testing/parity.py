@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from funczero.comm.collectives import count_bytes
+from funczero.comm.launch import count_bytes
 from funczero.core import tree
 from funczero.step.step import donate
 from funczero.testing.pool import WorkerPool, tree_hash

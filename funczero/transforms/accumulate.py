@@ -18,6 +18,10 @@ class Accumulate(NamedTuple):
     count: torch.Tensor
     partial: tuple[Sum, ...]
 
+    def total(self, wide: torch.dtype) -> Sum:
+        """The sum so far in a dtype; of a window that holds at least one micro-batch."""
+        return order.close(self.partial, lambda a, b: _add(a, b, wide))
+
 
 def accumulate(k: int, stream: bool = False) -> Transform:
     """The sum of k micro-batches; law: accumulate(1) is the identity, and k micro-batches are one big batch.
@@ -62,7 +66,7 @@ def accumulate(k: int, stream: bool = False) -> Transform:
             if batch is None:
                 if j == 0:
                     raise ValueError(f"{name}: there is nothing to hand over, because no micro-batch came since the last update; call step(state, micro_batch) first")
-                out = order.close(own.partial, lambda a, b: _add(a, b, wide))
+                out = own.total(wide)
                 fresh = out._replace(grads=out.grads.map(torch.clone)) if j & (j - 1) == 0 else out  # the state's own tensor otherwise
                 return fresh, {**state, key: _empty()}
             if j == k:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import sum_and_compare
+from funczero.comm.integers import sum_and_compare
 from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
 from funczero.core import order, tree
 from funczero.core.transform import after, refuse
@@ -75,16 +75,8 @@ def global_norm(grads: Slots, factor: Tensor, lay: Layout, env: Env) -> Tensor:
     return torch.where(bins[0] == 0, norm_of(bins, folds(grads.buffers[0].dtype)) * factor, torch.inf)
 
 
-def rank_of(lay: Layout, env: Env) -> tuple[int, int]:
-    """This rank among those that share the batch, and their number."""
-    index, size = 0, 1
-    for a in lay.batch:
-        index, size = index * env.mesh.axes[a].size + env.mesh.index(a), size * env.mesh.axes[a].size
-    return index, size
-
-
 def _place_of(bad: Tensor, lay: Layout, env: Env) -> Tensor:
-    index, size = rank_of(lay, env)
+    index, size = env.mesh.rank(lay.batch)
     table = torch.zeros(size, len(bad), dtype=torch.int64, device=bad.device)
     table[index] = bad
     return table.view(-1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from funczero.comm import collectives
 from funczero.comm.edge import Edge
-from funczero.comm.wire import Wire, as_born
+from funczero.comm.wire import Key, Wire, as_born
 from funczero.core.transform import around, refuse
 from funczero.core.types import Grad, Out, Seed, Sum, Transform, Updated
 from funczero.layout.slots import Slots
@@ -20,7 +20,8 @@ def with_wires(g: Grad, name: str, edge: Edge) -> Grad:
       ChainError: the axis is not on the mesh, or has a wire for that direction already.
     """
     if edge.axis not in g.env.mesh.axes:
-        raise refuse(g, name, f"{edge.axis!r} is not an axis of the mesh ({g.env.mesh}); write one of {list(g.env.mesh.axes)}")
+        why = f"{edge.axis!r} is not an axis of the mesh ({g.env.mesh})"
+        raise refuse(g, name, f"{why}; write one of {list(g.env.mesh.axes)}")
     if edge.exact:
         return g
     try:
@@ -31,7 +32,7 @@ def with_wires(g: Grad, name: str, edge: Edge) -> Grad:
 
 
 def summed(
-    g: Grad, edge: Edge, name: str, fn: Callable[[Slots, Edge, Any, collectives.Key], Slots], sharded: tuple[str, ...]
+    g: Grad, edge: Edge, name: str, fn: Callable[[Slots, Edge, Any, Key], Slots], sharded: tuple[str, ...]
 ) -> Grad:
     """g with the partial sum over one axis taken; the axis is the next digit of the order of sums.
 
@@ -45,15 +46,16 @@ def summed(
         raise refuse(g, name, "it adds up sums, but the mean is already taken; put it further left")
     if axis not in lay.unreduced:
         why = f"it was summed before, or the batch is not split over it (batch={list(lay.batch)})"
-        raise refuse(g, name, f"the gradient is not a partial sum over {axis!r}: {why}; leave it out, or write batch=P({axis!r})")
+        what = f"the gradient is not a partial sum over {axis!r}"
+        raise refuse(g, name, f"{what}: {why}; leave it out, or write batch=P({axis!r})")
     order = (*lay.order, (axis, mesh.axes[axis].size))
     layout = replace(lay, unreduced=lay.unreduced - {axis}, sharded=(*lay.sharded, *sharded), order=order)
     offset = mesh.index(axis) * lay.stride
 
-    def before(s: Seed, state: dict[str, Any]) -> tuple[Seed, collectives.Key]:
+    def before(s: Seed, state: dict[str, Any]) -> tuple[Seed, Key]:
         return s._replace(index=s.index + offset), (s.key, s.index)
 
-    def after(out: Sum, state: dict[str, Any], key: collectives.Key) -> tuple[Sum, dict[str, Any]]:
+    def after(out: Sum, state: dict[str, Any], key: Key) -> tuple[Sum, dict[str, Any]]:
         return out._replace(grads=fn(out.grads, edge, mesh, key)), state
 
     return around(g, name, layout, before, after)
@@ -78,9 +80,10 @@ def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
 
 
 def reduce_scatter(axis: str, wire: Wire = as_born) -> Transform:
-    """The sum over a mesh axis, each rank keeping its rows; the transpose of all_gather, and the opening edge of `shard`.
+    """The sum over a mesh axis, each rank keeping its rows: the transpose of all_gather, and the opening edge of `shard`.
 
-    Layout: unreduced over axis, sharded (...) -> sharded (..., axis). A chain that leaves it so is refused: prefer shard(axis, ...).
+    Layout: unreduced over axis, sharded (...) -> sharded (..., axis). A chain that leaves it so is refused: prefer
+    shard(axis, ...).
 
     Args:
       axis: a mesh axis that the batch is split over.
@@ -96,7 +99,9 @@ def reduce_scatter(axis: str, wire: Wire = as_born) -> Transform:
 
 
 def all_gather(axis: str, wire: Wire = as_born) -> Transform:
-    """Gradients or new parameters joined over a mesh axis: the closing edge of `shard`. New parameters travel in `policy.compute`.
+    """Gradients or new parameters joined over a mesh axis: the closing edge of `shard`.
+
+    New parameters travel in `policy.compute`.
 
     Layout: sharded (..., axis) -> sharded (...).
 
@@ -126,11 +131,11 @@ def closed(g: Grad, axis: str, name: str) -> Grad:
     """g with its innermost bracket closed: what is joined are new views, or a gradient."""
     lay, mesh, edge, compute = g.layout, g.env.mesh, g.env.edges[axis], g.env.policy.compute
 
-    def before(s: Seed, state: dict[str, Any]) -> tuple[Seed, collectives.Key]:
+    def before(s: Seed, state: dict[str, Any]) -> tuple[Seed, Key]:
         run, now = s.at
         return s, (run, now + 1) if lay.applied else (s.key, s.index)  # views are the next update's
 
-    def after(out: Out, state: dict[str, Any], key: collectives.Key) -> tuple[Out, dict[str, Any]]:
+    def after(out: Out, state: dict[str, Any], key: Key) -> tuple[Out, dict[str, Any]]:
         if isinstance(out, Updated):
             views = out.params.trainable().to(compute)
             return out._replace(params=collectives.all_gather(views, edge, mesh, key)), state

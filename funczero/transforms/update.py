@@ -19,11 +19,6 @@ from funczero.transforms.partition import Part, Partition, owners, put, subset, 
 Optimizer = GradientTransformation | Partition
 
 
-def coords(g: Grad, axes: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
-    """This rank's place on axes, as Where wants it."""
-    return tuple((a, g.env.mesh.axes[a].size, g.env.mesh.index(a)) for a in axes)
-
-
 def foreign(part: Any) -> str | None:
     """Why something of another library is no part of a chain, and what to write; None where it is none of those known."""
     kind = part if isinstance(part, type) else type(part)
@@ -126,7 +121,7 @@ def rewrite(g: Grad, tx: Optimizer) -> Grad:
     dtype = g.env.policy.params
 
     def init(params: Any) -> dict[str, Any]:
-        mine = params.at(coords(g, g.layout.sharded), dtype).trainable()
+        mine = params.at(g.env.mesh.coords(g.layout.sharded), dtype).trainable()
         return {e.key: e.tx.init((mine if held is None else taken(mine, where)).tree()) for e, where, held in shares.of(mine.where)}
 
     def fn(out: Value, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
@@ -155,7 +150,7 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Sl
     dtype, donate = g.env.policy.params, g.env.donate
 
     def init(params: Any) -> dict[str, Any]:
-        masters = params.at(coords(g, g.layout.sharded), dtype)
+        masters = params.at(g.env.mesh.coords(g.layout.sharded), dtype)
         own = shares.init(masters.trainable())
         return {"params": masters, **(own if elsewhere is None else {k: x._replace(rates=()) for k, x in own.items()})}
 

@@ -78,7 +78,7 @@ def run(kind: str, stage: int, at: int, check: int, patience: float = 60.0) -> l
 
 def sentence(err: str) -> str:
     """What a rank was told; "" where nothing was."""
-    found = re.findall(r"^(?:\[rank\d\]: )?(?:funczero(?:\.ledger\.DivergenceError)?): (rank .*)$", err, re.M)
+    found = re.findall(r"^(?:\[rank\d\]: )?(?:funczero(?:\.world\.ledger\.DivergenceError)?): (rank .*)$", err, re.M)
     return re.sub(r" \(this rank is at .*\)$", "", found[-1]) if found else ""
 
 

@@ -89,7 +89,7 @@ def expected(structure, moves, policy, opens):
                 elements, born = sum(inner.lengths), policy.accumulate
             else:
                 times = [opens.get(structure.units[leaf.unit].name, 1) if verb == "F" else 1 for leaf in structure.leaves]
-                elements = sum(s.length * n for s, n, leaf in zip(inner.slots, times, structure.leaves, strict=True) if leaf.dim(axis) is not None)
+                elements = sum(s.length * n for s, n, leaf in zip(inner.slots, times, structure.leaves, strict=True) if not leaf.cut(axis).replicated)
             key = axis, "reduce_scatter" if verb == "S" else "all_gather", str(dtype).removeprefix("torch.")
             out[key] += elements * dtype.itemsize * (K if many else 1) * (MESH[axis] - 1)
     rows = K * 4

@@ -8,10 +8,11 @@ import zoo
 from funczero import P
 from funczero.comm import collectives
 from funczero.comm.edge import Edge
+from funczero.comm.integers import sum_integers
+from funczero.layout.cut import Rules
 from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
 from funczero.layout.slots import Slots
-from funczero.layout.structure import Rules
 from funczero.layout.where import Where
 
 CUTS = {
@@ -36,7 +37,7 @@ def inner_product(x, y, mesh):
     """Over all ranks; what an axis does not cut lies on each of its ranks and counts once."""
     first = [all(mesh.index(a) == 0 for a in x.where.replicas(i)) for i in range(len(x.leaves()))]
     mine = sum(((a * b).sum() for a, b, f in zip(x.leaves(), y.leaves(), first, strict=True) if f), torch.zeros((), dtype=torch.float64))
-    return int(collectives.sum_integers(mine.long().view(1), tuple(mesh.axes), mesh))
+    return int(sum_integers(mine.long().view(1), tuple(mesh.axes), mesh))
 
 
 def products(sizes, cut):

@@ -356,5 +356,5 @@ def test_right_chains_are_built_and_printed_without_processes(mesh):
     tables = (zoo.flat_chains, zoo.source(("data",))) if "data" in mesh else (zoo.nested_chains, zoo.source(tuple(mesh)))
     for parts, _ in tables[0](tables[1], 4, zoo.tx(scale=True)).values():
         step = fz.train_step(*parts, mesh=mesh)
-        assert str(step).splitlines()[0] == f"train_step on {', '.join(f'{a}={n}' for a, n in mesh.items())} ({mesh_module._default_device().type}), params=float32,compute=float32,accumulate=float32"
+        assert str(step).splitlines()[0] == f"train_step on {', '.join(f'{a}={n}' for a, n in mesh.items())} ({mesh_module.default_device().type}), params=float32,compute=float32,accumulate=float32"
         assert step.specs(zoo.params())["grads"]["gain"] == P()

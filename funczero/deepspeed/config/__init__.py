@@ -1,4 +1,4 @@
-"""A ds_config.json as a value: every key that exists, what was written, what follows from it, and the chain that it describes.
+"""A ds_config.json as a value: what may be written, what was, what follows from it, and the chain that it describes.
 
 It imports the floors and nothing else of the face.
 """

@@ -1,4 +1,4 @@
-"""`funczero config resolve` and `diff`: what a config says, what follows from it, and where DeepSpeed would do otherwise."""
+"""`funczero config resolve` and `diff`: what a config says, what follows, and where DeepSpeed would do otherwise."""
 from __future__ import annotations
 
 import argparse
@@ -8,10 +8,12 @@ import torch
 
 from funczero.core import tree
 from funczero.core.types import GradientTransformation
-from funczero.deepspeed.config.build import chain_of, optimizer_of, rates_of
-from funczero.deepspeed.config.keys import ConfigError
+from funczero.deepspeed.config.build import chain_of
+from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.optimizers import optimizer_of, rates_of
 from funczero.deepspeed.config.reading import parsed
-from funczero.deepspeed.config.resolve import Config, resolve
+from funczero.deepspeed.config.resolve import resolve
+from funczero.deepspeed.config.resolved import Config
 from funczero.gradients.gradient import value_and_grad
 from funczero.layout.mesh import P
 from funczero.step.step import train_step
@@ -36,8 +38,9 @@ class Bytes(NamedTuple):
 def memory(config: Config, optimizer: GradientTransformation) -> list[Bytes]:
     """What a rank holds of every parameter above the stage's threshold, activations and messages aside.
 
-    >>> c = resolve({"train_batch_size": 8, "gradient_accumulation_steps": 4, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2},
-    ...              "optimizer": {"type": "Adam"}}, world=2)
+    >>> page = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "bf16": {"enabled": True},
+    ...         "zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}
+    >>> c = resolve(page, world=2)
     >>> [(b.what, b.each) for b in memory(c, optimizer_of(c))]
     [('masters', 2.0), ('views', 2.0), ('moments', 4.0), ('gradient as it is born', 2.0), ('accumulators', 6.0)]
     """
@@ -57,26 +60,46 @@ def memory(config: Config, optimizer: GradientTransformation) -> list[Bytes]:
 
 def differences(config: Config) -> list[str]:
     """Every place where DeepSpeed 0.19.8 would do otherwise with this config."""
-    stage, k, origin = config.value("zero_optimization.stage"), config.triad.steps, config.values["gradient_clipping"].origin
-    fp16, kind, half = config.block("fp16"), config.value("optimizer.type"), config.compute != "float32"
-    scheduler = config.values["scheduler.type"].value
-    many = k * config.world.size > 1
-    rules = {
-        "gradient_clipping is absent and so 1.0: as there since June 2026, but older versions did not clip; write it": origin == "default",
-        f"gradients are summed in float32 here, in {config.compute} there": half and many and config.values["data_types.grad_accum_dtype"].value is None,
-        "the loss is a sum divided by its weight once; there every micro-batch counts alike, whatever it weighs": many,
-        "a gradient that is not finite skips the update; there it enters the weights": not half and stage == 0,
-        "the loss is scaled; there, at stage 0, only the gradient is divided by the scale": fp16["enabled"] and stage == 0,
-        "hysteresis counts and the floor raises; there, at stage 0, neither does": fp16["enabled"] and stage == 0 and not fp16["loss_scale"],
-        "the update on which the scale doubles is whole; there it is halved": fp16["enabled"] and not fp16["loss_scale"],
-        "leaves under stage3_param_persistence_threshold also keep whole moments; there those are split": stage == 3,
-        f"{kind} runs under ZeRO, value by value; there it needs zero_allow_untested_optimizer": kind not in (None, *_TESTED)
-        and stage > 0
-        and not config.value("zero_allow_untested_optimizer"),
-        "after loading a checkpoint the rate is schedule(updates) at once; there it is the constructor's until the next step": scheduler is not None,
-        f"shards are rows of a leaf; there they are pieces of {'a flattened leaf' if stage == 3 else 'one flat buffer'}": stage > 0,
-    }
-    return [text for text, holds in rules.items() if holds]
+    stage, fp16, kind = config.value("zero_optimization.stage"), config.block("fp16"), config.value("optimizer.type")
+    half, many = config.compute != "float32", config.triad.steps * config.world.size > 1
+    narrow_sums = half and many and config.value("data_types.grad_accum_dtype") is None
+    untested = kind not in (None, *_TESTED) and stage > 0 and not config.value("zero_allow_untested_optimizer")
+    dynamic, clip = fp16["enabled"] and not fp16["loss_scale"], config.values["gradient_clipping"]
+    pieces = "a flattened leaf" if stage == 3 else "one flat buffer"
+    rules = [
+        (
+            clip.origin == "default",
+            "gradient_clipping is absent and so 1.0: as there since June 2026, "
+            "but older versions did not clip; write it",
+        ),
+        (narrow_sums, f"gradients are summed in float32 here, in {config.compute} there"),
+        (
+            many,
+            "the loss is a sum divided by its weight once; there every micro-batch counts alike, whatever it weighs",
+        ),
+        (
+            not half and stage == 0,
+            "a gradient that is not finite skips the update; there it enters the weights",
+        ),
+        (
+            fp16["enabled"] and stage == 0,
+            "the loss is scaled; there, at stage 0, only the gradient is divided by the scale",
+        ),
+        (dynamic and stage == 0, "hysteresis counts and the floor raises; there, at stage 0, neither does"),
+        (dynamic, "the update on which the scale doubles is whole; there it is halved"),
+        (
+            stage == 3,
+            "leaves under stage3_param_persistence_threshold also keep whole moments; there those are split",
+        ),
+        (untested, f"{kind} runs under ZeRO, value by value; there it needs zero_allow_untested_optimizer"),
+        (
+            config.value("scheduler.type") is not None,
+            "after loading a checkpoint the rate is schedule(updates) at once; "
+            "there it is the constructor's until the next step",
+        ),
+        (stage > 0, f"shards are rows of a leaf; there they are pieces of {pieces}"),
+    ]
+    return [text for holds, text in rules if holds]
 
 
 _TESTED = ("Adam", "AdamW", "Adagrad", "adam", "adamw", "adagrad", "Lion", "lion")
@@ -88,30 +111,37 @@ def explain(config: Config, parameters: float | None = None) -> str:
     Args:
       parameters: of the model; with it bytes are totals.
     """
-    given = {p: v for p, v in config.values.items() if v.origin != "default"}
-    rest = {p: v for p, v in config.values.items() if v.origin == "default"}
-    wide = max(map(len, config.values)) + 2
-    lines = [f"{config.name} on {config.world.size} ranks ({config.world.origin})", "", "values"]
-    for path, v in {**given, **rest}.items():
-        lines.append(f"  {path:<{wide}}{_shown(v.value):<24}{v.origin}{f', line {v.line}' if v.line else ''}")
-    t = config.triad
-    lines += ["", "batch", f"  {t.batch} rows an update = {t.micro} a micro-batch * {t.steps} micro-batches * {config.world.size} ranks"]
+    wide, t = max(map(len, config.values)) + 2, config.triad
+    product = f"{t.micro} a micro-batch * {t.steps} micro-batches * {config.world.size} ranks"
+    lines = [*_values(config, wide), "", "batch", f"  {t.batch} rows an update = {product}", "", "chain"]
     try:
         tx = optimizer_of(config)
     except ConfigError as e:
-        return "\n".join(
-            [*lines, "", "chain", f"  none: {e}", *_section("notes", config.notes), *_section("DeepSpeed would do otherwise", differences(config))]
-        )
-    step = train_step(*chain_of(config, value_and_grad(_no_loss, P("data")), tx), **config.arguments)
-    lines += ["", "chain", *(f"  {x}" for x in str(step).splitlines()), *_rates(config)]
-    rows = memory(config, tx)
+        lines.append(f"  none: {e}")
+    else:
+        step = train_step(*chain_of(config, value_and_grad(_no_loss, P("data")), tx), **config.arguments)
+        lines += [*(f"  {x}" for x in str(step).splitlines()), *_rates(config)]
+        lines += _memory(memory(config, tx), parameters, wide)
+    lines += _section("notes", config.notes)
+    return "\n".join([*lines, *_section("DeepSpeed would do otherwise", differences(config))])
+
+
+def _values(config: Config, wide: int) -> list[str]:
+    """What was given first, then the defaults."""
+    lines = [f"{config.name} on {config.world.size} ranks ({config.world.origin})", "", "values"]
+    for path, v in sorted(config.values.items(), key=lambda item: item[1].origin == "default"):
+        lines.append(f"  {path:<{wide}}{_shown(v.value):<24}{v.origin}{f', line {v.line}' if v.line else ''}")
+    return lines
+
+
+def _memory(rows: list[Bytes], parameters: float | None, wide: int) -> list[str]:
     unit = "bytes a parameter" if parameters is None else f"MB for {parameters:,.0f} parameters"
-    lines += ["", f"memory of a rank, in {unit}, without activations and messages"]
-    for b in [*rows, None]:
-        each = sum(r.each for r in rows) if b is None else b.each
-        name = "in all" if b is None else f"{b.what} ({b.copies:g} in {b.dtype}{f', over {b.over} ranks' if b.over > 1 else ''})"
-        lines.append(f"  {name:<{wide}}{each:8.2f}" if parameters is None else f"  {name:<{wide}}{each * parameters / 1e6:12,.1f}")
-    return "\n".join([*lines, *_section("notes", config.notes), *_section("DeepSpeed would do otherwise", differences(config))])
+    number = lambda x: f"{x:8.2f}" if parameters is None else f"{x * parameters / 1e6:12,.1f}"
+    lines = ["", f"memory of a rank, in {unit}, without activations and messages"]
+    for b in rows:
+        over = f", over {b.over} ranks" if b.over > 1 else ""
+        lines.append(f"  {f'{b.what} ({b.copies:g} in {b.dtype}{over})':<{wide}}{number(b.each)}")
+    return [*lines, f"  {'in all':<{wide}}{number(sum(b.each for b in rows))}"]
 
 
 def _no_loss(params: Any, batch: Any) -> Any:
@@ -125,7 +155,8 @@ def _rates(config: Config) -> list[str]:
     def at(f: Any) -> str:
         return ", ".join(f"{f(torch.tensor(u)).item():.3g}" for u in points) if callable(f) else f"{f:.3g}"
 
-    rows = [f"  lr after {', '.join(map(str, points))} updates: {at(lr)}" if callable(lr) else f"  lr: {at(lr)}"] if lr is not None else []
+    when = f" after {', '.join(map(str, points))} updates" if callable(lr) else ""
+    rows = [] if lr is None else [f"  lr{when}: {at(lr)}"]
     return rows + ([f"  beta 1 there: {at(momentum)}"] if momentum else [])
 
 
@@ -151,8 +182,12 @@ def diff(a: Config, b: Config) -> list[str]:
 # --- the command ------------------------------------------------------------------------------------------------------
 def add_commands(commands: Any) -> None:
     """`config resolve` and `config diff` under the funczero command."""
-    actions = commands.add_parser("config", help="say what a ds_config.json means here").add_subparsers(dest="action", required=True)
-    one = actions.add_parser("resolve", help="every value with its origin, the batch, the chain, memory, and where DeepSpeed would do otherwise")
+    config = commands.add_parser("config", help="say what a ds_config.json means here")
+    actions = config.add_subparsers(dest="action", required=True)
+    one = actions.add_parser(
+        "resolve",
+        help="every value with its origin, the batch, the chain, memory, and where DeepSpeed would do otherwise",
+    )
     one.add_argument("file", help="a ds_config.json")
     one.add_argument("--parameters", type=float, help="of the model, as 124e6: memory in MB")
     two = actions.add_parser("diff", help="the values that differ; the exit code is 1 when some do")
@@ -161,7 +196,11 @@ def add_commands(commands: Any) -> None:
     for p in (one, two):
         p.add_argument("--world", type=int, help="ranks that share the batch; default: WORLD_SIZE, or 1")
         p.add_argument(
-            "--auto", action="append", default=[], metavar="KEY=VALUE", help='a value for a key that says "auto", as optimizer.params.lr=1e-4; may be repeated'
+            "--auto",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help='a value for a key that says "auto", as optimizer.params.lr=1e-4; may be repeated',
         )
     one.set_defaults(run=_resolve)
     two.set_defaults(run=_diff)

@@ -1,81 +1,24 @@
-"""The one table of DeepSpeed's keys: each is honoured, refused, or a no-op that says why it changes no value. Nothing else exists.
+"""The one table of DeepSpeed's keys: each is honoured, refused, or a no-op that says why it changes no value.
 
-Source: DeepSpeed 0.19.8. A key's place is its dotted path in ds_config.json; blocks are what its prefixes say.
+Nothing else exists. A key's place is its dotted path in ds_config.json. Blocks are what its prefixes say.
+
+Source: DeepSpeed 0.19.8.
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from funczero.deepspeed.config.key import REFUSED, ROWS, SCALE, Key, count, honour, ignore, refuse
 
-from funczero.world.plain import plain
-
-HONOURED, REFUSED, NO_OP = "honoured", "refused", "no-op"
-
-
-class ConfigError(ValueError):
-    """A config that cannot mean what it says: one sentence with the key's path, its line and what to write instead."""
-
-    def __init__(self, message: str, fixes: Sequence[dict[str, Any]] = ()) -> None:
-        super().__init__(plain(message))
-        self.fixes = tuple(fixes)  # corrections of the batch triad, each of which is valid
-
-
-class Key(NamedTuple):
-    """One key of the table."""
-
-    kind: str  # int, number, flag, text, pair, list, rate, any; off: a feature that only passes while it is switched off
-    default: Any  # ...: it has none and must be there
-    handling: str = HONOURED
-    say: str = ""  # refused: what to do instead; no-op: why it changes no value
-    low: float = -math.inf  # smallest number
-    choices: tuple[Any, ...] = ()  # texts without regard to case
-    off: tuple[Any, ...] = ()  # values beside the default that a refused key may have
-    below: float = math.inf  # numbers are smaller than it
-    high: float = 2.0**63  # largest number
-
-
-ROWS, COUNT, RATE = 1e9, 1e12, 1e4  # rows of an update, updates and calls, learning rates and what multiplies them: more is a slip of the pen
-SCALE = 2.0**32  # of a loss
-
-
-def honour(default: Any, kind: str = "", low: float = -math.inf, choices: tuple[Any, ...] = (), below: float = math.inf, high: float = 2.0**63) -> Key:
-    """A key that does what it does there."""
-    return Key(kind or kind_of(default), default, HONOURED, "", low, choices, below=below, high=high)
-
-
-def rate(default: Any, kind: str = "rate", high: float = RATE) -> Key:
-    """A learning rate, or what multiplies one: not negative, and not absurd."""
-    return honour(default, kind, 0, high=high)
-
-
-def count(default: Any, low: float = 1, high: float = COUNT) -> Key:
-    """A number of updates or calls."""
-    return honour(default, "int", low, high=high)
-
-
-def refuse(default: Any, say: str, kind: str = "", off: tuple[Any, ...] = (), low: float = -math.inf) -> Key:
-    """A key that would change the training and may only stand at its neutral value."""
-    return Key(kind or kind_of(default), default, REFUSED, say, low, (), off)
-
-
-def ignore(default: Any, say: str, kind: str = "", low: float = -math.inf, choices: tuple[Any, ...] = (), high: float = 2.0**63) -> Key:
-    """A key that cannot change a value here; nonsense is refused all the same."""
-    return Key(kind or kind_of(default), default, NO_OP, say, low, choices, high=high)
-
-
-def kind_of(default: Any) -> str:
-    """What a value must be to stand where the default stands."""
-    return {bool: "flag", int: "int", float: "number", str: "text", list: "list", tuple: "pair"}.get(type(default), "any")
-
-
-_DTYPES = tuple(p + n for n in ("fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "float", "half") for p in ("", "torch."))
+_NAMES = "fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "float", "half"
+_DTYPES = tuple(p + n for n in _NAMES for p in ("", "torch."))
 _SHORT = ("fp32", "fp16", "bf16")
-MESSAGES, LAYOUT, ORDER = "it sizes messages, not values", "it places values in memory, it does not change them", "it schedules the same values"
+MESSAGES = "it sizes messages, not values"
+LAYOUT = "it places values in memory, it does not change them"
+ORDER = "it schedules the same values"
 LOG = "it writes logs; the metrics are what step(...) returns"
 REMOVED = "DeepSpeed has removed this feature; delete the key"
 OFFLOAD = 'offload does not exist here yet; write {"device": "none"} or delete the block'
 ZEROPP = "a quantised wire does not exist here yet; delete the key"
+REMAT = "it saves memory in the forward; write fz.layers(..., remat=True) for that"
 HERE = "a pipeline module reads it, and there is none here"
 
 _TOP: dict[str, Key] = {
@@ -85,14 +28,20 @@ _TOP: dict[str, Key] = {
     "managed_gradient_accumulation": honour(True),
     "gradient_clipping": honour(1.0, low=0),
     "prescale_gradients": ignore(False, "the mean is taken once, exactly; when one divides is rounding"),
-    "gradient_predivide_factor": ignore(1.0, "the mean is taken once, exactly; when one divides is rounding", low=1e-6, high=1e6),
+    "gradient_predivide_factor": ignore(
+        1.0, "the mean is taken once, exactly; when one divides is rounding", low=1e-6, high=1e6
+    ),
     "gradient_allreduce_op": honour("mean", choices=("mean", "sum")),
     "communication_data_type": honour(None, "text", choices=_SHORT),
     "seq_parallel_communication_data_type": ignore("fp32", "there is no sequence parallelism here", choices=_SHORT),
-    "torch_autocast.enabled": refuse(False, "write bf16 or fp16 instead: a policy casts the parameters, not the operations"),
+    "torch_autocast.enabled": refuse(
+        False, "write bf16 or fp16 instead: a policy casts the parameters, not the operations"
+    ),
     "torch_autocast.dtype": ignore(None, "torch_autocast is off", "text", choices=_DTYPES),
     "torch_autocast.lower_precision_safe_modules": ignore(None, "torch_autocast is off", "list"),
-    "zero_allow_untested_optimizer": ignore(False, "an optimizer that works value by value is always allowed, another never"),
+    "zero_allow_untested_optimizer": ignore(
+        False, "an optimizer that works value by value is always allowed, another never"
+    ),
     "zero_force_ds_cpu_optimizer": ignore(True, "there is one implementation of every optimizer"),
     "dataloader_drop_last": honour(False),
     "steps_per_print": honour(None, "int", 1),
@@ -109,7 +58,9 @@ _TOP: dict[str, Key] = {
     "data_parallel_size": honour(None, "int", 1, high=ROWS),
     "data_types.grad_accum_dtype": honour(None, "text", choices=_DTYPES),
     "data_types.param_dtype": honour(None, "text", choices=_DTYPES),
-    "data_types.buffer_dtype": refuse(None, "buffers keep their dtype; cast them in the module and delete the key", "text"),
+    "data_types.buffer_dtype": refuse(
+        None, "buffers keep their dtype; cast them in the module and delete the key", "text"
+    ),
     "data_types.keep_in_fp32_modules": refuse("auto", "buffers keep their dtype already; delete the key", "any"),
     "weight_quantization": Key("off", None, REFUSED, "it is for inference; delete the block"),
     "datastates": Key("off", None, REFUSED, "checkpoints are written by one engine here; delete the block"),
@@ -122,11 +73,14 @@ _TOP: dict[str, Key] = {
 _REMOVED = {
     name: Key("off", None, REFUSED, REMOVED)
     for name in (
-        "amp", "compression_training", "curriculum_learning", "elasticity", "eigenvalue", "graph_harvesting", "nebula", "progressive_layer_drop",
-        "quantize_training", "sparse_attention", "sparse_gradients", "zero_optimization.zeropp_loco_param", "zero_optimization.zenflow",
+        "amp", "compression_training", "curriculum_learning", "elasticity", "eigenvalue", "graph_harvesting",
+        "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
+        "zero_optimization.zeropp_loco_param", "zero_optimization.zenflow",
         "zero_optimization.mics_hierarchical_params_gather",
     )
-} | {"zero_optimization.mics_shard_size": refuse(None, "write fz.mics(...) as the chain, and delete the key", "int", (-1, 0))}  # fmt: skip
+}  # fmt: skip
+_MICS = refuse(None, "write fz.mics(...) as the chain, and delete the key", "int", (-1, 0))
+_REMOVED["zero_optimization.mics_shard_size"] = _MICS
 
 _PRECISION: dict[str, Key] = {
     "fp16.enabled": honour(False),
@@ -137,11 +91,17 @@ _PRECISION: dict[str, Key] = {
     "fp16.consecutive_hysteresis": honour(False),
     "fp16.min_loss_scale": honour(1, low=1, high=SCALE),
     "fp16.auto_cast": honour(False),
-    "fp16.fp16_master_weights_and_grads": refuse(False, "masters are float32; delete the key, or write policy='params=float16' in a chain of your own"),
+    "fp16.fp16_master_weights_and_grads": refuse(
+        False, "masters are float32; delete the key, or write policy='params=float16' in a chain of your own"
+    ),
     "bf16.enabled": honour(False),
-    "bf16.check_grad_overflow": refuse(True, "an update with a gradient that is not finite is always skipped here; delete the key"),
+    "bf16.check_grad_overflow": refuse(
+        True, "an update with a gradient that is not finite is always skipped here; delete the key"
+    ),
     "bf16.immediate_grad_update": ignore(False, "gradients are summed as soon as they exist"),
-    "bf16.bf16_master_weights_and_grads": refuse(False, "masters are float32; delete the key, or write policy='params=bfloat16' in a chain of your own"),
+    "bf16.bf16_master_weights_and_grads": refuse(
+        False, "masters are float32; delete the key, or write policy='params=bfloat16' in a chain of your own"
+    ),
     "bf16.bf16_optimizer_states": refuse(False, "moments are in the masters' dtype, float32; delete the key"),
 }
 
@@ -149,7 +109,12 @@ _ZERO: dict[str, Key] = {
     "stage": honour(0, choices=(0, 1, 2, 3)),
     **{
         k: ignore(v, LAYOUT)
-        for k, v in {"contiguous_gradients": True, "round_robin_gradients": False, "parameter_alignment": False, "elastic_checkpoint": False}.items()
+        for k, v in {
+            "contiguous_gradients": True,
+            "round_robin_gradients": False,
+            "parameter_alignment": False,
+            "elastic_checkpoint": False,
+        }.items()
     },
     **{
         k: ignore(True, "sums are those of one fixed tree, whatever sends them")
@@ -212,10 +177,16 @@ _REST: dict[str, Key] = {
     "pipeline.pipe_partitioned": ignore(True, HERE),
     "pipeline.grad_partitioned": ignore(True, HERE),
     **{
-        f"activation_checkpointing.{k}": ignore(False, "it saves memory in the forward; write fz.layers(..., remat=True) for that")
-        for k in ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "synchronize_checkpoint_boundary", "profile")
+        f"activation_checkpointing.{k}": ignore(False, REMAT)
+        for k in (
+            "partition_activations",
+            "cpu_checkpointing",
+            "contiguous_memory_optimization",
+            "synchronize_checkpoint_boundary",
+            "profile",
+        )
     },
-    "activation_checkpointing.number_checkpoints": ignore(None, "it saves memory in the forward; write fz.layers(..., remat=True) for that", "int", 1),
+    "activation_checkpointing.number_checkpoints": ignore(None, REMAT, "int", 1),
     **{
         f"{block}.{k}": ignore(v, LOG)
         for block in ("tensorboard", "csv_monitor")
@@ -227,8 +198,14 @@ _REST: dict[str, Key] = {
     },
     "comet.enabled": ignore(False, LOG),
     "comet.samples_log_interval": ignore(100, LOG, low=1),
-    **{f"comet.{k}": ignore(None, LOG, "any") for k in ("project", "workspace", "api_key", "experiment_name", "experiment_key", "online", "mode")},
-    **{f"comms_logger.{k}": ignore(v, LOG) for k, v in {"enabled": False, "verbose": False, "prof_all": True, "debug": False, "prof_ops": []}.items()},
+    **{
+        f"comet.{k}": ignore(None, LOG, "any")
+        for k in ("project", "workspace", "api_key", "experiment_name", "experiment_key", "online", "mode")
+    },
+    **{
+        f"comms_logger.{k}": ignore(v, LOG)
+        for k, v in {"enabled": False, "verbose": False, "prof_all": True, "debug": False, "prof_ops": []}.items()
+    },
     **{
         f"flops_profiler.{k}": ignore(v, LOG, "" if v is not None else "text", low=-1)
         for k, v in {
@@ -258,11 +235,18 @@ _REST: dict[str, Key] = {
     "scheduler.type": honour(None, "text"),
 }
 
-KEYS: dict[str, Key] = {**_TOP, **_REMOVED, **_PRECISION, **{f"zero_optimization.{k}": v for k, v in _ZERO.items()}, **_REST}
+KEYS: dict[str, Key] = {
+    **_TOP,
+    **_REMOVED,
+    **_PRECISION,
+    **{f"zero_optimization.{k}": v for k, v in _ZERO.items()},
+    **_REST,
+}
 LITERAL_AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages")  # "auto" is a value of these, not a place to fill
-ENGINE = (  # honoured by an engine; a chain by itself has no loader, no prints, no checkpoints and no boundary but its own
-    "managed_gradient_accumulation", "dataloader_drop_last", "steps_per_print", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
-    "checkpoint.tag_validation", "checkpoint.load_universal", "checkpoint.use_node_local_storage",
+ENGINE = (  # honoured by an engine; a chain has no loader, no prints, no checkpoints and no boundary but its own
+    "managed_gradient_accumulation", "dataloader_drop_last", "steps_per_print",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save", "checkpoint.tag_validation",
+    "checkpoint.load_universal", "checkpoint.use_node_local_storage",
 )  # fmt: skip
 
 _Z = "zero_optimization."
@@ -274,18 +258,9 @@ ALIASES: dict[str, str] = {
     **{
         _Z + k: f"{_Z}stage3_{k}"
         for k in (
-            "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "module_granularity_threshold", "use_all_reduce_for_fetch_params",
-            "allgather_sequential", "param_persistence_threshold", "model_persistence_threshold",
+            "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "module_granularity_threshold",
+            "use_all_reduce_for_fetch_params", "allgather_sequential", "param_persistence_threshold",
+            "model_persistence_threshold",
         )
     },
 }  # fmt: skip
-
-
-def switched_off(value: Any) -> bool:
-    """Is a feature at its neutral value: absent, false, empty, or with nothing enabled at any depth?"""
-    if isinstance(value, dict):
-        for switch, neutral in (("enabled", (False,)), ("deepcompile", (False,)), ("autotp_size", (0, 1))):
-            if switch in value:
-                return any(value[switch] is x or (value[switch] == x and type(value[switch]) is type(x)) for x in neutral)
-        return all(isinstance(x, dict) and switched_off(x) for x in value.values())
-    return value is None or value is False

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from funczero.deepspeed.config.keys import COUNT, RATE, ConfigError, Key, count, honour, ignore, kind_of, rate, refuse
+from funczero.deepspeed.config.key import COUNT, RATE, ConfigError, Key, count, honour, ignore, kind_of, rate, refuse
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.optim.schedules import TORCH
 
@@ -18,7 +18,10 @@ _RATES: dict[str, Key] = {
     "betas": honour((0.9, 0.999), low=0, below=1),
     "lr": rate(1e-3, "number"),
 }
-_PLAIN = {"amsgrad": refuse(False, "delete the key"), "bias_correction": refuse(True, "moments are always corrected here; delete the key")}
+_PLAIN = {
+    "amsgrad": refuse(False, "delete the key"),
+    "bias_correction": refuse(True, "moments are always corrected here; delete the key"),
+}
 _ADAM = {
     **_RATES,
     **_PLAIN,
@@ -31,19 +34,33 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {  # in lower case; any case is understo
     "adam": _ADAM,
     "adamw": _ADAM,
     "lion": {k: _RATES[k] for k in ("lr", "betas", "weight_decay")},
-    "adagrad": {"lr": rate(1e-2, "number"), "eps": honour(1e-10, low=1e-300, high=RATE), "weight_decay": _RATES["weight_decay"]},
+    "adagrad": {
+        "lr": rate(1e-2, "number"),
+        "eps": honour(1e-10, low=1e-300, high=RATE),
+        "weight_decay": _RATES["weight_decay"],
+    },
 }
 _WHOLE = "it needs whole leaves, which no bracket deals out yet; write AdamW, or Lion"
 _FOREIGN = {
     **dict.fromkeys(("lamb", "muon", "adafactor"), _WHOLE),
-    **dict.fromkeys(("muadam", "muadamw", "musgd"), "its rates by width are rules of your own: fz.adamw([(regex, lr), ...]); write AdamW or SGD"),
+    **dict.fromkeys(
+        ("muadam", "muadamw", "musgd"),
+        "its rates by width are rules of your own: fz.adamw([(regex, lr), ...]); write AdamW or SGD",
+    ),
     **dict.fromkeys(("onebitadam", "zerooneadam", "onebitlamb"), "DeepSpeed has removed it; write AdamW"),
-    **dict.fromkeys(("fusedadam", "cpuadam", "deepspeedcpuadam"), 'it is the name of an implementation; write "Adam", which is AdamW, or "AdamW"'),
+    **dict.fromkeys(
+        ("fusedadam", "cpuadam", "deepspeedcpuadam"),
+        'it is the name of an implementation; write "Adam", which is AdamW, or "AdamW"',
+    ),
     **dict.fromkeys(("lbfgs", "sparseadam"), "it is not a function of one gradient; write AdamW"),
 }
 _SAME = {"foreach", "fused", "capturable"}  # of torch.optim: ways to compute the same
 
-_WARMUP = {"warmup_min_lr": rate(0.0), "warmup_num_steps": count(1000), "warmup_type": honour("log", choices=("log", "linear"))}
+_WARMUP = {
+    "warmup_min_lr": rate(0.0),
+    "warmup_num_steps": count(1000),
+    "warmup_type": honour("log", choices=("log", "linear")),
+}
 _TOTAL = {"total_num_steps": Key("int", ..., low=1, high=COUNT)}
 SCHEDULERS: dict[str, dict[str, Key]] = {
     "LRRangeTest": {
@@ -77,14 +94,32 @@ SCHEDULERS: dict[str, dict[str, Key]] = {
     },
 }
 _TORCHS: dict[str, tuple[str, float, float]] = {  # arguments of torch's classes: kind, smallest, largest
-    **dict.fromkeys(("lr", "weight_decay", "lambd", "eps", "momentum_decay", "base_lr", "max_lr", "eta_min", "power"), ("rate", 0, RATE)),
+    **dict.fromkeys(
+        ("lr", "weight_decay", "lambd", "eps", "momentum_decay", "base_lr", "max_lr", "eta_min", "power"),
+        ("rate", 0, RATE),
+    ),
     "gamma": ("rate", 0, 10),
-    **dict.fromkeys(("alpha", "rho", "momentum", "end_factor", "pct_start", "base_momentum", "max_momentum"), ("number", 0, 1)),
+    **dict.fromkeys(
+        ("alpha", "rho", "momentum", "end_factor", "pct_start", "base_momentum", "max_momentum"), ("number", 0, 1)
+    ),
     **dict.fromkeys(("factor", "start_factor"), ("number", 1e-12, 1)),
     "betas": ("pair", 0, 1),
     **dict.fromkeys(("etas", "step_sizes"), ("pair", 0, RATE)),
     **dict.fromkeys(("div_factor", "final_div_factor"), ("number", 1e-6, COUNT)),
-    **dict.fromkeys(("step_size", "T_max", "T_0", "T_mult", "step_size_up", "step_size_down", "total_steps", "epochs", "steps_per_epoch"), ("int", 1, COUNT)),
+    **dict.fromkeys(
+        (
+            "step_size",
+            "T_max",
+            "T_0",
+            "T_mult",
+            "step_size_up",
+            "step_size_down",
+            "total_steps",
+            "epochs",
+            "steps_per_epoch",
+        ),
+        ("int", 1, COUNT),
+    ),
     "total_iters": ("int", 0, COUNT),
     "t0": ("number", 0, COUNT),
     "milestones": ("counts", 0, COUNT),
@@ -99,13 +134,18 @@ def optimizer_keys(name: str, where: str, torch_adam: bool) -> dict[str, Key]:
         decays = torch_adam and name.lower() in ("adam", "adamw")
         return {**own, "weight_decay": rate(0.01, "number")} if decays else own
     if name == "SGD":
-        keys = {**_signature(torch.optim.SGD), "maximize": refuse(False, "delete the key"), "dampening": refuse(0.0, "delete the key")}
+        keys = {
+            **_signature(torch.optim.SGD),
+            "maximize": refuse(False, "delete the key"),
+            "dampening": refuse(0.0, "delete the key"),
+        }
         return {**keys, "lr": rate(1e-3, "number"), "momentum": honour(0.0, low=0, below=1)}
     if name in ELEMENTWISE:
         return _signature(getattr(torch.optim, name))
     if name.lower() in _FOREIGN:
         raise ConfigError(f"{where}{name!r} is not here: {_FOREIGN[name.lower()]}")
-    raise ConfigError(f"{where}there is no optimizer {name!r}; write {_nearest(name, ['Adam', 'AdamW', 'Lion', 'Adagrad', 'SGD', *ELEMENTWISE])}")
+    known = ["Adam", "AdamW", "Lion", "Adagrad", "SGD", *ELEMENTWISE]
+    raise ConfigError(f"{where}there is no optimizer {name!r}; write {_nearest(name, known)}")
 
 
 def scheduler_keys(name: str, where: str) -> dict[str, Key]:
@@ -119,7 +159,9 @@ def scheduler_keys(name: str, where: str) -> dict[str, Key]:
         if "scale_fn" in keys:
             keys["scale_fn"] = refuse(None, "a file describes no function; delete the key", "any")
         return keys
-    raise ConfigError(f"{where}there is no schedule {name!r} that a file can describe; write {_nearest(name, [*SCHEDULERS, *TORCH])}")
+    raise ConfigError(
+        f"{where}there is no schedule {name!r} that a file can describe; write {_nearest(name, [*SCHEDULERS, *TORCH])}"
+    )
 
 
 def _signature(cls: Any, *without: str) -> dict[str, Key]:
@@ -137,7 +179,10 @@ def _signature(cls: Any, *without: str) -> dict[str, Key]:
             default = ... if p.default is inspect.Parameter.empty else p.default
             out[name] = Key(kind, default, low=low, high=high, below=1 if name in _OPEN else math.inf)
         else:
-            out[name] = Key("any" if p.default is inspect.Parameter.empty else kind_of(p.default), ... if p.default is inspect.Parameter.empty else p.default)
+            out[name] = Key(
+                "any" if p.default is inspect.Parameter.empty else kind_of(p.default),
+                ... if p.default is inspect.Parameter.empty else p.default,
+            )
     return out
 
 

@@ -1,4 +1,6 @@
-"""Reading a config as DeepSpeed does: a dict, a file with comments and trailing commas, or base64 of one; with the line of every key.
+"""Reading a config as DeepSpeed does, with the line of every key.
+
+A config is a dict, a file with comments and trailing commas, or base64 of one.
 
 Law: time and memory are linear in bytes, whatever the bytes are, and whatever is wrong is one ConfigError.
 """
@@ -11,9 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hjson.decoder import HjsonDecodeError, HjsonDecoder, JSONArray, getNext, make_scanner, mlscanstring, scanKeyName, scantfnns
+from hjson.decoder import (
+    HjsonDecodeError,
+    HjsonDecoder,
+    JSONArray,
+    getNext,
+    make_scanner,
+    mlscanstring,
+    scanKeyName,
+    scantfnns,
+)
 
-from funczero.deepspeed.config.keys import ConfigError
+from funczero.deepspeed.config.key import ConfigError
 from funczero.world.plain import plain
 
 BYTES = 1 << 20  # of a file; the largest published configs have some ten thousand
@@ -46,17 +57,23 @@ def read(config: str | Path | Mapping[str, Any]) -> Document:
         _bounded(config)
         return Document("config", dict(config), {})
     if not isinstance(config, (str, Path)):
-        raise ConfigError(f"config: {type(config).__name__} is no config; write the path of a ds_config.json, or a dict")
+        raise ConfigError(
+            f"config: {type(config).__name__} is no config; write the path of a ds_config.json, or a dict"
+        )
     path = Path(config)
     data = _bytes(path) if str(config) else None
     if data is None:
         text = _decoded(str(config))
         if text is None:
-            raise ConfigError(f"{plain(str(config), 300)}: there is no such file; write the path of a ds_config.json, or a dict")
+            raise ConfigError(
+                f"{plain(str(config), 300)}: there is no such file; write the path of a ds_config.json, or a dict"
+            )
         return parsed("config", text)
     name = plain(path.name, 300)
     if len(data) > BYTES:
-        raise ConfigError(f"{name}: it has more than {BYTES} bytes, and no config is so long; write the path of a ds_config.json")
+        raise ConfigError(
+            f"{name}: it has more than {BYTES} bytes, and no config is so long; write the path of a ds_config.json"
+        )
     try:
         return parsed(name, data.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -75,12 +92,15 @@ def _bytes(path: Path) -> bytes | None:
     except OSError as error:
         if path.name and len(path.name) > 255:  # base64 is no name
             return None
-        raise ConfigError(f"{plain(path.name, 300)}: it cannot be read ({error.strerror}); write the path of a ds_config.json, or a dict") from None
+        why = f"it cannot be read ({error.strerror}); write the path of a ds_config.json, or a dict"
+        raise ConfigError(f"{plain(path.name, 300)}: {why}") from None
 
 
 def _decoded(text: str) -> str | None:
     if len(text) > 2 * BYTES:
-        raise ConfigError(f"config: base64 of {len(text)} characters, and no config is so long; write the path of a ds_config.json")
+        raise ConfigError(
+            f"config: base64 of {len(text)} characters, and no config is so long; write the path of a ds_config.json"
+        )
     try:
         out = base64.urlsafe_b64decode(text.encode()).decode()
     except (binascii.Error, UnicodeError, ValueError):
@@ -95,7 +115,9 @@ def _bounded(config: Mapping[Any, Any]) -> None:
     while todo:
         (value, depth), seen = todo.pop(), seen + 1
         if depth > DEPTH or seen > BYTES:
-            why = f"its blocks are nested {DEPTH} deep" if depth > DEPTH else "it has more values than a file could hold"
+            why = (
+                f"its blocks are nested {DEPTH} deep" if depth > DEPTH else "it has more values than a file could hold"
+            )
             raise ConfigError(f"config: {why}, and no config is; delete what does not belong there")
         inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
         todo += [(x, depth + 1) for x in inside if isinstance(x, (Mapping, list, tuple))]
@@ -105,10 +127,13 @@ def parsed(name: str, text: str) -> Document:
     """A config's text as a document."""
     decoder = _Decoder()
     try:
-        pairs = decoder.decode("\n" + text) if text.strip() else _Pairs()  # hjson looks for the line end before a text in three quotes, and misses it in line 1
+        pairs = (
+            decoder.decode("\n" + text) if text.strip() else _Pairs()
+        )  # hjson looks for the line end before a text in three quotes, and misses it in line 1
     except HjsonDecodeError as e:
         said = str(e.msg).removesuffix(" at").removesuffix(" %r").rstrip(".")
-        raise ConfigError(f"{name}:{max(1, e.lineno - 1)}: it does not parse: {said}; write JSON (comments and trailing commas may stay)") from None
+        why = f"it does not parse: {said}; write JSON (comments and trailing commas may stay)"
+        raise ConfigError(f"{name}:{max(1, e.lineno - 1)}: {why}") from None
     except IndexError:  # hjson reads on behind the end of a comment, or of a text in three quotes
         raise ConfigError(f"{name}: it does not parse: it ends within a comment or a text; close it") from None
     except RecursionError:
@@ -147,7 +172,9 @@ class _Decoder(HjsonDecoder):
         self.depth -= 1
         return out
 
-    def _block(self, state: tuple[str, int], encoding: Any, strict: Any, scan_once: Any, *hooks: Any) -> tuple[_Pairs, int]:
+    def _block(
+        self, state: tuple[str, int], encoding: Any, strict: Any, scan_once: Any, *hooks: Any
+    ) -> tuple[_Pairs, int]:
         """hjson's JSONObject, with places; the last of the hooks says that there are no braces."""
         bare, (s, end), pairs = hooks[-1] is True, state, _Pairs()
         self._within(s, end)
@@ -172,7 +199,7 @@ class _Decoder(HjsonDecoder):
         return pairs, end if bare else end + 1
 
     def _word(self, _: Any, s: str, at: int) -> tuple[Any, int]:
-        """A value without quotes. hjson looks back to its beginning at every comma, so it is shown no more than a word can have."""
+        """A value without quotes. hjson looks back to its beginning at every comma, so it sees no more than a word."""
         shown = s[at : at + WORD]
         try:
             value, end = scantfnns(self, shown, 0)

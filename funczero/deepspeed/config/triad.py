@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from funczero.deepspeed.config.keys import ConfigError
+from funczero.deepspeed.config.key import ConfigError
 
 BATCH, MICRO, STEPS = NAMES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -12,7 +12,7 @@ BATCH, MICRO, STEPS = NAMES = ("train_batch_size", "train_micro_batch_size_per_g
 Given = tuple[int | None, int | None, int | None]
 
 
-class World(NamedTuple):
+class WorldSize(NamedTuple):
     """How many ranks share the batch, and who said so."""
 
     size: int
@@ -27,7 +27,7 @@ class Triad(NamedTuple):
     steps: int
 
 
-def derive(batch: int | None, micro: int | None, steps: int | None, world: World, where: str = "") -> Triad:
+def derive(batch: int | None, micro: int | None, steps: int | None, world: WorldSize, where: str = "") -> Triad:
     """The triad from any of its numbers, by DeepSpeed's rules; what is missing is derived, what cannot be is refused.
 
     Law: batch == micro * steps * world, all positive.
@@ -38,9 +38,9 @@ def derive(batch: int | None, micro: int | None, steps: int | None, world: World
       where: the file and line, for messages.
 
     Raises:
-      ConfigError: with all numbers, where the world size came from, and two corrections (`fixes`), each of which is valid.
+      ConfigError: with all numbers, where the world size came from, and two corrections (`fixes`), each of them valid.
 
-    >>> derive(32, 4, None, World(2, "given"))
+    >>> derive(32, 4, None, WorldSize(2, "given"))
     Triad(batch=32, micro=4, steps=4)
     """
     given, n = (batch, micro, steps), world.size
@@ -48,9 +48,15 @@ def derive(batch: int | None, micro: int | None, steps: int | None, world: World
     if found is not None:
         return found
     numbers = ", ".join(f"{name}={'absent' if x is None else x}" for name, x in zip(NAMES, given, strict=True))
-    fixes = [fix for fix in _candidates(given, n) if _solved((fix.get(BATCH, batch), fix.get(MICRO, micro), fix.get(STEPS, steps)), n)]
+    fixes = [
+        fix
+        for fix in _candidates(given, n)
+        if _solved((fix.get(BATCH, batch), fix.get(MICRO, micro), fix.get(STEPS, steps)), n)
+    ]
     two = [fix for i, fix in enumerate(fixes) if fix not in fixes[:i]][:2]
-    said = ", or ".join(" and ".join(f"leave {k} out" if v is None else f"{k}={v}" for k, v in fix.items()) for fix in two)
+    said = ", or ".join(
+        " and ".join(f"leave {k} out" if v is None else f"{k}={v}" for k, v in fix.items()) for fix in two
+    )
     raise ConfigError(f"{where}{_why(given, n)} ({numbers}, world size {n}: {world.origin}); write {said}", two)
 
 

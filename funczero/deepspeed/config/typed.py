@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from funczero.deepspeed.config.keys import ConfigError, Key
+from funczero.deepspeed.config.key import ConfigError, Key
 from funczero.world.plain import plain
 
 
@@ -32,13 +32,21 @@ def typed(where: str, key: Key, value: Any) -> Any:
         raise ConfigError(f"{where}{as_json(value)} is not {want[1]}; write {want[1]}{default}")
     for x in value if isinstance(value, (list, tuple)) else (value,):
         if _number(x) and not (key.low <= x < key.below and x <= key.high):
-            bound = f"at least {key.low:g}" if x < key.low else f"at most {key.high:g}" if x > key.high else f"less than {key.below:g}"
+            bound = (
+                f"at least {key.low:g}"
+                if x < key.low
+                else f"at most {key.high:g}"
+                if x > key.high
+                else f"less than {key.below:g}"
+            )
             raise ConfigError(f"{where}{as_json(value)} is out of range; write {bound}")
     out: Any = want[2](value)
     if key.choices:
         out = out.lower() if isinstance(out, str) else out
         if out not in key.choices:
-            raise ConfigError(f"{where}{as_json(value)} does not exist; write one of {', '.join(map(as_json, key.choices))}")
+            raise ConfigError(
+                f"{where}{as_json(value)} does not exist; write one of {', '.join(map(as_json, key.choices))}"
+            )
     return out
 
 

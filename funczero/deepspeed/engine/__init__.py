@@ -1,4 +1,4 @@
-"""DeepSpeed's engine over a streamed chain: how a forward reads parameters, the open window, checkpoints, loaders, and what scripts ask.
+"""DeepSpeed's engine over a streamed chain: its loop, how a forward reads parameters, checkpoints, what scripts ask.
 
 It imports the floors, `config` and `optim`.
 """

@@ -7,14 +7,19 @@ from typing import Any
 from absl import logging as absl_logging
 from torch import Tensor, nn
 
-from funczero.deepspeed.engine.leaf import number, read_leaf, write_leaf, write_part
+from funczero.deepspeed.engine.leaf import number, read_leaf, write_part
 from funczero.deepspeed.engine.loader import RepeatingLoader as RepeatingLoader
 from funczero.deepspeed.engine.ranks import get_rank
 from funczero.deepspeed.engine.window import mean_gradient
 from funczero.layout.slots import Slots
 
 logger: logging.Logger = absl_logging.get_absl_logger()
-NAMES = {"exp_avg": ("mu", "exp_avg"), "exp_avg_sq": ("nu", "exp_avg_sq"), "momentum_buffer": ("trace", "momentum_buffer"), "sum": ("sum",)}
+NAMES = {
+    "exp_avg": ("mu", "exp_avg"),
+    "exp_avg_sq": ("nu", "exp_avg_sq"),
+    "momentum_buffer": ("trace", "momentum_buffer"),
+    "sum": ("sum",),
+}
 
 
 def log_dist(message: str, ranks: list[int] | None = None, level: int = logging.INFO) -> None:
@@ -35,27 +40,32 @@ def home(param: Any) -> tuple[Any, str]:
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The master, whole, on every rank. A collective."""
     engine, name = home(param)
-    return read_leaf(engine.state.params, name)
+    return read_leaf(engine.state.params, name, engine.live_mesh)
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Writes the master and what is kept of it elsewhere; every rank gives the same value."""
     engine, name = home(param)
-    write_leaf(engine._state, name, value)
-    engine.state = engine._state
+    engine.write_parameters({name: value})
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
-    """The sum of the open window's gradients so far over its micro-batches, whole, unscaled and before the clip; None between windows. A collective."""
+    """The open window's gradients so far over its micro-batches, whole, unscaled and before the clip. A collective.
+
+    None between windows.
+    """
     engine, name = home(param)
-    grads = mean_gradient(engine.train_step, engine._state, engine.gradient_accumulation_steps())
+    grads = mean_gradient(engine.train_step, engine.state, engine.gradient_accumulation_steps())
     return None if grads is None else grads.leaves()[number(grads.where.structure, name)]
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
-    """A moment, whole, by torch's name of it: exp_avg, exp_avg_sq, momentum_buffer. A collective; None for a frozen parameter."""
+    """A moment, whole, by torch's name of it: exp_avg, exp_avg_sq, momentum_buffer. A collective.
+
+    None for a frozen parameter.
+    """
     engine, name = home(param)
-    return read_leaf(_moment(engine, optim_state_key), name)
+    return read_leaf(_moment(engine, optim_state_key), name, engine.live_mesh)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils.checkpoint import checkpoint as _checkpoint
+import torch.utils.checkpoint
 
 
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), computed again in the backward instead of kept; torch's, with its random state restored."""
-    return _checkpoint(function, *args, use_reentrant=False)
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
 
 def configure(*args: Any, **kwargs: Any) -> None:

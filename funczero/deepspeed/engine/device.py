@@ -5,24 +5,24 @@ from typing import Any
 
 import torch
 
-from funczero.layout.mesh import _default_device
+from funczero.layout.mesh import default_device
 
 
 class Accelerator:
-    """The device of this process, by torch's own names; asked for something else it has torch.cuda's, torch.xpu's, ..."""
+    """The device of this process by torch's own names; what is not here is torch.cuda's, torch.xpu's, ..."""
 
     def device_name(self, device_index: int | None = None) -> str:
-        """"cpu", or "cuda" or "cuda:1"."""
-        kind = _default_device().type
+        """ "cpu", or "cuda" or "cuda:1"."""
+        kind = default_device().type
         return kind if device_index is None or kind == "cpu" else f"{kind}:{device_index}"
 
     def current_device(self) -> Any:
         """Its index; the CPU's is 0."""
-        return _default_device().index or 0
+        return default_device().index or 0
 
     def current_device_name(self) -> str:
         """With its index."""
-        return str(_default_device())
+        return str(default_device())
 
     def device_count(self) -> int:
         """Accelerators here; 1 on a machine with a CPU alone."""
@@ -40,41 +40,41 @@ class Accelerator:
 
     def communication_backend_name(self) -> str:
         """gloo, nccl, ..."""
-        return torch.distributed.get_default_backend_for_device(_default_device().type)
+        return torch.distributed.get_default_backend_for_device(default_device().type)
 
     def synchronize(self, device_index: int | None = None) -> None:
         """Until the device has done what it was asked."""
-        if _default_device().type != "cpu":
+        if default_device().type != "cpu":
             torch.accelerator.synchronize()
 
     def set_device(self, device_index: int) -> None:
         """Of this process."""
-        if _default_device().type != "cpu":
+        if default_device().type != "cpu":
             torch.accelerator.set_device_index(device_index)
 
     def empty_cache(self) -> None:
         """Give unused memory back."""
-        if _default_device().type != "cpu":
+        if default_device().type != "cpu":
             self._backend().empty_cache()
 
     def memory_allocated(self, device_index: int | None = None) -> int:
         """Bytes on the device; 0 on a CPU."""
-        return 0 if _default_device().type == "cpu" else self._backend().memory_allocated(device_index)
+        return 0 if default_device().type == "cpu" else self._backend().memory_allocated(device_index)
 
     def max_memory_allocated(self, device_index: int | None = None) -> int:
         """The most so far; 0 on a CPU."""
-        return 0 if _default_device().type == "cpu" else self._backend().max_memory_allocated(device_index)
+        return 0 if default_device().type == "cpu" else self._backend().max_memory_allocated(device_index)
 
     def manual_seed_all(self, seed: int) -> None:
         """Of all generators."""
         torch.manual_seed(seed)
 
     def _backend(self) -> Any:
-        return getattr(torch, _default_device().type)
+        return getattr(torch, default_device().type)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(self._backend(), name):
-            raise AttributeError(f"get_accelerator().{name}: torch.{_default_device().type} has nothing of that name")
+            raise AttributeError(f"get_accelerator().{name}: torch.{default_device().type} has nothing of that name")
         return getattr(self._backend(), name)
 
 

@@ -1,21 +1,21 @@
-"""What user code asks an engine about its config."""
+"""What user code asks an engine about its config and its run."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from funczero.deepspeed.config.resolve import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.loader import Loader
+from funczero.deepspeed.engine.loop import Loop
 
 
-class Facts:
-    """An engine's answers, from its resolved config."""
+class Facts(Loop):
+    """An engine's answers."""
 
-    config_: Config
-    _leaves: Any
-
+    # --- of the config
     def get_batch_info(self) -> tuple[int, int, int]:
         """Rows of an update, rows of a micro-batch on a rank, micro-batches of an update."""
         return tuple(self.config_.triad)  # type: ignore[return-value]
@@ -77,20 +77,71 @@ class Facts:
         """There is no tensor parallelism here."""
         return 0
 
+    # --- of the run
+    @property
+    def global_steps(self) -> int:
+        """Windows closed, skipped updates included."""
+        return int(self._state.step)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Of these, the updates that were skipped."""
+        return int(self._state.step) - int(self._state.updates)
+
+    def was_step_applied(self) -> bool:
+        """Did the last step() apply an update?"""
+        return self._updated
+
+    def get_global_grad_norm(self) -> float | None:
+        """Of the last update's mean gradient, before the clip; inf when it was skipped for an overflow."""
+        return None if self.metrics is None else float(self.metrics.grad_norm)
+
+    def get_lr(self) -> list[float]:
+        """By group."""
+        return [g["lr"] for g in self.optimizer.param_groups]
+
+    def get_mom(self) -> list[Any]:
+        """By group: betas, or momentum."""
+        return [g.get("betas", g.get("momentum")) for g in self.optimizer.param_groups]
+
+    # --- of the module
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The module's, under "module."; at stage 3 they have shapes and no values."""
+        return self.module.named_parameters(f"{prefix}.module" if prefix else "module", recurse, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The module's, under "module."."""
+        return self.module.named_buffers(f"{prefix}.module" if prefix else "module", recurse, remove_duplicate)
+
     def deepspeed_io(
-        self: Any, dataset: Any, batch_size: int | None = None, route: str = "train", pin_memory: bool = True, data_sampler: Any = None, collate_fn: Any = None,
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Any = None,
         num_local_io_workers: int | None = None,
-    ) -> Any:  # fmt: skip
-        """A loader as initialize(training_data=...) gives: dealt by rank, with the engine's position; with batch_size or a sampler torch's own."""
+    ) -> Any:
+        """A loader as initialize(training_data=...) gives, dealt by rank, with the engine's position.
+
+        Args:
+          batch_size, data_sampler: with one of them torch's own loader.
+        """
         workers = num_local_io_workers or 0
         if batch_size is None and data_sampler is None and route == "train":
             return Loader(self, dataset, collate_fn, num_workers=workers)
-        sampler = data_sampler or DistributedSampler(dataset, ranks.get_world_size(), ranks.get_rank(), shuffle=route == "train")
-        return DataLoader(dataset, batch_size or self.train_micro_batch_size_per_gpu(), sampler=sampler, collate_fn=collate_fn, num_workers=workers)
+        shuffle, rows = route == "train", batch_size or self.train_micro_batch_size_per_gpu()
+        sampler = data_sampler or DistributedSampler(dataset, ranks.get_world_size(), ranks.get_rank(), shuffle=shuffle)
+        return DataLoader(dataset, rows, sampler=sampler, collate_fn=collate_fn, num_workers=workers)
 
     def destroy(self) -> None:
         """The module's own forwards again; memory goes with the engine."""
-        self._leaves.release()
+        self._holder.release()
 
     def empty_partition_cache(self) -> None:
         """Nothing: what is gathered is dropped after its use."""

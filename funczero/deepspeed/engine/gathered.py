@@ -6,20 +6,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from funczero.comm.launch import broadcast
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.held import Closed, ZeroParamStatus, emptied, filled_in
-from funczero.deepspeed.engine.leaf import read_leaf, write_leaf
+from funczero.deepspeed.engine.leaf import read_leaf
 from funczero.deepspeed.engine.zero_init import Init as Init
 from funczero.deepspeed.engine.zero_init import opened
 
 
 class GatheredParameters:
-    """Whole parameters inside, on every rank: an engine's masters at stages 0 to 3, or those of a module that zero.Init cut.
+    """Whole parameters inside, on every rank: an engine's masters, or the values of a module that zero.Init cut.
 
-    Law: with modifier_rank what rank r wrote reaches every master; without it a write is refused. All ranks enter and leave together.
+    Law: with modifier_rank what that rank wrote reaches every master. Without it a write is refused. All ranks enter
+    and leave together.
 
     Args:
       params: a parameter, some of them, or a module.
@@ -27,11 +28,17 @@ class GatheredParameters:
       enabled: False: it does nothing.
     """
 
-    def __init__(self, params: Any, modifier_rank: int | None = None, fwd_module: Any = None, enabled: bool = True) -> None:
-        items = list(params.parameters()) if isinstance(params, nn.Module) else [params] if isinstance(params, Tensor) else list(params)
+    def __init__(
+        self, params: Any, modifier_rank: int | None = None, fwd_module: Any = None, enabled: bool = True
+    ) -> None:
+        params = params.parameters() if isinstance(params, nn.Module) else params
+        items = [params] if isinstance(params, Tensor) else list(params)
         self.params = [p for p in dict.fromkeys(items) if hasattr(p, "home")] if enabled else []
         if modifier_rank is not None and not 0 <= modifier_rank < ranks.get_world_size():
-            raise ValueError(f"GatheredParameters: there is no rank {modifier_rank} in a world of {ranks.get_world_size()}; write modifier_rank=0")
+            raise ValueError(
+                f"GatheredParameters: there is no rank {modifier_rank} in a world of {ranks.get_world_size()}; "
+                "write modifier_rank=0"
+            )
         self.rank = modifier_rank
         self._open: Any = None
 
@@ -49,10 +56,13 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
     waiting = [p for p in params if p.home[0] is None]
     inside = [p for p in params if p.home[0] is not None]
     for e in engines.values():
-        if e._backwards or e._state.chain["accumulate"].partial and rank is not None:
-            raise RuntimeError("GatheredParameters: a window of micro-batches is open, and parameters stand still within it; write right after an update")
+        if e.window_is_open(writes=rank is not None):
+            raise RuntimeError(
+                "GatheredParameters: a window of micro-batches is open, and parameters stand still within it; "
+                "write right after an update"
+            )
     with opened(waiting, rank):
-        values = [read_leaf(p.home[0]().state.params, p.home[1]) for p in inside]
+        values = [read_leaf(p.home[0]().state.params, p.home[1], p.home[0]().live_mesh) for p in inside]
         before = [(None if isinstance(p, Closed) else p.data, p.__class__, p.dtype) for p in inside]
         for p, x in zip(inside, values, strict=True):
             assert x is not None
@@ -68,11 +78,9 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
             for p, was in zip(inside, before, strict=True):
                 _hide(p, *was)
             for e in engines.values():
-                e._leaves.reread()
+                e.refresh_parameters()
             if not failed:
                 _back(inside, now, touched, rank)
-                for e in engines.values() if rank is not None else ():
-                    e.state = e._state
 
 
 def _show(p: Any, value: Tensor) -> None:
@@ -97,9 +105,13 @@ def _hide(p: Any, data: Any, cls: Any, dtype: torch.dtype) -> None:
 def _back(params: list[Any], now: Iterable[Tensor], touched: list[str], rank: int | None) -> None:
     if rank is None:
         if touched:
-            raise RuntimeError(f"GatheredParameters: {touched[0]!r} was written to, and would be lost; write modifier_rank=0")
+            raise RuntimeError(
+                f"GatheredParameters: {touched[0]!r} was written to, and would be lost; write modifier_rank=0"
+            )
         return
+    values: dict[Any, dict[str, Tensor]] = {}
     for p, x in zip(params, now, strict=True):
-        if ranks.get_world_size() > 1:
-            dist.broadcast(x, rank)
-        write_leaf(p.home[0]()._state, p.home[1], x)
+        engine, name = p.home[0](), p.home[1]
+        values.setdefault(engine, {})[name] = broadcast(x, rank, engine.live_mesh)
+    for engine, whole in values.items():
+        engine.write_parameters(whole)

@@ -1,10 +1,9 @@
-"""The one place that mutates a module: its parameters share storage with the engine's views (stages 0 to 2), or hold nothing (stage 3)."""
+"""Parameters that an engine holds: they share storage with its views (stages 0 to 2), or hold nothing (stage 3)."""
 from __future__ import annotations
 
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
 from enum import Enum
 from itertools import count
 from typing import Any
@@ -12,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funczero.core import tree
-from funczero.core.types import TrainState
 from funczero.deepspeed.engine.leaf import number
-from funczero.layout.slots import Slots
-from funczero.step.fits import at
-from funczero.step.step import Step
 
-CLIP = "clip_grad_norm_: gradients of an engine's parameters are the chain's, not .grad; write \"gradient_clipping\" in the config, and read engine.get_global_grad_norm()"
+CLIP = (
+    "clip_grad_norm_: gradients of an engine's parameters are the chain's, not .grad; "
+    'write "gradient_clipping" in the config, and read engine.get_global_grad_norm()'
+)
 _GRAD: Any = Tensor.grad  # torch's own property
 
 
@@ -53,14 +50,13 @@ class Held(nn.Parameter):
 
 
 ALLOWED = {
-    "numel", "nelement", "size", "dim", "ndimension", "element_size", "is_floating_point", "is_complex", "requires_grad_",
-    "stride", "is_contiguous", "__hash__", "__repr__", "__len__",
+    "numel", "nelement", "size", "dim", "ndimension", "element_size", "is_floating_point", "is_complex",
+    "requires_grad_", "stride", "is_contiguous", "__hash__", "__repr__", "__len__",
 }  # fmt: skip
-
-
 FACTS = {  # properties that ask for no value
-    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_xla", "is_hpu",
-    "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "names", "itemsize", "nbytes", "_version", "retains_grad", "output_nr", "grad_dtype",
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "is_meta", "is_cpu",
+    "is_cuda", "is_xpu", "is_mps", "is_xla", "is_hpu", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested",
+    "is_mkldnn", "names", "itemsize", "nbytes", "_version", "retains_grad", "output_nr", "grad_dtype",
     "_backward_hooks", "_post_accumulate_grad_hooks", "_grad",
 }  # fmt: skip
 SET = {"grad", "requires_grad", "_grad", "_backward_hooks", "_post_accumulate_grad_hooks"}
@@ -108,12 +104,14 @@ class Closed(Held):
         if engine is None:
             part = getattr(self, "part", None)
             return torch.empty(0, dtype=self.dtype) if part is None else part
-        slots = engine._state.params
+        slots = engine.state.params
         return slots.leaves()[number(slots.where.structure, self.home[1])].detach()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy is closed, too, and of no engine."""
-        return memo.setdefault(id(self), _orphan(self.home[1], tuple(self.shape), self.dtype, self.device, self.requires_grad))
+        return memo.setdefault(
+            id(self), _orphan(self.home[1], tuple(self.shape), self.dtype, self.device, self.requires_grad)
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """So is one that is pickled."""
@@ -128,8 +126,9 @@ class Closed(Held):
         own = next((x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Closed)), None)
         name = "?" if own is None else own.home[1]
         raise RuntimeError(  # a TypeError would be taken for an operand that does not fit
-            f"parameter {name!r} is sharded (stage 3) and has no values here; call engine(...) or engine.module(...), or a method of the module as engine.method(...); "
-            "read engine.module.state_dict(), or open it: with deepspeed.zero.GatheredParameters(params): ..."
+            f"parameter {name!r} is sharded (stage 3) and has no values here; call engine(...) or engine.module(...), "
+            "or a method of the module as engine.method(...); read engine.module.state_dict(), "
+            "or open it: with deepspeed.zero.GatheredParameters(params): ..."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -156,137 +155,14 @@ def named(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def take(module: nn.Module, engine: Any, cls: type[Held]) -> None:
-    """Marks a module's parameters as an engine's; of a class that is closed they keep shape, dtype and requires_grad alone."""
+    """Marks a module's parameters as an engine's; closed ones keep shape, dtype and requires_grad alone."""
     for name, p in named(module).items():
         home = getattr(p, "home", None)
         if home is not None and home[0] is not None and home[0]() not in (None, engine):
-            raise RuntimeError(f"initialize: parameter {name!r} belongs to another engine already; give each engine a module of its own")
+            why = "belongs to another engine already; give each engine a module of its own"
+            raise RuntimeError(f"initialize: parameter {name!r} {why}")
         if home is None or home[0] is None or home[0]() is not engine:
             if cls is Closed and type(p) is not Closed:
                 emptied(p)
             p.__class__ = cls
             p.home, p.part = (weakref.ref(engine), name), None  # type: ignore[attr-defined]
-
-
-class Whole:
-    """Stages 0 to 2: the module's own parameters are the leaves of every forward, in memory that the chain's views own."""
-
-    kind = Held
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = self.user = module
-        self.named = named(module)
-        self.params = list({id(p): p for p in self.named.values()}.values())
-        self.at: tuple[Tensor, ...] = ()
-        self.versions: list[int] = []
-
-    def start(self, threshold: int) -> dict[str, Tensor]:
-        """The parameters to begin with, ties kept."""
-        once: dict[int, Tensor] = {}
-        return {n: once.setdefault(id(p), p.detach()) for n, p in self.named.items()}
-
-    def taken(self) -> None:
-        """Nothing more to do."""
-
-    def renew(self, step: Step, state: TrainState) -> None:
-        """After an update: parameters are the new views; graphs over the old ones can no longer be differentiated."""
-        slots = whole_views(step, state)
-        by_leaf = {leaf: p for p, leaf in zip(self.named.values(), slots.where.structure.places, strict=True)}
-        old = self.at if len(self.at) == len(slots.buffers) else (None,) * len(slots.buffers)
-        with torch.no_grad():
-            for u, (buffer, before) in enumerate(zip(slots.buffers, old, strict=True)):
-                if before is None or buffer.data_ptr() != before.data_ptr() or buffer.dtype != before.dtype:
-                    for i, x in zip(slots.where.structure.members[u], slots.where.views(u, buffer), strict=True):
-                        by_leaf[i].data = x
-        torch.autograd.graph.increment_version(self.params)
-        self.at, self.versions = slots.buffers, [p._version for p in self.params]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's."""
-        return self.module(*args, **kwargs)
-
-    def inside(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """fn, which reads the module's parameters."""
-        return fn(*args, **kwargs)
-
-    def release(self) -> None:
-        """Nothing was put onto the module."""
-
-    def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[[Tensor], Any]:
-        """The vector-Jacobian product of a loss at the parameters, for the chain; what else learns gets the .grad of loss / over."""
-
-        def vjp(cotangent: Tensor) -> Any:
-            wanted = [p for p in self.params if p.requires_grad]
-            grads = differentiate(loss, wanted, cotangent, retain, over)
-            found = dict(zip(map(id, wanted), grads, strict=True))
-            return {n: found.get(id(p)) for n, p in self.named.items()}
-
-        return vjp
-
-    def reread(self) -> None:
-        """What was opened shows the views again; writes so far are known."""
-        self.versions = [p._version for p in self.params]
-
-    def edited(self) -> str | None:
-        """A parameter that somebody wrote into since the last update, which the masters did not hear of."""
-        return next((p.home[1] for p, v in zip(self.params, self.versions, strict=True) if p._version != v), None)  # type: ignore[attr-defined]
-
-    def direct(self) -> str | None:
-        """A parameter with a .grad: somebody called loss.backward()."""
-        return next((n for n, p in self.named.items() if p.grad is not None), None)
-
-
-def whole_views(step: Step, state: TrainState) -> Slots:
-    """The whole parameters in the compute dtype."""
-    return step.running().view(step.fits.views(state), at(state))
-
-
-OLD = "backward: this loss comes from a forward before the last update, and the parameters have moved since; run engine(batch) again after engine.step()"
-
-
-def differentiate(loss: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, retain: bool, over: float, ports: tuple[Tensor, ...] = (), owner: Any = None) -> list[Tensor | None]:
-    """Gradients at `wanted`; leaves of nobody's engine under the loss get theirs added to .grad, as (loss / over).backward() would.
-
-    Args:
-      owner: the `home` of leaves that were made for one window.
-    """
-    known, leaves = {id(x) for x in (*wanted, *ports)}, leaves_under(loss)
-    if owner is not None and any(getattr(x, "home", None) is owner and id(x) not in known for x in leaves):
-        raise RuntimeError(OLD)
-    if not any(id(x) in known for x in leaves):
-        raise RuntimeError("engine.backward: this loss depends on no parameter of this engine that is trained; compute it from what engine(batch) returns")
-    others = [x for x in leaves if id(x) not in known and not hasattr(x, "home")]
-    found = torch.autograd.grad(loss, [*wanted, *ports, *others], cotangent, retain_graph=retain, allow_unused=True)
-    for x, g in zip(others, found[len(known) :], strict=True):
-        if g is not None:
-            own = (g / (cotangent * over).to(g.dtype)).detach()
-            x.grad = own if x.grad is None else x.grad + own
-    return list(found[: len(wanted)])
-
-
-def leaves_under(loss: Tensor) -> list[Tensor]:
-    """Tensors that the graph of a loss ends in."""
-    todo, seen, out = [loss.grad_fn], {loss.grad_fn}, []
-    while todo:
-        node = todo.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            out.append(leaf)
-        for n, _ in node.next_functions:  # type: ignore[union-attr]
-            if n is not None and n not in seen:
-                seen.add(n)
-                todo.append(n)
-    return out
-
-
-def stamp(out: Any, window: int, clock: list[int]) -> None:
-    """A backward through what a forward of an older window returned is refused."""
-
-    def check(grads: Any) -> None:
-        if clock[0] != window:
-            raise RuntimeError(OLD)
-
-    for x in tree.leaves(out):
-        for t in (x,) if isinstance(x, Tensor) else tuple(getattr(x, "__dict__", {}).values()):
-            if isinstance(t, Tensor) and t.grad_fn is not None:
-                t.grad_fn.register_prehook(check)

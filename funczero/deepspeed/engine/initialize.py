@@ -1,4 +1,4 @@
-"""`deepspeed.initialize`: a module, a config and what the call hands over become an engine, an optimizer, a loader and a scheduler."""
+"""`deepspeed.initialize`: a module and a config become an engine, an optimizer, a loader and a scheduler."""
 from __future__ import annotations
 
 import math
@@ -11,19 +11,22 @@ from absl import logging
 from torch import Tensor, nn
 
 from funczero.deepspeed.config.build import chain_of
-from funczero.deepspeed.config.keys import ConfigError
-from funczero.deepspeed.config.resolve import Config, resolve
+from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.optimizers import GroupRates
+from funczero.deepspeed.config.resolve import resolve
+from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.engine import Engine
-from funczero.deepspeed.engine.held import Closed, Whole, named, take
+from funczero.deepspeed.engine.held import Closed, named, take
+from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.loader import Loader
-from funczero.deepspeed.engine.sharded import Sharded, seam_pullback
+from funczero.deepspeed.engine.sharded import ShardedParameters
+from funczero.deepspeed.engine.whole import WholeParameters
 from funczero.deepspeed.engine.zero_init import reopen
 from funczero.deepspeed.optim.clients import client_groups, client_optimizer
-from funczero.deepspeed.optim.groups import ByGroup, Row, config_groups, config_optimizer, group_rates, grouped
+from funczero.deepspeed.optim.groups import ByGroup, Numbers, config_groups, config_optimizer, group_rates, grouped
 from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
 from funczero.deepspeed.optim.schedulers import FromConfig
-from funczero.gradients.gradient import pullback
 from funczero.layout.mesh import P, plan_mesh, world_size
 from funczero.step.step import Step, train_step
 
@@ -47,15 +50,19 @@ def initialize(
 ) -> tuple[Engine, EngineOptimizer, Any, Any]:
     """(engine, optimizer, training_dataloader, lr_scheduler) over the chain of a config; it takes the module over.
 
-    Law: the engine's run is that of `fz.from_deepspeed(config, pullback=True)`, bit for bit. All ranks start from rank 0's parameters and buffers.
+    Law: the engine's run is that of `fz.from_deepspeed(config, pullback=True)`, bit for bit. All ranks start from rank
+    0's parameters and buffers.
 
     Args:
       args: has `deepspeed_config`, unless config is given.
-      model: its parameters share storage with the engine's at stages 0 to 2, and hold nothing at stage 3, where engine.module is the model.
-      optimizer: of torch.optim, over the model's parameters, or a function of the groups that makes it; instead of the config's.
-      model_parameters: those to train, or groups [{"params": [...], "lr": ..., "weight_decay": ...}]; by default all that require a gradient.
+      model: its parameters share storage with the engine's at stages 0 to 2, and hold nothing at stage 3.
+      optimizer: instead of the config's: one of torch.optim over the model's parameters, or a function of the groups
+        that makes it.
+      model_parameters: those to train, or groups [{"params": [...], "lr": ..., "weight_decay": ...}]; by default all
+        that require a gradient.
       training_data: a map-style dataset, for a loader that deals rows by rank and goes on where a checkpoint was.
-      lr_scheduler: an object with step(), or a function of the optimizer that makes it; the engine steps it after applied updates.
+      lr_scheduler: an object with step(), which the engine calls after applied updates, or a function of the optimizer
+        that makes it.
       dist_init_required: False: the world must be there already.
       config: a dict, a path, or base64 of its text; config_params is an old name of it.
 
@@ -77,11 +84,11 @@ def initialize(
     client = optimizer if optimizer is None or isinstance(optimizer, torch.optim.Optimizer) else optimizer(groups)
     if client is not None:
         groups = [dict(g) for g in client.param_groups]
-    step, leaves, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
-    state = step.init(leaves.start(resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1))
-    engine = Engine(leaves.module, leaves, resolved, step, state, rates)
-    take(model, engine, leaves.kind)
-    leaves.taken()
+    step, holder, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
+    state = step.init(holder.start(resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1))
+    engine = Engine(holder, resolved, step, state, rates)
+    take(model, engine, holder.kind)
+    holder.attach()
     engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), client)
     engine.optimizer.pull(state)
     engine.lr_scheduler, engine.client_lr_scheduler = _scheduler(engine.optimizer, lr_scheduler, bool(rates))
@@ -98,13 +105,23 @@ def _refuse(model: Any, mpu: Any, mesh_param: Any, dist_init_required: bool | No
     if isinstance(model, Engine):
         raise TypeError("initialize: this model is an engine already; give the module itself")
     if mpu is not None or mesh_param is not None:
-        raise ValueError(f"initialize: {'mpu' if mpu is not None else 'mesh_param'}= asks for model parallelism, and there is only data parallelism here; leave it out")
+        raise ValueError(
+            f"initialize: {'mpu' if mpu is not None else 'mesh_param'}= asks for model parallelism, and there is "
+            "only data parallelism here; leave it out"
+        )
     if dist_init_required is False and not torch.distributed.is_initialized():
-        raise RuntimeError("initialize: dist_init_required=False, but no world is there; call deepspeed.init_distributed() first, or leave it out")
+        raise RuntimeError(
+            "initialize: dist_init_required=False, but no world is there; "
+            "call deepspeed.init_distributed() first, or leave it out"
+        )
 
 
 def _place(model: nn.Module, cut: bool) -> None:
-    """Rank 0's values on this process's device; what zero.Init has cut stays so, or becomes whole where it is held whole."""
+    """Rank 0's values on this process's device.
+
+    Args:
+      cut: what zero.Init has cut stays so; otherwise it becomes whole again.
+    """
     closed = [p for p in model.parameters() if isinstance(p, Closed) and p.home[0] is None]
     device = plan_mesh({"data": -1}).device
     if not closed:
@@ -115,69 +132,92 @@ def _place(model: nn.Module, cut: bool) -> None:
 
 
 def _config_of(args: Any, config: Any, config_params: Any) -> Any:
-    named = {"config=": config, "config_params=": config_params, "args.deepspeed_config": getattr(args, "deepspeed_config", None)}
-    named["args.deepscale_config"] = getattr(args, "deepscale_config", None)
-    there = [n for n, x in named.items() if x is not None]
-    if len(there) != 1:
-        why = f"{' and '.join(there)} both name a config; leave one out" if there else "no config; write config={...}, or --deepspeed_config ds_config.json"
-        raise ConfigError(f"initialize: {why}")
-    return named[there[0]]
+    given = {"config=": config, "config_params=": config_params}
+    given |= {f"args.{n}": getattr(args, n, None) for n in ("deepspeed_config", "deepscale_config")}
+    found = [n for n, x in given.items() if x is not None]
+    if not found:
+        raise ConfigError("initialize: no config; write config={...}, or --deepspeed_config ds_config.json")
+    if len(found) > 1:
+        raise ConfigError(f"initialize: {' and '.join(found)} both name a config; leave one out")
+    return given[found[0]]
 
 
 def _check_local_rank(args: Any) -> None:
-    mine, said = int(os.environ.get("LOCAL_RANK", "0")), getattr(args, "local_rank", None)
-    if isinstance(said, int) and said >= 0 and said != mine:
-        raise ValueError(f"initialize: args.local_rank is {said}, but LOCAL_RANK of the environment is {mine}; leave --local_rank to the launcher")
-    if args is not None and isinstance(said, int):
-        args.local_rank = mine
+    local, given = int(os.environ.get("LOCAL_RANK", "0")), getattr(args, "local_rank", None)
+    if isinstance(given, int) and given >= 0 and given != local:
+        raise ValueError(
+            f"initialize: args.local_rank is {given}, but LOCAL_RANK of the environment is {local}; "
+            "leave --local_rank to the launcher"
+        )
+    if args is not None and isinstance(given, int):
+        args.local_rank = local
 
 
 def _groups(model: nn.Module, given: Iterable[Any] | None) -> Groups:
     """Groups of the model's parameters that are trained."""
-    items = [p for p in model.parameters() if p.requires_grad] if given is None else [given] if isinstance(given, (Tensor, dict)) else list(given)
+    if given is None:
+        items: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    else:
+        items = [given] if isinstance(given, (Tensor, dict)) else list(given)
     groups = [dict(g) for g in items] if items and isinstance(items[0], Mapping) else [{"params": items}]
     known, seen = {id(p) for p in model.parameters()}, set()
     for i, g in enumerate(groups):
-        g["params"] = [g["params"]] if isinstance(g["params"], Tensor) else [p[1] if isinstance(p, tuple) else p for p in g["params"]]
-        for j, p in enumerate(g["params"]):
+        params = [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])
+        params = [p[1] if isinstance(p, tuple) else p for p in params]  # model.named_parameters()
+        for j, p in enumerate(params):
+            name = f"model_parameters: parameter {j} of group {i}, of shape {tuple(p.shape)},"
             if id(p) not in known:
-                raise ValueError(f"model_parameters: parameter {j} of group {i}, of shape {tuple(p.shape)}, is not one of the model's; give model.parameters()")
+                raise ValueError(f"{name} is not one of the model's; give model.parameters()")
             if id(p) in seen:
-                raise ValueError(f"model_parameters: parameter {j} of group {i}, of shape {tuple(p.shape)}, stands twice; name it once")
+                raise ValueError(f"{name} stands twice; name it once")
             seen.add(id(p))
-        g["params"] = [p for p in g["params"] if p.requires_grad]
+        g["params"] = [p for p in params if p.requires_grad]
     if not any(g["params"] for g in groups):
-        raise ValueError("model_parameters: none of them requires a gradient; write module.requires_grad_() before initialize")
+        raise ValueError(
+            "model_parameters: none of them requires a gradient; write module.requires_grad_() before initialize"
+        )
     return groups
 
 
-def _built(config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any) -> tuple[Step, Any, list[Row], Any]:
+def _built(
+    config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any
+) -> tuple[Step, Holder, list[Numbers], list[GroupRates]]:
     """The step over the module's parameters, how forwards read them, the groups' numbers and the config's rates."""
     by_id = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
     home = {n: by_id.get(id(p), 0) for n, p in named(model).items()}
     trained = {n for n, p in named(model).items() if id(p) in by_id}
     if client is not None:
         if config.value("optimizer.type") is not None:
-            raise ConfigError(f"{config.where('optimizer.type')}the call gives an optimizer, too; delete one of the two")
-        unknown = next((p for g in client.param_groups for p in g["params"] if id(p) not in {id(q) for q in model.parameters()}), None)
+            raise ConfigError(
+                f"{config.where('optimizer.type')}the call gives an optimizer, too; delete one of the two"
+            )
+        known = {id(p) for p in model.parameters()}
+        unknown = next((p for g in client.param_groups for p in g["params"] if id(p) not in known), None)
         if unknown is not None:
-            raise ValueError(f"optimizer: its parameter of shape {tuple(unknown.shape)} is not one of the model's; make it from model.parameters()")
+            raise ValueError(
+                f"optimizer: its parameter of shape {tuple(unknown.shape)} is not one of the model's; "
+                "make it from model.parameters()"
+            )
         name, numbers = type(client).__name__.lower(), client_groups(client)
         make: ByGroup = client_optimizer(client, home)
     else:
         if config.value("optimizer.type") is None:
-            raise ConfigError(f'{config.name}: neither the config nor the call names an optimizer; add "optimizer": {{"type": "Adam"}}, or write initialize(optimizer=...)')
+            raise ConfigError(
+                f"{config.name}: neither the config nor the call names an optimizer; "
+                f'add "optimizer": {{"type": "Adam"}}, or write initialize(optimizer=...)'
+            )
         numbers = config_groups(config, groups)
         name, make = config.value("optimizer.type").lower(), config_optimizer(config, home)
     rates = group_rates(config, numbers)
     if rates and lr_scheduler is not None:
         raise ConfigError(f"{config.where('scheduler.type')}the call gives lr_scheduler=, too; delete one of the two")
-    whole, frozen = config.value("zero_optimization.stage") < 3, lambda path: path in trained
-    leaves: Any = Whole(model) if whole else Sharded(model)
-    source = pullback(P("data"), trainable=frozen) if whole else seam_pullback(P("data"), frozen, leaves.units)
+    whole = config.value("zero_optimization.stage") < 3
+    holder: Holder = WholeParameters(model) if whole else ShardedParameters(model)
+    source = holder.source(P("data"), lambda path: path in trained)
     weight = 2.0 ** round(math.log2(config.triad.steps))
-    chain = chain_of(config, source, grouped(name, make, numbers, rates), stream=True, weight=weight)  # type: ignore[arg-type]
-    return train_step(*chain, **config.arguments, check=True if not whole else 10), leaves, numbers, rates
+    optimizer: Any = grouped(name, make, numbers, rates)
+    chain = chain_of(config, source, optimizer, stream=True, weight=weight)
+    return train_step(*chain, **config.arguments, check=10 if whole else True), holder, numbers, rates
 
 
 def _scheduler(optimizer: EngineOptimizer, given: Any, in_chain: bool) -> tuple[Any, bool]:
@@ -188,7 +228,10 @@ def _scheduler(optimizer: EngineOptimizer, given: Any, in_chain: bool) -> tuple[
         return None, False
     made = given if hasattr(given, "step") else given(optimizer)
     if not callable(getattr(made, "step", None)):
-        raise TypeError(f"lr_scheduler: a {type(made).__name__} has no step(); give a scheduler, or a function of the optimizer that returns one")
+        raise TypeError(
+            f"lr_scheduler: a {type(made).__name__} has no step(); "
+            "give a scheduler, or a function of the optimizer that returns one"
+        )
     return made, True
 
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from funczero.comm.collectives import gather_leaf
 from funczero.core.types import TrainState
+from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure
 
@@ -18,20 +18,13 @@ def number(structure: Structure, name: str) -> int:
     return names[name]
 
 
-def read_leaf(slots: Slots, name: str) -> Tensor | None:
+def read_leaf(slots: Slots, name: str, mesh: Mesh) -> Tensor | None:
     """A leaf as one tensor on every rank; None for what has no values (frozen). A collective where it is cut."""
-    i = number(slots.where.structure, name)
-    part, slot, shape = slots.leaves()[i], slots.where.slots[i], slots.where.structure.leaves[i].shape
-    if part is None or tuple(part.shape) == tuple(shape) and not _cut(slots, i):
-        return None if part is None else part.detach().clone()
-    whole = torch.zeros(shape, dtype=part.dtype, device=part.device)
-    whole[_place(slot)] = part
-    dist.all_reduce(whole)  # every value is on one rank, the others add zeros
-    return whole
+    return gather_leaf(slots, number(slots.where.structure, name), mesh)
 
 
 def write_leaf(state: TrainState, name: str, value: Tensor) -> None:
-    """A whole leaf into the masters, and into the views where those are kept apart; in place, and without communication."""
+    """A whole leaf into the masters, and into the views where those are kept apart, in place. Nothing is sent."""
     for slots in (state.params, state.views) if state.views is not None else (state.params,):
         write_part(slots, name, value)
 
@@ -41,14 +34,12 @@ def write_part(slots: Slots, name: str, value: Tensor) -> None:
     i = number(slots.where.structure, name)
     part, shape = slots.leaves()[i], slots.where.structure.leaves[i].shape
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"parameter {name!r} has shape {tuple(shape)}, but the value has {tuple(value.shape)}; give one of the same shape")
+        raise ValueError(
+            f"parameter {name!r} has shape {tuple(shape)}, but the value has {tuple(value.shape)}; "
+            "give one of the same shape"
+        )
     assert part is not None
     part.data.copy_(value.detach()[_place(slots.where.slots[i])])
-
-
-def _cut(slots: Slots, i: int) -> bool:
-    leaf = slots.where.structure.leaves[i]
-    return any(size > 1 and leaf.dim(axis) is not None for axis, size, _ in slots.where.coords)
 
 
 def _place(slot: Any) -> tuple[slice, ...]:

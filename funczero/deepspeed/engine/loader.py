@@ -11,15 +11,26 @@ from funczero.data.dataset import Batches
 
 
 class Loader:
-    """Micro-batches of this rank, an epoch an iteration; law: it begins where the engine is, in mid-epoch and in mid-window, also after load_checkpoint.
+    """Micro-batches of this rank, an epoch an iteration.
+
+    Law: it begins where the engine is, in mid-epoch and in mid-window, also after load_checkpoint.
 
     Epochs that the batch does not divide are filled up with some of their rows again, or with dataloader_drop_last cut.
     """
 
-    def __init__(self, engine: Any, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self, engine: Any, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, seed: int = 0, **options: Any
+    ) -> None:
         """options: torch's DataLoader's."""
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise TypeError(f"training_data: a {type(dataset).__name__} has no length and no items by number; give a map-style dataset, or make a loader yourself")
+        if (
+            isinstance(dataset, IterableDataset)
+            or not hasattr(dataset, "__getitem__")
+            or not hasattr(dataset, "__len__")
+        ):
+            raise TypeError(
+                f"training_data: a {type(dataset).__name__} has no length and no items by number; "
+                "give a map-style dataset, or make a loader yourself"
+            )
         self._engine, self.dataset, self.collate_fn, self.options = weakref.ref(engine), dataset, collate_fn, options
         config = engine.config_
         last = "drop" if config.value("dataloader_drop_last") else "pad"

@@ -3,15 +3,19 @@ from __future__ import annotations
 
 import datetime
 import os
+from functools import lru_cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from absl import logging
 from torch import nn
 from torch.distributed import ReduceOp as ReduceOp
 
+from funczero.comm.integers import sum_and_compare
 from funczero.layout import mesh
 from funczero.world import environment
+from funczero.world.ledger import Context
 
 
 def init_distributed(
@@ -26,7 +30,9 @@ def init_distributed(
     rank: int = -1,
     world_size: int = -1,
 ) -> None:
-    """Joins the world that torchrun, SLURM, OpenMPI or PMI describe, and says which; a world of one without any. A second call changes nothing.
+    """Joins the world that torchrun, SLURM, OpenMPI or PMI describe, and says which.
+
+    Without any of them it is a world of one. A second call changes nothing.
 
     Args:
       dist_backend: by name; nccl for CUDA and ROCm and gloo for the CPU by default.
@@ -45,12 +51,19 @@ def init_distributed(
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     who = environment.launcher(os.environ)
     if init_method is None and (auto_mpi_discovery or who == "torchrun"):
-        port = {"MASTER_PORT": str(distributed_port)} if who not in ("torchrun", None) and distributed_port != environment.PORT else {}
+        given = who not in ("torchrun", None) and distributed_port != environment.PORT
+        port = {"MASTER_PORT": str(distributed_port)} if given else {}
         os.environ.update(environment.read(port | os.environ) or {})
     if init_method is not None or timeout is not None:
-        device = mesh._default_device().type
+        device = mesh.default_device().type
         backend = dist_backend or dist.get_default_backend_for_device(device)
-        dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        dist.init_process_group(
+            backend,
+            init_method=init_method,
+            timeout=timeout,
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )
     world = mesh.init_distributed(dist_backend)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     if verbose and world.rank == 0:
@@ -81,6 +94,28 @@ def get_local_rank() -> int:
 def barrier(*args: Any, **kwargs: Any) -> Any:
     """Until all ranks are here."""
     return dist.barrier(*args, **kwargs) if dist.is_initialized() else None
+
+
+@lru_cache(maxsize=1)
+def _mesh_of(world: Any) -> mesh.Mesh:
+    return mesh.connect(mesh.plan_mesh({"data": -1}))
+
+
+def world_mesh(call: str) -> mesh.Mesh:
+    """All processes on one axis, where no engine has a mesh yet; what is launched there belongs to `call`."""
+    found = _mesh_of(dist.group.WORLD if dist.is_initialized() else None)
+    found.ledger.enter(Context(call))
+    return found
+
+
+def compared(call: str) -> None:
+    """Ranks compare what they launched since the last time; a collective of a few bytes.
+
+    Raises:
+      DivergenceError: one launched something else; on all ranks alike.
+    """
+    found = world_mesh(call)
+    sum_and_compare([torch.zeros(0, dtype=torch.int64, device=found.device)], (), found)
 
 
 def broadcast_module(module: nn.Module) -> None:

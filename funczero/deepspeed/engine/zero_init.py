@@ -1,4 +1,4 @@
-"""`deepspeed.zero.Init`: parameters are cut as soon as the module that holds them is built, so that no rank ever holds the model."""
+"""`zero.Init`: parameters are cut as soon as the module that holds them is built, so that no rank holds the model."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -6,20 +6,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
+from funczero.comm.launch import broadcast, launch_gather, wait
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.held import Closed, emptied, filled_in
 from funczero.layout.lazy import Fill
 
 
 class Init:
-    """Modules built inside hold this rank's rows of rank 0's values; initialize(model=...) takes them over, at any stage.
+    """Modules built inside hold this rank's rows of rank 0's values. initialize(model=...) takes them, at any stage.
 
-    Law: at most this rank's share of the model and the largest submodule with parameters of its own are in memory. Code that initialises
-    parameters later (module.apply) opens them with GatheredParameters.
+    Law: at most this rank's share of the model and the largest submodule with parameters of its own are in memory. Code
+    that initialises parameters later (module.apply) opens them with GatheredParameters.
 
     Args:
       module: cut this one, which is built already.
@@ -30,24 +33,40 @@ class Init:
     """
 
     def __init__(
-        self, module: nn.Module | None = None, data_parallel_group: Any = None, mem_efficient_linear: bool = True, remote_device: str | None = None, pin_memory: bool = False,
-        config_dict_or_path: Any = None, config: Any = None, enabled: bool = True, dtype: torch.dtype | None = None, mpu: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+    ) -> None:
         if mpu is not None or data_parallel_group is not None:
             raise ValueError("zero.Init: it cuts over all processes; leave mpu and data_parallel_group out")
         if remote_device not in (None, "none"):
-            raise ValueError(f"zero.Init: remote_device={remote_device!r} asks for offload, which does not exist here yet; leave it out")
+            raise ValueError(
+                f"zero.Init: remote_device={remote_device!r} asks for offload, which does not exist here yet; "
+                "leave it out"
+            )
         self.enabled, self.dtype = enabled, dtype
         self._owners: list[nn.Module] = []
         self._hooks: list[Any] = []
         if enabled and module is not None:
             ranks.init_distributed(verbose=False)
             cut(module, dtype)
+            ranks.compared("the end of zero.Init")
 
     def __enter__(self) -> Init:
         if self.enabled:
             ranks.init_distributed(verbose=False)
-            self._hooks = [register_module_module_registration_hook(self._built), register_module_parameter_registration_hook(self._owns)]
+            self._hooks = [
+                register_module_module_registration_hook(self._built),
+                register_module_parameter_registration_hook(self._owns),
+            ]
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
@@ -55,6 +74,8 @@ class Init:
             h.remove()
         for m in self._owners if kind is None else ():
             cut(m, self.dtype)
+        if self.enabled and kind is None:
+            ranks.compared("the end of zero.Init")
         self._owners, self._hooks = [], []
 
     def _built(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -71,9 +92,7 @@ def cut(module: nn.Module, dtype: torch.dtype | None) -> None:
     for name, p in module.named_parameters():
         if not hasattr(p, "home"):
             whole = p.detach() if dtype is None else p.detach().to(dtype)
-            if ranks.get_world_size() > 1:
-                dist.broadcast(whole, 0)
-            close(p, name, whole)
+            close(p, name, broadcast(whole, 0, ranks.world_mesh(f"zero.Init, parameter {name!r}")))
 
 
 def close(p: Any, name: str, whole: Tensor) -> None:
@@ -98,10 +117,10 @@ def whole_of(p: Any) -> Tensor:
     """All rows of a parameter that is cut. A collective."""
     if not p.shape or ranks.get_world_size() == 1:
         return p.part.clone()
-    out = torch.zeros(p.shape, dtype=p.part.dtype, device=p.part.device)
-    out[rows(p.shape)] = p.part
-    dist.all_reduce(out)
-    return out
+    mesh = ranks.world_mesh(f"the parameter {p.home[1]!r} of zero.Init, opened")
+    mine = p.part.new_zeros((-(-p.shape[0] // mesh.axes["data"].size), *p.shape[1:]))
+    mine[: len(p.part)] = p.part
+    return wait(launch_gather(mine.view(-1), "data", mesh)).view(-1, *p.shape[1:])[: p.shape[0]].clone()
 
 
 class _Rows:
@@ -144,8 +163,10 @@ def opened(params: list[Any], rank: int | None) -> Iterator[None]:
         touched = [n for (p, n), v in zip(kept, before, strict=True) if p._version != v]
         for p, name in kept:
             value = p.detach()
-            if rank is not None and ranks.get_world_size() > 1:
-                dist.broadcast(value, rank)
+            if rank is not None:
+                value = broadcast(value, rank, ranks.world_mesh(f"GatheredParameters, parameter {name!r}"))
             close(p, name, value)
         if rank is None and touched:
-            raise RuntimeError(f"GatheredParameters: {touched[0]!r} was written to on this rank alone; write modifier_rank=0")
+            raise RuntimeError(
+                f"GatheredParameters: {touched[0]!r} was written to on this rank alone; write modifier_rank=0"
+            )

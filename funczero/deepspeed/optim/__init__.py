@@ -1,4 +1,4 @@
-"""DeepSpeed's optimizers over a chain: param groups as leaves, the optimizer that `initialize` returns, a client's own classes.
+"""DeepSpeed's optimizers over a chain: param groups as leaves, the optimizer that `initialize` returns, client classes.
 
 It imports the floors and `config`.
 """

@@ -1,4 +1,4 @@
-"""A client's `torch.optim` optimizer inside the bracket: its own arithmetic on this rank's rows, with its state as a value."""
+"""A client's `torch.optim` optimizer inside the bracket: its arithmetic on this rank's rows, its state as a value."""
 from __future__ import annotations
 
 from collections import defaultdict
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funczero.core.number import number
 from funczero.core.types import Formula, GradientTransformation, Group, Reading
-from funczero.deepspeed.optim.groups import ByGroup, Row, by_group
+from funczero.deepspeed.optim.groups import ByGroup, Numbers, by_group
 from funczero.layout.slots import Slots
 from funczero.optim.from_torch import ELEMENTWISE
 from funczero.optim.lift import same_when_cut
@@ -28,10 +28,10 @@ class Client(NamedTuple):
     rates: Any = ()
 
 
-class Scalars(NamedTuple):
-    """What one applied update takes beside the leaves: the groups as they are now, and the class's own numbers before and after it."""
+class ClientScalars(NamedTuple):
+    """What one applied update takes beside the leaves: the groups as they are now, and the class's own numbers."""
 
-    rows: list[Row]
+    rows: list[Numbers]
     leaves: tuple[tuple[int, int], ...]  # (number, group) of those that are given
     factor: Tensor
     started: bool
@@ -40,14 +40,22 @@ class Scalars(NamedTuple):
     names: list[str]  # of the moments
 
 
-def client_groups(client: torch.optim.Optimizer) -> list[Row]:
+def client_groups(client: torch.optim.Optimizer) -> list[Numbers]:
     """The numbers of a client's groups."""
     name = type(client).__name__
     if name in NEVER:
-        raise TypeError(f"optimizer: torch.optim.{name} cannot work here: {NEVER[name]}; give torch.optim.AdamW(model.parameters())")
+        raise TypeError(
+            f"optimizer: torch.optim.{name} cannot work here: {NEVER[name]}; give torch.optim.AdamW(model.parameters())"
+        )
     if any(float(x) > 0 for own in client.state.values() for k, x in own.items() if k == "step"):
-        raise ValueError(f"optimizer: this {name} has taken steps already; hand it over before its first, and load a checkpoint with engine.load_checkpoint")
-    rows = [{k: _plain(v) for k, v in g.items() if k not in ("params", "initial_lr") and _numeric(v)} for g in client.param_groups]
+        raise ValueError(
+            f"optimizer: this {name} has taken steps already; "
+            "hand it over before its first, and load a checkpoint with engine.load_checkpoint"
+        )
+    rows = [
+        {k: _plain(v) for k, v in g.items() if k not in ("params", "initial_lr") and _numeric(v)}
+        for g in client.param_groups
+    ]
     names = [n for n in rows[0] if all(n in r for r in rows)]
     return [{n: r[n] for n in names} for r in rows]
 
@@ -63,38 +71,50 @@ def _plain(x: Any) -> Any:
 
 
 def client_optimizer(client: torch.optim.Optimizer, home: Mapping[str, int]) -> ByGroup:
-    """A client's optimizer by groups. Law: the class's values on unsharded leaves; its state is made at the first applied update, as there.
+    """A client's optimizer by groups.
+
+    Law: the class's values on unsharded leaves. Its state is made at the first applied update, as there.
 
     Args:
       home: parameter name -> number of its group.
 
     Raises:
-      TypeError: the class keeps state of another form than its parameters; elsewhere, where leaves are cut: it is not known to work value by value.
+      TypeError: the class keeps state of another form than its parameters. Where leaves are cut, elsewhere: it is not
+        known to work value by value.
     """
-    known = type(client).__module__.startswith(("torch.optim", "funczero.")) and {c.__name__ for c in type(client).__mro__} & set(KNOWN)
-    elementwise = bool(known) or _elementwise(client)
+    ours = type(client).__module__.startswith(("torch.optim", "funczero."))
+    known = ours and any(c.__name__ in KNOWN for c in type(client).__mro__)
+    elementwise = known or _elementwise(client)
     eager = _eager(client)
     keys = _state_keys(client, eager)
 
     def init(params: Slots) -> Client:
         n = len(params.where.structure.leaves)
         scalars = {k: torch.zeros(n) for k in sorted({k for s, _ in keys for k in s})}
-        return Client(torch.zeros((), dtype=torch.bool), scalars, {k: params.map(torch.zeros_like) for k in sorted({k for _, m in keys for k in m})})
+        return Client(
+            torch.zeros((), dtype=torch.bool),
+            scalars,
+            {k: params.map(torch.zeros_like) for k in sorted({k for _, m in keys for k in m})},
+        )
 
-    def read(rows: list[Row], params: Slots) -> Reading:
+    def read(rows: list[Numbers], params: Slots) -> Reading:
         for i, row in enumerate(rows):
             number(f"{type(client).__name__}: param_groups[{i}]", "lr", row.get("lr", 0.0))
         leaves = sorted((i, group) for group, members in by_group(params, home).items() for i in members)
-        return Reading([Group((rows, tuple(leaves)), tuple(i for i, _ in leaves))], None, torch.tensor(rows[0]["lr"], dtype=torch.float64))
+        return Reading(
+            [Group((rows, tuple(leaves)), tuple(i for i, _ in leaves))],
+            None,
+            torch.tensor(rows[0]["lr"], dtype=torch.float64),
+        )
 
-    def scalars(state: Client, now: list[Any], factor: Tensor, ok: Tensor) -> tuple[Client, list[Scalars | None]]:
+    def scalars(state: Client, now: list[Any], factor: Tensor, ok: Tensor) -> tuple[Client, list[ClientScalars | None]]:
         if not bool(ok):
             return state, [None]
         ((rows, leaves),), new = now, {k: x.clone() for k, x in state.scalars.items()}
         moved = state._replace(started=torch.ones_like(state.started), scalars=new)
-        return moved, [Scalars(rows, leaves, factor, bool(state.started), state.scalars, new, [*state.moments])]
+        return moved, [ClientScalars(rows, leaves, factor, bool(state.started), state.scalars, new, [*state.moments])]
 
-    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars | None) -> None:
+    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: ClientScalars | None) -> None:
         if s is not None:
             _stepped(client, (keys, eager), params, grads, moments, s)
 
@@ -110,13 +130,17 @@ def _no_rates(*args: Any) -> Any:
     raise NotImplementedError("a client's rates are those of its groups")
 
 
-def _stepped(client: Any, kinds: Any, params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars) -> None:
+def _stepped(
+    client: Any, kinds: Any, params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: ClientScalars
+) -> None:
     """The class's own step, in place on params, moments and s.new."""
     keys, eager = kinds
     ps = [torch.nn.Parameter(x.detach()) for x in params]
     groups = [[p for p, (_, group) in zip(ps, s.leaves, strict=True) if group == n] for n in range(len(s.rows))]
     own = _again(client, groups, s.rows)
-    parts = [dict(zip(s.names, each, strict=True)) for each in zip(*moments, strict=True)] if moments else [{} for _ in ps]
+    parts = (
+        [dict(zip(s.names, each, strict=True)) for each in zip(*moments, strict=True)] if moments else [{} for _ in ps]
+    )
     for p, g, part, (i, group) in zip(ps, grads, parts, s.leaves, strict=True):
         p.grad = g * s.factor.to(g.dtype)
         if s.started:
@@ -133,23 +157,38 @@ def _stepped(client: Any, kinds: Any, params: list[Tensor], grads: list[Tensor],
                 part[k].copy_(own.state[p][k])
 
 
-def _again(client: Any, params: list[list[Any]], groups: list[Row]) -> Any:
+def _again(client: Any, params: list[list[Any]], groups: list[Numbers]) -> Any:
     """The same optimizer over other parameters, without state; whatever wrapped the client's own step stays there."""
     own = object.__new__(type(client))
     own.__dict__.update({k: v for k, v in client.__dict__.items() if k != "step"})
     own.state = defaultdict(dict)
     cast = lambda old, new: int(new) if type(old) is int else list(new) if type(old) is list else new
-    own.param_groups = [{**g, **{k: cast(g[k], v) for k, v in n.items()}, "params": ps} for g, n, ps in zip(client.param_groups, groups, params, strict=True)]
+    own.param_groups = [
+        {**g, **{k: cast(g[k], v) for k, v in n.items()}, "params": ps}
+        for g, n, ps in zip(client.param_groups, groups, params, strict=True)
+    ]
     return own
 
 
 def _eager(client: Any) -> list[dict[str, Tensor]]:
-    """By group: the state that the class makes when it is built, as 0-d values; what is like the leaf is tagged by a dim."""
+    """By group: the state that the class makes when it is built, as 0-d values. What is like the leaf has a dim."""
     out: list[dict[str, Tensor]] = []
     for g in client.param_groups:
         held = sorted((p for p in g["params"] if p in client.state), key=lambda p: -p.dim())
-        like = {k for p in held[:1] for k, x in client.state[p].items() if isinstance(x, Tensor) and (x.dim() or not p.dim() and k != "step")}
-        out.append({k: x.detach().flatten()[:1] if k in like else x.detach().clone() for p in held[:1] for k, x in client.state[p].items() if isinstance(x, Tensor)})
+        like = {
+            k
+            for p in held[:1]
+            for k, x in client.state[p].items()
+            if isinstance(x, Tensor) and (x.dim() or not p.dim() and k != "step")
+        }
+        out.append(
+            {
+                k: x.detach().flatten()[:1] if k in like else x.detach().clone()
+                for p in held[:1]
+                for k, x in client.state[p].items()
+                if isinstance(x, Tensor)
+            }
+        )
     return out
 
 
@@ -168,10 +207,15 @@ def _state_keys(client: Any, eager: list[dict[str, Tensor]]) -> list[tuple[list[
         if eager[n]:
             own.state[p] = _first(eager[n], p)
         own.step()
-        kept: dict[str, Any] = {k: x for k, x in own.state[p].items() if isinstance(x, (Tensor, int, float)) and not isinstance(x, bool)}
+        kept: dict[str, Any] = {
+            k: x for k, x in own.state[p].items() if isinstance(x, (Tensor, int, float)) and not isinstance(x, bool)
+        }
         odd = next((k for k, x in kept.items() if not isinstance(x, Tensor) or x.shape not in ((), p.shape)), None)
         if odd is not None:
-            raise TypeError(f"optimizer: {type(client).__name__} keeps {odd!r} as no tensor like its parameter; give one of torch.optim.{', '.join(KNOWN)}")
+            raise TypeError(
+                f"optimizer: {type(client).__name__} keeps {odd!r} as no tensor like its parameter; "
+                f"give one of torch.optim.{', '.join(KNOWN)}"
+            )
         out.append(([k for k, x in kept.items() if not x.dim()], [k for k, x in kept.items() if x.dim()]))
     return out
 

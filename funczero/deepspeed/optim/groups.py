@@ -1,4 +1,4 @@
-"""Param groups as leaves of the state: what the optimizer's face shows, a hand may edit, and the schedule writes after every applied update."""
+"""Param groups as leaves of the state, which a hand may edit and the schedule writes after every applied update."""
 from __future__ import annotations
 
 import math
@@ -11,30 +11,32 @@ from torch import Tensor
 from funczero.core.number import number
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Grad, GradientTransformation, Group, Reading, Transform, Updated
-from funczero.deepspeed.config.build import Rates, _made, rates_of
-from funczero.deepspeed.config.keys import ConfigError
-from funczero.deepspeed.config.resolve import Config, Value
+from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.optimizers import GroupRates, make_optimizer, rates_of
+from funczero.deepspeed.config.resolved import Config, Setting
 from funczero.layout.slots import Slots
 from funczero.transforms.mean import value
 from funczero.transforms.update import apply_update
 
 KEY = "param_groups"
 LR = "optimizer.params.lr"
-Row = dict[str, Any]  # a group: name -> number or tuple of numbers
+Numbers = dict[str, Any]  # a group: name -> number or tuple of numbers
 
 
 class ByGroup(NamedTuple):
     """An optimizer whose rates are the numbers of groups."""
 
     tx: GradientTransformation
-    read: Callable[[list[Row], Slots], Reading]  # the rows as they are now, the parameters -> the rates of this update
+    read: Callable[
+        [list[Numbers], Slots], Reading
+    ]  # the rows as they are now, the parameters -> the rates of this update
 
 
-def grouped(name: str, optimizer: ByGroup, groups: Sequence[Row], rates: Sequence[Rates] = ()) -> Transform:
+def grouped(name: str, optimizer: ByGroup, groups: Sequence[Numbers], rates: Sequence[GroupRates] = ()) -> Transform:
     """The last optimizer of a chain, with the numbers of its groups as leaves of the state, under "param_groups".
 
-    Law: with groups that nobody edits it gives the bits of the same optimizer with the same rates. An edit holds until the schedule's
-    next write, which follows an applied update.
+    Law: with groups that nobody edits it gives the bits of the same optimizer with the same rates. An edit holds until
+    the schedule's next write, which follows an applied update.
 
     Args:
       name: the optimizer's.
@@ -67,18 +69,22 @@ def grouped(name: str, optimizer: ByGroup, groups: Sequence[Row], rates: Sequenc
     return transform
 
 
-def leaves(groups: Sequence[Row]) -> dict[str, Tensor]:
+def leaves(groups: Sequence[Numbers]) -> dict[str, Tensor]:
     """Groups as tensors: name -> float64 [groups] or [groups, n]."""
     return {name: torch.tensor([g[name] for g in groups], dtype=torch.float64) for name in groups[0]}
 
 
-def numbers(own: Mapping[str, Tensor]) -> list[Row]:
+def numbers(own: Mapping[str, Tensor]) -> list[Numbers]:
     """Groups as plain numbers."""
-    columns = {name: [tuple(x) if isinstance(x, list) else x for x in t.tolist()] for name, t in own.items() if name != "updates"}
+    columns = {
+        name: [tuple(x) if isinstance(x, list) else x for x in t.tolist()]
+        for name, t in own.items()
+        if name != "updates"
+    }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def scheduled(own: dict[str, Tensor], rates: Sequence[Rates], updates: Tensor) -> dict[str, Tensor]:
+def scheduled(own: dict[str, Tensor], rates: Sequence[GroupRates], updates: Tensor) -> dict[str, Tensor]:
     """What a schedule writes after so many applied updates."""
     if not rates:
         return own
@@ -94,14 +100,14 @@ def _at(rate: Any, updates: Tensor) -> Tensor:
     return torch.as_tensor(rate(updates) if callable(rate) else rate, dtype=torch.float64)
 
 
-def group_rates(config: Config, groups: Sequence[Row]) -> list[Rates]:
+def group_rates(config: Config, groups: Sequence[Numbers]) -> list[GroupRates]:
     """The config's schedule for every group, from the group's own rate; none without a scheduler."""
     if config.value("scheduler.type") is None:
         return []
-    return [rates_of(config._replace(values={**config.values, LR: Value(g["lr"], "group")})) for g in groups]
+    return [rates_of(config._replace(values={**config.values, LR: Setting(g["lr"], "group")})) for g in groups]
 
 
-def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Row]:
+def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Numbers]:
     """The config's numbers for every group of the call, which may say lr, weight_decay and betas itself."""
     p, kind = config.block("optimizer.params"), config.value("optimizer.type")
     shown = {n: p[n] for n in ("lr", "betas", "weight_decay") if n in p}
@@ -110,14 +116,22 @@ def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Ro
     shown = {n: tuple(map(float, x)) if n == "betas" else float(x) for n, x in shown.items()}
     if rates_of(config).momentum is not None and "betas" in shown:
         shown["betas"] = (shown["betas"][0], 0.99)  # OneCycle forces the second beta
-    out: list[Row] = []
+    out: list[Numbers] = []
     for i, g in enumerate(given):
         odd = next((n for n in g if n not in ("params", "name", "param_names", *shown)), None)
         if odd is not None:
-            raise ConfigError(f"model_parameters: group {i} has {odd!r}, which {kind} does not take by group; write some of {', '.join(shown)}")
-        out.append({n: tuple(map(float, g.get(n, x))) if n == "betas" else float(g.get(n, x)) for n, x in shown.items()})
+            raise ConfigError(
+                f"model_parameters: group {i} has {odd!r}, which {kind} does not take by group; "
+                f"write some of {', '.join(shown)}"
+            )
+        out.append(
+            {n: tuple(map(float, g.get(n, x))) if n == "betas" else float(g.get(n, x)) for n, x in shown.items()}
+        )
     if len({g.get("betas") for g in out}) > 1:
-        raise ConfigError("model_parameters: the groups have different betas, which the config's optimizer keeps for all; give optimizer=torch.optim.AdamW(groups)")
+        raise ConfigError(
+            "model_parameters: the groups have different betas, which the config's optimizer keeps for all; "
+            "give optimizer=torch.optim.AdamW(groups)"
+        )
     return out
 
 
@@ -128,16 +142,22 @@ def config_optimizer(config: Config, home: Mapping[str, int]) -> ByGroup:
       home: parameter name -> number of its group.
     """
     kind, fixed = config.value("optimizer.type"), config.block("optimizer.params")
-    tx = _made(kind, fixed, 0.0, None)
+    tx = make_optimizer(kind, fixed, 0.0, None)
     ours = kind.lower() in ("adam", "adamw", "lion", "adagrad", "sgd")
     constant = {"momentum": fixed["momentum"]} if kind == "SGD" else {}
 
-    def read(rows: list[Row], params: Slots) -> Reading:
+    def read(rows: list[Numbers], params: Slots) -> Reading:
         if len({row.get("betas") for row in rows}) > 1:
-            raise ValueError("param_groups: the groups have different betas, but this optimizer keeps one pair for all; write the same in each")
+            raise ValueError(
+                "param_groups: the groups have different betas, but this optimizer keeps one pair for all; "
+                "write the same in each"
+            )
         alike = len({row["lr"] for row in rows}) == 1
         if not alike and not ours:
-            raise TypeError("from_torch: lr differs by group, but these classes keep one number for all leaves; write the same in each")
+            raise TypeError(
+                "from_torch: lr differs by group, but these classes keep one number for all leaves; "
+                "write the same in each"
+            )
         members, found = by_group(params, home), dict[tuple[Any, ...], Group]()
         for i, row in enumerate(rows):
             rates = {**constant, **_checked(tx.name if alike else f"{tx.name}: param_groups[{i}]", row)}
@@ -149,7 +169,7 @@ def config_optimizer(config: Config, home: Mapping[str, int]) -> ByGroup:
     return ByGroup(tx, read)
 
 
-def _checked(who: str, row: Row) -> dict[str, float]:
+def _checked(who: str, row: Numbers) -> dict[str, float]:
     """A group's numbers under the names of the formula."""
     rates = {n: number(who, n, row[n]) for n in ("lr", "weight_decay") if n in row}
     return rates | {f"b{i + 1}": number(who, f"b{i + 1}", b, high=1.0) for i, b in enumerate(row.get("betas", ()))}

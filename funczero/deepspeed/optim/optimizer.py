@@ -1,4 +1,4 @@
-"""The returned optimizer: a `torch.optim.Optimizer` to look at and to edit, over the groups that are leaves of the engine's state."""
+"""The returned optimizer: a `torch.optim.Optimizer` to look at and to edit, over the groups of the engine's state."""
 from __future__ import annotations
 
 import weakref
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from funczero.core.types import TrainState
-from funczero.deepspeed.optim.groups import KEY, Row, leaves, numbers
+from funczero.deepspeed.optim.groups import KEY, Numbers, leaves, numbers
 
-DIRECT = "{who}: parameter {name!r} has a .grad, so loss.backward() was called directly and the engine has not heard of it; write engine.backward(loss) instead"
+DIRECT = (
+    "{who}: parameter {name!r} has a .grad, so loss.backward() was called directly and the engine has not heard of it; "
+    "write engine.backward(loss) instead"
+)
 
 
 class EngineOptimizer(torch.optim.Optimizer):
@@ -21,7 +24,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, engine: Any, groups: list[dict[str, Any]], client: torch.optim.Optimizer | None = None) -> None:
-        """groups: with their parameters; those of a client's optimizer are shared with it, so that its schedulers write here."""
+        """groups: with their parameters; a client's optimizer shares them, so that its schedulers write here."""
         super().__init__([{**g} for g in groups], dict(groups[0], params=None) if client is None else client.defaults)
         self._engine = weakref.ref(engine)
         self.client = client
@@ -53,8 +56,11 @@ class EngineOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing: engine.step() updates."""
         if closure is not None:
-            raise TypeError("optimizer.step: a closure would run the forward again, but engine.step() updates from what engine.backward(loss) was given; leave it out")
-        name = self.engine._leaves.direct()
+            raise TypeError(
+                "optimizer.step: a closure would run the forward again, but engine.step() updates from what "
+                "engine.backward(loss) was given; leave it out"
+            )
+        name = self.engine.stray_gradient()
         if name is not None:
             raise RuntimeError(DIRECT.format(who="optimizer.step", name=name))
 
@@ -64,7 +70,10 @@ class EngineOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only while it is made: the state's form is fixed."""
         if hasattr(self, "_engine"):
-            raise RuntimeError("optimizer.add_param_group: the groups of an engine are fixed; name them all in model_parameters=[{'params': ...}, ...] of initialize")
+            raise RuntimeError(
+                "optimizer.add_param_group: the groups of an engine are fixed; "
+                "name them all in model_parameters=[{'params': ...}, ...] of initialize"
+            )
         super().add_param_group(param_group)
 
     def stepped(self) -> None:
@@ -89,7 +98,7 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def override_loss_scale(self, scale: float) -> None:
         """Another loss scale from the next window on."""
-        self.engine._set_scale(float(scale))
+        self.engine.set_loss_scale(float(scale))
 
     def state_dict(self) -> dict[str, Any]:
         """The groups alone; moments are in engine.save_checkpoint."""
@@ -107,6 +116,6 @@ def _number(x: Any) -> Any:
     return float(x) if isinstance(x, (int, float, Tensor)) and not isinstance(x, bool) else x
 
 
-def with_numbers(given: Sequence[Mapping[str, Any]], groups: Sequence[Row]) -> list[dict[str, Any]]:
+def with_numbers(given: Sequence[Mapping[str, Any]], groups: Sequence[Numbers]) -> list[dict[str, Any]]:
     """Groups of parameters with their numbers."""
     return [{**g, **n} for g, n in zip(given, groups, strict=True)]

@@ -1,11 +1,11 @@
-"""DeepSpeed's five schedules as schedulers of any torch optimizer: the values of funczero.schedules after so many steps."""
+"""DeepSpeed's five schedules as schedulers of any torch optimizer, with the values of funczero.schedules."""
 from __future__ import annotations
 
 from typing import Any
 
 import torch
 
-from funczero.deepspeed.config.build import _scheduled
+from funczero.deepspeed.config.optimizers import schedule_of
 from funczero.deepspeed.config.options import SCHEDULERS
 
 
@@ -47,7 +47,7 @@ class _Schedule:
             raise TypeError(f"{kind}: {missing!r} is missing; add it")
         self.optimizer, self.last_batch_iteration = optimizer, last_batch_iteration
         options = {n: options.get(n, k.default) for n, k in known.items()}
-        self._rates = [_scheduled(kind, options, g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
+        self._rates = [schedule_of(kind, options, g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
         self._write()
 
     def _write(self) -> None:
@@ -59,7 +59,9 @@ class _Schedule:
 
     def step(self, last_batch_iteration: int | None = None) -> None:
         """One update more, or so many."""
-        self.last_batch_iteration = self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
+        self.last_batch_iteration = (
+            self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
+        )
         self._write()
 
     def get_lr(self) -> list[float]:

@@ -1,0 +1,135 @@
+"""One flat buffer over one mesh axis: the only module that sends. Launch, then wait; every byte is counted."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funczero.layout.mesh import Mesh
+
+SHORT = 1 << 15  # bytes on all wires under which a message is all latency
+_ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
+
+
+@contextmanager
+def count_bytes(step: Any) -> Iterator[Counter]:
+    """Counts what this process sends while it is open: (axis, verb, dtype or wire) -> bytes, payload only.
+
+    Args:
+      step: a Step or its Mesh.
+    """
+    mesh = getattr(step, "mesh", step)
+    before: Counter = Counter(mesh.sent)
+    counter: Counter = Counter()
+    yield counter
+    counter.update(mesh.sent)
+    counter.subtract(before)
+    for key in [k for k, n in counter.items() if not n]:
+        del counter[key]
+
+
+def _sent(mesh: Mesh, axis: str, verb: str, form: torch.dtype | str, n: int, units: tuple[int, ...] = ()) -> None:
+    name = form if isinstance(form, str) else _name_of(form)
+    mesh.sent[axis, verb, name] += n
+    mesh.ledger.note(verb, axis, name, n, units)
+
+
+@cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def launch_gather(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "") -> Tensor:
+    """Start to gather [n] into [W, n]; finish with wait.
+
+    Args:
+      units: whose values these are, for ranks to compare.
+      form: the wire that packed them; by default their dtype is counted.
+    """
+    size, _, group = mesh.axes[axis]
+    if size == 1:
+        return x.view(1, -1)
+    _sent(mesh, axis, "all_gather", form or x.dtype, x.nbytes * (size - 1), units)
+    return _gather_rows(x, size, group, mesh)
+
+
+def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
+    """[n] to [W, n]. A short message goes to every rank directly: gloo's gather takes twice an exchange's latency."""
+    with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
+        if mesh.device.type == "cpu" and x.nbytes * size <= SHORT:
+            rows = x.expand(size, -1).reshape(-1)
+            splits = [x.numel()] * size
+            return mesh.flight.note(rows, _ops.all_to_all_single(rows, splits, splits, group)).view(size, -1)
+        return mesh.flight.note(x, _ops.all_gather_into_tensor(x, size, group)).view(size, -1)
+
+
+def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "") -> Tensor:
+    """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order.
+
+    Args: as launch_gather's.
+    """
+    size, _, group = mesh.axes[axis]
+    if size == 1:
+        return x
+    _sent(mesh, axis, "reduce_scatter", form or x.dtype, x.nbytes * (size - 1) // size, units)
+    with torch._C._AutoDispatchBelowAutograd():
+        return mesh.flight.note(x, _ops.all_to_all_single(x, [1] * size, [1] * size, group))
+
+
+def launch_backend_scatter(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...]) -> Tensor:
+    """Start the backend's own reduce-scatter of [W, n], in whatever order it adds."""
+    size, _, group = mesh.axes[axis]
+    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, units)
+    with torch._C._AutoDispatchBelowAutograd():
+        return mesh.flight.note(x, _ops.reduce_scatter_tensor(x, "sum", size, group))
+
+
+def launch_backend_sum(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+    """Start the backend's own all-reduce of [n], in whatever order it adds."""
+    size, _, group = mesh.axes[axis]
+    _sent(mesh, axis, "all_reduce", x.dtype, 2 * x.nbytes * (size - 1) // size)
+    with torch._C._AutoDispatchBelowAutograd():
+        return mesh.flight.note(x, _ops.all_reduce(x, "sum", group))
+
+
+def wait(x: Tensor) -> Tensor:
+    """The tensor of a launched collective, complete."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.wait_tensor(x)
+
+
+def broadcast(x: Tensor, root: int, mesh: Mesh) -> Tensor:
+    """The values of the world's rank `root` on every rank of a mesh that spans the world, bit for bit."""
+    size = prod(mesh.sizes().values())
+    if size == 1:
+        return x
+    axes, nbytes = "+".join(a for a, n in mesh.sizes().items() if n > 1), x.nbytes * (size - 1)
+    mesh.sent[axes, "broadcast", _name_of(x.dtype)] += nbytes if mesh.ledger.place == root else 0
+    mesh.ledger.note("broadcast", axes, _name_of(x.dtype), nbytes)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.wait_tensor(mesh.flight.note(x, _ops.broadcast(x.detach().contiguous(), root, mesh.world_group)))
+
+
+def sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: bool) -> Tensor:
+    """The sum of integers over one process group, complete.
+
+    Args:
+      name: of its axis or axes.
+      noted: do ranks compare this launch? Not where it carries their checksums itself.
+    """
+    short = mesh.device.type == "cpu" and x.nbytes * size <= SHORT
+    nbytes = x.nbytes * (size - 1) if short else 2 * x.nbytes * (size - 1) // size
+    if noted:
+        _sent(mesh, name, "all_reduce", x.dtype, nbytes)
+    else:  # it stands in the ledger already, by its own checksum
+        mesh.sent[name, "all_reduce", _name_of(x.dtype)] += nbytes
+    if short:
+        return wait(_gather_rows(x, size, group, mesh)).sum(0)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.wait_tensor(mesh.flight.note(x, _ops.all_reduce(x, "sum", group)))

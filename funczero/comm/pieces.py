@@ -1,0 +1,119 @@
+"""Where the parts of a unit's leaves lie on the wire [W, n] of one axis, and how much of a buffer travels."""
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from funczero.comm.wire import Lengths
+from funczero.layout.cut import Cut, Rows
+from funczero.layout.where import Slot, Where
+
+
+class Share(NamedTuple):
+    """An equal share of a leaf in every row of the wire: one copy, whatever the number of ranks."""
+
+    offset: int
+    numel: int  # in one row
+
+    def pair(self, x: Tensor, wire: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Views of the leaf here and of the wire."""
+        return x.reshape(wire.shape[0], self.numel), wire.narrow(1, self.offset, self.numel)
+
+
+class Everywhere(NamedTuple):
+    """A leaf that the axis does not cut: it goes to every row of the wire, or comes from this rank's own buffer."""
+
+    offset: int
+    numel: int
+
+    def pair(self, x: Tensor, wire: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Views of the leaf here and of the wire, or of `own`."""
+        flat, rows = x.reshape(1, self.numel), wire if own is None else own.view(1, -1)
+        return flat.expand(rows.shape[0], self.numel), rows.narrow(1, self.offset, self.numel)
+
+
+class Stretch(NamedTuple):
+    """One rank's part of a leaf, in that rank's row of the wire."""
+
+    rank: int
+    offset: int
+    numel: int
+    shape: tuple[int, ...]
+    narrows: tuple[tuple[int, int, int], ...]  # dims in which it is less than what is here, with start and length
+
+    def pair(self, x: Tensor, wire: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Views of the leaf here and of the wire."""
+        for narrow in self.narrows:
+            x = x.narrow(*narrow)
+        return x, wire[self.rank, self.offset : self.offset + self.numel].view(self.shape)
+
+
+Piece = Share | Everywhere | Stretch
+
+
+def plan_of(where: Where, unit: int, axis: str, size: int) -> list[list[Piece]]:
+    """By member of a unit: how its rows here lie on the wire [W, n] one step inwards. Worked out once."""
+    key = (unit, axis, size)
+    if key in where.memo:
+        return where.memo[key]
+    inner = [where.inner(axis, size, q).slots for q in range(size)]
+    plan: list[list[Piece]] = []
+    for i in where.structure.members[unit]:
+        cut, here, offset = where.structure.leaves[i].cut(axis), where.slots[i], inner[0][i].offset
+        n = prod(here.shape)
+        if n == 0:
+            plan.append([])
+        elif cut.replicated:
+            plan.append([Everywhere(offset, n)])
+        elif cut == Rows(0) and all(slots[i].shape[0] * size == here.shape[0] for slots in inner):
+            plan.append([Share(offset, n // size)])
+        else:
+            parts = [slots[i] for slots in inner]
+            even = all((p.offset, p.length) == (offset, parts[0].length) for p in parts)
+            if sum(prod(p.shape) for p in parts) != n or not even:
+                shapes = [p.shape for p in parts]
+                raise ValueError(_uneven(where.structure.leaves[i].path, cut, axis, shapes, here.shape))
+            plan.append([_stretch(q, offset, p, here) for q, p in enumerate(parts) if prod(p.shape)])
+    where.memo[key] = plan
+    return plan
+
+
+def _uneven(path: str, cut: Cut, axis: str, parts: list[tuple[int, ...]], here: tuple[int, ...]) -> str:
+    what = f"{cut!r} gives the ranks of {axis!r} parts of shapes {parts}"
+    remedy = "a cut's blocks are equal and its parts are the leaf, once"
+    return f"parameter {path!r}: {what}, which do not make up its {here}; {remedy}"
+
+
+def _stretch(rank: int, offset: int, part: Slot, here: Slot) -> Stretch:
+    dims = zip(part.start, here.start, part.shape, here.shape, strict=True)
+    narrows = tuple((d, a - b, n) for d, (a, b, n, m) in enumerate(dims) if n != m)
+    return Stretch(rank, offset, prod(part.shape), part.shape, narrows)
+
+
+def pairs(
+    plan: list[list[Piece]], leaves: list[Tensor], wire: Tensor, own: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Matching views of leaves (here) and of the wire, to be copied in either direction."""
+    both = [p.pair(x, wire, own) for pieces, x in zip(plan, leaves, strict=True) for p in pieces]
+    return [here for here, _ in both], [there for _, there in both]
+
+
+def travels(inner: Where, unit: int, axis: str) -> int:
+    """Elements of a buffer that a gather must send: up to the last slot that the axis cuts."""
+    key = ("travels", unit, axis)
+    if key not in inner.memo:
+        leaves, members = inner.structure.leaves, inner.structure.members[unit]
+        cut = [inner.slots[i] for i in members if not leaves[i].cut(axis).replicated]
+        inner.memo[key] = max((slot.offset + slot.length for slot in cut), default=0)
+    return inner.memo[key]
+
+
+def slot_lengths(inner: Where, unit: int, n: int) -> Lengths:
+    """The slots of a buffer's first n elements, in their order there."""
+    key = ("slot lengths", unit, n)
+    if key not in inner.memo:
+        found = sorted((inner.slots[i] for i in inner.structure.members[unit]), key=lambda s: s.offset)
+        inner.memo[key] = tuple(s.length for s in found if s.length and s.offset < n)
+    return inner.memo[key]

@@ -1,0 +1,77 @@
+"""The graph under a loss: its leaves, the gradients at them, and losses that are too old."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funczero.core import tree
+
+OLD = (
+    "backward: this loss comes from a forward before the last update, and the parameters have moved since; "
+    "run engine(batch) again after engine.step()"
+)
+
+
+def differentiate(
+    loss: Tensor,
+    wanted: Sequence[Tensor],
+    cotangent: Tensor,
+    retain: bool,
+    over: float,
+    ports: tuple[Tensor, ...] = (),
+    owner: Any = None,
+) -> list[Tensor | None]:
+    """Gradients at `wanted`. Leaves of no engine get theirs added to .grad, as (loss / over).backward() would.
+
+    Args:
+      loss, cotangent: 0-d.
+      ports: leaves that stand for closed units; the gradients of those go their own way.
+      owner: the `home` of leaves that were made for one window.
+
+    Raises:
+      RuntimeError: the loss is of an older window, or depends on no parameter that is trained.
+    """
+    known, leaves = {id(x) for x in (*wanted, *ports)}, leaves_under(loss)
+    if owner is not None and any(getattr(x, "home", None) is owner and id(x) not in known for x in leaves):
+        raise RuntimeError(OLD)
+    if not any(id(x) in known for x in leaves):
+        why = "this loss depends on no parameter of this engine that is trained"
+        raise RuntimeError(f"engine.backward: {why}; compute it from what engine(batch) returns")
+    others = [x for x in leaves if id(x) not in known and not hasattr(x, "home")]
+    found = torch.autograd.grad(loss, [*wanted, *ports, *others], cotangent, retain_graph=retain, allow_unused=True)
+    for x, g in zip(others, found[len(known) :], strict=True):
+        if g is not None:
+            own = (g / (cotangent * over).to(g.dtype)).detach()
+            x.grad = own if x.grad is None else x.grad + own
+    return list(found[: len(wanted)])
+
+
+def leaves_under(loss: Tensor) -> list[Tensor]:
+    """Tensors that the graph of a loss ends in."""
+    todo, seen, out = [loss.grad_fn], {loss.grad_fn}, []
+    while todo:
+        node = todo.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            out.append(leaf)
+        for n, _ in node.next_functions:  # type: ignore[union-attr]
+            if n is not None and n not in seen:
+                seen.add(n)
+                todo.append(n)
+    return out
+
+
+def stamp(out: Any, window: int, clock: list[int]) -> None:
+    """A backward through what a forward of an older window returned is refused."""
+
+    def check(grads: Any) -> None:
+        if clock[0] != window:
+            raise RuntimeError(OLD)
+
+    for x in tree.leaves(out):
+        for t in (x,) if isinstance(x, Tensor) else tuple(getattr(x, "__dict__", {}).values()):
+            if isinstance(t, Tensor) and t.grad_fn is not None:
+                t.grad_fn.register_prehook(check)

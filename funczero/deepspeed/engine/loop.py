@@ -1,0 +1,250 @@
+"""An engine's training loop: forward, backward and step are three moments of `step(state, micro_batch)`."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from absl import logging
+from torch import Tensor, nn
+
+from funczero.core import tree
+from funczero.core.types import Metrics, TrainState
+from funczero.deepspeed.config.optimizers import GroupRates
+from funczero.deepspeed.config.resolved import Config
+from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.graphs import stamp
+from funczero.deepspeed.engine.holder import Holder
+from funczero.deepspeed.engine.leaf import write_leaf
+from funczero.deepspeed.engine.window import amended, filled, multiplied, taken
+from funczero.deepspeed.optim.optimizer import DIRECT
+from funczero.layout.mesh import Mesh
+from funczero.step.step import Step, donate
+
+
+class Loop(nn.Module):
+    """A module, a step, its state, and where the loop stands in the window of micro-batches."""
+
+    def __init__(
+        self, holder: Holder, config: Config, step: Step, state: TrainState, rates: Sequence[GroupRates] = ()
+    ) -> None:
+        """Use initialize.
+
+        Args:
+          holder: how a forward reads the module's parameters.
+          rates: the config's schedule by group.
+        """
+        super().__init__()
+        self.module = holder.module
+        self._holder, self.config_, self.train_step, self._state = holder, config, step, state
+        self._step, self._k, self._rates = donate(step), config.triad.steps, rates
+        self._managed, self._cast = config.value("managed_gradient_accumulation"), config.value("fp16.auto_cast")
+        self._boundary: bool | None = None
+        self._clock = [0]  # windows closed: what a graph was built in
+        self._backwards = self._micro = 0  # backwards since the last step(), step() calls in the window
+        self._again = False  # the next backward adds to the micro-batch of the last one
+        self._unsent = False  # inside no_sync
+        self.micro_steps = self.global_samples = 0
+        self.metrics: Metrics | None = None
+        self._updated = False
+        self.optimizer: Any = None
+        self.lr_scheduler: Any = None
+        self.training_dataloader: Any = None
+        self.client_lr_scheduler = False
+        self.device, self.mp_world_size = step.live_mesh.device, 1
+        self.global_rank, self.local_rank = ranks.get_rank(), ranks.get_local_rank()
+        self.world_size = self.dp_world_size = ranks.get_world_size()
+        self._holder.renew(step, state)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:  # a plain attribute: a module's own way takes ten times as long
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    # --- the three moments
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, unscaled. Under torch.no_grad() it has no side effect on the window."""
+        if self._cast:
+            half = lambda x: x.half() if isinstance(x, Tensor) and x.is_floating_point() else x
+            args, kwargs = tree.map(half, (args, kwargs))
+        out = self._holder.forward(*args, **kwargs)
+        if torch.is_grad_enabled():
+            stamp(out, self._clock[0], self._clock)
+        return out
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Takes the gradient of a loss into the window; returns loss / gradient_accumulation_steps.
+
+        Args:
+          loss: 0-d, the mean over this rank's micro-batch, computed from what the engine returned. Criteria may be
+            outside of the module.
+          scale_wrt_gas: False: this loss is added to the window undivided.
+        """
+        _check_loss(loss)
+        over = self._k if scale_wrt_gas else 1
+        more = self._again or self.window_length() >= self._k
+        times = self._k // over  # a loss that is not averaged weighs as much as k of those that are
+        pull = multiplied(self._holder.pull(loss, retain_graph, over), times)
+        micro = (pull, loss if times == 1 else loss.detach() * times, 0.0 if more else 1.0)
+        try:
+            if more:
+                self._state = amended(self._step, self._state, micro)
+            else:
+                self._state, _ = self._step(self._state, micro)
+        except RuntimeError as e:
+            explained = _explained(e)
+            if explained is None:
+                raise
+            raise RuntimeError(explained) from e
+        self._backwards += 1
+        self._again = True
+        return loss.detach() / over if over > 1 else loss.detach()
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """The end of a micro-batch; at the boundary the update.
+
+        Args:
+          lr_kwargs: for the step() of a client's scheduler.
+        """
+        if not self._backwards:
+            name = self.stray_gradient()
+            if name is not None:
+                raise RuntimeError(DIRECT.format(who="engine.step", name=name))
+            why = "engine.backward(loss) was not called since the last engine.step()"
+            raise RuntimeError(f"engine.step: {why}; call it for every micro-batch, before step")
+        if self._unsent:
+            why = "it is called inside engine.no_sync(), where nothing is reduced; leave the context first"
+            raise RuntimeError(f"engine.step: {why}")
+        last = self.is_gradient_accumulation_boundary()
+        self.micro_steps, self._micro, self._backwards = self.micro_steps + 1, self._micro + 1, 0
+        self._updated, self._again = False, False
+        if last:
+            self._update(lr_kwargs or {})
+
+    def _update(self, lr_kwargs: dict[str, Any]) -> None:
+        name = self._holder.written()
+        if name is not None:
+            what = "was written to since the last update, but the master did not hear of it"
+            remedy = "write inside deepspeed.zero.GatheredParameters(params, modifier_rank=0)"
+            raise RuntimeError(f"engine.step: parameter {name!r} {what}; {remedy}")
+        self.state, self.metrics = self._step(self.optimizer.push(filled(self._step, self._state, self._k)), None)
+        m = self.metrics
+        assert m is not None
+        self._micro, self._updated = 0, bool(m.ok)
+        self.global_samples += self.config_.triad.batch
+        self.optimizer.stepped()
+        if self._updated and self.client_lr_scheduler:
+            self.lr_scheduler.step(**lr_kwargs)
+        every, number = self.config_.value("steps_per_print"), int(self._state.step)
+        if every and number % every == 0 and self.global_rank == 0:
+            lr = [g["lr"] for g in self.optimizer.param_groups]
+            logging.info(
+                "step %d: loss %.6g, grad norm %.4g, scale %g, lr %s", number, m.loss, m.grad_norm, m.scale, lr
+            )
+
+    @property
+    def live_mesh(self) -> Mesh:
+        """The mesh with its process groups."""
+        return self._step.live_mesh
+
+    @property
+    def state(self) -> TrainState:
+        """The chain's state with the optimizer's groups as they show now.
+
+        `engine.train_step(engine.state, ...)` goes on without the engine.
+        """
+        return self._state if self.optimizer is None else self.optimizer.push(self._state)
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        """Parameters and the optimizer's face follow."""
+        self._state = state = self._step.fits.settled(state)
+        self._clock[0] += 1
+        self._holder.renew(self._step, state)
+        if self.optimizer is not None:
+            self.optimizer.pull(state)
+
+    def window_length(self) -> int:
+        """Micro-batches that the open window holds."""
+        return taken(self._step, self._state)
+
+    def window_is_open(self, writes: bool) -> bool:
+        """Do parameters stand still now? From a backward to its step(), and for who writes until the update."""
+        return self._backwards > 0 or writes and self.window_length() > 0
+
+    def write_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Whole values by name into the masters, which forwards read from now on; every rank gives the same."""
+        for name, value in values.items():
+            write_leaf(self._state, name, value)
+        self.state = self._state
+
+    def refresh_parameters(self) -> None:
+        """The module's parameters show the state again, after somebody opened them."""
+        self._holder.refresh()
+
+    def stray_gradient(self) -> str | None:
+        """A parameter with a gradient of loss.backward(), of which the engine has not heard."""
+        return self._holder.stray_gradient()
+
+    # --- boundaries
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Does the next step() update?"""
+        if self._boundary is not None:
+            return self._boundary
+        return not self._managed or self._micro + 1 >= self._k
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Whether step() updates, until it is set again. After a backward it begins another micro-batch."""
+        self._boundary, self._again = bool(is_boundary), False
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Nothing at stages 0 and 1, which send once a window anyway; refused where gradients are sharded."""
+        stage = self.config_.value("zero_optimization.stage")
+        if stage > 1:
+            why = f"at stage {stage} gradients are sharded as they are born; leave it out, or write stage 1"
+            raise RuntimeError(f"engine.no_sync: {why}")
+        if self._unsent:
+            raise RuntimeError("engine.no_sync: it is open already; leave the inner one out")
+        self._unsent = True
+        try:
+            yield
+        finally:
+            self._unsent = False
+
+    @contextlib.contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Nothing: backwards add up, and what can wait for the boundary is sent there anyway."""
+        yield
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: a gradient is used once."""
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+        what = f"a {type(loss).__name__}"
+        if isinstance(loss, Tensor):
+            what = f"a tensor of shape {tuple(loss.shape)} and {loss.dtype}"
+        raise TypeError(f"engine.backward: the loss is {what}; give one floating 0-d tensor, as loss.mean()")
+    if not loss.requires_grad:
+        why = "this loss needs no gradient; was the forward under torch.no_grad(), or the output detached?"
+        raise RuntimeError(f"engine.backward: {why}")
+
+
+def _explained(error: RuntimeError) -> str | None:
+    """torch's errors of graphs in the engine's words."""
+    text = str(error)
+    if "modified by an inplace operation" in text:
+        return (
+            "engine.backward: this loss was computed before the last update, or something in its graph was changed in "
+            "place; run the forward again after engine.step()"
+        )
+    if "backward through the graph a second time" in text:
+        return (
+            "engine.backward: this graph was used up by a backward before; "
+            "write engine.backward(loss, retain_graph=True) the first time, or add the losses"
+        )
+    return None

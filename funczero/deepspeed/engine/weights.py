@@ -1,0 +1,85 @@
+"""An engine's whole weights: the module's state_dict, out as a file or a dict, and in again."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.facts import Facts
+from funczero.deepspeed.engine.values import module_state
+
+
+class Weights(Facts):
+    """save_16bit_model, module_state_dict and load_module_state_dict."""
+
+    def save_16bit_model(
+        self, save_dir: str | Path, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """The module's state_dict in the compute dtype as one file, by rank 0; all ranks call it.
+
+        Args:
+          save_filename: .safetensors, or anything else for torch.save.
+
+        Raises:
+          ValueError: at stage 3 without stage3_gather_16bit_weights_on_model_save, because the model is whole on every
+            rank for a moment.
+        """
+        key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        if self.zero_optimization_stage() == 3 and not self.config_.value(key):
+            raise ValueError(
+                "save_16bit_model: at stage 3 it gathers the whole model on every rank; "
+                f"allow that with {key}: true, or write engine.save_checkpoint and `funczero export`"
+            )
+        whole = self.module_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
+        if self.global_rank == 0:
+            Path(save_dir).mkdir(parents=True, exist_ok=True)
+            out = Path(save_dir, save_filename)
+            values = {n: x.contiguous().cpu() for n, x in whole.items()}
+            part = out.with_name(out.name + ".part")
+            if out.suffix == ".safetensors":
+                safetensors.torch.save_file({n: x.clone() for n, x in values.items()}, part, {"format": "pt"})
+            else:
+                torch.save(values, part)
+            part.rename(out)
+        ranks.gather_texts("")  # nobody goes on before the file is there
+        return True
+
+    save_fp16_model = save_16bit_model
+
+    def module_state_dict(
+        self,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> dict[str, Tensor]:
+        """The module's state_dict, whole, in the compute dtype. A collective."""
+        out = {} if destination is None else destination
+        whole, named = module_state(self.train_step, self._state, self.module), self._holder.named
+        frozen = {n for n, p in named.items() if not p.requires_grad} if exclude_frozen_parameters else set()
+        out.update({prefix + n: x for n, x in whole.items() if n not in frozen})
+        return out
+
+    def load_module_state_dict(
+        self, state_dict: dict[str, Tensor], strict: bool = True, custom_load_fn: Any = None
+    ) -> None:
+        """Writes whole parameters into the masters, and buffers.
+
+        Raises:
+          KeyError: names differ, unless strict is False.
+        """
+        named, buffers = self._holder.named, dict(self.module.named_buffers())
+        odd = sorted((named.keys() | {n for n in buffers if n in state_dict}) ^ state_dict.keys())
+        if strict and odd:
+            raise KeyError(
+                f"load_module_state_dict: {odd[0]!r} is only in "
+                f"{'the state_dict' if odd[0] in state_dict else 'the module'}; "
+                "write strict=False to pass over such names"
+            )
+        self.write_parameters({n: state_dict[n] for n in named.keys() & state_dict.keys()})
+        for n in buffers.keys() & state_dict.keys():
+            buffers[n].copy_(state_dict[n])

@@ -1,0 +1,29 @@
+"""What `import funczero` brings with it."""
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import funczero as fz
+
+ASK = """
+import sys
+import funczero as fz
+face = lambda: [m for m in sys.modules if m.startswith("funczero.deepspeed")]
+assert not face(), face()
+assert {"deepspeed", "from_deepspeed"} <= set(dir(fz))
+assert not face(), face()
+assert not hasattr(fz, "nothing_of_that_name")
+assert not face(), face()
+%s
+assert face()
+"""
+
+
+def test_the_face_is_imported_at_its_first_use():
+    for use in ("fz.from_deepspeed", "from funczero import deepspeed"):
+        subprocess.run([sys.executable, "-c", ASK % use], check=True, timeout=120)
+
+
+def test_both_names_are_the_faces_own():
+    assert fz.from_deepspeed is fz.deepspeed.from_deepspeed
