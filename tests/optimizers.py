@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any, NamedTuple
 
 import torch
 import zoo
@@ -58,6 +59,96 @@ class Lion(torch.optim.Optimizer):
                 p.sub_(lr * move)
 
 
+# --- the oracle: each formula in plain arithmetic, as somebody writes it against optax ------------------------------------
+class Plain(NamedTuple):
+    """The number of applied updates, and trees like the parameters."""
+
+    count: Any
+    moments: Any
+
+
+def by_leaf(rate, params, count):
+    """A tree of numbers from a number, a schedule, rules or a tree, at a count; a tied leaf has the first of its names that is ruled."""
+    now = lambda r: float(r(torch.tensor(int(count)))) if callable(r) else float(r)  # noqa: E731
+    if callable(rate) or isinstance(rate, float):
+        return tree.map(lambda p: now(rate), params)
+    if isinstance(rate, dict):
+        return tree.map(now, rate)
+    names = {}
+    for n, x in tree.paths(params):
+        names.setdefault(id(x), []).append(n)
+    return tree.map(lambda p: now(next(r for regex, r in rate if any(re.search(regex, n) for n in names[id(p)]))), params)
+
+
+def plain(moments, formula, **rates):
+    """A pair: formula(p, g, *moments, number of this update, **rates) -> (update, *moments), leaf by leaf."""
+
+    def init(params):
+        return Plain(torch.zeros(()), [tree.map(torch.zeros_like, params) for _ in range(moments)])
+
+    def update(grads, state, params):
+        trees = {k: by_leaf(r, params, state.count) for k, r in rates.items()}
+        flat, treedef = tree.flatten(params)
+        rows = zip(flat, *(tree.leaves(t) for t in (grads, *state.moments, *trees.values())), strict=True)
+        n = int(state.count) + 1
+        out = [formula(p, g, *rest[:moments], n, **dict(zip(trees, rest[moments:], strict=True))) for p, g, *rest in rows]
+        updates, *new = (tree.unflatten(list(column), treedef) for column in zip(*out, strict=True))
+        return updates, Plain(state.count + 1, new)
+
+    return fz.lift((init, update), elementwise=True)
+
+
+def plain_adam(lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True):
+    def formula(p, g, m, v, n, lr, b1, d):
+        g = g if decoupled else g + d * p
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        return -lr * (m / (1 - b1**n) / ((v / (1 - b2**n)).sqrt() + eps) + (d * p if decoupled else 0.0)), m, v
+
+    return plain(2, formula, lr=lr, b1=b1, d=weight_decay)
+
+
+def plain_sgd(lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+    def formula(p, g, t, n, lr, d):
+        g = g + d * p
+        t = momentum * t + g
+        return -lr * (g + momentum * t if nesterov else t), t
+
+    return plain(1, formula, lr=lr, d=weight_decay)
+
+
+def plain_lion(lr, b1=0.9, b2=0.99, weight_decay=0.0):
+    return plain(1, lambda p, g, m, n, lr, d: (-lr * ((b1 * m + (1 - b1) * g).sign() + d * p), b2 * m + (1 - b2) * g), lr=lr, d=weight_decay)
+
+
+def plain_adagrad(lr=1e-2, eps=1e-10, weight_decay=0.0):
+    def formula(p, g, v, n, lr, d):
+        g = g + d * p
+        return -lr * g / ((v + g * g).sqrt() + eps), v + g * g
+
+    return plain(1, formula, lr=lr, d=weight_decay)
+
+
+class Both:
+    """Two of torch's optimizers over the zoo's leaves: what SPLIT finds, and the rest."""
+
+    def __init__(self, leaves, first, second):
+        def name(x):
+            return next(n for n, y in tree.paths(zoo.params(x.dtype)) if y.shape == x.shape and torch.equal(y, x))
+
+        ours = [[x for x in leaves if bool(re.search(SPLIT, name(x.detach()))) == which] for which in (True, False)]
+        self.both = [make(x) for make, x in zip((first, second), ours, strict=True) if x]
+
+    def step(self):
+        for o in self.both:
+            o.step()
+
+
+ORACLES = {
+    "adamw": plain_adam(1e-2, 0.8, 0.95, 1e-6, 0.1), "adamw, no decay": plain_adam(1e-2), "sgd": plain_sgd(0.5), "momentum": plain_sgd(0.5, 0.9),
+    "adam": plain_adam(1e-2, 0.8, 0.95, 1e-6, 0.1, decoupled=False), "adagrad": plain_adagrad(1e-2, weight_decay=0.1),
+    "lion": plain_lion(1e-2, 0.8, 0.95, 0.1), "nesterov, decay": plain_sgd(0.5, 0.9, True, 0.1),
+}  # fmt: skip
+
 PAIRS = {
     "adamw": (fz.adamw(1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 1e-2, (0.8, 0.95), 1e-6, 0.1)),
     "adamw, no decay": (fz.adamw(1e-2, weight_decay=0.0), lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.0)),
@@ -76,3 +167,9 @@ PAIRS |= {
     for n, own in OWN.items()
     for decay in [{} if n == "Rprop" else {"weight_decay": 0.1}]
 }
+
+SPLIT = "embed|/w$|norm"
+PAIRS["a partition"] = (
+    fz.partition([(SPLIT, fz.adamw(1e-2, eps=1e-6, weight_decay=0.1)), ("", fz.sgd(0.5, 0.9))]),
+    lambda p: Both(p, lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-6, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.5, momentum=0.9)),
+)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import zoo
-from optimizers import F64, PAIRS, Lion, masters, torchs
+from optimizers import F64, PAIRS, Lion, masters, plain_adagrad, plain_adam, plain_lion, plain_sgd, torchs
 
 import funczero as fz
 from funczero import tree
@@ -112,19 +112,20 @@ def drawn(seed):
     by_path = {n: r.choice([0.01, 0.05, late]) for n in names} | {"head/scale": 0.02, "norm": 0.02}
     kinds = (value, lambda: [("blocks/1|bias|/b$", value()), ("norm", 0.02), ("", value())], lambda: tree.unflatten([by_path[n] for n in names], tree.flatten(zoo.params())[1]))
     lr, decay = r.choice(kinds)(), r.choice(kinds)()
-    tx = r.choice(
+    b1, momentum, cls, moving = r.choice([0.8, lambda u: 0.7 + 0.05 * u]), r.choice([0.0, 0.9]), r.choice(["RMSprop", "NAdam", "Adadelta"]), r.choice([0.01, late])
+    tx, oracle = r.choice(
         [
-            lambda: fz.adamw(lr, r.choice([0.8, lambda u: 0.7 + 0.05 * u]), 0.95, 1e-6, decay),
-            lambda: fz.adam(lr, 0.8, 0.95, 1e-6, decay),
-            lambda: fz.sgd(lr, r.choice([0.0, 0.9]), weight_decay=decay),
-            lambda: fz.sgd(lr, 0.9, True, decay),
-            lambda: fz.adagrad(lr, 1e-6, decay),
-            lambda: fz.lion(lr, 0.8, 0.95, decay),
-            lambda: fz.from_torch(r.choice(["RMSprop", "NAdam", "Adadelta"]), r.choice([0.01, late]), decay),
+            lambda: (fz.adamw(lr, b1, 0.95, 1e-6, decay), plain_adam(lr, b1, 0.95, 1e-6, decay)),
+            lambda: (fz.adam(lr, 0.8, 0.95, 1e-6, decay), plain_adam(lr, 0.8, 0.95, 1e-6, decay, decoupled=False)),
+            lambda: (fz.sgd(lr, momentum, weight_decay=decay), plain_sgd(lr, momentum, weight_decay=decay)),
+            lambda: (fz.sgd(lr, 0.9, True, decay), plain_sgd(lr, 0.9, True, decay)),
+            lambda: (fz.adagrad(lr, 1e-6, decay), plain_adagrad(lr, 1e-6, decay)),
+            lambda: (fz.lion(lr, 0.8, 0.95, decay), plain_lion(lr, 0.8, 0.95, decay)),
+            lambda: (fz.from_torch(cls, moving, decay), None),
         ]
     )()
     left = [fz.scale_loss(2.0**8, weight=64), fz.clip_by_global_norm(0.1), fz.clip_by_value(0.01), fz.lift((tree_of_zeros, halved), "half", True)]
-    return [x for x in left if r.random() < 0.5], tx, r.randrange(4)
+    return [x for x in left if r.random() < 0.5], tx, oracle, r.randrange(4)
 
 
 def tree_of_zeros(params):
@@ -140,12 +141,13 @@ def random_chains(seeds):
     """By seed: the distance of the masters by the fused form from those by the plain one."""
     out = []
     for seed in seeds:
-        left, tx, stage = drawn(seed)
+        left, tx, oracle, stage = drawn(seed)
         runs = [
             dict(tree.paths(zoo.train(fz.zero(zoo.source(), *left, t, stage=stage, accumulate=zoo.MICROS // world_size()), {"data": -1}, dtype=F64, policy="float64", updates=5)[0]))
-            for t in (tx, fz.lift((tx.init, tx.update), elementwise=True))
+            for t in (tx, fz.lift((tx.init, tx.update), elementwise=True), oracle)
+            if t is not None
         ]
-        out.append(max((runs[0][n] - runs[1][n]).abs().max().item() for n in runs[0] if runs[0][n].numel()))
+        out.append(max((runs[0][n] - run[n]).abs().max().item() for run in runs[1:] for n in run if run[n].numel()))
     return out
 
 
