@@ -68,10 +68,10 @@ def gather_units(
 def scatter_units(
     where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, leaves: Sequence[list[Tensor]], key: Key = (0,)
 ) -> Travelling:
-    """Start to sum units' leaves over an axis and keep this rank's part; waiting returns their buffers one step inwards.
+    """Start to sum units' leaves over an axis and keep this rank's part; waiting returns their buffers there.
 
-    They are one message. The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added in
-    `edge.adds`, in the tree over ranks.
+    They are one message. The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added
+    in `edge.adds`, in the tree over ranks.
 
     Args:
       key: of this sum, for wires that draw; the same on all ranks.
