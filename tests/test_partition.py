@@ -1,7 +1,9 @@
 """Several optimizers in one place: every leaf moves as under its own alone, at every stage and world, and its state is kept by name."""
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
 
 import pytest
@@ -157,6 +159,13 @@ def test_a_pure_step_leaves_its_state_alone_and_a_skip_moves_nothing():
     assert tree_hash(state._asdict()) == before and tree_hash(step(state, step.local_rows(zoo.batch(0)))[0]._asdict()) == tree_hash(first._asdict())
     skipped, m = step(state, step.local_rows(zoo.batch(zoo.BAD)))
     assert not m.ok and tree_hash([skipped.params, skipped.chain]) == tree_hash([state.params, state.chain])
+
+
+def test_a_copy_of_a_state_is_as_good():
+    step, state, _ = trained(both("adamw and sgd"), stage=1)
+    want = tree_hash(step(state, step.local_rows(zoo.batch(0)))[0]._asdict())
+    for other in (copy.deepcopy(state), pickle.loads(pickle.dumps(state)), torch.utils._pytree.tree_map(lambda x: x * 1, state)):
+        assert tree_hash(step(other, step.local_rows(zoo.batch(0)))[0]._asdict()) == want
 
 
 def test_frozen_leaves_need_no_part_and_stay():

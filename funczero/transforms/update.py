@@ -84,15 +84,20 @@ class Shares(NamedTuple):
     """Who has which leaves: an optimizer all, those of a partition each its own."""
 
     entries: tuple[Entry, ...]
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Part, ...]
+    known: list[Any]  # what was worked out for the last places
 
     def of(self, where: Where) -> list[tuple[Entry, Where, tuple[int, ...] | None]]:
         """(optimizer, the place of its leaves, their numbers; None for all)."""
         if not self.parts:
             return [(self.entries[0], where, None)]
-        if where.memo.get("shares", (None,))[0] is not self.parts:
-            where.memo["shares"] = self.parts, owners(self.parts, where.structure)
-        return [(e, subset(where, held), held) for e, held in zip(self.entries, where.memo["shares"][1], strict=True)]
+        for known, found in self.known:
+            if known is where:
+                return found
+        held = owners(self.parts, where.structure)
+        found = [(e, subset(where, mine), mine) for e, mine in zip(self.entries, held, strict=True)]
+        self.known[:] = [(where, found), *self.known[:7]]
+        return found
 
     def init(self, params: Slots) -> dict[str, Any]:
         """Every optimizer's state by its key."""
@@ -103,12 +108,12 @@ def _shares(g: Grad, tx: Optimizer) -> tuple[Grad, str, Shares]:
     """g with all but the last name of an optimizer or a partition, that name, and who has what."""
     if not isinstance(tx, Partition):
         g = _placed(g, tx)
-        return g, tx.name, Shares((Entry(slot_name(g, tx.name), tx),))
+        return g, tx.name, Shares((Entry(slot_name(g, tx.name), tx),), (), [])
     entries: list[Entry] = []
     for i, part in enumerate(tx.parts):
         g = _placed(g, part.tx) if not i else _passed(_placed(g, part.tx), str(tx.parts[i - 1]))
         entries.append(Entry(slot_name(g, part.tx.name), part.tx, i))
-    return g, str(tx.parts[-1]), Shares(tuple(entries), tx.parts)
+    return g, str(tx.parts[-1]), Shares(tuple(entries), tx.parts, [])
 
 
 def _passed(g: Grad, name: str) -> Grad:
