@@ -1,4 +1,5 @@
 """Sums of integers, which have no order; in them ranks also compare what they launched."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

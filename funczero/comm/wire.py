@@ -5,6 +5,7 @@ message. It sees views and gradients, never masters: `step.params`, checkpoints 
 What does not travel is not packed: over an axis of size 1 every wire is the identity, and a leaf that an axis leaves
 whole is not packed where that axis gathers.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,5 @@
 """`deepspeed.comm`: the world, its ranks and its collectives, as torch.distributed has them."""
+
 from __future__ import annotations
 
 import datetime
