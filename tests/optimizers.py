@@ -69,7 +69,7 @@ class Plain(NamedTuple):
 
 def by_leaf(rate, params, count):
     """A tree of numbers from a number, a schedule, rules or a tree, at a count; a tied leaf has the first of its names that is ruled."""
-    now = lambda r: float(r(torch.tensor(int(count)))) if callable(r) else float(r)  # noqa: E731
+    now = lambda r: float(r(count.double())) if callable(r) else float(r)  # noqa: E731
     if callable(rate) or isinstance(rate, float):
         return tree.map(lambda p: now(rate), params)
     if isinstance(rate, dict):
