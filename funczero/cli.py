@@ -1,4 +1,5 @@
 """The `funczero` command."""
+
 from __future__ import annotations
 
 import argparse
@@ -11,21 +12,33 @@ from funczero.deepspeed.config.explain import add_commands as add_config_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {parity, launch, inspect, verify, diff, export, import, config}`; exit code 1: a promise is broken, or things differ; 2: bad input."""
+    """`funczero {parity, launch, inspect, verify, diff, export, import, config}`; exit code 1: a promise is broken,
+    or things differ; 2: bad input.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
         return _launch(words[1:])
     parser = argparse.ArgumentParser(prog="funczero", description="ZeRO as a chain of pure functions, on torch.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("parity", help="run your step builder at every stage and world, and compare", description=_parity.__doc__)
-    p.add_argument("file", nargs="?", help="a .py file or a module with make_step(stage=, accumulate=) -> (step, params) and make_batch(t)")
+    p = commands.add_parser(
+        "parity", help="run your step builder at every stage and world, and compare", description=_parity.__doc__
+    )
+    p.add_argument(
+        "file",
+        nargs="?",
+        help="a .py file or a module with make_step(stage=, accumulate=) -> (step, params) and make_batch(t)",
+    )
     p.add_argument("--stages", default="0,1,2,3", help="ZeRO stages, comma-separated")
     p.add_argument("--worlds", default="1,2,4", help="numbers of processes, comma-separated")
-    p.add_argument("--micro_batches", type=int, default=8, help="micro-batches of one update, on all processes together")
+    p.add_argument(
+        "--micro_batches", type=int, default=8, help="micro-batches of one update, on all processes together"
+    )
     p.add_argument("--updates", type=int, default=5, help="updates a run")
     p.add_argument("--tolerance", type=float, default=1e-5, help="largest allowed difference to the unsharded run")
     p.set_defaults(run=_parity)
-    commands.add_parser("launch", add_help=False, help="one command for one machine or a hostfile of them; funczero launch --help")
+    commands.add_parser(
+        "launch", add_help=False, help="one command for one machine or a hostfile of them; funczero launch --help"
+    )
     add_checkpoint_commands(commands)
     add_config_commands(commands)
     args = parser.parse_args(words)
@@ -54,7 +67,9 @@ def _numbers(text: str, what: str) -> list[int]:
 
 
 def _parity(args: argparse.Namespace) -> int:
-    """Runs a step builder at every stage and world on this machine and prints hashes, differences, bytes and seconds."""
+    """Runs a step builder at every stage and world on this machine and prints hashes, differences, bytes and
+    seconds.
+    """
     from funczero.testing.parity import load, parity
 
     where = args.file or "funczero.testing.example"

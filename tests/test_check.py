@@ -195,7 +195,7 @@ state = step.init(params)
 for t in range(6):
     state, m = step(state, step.local_rows(rows))
 """))  # fmt: skip
-    assert "every rank must build the same chain from like parameters, but one has \"Leaf(path='w2', shape=(16, 4), unit=0, dims=(('data', None),))\" where others" in message
+    assert "every rank must build the same chain from like parameters, but one has \"Leaf(path='w2', shape=(16, 4), unit=0, cuts=(('data', Whole()),))\" where others" in message
 
 
 def test_other_rows_on_one_rank_are_right(tmp_path):

@@ -230,7 +230,9 @@ assert not {{"torch", "funczero"}} & set(sys.modules)
     import_weights(tmp_path / "stock", tmp_path / "imported")
     got = Checkpointer(tmp_path / "imported").restore(like=state)
     assert step.params(got.state)["a"].tolist() == [[1, 2, 3], [4, 5, 6]] and step.params(got.state)["b"]["c"].tolist() == [7] * 4
-    assert got.notes == tuple(f"the checkpoint holds nothing of {h!r}, which starts fresh" for h in ("step", "updates", "key", "adamw"))
+    *fresh, rates = got.notes
+    assert fresh == [f"the checkpoint holds nothing of {h!r}, which starts fresh" for h in ("step", "updates", "key", "adamw")]
+    assert rates.startswith("the checkpoint says nothing of these rates, which come from the script: adamw/rates/lr = ")
 
 
 def test_jax_comes_with_the_first_save_alone(tmp_path):

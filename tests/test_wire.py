@@ -301,3 +301,23 @@ def test_a_cast_counts_its_own_bytes():
     x = torch.linspace(-1, 1, 48)
     sent = w.pack(x, (16, 32), 0)
     assert sent.nbytes == w.nbytes((16, 32), torch.float32) == 96 and torch.equal(w.unpack(sent, (16, 32), torch.float32), x.bfloat16().float())
+
+
+def handed_over(name):
+    """Four updates at stage 3; two there and two at stage 1, handed over in memory."""
+    w, hashes = WIRES[name](), []
+    steps = {s: fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=s, gather=w), mesh=TWO) for s in (3, 1)}
+    for last in (3, 1):
+        state, step = steps[3].init(zoo.params(), key=7), steps[3]
+        for t in range(4):
+            if t == 2 and last != 3:
+                state, step = fz.reshard(state, steps[last]), steps[last]
+            state, _ = step(state, step.local_rows(zoo.batch(t, micros=2)))
+        hashes.append(zoo.tree_hash(step.params(state)))
+    return hashes
+
+
+@pytest.mark.parametrize("name", ["upper half", "dithered"])
+def test_a_state_that_is_handed_over_is_seen_through_the_wire(run_world, name):
+    first, second = zoo.everywhere(run_world, 2, handed_over, name)
+    assert first == second

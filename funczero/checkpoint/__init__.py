@@ -1,4 +1,6 @@
-"""Checkpoints on orbax: from any mesh to any mesh, never half, never a pickle. Importing this loads neither JAX nor orbax nor tensorstore."""
+"""Checkpoints on orbax: from any mesh to any mesh, never half, never a pickle. Importing this loads neither JAX nor
+orbax nor tensorstore.
+"""
 
 from funczero.checkpoint.arrays import CheckpointError as CheckpointError
 from funczero.checkpoint.checkpointer import Checkpointer as Checkpointer

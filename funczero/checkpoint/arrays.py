@@ -1,8 +1,10 @@
-"""Arrays on disk: zarr3 in orbax's OCDBT store, written and read with tensorstore; what a chunk's checksum is, and that it is still that.
+"""Arrays on disk: zarr3 in orbax's OCDBT store, written and read with tensorstore; what a chunk's checksum is, and that
+it is still that.
 
-Facts: zarr v3's `crc32c` codec puts a checksum of four bytes behind every chunk, and a reader compares it; the bytes themselves go into the manifest,
-so that a chunk of another array, or of another save, is found out, too.
+Facts: zarr v3's `crc32c` codec puts a checksum of four bytes behind every chunk, and a reader compares it; the bytes
+themselves go into the manifest, so that a chunk of another array, or of another save, is found out, too.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,7 +26,8 @@ FLIGHT = 128 << 20  # bytes under way at a time
 GROUP = 64  # arrays opened at a time
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 DESCRIPTION = 1 << 16  # bytes of an array's zarr.json
-FORM: dict[str, tuple[Any, ...]] = {  # what it may say beside shape, dtype and chunks: values of one byte have no order of bytes
+# what it may say beside shape, dtype and chunks: values of one byte have no order of bytes
+FORM: dict[str, tuple[Any, ...]] = {
     "zarr_format": (3,), "node_type": ("array",), "codecs": (CODECS, [{"name": "bytes"}, CODECS[1]]),
     "chunk_key_encoding": ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}}),
 }  # fmt: skip
@@ -78,17 +81,32 @@ def _context() -> Any:
 
 
 def _kvstore(folder: Path, path: str = "", **more: Any) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{folder}/"}  # written once under a name of its own: no lock and rename for the data
-    return {"driver": "ocdbt", "base": {**base, "file_io_locking": {"mode": "non_atomic"}}, "manifest": base, "cache_pool": "cache_pool#o", "path": path, **more}
+    # written once under a name of its own: no lock and rename for the data
+    base = {"driver": "file", "path": f"{folder}/"}
+    return {
+        "driver": "ocdbt",
+        "base": {**base, "file_io_locking": {"mode": "non_atomic"}},
+        "manifest": base,
+        "cache_pool": "cache_pool#o",
+        "path": path,
+        **more,
+    }
 
 
 def _metadata(a: Array) -> dict[str, Any]:
     """An array as zarr describes it."""
-    return {"shape": a.shape, "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": a.chunk}}, "codecs": CODECS}
+    return {
+        "shape": a.shape,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": a.chunk}},
+        "codecs": CODECS,
+    }
 
 
-def write(folder: Path, arrays: dict[str, Array], chunks: Iterable[tuple[str, tuple[int, ...], Box, np.ndarray]]) -> dict[str, dict[str, str]]:
-    """Write pieces of arrays into a store of this process alone, and return the checksum of every chunk: name -> chunk -> hexadecimal.
+def write(
+    folder: Path, arrays: dict[str, Array], chunks: Iterable[tuple[str, tuple[int, ...], Box, np.ndarray]]
+) -> dict[str, dict[str, str]]:
+    """Write pieces of arrays into a store of this process alone, and return the checksum of every chunk: name -> chunk
+    -> hexadecimal.
 
     Args:
       folder: the process's store; orbax merges those of all.
@@ -102,7 +120,13 @@ def write(folder: Path, arrays: dict[str, Array], chunks: Iterable[tuple[str, tu
     kv = lambda path: _kvstore(folder, path, config=config, assume_config=True, target_data_file_size=2**31)
     opened = {}
     for name, a in arrays.items():
-        spec = {"driver": "zarr3", "dtype": a.dtype, "kvstore": kv(stored(name) + "/"), "metadata": _metadata(a), "store_data_equal_to_fill_value": True}
+        spec = {
+            "driver": "zarr3",
+            "dtype": a.dtype,
+            "kvstore": kv(stored(name) + "/"),
+            "metadata": _metadata(a),
+            "store_data_equal_to_fill_value": True,
+        }
         opened[name] = ts.open(spec, create=True, open=True, context=context)
     waiting: deque[tuple[int, Any]] = deque()
     under_way, keys = 0, []
@@ -150,7 +174,9 @@ class Reader:
         except Exception as e:
             raise CheckpointError(f"checkpoint: the arrays in {str(folder)!r} cannot be opened ({_short(e)})") from None
 
-    def ask(self, name: str, box: Box, room: Callable[[], Tensor], done: Callable[[Tensor], Any] = lambda x: None) -> None:
+    def ask(
+        self, name: str, box: Box, room: Callable[[], Tensor], done: Callable[[Tensor], Any] = lambda x: None
+    ) -> None:
         """Remember to read a part of an array."""
         self._asked.append(Ask(name, box, room, done))
 
@@ -178,8 +204,11 @@ class Reader:
     def _start(self, ask: Ask) -> tuple[Ask, Any, list[Any]]:
         """Look at what the store says of an array, and at its checksums, both under way."""
         array = self._arrays[ask.name]
-        end = prod(array.chunk) * torch_dtype(array.dtype).itemsize + 4  # where a whole chunk ends: one that is shorter is found out before there is room for it
-        tails = [self._store.read(f"{stored(name)}/{key}", byte_range=slice(end - 4, end)) for name, key in self._keys(ask)]
+        # where a whole chunk ends: one that is shorter is found out before there is room for it
+        end = prod(array.chunk) * torch_dtype(array.dtype).itemsize + 4
+        tails = [
+            self._store.read(f"{stored(name)}/{key}", byte_range=slice(end - 4, end)) for name, key in self._keys(ask)
+        ]
         return ask, self._store.read(f"{stored(ask.name)}/zarr.json"), tails
 
     def _keys(self, ask: Ask) -> list[tuple[str, str]]:
@@ -189,14 +218,28 @@ class Reader:
         """The store's array, and the checksums of the chunks under a part, against the manifest's."""
         array, text = self._arrays[ask.name], said.result().value
         if not text or len(text) > DESCRIPTION:
-            raise CheckpointError(damaged(ask.name, f"its zarr.json is {f'of {len(text)} bytes' if text else 'missing'}"))
+            raise CheckpointError(
+                damaged(ask.name, f"its zarr.json is {f'of {len(text)} bytes' if text else 'missing'}")
+            )
         found = json.loads(text)
         have = found.get("data_type"), found.get("shape"), found["chunk_grid"]["configuration"]["chunk_shape"]
         if have != (array.dtype, list(array.shape), list(array.chunk)):
             told = f"{have[0]} {have[1]} in chunks {have[2]}"[:200]
-            raise CheckpointError(damaged(ask.name, f"the store holds {told}; the manifest says {array.dtype} {array.shape} in {array.chunk}"))
-        if (odd := next((k for k, x in FORM.items() if found.get(k) not in x), None)) or found.get("storage_transformers"):
-            raise CheckpointError(damaged(ask.name, f"its zarr.json has another {odd or 'storage_transformers'!r} than a save writes: {str(found.get(odd or 'storage_transformers'))[:100]}"))
+            raise CheckpointError(
+                damaged(
+                    ask.name, f"the store holds {told}; the manifest says {array.dtype} {array.shape} in {array.chunk}"
+                )
+            )
+        if (odd := next((k for k, x in FORM.items() if found.get(k) not in x), None)) or found.get(
+            "storage_transformers"
+        ):
+            raise CheckpointError(
+                damaged(
+                    ask.name,
+                    f"its zarr.json has another {odd or 'storage_transformers'!r} than a save writes:"
+                    f" {str(found.get(odd or 'storage_transformers'))[:100]}",
+                )
+            )
         for (_, key), tail in zip(self._keys(ask), tails, strict=True):
             value = tail.result().value.hex()
             if value != array.tails.get(key):
@@ -207,10 +250,22 @@ class Reader:
         if not out.numel():
             return None
         array = self._arrays[ask.name]
-        spec = {"driver": "zarr3", "dtype": array.dtype, "kvstore": _kvstore(self._folder, stored(ask.name) + "/"), "metadata": _metadata(array)}
-        opened = self._ts.open(spec | {"fill_missing_data_reads": False, "assume_metadata": True}, open=True, read=True, context=self._context).result()
+        spec = {
+            "driver": "zarr3",
+            "dtype": array.dtype,
+            "kvstore": _kvstore(self._folder, stored(ask.name) + "/"),
+            "metadata": _metadata(array),
+        }
+        opened = self._ts.open(
+            spec | {"fill_missing_data_reads": False, "assume_metadata": True},
+            open=True,
+            read=True,
+            context=self._context,
+        ).result()
         source = opened[ask.box.slices()]
-        return self._ts.array(numpy_view(out), copy=False, write=True).write(source.translate_to[(0,) * source.ndim] if source.ndim else source)
+        return self._ts.array(numpy_view(out), copy=False, write=True).write(
+            source.translate_to[(0,) * source.ndim] if source.ndim else source
+        )
 
     def _wait(self, ask: Ask, out: Tensor, future: Any) -> int:
         with _naming(ask.name):
@@ -226,7 +281,9 @@ def nbytes(x: Tensor) -> int:
 
 
 def room(size: int) -> Tensor:
-    """New memory of so many bytes, aligned; numpy asks the system for huge pages, without which the first touch costs more than a copy."""
+    """New memory of so many bytes, aligned; numpy asks the system for huge pages, without which the first touch
+    costs more than a copy.
+    """
     memory = torch.from_numpy(np.empty(size + 64, np.uint8))
     start = -memory.data_ptr() % 64
     return memory[start : start + size]

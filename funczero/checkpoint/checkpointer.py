@@ -1,4 +1,5 @@
 """Saves beside the training, and restores, on all ranks together."""
+
 from __future__ import annotations
 
 import contextlib
@@ -27,8 +28,9 @@ from funczero.world import ending, presence
 class Checkpointer:
     """Checkpoints of a run in a folder that all ranks share: orbax's format, any world reads what any world wrote.
 
-    Law: `restore(like=...)` of what was saved gives the same bits in every leaf, on any mesh and at any stage; a checkpoint is there whole or not at all.
-    Every method is called by all ranks, at the same place of the loop; failures are raised on all of them.
+    Law: `restore(like=...)` of what was saved gives the same bits in every leaf, on any mesh and at any stage; a
+    checkpoint is there whole or not at all. Every method is called by all ranks, at the same place of the loop;
+    failures are raised on all of them.
 
     >>> import tempfile, torch, funczero as fz
     >>> step = fz.train_step(fz.value_and_grad(lambda p, b: ((p["w"] * b).sum(), b.sum())), fz.adamw(0.1))
@@ -60,16 +62,27 @@ class Checkpointer:
           keep: how many of the latest stay; None: all.
           keep_period: of those at every such step, all stay.
           best: (metric, "min" or "max"): the best by `metrics` stays, too, and is found as "best".
-          step: the Step, to write its chain and specs beside the arrays, and to continue an open window of a streamed accumulate.
+          step: the Step, to write its chain and specs beside the arrays, and to continue an open window of a streamed
+            accumulate.
           config: anything of JSON to write beside the arrays, such as the resolved flags.
           join: seconds in which all ranks must come to a save or restore.
           max_metadata: bytes of a manifest that are read.
         """
         if keep is not None and keep < 1 or keep_period is not None and keep_period < 1:
-            raise ValueError(f"Checkpointer: keep={keep} and keep_period={keep_period} count checkpoints and steps; write numbers of at least 1, or None")
+            raise ValueError(
+                f"Checkpointer: keep={keep} and keep_period={keep_period} count checkpoints and steps; write numbers of"
+                " at least 1, or None"
+            )
         if best is not None and (len(best) != 2 or best[1] not in ("min", "max")):
-            raise ValueError(f"Checkpointer: best={best!r} is not a metric and 'min' or 'max'; write best=('eval/loss', 'min')")
-        self.directory, self.keep, self.join, self.max_metadata = Path(directory), Keep(keep, keep_period, best), join, max_metadata
+            raise ValueError(
+                f"Checkpointer: best={best!r} is not a metric and 'min' or 'max'; write best=('eval/loss', 'min')"
+            )
+        self.directory, self.keep, self.join, self.max_metadata = (
+            Path(directory),
+            Keep(keep, keep_period, best),
+            join,
+            max_metadata,
+        )
         self._step, self._config = step, client.encode(config, "config")[0]
         self._peers: Peers | None = None
         self._polls = 0
@@ -83,7 +96,9 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Waits for the save under way, after an error, too, which then also says that the save failed."""
         try:
             self.close()
@@ -97,7 +112,9 @@ class Checkpointer:
         self.wait()
 
     def _joined(self, step: Any = None) -> Peers:
-        """The ranks of the world, which is joined through the step where there is one; never by the environment, which tools inherit."""
+        """The ranks of the world, which is joined through the step where there is one; never by the environment,
+        which tools inherit.
+        """
         step = self._step if step is None else step
         if step is not None:
             step.running()
@@ -105,14 +122,24 @@ class Checkpointer:
             self._peers = Peers()
         return self._peers
 
-    def save(self, state: TrainState, name: int | str | float, *, client_state: Any = None, metrics: Mapping[str, float] | None = None, overwrite: bool = False) -> None:
+    def save(
+        self,
+        state: TrainState,
+        name: int | str | float,
+        *,
+        client_state: Any = None,
+        metrics: Mapping[str, float] | None = None,
+        overwrite: bool = False,
+    ) -> None:
         """Copy this rank's part and return; it is written beside the training, and committed by one rename.
 
-        The step waits for one copy of what this rank writes, and for an earlier save that is not finished. The state may be donated right after.
+        The step waits for one copy of what this rank writes, and for an earlier save that is not finished. The state
+        may be donated right after.
 
         Args:
           name: an int or a printable tag; where ranks name different ones, rank 0's counts.
-          client_state: rank 0's, kept beside the arrays: plain values, tensors, numpy arrays; tuples, int keys and NaN come back as they are.
+          client_state: rank 0's, kept beside the arrays: plain values, tensors, numpy arrays; tuples, int keys and NaN
+            come back as they are.
           metrics: numbers, for `best`.
           overwrite: replace a checkpoint of this name; otherwise that is an error.
 
@@ -124,13 +151,22 @@ class Checkpointer:
         peers = self._joined()
         number, begun = peers.begin(), False
         try:
-            mine, error = self._prepared(Asked(state, name, client_state if peers.rank == 0 else None, metrics, overwrite), peers)
-            peers.put(f"{number}/ready/{peers.rank}", {"coords": coords_of(state) if mine else {}, "error": spoken(error)})
+            mine, error = self._prepared(
+                Asked(state, name, client_state if peers.rank == 0 else None, metrics, overwrite), peers
+            )
+            peers.put(
+                f"{number}/ready/{peers.rank}", {"coords": coords_of(state) if mine else {}, "error": spoken(error)}
+            )
             go = self._agreed(peers, number, mine[1].name if mine else "", error)
             assert mine is not None
             found, told = mine
             if go["name"] != told.name:
-                logging.warning("save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, told.name, go["name"])
+                logging.warning(
+                    "save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts",
+                    peers.rank,
+                    told.name,
+                    go["name"],
+                )
             own = self._staging.dealt(found, go["coords"], peers.rank)
             values = self._staging.copied(found, own, peers.rank)
             self._start(number, peers, overwrite, told._replace(name=go["name"]), found, own, values)
@@ -140,7 +176,9 @@ class Checkpointer:
                 peers.over(number)
 
     def save_named(self, found: Names, name: str) -> None:
-        """Save leaves by their names as one process, without a state and without a copy: the tensors stay untouched until `wait`."""
+        """Save leaves by their names as one process, without a state and without a copy: the tensors stay untouched
+        until `wait`.
+        """
         self.wait()
         refuse_collisions(list(found.parts))
         refuse_taken(self.directory, name, overwrite=False)
@@ -150,11 +188,28 @@ class Checkpointer:
         peers = Peers(alone=True)
         self._start(peers.begin(), peers, False, told, found, own, values)
 
-    def _start(self, number: int, peers: Peers, overwrite: bool, told: Manifest, found: Names, own: Deal, values: list[Any]) -> None:
-        self._saving = Save(Job(number, self.directory, self.keep, self.max_metadata, overwrite, told, arrays_of(found, own), own, values, self._named), peers)
+    def _start(
+        self, number: int, peers: Peers, overwrite: bool, told: Manifest, found: Names, own: Deal, values: list[Any]
+    ) -> None:
+        self._saving = Save(
+            Job(
+                number,
+                self.directory,
+                self.keep,
+                self.max_metadata,
+                overwrite,
+                told,
+                arrays_of(found, own),
+                own,
+                values,
+                self._named,
+            ),
+            peers,
+        )
 
     def poll(self) -> str | None:
-        """At a step boundary: has the save under way ended? Its name if it is committed now; all ranks are told at the same boundary.
+        """At a step boundary: has the save under way ended? Its name if it is committed now; all ranks are told at the
+        same boundary.
 
         Raises:
           CheckpointError: it failed.
@@ -177,9 +232,11 @@ class Checkpointer:
         if peers.there(key):
             return peers.get(key) <= self._polls
         if peers.rank == 0 and saving.ended.is_set():
-            peers.put(key, self._polls + 1)  # seen by all at the next boundary: no rank gets there before rank 0 has left this one
+            # seen by all at the next boundary: no rank gets there before rank 0 has left this one
+            peers.put(key, self._polls + 1)
             return False
-        return saving.error is not None and not peers.there(f"{number}/end")  # rank 0 is lost; what it told its peers, it tells them at a boundary, too
+        # rank 0 is lost; what it told its peers, it tells them at a boundary, too
+        return saving.error is not None and not peers.there(f"{number}/end")
 
     def wait(self) -> str | None:
         """Until the save under way is committed; its name. Raises what it failed with."""
@@ -218,7 +275,9 @@ class Checkpointer:
             rank, (kind, text) = go["error"]
             if error is not None:
                 raise error
-            raise KINDS.get(kind, CheckpointError)(text if peers.rank == rank or kind == "CheckpointError" else f"{text} (rank {rank})")
+            raise KINDS.get(kind, CheckpointError)(
+                text if peers.rank == rank or kind == "CheckpointError" else f"{text} (rank {rank})"
+            )
         return go
 
     def names(self) -> list[str]:
@@ -249,41 +308,73 @@ class Checkpointer:
         fallback: bool = False,
         donate: bool = False,
     ) -> Restored:
-        """A state of the form of `like`, filled from a checkpoint of any world, mesh and stage; each rank reads its ranges alone.
+        """A state of the form of `like`, filled from a checkpoint of any world, mesh and stage; each rank reads its
+        ranges alone.
 
         Args:
           name: a checkpoint's, "latest" (the last committed), or "best".
           like: a state; or (step, params) with params whole or meta tensors, and the state is built here.
-          strict: names and shapes must match both ways; otherwise leaves that are missing stay as `like` has them, and others are left out.
+          strict: names and shapes must match both ways; otherwise leaves that are missing stay as `like` has them, and
+            others are left out.
           only: regexes on names ("^params/"): others stay as `like` has them.
           rename: (regex, replacement) from the state's names to the checkpoint's.
-          donate: fill the memory of `like`, a state, instead of new memory; what is not read stays, and after an error it holds some of both.
+          donate: fill the memory of `like`, a state, instead of new memory; what is not read stays, and after an error
+            it holds some of both.
           fallback: pass over damaged checkpoints, with a line each.
 
         Raises:
-          CheckpointError: nothing there, half there, damaged, or of another model; it says what was found. On all ranks.
+          CheckpointError: nothing there, half there, damaged, or of another model; it says what was found. On all
+            ranks.
         """
         self.wait()
         given = isinstance(like, TrainState)
         if not given and not (isinstance(like, tuple) and len(like) == 2 and hasattr(like[0], "running")):
-            raise TypeError(f"restore: like= is a {type(like).__name__}; give a TrainState, or (step, params) with params whole or meta tensors")
+            raise TypeError(
+                f"restore: like= is a {type(like).__name__}; give a TrainState, or (step, params) with params whole or"
+                " meta tensors"
+            )
         step = self._step if given else like[0]
         peers = self._joined(step)
         number = peers.begin()
         try:
-            return self._restored(peers, number, step, like, Want(strict, (only,) if isinstance(only, str) else tuple(only), tuple(rename)), name, fallback, donate and given)
+            return self._restored(
+                peers,
+                number,
+                step,
+                like,
+                Want(strict, (only,) if isinstance(only, str) else tuple(only), tuple(rename)),
+                name,
+                fallback,
+                donate and given,
+            )
         finally:
             with contextlib.suppress(CheckpointError):  # the store may be gone
                 peers.over(number)
 
-    def _restored(self, peers: Peers, number: int, step: Any, like: Any, want: Want, name: int | str | float, fallback: bool, donate: bool) -> Restored:
+    def _restored(
+        self,
+        peers: Peers,
+        number: int,
+        step: Any,
+        like: Any,
+        want: Want,
+        name: int | str | float,
+        fallback: bool,
+        donate: bool,
+    ) -> Restored:
         error = None
         try:
             target, fresh = (like, lambda: like) if isinstance(like, TrainState) else template(*like)
         except Exception as e:
             error = e
-        peers.put(f"{number}/ready/{peers.rank}", {"coords": {} if error else coords_of(target), "error": spoken(error)})
-        paths = [] if error else choices(peers, number, self.directory, name, self.keep, fallback, self.max_metadata, self.join)
+        peers.put(
+            f"{number}/ready/{peers.rank}", {"coords": {} if error else coords_of(target), "error": spoken(error)}
+        )
+        paths = (
+            []
+            if error
+            else choices(peers, number, self.directory, name, self.keep, fallback, self.max_metadata, self.join)
+        )
         ready = peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "restore", join=self.join)
         if error is not None:
             raise error
@@ -293,4 +384,6 @@ class Checkpointer:
         coords = [{a: tuple(c) for a, c in r["coords"].items()} for r in ready]
         device = target.params.buffers[0].device if step is None else step.live_mesh.device
         context = Context(peers.rank, peers.size, coords, None if step is None else chain_of(step), device, donate)
-        return first_good(Reading(peers, number, self.directory, self.max_metadata, want, context), paths, target, fresh, fallback)
+        return first_good(
+            Reading(peers, number, self.directory, self.max_metadata, want, context), paths, target, fresh, fallback
+        )

@@ -1,4 +1,5 @@
 """`funczero inspect | verify | diff | export | import`."""
+
 from __future__ import annotations
 
 import argparse
@@ -18,7 +19,9 @@ def add(commands: Any) -> None:
         return p
 
     one: dict[str, Any] = dict(metavar="CKPT", help="a checkpoint, or a folder of them: then its latest")
-    command("inspect", _inspect, "a checkpoint's tree, step and client state, without reading an array").add_argument("path", **one)
+    command("inspect", _inspect, "a checkpoint's tree, step and client state, without reading an array").add_argument(
+        "path", **one
+    )
     command("verify", _verify, "read a checkpoint and say what is damaged").add_argument("path", **one)
     p = command("diff", _diff, "how two checkpoints differ, leaf by leaf")
     p.add_argument("a", **one)
@@ -30,10 +33,16 @@ def add(commands: Any) -> None:
     p.add_argument("--shard-size", "--shard_size", type=size, help="largest file, as 5GB; default: one file")
     p.add_argument("--overwrite", action="store_true", help="replace files that are there")
     p = command("import", _import, "a checkpoint of parameters from safetensors or a tree of stock orbax")
-    p.add_argument("source", metavar="SOURCE", help="a .safetensors file, its index, a folder of them, or an orbax tree")
+    p.add_argument(
+        "source", metavar="SOURCE", help="a .safetensors file, its index, a folder of them, or an orbax tree"
+    )
     p.add_argument("directory", metavar="DIRECTORY", help="the folder of checkpoints")
     p.add_argument("--name", default="0", help="of the new checkpoint")
-    p.add_argument("--zeros", action="store_true", help="chunks that an orbax tree lacks are zeros, as older versions of orbax left them out")
+    p.add_argument(
+        "--zeros",
+        action="store_true",
+        help="chunks that an orbax tree lacks are zeros, as older versions of orbax left them out",
+    )
 
 
 def size(text: str) -> int:

@@ -1,4 +1,7 @@
-"""A client state as JSON and arrays, and back: what went in comes out, with its types, and no code is ever loaded from disk."""
+"""A client state as JSON and arrays, and back: what went in comes out, with its types, and no code is ever loaded
+from disk.
+"""
+
 from __future__ import annotations
 
 import base64
@@ -49,9 +52,14 @@ def _encode(x: Any, path: tuple[str, ...], arrays: dict[str, Tensor], above: lis
     if isinstance(x, (Tensor, np.ndarray, np.generic)):
         return _array(x, path, arrays)
     if id(x) in above:
-        raise TypeError(f"save: {'/'.join(path)!r} of the client state contains itself; a client state is a finite tree")
+        raise TypeError(
+            f"save: {'/'.join(path)!r} of the client state contains itself; a client state is a finite tree"
+        )
     if len(above) >= DEPTH:
-        raise TypeError(f"save: {'/'.join(path[:6])!r} of the client state has lists and dicts more than {DEPTH} deep; give a flatter one")
+        raise TypeError(
+            f"save: {'/'.join(path[:6])!r} of the client state has lists and dicts more than {DEPTH} deep; give a"
+            " flatter one"
+        )
     below = lambda key, child: _encode(child, (*path, escape(key)), arrays, [*above, id(x)])
     if type(x) in (list, tuple):
         inner = [below(i, child) for i, child in enumerate(x)]
@@ -59,12 +67,18 @@ def _encode(x: Any, path: tuple[str, ...], arrays: dict[str, Tensor], above: lis
     if type(x) is dict:
         for key in x:
             if type(key) not in (str, int, bool, float, type(None)):
-                raise TypeError(f"save: {'/'.join(path)!r} of the client state has the key {key!r} ({type(key).__name__}); keys are strings or numbers")
+                raise TypeError(
+                    f"save: {'/'.join(path)!r} of the client state has the key {key!r} ({type(key).__name__}); keys are"
+                    " strings or numbers"
+                )
         if all(type(key) is str and not key.startswith(MARK) for key in x):
             return {key: below(key, child) for key, child in x.items()}
         return {"$dict": [[_encode(key, path, arrays, above), below(key, child)] for key, child in x.items()]}
     where, kind = "/".join(path), type(x).__name__
-    raise TypeError(f"save: {where!r} of the client state is a {kind}; give numbers, strings, bytes, None, lists, tuples, dicts, tensors or numpy arrays (a scheduler: its state_dict())")
+    raise TypeError(
+        f"save: {where!r} of the client state is a {kind}; give numbers, strings, bytes, None, lists, tuples, dicts,"
+        " tensors or numpy arrays (a scheduler: its state_dict())"
+    )
 
 
 def _array(x: Any, path: tuple[str, ...], arrays: dict[str, Tensor]) -> dict[str, str]:
@@ -74,9 +88,14 @@ def _array(x: Any, path: tuple[str, ...], arrays: dict[str, Tensor]) -> dict[str
         try:
             x = torch.from_numpy(np.array(x))  # a copy, its own memory
         except TypeError:
-            raise TypeError(f"save: {name!r} of the client state is a numpy array of dtype {x.dtype}; give one of numbers, or its tolist()") from None
+            raise TypeError(
+                f"save: {name!r} of the client state is a numpy array of dtype {x.dtype}; give one of numbers, or its"
+                " tolist()"
+            ) from None
     if x.layout != torch.strided or x.is_quantized or x.is_meta:
-        raise TypeError(f"save: {name!r} of the client state is a {'meta' if x.is_meta else x.layout} tensor; give a plain one")
+        raise TypeError(
+            f"save: {name!r} of the client state is a {'meta' if x.is_meta else x.layout} tensor; give a plain one"
+        )
     if name in arrays:
         raise ValueError(f"save: two arrays of the client state would both be stored as {name!r}; rename a key")
     arrays[name] = x.detach()
@@ -107,12 +126,21 @@ def decode(encoded: Any, array: Callable[[str], Tensor]) -> Any:
         return {k: decode(v, array) for k, v in encoded.items()}
     if tag == "$array":
         x = array(encoded["$array"])
-        kinds: dict[str, Callable[[], Any]] = {"tensor": lambda: x, "numpy": x.numpy, "scalar": lambda: x.numpy()[()], "bytes": lambda: x.numpy().tobytes()}
+        kinds: dict[str, Callable[[], Any]] = {
+            "tensor": lambda: x,
+            "numpy": x.numpy,
+            "scalar": lambda: x.numpy()[()],
+            "bytes": lambda: x.numpy().tobytes(),
+        }
         return kinds[encoded["kind"]]()
     made = {
-        "$float": lambda: float(inner), "$int": lambda: int(inner, 16), "$bytes": lambda: base64.b64decode(inner, validate=True), "$tuple": lambda: tuple(decode(x, array) for x in inner),
-        "$complex": lambda: complex(*(decode(x, array) for x in inner)), "$dict": lambda: {decode(k, array): decode(v, array) for k, v in inner},
-    }  # fmt: skip
+        "$float": lambda: float(inner),
+        "$int": lambda: int(inner, 16),
+        "$bytes": lambda: base64.b64decode(inner, validate=True),
+        "$tuple": lambda: tuple(decode(x, array) for x in inner),
+        "$complex": lambda: complex(*(decode(x, array) for x in inner)),
+        "$dict": lambda: {decode(k, array): decode(v, array) for k, v in inner},
+    }
     if tag not in made:
         raise ValueError(f"restore: the client state holds {tag!r}, which this version does not know")
     return made[tag]()

@@ -1,8 +1,10 @@
-"""orbax's part of a save, on rank 0: the temporary folder, the merge of all ranks' stores, its metadata, and the commit by one rename.
+"""orbax's part of a save, on rank 0: the temporary folder, the merge of all ranks' stores, its metadata, and the commit
+by one rename.
 
-orbax takes JAX along. Both are imported at the first save, in the saving thread, and JAX is told to stay on the CPU before it looks at any device. orbax sees
-one process: the ranks meet in the world's store.
+orbax takes JAX along. Both are imported at the first save, in the saving thread, and JAX is told to stay on the CPU
+before it looks at any device. orbax sees one process: the ranks meet in the world's store.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -35,7 +37,9 @@ class Hooks(NamedTuple):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """orbax tells absl's log each of its steps, which calls basicConfig() where the program has not, so that a later one of its own would do nothing."""
+    """orbax tells absl's log each of its steps, which calls basicConfig() where the program has not, so that a later
+    one of its own would do nothing.
+    """
     root, absl, silent = logging.getLogger(), logging.getLogger("absl"), logging.NullHandler()
     told = lambda record: record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
     root.addHandler(silent)
@@ -74,7 +78,10 @@ def commit(final: Path, names: list[tuple[str, ...]], hooks: Hooks) -> None:
         kinds = _kinds(ocp)
         import jax
 
-        registry = ocp.type_handlers.create_type_handler_registry((Leaf, kinds.arrays(hooks)), (jax.Array, ocp.type_handlers.ArrayHandler()))  # without the second it warns
+        # without the second it warns
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (Leaf, kinds.arrays(hooks)), (jax.Array, ocp.type_handlers.ArrayHandler())
+        )
         arrays = ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
         with ocp.Checkpointer(kinds.handler(hooks, **{ARRAYS: arrays})) as checkpointer:
             checkpointer.save(final.absolute(), args=kinds.args(**{ARRAYS: ocp.args.PyTreeSave(_nested(names))}))
@@ -90,7 +97,9 @@ class _Kinds(NamedTuple):
 
 @cache
 def _kinds(ocp: Any) -> _Kinds:
-    """Made once a process: orbax keeps what is registered with it for ever, and with a class all that the class refers to."""
+    """Made once a process: orbax keeps what is registered with it for ever, and with a class all that the class
+    refers to.
+    """
 
     class Arrays(ocp.type_handlers.TypeHandler):
         """Leaves whose bytes the ranks write themselves."""

@@ -1,7 +1,9 @@
 """Plain weights out of a checkpoint and into one: safetensors both ways, and parameters that stock orbax wrote.
 
-Facts: a safetensors file is the length of a JSON header (u64, little-endian), the header {name: {dtype, shape, data_offsets}}, and the values without holes.
+Facts: a safetensors file is the length of a JSON header (u64, little-endian), the header {name: {dtype, shape,
+data_offsets}}, and the values without holes.
 """
+
 from __future__ import annotations
 
 import json
@@ -21,9 +23,22 @@ from funczero.checkpoint.names import Names, escape, unescape, whole
 from funczero.checkpoint.tools import find, progress, tensors
 
 CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
 class Entry(NamedTuple):
@@ -49,7 +64,9 @@ def state_dict_key(name: str) -> str:
     return ".".join(map(unescape, name.split("/")[1:]))
 
 
-def export(path: str | Path, out: str | Path, dtype: str | None = None, shard_size: int | None = None, overwrite: bool = False) -> list[Path]:
+def export(
+    path: str | Path, out: str | Path, dtype: str | None = None, shard_size: int | None = None, overwrite: bool = False
+) -> list[Path]:
     """The parameters of a checkpoint as safetensors, one leaf in memory at a time, tied names with their values.
 
     Args:
@@ -76,7 +93,9 @@ def export(path: str | Path, out: str | Path, dtype: str | None = None, shard_si
             raise ValueError(f"export: {name!r} is {a.dtype}, which safetensors has no name for; write --dtype=float32")
         entries.append(Entry(state_dict_key(name) or "weight", source, want, a.shape))
     if twice := [key for key, n in Counter(e.key for e in entries).items() if n > 1]:
-        raise CheckpointError(f"export: two leaves of {str(where)!r} would both be called {twice[0]!r}; rename one of them")
+        raise CheckpointError(
+            f"export: two leaves of {str(where)!r} would both be called {twice[0]!r}; rename one of them"
+        )
     files = _shards(entries, out, shard_size)
     index = out.with_name(out.name + ".index.json")
     for file in (*files, *([index] if len(files) > 1 else [])):
@@ -86,7 +105,9 @@ def export(path: str | Path, out: str | Path, dtype: str | None = None, shard_si
         _write(where, found, file, mine)
     if len(files) > 1:
         weights = {e.key: file.name for file, mine in files.items() for e in mine}
-        index.write_text(json.dumps({"metadata": {"total_size": sum(e.nbytes for e in entries)}, "weight_map": weights}, indent=2))
+        index.write_text(
+            json.dumps({"metadata": {"total_size": sum(e.nbytes for e in entries)}, "weight_map": weights}, indent=2)
+        )
     return list(files)
 
 
@@ -105,7 +126,11 @@ def _write(where: Path, found: manifest.Manifest, file: Path, entries: list[Entr
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for e in entries:
-        header[e.key] = {"dtype": CODES[str(e.dtype).removeprefix("torch.")], "shape": list(e.shape), "data_offsets": [at, at + e.nbytes]}
+        header[e.key] = {
+            "dtype": CODES[str(e.dtype).removeprefix("torch.")],
+            "shape": list(e.shape),
+            "data_offsets": [at, at + e.nbytes],
+        }
         at += e.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -113,7 +138,9 @@ def _write(where: Path, found: manifest.Manifest, file: Path, entries: list[Entr
     try:
         with part.open("wb") as f:
             f.write(struct.pack("<Q", len(text)) + text)
-            for e, (_, x) in zip(entries, tensors(where, found, [e.name for e in entries], f"export {file.name}"), strict=True):
+            for e, (_, x) in zip(
+                entries, tensors(where, found, [e.name for e in entries], f"export {file.name}"), strict=True
+            ):
                 f.write(numpy_view(x.to(e.dtype).view(-1)).view("uint8").data)
         part.rename(file)
     finally:
@@ -121,12 +148,14 @@ def _write(where: Path, found: manifest.Manifest, file: Path, entries: list[Entr
 
 
 def import_weights(source: str | Path, directory: str | Path, name: str = "0", zeros: bool = False) -> str:
-    """A checkpoint of parameters alone from a safetensors file, an index or a folder of them, or from a tree that stock orbax wrote; its name.
+    """A checkpoint of parameters alone from a safetensors file, an index or a folder of them, or from a tree that stock
+    orbax wrote; its name.
 
     Restored with `only="^params/"`, or whole, in which case every transform starts fresh.
 
     Args:
-      zeros: take chunks that an orbax tree lacks for zeros, which older versions of orbax did not write; otherwise they are an error.
+      zeros: take chunks that an orbax tree lacks for zeros, which older versions of orbax did not write; otherwise they
+        are an error.
 
     Raises:
       CheckpointError: it cannot be read, or is not whole; it names the file, the leaf and the chunk.
@@ -144,14 +173,20 @@ def _files(source: Path) -> list[Path]:
     """The safetensors files that are meant; none for another kind of source."""
     if source.suffix == ".safetensors":
         return [source]
-    index = source if source.name.endswith(".index.json") else next(iter(sorted(source.glob("*.safetensors.index.json"))), None)
+    index = (
+        source
+        if source.name.endswith(".index.json")
+        else next(iter(sorted(source.glob("*.safetensors.index.json"))), None)
+    )
     if index is None:
         return sorted(source.glob("*.safetensors"))
     try:
         names = set(json.loads(manifest.content(index))["weight_map"].values())
         return [index.with_name(Path(f).name) for f in sorted(names)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CheckpointError(f"import: {str(index)!r} is no index of safetensors files ({type(e).__name__}: {str(e)[:200]})") from None
+        raise CheckpointError(
+            f"import: {str(index)!r} is no index of safetensors files ({type(e).__name__}: {str(e)[:200]})"
+        ) from None
 
 
 def _safetensors(files: list[Path]) -> dict[str, Tensor]:
@@ -167,5 +202,8 @@ def _safetensors(files: list[Path]) -> dict[str, Tensor]:
                     if out.setdefault(escape(key), x := f.get_tensor(key)) is not x:
                         raise ValueError(f"another file has the tensor {key!r}, too")
         except Exception as e:  # whatever a reader in another language makes of a malformed file
-            raise CheckpointError(f"import: {str(file)!r} cannot be read ({str(e)[:300]}); give a safetensors file, its index, a folder of them, or an orbax tree") from None
+            raise CheckpointError(
+                f"import: {str(file)!r} cannot be read ({str(e)[:300]}); give a safetensors file, its index, a folder"
+                " of them, or an orbax tree"
+            ) from None
     return out

@@ -1,8 +1,10 @@
 """A folder of checkpoints: what is committed, which is the latest and the best, and what may go.
 
-A commit is one rename. Its order is a number in the manifest, so names are free, and a run that was rolled back saves again. A name that is saved anew is written
-beside (`.funczero-new`) and swapped; what is deleted is renamed first (`.funczero-deleted`). So at any moment a reader finds each checkpoint whole or not at all.
+A commit is one rename. Its order is a number in the manifest, so names are free, and a run that was rolled back saves
+again. A name that is saved anew is written beside (`.funczero-new`) and swapped; what is deleted is renamed first
+(`.funczero-deleted`). So at any moment a reader finds each checkpoint whole or not at all.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -21,7 +23,8 @@ from funczero.checkpoint.arrays import CheckpointError
 from funczero.checkpoint.manifest import LIMIT, Manifest
 
 NEW, DELETED, TEMPORARY = ".funczero-new", ".funczero-deleted", ".orbax-checkpoint-tmp"
-MARKS = (manifest.FILE, manifest.SEAL, manifest.ARRAYS, manifest.STAMPED)  # one of them says that a folder means to be a checkpoint
+# one of them says that a folder means to be a checkpoint
+MARKS = (manifest.FILE, manifest.SEAL, manifest.ARRAYS, manifest.STAMPED)
 
 
 class Entry(NamedTuple):
@@ -51,9 +54,26 @@ class Keep(NamedTuple):
 def check_name(name: object) -> str:
     """A checkpoint's name as its folder is called; ValueError where it cannot be one."""
     text = str(name)
-    bad = not text or text != text.strip() or text.startswith(".") or not text.isprintable() or "/" in text or "\\" in text or len(text.encode(errors="replace")) > 200
-    if isinstance(name, bool) or not isinstance(name, (str, int, float)) or bad or text.endswith((NEW, DELETED, TEMPORARY)) or text in ("latest", "best"):
-        raise ValueError(f"save: {name!r} cannot name a checkpoint; use a number or a printable tag without '/' and spaces around it, other than 'latest' and 'best'")
+    bad = (
+        not text
+        or text != text.strip()
+        or text.startswith(".")
+        or not text.isprintable()
+        or "/" in text
+        or "\\" in text
+        or len(text.encode(errors="replace")) > 200
+    )
+    if (
+        isinstance(name, bool)
+        or not isinstance(name, (str, int, float))
+        or bad
+        or text.endswith((NEW, DELETED, TEMPORARY))
+        or text in ("latest", "best")
+    ):
+        raise ValueError(
+            f"save: {name!r} cannot name a checkpoint; use a number or a printable tag without '/' and spaces around"
+            " it, other than 'latest' and 'best'"
+        )
     return text
 
 
@@ -96,30 +116,52 @@ def choose(directory: Path, name: str | int | float, keep: Keep, fallback: bool,
     if name not in ("latest", "best"):
         first = next((e for e in found.entries if e.path.name.removesuffix(NEW) == str(name)), None)
         if first is None and not (fallback and str(name) in found.damaged):
-            raise CheckpointError(found.damaged.get(str(name)) or f"restore: there is no checkpoint {str(name)!r} in {str(directory)!r}; {_told(found, directory)}")
+            raise CheckpointError(
+                found.damaged.get(str(name))
+                or f"restore: there is no checkpoint {str(name)!r} in {str(directory)!r}; {_told(found, directory)}"
+            )
     elif found.damaged and not fallback:
-        raise CheckpointError(f"{next(iter(found.damaged.values()))}; name another one ({[e.path.name for e in found.entries]}), or ask for the last good one with fallback=True")
+        raise CheckpointError(
+            f"{next(iter(found.damaged.values()))}; name another one ({[e.path.name for e in found.entries]}), or ask"
+            " for the last good one with fallback=True"
+        )
     elif name == "latest":
         first = found.entries[-1] if found.entries else None
     else:
         if keep.best is None:
-            raise ValueError("restore: 'best' needs to know by what; write Checkpointer(directory, best=('eval/loss', 'min'))")
+            raise ValueError(
+                "restore: 'best' needs to know by what; write Checkpointer(directory, best=('eval/loss', 'min'))"
+            )
         first = best_of(found.entries, keep.best)
         if first is None and found.entries:
-            raise CheckpointError(f"restore: no checkpoint in {str(directory)!r} has a number for the metric {keep.best[0]!r}; {_told(found, directory)}")
+            raise CheckpointError(
+                f"restore: no checkpoint in {str(directory)!r} has a number for the metric {keep.best[0]!r};"
+                f" {_told(found, directory)}"
+            )
     for text in found.damaged.values() if fallback else ():
         logging.warning("%s; passed over", text)
-    others = [e for e in reversed(found.entries) if e is not first and (first is None or e.manifest.sequence < first.manifest.sequence)]
+    others = [
+        e
+        for e in reversed(found.entries)
+        if e is not first and (first is None or e.manifest.sequence < first.manifest.sequence)
+    ]
     out = ([first] if first else []) + (others if fallback else [])
     if not out:
-        raise CheckpointError(f"restore: there is no complete checkpoint in {str(directory)!r}; {_told(found, directory)}")
+        raise CheckpointError(
+            f"restore: there is no complete checkpoint in {str(directory)!r}; {_told(found, directory)}"
+        )
     return out
 
 
 def _told(found: Listing, directory: Path) -> str:
     if not directory.exists():
         return "the folder does not exist"
-    kinds = {"complete": [e.path.name for e in found.entries], "damaged": list(found.damaged), "half written": found.half, "no checkpoints": found.other}
+    kinds = {
+        "complete": [e.path.name for e in found.entries],
+        "damaged": list(found.damaged),
+        "half written": found.half,
+        "no checkpoints": found.other,
+    }
     told = [f"{kind}: {names[:8]}{' and more' * (len(names) > 8)}" for kind, names in kinds.items() if names]
     return "found " + ", ".join(told) if told else "it is empty"
 
@@ -137,7 +179,9 @@ def saving(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(f"save: another process is saving into {str(directory)!r}; give every run a folder of its own") from None
+            raise CheckpointError(
+                f"save: another process is saving into {str(directory)!r}; give every run a folder of its own"
+            ) from None
         yield
     finally:
         os.close(fd)
@@ -196,7 +240,10 @@ def swap(new: Path, final: Path) -> None:
     """
     if final.is_symlink() or final.exists():
         if not _is_ours(final):
-            raise CheckpointError(f"save: {str(final)!r} is no folder, so it is not replaced; the new checkpoint stays at {str(new)!r}; move one of them")
+            raise CheckpointError(
+                f"save: {str(final)!r} is no folder, so it is not replaced; the new checkpoint stays at {str(new)!r};"
+                " move one of them"
+            )
         remove(final, later=True)
     new.rename(final)
 
@@ -214,9 +261,11 @@ def remove(path: Path, later: bool = False) -> None:
 
 
 def prune(directory: Path, keep: Keep, named: set[str], limit: int = LIMIT) -> None:
-    """Remove what is not to be kept. Only whole checkpoints count, by a cheap look at their files; older than the last of them that is kept, all may go.
+    """Remove what is not to be kept. Only whole checkpoints count, by a cheap look at their files; older than the last
+    of them that is kept, all may go.
 
-    Law: a damaged checkpoint never takes the place of a whole one; where fewer than `keep.last` are whole, nothing is removed.
+    Law: a damaged checkpoint never takes the place of a whole one; where fewer than `keep.last` are whole, nothing is
+    removed.
     """
     if keep.last is None:
         return
@@ -233,7 +282,12 @@ def prune(directory: Path, keep: Keep, named: set[str], limit: int = LIMIT) -> N
         if problems := manifest.check_files(e.path, e.manifest, quick=True):
             if str(e.path) not in named:
                 named.add(str(e.path))
-                logging.warning("save: checkpoint %r is damaged and does not count for keep=%d: %s", str(e.path), keep.last, problems[0])
+                logging.warning(
+                    "save: checkpoint %r is damaged and does not count for keep=%d: %s",
+                    str(e.path),
+                    keep.last,
+                    problems[0],
+                )
         else:
             good.append(e)
     if len(good) < keep.last:

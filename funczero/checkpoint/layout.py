@@ -1,8 +1,11 @@
-"""Who writes what: every leaf is one logical array cut into chunks, every chunk has one writer, and the bytes are dealt evenly.
+"""Who writes what: every leaf is one logical array cut into chunks, every chunk has one writer, and the bytes are dealt
+evenly.
 
-A chunk is a full part of a rank, or a piece of it of at most 4 MiB: readers fetch whole chunks. Where cuts of nested brackets do not divide, some rows of a
-chunk lie with a neighbour, who sends them to the writer. Equal parts (replicas) are dealt by bytes.
+A chunk is a full part of a rank, or a piece of it of at most 4 MiB: readers fetch whole chunks. Where cuts of nested
+brackets do not divide, some rows of a chunk lie with a neighbour, who sends them to the writer. Equal parts (replicas)
+are dealt by bytes.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -57,9 +60,11 @@ class Deal(NamedTuple):
 def chunk_shape(block: tuple[int, ...], shape: tuple[int, ...], itemsize: int, cap: int = CAP) -> tuple[int, ...]:
     """The chunk of an array whose full parts are `block`: the block, or a piece of it of at most `cap` bytes.
 
-    A dim that ranks cut is halved only into equal pieces, so that chunks keep to ranks; where no dim can be, it is cut unevenly.
+    A dim that ranks cut is halved only into equal pieces, so that chunks keep to ranks; where no dim can be, it is cut
+    unevenly.
 
-    >>> chunk_shape((6, 4), (12, 4), 4), chunk_shape((6, 4), (12, 4), 4, cap=48), chunk_shape((7, 4), (14, 4), 4, cap=60)
+    >>> at_most = lambda cap: chunk_shape((6, 4), (12, 4), 4, cap=cap)
+    >>> chunk_shape((6, 4), (12, 4), 4), at_most(48), chunk_shape((7, 4), (14, 4), 4, cap=60)
     ((6, 4), (3, 4), (7, 2))
     """
     chunk = [max(1, n) for n in block]
@@ -77,7 +82,9 @@ def _divisor(n: int, least: int) -> int:
 
 
 def deal(parts: dict[str, Part], ranks: list[Coords], rank: int) -> Deal:
-    """The pieces of this rank; every rank comes to the same deal from the same coordinates (what rank 0 alone knows of comes last)."""
+    """The pieces of this rank; every rank comes to the same deal from the same coordinates (what rank 0 alone knows
+    of comes last).
+    """
     places: dict[tuple[Any, ...], list[Where]] = {}
     load = [0] * len(ranks)
     out = Deal({}, [], {})
@@ -101,7 +108,9 @@ def deal(parts: dict[str, Part], ranks: list[Coords], rank: int) -> Deal:
     return out
 
 
-def _boxes(part: Part, ranks: list[Coords], places: dict[tuple[Any, ...], list[Where]]) -> tuple[list[Box], tuple[int, ...]]:
+def _boxes(
+    part: Part, ranks: list[Coords], places: dict[tuple[Any, ...], list[Where]]
+) -> tuple[list[Box], tuple[int, ...]]:
     """Every rank's part of a leaf, and the shape of a full one."""
     if part.own:
         row = (1, *part.shape[1:])
@@ -110,7 +119,9 @@ def _boxes(part: Part, ranks: list[Coords], places: dict[tuple[Any, ...], list[W
         return [Box((0,) * len(part.shape), part.shape)] * len(ranks), part.shape
     axes = part.where.axes
     if (id(part.where.structure), axes) not in places:
-        places[id(part.where.structure), axes] = [Where(part.where.structure, tuple((a, *c[a]) for a in axes)) for c in ranks]
+        places[id(part.where.structure), axes] = [
+            Where(part.where.structure, tuple((a, *c[a]) for a in axes)) for c in ranks
+        ]
     slots = [where.slots[part.leaf] for where in places[id(part.where.structure), axes]]
     return [Box(s.start, s.shape) for s in slots], slots[0].block
 
@@ -120,11 +131,15 @@ def _meetings(boxes: list[Box], chunk: tuple[int, ...]) -> dict[tuple[int, ...],
     found: dict[tuple[int, ...], list[tuple[Box, Box]]] = {}
     for box in boxes:
         for key in touched(box, chunk):
-            found.setdefault(key, []).append((box.meet(Box(tuple(k * c for k, c in zip(key, chunk, strict=True)), chunk)), box))
+            found.setdefault(key, []).append(
+                (box.meet(Box(tuple(k * c for k, c in zip(key, chunk, strict=True)), chunk)), box)
+            )
     return found
 
 
 def touched(box: Box, chunk: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """The chunks that a part lies in."""
     if prod(box.shape):
-        yield from product(*(range(a // c, (a + n - 1) // c + 1) for a, n, c in zip(box.start, box.shape, chunk, strict=True)))
+        yield from product(
+            *(range(a // c, (a + n - 1) // c + 1) for a, n, c in zip(box.start, box.shape, chunk, strict=True))
+        )

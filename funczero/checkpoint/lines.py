@@ -1,8 +1,10 @@
 """This process's two connections to the world's store, made once, and the pulse by which the others hear that it lives.
 
-Facts: a client of torch's store answers one question at a time; it waits without end for a server that is stopped or whose machine is lost, and `clone` of one
-whose server has gone tries again for minutes. After a question that was given up, the late answer would be taken for that of the next one.
+Facts: a client of torch's store answers one question at a time; it waits without end for a server that is stopped or
+whose machine is lost, and `clone` of one whose server has gone tries again for minutes. After a question that was given
+up, the late answer would be taken for that of the next one.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -21,7 +23,8 @@ from funczero.world import presence
 from funczero.world.ending import Guest
 
 BEAT, DEAD = 1.0, 8.0  # seconds between two beats; without one for so long, a rank is taken for dead
-LEAVE = 10.0  # seconds for which the process that holds the store stays for ranks that have not acknowledged their last call
+# seconds for which the process that holds the store stays for ranks that have not acknowledged their last call
+LEAVE = 10.0
 SPACE = "funczero/checkpoint"
 
 
@@ -48,7 +51,10 @@ class Line:
                 return getattr(self._store, verb)(*args)
             except RuntimeError as e:
                 self._broken = str(e).splitlines()[0]
-        raise CheckpointError(f"checkpoint: rank {self._rank} cannot reach the world's store any more, so rank 0, or who holds it, is gone ({self._broken})")
+        raise CheckpointError(
+            f"checkpoint: rank {self._rank} cannot reach the world's store any more, so rank 0, or who holds it, is"
+            f" gone ({self._broken})"
+        )
 
 
 class _bounded:
@@ -72,7 +78,9 @@ class _bounded:
 
 
 def _twin(fd: int) -> socket.socket | None:
-    """The connection under a descriptor once more, because options are of the connection, whoever holds it; None where another thread closed it since."""
+    """The connection under a descriptor once more, because options are of the connection, whoever holds it; None
+    where another thread closed it since.
+    """
     try:
         other = os.dup(fd)
     except OSError:
@@ -112,9 +120,12 @@ class Lines:
         self.world = dist.group.WORLD if dist.is_initialized() and not alone else None
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.world is not None else (0, 1)
         self.process, self.numbers = os.getpid(), dict[str, int]()  # by namespace: the last call of this rank
-        self.anchor: Any = dist.distributed_c10d._get_default_store() if self.size > 1 else dist.HashStore()  # keeps rank 0's server up
+        # keeps rank 0's server up
+        self.anchor: Any = dist.distributed_c10d._get_default_store() if self.size > 1 else dist.HashStore()
         self.front, self.back = (Line(self.anchor, self.rank) for _ in range(2))
-        lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not hasattr(getattr(self.anchor, "_underlying_non_prefix_store", self.anchor), "port")
+        lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not hasattr(
+            getattr(self.anchor, "_underlying_non_prefix_store", self.anchor), "port"
+        )
         self.holds = self.rank == 0 and not lent  # does the store end with this process?
         self.back.ask("delete_key", f"{SPACE}/left/{self.rank}")
         self.pulse = Pulse(self) if self.size > 1 and dist.get_backend() not in ("fake", "threaded") else None
@@ -153,7 +164,9 @@ class Pulse(Guest):
                 self.beat()
 
     def leave(self) -> None:
-        """The process ends: the one who holds the store stays until the others have what they need from it, and are told that this one goes."""
+        """The process ends: the one who holds the store stays until the others have what they need from it, and are
+        told that this one goes.
+        """
         own = self.lines
         if own.process != os.getpid() or not self.is_alive():
             return
@@ -170,4 +183,6 @@ class Pulse(Guest):
         ask = self.lines.back.ask
         there = lambda key: ask("get", key) if ask("check", [key]) else b""
         late = any(int(there(f"{space}/over/{rank}") or 0) < n for space, n in list(self.lines.numbers.items()))
-        return late and not there(f"{SPACE}/left/{rank}") and not presence.ended(there(f"{presence.KEY}/{rank}").decode())
+        return (
+            late and not there(f"{SPACE}/left/{rank}") and not presence.ended(there(f"{presence.KEY}/{rank}").decode())
+        )

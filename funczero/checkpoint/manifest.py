@@ -1,4 +1,7 @@
-"""What a checkpoint says of itself: one JSON file beside the arrays, its sha256 in another, and the sizes of all files."""
+"""What a checkpoint says of itself: one JSON file beside the arrays, its sha256 in another, and the sizes of all
+files.
+"""
+
 from __future__ import annotations
 
 import errno
@@ -25,7 +28,18 @@ SMALL = 1 << 20  # bytes; files of chunks up to here are checked whole, larger o
 LIMIT = 64 << 20  # bytes of the JSON file that a reader takes
 VALUE = 24  # bytes of that limit for each value: what Python makes of one takes several times as much
 DIMS = 32  # of an array, as the store has it
-FORM = {"name": str, "sequence": int, "step": int, "updates": int, "arrays": dict, "ties": dict, "metrics": dict, "world": int, "window": dict, "about": dict}
+FORM = {
+    "name": str,
+    "sequence": int,
+    "step": int,
+    "updates": int,
+    "arrays": dict,
+    "ties": dict,
+    "metrics": dict,
+    "world": int,
+    "window": dict,
+    "about": dict,
+}
 FORM |= {"versions": dict, "files": dict}
 
 
@@ -57,7 +71,9 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             return "not installed"
 
-    return {name: of(name) for name in ("funczero", "torch", "orbax-checkpoint", "tensorstore")} | {"python": platform.python_version()}
+    return {name: of(name) for name in ("funczero", "torch", "orbax-checkpoint", "tensorstore")} | {
+        "python": platform.python_version()
+    }
 
 
 def seal(folder: Path, manifest: Manifest, limit: int = LIMIT) -> None:
@@ -70,11 +86,20 @@ def seal(folder: Path, manifest: Manifest, limit: int = LIMIT) -> None:
     for path in _files(folder):
         size = path.stat().st_size
         late, chunks = path.name == STAMPED, path.parent.name == "d"
-        files[path.relative_to(folder).as_posix()] = (-1 if late else size, None if chunks and size > SMALL else _crc(path))
-    body = manifest._replace(files=files)._asdict() | {"format": FORMAT, "arrays": {n: a._asdict() for n, a in manifest.arrays.items()}}
+        files[path.relative_to(folder).as_posix()] = (
+            -1 if late else size,
+            None if chunks and size > SMALL else _crc(path),
+        )
+    body = manifest._replace(files=files)._asdict() | {
+        "format": FORMAT,
+        "arrays": {n: a._asdict() for n, a in manifest.arrays.items()},
+    }
     text = json.dumps(body, allow_nan=True, ensure_ascii=True, separators=(",", ":")).encode()
     if heavy := _heavy(text, limit):
-        raise CheckpointError(f"save: {FILE} {heavy}; give large parts of a client state as tensors or numpy arrays, or raise max_metadata= here and where it is restored")
+        raise CheckpointError(
+            f"save: {FILE} {heavy}; give large parts of a client state as tensors or numpy arrays, or raise"
+            " max_metadata= here and where it is restored"
+        )
     for name, said in ((FILE, text), (SEAL, _sum(text))):
         with (folder / name).open("wb") as f:
             f.write(said)
@@ -83,7 +108,9 @@ def seal(folder: Path, manifest: Manifest, limit: int = LIMIT) -> None:
 
 
 def _heavy(text: bytes, limit: int) -> str:
-    """Why reading a manifest would take more memory than its limit stands for; counted before anything is made of it."""
+    """Why reading a manifest would take more memory than its limit stands for; counted before anything is made of
+    it.
+    """
     values = sum(map(text.count, (b",", b":", b"[", b"{")))
     if len(text) > limit:
         return f"has {len(text)} bytes, more than {limit}"
@@ -106,7 +133,9 @@ def content(path: Path, limit: int = LIMIT) -> bytes:
 
 
 def _crc(path: Path) -> int:
-    """A checksum of a file; of orbax's own without the time of the commit, which is filled in between the seal and the rename."""
+    """A checksum of a file; of orbax's own without the time of the commit, which is filled in between the seal and
+    the rename.
+    """
     text = content(path)
     if path.name == STAMPED:
         text, n = re.subn(rb'"commit_timestamp_nsecs": ?(null|[0-9]{1,20})', b"", text)
@@ -129,12 +158,18 @@ def load(folder: Path, limit: int = LIMIT) -> Manifest:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} has {size} bytes, more than {limit}; raise max_metadata= if you trust it")
+            raise CheckpointError(
+                f"checkpoint {str(folder)!r}: {FILE} has {size} bytes, more than {limit}; raise max_metadata= if you"
+                " trust it"
+            )
         text, sums = content(path, limit), content(folder / SEAL, 1024)
     except OSError as e:
         raise CheckpointError(f"checkpoint {str(folder)!r}: {e.filename} cannot be read ({e.strerror})") from None
     if sums != _sum(text):
-        raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} does not have the sha256 that {SEAL} names; one of them was changed or damaged")
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r}: {FILE} does not have the sha256 that {SEAL} names; one of them was changed or"
+            " damaged"
+        )
     if heavy := _heavy(text, limit):
         raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} {heavy}; raise max_metadata= if you trust it")
     try:
@@ -142,33 +177,57 @@ def load(folder: Path, limit: int = LIMIT) -> Manifest:
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
-        raise CheckpointError(f"checkpoint {str(folder)!r}: {FILE} has not the form of a manifest ({type(e).__name__}: {str(e)[:200]})") from None
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r}: {FILE} has not the form of a manifest ({type(e).__name__}: {str(e)[:200]})"
+        ) from None
 
 
 def _parse(body: dict[str, Any], folder: Path) -> Manifest:
     if body["format"] != FORMAT:
-        raise CheckpointError(f"checkpoint {str(folder)!r} has format {body['format']!r}, this version reads {FORMAT}; use the funczero that wrote it ({body.get('versions')})")
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} has format {body['format']!r}, this version reads {FORMAT}; use the funczero"
+            f" that wrote it ({body.get('versions')})"
+        )
     wrong = [k for k, kind in FORM.items() if type(body[k]) is not kind]
-    wrong += [k for k, kinds in (("ties", str), ("metrics", (int, float))) if not wrong and not all(isinstance(x, kinds) for x in body[k].values())]
+    wrong += [
+        k
+        for k, kinds in (("ties", str), ("metrics", (int, float)))
+        if not wrong and not all(isinstance(x, kinds) for x in body[k].values())
+    ]
     wrong += ["window"] * (not wrong and not all(map(_is_window, body["window"].values())))
     about = body["about"] if not wrong else {}
-    wrong += [k for k, kind in (("chain", str), ("specs", dict), ("not finite", list)) if k in about and type(about[k]) is not kind]
+    wrong += [
+        k
+        for k, kind in (("chain", str), ("specs", dict), ("not finite", list))
+        if k in about and type(about[k]) is not kind
+    ]
     wrong += ["not finite"] * (not wrong and not all(isinstance(x, str) for x in about.get("not finite", ())))
     if wrong:
         raise TypeError(f"{wrong[0]!r} holds other things than a save writes")
-    for name, (low, high) in {"sequence": (0, 1 << 63), "step": (0, 1 << 63), "updates": (0, 1 << 63), "world": (1, 1 << 31)}.items():
+    for name, (low, high) in {
+        "sequence": (0, 1 << 63),
+        "step": (0, 1 << 63),
+        "updates": (0, 1 << 63),
+        "world": (1, 1 << 31),
+    }.items():
         if not low <= body[name] < high:
             raise ValueError(f"{name!r} is no number that a save writes")
-    strange = next((n for n, stored in body["ties"].items() if stored not in body["arrays"] or not n.startswith("params/")), None)
+    strange = next(
+        (n for n, stored in body["ties"].items() if stored not in body["arrays"] or not n.startswith("params/")), None
+    )
     if strange is not None:
         raise ValueError(f"the tie {_safe(strange, folder)[:80]!r} leads to no leaf")
     body["metrics"] = {k: float(x) for k, x in body["metrics"].items()}
     arrays = {name: _array(_safe(name, folder), a, folder) for name, a in body["arrays"].items()}
     files = {_safe(path, folder): (int(size), crc) for path, (size, crc) in body["files"].items()}
-    most, asked = sum(size for size, _ in files.values()), sum(prod(a.shape) * torch_dtype(a.dtype).itemsize for a in arrays.values())
+    most, asked = sum(size for size, _ in files.values()), sum(
+        prod(a.shape) * torch_dtype(a.dtype).itemsize for a in arrays.values()
+    )
     if asked > most:  # nothing is compressed
         raise CheckpointError(f"checkpoint {str(folder)!r}: its leaves would have {asked} bytes, its files have {most}")
-    return Manifest(**{f: body[f] for f in Manifest._fields if f not in ("arrays", "files")}, arrays=arrays, files=files)
+    return Manifest(
+        **{f: body[f] for f in Manifest._fields if f not in ("arrays", "files")}, arrays=arrays, files=files
+    )
 
 
 def _is_window(w: Any) -> bool:
@@ -179,28 +238,51 @@ def _is_window(w: Any) -> bool:
 def _array(name: str, a: dict[str, Any], folder: Path) -> Array:
     """A leaf's entry, its sizes and the number of its chunks checked, so that nobody counts to what no store holds."""
     shape, chunk, tails = tuple(a["shape"]), tuple(a["chunk"]), dict(a["tails"])
-    if len(shape) != len(chunk) or len(shape) > DIMS or not all(type(n) is int and n >= 0 for n in shape) or not all(type(n) is int and n > 0 for n in chunk):
-        raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} has shape {str(list(shape))[:80]} in chunks {str(list(chunk))[:80]}, which no array has")
+    if (
+        len(shape) != len(chunk)
+        or len(shape) > DIMS
+        or not all(type(n) is int and n >= 0 for n in shape)
+        or not all(type(n) is int and n > 0 for n in chunk)
+    ):
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r}: leaf {name!r} has shape {str(list(shape))[:80]} in chunks"
+            f" {str(list(chunk))[:80]}, which no array has"
+        )
     if any(c > max(1, n) for n, c in zip(shape, chunk, strict=True)):  # a reader makes room for whole chunks
-        raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} of shape {str(list(shape))[:80]} has chunks of {str(list(chunk))[:80]}, which are larger than itself")
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r}: leaf {name!r} of shape {str(list(shape))[:80]} has chunks of"
+            f" {str(list(chunk))[:80]}, which are larger than itself"
+        )
     try:
         torch_dtype(a["dtype"])
     except (CheckpointError, TypeError):
-        raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} has dtype {a['dtype']!r}, which is none of this torch") from None
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r}: leaf {name!r} has dtype {a['dtype']!r}, which is none of this torch"
+        ) from None
     if len(tails) != (count := prod(ceil(n / c) for n, c in zip(shape, chunk, strict=True))):
-        raise CheckpointError(f"checkpoint {str(folder)!r}: leaf {name!r} has {count} chunks and {len(tails)} checksums")
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r}: leaf {name!r} has {count} chunks and {len(tails)} checksums"
+        )
     return Array(shape, a["dtype"], chunk, tails)
 
 
 def _safe(name: str, folder: Path) -> str:
     """A relative path that stays inside its folder."""
-    if not name or len(name) > 2 * LONGEST or name.startswith("/") or "\x00" in name or "\\" in name or ".." in name.split("/"):
+    if (
+        not name
+        or len(name) > 2 * LONGEST
+        or name.startswith("/")
+        or "\x00" in name
+        or "\\" in name
+        or ".." in name.split("/")
+    ):
         raise CheckpointError(f"checkpoint {str(folder)!r}: {name[:100]!r} is no name of a leaf or file inside it")
     return name
 
 
 def check_files(folder: Path, manifest: Manifest, strangers: bool = False, quick: bool = False) -> list[str]:
-    """What is wrong with the files of a checkpoint, a sentence each: missing ones, other sizes, other contents of small ones.
+    """What is wrong with the files of a checkpoint, a sentence each: missing ones, other sizes, other contents of small
+    ones.
 
     Args:
       strangers: also name what was put there.

@@ -1,8 +1,11 @@
-"""What a checkpoint calls every leaf of a state. No stage, bracket, mesh or tuple index is in a name, so the same run has the same names everywhere.
+"""What a checkpoint calls every leaf of a state. No stage, bracket, mesh or tuple index is in a name, so the same run
+has the same names everywhere.
 
-`step`, `updates`, `key`; `params/<path>`; `<transform>/<field>/<path>`, as `adamw/mu/blocks/0/w`, `adamw/rates/lr` and `scale_loss/scale`. Parts of a path are joined by "/" in
-manifests and messages, by "." in the arrays' store and in exported files.
+`step`, `updates`, `key`; `params/<path>`; `<transform>/<field>/<path>`, as `adamw/mu/blocks/0/w`, `adamw/rates/lr` and
+`scale_loss/scale`. Parts of a path are joined by "/" in manifests and messages, by "." in the arrays' store and in
+exported files.
 """
+
 from __future__ import annotations
 
 import re
@@ -29,7 +32,8 @@ class Part(NamedTuple):
     value: Tensor  # a restore fills it in place
     shape: tuple[int, ...]  # of the whole leaf
     start: tuple[int, ...]  # of the part in it
-    where: Where | None = None  # the place whose cuts this leaf has; None: every rank holds the whole, or with `own` a row
+    # the place whose cuts this leaf has; None: every rank holds the whole, or with `own` a row
+    where: Where | None = None
     leaf: int = -1  # its number there
     own: bool = False  # does dim 0 count the ranks, so that each holds its row?
     first: bool = False  # does rank 0 alone hold it, and know of it?
@@ -66,7 +70,12 @@ def unescape(part: str) -> str:
 def is_rate(name: str, part: Part | None = None) -> bool:
     """Is this a learning rate, weight decay or beta that an optimizer keeps: `adamw/rates/lr`?"""
     pieces = name.split("/")
-    return len(pieces) > 2 and pieces[1] == "rates" and pieces[0] != "params" and (part is None or part.shape == () and part.value.dtype == torch.float64)
+    return (
+        len(pieces) > 2
+        and pieces[1] == "rates"
+        and pieces[0] != "params"
+        and (part is None or part.shape == () and part.value.dtype == torch.float64)
+    )
 
 
 def listed(names: Sequence[str]) -> str:
@@ -121,7 +130,9 @@ def _add(parts: dict[str, Part], path: tuple[str, ...], node: Any, masters: Slot
         return
     children = _children(node)
     if children is None:
-        raise TypeError(f"checkpoint: {'/'.join(path)!r} of the state is a {type(node).__name__}; every leaf of a state is a tensor")
+        raise TypeError(
+            f"checkpoint: {'/'.join(path)!r} of the state is a {type(node).__name__}; every leaf of a state is a tensor"
+        )
     for key, child in children:
         _add(parts, (*path, escape(key)), child, masters)
 
@@ -135,7 +146,9 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _mirrored(node: Any, masters: Slots) -> list[tuple[Tensor, ...]] | None:
-    """By leaf number the tensors of a tree that is shaped like the parameters, as a lifted optimizer keeps them; None for another tree."""
+    """By leaf number the tensors of a tree that is shaped like the parameters, as a lifted optimizer keeps them;
+    None for another tree.
+    """
     structure, slots = masters.where.structure, masters.where.slots
     flat, treedef = tree.flatten(node)
     if treedef != structure.treedef or not all(isinstance(x, Tensor) for x in flat):
@@ -157,7 +170,11 @@ def _mirror(parts: dict[str, Part], path: tuple[str, ...], values: Sequence[tupl
         if i not in seen and values[i]:
             seen.add(i)
             first, *others = values[i]
-            _put(parts, (*path, *below), Part(first, where.structure.leaves[i].shape, where.slots[i].start, where, i, also=tuple(others)))
+            _put(
+                parts,
+                (*path, *below),
+                Part(first, where.structure.leaves[i].shape, where.slots[i].start, where, i, also=tuple(others)),
+            )
 
 
 def _paths(structure: Structure) -> list[tuple[tuple[str, ...], int]]:
@@ -170,11 +187,17 @@ def _paths(structure: Structure) -> list[tuple[tuple[str, ...], int]]:
 
 
 def _window(parts: dict[str, Part], name: str, own: Accumulate, rank: int, size: int) -> None:
-    """A streaming accumulate in mid-window: partial sums that each rank has for itself, as rows of arrays with a row a rank."""
+    """A streaming accumulate in mid-window: partial sums that each rank has for itself, as rows of arrays with a row
+    a rank.
+    """
     _put(parts, (name, "count"), whole(own.count))
     for i, partial in enumerate(own.partial):
         for j, x in enumerate(tree.tensors(partial)):
-            _put(parts, (name, "partial", str(i), str(j)), Part(x[None], (size, *x.shape), (rank,) + (0,) * x.dim(), own=True))
+            _put(
+                parts,
+                (name, "partial", str(i), str(j)),
+                Part(x[None], (size, *x.shape), (rank,) + (0,) * x.dim(), own=True),
+            )
 
 
 def _put(parts: dict[str, Part], path: tuple[str, ...], part: Part) -> None:
@@ -185,9 +208,14 @@ def _put(parts: dict[str, Part], path: tuple[str, ...], part: Part) -> None:
 
 
 def refuse_collisions(names: list[str]) -> None:
-    """ValueError where two names would be one in the store, one is a leaf and a folder, or one is longer than a reader takes."""
+    """ValueError where two names would be one in the store, one is a leaf and a folder, or one is longer than a
+    reader takes.
+    """
     if long := next((n for n in names if len(n) > LONGEST), None):
-        raise ValueError(f"checkpoint: the leaf {long[:60] + '...'!r} has a name of {len(long)} characters, more than {LONGEST}; rename a key")
+        raise ValueError(
+            f"checkpoint: the leaf {long[:60] + '...'!r} has a name of {len(long)} characters, more than {LONGEST};"
+            " rename a key"
+        )
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(stored(name), name)
@@ -196,8 +224,13 @@ def refuse_collisions(names: list[str]) -> None:
     inner = {name[:i] for name in names for i, c in enumerate(name) if c == "/"}
     for name in names:
         if name in inner:
-            raise ValueError(f"checkpoint: {name!r} is a leaf, and other leaves' names begin with it; rename one of them")
+            raise ValueError(
+                f"checkpoint: {name!r} is a leaf, and other leaves' names begin with it; rename one of them"
+            )
 
 
 def _collision(a: str, b: str) -> str:
-    return f"checkpoint: two leaves would both be stored as {stored(a)!r} ({a!r} and {b!r}); rename a key of the parameters, or a transform"
+    return (
+        f"checkpoint: two leaves would both be stored as {stored(a)!r} ({a!r} and {b!r}); rename a key of the"
+        " parameters, or a transform"
+    )

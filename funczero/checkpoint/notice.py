@@ -1,4 +1,7 @@
-"""A notice to stop, such as a scheduler's before it takes the machine: signals only set a flag, and all ranks learn of it at the same step boundary."""
+"""A notice to stop, such as a scheduler's before it takes the machine: signals only set a flag, and all ranks learn
+of it at the same step boundary.
+"""
+
 from __future__ import annotations
 
 import signal
@@ -11,7 +14,8 @@ from funczero.checkpoint.peers import Peers
 class Notice:
     """`if notice.given(): save and end`, once a step, on all ranks.
 
-    Law: at every boundary all ranks get the same answer, though the signal may reach one of them alone. Costs one question to the world's store a step.
+    Law: at every boundary all ranks get the same answer, though the signal may reach one of them alone. Costs one
+    question to the world's store a step.
 
     >>> import os
     >>> with Notice() as notice:
@@ -43,7 +47,8 @@ class Notice:
             self._asked = True
             peers.put("notice/asked", True)
         if not self._at and peers.rank == 0 and peers.there("notice/asked"):
-            peers.put("notice/at", self._count + 1)  # the next boundary: nobody gets there before rank 0 has left this one
+            # the next boundary: nobody gets there before rank 0 has left this one
+            peers.put("notice/at", self._count + 1)
         if not self._at and peers.there("notice/at"):
             self._at = peers.get("notice/at")
             peers.begin()

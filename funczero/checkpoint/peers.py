@@ -1,4 +1,7 @@
-"""The ranks of a save or a restore: messages through the world's store, and the proof by which a dead rank is told from a slow one. No collective is involved."""
+"""The ranks of a save or a restore: messages through the world's store, and the proof by which a dead rank is told
+from a slow one. No collective is involved.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -20,7 +23,9 @@ MOST = 256 << 20  # bytes of a message
 
 
 class Peers:
-    """This rank among those that share a checkpointer; a world of one needs no other. Made when the world has been joined."""
+    """This rank among those that share a checkpointer; a world of one needs no other. Made when the world has been
+    joined.
+    """
 
     def __init__(self, alone: bool = False) -> None:
         """The n-th of every rank belong together; `alone`: a world of this process, whatever the other one is."""
@@ -29,7 +34,8 @@ class Peers:
         self._space = f"{SPACE}/{self._line.ask('add', f'{SPACE}/count/{self.rank}', 1)}"
         self.number = self._polled = 0  # of this rank's last call; the same on all ranks
         self._mine: list[str] = []  # keys that this rank has published
-        self._seen: dict[int, tuple[bytes, float, float]] = {}  # a rank's last beat, since when it is the last, and when it was looked at
+        # a rank's last beat, since when it is the last, and when it was looked at
+        self._seen: dict[int, tuple[bytes, float, float]] = {}
         self._looked = 0.0
 
     @property
@@ -83,13 +89,17 @@ class Peers:
                 raise ValueError(f"it has more than {MOST} bytes")
             return json.loads(text)
         except (zlib.error, ValueError, RecursionError) as e:
-            raise CheckpointError(f"checkpoint: {key!r} in the world's store is no message of a rank ({type(e).__name__}: {str(e)[:80]})") from None
+            raise CheckpointError(
+                f"checkpoint: {key!r} in the world's store is no message of a rank ({type(e).__name__}: {str(e)[:80]})"
+            ) from None
 
     def get_bytes(self, key: str) -> bytes:
         """What was published."""
         return self._line.ask("get", f"{self._space}/{key}")
 
-    def wait(self, keys: Iterable[tuple[int, str]], what: str, join: float | None = None, raw: bool = False) -> list[Any]:
+    def wait(
+        self, keys: Iterable[tuple[int, str]], what: str, join: float | None = None, raw: bool = False
+    ) -> list[Any]:
         """What ranks publish, in order, as JSON or as bytes.
 
         Args:
@@ -107,7 +117,10 @@ class Peers:
                 if (why := self._dead(rank, came=join is None)) and not self.there(key):  # what it said before counts
                     raise CheckpointError(f"{what}: {why}")
                 if join is not None and time.monotonic() - start > join:
-                    raise CheckpointError(f"{what}: rank {rank} did not come within {join:g} s, while rank {self.rank} waits; every rank calls save and restore, at the same step")
+                    raise CheckpointError(
+                        f"{what}: rank {rank} did not come within {join:g} s, while rank {self.rank} waits; every rank"
+                        " calls save and restore, at the same step"
+                    )
                 time.sleep(pause)
                 pause = min(0.02, pause * 1.5)
             out.append(self.get_bytes(key) if raw else self.get(key))
@@ -120,7 +133,8 @@ class Peers:
           came: is it inside the call? One that is not, and whose process is there, may be late.
         """
         now = time.monotonic()
-        if now - self._looked > 2 * lines.BEAT:  # this process was stopped, or did not wait: others' silence counts from now
+        # this process was stopped, or did not wait: others' silence counts from now
+        if now - self._looked > 2 * lines.BEAT:
             self._seen.clear()
         self._looked = now
         value, since, looked = self._seen.get(rank, (None, now, 0.0))
@@ -135,7 +149,11 @@ class Peers:
         since = since if beat == value else now
         self._seen[rank] = (beat, since, now)
         if now - since > lines.DEAD and (came or (beat and not self._near(process))):
-            there = f"its process {presence.number(process)} is there, but stopped or stuck" if self._near(process) else "its process was ended, or its machine is lost"
+            there = (
+                f"its process {presence.number(process)} is there, but stopped or stuck"
+                if self._near(process)
+                else "its process was ended, or its machine is lost"
+            )
             return f"rank {rank} has not been heard of for {now - since:.0f} s; {there}"
         return ""
 

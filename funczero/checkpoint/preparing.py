@@ -1,4 +1,7 @@
-"""What a save is made of before anything is written: a rank's leaves by name, and what the checkpoint will say of itself; or the error to tell all ranks."""
+"""What a save is made of before anything is written: a rank's leaves by name, and what the checkpoint will say of
+itself; or the error to tell all ranks.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -37,7 +40,10 @@ def prepared(asked: Asked, directory: Path, peers: Peers, step: Any, config: Any
         raise ValueError("save: it takes a TrainState that was not donated; give the state that step(...) returned")
     cut = {a: n for a, (n, _) in coords_of(state).items() if n > peers.size}
     if cut:
-        raise ValueError(f"save: the state is cut over {cut}, but this process is in a world of {peers.size}; save it in the world that made it")
+        raise ValueError(
+            f"save: the state is cut over {cut}, but this process is in a world of {peers.size}; save it in the world"
+            " that made it"
+        )
     found = named(state, peers.rank, peers.size)
     encoded, arrays = client.encode(asked.client_state)
     for key in arrays:
@@ -47,7 +53,20 @@ def prepared(asked: Asked, directory: Path, peers: Peers, step: Any, config: Any
     refuse_collisions(list(found.parts))
     about = {"config": config} | ({} if step is None else {"chain": chain_of(step), "specs": _specs(found)})
     numbers = {str(k): _number(str(k), v) for k, v in (asked.metrics or {}).items()}
-    told = Manifest(text, 0, int(state.step), int(state.updates), {}, found.ties, numbers, encoded, peers.size, window(state), about, manifest.versions())
+    told = Manifest(
+        text,
+        0,
+        int(state.step),
+        int(state.updates),
+        {},
+        found.ties,
+        numbers,
+        encoded,
+        peers.size,
+        window(state),
+        about,
+        manifest.versions(),
+    )
     if peers.rank == 0:
         refuse_taken(directory, text, asked.overwrite)
         commit.orbax()
@@ -73,4 +92,7 @@ def _number(name: str, x: Any) -> float:
     try:
         return float(x)
     except (OverflowError, TypeError, ValueError):
-        raise ValueError(f"save: the metric {name!r} is {str(x)[:40] if not isinstance(x, int) else 'an integer beyond float64'} ({type(x).__name__}); give a number") from None
+        raise ValueError(
+            f"save: the metric {name!r} is {str(x)[:40] if not isinstance(x, int) else 'an integer beyond float64'}"
+            f" ({type(x).__name__}); give a number"
+        ) from None

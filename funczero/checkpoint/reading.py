@@ -1,4 +1,5 @@
 """A restore on all ranks together: which checkpoint, and that all of them have read it, or none."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -39,7 +40,16 @@ class Reading(NamedTuple):
     context: Context
 
 
-def choices(peers: Peers, number: int, directory: Path, name: int | str | float, keep: Keep, fallback: bool, limit: int, join: float) -> list[str]:
+def choices(
+    peers: Peers,
+    number: int,
+    directory: Path,
+    name: int | str | float,
+    keep: Keep,
+    fallback: bool,
+    limit: int,
+    join: float,
+) -> list[str]:
     """The folders to try, the same on all ranks; rank 0 looks."""
     if peers.rank == 0:
         try:
@@ -54,7 +64,9 @@ def choices(peers: Peers, number: int, directory: Path, name: int | str | float,
     return answer
 
 
-def first_good(reading: Reading, paths: list[str], like: TrainState, fresh: Callable[[], TrainState], fallback: bool) -> Restored:
+def first_good(
+    reading: Reading, paths: list[str], like: TrainState, fresh: Callable[[], TrainState], fallback: bool
+) -> Restored:
     """The first of these checkpoints that every rank can read.
 
     Raises:
@@ -73,19 +85,30 @@ def first_good(reading: Reading, paths: list[str], like: TrainState, fresh: Call
     raise CheckpointError("; ".join(problems))
 
 
-def _tried(reading: Reading, path: Path, like: TrainState, fresh: Callable[[], TrainState], key: str) -> tuple[Restored | None, str]:
+def _tried(
+    reading: Reading, path: Path, like: TrainState, fresh: Callable[[], TrainState], key: str
+) -> tuple[Restored | None, str]:
     """One checkpoint on all ranks: all have read it, or none has."""
     mine, done, peers = "", None, reading.peers
     try:
         found = manifest.load(path, reading.limit)
         if peers.rank == 0 and (broken := manifest.check_files(path, found)):
-            raise CheckpointError(f"checkpoint {str(path)!r}: {'; '.join(broken[:3])}{f'; and {len(broken) - 3} more' * (len(broken) > 3)}")
+            raise CheckpointError(
+                f"checkpoint {str(path)!r}:"
+                f" {'; '.join(broken[:3])}{f'; and {len(broken) - 3} more' * (len(broken) > 3)}"
+            )
         state, notes = fill(path, found, like, fresh, reading.want, reading.context)
         odd = found.about.get("not finite")
         notes += [f"of its leaves {listed(odd)} held NaN or infinity when they were saved"] if odd else []
-        done = Restored(state, load_client(path, found), path.name.removesuffix(folder.NEW), found.step, found.metrics, tuple(notes))
+        done = Restored(
+            state, load_client(path, found), path.name.removesuffix(folder.NEW), found.step, found.metrics, tuple(notes)
+        )
     except Exception as e:
-        mine = sentence(e) if isinstance(e, (CheckpointError, ValueError, TypeError, OSError)) else f"{type(e).__name__}: {sentence(e)}"
+        mine = (
+            sentence(e)
+            if isinstance(e, (CheckpointError, ValueError, TypeError, OSError))
+            else f"{type(e).__name__}: {sentence(e)}"
+        )
         mine = mine if str(path) in mine else f"{mine} (in {str(path)!r})"
     peers.put(f"{key}/{peers.rank}", mine)
     all_told = peers.wait([(r, f"{key}/{r}") for r in range(peers.size)], "restore")

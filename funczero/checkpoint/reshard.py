@@ -1,4 +1,7 @@
-"""A state handed to another step in memory: another stage, mesh, cut or set of units, as a restore would, without a disk."""
+"""A state handed to another step in memory: another stage, mesh, cut or set of units, as a restore would, without a
+disk.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -24,10 +27,10 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def reshard(state: TrainState, step: Step) -> TrainState:
     """A state of another step over the same parameters as a state of this one; a collective of all ranks of the world.
 
-    Law: every leaf that both steps have keeps its bits, so that a run which goes on here has the bits it would have had.
-    The rates are those that `step` was built with. What only `step` has, as the moments of another optimizer, begins as
-    in `step.init`; what only `state` has is left behind, and said. Each leaf is whole on every rank for a moment, as
-    integers of 8 bytes a value.
+    Law: every leaf that both steps have keeps its bits, so that a run which goes on here has the bits it would have
+    had. The rates are those that `step` was built with. What only `step` has, as the moments of another optimizer,
+    begins as in `step.init`; what only `state` has is left behind, and said. Each leaf is whole on every rank for a
+    moment, as integers of 8 bytes a value.
 
     Args:
       state: any step's; it stays as it is.
@@ -77,9 +80,13 @@ def reshard(state: TrainState, step: Step) -> TrainState:
 
 def _check(state: Any) -> None:
     if not isinstance(state, TrainState):
-        raise TypeError(f"reshard: it takes a TrainState, but this is a {type(state).__name__}; give what a step returned")
+        raise TypeError(
+            f"reshard: it takes a TrainState, but this is a {type(state).__name__}; give what a step returned"
+        )
     if int(state.step) < 0:
-        raise ValueError("reshard: this state was donated and its memory is in use; give the state that the step returned")
+        raise ValueError(
+            "reshard: this state was donated and its memory is in use; give the state that the step returned"
+        )
     for name, own in state.chain.items():
         if getattr(own, "partial", ()):
             raise ValueError(
@@ -150,9 +157,7 @@ def _tree(state: TrainState, have: dict[str, Part], whole: dict[str, Tensor]) ->
     return structure.unflatten(leaves)
 
 
-def _renew(
-    new: TrainState, want: dict[str, Part], missing: list[str], fresh: TrainState, rank: int, size: int
-) -> None:
+def _renew(new: TrainState, want: dict[str, Part], missing: list[str], fresh: TrainState, rank: int, size: int) -> None:
     """What the old state does not have, as a first state of these very parameters has it."""
     parts = named(fresh, rank, size).parts
     for name in missing:

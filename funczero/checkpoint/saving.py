@@ -1,4 +1,5 @@
 """One save on one rank, in a thread of its own: write this rank's chunks; on rank 0 also commit them all."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,7 +21,8 @@ from funczero.checkpoint.names import Names, listed
 from funczero.checkpoint.peers import Peers
 from funczero.world.ending import Work
 
-KINDS = {e.__name__: e for e in (ValueError, TypeError, FileExistsError, OSError, PermissionError)}  # raised elsewhere as what they are
+# raised elsewhere as what they are
+KINDS = {e.__name__: e for e in (ValueError, TypeError, FileExistsError, OSError, PermissionError)}
 
 
 class Job(NamedTuple):
@@ -79,7 +81,10 @@ def refuse_taken(directory: Path, name: str, overwrite: bool) -> None:
     if not overwrite and (there or (directory / (name + folder.NEW)).exists()):
         raise FileExistsError(f"save: {str(final)!r} is there already; choose another name, or write overwrite=True")
     if there and not folder.replaceable(final):
-        raise FileExistsError(f"save: {str(final)!r} is no checkpoint but a link, a file or a folder of other things, which overwrite=True does not remove; choose another name")
+        raise FileExistsError(
+            f"save: {str(final)!r} is no checkpoint but a link, a file or a folder of other things, which"
+            " overwrite=True does not remove; choose another name"
+        )
 
 
 def arrays_of(found: Names, own: Deal) -> dict[str, Array]:
@@ -130,13 +135,18 @@ def _follow(job: Job, peers: Peers) -> None:
 
 
 def _commit(job: Job, peers: Peers) -> list[str]:
-    """Rank 0's: orbax's save around everybody's writing, then what may go. Returns the leaves that hold what no training should."""
+    """Rank 0's: orbax's save around everybody's writing, then what may go. Returns the leaves that hold what no
+    training should.
+    """
     name, tails, odd = job.told.name, {n: dict[str, str]() for n in job.arrays}, dict[str, None]()
 
     def everybody(path: Path) -> None:
         peers.put(f"{job.number}/dir", str(path))
         mine = {"tails": _pieces(path, job, peers), "odd": _odd(job)}
-        for theirs in (mine, *peers.wait([(r, f"{job.number}/done/{r}") for r in range(1, peers.size)], f"save {name!r}")):
+        for theirs in (
+            mine,
+            *peers.wait([(r, f"{job.number}/done/{r}") for r in range(1, peers.size)], f"save {name!r}"),
+        ):
             if "error" in theirs:
                 raise CheckpointError(f"save {name!r}: {theirs['error']}")
             odd.update(dict.fromkeys(theirs["odd"]))
@@ -157,7 +167,9 @@ def _commit(job: Job, peers: Peers) -> list[str]:
         try:
             commit.commit(target, [tuple(n.split("/")) for n in job.arrays], commit.Hooks(everybody, sealed))
         except Exception as e:
-            raise e if isinstance(e, (OSError, CheckpointError)) else CheckpointError(f"save {name!r}: {sentence(e)}") from e
+            raise (
+                e if isinstance(e, (OSError, CheckpointError)) else CheckpointError(f"save {name!r}: {sentence(e)}")
+            ) from e
         if target != final:
             folder.swap(target, final)
         folder.clean(job.directory, job.named, job.limit)
@@ -167,7 +179,13 @@ def _commit(job: Job, peers: Peers) -> list[str]:
 
 def _odd(job: Job) -> list[str]:
     """The leaves of this rank's pieces that hold NaN, or, of parameters, infinity; not the client's."""
-    return list(dict.fromkeys(p.name for p, x in job.values if not p.name.startswith("client/") and not sound(x, p.name.split("/")[0] == "params")))
+    return list(
+        dict.fromkeys(
+            p.name
+            for p, x in job.values
+            if not p.name.startswith("client/") and not sound(x, p.name.split("/")[0] == "params")
+        )
+    )
 
 
 def sound(x: Tensor, finite: bool) -> bool:
@@ -175,7 +193,8 @@ def sound(x: Tensor, finite: bool) -> bool:
     if not (x.is_floating_point() or x.is_complex()) or not x.numel():
         return True
     x = torch.view_as_real(x) if x.is_complex() else x.float() if x.dtype.itemsize == 1 else x
-    if bool(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).isfinite()):  # one pass, and nothing in new memory
+    # one pass, and nothing in new memory
+    if bool(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).isfinite()):
         return True
     return bool((x.isfinite() if finite else ~x.isnan()).all())
 
@@ -183,7 +202,13 @@ def sound(x: Tensor, finite: bool) -> bool:
 def _warn(job: Job, odd: list[str]) -> None:
     if odd:
         verb = "is" if len(odd) == 1 else "are"
-        logging.warning("save %r: %s %s not finite in the state at step %d, which was saved as it is", job.told.name, listed(odd), verb, job.told.step)
+        logging.warning(
+            "save %r: %s %s not finite in the state at step %d, which was saved as it is",
+            job.told.name,
+            listed(odd),
+            verb,
+            job.told.step,
+        )
 
 
 def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, dict[str, str]]:
@@ -193,14 +218,21 @@ def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, dict[str, str]]:
     for piece, x in job.values:
         if piece.writer != rank:
             peers.put_bytes(key_of(piece), x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    chunks: list[tuple[str, tuple[int, ...], Box, np.ndarray]] = [(p.name, p.key, p.box, numpy_view(x)) for p, x in job.values if p.writer == rank]
+    chunks: list[tuple[str, tuple[int, ...], Box, np.ndarray]] = [
+        (p.name, p.key, p.box, numpy_view(x)) for p, x in job.values if p.writer == rank
+    ]
     for piece in job.deal.pieces:
         if piece.writer == rank != piece.holder:
             (rows,) = peers.wait([(piece.holder, key_of(piece))], f"save {job.told.name!r}", raw=True)
             x = torch.frombuffer(bytearray(rows), dtype=torch_dtype(job.arrays[piece.name].dtype)).view(piece.box.shape)
             chunks.append((piece.name, piece.key, piece.box, numpy_view(x)))
-    mine = {name for name, *_ in chunks} | {n for n, a in job.arrays.items() if rank == 0 and not prod(a.shape)}  # without values: rank 0 says that they are there
-    return write(path / f"ocdbt.process_{rank}", {n: a for n, a in job.arrays.items() if n in mine}, chunks) if mine else {}
+    # without values: rank 0 says that they are there
+    mine = {name for name, *_ in chunks} | {n for n, a in job.arrays.items() if rank == 0 and not prod(a.shape)}
+    return (
+        write(path / f"ocdbt.process_{rank}", {n: a for n, a in job.arrays.items() if n in mine}, chunks)
+        if mine
+        else {}
+    )
 
 
 def sentence(e: BaseException) -> str:

@@ -1,4 +1,7 @@
-"""Looking into checkpoints: what is in one, whether it is whole, how two differ. One process, no torch.distributed, leaf by leaf."""
+"""Looking into checkpoints: what is in one, whether it is whole, how two differ. One process, no torch.distributed,
+leaf by leaf.
+"""
+
 from __future__ import annotations
 
 import json
@@ -29,7 +32,9 @@ def find(path: str | Path) -> Path:
 
 def size_of(found: Manifest, names: Iterable[str] | None = None) -> int:
     """Bytes of leaves."""
-    return sum(prod(a.shape) * torch_dtype(a.dtype).itemsize for n, a in found.arrays.items() if names is None or n in names)
+    return sum(
+        prod(a.shape) * torch_dtype(a.dtype).itemsize for n, a in found.arrays.items() if names is None or n in names
+    )
 
 
 def progress(items: list[T], what: str) -> Iterator[T]:
@@ -63,7 +68,9 @@ def inspect(path: str | Path) -> str:
     """A checkpoint on a page: its tree with shapes, dtypes and sizes, its step, its client state. No array is read."""
     where = find(path)
     found = manifest.load(where)
-    lines = [f"{where}: step {found.step}, {found.updates} updates, commit {found.sequence}, written by {found.world} ranks"]
+    lines = [
+        f"{where}: step {found.step}, {found.updates} updates, commit {found.sequence}, written by {found.world} ranks"
+    ]
     if found.metrics:
         lines.append("metrics: " + ", ".join(f"{k} {v:g}" for k, v in found.metrics.items()))
     lines.append("versions: " + ", ".join(f"{k} {v}" for k, v in found.versions.items()))
@@ -77,7 +84,10 @@ def inspect(path: str | Path) -> str:
     wide = max((len(n) for n in found.arrays), default=0)
     specs = found.about.get("specs", {})
     for name, a in found.arrays.items():
-        lines.append(f"  {name:<{wide}}  {a.dtype:<10} {str(list(a.shape)):<20} {prod(a.shape) * torch_dtype(a.dtype).itemsize:>14,} bytes  {specs.get(name, '')}".rstrip())
+        lines.append(
+            f"  {name:<{wide}}  {a.dtype:<10} {str(list(a.shape)):<20}"
+            f" {prod(a.shape) * torch_dtype(a.dtype).itemsize:>14,} bytes  {specs.get(name, '')}".rstrip()
+        )
     lines += [f"  {other:<{wide}}  is {name}" for other, name in found.ties.items()]
     heads = sorted({n.split("/")[0] for n in found.arrays})
     parts = ", ".join(f"{h} {size_of(found, [n for n in found.arrays if n.split('/')[0] == h]):,}" for h in heads)
@@ -107,9 +117,16 @@ def verify(path: str | Path) -> list[str]:
 
 
 def diff(a: str | Path, b: str | Path) -> list[str]:
-    """How two checkpoints differ, a line a leaf with the largest difference; nothing where every leaf has the same bits."""
+    """How two checkpoints differ, a line a leaf with the largest difference; nothing where every leaf has the same
+    bits.
+    """
     (one, left), (two, right) = ((p, manifest.load(p)) for p in (find(a), find(b)))
-    out = [f"{n}: only in {p}" for p, mine, other in ((one, left, right), (two, right, left)) for n in mine.arrays if n not in other.arrays]
+    out = [
+        f"{n}: only in {p}"
+        for p, mine, other in ((one, left, right), (two, right, left))
+        for n in mine.arrays
+        if n not in other.arrays
+    ]
     both = []
     for n in left.arrays:
         if n in right.arrays:
@@ -134,4 +151,7 @@ def _largest(x: Tensor, y: Tensor) -> str:
         return f"{int((~gap.isfinite()).sum())} of {x.numel()} values are not finite in one of them"
     worst = int(gap.argmax())
     apart = int((gap.view(-1) > 0).sum())
-    return f"largest difference {float(gap.view(-1)[worst]):.3g} ({x.view(-1)[worst].item():.6g} against {y.view(-1)[worst].item():.6g}), {apart} of {x.numel()} values differ"
+    return (
+        f"largest difference {float(gap.view(-1)[worst]):.3g} ({x.view(-1)[worst].item():.6g} against"
+        f" {y.view(-1)[worst].item():.6g}), {apart} of {x.numel()} values differ"
+    )

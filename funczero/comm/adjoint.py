@@ -1,9 +1,10 @@
 """Gathers and scatters of plain tensors that can be differentiated any number of times: each is the other's transpose.
 
-For research code that differentiates through sharded values: Hessian-vector products, penalties, unrolled optimizers. The
-convention is the sum: the cotangent of a gathered tensor is summed over ranks, and every rank's own cotangent counts once.
-They are exact: no wire of an edge packs what they send.
+For research code that differentiates through sharded values: Hessian-vector products, penalties, unrolled optimizers.
+The convention is the sum: the cotangent of a gathered tensor is summed over ranks, and every rank's own cotangent
+counts once. They are exact: no wire of an edge packs what they send.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -83,5 +84,7 @@ def scatter_rows(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
     """
     size = mesh.axes[axis].size
     if x.shape[0] % size:
-        raise ValueError(f"scatter_rows: {x.shape[0]} rows do not divide over {axis!r} of size {size}; pad dim 0 to a multiple of it")
+        raise ValueError(
+            f"scatter_rows: {x.shape[0]} rows do not divide over {axis!r} of size {size}; pad dim 0 to a multiple of it"
+        )
     return x if size == 1 else _Scatter.apply(x, axis, mesh)

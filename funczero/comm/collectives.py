@@ -4,6 +4,7 @@ Gathers and scatters are each other's transpose, where nothing is rounded on the
 all_to_all, in the fixed tree of order.py: half the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and
 the same bits on any number of ranks.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -68,10 +69,10 @@ def gather_units(
 def scatter_units(
     where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, leaves: Sequence[list[Tensor]], key: Key = (0,)
 ) -> Travelling:
-    """Start to sum units' leaves over an axis and keep this rank's part; waiting returns their buffers one step inwards.
+    """Start to sum units' leaves over an axis and keep this rank's part; waiting returns their buffers there.
 
-    They are one message. The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added in
-    `edge.adds`, in the tree over ranks.
+    They are one message. The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added
+    in `edge.adds`, in the tree over ranks.
 
     Args:
       key: of this sum, for wires that draw; the same on all ranks.
@@ -152,7 +153,10 @@ def all_gather(x: Slots, edge: Edge | str, mesh: Mesh, key: Key = (0,)) -> Slots
     edge = Edge(edge) if isinstance(edge, str) else edge
     axis = edge.axis
     if not x.where.coords or x.where.coords[-1][0] != axis:
-        raise ValueError(f"all_gather({axis!r}): the innermost axis of these leaves is {x.where.axes[-1:] or 'none'}; gather that one first")
+        raise ValueError(
+            f"all_gather({axis!r}): the innermost axis of these leaves is {x.where.axes[-1:] or 'none'}; gather that"
+            " one first"
+        )
     where = x.where.outer
     if mesh.axes[axis].size == 1:
         return Slots(x.buffers, where)
@@ -239,5 +243,7 @@ def cut(x: Slots, axis: str, mesh: Mesh) -> Slots:
     for i, (a, b) in enumerate(zip(x.leaves(), out.leaves(), strict=True)):
         if a is not None and b is not None and b.numel():
             slot, origin = inner.slots[i], x.where.slots[i]
-            b.copy_(a[tuple(slice(s - o, s - o + n) for s, o, n in zip(slot.start, origin.start, slot.shape, strict=True))])
+            b.copy_(
+                a[tuple(slice(s - o, s - o + n) for s, o, n in zip(slot.start, origin.start, slot.shape, strict=True))]
+            )
     return Slots(tuple(b[: n.numel()] for b, n in zip(out.buffers, x.buffers, strict=True)), inner)

@@ -1,4 +1,5 @@
 """How one mesh axis is crossed: which leaves it cuts, what travels when it gathers and scatters, how it adds."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable

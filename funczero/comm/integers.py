@@ -1,4 +1,5 @@
 """Sums of integers, which have no order; in them ranks also compare what they launched."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -26,13 +27,13 @@ def _summed(x: Tensor, axes: tuple[str, ...], mesh: Mesh, noted: bool) -> Tensor
 
 
 def sum_and_compare(parts: Sequence[Tensor], axes: tuple[str, ...], mesh: Mesh) -> tuple[Tensor, Tensor | None]:
-    """The int64 sum of flat `parts` over axes, in which all ranks of the mesh also compare what they launched (ledger.py).
+    """The int64 sum of flat `parts` over axes, in which all ranks also compare what they launched (ledger.py).
 
     Every rank of the mesh takes part. Over the mesh's other axes the parts are the same, and are counted once.
 
     Returns:
-      the sum, the parts one after another; and, on an accelerator, whether the ranks agree, as a bool tensor: it is told at
-        the next sum there, without waiting for this one.
+      the sum, the parts one after another; and, on an accelerator, whether the ranks agree, as a bool tensor: it is
+        told at the next sum there, without waiting for this one.
 
     Raises:
       DivergenceError: they do not; on all ranks alike, and before anything is made of the sum.

@@ -1,4 +1,5 @@
 """One flat buffer over one mesh axis: the only module that sends. Launch, then wait; every byte is counted."""
+
 from __future__ import annotations
 
 from collections import Counter

@@ -1,9 +1,10 @@
 """Exact sums of squares: integers that add in any order, so that a norm is the same on any mesh.
 
-Each square, exact in float64, is rounded once to a grid fixed by its binary order, and the rounded parts are added as integers
-(the pre-rounding of Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", 2013): every float64 sum below is exact, so
-no kernel's order of summation, chunk, row or rank can be seen in the result.
+Each square, exact in float64, is rounded once to a grid fixed by its binary order, and the rounded parts are added as
+integers (the pre-rounding of Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", 2013): every float64 sum
+below is exact, so no kernel's order of summation, chunk, row or rank can be seen in the result.
 """
+
 from __future__ import annotations
 
 import math
@@ -18,7 +19,9 @@ CHUNK = 1 << 18  # elements summed at once: CHUNK * 2**(WIDTH + 1) < 2**53
 
 
 def folds(dtype: torch.dtype) -> int:
-    """How many bins below the largest square's count: an error of 2**-33 (float64: 2**-65) of the largest square per value."""
+    """How many bins below the largest square's count: an error of 2**-33 (float64: 2**-65) of the largest square per
+    value.
+    """
     return 3 if dtype == torch.float64 else 2
 
 
@@ -41,7 +44,9 @@ def square_bins(x: Tensor) -> Tensor:
     y, coarse = (torch.empty(min(x.numel(), CHUNK), dtype=torch.float64) for _ in range(2))
     for part in x.reshape(-1).split(CHUNK):
         if part.numel():
-            _add_on_host(bins, torch.square(y[: part.numel()].copy_(part), out=y[: part.numel()]), coarse[: part.numel()], n)
+            _add_on_host(
+                bins, torch.square(y[: part.numel()].copy_(part), out=y[: part.numel()]), coarse[: part.numel()], n
+            )
     return torch.tensor(bins)
 
 

@@ -1,4 +1,5 @@
 """Where the parts of a unit's leaves lie on the wire [W, n] of one axis, and how much of a buffer travels."""
+
 from __future__ import annotations
 
 from math import prod

@@ -5,6 +5,7 @@ message. It sees views and gradients, never masters: `step.params`, checkpoints 
 What does not travel is not packed: over an axis of size 1 every wire is the identity, and a leaf that an axis leaves
 whole is not packed where that axis gathers.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -22,14 +23,14 @@ Key = tuple[int, ...]  # what the draws of a message are folded from, the same o
 class Wire(NamedTuple):
     """Two pure functions between a buffer x[n] and what is sent in its place, and how many bytes that is.
 
-    Law: every slot is packed by itself, so that the parts of x that `lengths` names do not depend on each other; a value
-    that is not finite reads as one that is not; the same (x, lengths, key) gives the same bytes. A chain tries all this
-    when it is built.
+    Law: every slot is packed by itself, so that the parts of x that `lengths` names do not depend on each other; a
+    value that is not finite reads as one that is not; the same (x, lengths, key) gives the same bytes. A chain tries
+    all this when it is built.
 
     Args:
       name: what is printed, counted and compared among ranks; it should say the wire's numbers, as "int8(2048)".
       pack: (x[n], lengths, key) -> one flat buffer of any dtype; n = sum(lengths); draws come from
-        `fz.rng.generator(key)` alone. The key is that of the unit in this update, the same on all ranks where they must agree.
+        `fz.rng.generator(key)` alone. The key is the unit's in this update, the same on all ranks that must agree.
       unpack: (sent, lengths, dtype) -> x[n] in dtype; sums are read in `policy.accumulate`, views in `policy.compute`.
       nbytes: (lengths, dtype) -> the bytes of what `pack` gives for an x of that dtype, in closed form.
       init: (where, unit) -> the state of a wire with memory, as error feedback has; None: it has none.

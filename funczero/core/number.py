@@ -1,4 +1,7 @@
-"""Numbers that somebody wrote: what is none, or lies outside its range, is refused by name, argument and value where it is written."""
+"""Numbers that somebody wrote: what is none, or lies outside its range, is refused by name, argument and value where
+it is written.
+"""
+
 from __future__ import annotations
 
 import math
@@ -27,7 +30,11 @@ def number(who: str, what: str, x: Any, low: float = 0.0, high: float = math.inf
       ...
     TypeError: adamw: lr='1e-3' is a string and no number; write a finite number of at least 0
     """
-    want = f"a number in {'(' if above else '['}{low:g}, {high:g})" if high < math.inf else f"a finite number {'above' if above else 'of at least'} {low:g}"
+    want = (
+        f"a number in {'(' if above else '['}{low:g}, {high:g})"
+        if high < math.inf
+        else f"a finite number {'above' if above else 'of at least'} {low:g}"
+    )
     want = want if low > -math.inf else "a finite number"
     if isinstance(x, bool) or not isinstance(x, Real):
         raise TypeError(f"{who}: {what}={shown(x)} is {kind(x)} and no number; write {want}")

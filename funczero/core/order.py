@@ -3,6 +3,7 @@
 A micro-batch's global index is a mixed-radix number whose digits are the accumulates and the mesh axes; the sum taken
 first is the fastest digit. Rows are dealt by it, so the tree over indices is the same on any mesh and at any stage.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

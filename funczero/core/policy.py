@@ -1,4 +1,5 @@
 """Dtypes as one readable string: one master, many views."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -6,7 +7,15 @@ from typing import NamedTuple
 import torch
 
 _NAMES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-_SHORT = {"f64": "float64", "fp64": "float64", "f32": "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
+_SHORT = {
+    "f64": "float64",
+    "fp64": "float64",
+    "f32": "float32",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+}
 
 
 def dtype_of(name: str | torch.dtype, who: str = "policy") -> torch.dtype:
@@ -21,7 +30,8 @@ def dtype_of(name: str | torch.dtype, who: str = "policy") -> torch.dtype:
 class Policy(NamedTuple):
     """Masters in `params`, forward and backward in `compute`, sums of gradients in `accumulate`.
 
-    A gradient travels in the dtype it was born in until it is first summed, then in `accumulate`: nothing is rounded twice.
+    A gradient travels in the dtype it was born in until it is first summed, then in `accumulate`: nothing is rounded
+    twice.
 
     >>> print(Policy.parse("params=float32,compute=bfloat16"))
     params=float32,compute=bfloat16,accumulate=float32
@@ -43,8 +53,13 @@ class Policy(NamedTuple):
         given = dict(part.strip().split("=", 1) for part in text.split(",") if part.strip())
         unknown = set(given) - set(Policy._fields)
         if unknown:
-            raise ValueError(f"policy: {sorted(unknown)[0]!r} is not a part of a policy; write {','.join(f + '=...' for f in Policy._fields)}")
+            raise ValueError(
+                f"policy: {sorted(unknown)[0]!r} is not a part of a policy; write"
+                f" {','.join(f + '=...' for f in Policy._fields)}"
+            )
         return Policy(**{name: dtype_of(value.strip()) for name, value in given.items()})
 
     def __str__(self) -> str:
-        return ",".join(f"{name}={str(dtype).removeprefix('torch.')}" for name, dtype in zip(self._fields, self, strict=True))
+        return ",".join(
+            f"{name}={str(dtype).removeprefix('torch.')}" for name, dtype in zip(self._fields, self, strict=True)
+        )

@@ -1,4 +1,5 @@
 """Keys as values: randomness named by what it is for, never by who draws it."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,5 @@
 """What every transform is made of: the one place that passes "nothing yet" through, and the way to refuse."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -60,7 +61,9 @@ def around(
     return _right_of(g, name, layout, apply, init)
 
 
-def _right_of(g: Grad, name: str, layout: Layout, apply: Callable[..., Any], init: Callable[[Any], dict[str, Any]] | None) -> Grad:
+def _right_of(
+    g: Grad, name: str, layout: Layout, apply: Callable[..., Any], init: Callable[[Any], dict[str, Any]] | None
+) -> Grad:
     both = g.init if init is None else lambda params: {**g.init(params), **init(params)}
     return g._replace(init=both, apply=apply, layout=layout, names=(*g.names, name), arrows=(*g.arrows, layout))
 

@@ -1,4 +1,5 @@
 """Pytrees: leaves, paths and maps, over torch's own registry."""
+
 from __future__ import annotations
 
 import re
@@ -51,7 +52,9 @@ def split_rows(batch: Any, n: int, what: str) -> list[Any]:
     if n == 1:
         return [batch]
     if rows % n:
-        raise ValueError(f"{what}: a batch of {rows} rows does not divide into {n} equal parts; give a multiple of {n} rows")
+        raise ValueError(
+            f"{what}: a batch of {rows} rows does not divide into {n} equal parts; give a multiple of {n} rows"
+        )
     parts = [[x] * n if x is None or not rows else x.split(rows // n) for x in flat]
     return [unflatten([p[i] for p in parts], treedef) for i in range(n)]
 
@@ -61,7 +64,10 @@ def count_rows(flat: list[Any], what: str) -> int:
     flat = [x for x in flat if x is not None]
     for x in flat:
         if not isinstance(x, Tensor) or x.dim() == 0:
-            raise TypeError(f"{what}: every leaf of a batch is a tensor with rows in dim 0, but one is {type(x).__name__}{' without dims' * isinstance(x, Tensor)}")
+            raise TypeError(
+                f"{what}: every leaf of a batch is a tensor with rows in dim 0, but one is"
+                f" {type(x).__name__}{' without dims' * isinstance(x, Tensor)}"
+            )
     sizes = {x.shape[0] for x in flat}
     if len(sizes) > 1:
         raise ValueError(f"{what}: the tensors of a batch disagree on their rows (dim 0): {sorted(sizes)}")
@@ -109,7 +115,12 @@ def matcher(which: str | Callable[[str], bool] | None) -> Callable[[str], bool]:
 
 
 def unmatched(regex: str, paths: Sequence[str]) -> str:
-    """Why a regex that finds nothing among the paths is a mistake; nothing where it finds one, or says that it means none ('^$')."""
+    """Why a regex that finds nothing among the paths is a mistake; nothing where it finds one, or says that it means
+    none ('^$').
+    """
     if re.search(regex, "") or any(re.search(regex, n) for path in paths for n in names(path)):
         return ""
-    return f"the regex {regex!r} matches no parameter; their paths begin with {sorted({p.split('/')[0] for p in paths})[:8]}"
+    return (
+        f"the regex {regex!r} matches no parameter; their paths begin with"
+        f" {sorted({p.split('/')[0] for p in paths})[:8]}"
+    )

@@ -1,4 +1,5 @@
 """The types everything stands on: what flows through a chain, and what a chain is checked against."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -101,7 +102,9 @@ class Layout:
         words = ["new parameters" if self.applied else "mean" if self.mean else "sum"]
         if self.unreduced:
             words.append(f"unreduced over {[a for a in self.batch if a in self.unreduced]}")
-        words += [f"sharded over {list(self.sharded)}"] * bool(self.sharded) + [f"of {self.stride} micro-batches"] * (self.stride > 1)
+        words += [f"sharded over {list(self.sharded)}"] * bool(self.sharded) + [f"of {self.stride} micro-batches"] * (
+            self.stride > 1
+        )
         return ", ".join(words)
 
 
@@ -155,14 +158,18 @@ class Reading(NamedTuple):
 class Formula(NamedTuple):
     """An optimizer's formula, written once for any piece of a tree of parameters; `transforms/update.py` runs it.
 
-    It runs on clones in a pure step, in place in a donated one, on the leaves of one optimizer of a partition, and on copies in float64
-    for the plain pair. A state is a NamedTuple with a field `rates`, whose leaves are float64 and 0-d.
+    It runs on clones in a pure step, in place in a donated one, on the leaves of one optimizer of a partition, and on
+    copies in float64 for the plain pair. A state is a NamedTuple with a field `rates`, whose leaves are float64 and
+    0-d.
 
     Args:
-      read: (state, params, ok, donate) -> Reading; of Slots only the place counts, whose leaves may be a part of the tree.
+      read: (state, params, ok, donate) -> Reading; of Slots only the place counts, whose leaves may be a part of the
+        tree.
       moments: state -> those of its fields that lie like the parameters.
-      scalars: (state, rates by group, factor, ok) -> (the state with its own numbers after the update, scalars by group).
-      leaf: (params, grads, moments, scalars), in place on lists of tensors, a group at a time; a rank that holds nothing gives empty lists.
+      scalars: (state, rates by group, factor, ok) -> (the state with its own numbers after the update, scalars by
+        group).
+      leaf: (params, grads, moments, scalars), in place on lists of tensors, a group at a time; a rank that holds
+        nothing gives empty lists.
       by_leaf: are the pieces leaves in their shapes, rather than padded flat buffers?
     """
 
@@ -176,9 +183,9 @@ class Formula(NamedTuple):
 class GradientTransformation(NamedTuple):
     """optax's pair, unchanged; `formula` is the form that runs in place, on any piece.
 
-    `init(params) -> state` and `update(updates, state, params) -> (updates, state)` are all that anybody's optimizer needs.
-    `elementwise` promises that each value depends on its own place alone, so that it may be handed whole buffers; False: it needs
-    whole leaves; None: it does not say.
+    `init(params) -> state` and `update(updates, state, params) -> (updates, state)` are all that anybody's optimizer
+    needs. `elementwise` promises that each value depends on its own place alone, so that it may be handed whole
+    buffers; False: it needs whole leaves; None: it does not say.
     """
 
     init: Callable[[Tree], Any]
@@ -205,7 +212,9 @@ class TrainState(_State):
 
     __slots__ = ()
 
-    def __new__(cls, params: Any, views: Any, chain: dict[str, Any], step: Tensor, updates: Tensor, key: Tensor) -> TrainState:
+    def __new__(
+        cls, params: Any, views: Any, chain: dict[str, Any], step: Tensor, updates: Tensor, key: Tensor
+    ) -> TrainState:
         """As the fields say."""
         return super().__new__(cls, params, () if views is None else views, chain, step, updates, key)
 

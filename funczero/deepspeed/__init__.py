@@ -31,8 +31,9 @@ from funczero.deepspeed.engine.ranks import init_distributed as init_distributed
 
 DeepSpeedEngine = Engine
 ABSENT = {
-    "init_inference": "there is no inference engine here; "
-    "run engine.eval() under torch.no_grad(), or export the weights",
+    "init_inference": (
+        "there is no inference engine here; run engine.eval() under torch.no_grad(), or export the weights"
+    ),
     "moe": "there are no experts over ranks here; a module's own experts train like any other parameters",
     "pipe": "there is no pipeline here; write a torch.nn.Module and stage 3",
     "PipelineModule": "there is no pipeline here; write a torch.nn.Module and stage 3",

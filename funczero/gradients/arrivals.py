@@ -1,9 +1,11 @@
 """The gradients of one apply's units: uses are summed as they arrive, and leave in one order that every rank keeps.
 
-A message carries no name, so two ranks that open different units (routed experts, dropped layers) must still send the same ones in the
-same order. Large units leave one by one, the last one first, as backwards produce them: one that is early waits for its turn, and one
-that no backward reached sends zeros. Small ones share the last message, always all of them, in the order of their numbers.
+A message carries no name, so two ranks that open different units (routed experts, dropped layers) must still send the
+same ones in the same order. Large units leave one by one, the last one first, as backwards produce them: one that is
+early waits for its turn, and one that no backward reached sends zeros. Small ones share the last message, always all of
+them, in the order of their numbers.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +45,8 @@ class Arrivals:
             size, index, _ = env.mesh.axes[a]
             self.here = self.here.inner(a, size, index)
             digits, stride = [*digits, index * stride], stride * size
-        self.later = [sum(digits[i + 1 :]) for i in range(len(axes))]  # of the micro-batch's index, digits of axes that are summed later
+        # of the micro-batch's index, digits of axes that are summed later
+        self.later = [sum(digits[i + 1 :]) for i in range(len(axes))]
         learning = [u for u, unit in enumerate(whole.structure.units) if unit.seam and not unit.frozen]
         self.large = [u for u in reversed(learning) if whole.lengths[u] >= SMALL]
         self.small = [u for u in learning if whole.lengths[u] < SMALL]
@@ -61,7 +64,8 @@ class Arrivals:
 
     @contextmanager
     def collecting(self, look: bool = False, retain: bool = False, key: Key | None = None) -> Iterator[None]:
-        """While the backward that the chain asked for runs. Other backwards, as a loss may take on its way, book nothing.
+        """While the backward that the chain asked for runs. Other backwards, as a loss may take on its way, book
+        nothing.
 
         Args:
           look: count non-finite values.
@@ -87,11 +91,15 @@ class Arrivals:
         if not self.booking:
             return
         if self.env.early is not None and self.env.early.used is not None:
-            self.env.early.used.update(m for m, g in zip(self.whole.structure.members[unit], grads, strict=True) if g is not None)
+            self.env.early.used.update(
+                m for m, g in zip(self.whole.structure.members[unit], grads, strict=True) if g is not None
+            )
         zeros = self._zeros(unit, [i for i, g in enumerate(grads) if g is None])
         full = [zeros[i] if g is None else g for i, g in enumerate(grads)]
         if not all(g.layout == torch.strided for g in full):
-            i = next(i for i, g in zip(self.whole.structure.members[unit], full, strict=True) if g.layout != torch.strided)
+            i = next(
+                i for i, g in zip(self.whole.structure.members[unit], full, strict=True) if g.layout != torch.strided
+            )
             raise TypeError(sparse(self.whole.structure.leaves[i].path))
         if unit in self.sums:
             full = [a + b for a, b in zip(self.sums.pop(unit), full, strict=True)]
@@ -144,7 +152,9 @@ class Arrivals:
         self._finish(before)
 
     def _key_over(self, i: int) -> Key:
-        """Of the sum over axis number i: its micro-batch's index with the digits of the axes that are summed after it."""
+        """Of the sum over axis number i: its micro-batch's index with the digits of the axes that are summed after
+        it.
+        """
         *rest, index = self.key
         return (*rest, index + self.later[i])
 
@@ -153,7 +163,8 @@ class Arrivals:
             self.grads |= dict(zip(sent[0], sent[1](), strict=True))
 
     def close(self, loose: Mapping[int, list[Tensor | None]]) -> tuple[Slots, Tensor | None]:
-        """This rank's gradients of all units, and its non-finite values by leaf where they were counted; ready for another backward.
+        """This rank's gradients of all units, and its non-finite values by leaf where they were counted; ready for
+        another backward.
 
         Args:
           loose: whole gradients of the units outside the seam, by leaf; None is zero.
@@ -196,4 +207,7 @@ class Arrivals:
 def sparse(path: str = "") -> str:
     """Why a gradient by coordinates is refused."""
     what = repr(path) if path else "a parameter"
-    return f"value_and_grad: the gradient of {what} is sparse, but gradients are added and cut as dense rows; write sparse=False in its embedding"
+    return (
+        f"value_and_grad: the gradient of {what} is sparse, but gradients are added and cut as dense rows; write"
+        " sparse=False in its embedding"
+    )

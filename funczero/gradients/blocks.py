@@ -1,4 +1,5 @@
 """The blocks of a module at the seam: a unit is opened, its parameters are bound, the block runs, and it is closed."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,7 +1,9 @@
 """What somebody else's code draws (dropout, SpecAugment, diffusion times): from a key alone, or refused.
 
-A loss is a function of its arguments, so the generators that a process has for all are set from the key while it runs, and put back.
+A loss is a function of its arguments, so the generators that a process has for all are set from the key while it runs,
+and put back.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -37,7 +39,9 @@ class Marks(NamedTuple):
 
 
 class OwnGenerator(TorchDispatchMode):
-    """Every draw inside comes from a generator of one's own, as a simulated rank wants it: torch's is shared by all threads."""
+    """Every draw inside comes from a generator of one's own, as a simulated rank wants it: torch's is shared by all
+    threads.
+    """
 
     def __init__(self, lock: threading.Lock) -> None:
         """lock: shared by all who draw at the same time; an op that draws waits for nobody."""
@@ -65,7 +69,9 @@ def own_generator() -> torch.Generator | None:
 
 
 class Routed:
-    """Stands for torch's generator in torch.random while ranks are simulated: manual_seed and get_rng_state mean the rank's own."""
+    """Stands for torch's generator in torch.random while ranks are simulated: manual_seed and get_rng_state mean the
+    rank's own.
+    """
 
     def __init__(self, shared: torch.Generator) -> None:
         self.shared = shared
@@ -77,7 +83,11 @@ class Routed:
 def generators(device: torch.device) -> list[torch.Generator]:
     """Those that torch draws from here: the CPU's, and the device's."""
     host = own_generator() or torch.default_generator
-    return [host] if device.type == "cpu" else [host, torch.get_device_module(device).default_generators[device.index or 0]]
+    return (
+        [host]
+        if device.type == "cpu"
+        else [host, torch.get_device_module(device).default_generators[device.index or 0]]
+    )
 
 
 def streams(device: torch.device) -> Streams:
@@ -134,7 +144,9 @@ def keyed(key: int | None, device: torch.device, drew: Callable[[str], Exception
 
 
 @contextmanager
-def foreseen(device: torch.device, drew: Callable[[str], Exception], kinds: tuple[str, ...] = KINDS[1:]) -> Iterator[None]:
+def foreseen(
+    device: torch.device, drew: Callable[[str], Exception], kinds: tuple[str, ...] = KINDS[1:]
+) -> Iterator[None]:
     """Nothing may be drawn inside from generators of these kinds; by default torch's may."""
     before = _marks(device)
     yield
@@ -145,8 +157,16 @@ def _told(before: Marks, after: Marks, kinds: tuple[str, ...], drew: Callable[[s
     for kind in kinds:
         if getattr(before, kind) != getattr(after, kind):
             error = drew(kind)
-            others = [t.name for t in threading.enumerate() if t is not threading.current_thread() and not t.name.startswith("funczero-")]
-            beside = f" (or one of this process's other threads drew meanwhile: {', '.join(sorted(others)[:4])})" if others else ""
+            others = [
+                t.name
+                for t in threading.enumerate()
+                if t is not threading.current_thread() and not t.name.startswith("funczero-")
+            ]
+            beside = (
+                f" (or one of this process's other threads drew meanwhile: {', '.join(sorted(others)[:4])})"
+                if others
+                else ""
+            )
             raise type(error)(f"{error}{beside}")
 
 

@@ -1,4 +1,5 @@
 """Where gradients come from: `value_and_grad` of a loss, `pullback` of somebody else's forward."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -37,12 +38,14 @@ def value_and_grad(
     Args:
       loss_fn: pure; (params, batch) -> (sum of losses, sum of weights), both 0-d; a mean is never taken here.
       batch: P("data") or P(("node", "local")): the mesh axes that dim 0 of every tensor of the batch is split over.
-      units: paths of lists of like subtrees, which the loss gets closed and opens by fz.layers or fz.gather: gathered and
-        scattered one by one where parameters are sharded. By default what the loss function names (fz.stateless), else none.
+      units: paths of lists of like subtrees, which the loss gets closed and opens by fz.layers or fz.gather: gathered
+        and scattered one by one where parameters are sharded. By default what the loss function names (fz.stateless),
+        else none.
       trainable: regex or predicate on paths; the other leaves have no gradient, no moments and are not reduced.
       has_aux: the loss returns (sum, weight, aux); aux is a tree of 0-d sums, summed in the gradients' order.
       rng: call loss_fn(params, batch, key) with a key folded from (state.step, global micro-batch index).
-      replicated: mesh axes that the batch is not split over, on purpose: ranks along them are given the same rows, which is compared.
+      replicated: mesh axes that the batch is not split over, on purpose: ranks along them are given the same rows,
+        which is compared.
 
     Raises:
       ChainError: the batch's spec splits another dim than 0.
@@ -52,17 +55,32 @@ def value_and_grad(
     frozen = (lambda path: False) if trainable is None else (lambda path: not matches(path))
 
     def make(source: Source, env: Env) -> Grad:
-        return _build(source, env, lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng))
+        return _build(
+            source,
+            env,
+            lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng),
+        )
 
     ties, patterns = tuple(getattr(loss_fn, "ties", {}).items()), _patterns("value_and_grad(trainable=...)", trainable)
-    return Source("value_and_grad", make, _batch_axes(batch), tuple(units), frozen, ties=ties, patterns=patterns, replicated=_names(replicated))
+    return Source(
+        "value_and_grad",
+        make,
+        _batch_axes(batch),
+        tuple(units),
+        frozen,
+        ties=ties,
+        patterns=patterns,
+        replicated=_names(replicated),
+    )
 
 
-def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = None, replicated: Sequence[str] = ()) -> Source:
+def pullback(
+    batch: P = P(), trainable: str | Callable[[str], bool] | None = None, replicated: Sequence[str] = ()
+) -> Source:
     """A gradient whose forward ran elsewhere: its batch is `(pull, loss, weight)` with `pull: cotangent -> gradients`.
 
-    `pull` is the vector-Jacobian product of the caller's loss at `step.view(state)`, as the tree of those leaves (see fz.pull);
-    scaling, brackets, clipping and optimizers do not know the difference.
+    `pull` is the vector-Jacobian product of the caller's loss at `step.view(state)`, as the tree of those leaves (see
+    fz.pull); scaling, brackets, clipping and optimizers do not know the difference.
 
     Layout out: as value_and_grad.
     """
@@ -71,7 +89,10 @@ def pullback(batch: P = P(), trainable: str | Callable[[str], bool] | None = Non
 
     def pulled(whole: list[Tensor], micro: Any, seed: Seed, tape: Tape) -> tuple[Tensor, Tensor, Any, list[Any]]:
         if not isinstance(micro, tuple) or len(micro) != 3 or not callable(micro[0]):
-            raise TypeError(f"pullback: its batch is (pull, loss, weight), but this is a {type(micro).__name__}; write step(state, (fz.pull(loss, views), loss, weight))")
+            raise TypeError(
+                f"pullback: its batch is (pull, loss, weight), but this is a {type(micro).__name__}; write step(state,"
+                " (fz.pull(loss, views), loss, weight))"
+            )
         pull, loss, weight = micro
         loss, weight = (torch.as_tensor(x, device=tape.port.device).detach() for x in (loss, weight))
         structure = tape.whole.structure
@@ -97,14 +118,17 @@ def pull(loss: Tensor, views: Any) -> Callable[[Tensor], Any]:
 
     def vjp(cotangent: Tensor) -> Any:
         unique = {id(x): x for x in flat if isinstance(x, Tensor) and x.requires_grad}
-        grads = dict(zip(unique, torch.autograd.grad(loss, list(unique.values()), cotangent, allow_unused=True), strict=True))
+        grads = dict(
+            zip(unique, torch.autograd.grad(loss, list(unique.values()), cotangent, allow_unused=True), strict=True)
+        )
         return tree.unflatten([grads.get(id(x)) for x in flat], treedef)
 
     return vjp
 
 
 def freeze(which: str | Callable[[str], bool]) -> Configure:
-    """Leaves whose path matches have no gradient, no moments and no bytes on the wire for one, wherever this stands in the chain.
+    """Leaves whose path matches have no gradient, no moments and no bytes on the wire for one, wherever this stands in
+    the chain.
 
     Args:
       which: a regex searched in the path, or a predicate on it.
@@ -112,7 +136,9 @@ def freeze(which: str | Callable[[str], bool]) -> Configure:
     matches = tree.matcher(which)
     name = f"freeze({which!r})"
     more = _patterns(name, which)
-    return Configure(name, lambda s: s._replace(frozen=lambda path: s.frozen(path) or matches(path), patterns=s.patterns + more))
+    return Configure(
+        name, lambda s: s._replace(frozen=lambda path: s.frozen(path) or matches(path), patterns=s.patterns + more)
+    )
 
 
 def _patterns(who: str, which: Any) -> tuple[tuple[str, str], ...]:
@@ -129,7 +155,9 @@ def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tenso
     def both(params: Any, batch: Any, *key: int) -> tuple[Tensor, Tensor]:
         loss = loss_fn(params, batch, *key)
         rows = tree.count_rows(tree.leaves(batch), "per_row")
-        return (loss * rows if rows else loss.nan_to_num() * 0), torch.full((), rows, dtype=loss.dtype, device=loss.device)
+        return (loss * rows if rows else loss.nan_to_num() * 0), torch.full(
+            (), rows, dtype=loss.dtype, device=loss.device
+        )
 
     both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
     return both
@@ -139,7 +167,10 @@ def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tenso
 def _batch_axes(batch: P) -> tuple[str, ...]:
     spec = batch if isinstance(batch, P) else P(batch)
     if any(d != 0 for _, d in spec.axes()):
-        raise ChainError(f"value_and_grad: batch={spec} splits a dim other than 0, but a batch is split by rows; write P(({', '.join(repr(a) for a, _ in spec.axes())},))")
+        raise ChainError(
+            f"value_and_grad: batch={spec} splits a dim other than 0, but a batch is split by rows; write"
+            f" P(({', '.join(repr(a) for a, _ in spec.axes())},))"
+        )
     return tuple(a for a, _ in spec.axes())
 
 
@@ -148,13 +179,23 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
     for a in axes:
         if a not in source.batch:
             raise ChainError(
-                f"shard({a!r}): the gradient is not a partial sum over {a!r}, because the batch is not split over it; write {source.name}(..., batch=P({a!r}))\n"
-                f"  {''.join(f'{x}[ ' for x in source.axes)}{source.name}  <- here"
+                f"shard({a!r}): the gradient is not a partial sum over {a!r}, because the batch is not split over it;"
+                f" write {source.name}(..., batch=P({a!r}))\n  {''.join(f'{x}[ ' for x in source.axes)}{source.name} "
+                " <- here"
             )
     if len(set(axes)) < len(axes):
-        raise ChainError(f"shard({axes[-1]!r}): {axes[-1]!r} is bracketed twice; a mesh axis is cut once\n  {''.join(f'{x}[ ' for x in source.axes)}{source.name}  <- here")
+        raise ChainError(
+            f"shard({axes[-1]!r}): {axes[-1]!r} is bracketed twice; a mesh axis is cut once\n "
+            f" {''.join(f'{x}[ ' for x in source.axes)}{source.name}  <- here"
+        )
     mesh = env.mesh
-    layout = Layout(source.batch, frozenset(source.batch) - set(axes), axes, source.axes, tuple((a, mesh.axes[a].size) for a in axes))
+    layout = Layout(
+        source.batch,
+        frozenset(source.batch) - set(axes),
+        axes,
+        source.axes,
+        tuple((a, mesh.axes[a].size) for a in axes),
+    )
 
     def view(views: Slots, at: Key = (0,)) -> Slots:
         return reduce(lambda x, a: all_gather(x, env.edges[a], mesh, at), reversed(source.axes), views)
@@ -167,7 +208,11 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
         slots, bad = close(tape, grads)
         return Sum(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
 
-    name = source.name if not source.batch else f"{source.name}(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})"
+    name = (
+        source.name
+        if not source.batch
+        else f"{source.name}(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})"
+    )
     opened = tuple(opening(env.edges[a]) for a in source.axes)
     grad = Grad(lambda params: {}, view, apply, layout, (*opened, name), env, (*[Layout()] * len(opened), layout))
     return grad
@@ -180,7 +225,11 @@ def _differentiate(
     key = (rng.fold(seed.key, seed.index),) if keyed else ()
     open_leaves = tape.tensors(whole)
     before = tape.copies(open_leaves)
-    with nullcontext() if getattr(loss_fn, "keyed", False) else draws.keyed(next(iter(key), None), tape.port.device, drew):
+    with (
+        nullcontext()
+        if getattr(loss_fn, "keyed", False)
+        else draws.keyed(next(iter(key), None), tape.port.device, drew)
+    ):
         loss, weight, aux = check_loss(loss_fn(structure.unflatten(whole), batch, *key), has_aux)
     tape.left_alone(open_leaves, before)
     wanted = {i: x for i, x in open_leaves.items() if x.requires_grad}
@@ -188,7 +237,9 @@ def _differentiate(
     if loss.requires_grad:
         with tape.collecting(seed.look):
             try:
-                found = torch.autograd.grad(loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True)
+                found = torch.autograd.grad(
+                    loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True
+                )
             except RuntimeError as error:
                 if "not implemented for sparse" in str(error):
                     raise TypeError(sparse()) from None
@@ -210,16 +261,26 @@ def _differentiate(
 def drew(kind: str) -> RuntimeError:
     """The error for a loss function that draws without a key."""
     why = f"the loss function draws from {kind}'s global generator, so it would not be a function of its arguments"
-    remedy = "write value_and_grad(loss_fn, ..., rng=True): it is called as loss_fn(params, batch, key), and what it draws comes from that key"
+    remedy = (
+        "write value_and_grad(loss_fn, ..., rng=True): it is called as loss_fn(params, batch, key), and what it draws"
+        " comes from that key"
+    )
     return RuntimeError(f"value_and_grad: {why}; {remedy}")
 
 
 def _aux(path: str, x: Any, device: torch.device) -> Tensor:
     """One of the user's sums."""
     if not isinstance(x, (Tensor, int, float)) or isinstance(x, Tensor) and (x.dim() or x.is_complex()):
-        what = f"a tensor of shape {tuple(x.shape)} and {str(x.dtype).removeprefix('torch.')}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        what = (
+            f"a tensor of shape {tuple(x.shape)} and {str(x.dtype).removeprefix('torch.')}"
+            if isinstance(x, Tensor)
+            else f"a {type(x).__name__}"
+        )
         where = f"aux {path!r}" if path else "aux"
-        raise TypeError(f"value_and_grad: {where} is {what}, but aux is a tree of 0-d sums, added over micro-batches and ranks; write x.sum() for each, or leave it out")
+        raise TypeError(
+            f"value_and_grad: {where} is {what}, but aux is a tree of 0-d sums, added over micro-batches and ranks;"
+            " write x.sum() for each, or leave it out"
+        )
     return torch.as_tensor(x, device=device).detach().double()
 
 
@@ -237,14 +298,18 @@ def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:
     want = "(sum of losses, sum of weights, aux)" if has_aux else "(sum of losses, sum of weights)"
     if isinstance(result, Tensor):
         raise TypeError(
-            f"value_and_grad: the loss function returned one tensor of shape {tuple(result.shape)}, but an update needs {want}; "
-            "return `nll.sum(), mask.sum()`, or wrap a mean over rows: value_and_grad(fz.per_row(loss_fn), ...)"
+            f"value_and_grad: the loss function returned one tensor of shape {tuple(result.shape)}, but an update needs"
+            f" {want}; return `nll.sum(), mask.sum()`, or wrap a mean over rows: value_and_grad(fz.per_row(loss_fn),"
+            " ...)"
         )
     if not isinstance(result, tuple) or len(result) != 2 + has_aux:
         raise TypeError(f"value_and_grad: the loss function returned {_shape_of(result)}; return {want}")
     loss, weight = result[0], torch.as_tensor(result[1])
     if not isinstance(loss, Tensor) or loss.dim() or weight.dim() or not loss.is_floating_point():
-        raise TypeError(f"value_and_grad: the loss function returned {_shape_of(result)}; both are 0-d: the sum of losses and the sum of weights of this micro-batch")
+        raise TypeError(
+            f"value_and_grad: the loss function returned {_shape_of(result)}; both are 0-d: the sum of losses and the"
+            " sum of weights of this micro-batch"
+        )
     return loss, weight, result[2] if has_aux else None
 
 

@@ -1,9 +1,12 @@
-"""The seam: where a loss opens one unit of parameters after another, so that ZeRO-3 holds two units and never the model.
+"""The seam: where a loss opens one unit of parameters after another, so that ZeRO-3 holds two units and never the
+model.
 
-A unit is gathered just before it runs, dropped after it, gathered again in the backward, and its gradient is scattered as soon as
-it exists: the next gather and the last scatter travel while a block computes. Program order is the schedule. Two forms: *keep*
-(saved tensors that live in the gathered buffer are swapped for their coordinates) and *remat* (only the block's inputs are saved).
+A unit is gathered just before it runs, dropped after it, gathered again in the backward, and its gradient is scattered
+as soon as it exists: the next gather and the last scatter travel while a block computes. Program order is the schedule.
+Two forms: *keep* (saved tensors that live in the gathered buffer are swapped for their coordinates) and *remat* (only
+the block's inputs are saved).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,31 +30,54 @@ Run = Callable[[dict[int, Tensor]], Any]  # a block as a function of its open le
 class _Rerun(torch.autograd.Function):
     """A block that saves only its inputs: run again in the backward, in the surroundings of its first run.
 
-    Its units' leaves come in as stand-ins (Tape.node), so that a backward that does not ask for the parameters books none.
+    Its units' leaves come in as stand-ins (Tape.node), so that a backward that does not ask for the parameters books
+    none.
     """
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, group: Group, around: tuple[Group, Group], run: Callable[..., Any], n: int, *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        tape: Tape,
+        group: Group,
+        around: tuple[Group, Group],
+        run: Callable[..., Any],
+        n: int,
+        *tensors: Tensor,
+    ) -> Any:
         inputs = tensors[n:]
-        ctx.tape, ctx.group, ctx.before, ctx.run, ctx.n, ctx.needs = tape, group, around[0], run, n, ctx.needs_input_grad[5 + n :]
+        ctx.tape, ctx.group, ctx.before, ctx.run, ctx.n, ctx.needs = (
+            tape,
+            group,
+            around[0],
+            run,
+            n,
+            ctx.needs_input_grad[5 + n :],
+        )
         ctx.surroundings = here(tape.port.device)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         opened = {u: tape.take(u) for u in group}
         tape.ahead(*around[1])
-        with torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):  # torch chooses kernels by what needs a gradient:
+        # torch chooses kernels by what needs a gradient:
+        with torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):
             with foreseen(tape.port.device, _drew):
-                outs, _, _ = _run_fresh(ctx, opened, inputs)  # a graph that keeps nothing, so that both runs give the same bits
+                # a graph that keeps nothing, so that both runs give the same bits
+                outs, _, _ = _run_fresh(ctx, opened, inputs)
         tape.count(-len(group))
         result = tuple(x.detach() if isinstance(x, Tensor) else x for x in outs)
-        ctx.mark_non_differentiable(*(y for x, y in zip(outs, result, strict=True) if isinstance(x, Tensor) and not x.requires_grad))
+        ctx.mark_non_differentiable(
+            *(y for x, y in zip(outs, result, strict=True) if isinstance(x, Tensor) and not x.requires_grad)
+        )
         return result
 
     @staticmethod
     def backward(ctx: Any, *gouts: Tensor | None) -> tuple[Any, ...]:
         tape = ctx.tape
         if torch.is_grad_enabled():
-            why = "a block that runs again in the backward (remat) is first-order only, but create_graph=True asks for a second derivative"
+            why = (
+                "a block that runs again in the backward (remat) is first-order only, but create_graph=True asks for a"
+                " second derivative"
+            )
             raise RuntimeError(f"value_and_grad(units=...): {why}; leave remat out for this loss")
         with restored(ctx.surroundings):
             opened = {u: tape.again(u, ctx.group, ctx.before) for u in ctx.group}
@@ -69,7 +95,10 @@ class _Rerun(torch.autograd.Function):
 
 
 def _drew(kind: str) -> RuntimeError:
-    why = f"a block that runs again in the backward (remat) draws from {kind}'s global generator, and would draw other numbers then"
+    why = (
+        f"a block that runs again in the backward (remat) draws from {kind}'s global generator, and would draw other"
+        " numbers then"
+    )
     return RuntimeError(f"fz.layers: {why}; draw before the block and hand the numbers in, or leave remat out")
 
 
@@ -81,7 +110,12 @@ def _run_fresh(ctx: Any, opened: dict[int, Tensor], saved: Sequence[Tensor]) -> 
     """A block as a function of fresh leaves: (its outputs, its units' leaves that learn, its inputs)."""
     whole, inputs = ctx.tape.whole, [x.detach().requires_grad_(need) for x, need in zip(saved, ctx.needs, strict=True)]
     leaves = ctx.tape.open_leaves(opened)
-    own = {i: leaves[i].requires_grad_() for u in ctx.group if not whole.structure.units[u].frozen for i in whole.structure.members[u]}
+    own = {
+        i: leaves[i].requires_grad_()
+        for u in ctx.group
+        if not whole.structure.units[u].frozen
+        for i in whole.structure.members[u]
+    }
     before = ctx.tape.copies(leaves)
     with torch.enable_grad(), Uncached():
         outs = ctx.run(leaves, inputs)
@@ -143,7 +177,9 @@ def run_unit(tape: Tape, group: Group, run: Run, before: Group = (), after: Grou
 
 
 # --- what a loss writes -----------------------------------------------------------------------------------------------
-def layers(block: Callable[..., Any], blocks: Sequence[Any], x: Any, *shared: Any, key: int | None = None, remat: bool = False) -> Any:
+def layers(
+    block: Callable[..., Any], blocks: Sequence[Any], x: Any, *shared: Any, key: int | None = None, remat: bool = False
+) -> Any:
     """x through every block in turn: `x = block(params, x, *shared)`, a plain loop with the next gather in flight.
 
     The values are those of the plain loop, at every stage. `blocks` is a list of like trees, open or closed (units).
@@ -152,8 +188,8 @@ def layers(block: Callable[..., Any], blocks: Sequence[Any], x: Any, *shared: An
     6.0
 
     Args:
-      block: pure; gets one block's parameters, x, shared and, if key is given, key=(its own). May return (x, aux): then the
-        result is (x, [aux, ...]). It must not capture tensors that need a gradient: hand them in through `shared`.
+      block: pure; gets one block's parameters, x, shared and, if key is given, key=(its own). May return (x, aux): then
+        the result is (x, [aux, ...]). It must not capture tensors that need a gradient: hand them in through `shared`.
       remat: save only each block's inputs and run it again in the backward.
 
     Raises:
@@ -181,7 +217,9 @@ def gather(params: Any) -> Any:
         return params
     tape, units = refs[0].tape, tuple(dict.fromkeys(r.unit for r in refs))
     if tape.seam:
-        leaves = tape.open_leaves({u: tape.take(u) for u in units}, track=torch.is_grad_enabled() and tape.differentiate)
+        leaves = tape.open_leaves(
+            {u: tape.take(u) for u in units}, track=torch.is_grad_enabled() and tape.differentiate
+        )
     else:
         leaves = tape.resting_leaves(units)
     tape.lend(leaves)
@@ -193,15 +231,26 @@ def group_of(leaves: list[Any]) -> Group:
     refs = {r.unit: r for r in leaves if isinstance(r, Ref)}
     names = {r.tape.whole.structure.units[u].name for u, r in refs.items()}
     if len(names) > 1:
-        raise TypeError(f"fz.layers: one block holds parameters of the units {sorted(names)}; give it a list with one tree a block")
+        raise TypeError(
+            f"fz.layers: one block holds parameters of the units {sorted(names)}; give it a list with one tree a block"
+        )
     return tuple(refs)
 
 
-def run_block(block: Callable[..., Any], params: tuple[list[Any], Any], group: Group, args: tuple[Any, ...], kwargs: dict[str, Any], around: Any, remat: bool) -> Any:
+def run_block(
+    block: Callable[..., Any],
+    params: tuple[list[Any], Any],
+    group: Group,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    around: Any,
+    remat: bool,
+) -> Any:
     """block(params, *args, **kwargs) on one block, in either form; params is flat: (leaves, treedef)."""
     refs, bdef = params
     if not group and not remat:
-        each = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in refs]  # as at the seam: a call's uses are summed first
+        # as at the seam: a call's uses are summed first
+        each = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in refs]
         return block(tree.unflatten(each, bdef), *args, **kwargs)
     flat, adef = tree.flatten(args)
     values = refs + flat
@@ -234,7 +283,9 @@ def run_block(block: Callable[..., Any], params: tuple[list[Any], Any], group: G
 
 
 def _checkpoint(run: Callable[..., Any], tape: Tape | None, group: Group, inputs: list[Tensor]) -> Any:
-    """Remat where nothing is gathered. Views: as in _Rerun, a block's uses of a tensor are summed before those of other blocks are added."""
+    """Remat where nothing is gathered. Views: as in _Rerun, a block's uses of a tensor are summed before those of
+    other blocks are added.
+    """
     leaves = {} if tape is None else tape.resting_leaves(group)
     numbers, n = list(leaves), len(inputs)
     device = inputs[0].device if tape is None and inputs else torch.device("cpu") if tape is None else tape.port.device
@@ -259,11 +310,15 @@ def _no_captures(block: Callable[..., Any]) -> None:
     """Refuse closures over tensors that need a gradient: the remat form could not see it."""
     for x in captured(block):
         what = f"parameter {x.path!r}" if isinstance(x, Ref) else f"a tensor of shape {tuple(x.shape)}"
-        raise TypeError(f"fz.layers: the block captures {what}, which needs a gradient; hand it in: fz.layers(block, blocks, x, it)")
+        raise TypeError(
+            f"fz.layers: the block captures {what}, which needs a gradient; hand it in: fz.layers(block, blocks, x, it)"
+        )
 
 
 def captured(fn: Callable[..., Any]) -> Iterator[Any]:
-    """Closed parameters, and tensors that need a gradient, in the closures of a function and of those that it captures."""
+    """Closed parameters, and tensors that need a gradient, in the closures of a function and of those that it
+    captures.
+    """
     seen: list[Any] = [fn]
     for inner in seen:
         plain = getattr(inner, "func", inner)  # functools.partial

@@ -1,4 +1,5 @@
 """A parameter inside a unit, before the unit is opened."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn

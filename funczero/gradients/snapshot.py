@@ -1,8 +1,10 @@
-"""A tree of modules as it was at one moment: attributes, copies of buffers, and instead of parameters the places where they belong.
+"""A tree of modules as it was at one moment: attributes, copies of buffers, and instead of parameters the places where
+they belong.
 
-Every call runs on fresh copies of it, with attributes, containers and hooks of their own, so that nothing that a forward leaves on a
-module is there for the next call: what would be missed is refused by name (`Changes`).
+Every call runs on fresh copies of it, with attributes, containers and hooks of their own, so that nothing that a
+forward leaves on a module is there for the next call: what would be missed is refused by name (`Changes`).
 """
+
 from __future__ import annotations
 
 import weakref
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 
 from funczero.core import tree
 
-Slot = tuple[int, str, Any, str]  # module (its id in the snapshot), box, key, name: the place of a tensor is getattr(module, box)[key]
+# module (its id in the snapshot), box, key, name: the place of a tensor is getattr(module, box)[key]
+Slot = tuple[int, str, Any, str]
 Wiring = list[tuple[nn.Module, list[str]]]
 STANDARD = frozenset(nn.Module().__dict__)  # attributes that every module has
 
@@ -69,33 +72,49 @@ class Snapshot:
                 for m in asking:
                     m.__dict__["gradient_checkpointing"] = False  # the seam does it
                 m = copies[id(block)]
-                found.setdefault(id(m), Unit(f"{path}.{name}", id(m), [s for s in self.slots if s[0] in inside], remat or bool(asking)))
+                found.setdefault(
+                    id(m),
+                    Unit(f"{path}.{name}", id(m), [s for s in self.slots if s[0] in inside], remat or bool(asking)),
+                )
         return list(found.values())
 
     def check_leaves(self, path: str, result: Any, own: list[Tensor]) -> None:
-        """Refuse a graph that ends in a leaf whose gradient would be lost; walked once a path ("" is the whole forward).
+        """Refuse a graph that ends in a leaf whose gradient would be lost; walked once a path ("" is the whole
+        forward).
 
-        A leaf that the forward makes for itself loses nothing. One of the module's own parameters was reached past the copies. In a unit that
-        runs again every leaf from outside is lost, whoever made it.
+        A leaf that the forward makes for itself loses nothing. One of the module's own parameters was reached past the
+        copies. In a unit that runs again every leaf from outside is lost, whoever made it.
         """
         if path in self.sound or not torch.is_grad_enabled():
             return
         for leaf in _leaves(result, own):
             name = next((n for n, ref in self.originals.items() if ref() is leaf), None)
             if name is not None:
-                why = f"reads parameter {name!r} of the module that stateless was given, and not of its copy, so its gradient would be lost"
-                raise TypeError(f"stateless: the forward {why}; a wrapped forward or a closure holds that module: take it off first")
+                why = (
+                    f"reads parameter {name!r} of the module that stateless was given, and not of its copy, so its"
+                    " gradient would be lost"
+                )
+                raise TypeError(
+                    f"stateless: the forward {why}; a wrapped forward or a closure holds that module: take it off first"
+                )
             if path:
-                why = f"reads a tensor of shape {tuple(leaf.shape)} that needs a gradient and comes from outside of it, so its gradient would be lost"
-                raise TypeError(f"stateless: unit {path!r}, which runs again in the backward (remat), {why}; hand it in, or leave out remat")
+                why = (
+                    f"reads a tensor of shape {tuple(leaf.shape)} that needs a gradient and comes from outside of it,"
+                    " so its gradient would be lost"
+                )
+                raise TypeError(
+                    f"stateless: unit {path!r}, which runs again in the backward (remat), {why}; hand it in, or leave"
+                    " out remat"
+                )
         self.sound.add(path)
 
 
 class Changes:
     """What a forward leaves on its modules beside buffers.
 
-    Caches, which each call makes anew, are said once. A number that a first forward sets, and a second one leaves alone, is a setting (a window
-    that is no wider than the image): it is kept, and said. One that moves again is a state, and refused.
+    Caches, which each call makes anew, are said once. A number that a first forward sets, and a second one leaves
+    alone, is a setting (a window that is no wider than the image): it is kept, and said. One that moves again is a
+    state, and refused.
     """
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
@@ -128,7 +147,8 @@ class Changes:
         return [len(v) for *_, v in self.shared]
 
     def check(self, copies: dict[int, nn.Module], before: list[int]) -> bool:
-        """Refuse what the next call would not see; say new attributes once. True: settings were made, and the forward has to run on them.
+        """Refuse what the next call would not see; say new attributes once. True: settings were made, and the forward
+        has to run on them.
 
         Args:
           copies: the call's modules, by the snapshot's ids.
@@ -158,7 +178,12 @@ class Changes:
 
         for i, new in moved:
             m, key, old = self.numbers[i]
-            logging.warning("stateless: the forward sets %r from %r to %r, which is kept; should it move again, it is refused", self._name(m, key), old, new)
+            logging.warning(
+                "stateless: the forward sets %r from %r to %r, which is kept; should it move again, it is refused",
+                self._name(m, key),
+                old,
+                new,
+            )
             self.settled.add((m, key))
             self.numbers[i] = (m, key, new)
             self.modules[m].__dict__[key] = new
@@ -199,17 +224,29 @@ def _leaves(result: Any, own: list[Tensor]) -> list[Tensor]:
 def _tensors(m: nn.Module, path: str) -> list[tuple[Slot, Tensor]]:
     """Every tensor among a module's attributes and in their containers."""
     boxes = [("__dict__", m.__dict__), *((k, v) for k, v in m.__dict__.items() if type(v) in (dict, OrderedDict, list))]
-    pairs = [(box, key, x) for box, held in boxes for key, x in (enumerate(held) if type(held) is list else held.items()) if isinstance(x, Tensor)]
+    pairs = [
+        (box, key, x)
+        for box, held in boxes
+        for key, x in (enumerate(held) if type(held) is list else held.items())
+        if isinstance(x, Tensor)
+    ]
     return [((id(m), box, key, f"{path}.{key}".lstrip(".")), x) for box, key, x in pairs]
 
 
 def _wiring(root: nn.Module) -> Wiring:
-    """Every module, with the attributes that its copy may not share: containers, hooks, and what refers to other modules."""
-    return [(m, [k for k, v in m.__dict__.items() if isinstance(v, (dict, list, MethodType, partial, nn.Module))]) for m in root.modules()]
+    """Every module, with the attributes that its copy may not share: containers, hooks, and what refers to other
+    modules.
+    """
+    return [
+        (m, [k for k, v in m.__dict__.items() if isinstance(v, (dict, list, MethodType, partial, nn.Module))])
+        for m in root.modules()
+    ]
 
 
 def copied(wiring: Wiring) -> dict[int, nn.Module]:
-    """A copy of every module, by the original's id: attributes, containers and hooks of its own, the same tensors, wired among themselves."""
+    """A copy of every module, by the original's id: attributes, containers and hooks of its own, the same tensors,
+    wired among themselves.
+    """
     memo = {id(m): object.__new__(type(m)) for m, _ in wiring}
     for m, names in wiring:
         own = memo[id(m)].__dict__
@@ -242,7 +279,10 @@ def _uncompiled(modules: Iterable[nn.Module]) -> None:
         if m.__dict__.get("_compiled_call_impl") is not None:
             m.__dict__["_compiled_call_impl"], found = None, True
     if found:
-        logging.warning("stateless: torch.compile is taken off, because what it made runs on the module that it was given; blocks run uncompiled")
+        logging.warning(
+            "stateless: torch.compile is taken off, because what it made runs on the module that it was given; blocks"
+            " run uncompiled"
+        )
 
 
 def places(slots: Sequence[Slot], copies: dict[int, nn.Module]) -> list[tuple[Any, Any, str]]:

@@ -4,6 +4,7 @@ The module is never touched. A snapshot of its tree is taken once, without param
 of it, where each repeated block has a `forward` of ours: it opens its unit at the seam (blocks.py), binds the
 parameters, runs, and lets them go.
 """
+
 from __future__ import annotations
 
 import weakref

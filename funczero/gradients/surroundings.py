@@ -1,4 +1,7 @@
-"""What a block's values depend on beside its arguments, so that a block that runs twice computes the same function twice."""
+"""What a block's values depend on beside its arguments, so that a block that runs twice computes the same function
+twice.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -46,7 +49,9 @@ def restored(s: Surroundings) -> Iterator[None]:
 
 
 class Uncached:
-    """Autocast without its cache of weights: whether a weight is a leaf, and so cached, must not depend on where it rests."""
+    """Autocast without its cache of weights: whether a weight is a leaf, and so cached, must not depend on where it
+    rests.
+    """
 
     def __enter__(self) -> None:
         self.before = torch.is_autocast_cache_enabled()

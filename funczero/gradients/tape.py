@@ -1,4 +1,5 @@
 """One apply's units for a forward: what is gathered, what is under way, and the leaves that a loss reads."""
+
 from __future__ import annotations
 
 import weakref

@@ -1,4 +1,5 @@
 """Which blocks of a module are units: what is gathered, run and dropped together."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -9,9 +10,11 @@ LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...]:
-    """Paths of the lists named, or of those found: of nested ones (stages of blocks, blocks of experts) those that hold least at a time.
+    """Paths of the lists named, or of those found: of nested ones (stages of blocks, blocks of experts) those that hold
+    least at a time.
 
-    Lists of one type are looked for first. Lists of several (attention and state space blocks in turn) count where they hold less.
+    Lists of one type are looked for first. Lists of several (attention and state space blocks in turn) count where they
+    hold less.
 
     Raises:
       ValueError: a name is not that of a list of blocks.
@@ -24,7 +27,10 @@ def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...
         for u in units:
             blocks = list(modules[u].children()) if u in modules else []
             if not any(list(b.parameters()) for b in blocks) or list(modules[u].parameters(recurse=False)):
-                raise ValueError(f"stateless: units={u!r} names no list of blocks in {type(module).__name__}; its repeated lists are {found}")
+                raise ValueError(
+                    f"stateless: units={u!r} names no list of blocks in {type(module).__name__}; its repeated lists are"
+                    f" {found}"
+                )
         return units
     mixed = [p for p, blocks in lists.items() if _repeated(blocks)]
     choices = [c for c in (_outer(found), _inner(found), _outer(mixed)) if c]
@@ -56,7 +62,8 @@ def _repeated(blocks: list[nn.Module]) -> bool:
 
 
 def neighbours(paths: Sequence[str], i: int) -> tuple[int | None, int | None]:
-    """Which blocks run before and after block i, as far as its own list says: of two lists nobody knows which runs first.
+    """Which blocks run before and after block i, as far as its own list says: of two lists nobody knows which runs
+    first.
 
     >>> neighbours(["a.0", "a.1", "b.0"], 1)
     (0, None)

@@ -1,4 +1,5 @@
 """torchrun's agent in a child of the node: it starts the ranks, restarts them, and says who ended how."""
+
 from __future__ import annotations
 
 import json
@@ -18,12 +19,14 @@ from funczero.launch.processes import die_with_parent
 
 
 def fork_agent(arguments: list[str], output: int, told: int, meet: Callable[[Callable[[str], None]], None]) -> int:
-    """Run torchrun with these arguments in a fork of this process, which has already imported torch; returns its process id.
+    """Run torchrun with these arguments in a fork of this process, which has already imported torch; returns its
+    process id.
 
     Args:
       arguments: torchrun's command line.
       output: the file descriptor for whatever the agent itself prints.
-      told: a pipe for lines of JSON: {"pid", "code"} for every rank that ends, {"error"} when the agent cannot go on, {"note"} for the user.
+      told: a pipe for lines of JSON: {"pid", "code"} for every rank that ends, {"error"} when the agent cannot go on,
+        {"note"} for the user.
       meet: called in the fork, before torchrun is: makes known how agents meet; it is handed what tells a note.
     """
     parent, child = os.getpid(), os.fork()
@@ -64,14 +67,17 @@ def _run(arguments: list[str], told: int) -> int:
 
 
 def _watch(told: int) -> None:
-    """Tell how each rank ends the moment it does; WNOWAIT leaves it to the agent, who looks a tenth of a second later."""
+    """Tell how each rank ends the moment it does; WNOWAIT leaves it to the agent, who looks a tenth of a second
+    later.
+    """
     seen: dict[int, float] = {}
     while True:
         try:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         except ChildProcessError:
             ended = None
-        if ended is None or time.monotonic() - seen.get(ended.si_pid, -1e9) < 5:  # none yet, or the agent has not collected it
+        # none yet, or the agent has not collected it
+        if ended is None or time.monotonic() - seen.get(ended.si_pid, -1e9) < 5:
             time.sleep(0.02)
             continue
         seen[ended.si_pid] = time.monotonic()

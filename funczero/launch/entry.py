@@ -1,4 +1,5 @@
-"""What torchrun starts as a rank: it ties the process to its agent's life, joins it to its node's pipes, and becomes the script.
+"""What torchrun starts as a rank: it ties the process to its agent's life, joins it to its node's pipes, and becomes
+the script.
 
 Run by path under `python -I`, without the package: the interpreter's own modules are all it may import.
 """
@@ -24,17 +25,28 @@ def main(folder: str) -> None:
         pipe = os.open(os.path.join(folder, f"{name}{local}"), os.O_WRONLY)
         os.dup2(pipe, stream)
         os.close(pipe)
-    env.update(LOCAL_SIZE=env["LOCAL_WORLD_SIZE"], CROSS_RANK=env["GROUP_RANK"], CROSS_SIZE=env["GROUP_WORLD_SIZE"])  # DeepSpeed's names
+    # DeepSpeed's names
+    env.update(LOCAL_SIZE=env["LOCAL_WORLD_SIZE"], CROSS_RANK=env["GROUP_RANK"], CROSS_SIZE=env["GROUP_WORLD_SIZE"])
     if orders["local_rank_at"]:
         argv.insert(orders["local_rank_at"], f"--local_rank={local}")
-    told = {"local": int(local), "rank": int(env["RANK"]), "world": int(env["WORLD_SIZE"]), "pid": os.getpid(), "restart": int(env.get("TORCHELASTIC_RESTART_COUNT", 0))}
+    told = {
+        "local": int(local),
+        "rank": int(env["RANK"]),
+        "world": int(env["WORLD_SIZE"]),
+        "pid": os.getpid(),
+        "restart": int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
+    }
     pipe = os.open(os.path.join(folder, "born"), os.O_WRONLY)
     os.write(pipe, json.dumps(told).encode() + b"\n")
     os.close(pipe)
     try:
         os.execvp(argv[0], argv)
     except OSError as error:
-        print(f"{argv[0]}: cannot be run ({error.strerror}); name a program, or leave --no_python out for a Python script", file=sys.stderr)
+        print(
+            f"{argv[0]}: cannot be run ({error.strerror}); name a program, or leave --no_python out for a Python"
+            " script",
+            file=sys.stderr,
+        )
         sys.exit(126)
 
 

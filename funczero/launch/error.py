@@ -1,4 +1,5 @@
 """What the launcher raises."""
+
 from __future__ import annotations
 
 from funczero.world.plain import plain

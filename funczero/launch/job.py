@@ -1,4 +1,5 @@
 """What every host is told to run: one dict a node, plain enough for a line of JSON."""
+
 from __future__ import annotations
 
 import os
@@ -13,7 +14,8 @@ from funczero.launch.error import LaunchError
 from funczero.launch.flags import Options
 from funczero.launch.hostfile import BYTES, SLOTS, choose, read_hostfile
 
-EXPORTED = ("NCCL_", "GLOO_", "PYTHON", "MLFLOW", "UCX", "MV2", "OMP_NUM_THREADS", "TORCH_", "FUNCZERO_")  # beginnings of names
+# beginnings of names
+EXPORTED = ("NCCL_", "GLOO_", "PYTHON", "MLFLOW", "UCX", "MV2", "OMP_NUM_THREADS", "TORCH_", "FUNCZERO_")
 HERE = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
 PORT = 29500
 
@@ -47,21 +49,28 @@ def make_plan(o: Options, environ: Mapping[str, str], cwd: str) -> Plan:
     Raises:
       LaunchError: nothing is left to run on, or rank 0's address is not one that other hosts can reach.
     """
-    asked = o._replace(num_nodes=-1) if o.launcher == "slurm" and not o.hostfile else o  # there the allocation has the nodes
+    # there the allocation has the nodes
+    asked = o._replace(num_nodes=-1) if o.launcher == "slurm" and not o.hostfile else o
     chosen = choose(_pool(asked, environ), o.include, o.exclude, asked.num_nodes, o.num_gpus)
     empty = [host for host, slots in chosen.items() if not slots]
     if empty or not chosen:
-        raise LaunchError(f"{f'{empty[0]} has slots=0' if empty else '--exclude leaves no slot'}, so there is nothing to run there; write slots=1 or more, or exclude less")
+        raise LaunchError(
+            f"{f'{empty[0]} has slots=0' if empty else '--exclude leaves no slot'}, so there is nothing to run there;"
+            " write slots=1 or more, or exclude less"
+        )
     nodes, first = [], 0
     for rank, (host, slots) in enumerate(chosen.items()):
         nodes.append(Node(host, slots, rank, first, is_here(host) and not o.force_multi))
         first += len(slots)
     if o.no_ssh and o.node_rank >= len(nodes):
-        raise LaunchError(f"--node_rank={o.node_rank}: there are {len(nodes)} hosts, counted from 0; write at most {len(nodes) - 1}")
+        raise LaunchError(
+            f"--node_rank={o.node_rank}: there are {len(nodes)} hosts, counted from 0; write at most {len(nodes) - 1}"
+        )
     several = len(nodes) > 1
     port = o.master_port or (PORT if several or o.no_ssh or o.launcher != "ssh" else 0)
     env = export_environment(environ, cwd) if several or not nodes[0].local else env_file(environ, cwd)
-    run = "by_hand" if o.no_ssh else uuid.uuid4().hex[:12]  # there every host makes its own plan, and the agents meet under one name
+    # there every host makes its own plan, and the agents meet under one name
+    run = "by_hand" if o.no_ssh else uuid.uuid4().hex[:12]
     return Plan(o, tuple(nodes), first, _address(o, nodes), port, env, cwd, run)
 
 
@@ -70,15 +79,24 @@ def _pool(o: Options, environ: Mapping[str, str]) -> dict[str, int]:
     if o.hostfile:
         return read_hostfile(o.hostfile)
     if o.num_nodes > 1:
-        raise LaunchError(f"--num_nodes={o.num_nodes}: without a hostfile there is this machine alone; list the hosts in a file and name it with --hostfile")
+        raise LaunchError(
+            f"--num_nodes={o.num_nodes}: without a hostfile there is this machine alone; list the hosts in a file and"
+            " name it with --hostfile"
+        )
     import torch
 
     devices = environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.accelerator.device_count() if torch.accelerator.is_available() else len(devices.split(",")) if devices else 0
+    count = (
+        torch.accelerator.device_count()
+        if torch.accelerator.is_available()
+        else len(devices.split(",")) if devices else 0
+    )
     asked = [int(n[:9]) for n in re.findall(r"[:,]\s*([0-9]+)", f"{o.include}@{o.exclude}")]
     slots = count or max(1, o.num_gpus, *(n + 1 for n in asked))
     if slots > SLOTS:
-        raise LaunchError(f"--num_gpus, --include or --exclude: {slots} slots are more than any host has; write at most {SLOTS}")
+        raise LaunchError(
+            f"--num_gpus, --include or --exclude: {slots} slots are more than any host has; write at most {SLOTS}"
+        )
     return {"localhost": slots}
 
 
@@ -106,19 +124,25 @@ def _address(o: Options, nodes: list[Node]) -> str:
         return o.master_addr or "127.0.0.1"
     first = bare(nodes[0].host)
     if first in HERE or first.startswith("127."):
-        raise LaunchError(f"rank 0 is on {nodes[0].host}, a name that means another machine on every host; add --master_addr=ADDRESS, as the other hosts reach this one")
+        raise LaunchError(
+            f"rank 0 is on {nodes[0].host}, a name that means another machine on every host; add --master_addr=ADDRESS,"
+            " as the other hosts reach this one"
+        )
     return first
 
 
 def export_environment(environ: Mapping[str, str], cwd: str) -> dict[str, str]:
-    """What other hosts get of this environment: names that begin as EXPORTED, the working folder first in PYTHONPATH, and `env_file`."""
+    """What other hosts get of this environment: names that begin as EXPORTED, the working folder first in
+    PYTHONPATH, and `env_file`.
+    """
     env = {name: value for name, value in environ.items() if name.startswith(EXPORTED)}
     env["PYTHONPATH"] = os.pathsep.join([cwd, *filter(None, [environ.get("PYTHONPATH")])])
     return env | env_file(environ, cwd)
 
 
 def env_file(environ: Mapping[str, str], cwd: str) -> dict[str, str]:
-    """The lines KEY=VALUE of `.deepspeed_env`, first the home folder's, then this one's; $DS_ENV_FILE is another name for it.
+    """The lines KEY=VALUE of `.deepspeed_env`, first the home folder's, then this one's; $DS_ENV_FILE is another name
+    for it.
 
     Raises:
       LaunchError: a line is no KEY=VALUE; empty lines and comments are skipped.
@@ -131,14 +155,19 @@ def env_file(environ: Mapping[str, str], cwd: str) -> dict[str, str]:
         with path.open("rb") as file:
             data = file.read(BYTES + 1)
         if len(data) > BYTES:
-            raise LaunchError(f"{path}: it has more than {BYTES} bytes, and no environment is so long; write lines NAME=VALUE")
+            raise LaunchError(
+                f"{path}: it has more than {BYTES} bytes, and no environment is so long; write lines NAME=VALUE"
+            )
         for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
             line = line.removesuffix("\r")
             key, equals, value = line.partition("=")
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) or "\0" in value:
-                raise LaunchError(f"{path}, line {number}: {line!r} is no setting; write NAME=VALUE, without export and without quotes")
+                raise LaunchError(
+                    f"{path}, line {number}: {line!r} is no setting; write NAME=VALUE, without export and without"
+                    " quotes"
+                )
             env[key] = value
     return env
 
@@ -147,11 +176,25 @@ def job(plan: Plan, node: Node) -> dict[str, Any]:
     """One node's orders; `funczero.launch.node` reads them as a line of JSON."""
     o = plan.options
     return {
-        "run": plan.run, "host": node.host, "node_rank": node.rank, "nodes": len(plan.nodes), "slots": node.slots, "first": node.first, "world": plan.world,
-        "master_addr": plan.master_addr, "master_port": plan.master_port, "cwd": plan.cwd, "env": plan.env,
-        "script": o.script, "args": o.args, "module": o.module, "no_python": o.no_python, "pass_local_rank": o.pass_local_rank,
-        "max_restarts": o.max_restarts, "lost_after": o.lost_after,
-    }  # fmt: skip
+        "run": plan.run,
+        "host": node.host,
+        "node_rank": node.rank,
+        "nodes": len(plan.nodes),
+        "slots": node.slots,
+        "first": node.first,
+        "world": plan.world,
+        "master_addr": plan.master_addr,
+        "master_port": plan.master_port,
+        "cwd": plan.cwd,
+        "env": plan.env,
+        "script": o.script,
+        "args": o.args,
+        "module": o.module,
+        "no_python": o.no_python,
+        "pass_local_rank": o.pass_local_rank,
+        "max_restarts": o.max_restarts,
+        "lost_after": o.lost_after,
+    }
 
 
 def rank_command(orders: Mapping[str, Any], python: str) -> list[str]:
@@ -163,19 +206,37 @@ def rank_command(orders: Mapping[str, Any], python: str) -> list[str]:
 def torchrun_arguments(orders: Mapping[str, Any], python: str, entry: str, folder: str) -> list[str]:
     """torchrun's arguments on one node: it starts `entry`, which becomes the rank; agents meet as `meeting` says.
 
-    Without restarts ranks lie in the hostfile's order; with them torchrun's elastic rendezvous orders the hosts by name.
+    Without restarts ranks lie in the hostfile's order; with them torchrun's elastic rendezvous orders the hosts by
+    name.
     """
     addr, port = orders["master_addr"], orders["master_port"]
     endpoint = f"[{addr}]:{port}" if ":" in addr else f"{addr}:{port}"
-    where = ["--rdzv-backend=funczero", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={orders['run']}", f"--rdzv-conf=rank={orders['node_rank']}"]
+    where = [
+        "--rdzv-backend=funczero",
+        f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-id={orders['run']}",
+        f"--rdzv-conf=rank={orders['node_rank']}",
+    ]
     if orders["max_restarts"]:
         local = addr if orders["node_rank"] == 0 else bare(orders["host"])
         where += [f"--local-addr={local}", f"--max-restarts={orders['max_restarts']}"]
-    return [f"--nnodes={orders['nodes']}", f"--nproc-per-node={len(orders['slots'])}", *where, f"--log-dir={folder}", "--no-python", python, "-I", entry, folder]
+    return [
+        f"--nnodes={orders['nodes']}",
+        f"--nproc-per-node={len(orders['slots'])}",
+        *where,
+        f"--log-dir={folder}",
+        "--no-python",
+        python,
+        "-I",
+        entry,
+        folder,
+    ]
 
 
 def without(plan: Plan, lost: set[str]) -> Plan:
-    """The same launch on the hosts that are left; ranks are dealt anew, and rank 0's address is that of the first of them."""
+    """The same launch on the hosts that are left; ranks are dealt anew, and rank 0's address is that of the first of
+    them.
+    """
     nodes: list[Node] = []
     first = 0
     for node in plan.nodes:
@@ -184,4 +245,6 @@ def without(plan: Plan, lost: set[str]) -> Plan:
             first += len(node.slots)
     moved = nodes[0].host != plan.nodes[0].host
     o = plan.options._replace(master_addr="" if moved else plan.options.master_addr)
-    return plan._replace(options=o, nodes=tuple(nodes), world=first, master_addr=_address(o, nodes), run=uuid.uuid4().hex[:12])
+    return plan._replace(
+        options=o, nodes=tuple(nodes), world=first, master_addr=_address(o, nodes), run=uuid.uuid4().hex[:12]
+    )

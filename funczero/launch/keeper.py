@@ -1,7 +1,9 @@
-"""Two processes watch over a host's ranks, so that either may be killed: the guard does the work, its parent cleans up behind it.
+"""Two processes watch over a host's ranks, so that either may be killed: the guard does the work, its parent cleans up
+behind it.
 
 Law: whichever single process of a launch is killed, nothing that was started stays, and no folder.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -19,9 +21,11 @@ PASSED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def keep(guard: Callable[[Callable[[str], None]], int]) -> int:
-    """Run the guard in a fork of this process, then end whatever descends from it and remove its folder; the exit code is the guard's.
+    """Run the guard in a fork of this process, then end whatever descends from it and remove its folder; the exit code
+    is the guard's.
 
-    The guard is sent SIGTERM when this process is killed. When the guard is, its children become this one's (Linux's subreaper).
+    The guard is sent SIGTERM when this process is killed. When the guard is, its children become this one's (Linux's
+    subreaper).
 
     Args:
       guard: returns an exit code; it hands the folder that it is about to make to its argument.

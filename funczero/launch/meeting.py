@@ -1,9 +1,12 @@
-"""How torchrun's agents meet: as its own backends do, but for where their stores listen, and that no store ends with a rank.
+"""How torchrun's agents meet: as its own backends do, but for where their stores listen, and that no store ends with a
+rank.
 
-torchrun's static rendezvous lets rank 0's agent hold one store for agents and ranks; its elastic one orders the hosts anew at every start. Both listen on every
-interface, and the elastic one's ranks either share a store between starts, where a host that did not fail itself reads the last start's addresses, or rank 0 holds
-it and takes it along when it ends. Here an agent holds a store a start, bound to the address of its host.
+torchrun's static rendezvous lets rank 0's agent hold one store for agents and ranks; its elastic one orders the hosts
+anew at every start. Both listen on every interface, and the elastic one's ranks either share a store between starts,
+where a host that did not fail itself reads the last start's addresses, or rank 0 holds it and takes it along when it
+ends. Here an agent holds a store a start, bound to the address of its host.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,7 +14,13 @@ from datetime import timedelta
 from typing import Any
 
 from torch.distributed import PrefixStore
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters, RendezvousStoreInfo, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
@@ -37,7 +46,9 @@ def register(address: str, port: int, listener: int | None, elastic: bool, told:
 class _Static(RendezvousHandler):
     """Every host has its number."""
 
-    def __init__(self, params: RendezvousParameters, address: str, port: int, listener: int | None, told: Callable[[str], None]) -> None:
+    def __init__(
+        self, params: RendezvousParameters, address: str, port: int, listener: int | None, told: Callable[[str], None]
+    ) -> None:
         self.rank, self.size, self.run = params.get_as_int("rank", 0), params.max_nodes, params.run_id
         self.address, self.port, self.told = address, port, told
         timeout = timedelta(seconds=params.get_as_int("timeout", 900) or 900)
@@ -54,7 +65,9 @@ class _Static(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """There is one only."""
-        return RendezvousInfo(PrefixStore(self.run, self.store), self.rank or 0, self.size, RendezvousStoreInfo(self.address, self.port))
+        return RendezvousInfo(
+            PrefixStore(self.run, self.store), self.rank or 0, self.size, RendezvousStoreInfo(self.address, self.port)
+        )
 
     def is_closed(self) -> bool:
         """Never."""
@@ -79,7 +92,9 @@ class _Static(RendezvousHandler):
 class _Elastic(_Static):
     """torchrun's dynamic rendezvous, with a store of its own for the ranks of every start."""
 
-    def __init__(self, params: RendezvousParameters, address: str, port: int, listener: int | None, told: Callable[[str], None]) -> None:
+    def __init__(
+        self, params: RendezvousParameters, address: str, port: int, listener: int | None, told: Callable[[str], None]
+    ) -> None:
         super().__init__(params, address, port, listener, told)
         self.inner = create_handler(self.store, C10dRendezvousBackend(self.store, params.run_id), params)
         self.ranks: Any = None  # the store of this start's ranks, where this agent holds it
@@ -94,7 +109,8 @@ class _Elastic(_Static):
             if listener.said:
                 self.told(listener.said)
             said = f"{listener.port} {address}"
-            self.ranks = serve(listener, address, listener.port)  # the last start's ranks have ended, and so does their store
+            # the last start's ranks have ended, and so does their store
+            self.ranks = serve(listener, address, listener.port)
             info.store.set("funczero/ranks", said)
         port, _, address = info.store.get("funczero/ranks").decode().partition(" ")
         return RendezvousInfo(info.store, info.rank, info.world_size, RendezvousStoreInfo(address, int(port)))

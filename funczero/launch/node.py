@@ -2,10 +2,12 @@
 
 It forks: the guard carries the orders out, its parent cleans up behind it (`keeper`).
 
-Its orders are one line of JSON on standard input, so nothing is quoted and no secret shows in a list of processes. More lines may follow: an empty one says
-that the launcher lives, {"signal": 15} is passed on to the ranks. The end of input, and a silence, end every process that was started here, whatever became
-of the launcher. What it says are lines that begin with the ASCII record separator; anything else on its output was said by somebody else.
+Its orders are one line of JSON on standard input, so nothing is quoted and no secret shows in a list of processes. More
+lines may follow: an empty one says that the launcher lives, {"signal": 15} is passed on to the ranks. The end of input,
+and a silence, end every process that was started here, whatever became of the launcher. What it says are lines that
+begin with the ASCII record separator; anything else on its output was said by somebody else.
 """
+
 from __future__ import annotations
 
 import json
@@ -38,7 +40,9 @@ FULL = 1000  # messages that wait for a slow launcher before the ranks have to w
 
 
 class Speaker:
-    """Standard output in a thread of its own: a launcher that does not read cannot keep this process from ending its ranks."""
+    """Standard output in a thread of its own: a launcher that does not read cannot keep this process from ending its
+    ranks.
+    """
 
     def __init__(self, node: int) -> None:
         self.node = node
@@ -67,8 +71,17 @@ class Speaker:
 class Node:
     """The ranks of one host: their agent, their pipes, their ends."""
 
-    def __init__(self, orders: Mapping[str, Any], speaker: Speaker, early: bytes, announce: Callable[[str], None], listener: Listener | None = None) -> None:
-        """announce: told the folder before it is made. listener: what the agents' store listens on, on rank 0's host."""
+    def __init__(
+        self,
+        orders: Mapping[str, Any],
+        speaker: Speaker,
+        early: bytes,
+        announce: Callable[[str], None],
+        listener: Listener | None = None,
+    ) -> None:
+        """announce: told the folder before it is made. listener: what the agents' store listens on, on rank 0's
+        host.
+        """
         self.orders, self.speaker, self.heard, self.said = orders, speaker, time.monotonic(), 0.0
         self.buffers: dict[tuple[str, Any], bytes] = {STDIN: early}
         self.ranks: dict[int, dict[str, Any]] = {}  # by local rank: rank, pid, restart
@@ -103,8 +116,12 @@ class Node:
         entry = str(Path(__file__).with_name("entry.py"))
         ends = [os.open(self.folder / name, os.O_WRONLY) for name in ("agent", "told")]
         arguments = torchrun_arguments(orders, sys.executable, entry, str(self.folder))
-        where, listening = (orders["master_addr"], orders["master_port"]), self.listener.socket.fileno() if self.listener else None
-        self.agent = fork_agent(arguments, ends[0], ends[1], lambda note: register(*where, listening, orders["max_restarts"] > 0, note))
+        where, listening = (orders["master_addr"], orders["master_port"]), (
+            self.listener.socket.fileno() if self.listener else None
+        )
+        self.agent = fork_agent(
+            arguments, ends[0], ends[1], lambda note: register(*where, listening, orders["max_restarts"] > 0, note)
+        )
         for end in ends:
             os.close(end)
         if self.listener:
@@ -225,7 +242,8 @@ class Node:
         again = self.orders["max_restarts"] > 0 and not self.noticed
         last = not again or self.ranks[local]["restart"] >= self.orders["max_restarts"]
         if self.ending is None and again and -told["code"] in (signal.SIGTERM, signal.SIGKILL):
-            pass  # perhaps the agent itself, because another host's ranks start again; what it makes of it, `judge` says
+            # perhaps the agent itself, because another host's ranks start again; what it makes of it, `judge` says
+            pass
         elif self.ending is None and last:
             self.fail(local, told["code"])
             self.end()
@@ -253,7 +271,11 @@ class Node:
         if self.agent_code and not self.failed and self.ending is None:
             bad = [(local, code) for _, local, code in sorted(self.deaths) if code]
             self.failed = True
-            self.fail(*bad[0]) if bad else self.speaker.say(error=f"torchrun's agent ended with status {exit_status(self.agent_code)}")
+            (
+                self.fail(*bad[0])
+                if bad
+                else self.speaker.say(error=f"torchrun's agent ended with status {exit_status(self.agent_code)}")
+            )
 
 
 def main(argv: Sequence[str] = ()) -> int:

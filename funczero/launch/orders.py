@@ -1,4 +1,5 @@
 """A node's orders: reading them, and taking over the folder, the environment and the devices they name."""
+
 from __future__ import annotations
 
 import base64
@@ -13,7 +14,9 @@ from funczero.world.rendezvous import Listener, listen, resolve
 
 
 def read_orders(argv: Sequence[str]) -> tuple[dict[str, Any] | None, bytes]:
-    """The orders and what followed them: from standard input, or with pdsh, which hands on none, from the command line: HOSTNUMBER and all hosts' orders."""
+    """The orders and what followed them: from standard input, or with pdsh, which hands on none, from the command
+    line: HOSTNUMBER and all hosts' orders.
+    """
     if argv:
         return json.loads(zlib.decompress(base64.urlsafe_b64decode(argv[1])))[int(argv[0])], b""
     data = b""
@@ -35,7 +38,10 @@ def prepare(orders: dict[str, Any]) -> Listener | None:
     try:
         os.chdir(orders["cwd"])
     except OSError as error:
-        raise LaunchError(f"the working folder {orders['cwd']!r} is not there ({error.strerror}); every host needs it, so start from a shared one") from None
+        raise LaunchError(
+            f"the working folder {orders['cwd']!r} is not there ({error.strerror}); every host needs it, so start from"
+            " a shared one"
+        ) from None
     script = orders["script"]
     if not (orders["module"] or orders["no_python"] or os.path.exists(script)):
         raise LaunchError(f"the script {script!r} is not in {orders['cwd']}; every host needs it at the same place")
@@ -43,7 +49,8 @@ def prepare(orders: dict[str, Any]) -> Listener | None:
     os.environ["CUDA_VISIBLE_DEVICES"] = devices(orders["slots"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3"
     if orders["max_restarts"]:
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a store a start: in a shared one a host that did not fail itself reads its last start's addresses
+        # a store a start: in a shared one a host that did not fail itself reads its last start's addresses
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if len(orders["slots"]) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's rule, without its banner
     try:
@@ -54,7 +61,9 @@ def prepare(orders: dict[str, Any]) -> Listener | None:
     except ValueError as error:
         raise LaunchError(f"{error}; add --master_addr=ADDRESS that all hosts know") from None
     except OSError as error:
-        raise LaunchError(f"port {orders['master_port']} cannot be had ({error.strerror}); name another one with --master_port") from None
+        raise LaunchError(
+            f"port {orders['master_port']} cannot be had ({error.strerror}); name another one with --master_port"
+        ) from None
     orders["master_port"] = listener.port
     return listener
 
@@ -69,5 +78,8 @@ def devices(slots: Sequence[int], visible: str | None) -> str:
         return ",".join(map(str, slots))
     seen = [name.strip() for name in visible.split(",") if name.strip()]
     if seen and max(slots) >= len(seen):
-        raise LaunchError(f"slot {max(slots)} is asked for, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(seen)} devices here; use slots below {len(seen)}")
+        raise LaunchError(
+            f"slot {max(slots)} is asked for, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(seen)} devices here; use"
+            f" slots below {len(seen)}"
+        )
     return ",".join(seen[s] for s in slots) if seen else ""

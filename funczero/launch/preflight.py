@@ -1,4 +1,5 @@
 """Could this run start? Every host is asked at once, before it costs anything; one table answers."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -30,11 +31,17 @@ def facts(orders: Mapping[str, Any]) -> dict[str, Any]:
     script = os.path.join(orders["cwd"], orders["script"])
     need = bool(orders["script"]) and not (orders["module"] or orders["no_python"])
     return {
-        "python": platform.python_version(), "torch": str(torch.__version__), "funczero": importlib.metadata.version("funczero"),
-        "folder": there, "script": os.path.isfile(script) if need else None, "port": _port_is_free(orders["master_port"]) if orders["node_rank"] == 0 else None,
-        "address": _known(orders["master_addr"]), "clock": time.time(), "disk": shutil.disk_usage(orders["cwd"] if there else "/").free / 2**30,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "funczero": importlib.metadata.version("funczero"),
+        "folder": there,
+        "script": os.path.isfile(script) if need else None,
+        "port": _port_is_free(orders["master_port"]) if orders["node_rank"] == 0 else None,
+        "address": _known(orders["master_addr"]),
+        "clock": time.time(),
+        "disk": shutil.disk_usage(orders["cwd"] if there else "/").free / 2**30,
         "devices": torch.accelerator.device_count() if torch.accelerator.is_available() else None,
-    }  # fmt: skip
+    }
 
 
 def _port_is_free(port: int) -> bool:
@@ -62,7 +69,14 @@ def ask(plan: Plan) -> dict[str, dict[str, Any]]:
     def one(node: Any) -> None:
         command = node_command(plan, node, preflight=True)
         try:
-            done = subprocess.run(command.argv, input=command.stdin, capture_output=True, timeout=ANSWER, env=os.environ | command.env, cwd=command.cwd)
+            done = subprocess.run(
+                command.argv,
+                input=command.stdin,
+                capture_output=True,
+                timeout=ANSWER,
+                env=os.environ | command.env,
+                cwd=command.cwd,
+            )
         except subprocess.TimeoutExpired:
             answers[node.host] = {"said": f"no answer within {ANSWER:g} seconds"}
             return
@@ -95,7 +109,11 @@ def problems(plan: Plan, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, 
             found[node.host] = [f"not reached: {a['said']}"]
             continue
         out = [f"{name} is {a[name]}, the first host has {first[name]}" for name in SAME if a[name] != first[name]]
-        out += [f"no folder {plan.cwd}"] if not a["folder"] else [f"no script {plan.options.script}"] if a["script"] is False else []
+        out += (
+            [f"no folder {plan.cwd}"]
+            if not a["folder"]
+            else [f"no script {plan.options.script}"] if a["script"] is False else []
+        )
         out += [f"port {plan.master_port} is taken; name another with --master_port"] if a["port"] is False else []
         out += [] if a["address"] else [f"{plan.master_addr} means nothing here; add --master_addr=ADDRESS"]
         skew = a["clock"] - a["arrived"]
@@ -118,6 +136,12 @@ def preflight(plan: Plan) -> int:
     for node in plan.nodes:
         a = answers[node.host]
         disk = f"{a['disk']:.0f} GiB" if "disk" in a else ""
-        table.add_row(node.host, str(len(node.slots)), *(str(a.get(name, "")) for name in SAME), disk, "; ".join(bad[node.host]) or "ready")
+        table.add_row(
+            node.host,
+            str(len(node.slots)),
+            *(str(a.get(name, "")) for name in SAME),
+            disk,
+            "; ".join(bad[node.host]) or "ready",
+        )
     Console(width=None if os.isatty(1) else 500, highlight=False, markup=False).print(table)
     return 1 if any(bad.values()) else 0

@@ -1,4 +1,5 @@
 """Process trees: who descends from this process, ending all of them, and dying with one's parent."""
+
 from __future__ import annotations
 
 import contextlib
@@ -12,9 +13,14 @@ GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 
 
 def adopt_orphans() -> None:
-    """From here on, processes whose parent ends become this one's children (Linux's subreaper), so that none is lost."""
+    """From here on, processes whose parent ends become this one's children (Linux's subreaper), so that none is
+    lost.
+    """
     if ctypes.CDLL(None).prctl(36, 1) != 0:  # PR_SET_CHILD_SUBREAPER
-        raise OSError("this kernel has no subreapers, so the end of all processes could not be promised; Linux 3.4 or newer is needed")
+        raise OSError(
+            "this kernel has no subreapers, so the end of all processes could not be promised; Linux 3.4 or newer is"
+            " needed"
+        )
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:

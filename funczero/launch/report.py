@@ -1,4 +1,5 @@
 """What a launch shows: every rank's lines under its name, and at the end the one traceback that explains the others."""
+
 from __future__ import annotations
 
 import signal
@@ -59,13 +60,22 @@ class Report:
                 self._show(host, rank, lines, True)
 
     def failed(self, failures: list[Failure]) -> Failure:
-        """The first failure is the cause: its traceback is the last thing printed, the others are a line each. Returns it."""
+        """The first failure is the cause: its traceback is the last thing printed, the others are a line each.
+        Returns it.
+        """
         first = min(failures, key=lambda f: (f.rank is not None and any(g.rank is None for g in failures), f.began))
         tracebacks = {rank: lines for rank, (_, _, lines) in self.held.items()}
         self.held.clear()
         for other in sorted(failures, key=lambda f: f.began):
             if other is not first:
-                last = next((line for line in reversed(tracebacks.get(other.rank if other.rank is not None else -1, [])) if line.strip()), other.why)
+                last = next(
+                    (
+                        line
+                        for line in reversed(tracebacks.get(other.rank if other.rank is not None else -1, []))
+                        if line.strip()
+                    ),
+                    other.why,
+                )
                 self.say(f"after it {self._name(other)} {_how(other)}{f': {last}' if last else ''}")
         self.say(f"{self._name(first)} {_how(first)}{f': {first.why}' if first.why else ''}")
         self._print("", tracebacks.get(first.rank, []) if first.rank is not None else [], sys.stderr)
@@ -101,5 +111,8 @@ def _how(f: Failure) -> str:
     if f.rank is None:
         return "was lost" if f.lost else "could not run its part"
     if code < 0:
-        return f"was ended by {signal.Signals(-code).name} (exit code {status}{'; the system may have run out of memory' if code == -signal.SIGKILL else ''})"
+        return (
+            f"was ended by {signal.Signals(-code).name} (exit code"
+            f" {status}{'; the system may have run out of memory' if code == -signal.SIGKILL else ''})"
+        )
     return f"failed with exit code {status}"

@@ -1,4 +1,7 @@
-"""`funczero launch`: starts the nodes, shows what they say, ends all of them when one fails, and starts again on the hosts that are left."""
+"""`funczero launch`: starts the nodes, shows what they say, ends all of them when one fails, and starts again on the
+hosts that are left.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -27,7 +30,8 @@ NOTICES = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(argv: Sequence[str]) -> int:
-    """The whole command; 2 for bad input, otherwise the exit code of the rank that failed first, 128 + N for signal N, 255 for a lost host.
+    """The whole command; 2 for bad input, otherwise the exit code of the rank that failed first, 128 + N for signal N,
+    255 for a lost host.
 
     Source: the `deepspeed` command; torchrun starts, watches and restarts the ranks of every host.
     """
@@ -38,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         if sys.platform != "linux":
-            raise LaunchError(f"the end of every process is promised by Linux alone, and this is {sys.platform}; start the script with torchrun")
+            raise LaunchError(
+                f"the end of every process is promised by Linux alone, and this is {sys.platform}; start the script"
+                " with torchrun"
+            )
         options = parse(argv)
         plan = make_plan(options, os.environ, os.getcwd())
         if hint(options):
@@ -62,17 +69,25 @@ def start(command: Command, **streams: Any) -> subprocess.Popen:
     """A process that does not outlive this one, in a group of its own so that ctrl-c reaches this one alone."""
     try:
         return subprocess.Popen(
-            command.argv, env=os.environ | command.env, cwd=command.cwd, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM), **streams
+            command.argv,
+            env=os.environ | command.env,
+            cwd=command.cwd,
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+            **streams,
         )
     except FileNotFoundError:
-        raise LaunchError(f"{command.argv[0]} is not installed on this machine; install it, or choose another --launcher") from None
+        raise LaunchError(
+            f"{command.argv[0]} is not installed on this machine; install it, or choose another --launcher"
+        ) from None
 
 
 def run_ranks(command: Command, launcher: str) -> int:
     """Let an MPI launcher or SLURM start the ranks; its exit code is theirs, signals are passed on."""
     process = start(command, stdin=subprocess.DEVNULL)
     passed = {signal.SIGINT: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
-    passed[signal.SIGTERM] = signal.SIGTERM if launcher == "slurm" else signal.SIGUSR1  # mpirun ends a job on SIGTERM, and hands SIGUSR1 on
+    # mpirun ends a job on SIGTERM, and hands SIGUSR1 on
+    passed[signal.SIGTERM] = signal.SIGTERM if launcher == "slurm" else signal.SIGUSR1
     came: list[int] = []
 
     def hand_on(number: int, _: Any) -> None:
@@ -107,7 +122,10 @@ def run_nodes(plan: Plan) -> int:
         if not (lost and left and used < o.max_restarts and not launch.came):
             return launch.code()
         used += 1
-        report.say(f"{', '.join(lost)} lost; start {used} of at most {o.max_restarts} again, on {', '.join(node.host for node in left)}")
+        report.say(
+            f"{', '.join(lost)} lost; start {used} of at most {o.max_restarts} again, on"
+            f" {', '.join(node.host for node in left)}"
+        )
         report.release(0.0, everything=True)
         plan = without(plan, lost)
 
@@ -135,9 +153,13 @@ class Launch:
         self.ending_since: float | None = None
         self.restarted, self.beat = 0, 0.0
         self.told: set[int] = set()  # connections that have taken their orders
-        self.words: dict[int, list[str]] = {}  # what a connection said itself: ssh's complaints, a login script's greeting
+        # what a connection said itself: ssh's complaints, a login script's greeting
+        self.words: dict[int, list[str]] = {}
         commands = commands_of(plan._replace(options=plan.options._replace(max_restarts=restarts)))
-        self.links = {rank: start(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank, c in commands.items()}
+        self.links = {
+            rank: start(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for rank, c in commands.items()
+        }
         self.open = set(self.links)
         for rank, c in commands.items():
             if c.stdin:
@@ -239,7 +261,11 @@ class Launch:
         lost = re.search(r"pdsh@.*: (\S+): ssh exited with exit code", text) if rank < 0 else None
         if lost:
             for node in self.plan.nodes:
-                if node.host.rpartition("@")[2] == lost[1] and node.rank not in self.ended and self.ending_since is None:
+                if (
+                    node.host.rpartition("@")[2] == lost[1]
+                    and node.rank not in self.ended
+                    and self.ending_since is None
+                ):
                     self._fail(node.rank, None, 255, "its connection ended", lost=True)
         else:
             self.words.setdefault(rank, []).append(text)
@@ -249,7 +275,10 @@ class Launch:
         self.open.discard(rank)
         for node in self.nodes if rank < 0 else {rank}:
             if node not in self.ended and self.ending_since is None:
-                said = next((w for w in reversed(self.words.get(rank, [])) if w.strip()), f"its connection ended with status {exit_status(code)}")
+                said = next(
+                    (w for w in reversed(self.words.get(rank, [])) if w.strip()),
+                    f"its connection ended with status {exit_status(code)}",
+                )
                 self._fail(node, None, 255, said, lost=node in self.heard)
 
     def _event(self, _: int, event: dict) -> None:
@@ -264,7 +293,10 @@ class Launch:
         elif "error" in event:
             self._fail(node, None, 1, event["error"])
         elif "restarting" in event:
-            self.report.say(f"rank {event['restarting']} on {self.host[node]} ended with code {exit_status(event['code'])}; torchrun starts the ranks again")
+            self.report.say(
+                f"rank {event['restarting']} on {self.host[node]} ended with code {exit_status(event['code'])};"
+                " torchrun starts the ranks again"
+            )
         elif "born" in event:
             self.restarted = max(self.restarted, event["restart"])
         elif "end" in event:
@@ -273,6 +305,10 @@ class Launch:
                 for rank in self.links:
                     self._close(rank)
 
-    def _fail(self, node: int, rank: int | None, code: int, why: str, began: float | None = None, lost: bool = False) -> None:
-        self.failures.append(Failure(time.monotonic() if began is None else began, self.host[node], rank, code, why, lost))
+    def _fail(
+        self, node: int, rank: int | None, code: int, why: str, began: float | None = None, lost: bool = False
+    ) -> None:
+        self.failures.append(
+            Failure(time.monotonic() if began is None else began, self.host[node], rank, code, why, lost)
+        )
         self.end()

@@ -1,4 +1,7 @@
-"""What reaches the hosts: command lines for ssh and pdsh, which start nodes, and for OpenMPI, MPICH and SLURM, which start the ranks themselves."""
+"""What reaches the hosts: command lines for ssh and pdsh, which start nodes, and for OpenMPI, MPICH and SLURM, which
+start the ranks themselves.
+"""
+
 from __future__ import annotations
 
 import base64
@@ -43,14 +46,35 @@ def node_command(plan: Plan, node: Node, **more: object) -> Command:
     o = plan.options
     port = port_of(node.host) or (str(o.ssh_port) if o.ssh_port else "")
     user = node.host.rpartition("@")[0]
-    options = ["-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(["-p", port] if port else []), *_words(o.launcher_args)]
-    return Command(("ssh", *options, "--", f"{user}@{bare(node.host)}" if user else bare(node.host), f"{_python(o.python)} {NODE}"), stdin, {})
+    options = [
+        "-T",
+        "-o",
+        "BatchMode=yes",
+        "-o",
+        "ConnectTimeout=10",
+        *(["-p", port] if port else []),
+        *_words(o.launcher_args),
+    ]
+    return Command(
+        (
+            "ssh",
+            *options,
+            "--",
+            f"{user}@{bare(node.host)}" if user else bare(node.host),
+            f"{_python(o.python)} {NODE}",
+        ),
+        stdin,
+        {},
+    )
 
 
 def _python(path: str) -> str:
     """The interpreter's path; the remote login shell reads it, so it may hold nothing but a path."""
     if not re.fullmatch(r"[A-Za-z0-9_./+][A-Za-z0-9_./+-]*", path):
-        raise LaunchError(f"--python={path}: a shell on the hosts would read this path as more than one; name an interpreter whose path has letters, digits and ./_+- alone")
+        raise LaunchError(
+            f"--python={path}: a shell on the hosts would read this path as more than one; name an interpreter whose"
+            " path has letters, digits and ./_+- alone"
+        )
     return path
 
 
@@ -62,27 +86,52 @@ def _words(text: str) -> list[str]:
 
 
 def pdsh_command(plan: Plan) -> Command:
-    """Start all nodes through pdsh, which hands on no input: the orders are letters and digits behind the constant command, seen in lists of processes."""
+    """Start all nodes through pdsh, which hands on no input: the orders are letters and digits behind the constant
+    command, seen in lists of processes.
+    """
     o = plan.options
     hosts = [re.sub(r":[0-9]+$", "", node.host) for node in plan.nodes]
     odd = [host for host in hosts if re.search(r"[\[\]:%]", host)]
     if odd:
-        raise LaunchError(f"--launcher=pdsh: it reads {odd[0]!r} as a pattern; give the host a plain name, or use --launcher=ssh")
+        raise LaunchError(
+            f"--launcher=pdsh: it reads {odd[0]!r} as a pattern; give the host a plain name, or use --launcher=ssh"
+        )
     orders = [job(plan, node) | {"lost_after": None} for node in plan.nodes]
     told = base64.urlsafe_b64encode(zlib.compress(json.dumps(orders).encode())).decode()
     if len(told) > 100_000:
-        raise LaunchError(f"--launcher=pdsh: arguments and environment take {len(told)} bytes of its command line, more than fits; use --launcher=ssh")
+        raise LaunchError(
+            f"--launcher=pdsh: arguments and environment take {len(told)} bytes of its command line, more than fits;"
+            " use --launcher=ssh"
+        )
     ports = {port_of(node.host) or str(o.ssh_port or "") for node in plan.nodes}
     if len(ports) > 1:
         raise LaunchError("--launcher=pdsh: it knows one port for all hosts; use --launcher=ssh, or --ssh_port")
     given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
-    ssh = " ".join([*([given] if given else []), "-T -o BatchMode=yes -o ConnectTimeout=10", *(f"-p {port}" for port in ports if port)])
-    argv = ("pdsh", "-S", "-R", "ssh", "-f", "1024", "-w", ",".join(hosts), *_words(o.launcher_args), f"{_python(o.python)} {NODE} %n {told}")
+    ssh = " ".join(
+        [
+            *([given] if given else []),
+            "-T -o BatchMode=yes -o ConnectTimeout=10",
+            *(f"-p {port}" for port in ports if port),
+        ]
+    )
+    argv = (
+        "pdsh",
+        "-S",
+        "-R",
+        "ssh",
+        "-f",
+        "1024",
+        "-w",
+        ",".join(hosts),
+        *_words(o.launcher_args),
+        f"{_python(o.python)} {NODE} %n {told}",
+    )
     return Command(argv, None, {"PDSH_SSH_ARGS_APPEND": ssh})
 
 
 def rank_launcher(plan: Plan) -> Command:
-    """OpenMPI, MPICH or SLURM starts the ranks; `init_distributed` reads what each says. Environment goes by name, never by value.
+    """OpenMPI, MPICH or SLURM starts the ranks; `init_distributed` reads what each says. Environment goes by name,
+    never by value.
 
     Raises:
       LaunchError: the launcher could not do what the filters or the arguments ask for.
@@ -90,13 +139,24 @@ def rank_launcher(plan: Plan) -> Command:
     o, build = plan.options, {"openmpi": _openmpi, "mpich": _mpich, "slurm": _slurm}[plan.options.launcher]
     for node in plan.nodes:
         if node.slots != tuple(range(len(node.slots))):
-            raise LaunchError(f"--launcher={o.launcher}: it starts slots 0 to n-1 of a host, not {node.host}:{','.join(map(str, node.slots))}; use --launcher=ssh for these")
+            raise LaunchError(
+                f"--launcher={o.launcher}: it starts slots 0 to n-1 of a host, not"
+                f" {node.host}:{','.join(map(str, node.slots))}; use --launcher=ssh for these"
+            )
         if o.launcher != "slurm" and ("@" in node.host or port_of(node.host)):
-            raise LaunchError(f"--launcher={o.launcher}: it takes no user or port with a host; put those of {node.host!r} into ~/.ssh/config, or use --launcher=ssh")
+            raise LaunchError(
+                f"--launcher={o.launcher}: it takes no user or port with a host; put those of {node.host!r} into"
+                " ~/.ssh/config, or use --launcher=ssh"
+            )
     if ":" in o.args:
-        raise LaunchError(f"--launcher={o.launcher}: it reads an argument that is ':' alone as the start of another program; use --launcher=ssh")
+        raise LaunchError(
+            f"--launcher={o.launcher}: it reads an argument that is ':' alone as the start of another program; use"
+            " --launcher=ssh"
+        )
     if o.pass_local_rank or o.max_restarts:
-        raise LaunchError(f"--launcher={o.launcher}: it has neither --pass_local_rank nor --max_restarts; use --launcher=ssh")
+        raise LaunchError(
+            f"--launcher={o.launcher}: it has neither --pass_local_rank nor --max_restarts; use --launcher=ssh"
+        )
     env = plan.env | {"MASTER_ADDR": plan.master_addr, "MASTER_PORT": str(plan.master_port)}
     ranks = rank_command(job(plan, plan.nodes[0]), o.python)
     return Command((*build(plan, env), *ranks), None, env)
@@ -110,17 +170,45 @@ def _openmpi(plan: Plan, env: dict[str, str]) -> list[str]:
     o, hosts = plan.options, ",".join(f"{bare(n.host)}:{len(n.slots)}" for n in plan.nodes)
     output = ["--output-filename", os.path.abspath(o.log_dir)] if o.log_dir else ["--tag-output"]
     names = [word for name in env for word in ("-x", name)]
-    return [_tool("mpirun.openmpi", "mpirun"), "-n", str(plan.world), "--host", hosts, "-wdir", plan.cwd, *output, *names, *_words(o.launcher_args)]
+    return [
+        _tool("mpirun.openmpi", "mpirun"),
+        "-n",
+        str(plan.world),
+        "--host",
+        hosts,
+        "-wdir",
+        plan.cwd,
+        *output,
+        *names,
+        *_words(o.launcher_args),
+    ]
 
 
 def _mpich(plan: Plan, env: dict[str, str]) -> list[str]:
     o, counts = plan.options, {len(n.slots) for n in plan.nodes}
     if len(counts) > 1:
-        raise LaunchError(f"--launcher=mpich: it starts as many processes on every host, but the slots are {sorted(counts)}; use --num_gpus={min(counts)}, or --launcher=ssh")
+        raise LaunchError(
+            f"--launcher=mpich: it starts as many processes on every host, but the slots are {sorted(counts)}; use"
+            f" --num_gpus={min(counts)}, or --launcher=ssh"
+        )
     hosts = ",".join(bare(n.host) for n in plan.nodes)
     output = ["-outfile-pattern", f"{os.path.abspath(o.log_dir)}/rank%r.log"] if o.log_dir else ["-prepend-rank"]
     tool = _tool("mpiexec.hydra", "mpirun.mpich", "mpirun")
-    return [tool, "-n", str(plan.world), "-ppn", str(counts.pop()), "-hosts", hosts, "-wdir", plan.cwd, *output, "-genvlist", ",".join(env), *_words(o.launcher_args)]
+    return [
+        tool,
+        "-n",
+        str(plan.world),
+        "-ppn",
+        str(counts.pop()),
+        "-hosts",
+        hosts,
+        "-wdir",
+        plan.cwd,
+        *output,
+        "-genvlist",
+        ",".join(env),
+        *_words(o.launcher_args),
+    ]
 
 
 def _slurm(plan: Plan, env: dict[str, str]) -> list[str]:
@@ -134,8 +222,18 @@ def _slurm(plan: Plan, env: dict[str, str]) -> list[str]:
     hosts = ",".join(bare(n.host) for n in plan.nodes)
     counts = {len(n.slots) for n in plan.nodes}
     if len(counts) > 1:
-        raise LaunchError(f"--launcher=slurm: it starts as many tasks on every host, but the slots are {sorted(counts)}; use --num_gpus={min(counts)}, or --launcher=ssh")
-    return [*front, f"--ntasks={plan.world}", f"--nodes={len(plan.nodes)}", f"--ntasks-per-node={counts.pop()}", f"--nodelist={hosts}", *_words(o.launcher_args)]
+        raise LaunchError(
+            f"--launcher=slurm: it starts as many tasks on every host, but the slots are {sorted(counts)}; use"
+            f" --num_gpus={min(counts)}, or --launcher=ssh"
+        )
+    return [
+        *front,
+        f"--ntasks={plan.world}",
+        f"--nodes={len(plan.nodes)}",
+        f"--ntasks-per-node={counts.pop()}",
+        f"--nodelist={hosts}",
+        *_words(o.launcher_args),
+    ]
 
 
 def own(plan: Plan) -> tuple[Node, ...]:
@@ -159,14 +257,22 @@ def describe(plan: Plan) -> str:
     lines = [_command("on this machine: ", commands[-1])] if -1 in commands else []
     for node in own(plan):
         orders = job(plan, node)
-        lines.append(f"{node.host}: ranks {node.first} to {node.first + len(node.slots) - 1} of {plan.world} on slots {','.join(map(str, node.slots))}")
+        lines.append(
+            f"{node.host}: ranks {node.first} to {node.first + len(node.slots) - 1} of {plan.world} on slots"
+            f" {','.join(map(str, node.slots))}"
+        )
         if node.rank in commands:
             lines.append(_command("  start  ", commands[node.rank]))
         lines.append(f"  agent  torchrun {shlex.join(torchrun_arguments(orders, o.python, 'entry.py', 'FOLDER'))}")
-        lines.append(f"  rank   {shlex.join(rank_command(orders, o.python))}{' (and --local_rank=N)' if o.pass_local_rank else ''}")
+        lines.append(
+            "  rank  "
+            f" {shlex.join(rank_command(orders, o.python))}{' (and --local_rank=N)' if o.pass_local_rank else ''}"
+        )
     return "\n".join(lines)
 
 
 def _command(front: str, command: Command) -> str:
     env = "".join(f"{name}={shlex.quote(value)} " for name, value in command.env.items())
-    return f"{front}{env}{shlex.join(command.argv)}" + (f"\n  stdin  {command.stdin.decode().rstrip()}" if command.stdin else "")
+    return f"{front}{env}{shlex.join(command.argv)}" + (
+        f"\n  stdin  {command.stdin.decode().rstrip()}" if command.stdin else ""
+    )

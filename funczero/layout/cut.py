@@ -3,6 +3,7 @@
 Rows and Whole are the cuts that exist. Another kind is a frozen dataclass with the same three members. All that is read
 of it are the parts that it gives: slots, messages and chunks follow from them.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -137,7 +138,7 @@ def cuts(path: str, shape: tuple[int, ...], rules: Mapping[str, Rules]) -> tuple
             if said.dim is not None and not 0 <= said.dim < len(shape):
                 raise ValueError(
                     f"shard({axis!r}): {said!r} cuts dim {said.dim}, but parameter {path!r} has shape {shape}; "
-                    f"write a dim it has"
+                    "write a dim it has"
                 )
             if axis in bound and said.dim != bound[axis]:
                 raise ValueError(_contradicts(axis, said, said.dim, path, axis))
@@ -174,7 +175,7 @@ def _spec(
 def _contradicts(axis: str, rule: P | Cut, d: int | None, path: str, name: str) -> str:
     return (
         f"shard({axis!r}): rule {rule} cuts dim {d} of {path!r} over {name!r}, "
-        f"but an outer bracket's rule says otherwise; change one of them"
+        "but an outer bracket's rule says otherwise; change one of them"
     )
 
 

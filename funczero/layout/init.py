@@ -1,4 +1,5 @@
 """Initial values that do not depend on the mesh, drawn leaf by leaf: no rank ever holds the whole model."""
+
 from __future__ import annotations
 
 import copy
@@ -55,7 +56,7 @@ def init(what: Any, key: int = 0, init_fn: Callable[[nn.Module], Any] | None = N
         if not isinstance(x, Fill):
             raise TypeError(
                 f"init: {path!r} is a {type(x).__name__}; write fz.leaf(shape, draw) for every parameter, "
-                f"or give whole tensors to step.init"
+                "or give whole tensors to step.init"
             )
         seen.setdefault(id(x), Fill(x.shape, x.dtype, partial(_make, x, rng.fold(key, path))))
     return tree.unflatten([seen[id(x)] for x in flat], treedef)
@@ -66,7 +67,7 @@ def _make(x: Fill, key: int) -> Tensor:
     if tuple(value.shape) != x.shape:
         raise ValueError(
             f"init: a leaf of shape {x.shape} was drawn with shape {tuple(value.shape)}; "
-            f"draw(key, shape) returns that shape"
+            "draw(key, shape) returns that shape"
         )
     return value.to(x.dtype)
 
@@ -80,7 +81,7 @@ def _module(module: nn.Module, key: int, init_fn: Callable[[nn.Module], Any] | N
                 if init_fn is None and not callable(getattr(owner, "reset_parameters", None)):
                     raise TypeError(
                         f"init: submodule {path!r} ({type(owner).__name__}) has parameters but no reset_parameters(); "
-                        f"pass init_fn=, which sets one submodule's own parameters"
+                        "pass init_fn=, which sets one submodule's own parameters"
                     )
                 make = partial(_draw, owner, rng.fold(key, path), init_fn, name)
                 out[f"{path}.{name}" if path else name] = seen.setdefault(id(p), Fill(tuple(p.shape), p.dtype, make))

@@ -1,4 +1,5 @@
 """Whole parameters that are read part by part: ties by identity and by name, units by path."""
+
 from __future__ import annotations
 
 import re
@@ -83,7 +84,7 @@ def lazy(
             what = f"a {x.dtype} tensor" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise TypeError(
                 f"init: parameter {path!r} is {what}; parameters are floating tensors, "
-                f"other values go into the batch or the loss function"
+                "other values go into the batch or the loss function"
             )
         path = tree.Path(*(named[q][0] for q, leaf in enumerate(places) if leaf == i))
         name = keys[i].pop() if len(keys[i]) == 1 else ""  # a leaf tied across units is gathered with the rest
@@ -120,7 +121,7 @@ def _tied(named: dict[str, Any], ties: Sequence[tuple[str, str]]) -> dict[int, i
         if apart or len(real) == 2 and not torch.equal(a, b.to(a.device)):
             raise ValueError(
                 f"init: {first!r} and {second!r} are one parameter of the module, but here they differ; "
-                f"give both the same values"
+                "give both the same values"
             )
         out[id(b)] = out.get(id(a), id(a))
     return out

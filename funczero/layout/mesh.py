@@ -1,4 +1,5 @@
 """Named processes: the world, the mesh, and the names of tensor dims' axes."""
+
 from __future__ import annotations
 
 import os
@@ -31,7 +32,9 @@ class P(tuple):
         for d in dims:
             names = d if isinstance(d, tuple) else (d,)
             if not all(n is None or isinstance(n, str) for n in names):
-                raise TypeError(f"P: {d!r} is not a mesh axis; write a name, a tuple of names or None for every tensor dim")
+                raise TypeError(
+                    f"P: {d!r} is not a mesh axis; write a name, a tuple of names or None for every tensor dim"
+                )
         return super().__new__(cls, dims)
 
     def __repr__(self) -> str:
@@ -39,7 +42,12 @@ class P(tuple):
 
     def axes(self) -> tuple[tuple[str, int], ...]:
         """Every mesh axis with the tensor dim it splits, in order."""
-        return tuple((a, d) for d, names in enumerate(self) for a in (names if isinstance(names, tuple) else (names,)) if a is not None)
+        return tuple(
+            (a, d)
+            for d, names in enumerate(self)
+            for a in (names if isinstance(names, tuple) else (names,))
+            if a is not None
+        )
 
 
 class World(NamedTuple):
@@ -75,7 +83,7 @@ class Planned(Axis):
         """
         raise RuntimeError(
             f"mesh: no process has a place on this axis of size {self.size} before the world is joined; "
-            f"call step.init or fz.init_distributed first, in a world that has the mesh's size"
+            "call step.init or fz.init_distributed first, in a world that has the mesh's size"
         )
 
 
@@ -133,9 +141,11 @@ def _environment() -> World | None:
 
 
 def init_distributed(backend: str | None = None) -> World:
-    """Join the world that torchrun, OpenMPI, MPICH or SLURM describes, or a world of one without them; a second call changes nothing.
+    """Join the world that torchrun, OpenMPI, MPICH or SLURM describes, or a world of one without them; a second call
+    changes nothing.
 
-    What another launcher than torchrun says is written under torchrun's names as well, so that libraries and scripts find it there.
+    What another launcher than torchrun says is written under torchrun's names as well, so that libraries and scripts
+    find it there.
 
     Args:
       backend: a torch backend by name; by default gloo for CPU, the accelerator's own (nccl, rccl) otherwise.
@@ -177,14 +187,19 @@ def _resolve(sizes: Mapping[str, int], world: int) -> dict[str, int]:
     out = dict(sizes)
     for name, n in out.items():
         if not isinstance(name, str) or not isinstance(n, int) or isinstance(n, bool) or (n < 1 and n != -1):
-            raise ValueError(f"mesh: axis {name!r} has size {n!r}; write a positive number of processes, or -1 for all that are left")
+            raise ValueError(
+                f"mesh: axis {name!r} has size {n!r}; write a positive number of processes, or -1 for all that are left"
+            )
     free = [name for name, n in out.items() if n == -1]
     if len(free) > 1:
         raise ValueError(f"mesh: only one axis can be -1, but {free} are; write the size of the others")
     if free:
         rest = prod(n for n in out.values() if n != -1)
         if world % rest:
-            raise ValueError(f"mesh {dict(sizes)}: {world} processes do not divide into {rest} for the axes with a size; start a multiple of {rest} processes")
+            raise ValueError(
+                f"mesh {dict(sizes)}: {world} processes do not divide into {rest} for the axes with a size; start a"
+                f" multiple of {rest} processes"
+            )
         out[free[0]] = world // rest
     return out
 
@@ -209,7 +224,10 @@ def make_mesh(sizes: Mapping[str, int], device: str | None = None) -> DeviceMesh
 def _wrong_world(sizes: Mapping[str, int], world: int) -> str:
     need = prod(sizes.values())
     first = next(iter(sizes), "data")
-    return f"mesh {dict(sizes)} needs {need} processes, but this world has {world}; start torchrun --nproc-per-node={need}, or write {{{first!r}: -1}}"
+    return (
+        f"mesh {dict(sizes)} needs {need} processes, but this world has {world}; start torchrun"
+        f" --nproc-per-node={need}, or write {{{first!r}: -1}}"
+    )
 
 
 def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | None = None) -> Mesh:
@@ -225,14 +243,22 @@ def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | 
         raise TypeError(f"mesh: {mesh!r} is neither a dict of axis sizes nor a DeviceMesh; write mesh={{'data': -1}}")
     sizes = _resolve(mesh or {}, world_size())
     where = torch.device(device) if device else default_device()
-    return Mesh({name: Axis(n, 0, "") for name, n in sizes.items()}, where, Counter(), connected=False, ledger=Ledger(), flight=InFlight())
+    return Mesh(
+        {name: Axis(n, 0, "") for name, n in sizes.items()},
+        where,
+        Counter(),
+        connected=False,
+        ledger=Ledger(),
+        flight=InFlight(),
+    )
 
 
 def located(mesh: Mesh) -> Mesh:
     """The same mesh with this process's place on it, as far as that is known without joining a world.
 
-    It is known from the world that was joined, or is to be: a launcher's environment names the rank. A mesh of another size
-    than the world's is a plan, on which nobody has a place. Asking for one raises, since 0 on every rank would be wrong.
+    It is known from the world that was joined, or is to be: a launcher's environment names the rank. A mesh of another
+    size than the world's is a plan, on which nobody has a place. Asking for one raises, since 0 on every rank would be
+    wrong.
     """
     if mesh.connected:
         return mesh
@@ -265,18 +291,25 @@ def connect(mesh: Mesh) -> Mesh:
 
 
 def _lost(rank: int, error: RuntimeError) -> RuntimeError:
-    """What rank could not be reached, where that can be proven; else the backend's own words with where they came up."""
+    """What rank could not be reached, where that can be proven; else the backend's own words with where they came
+    up.
+    """
     gone, until = presence.ranks_that_ended(), time.monotonic() + 1.0
     while not gone and time.monotonic() < until:
         time.sleep(0.05)  # a process that was just killed
         gone = presence.ranks_that_ended()
     who = f"rank {gone[0]} ended" if gone else "the process groups could not be made"
-    return RuntimeError(f"mesh: {who} while rank {rank} was connecting to the others ({str(error).splitlines()[0]}); look for what ended it, and start all ranks again")
+    return RuntimeError(
+        f"mesh: {who} while rank {rank} was connecting to the others ({str(error).splitlines()[0]}); look for what"
+        " ended it, and start all ranks again"
+    )
 
 
 @lru_cache(maxsize=16)
 def _shared_mesh(world: Any, sizes: tuple[tuple[str, int], ...], device: str) -> DeviceMesh:
-    """Steps of one world with the same axes share their process groups: each costs sockets and threads that torch never frees."""
+    """Steps of one world with the same axes share their process groups: each costs sockets and threads that torch
+    never frees.
+    """
     return make_mesh(dict(sizes), device)
 
 
@@ -286,11 +319,28 @@ def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
         raise ValueError("mesh: this DeviceMesh has no mesh_dim_names; make it with fz.make_mesh({'data': -1})")
     place = mesh.get_coordinate()
     if place is None:
-        raise ValueError(f"mesh: rank {dist.get_rank()} is not part of this DeviceMesh; build one over all ranks with fz.make_mesh")
-    axes = {n: Axis(mesh.size(d), place[d], mesh.get_group(d).group_name if mesh.size(d) > 1 else "") for d, n in enumerate(names)}
+        raise ValueError(
+            f"mesh: rank {dist.get_rank()} is not part of this DeviceMesh; build one over all ranks with fz.make_mesh"
+        )
+    axes = {
+        n: Axis(mesh.size(d), place[d], mesh.get_group(d).group_name if mesh.size(d) > 1 else "")
+        for d, n in enumerate(names)
+    }
     whole = dist.get_world_size() == mesh.size()
-    device = torch.device(mesh.device_type) if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.accelerator.current_device_index())
+    device = (
+        torch.device(mesh.device_type)
+        if mesh.device_type == "cpu"
+        else torch.device(mesh.device_type, torch.accelerator.current_device_index())
+    )
     group: Any = dist.group.WORLD
-    out = Mesh(axes, device, Counter(), group.group_name if whole else "", connected=True, ledger=ledger or Ledger(), flight=InFlight())
+    out = Mesh(
+        axes,
+        device,
+        Counter(),
+        group.group_name if whole else "",
+        connected=True,
+        ledger=ledger or Ledger(),
+        flight=InFlight(),
+    )
     out.ledger.joined(*out.rank(tuple(axes)), device)
     return out

@@ -1,4 +1,5 @@
 """A place: which memory a part lies in. The device is the one that exists, host memory and disk will be others."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

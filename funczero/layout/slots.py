@@ -1,4 +1,5 @@
 """Buffers: a tree of parameters, or of anything shaped like it, as this rank holds it, one buffer a unit."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,5 @@
 """The static half of a tree of parameters: its form, its leaves (tied ones once), their units and their cuts."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -4,6 +4,7 @@ Every bracket cuts what the bracket around it left (cut.py). In memory each part
 16-element multiples, at W = 1 too, and the slots of a unit are one buffer: one gather a unit, elementwise kernels
 without tails, the same bits on any cut. In every spec there is only the logical array.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

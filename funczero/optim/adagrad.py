@@ -1,4 +1,5 @@
 """Adagrad: Duchi, Hazan and Singer, "Adaptive Subgradient Methods", JMLR 12 (2011)."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

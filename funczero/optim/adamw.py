@@ -1,4 +1,7 @@
-"""AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101; Adam: Kingma and Ba, arXiv 1412.6980."""
+"""AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101; Adam: Kingma and Ba,
+arXiv 1412.6980.
+"""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -14,7 +17,9 @@ from funczero.transforms.update import optimizer
 
 
 class AdamW(NamedTuple):
-    """Moments like the parameters, in their dtype, the number of applied updates, and the rates lr, weight_decay, b1 and b2."""
+    """Moments like the parameters, in their dtype, the number of applied updates, and the rates lr, weight_decay, b1
+    and b2.
+    """
 
     count: Tensor  # float32, as torch's kernel wants it
     mu: Any
@@ -35,7 +40,8 @@ class Scalars(NamedTuple):
 def adamw(
     lr: rates.Rate, b1: rates.Beta = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: rates.Rate = 0.01
 ) -> GradientTransformation:
-    """p <- p (1 - lr wd) - lr m' / (sqrt(v') + eps), with m', v' the bias-corrected moments of the gradient and its square.
+    """p <- p (1 - lr wd) - lr m' / (sqrt(v') + eps), with m', v' the bias-corrected moments of the gradient and its
+    square.
 
     Elementwise: each value depends on its own place alone. The formula is torch's fused kernel.
 
@@ -58,7 +64,9 @@ def adam(
     return _adam("adam", lr, b1, b2, eps, weight_decay)
 
 
-def _adam(name: str, lr: rates.Rate, b1: rates.Beta, b2: float, eps: float, weight_decay: rates.Rate) -> GradientTransformation:
+def _adam(
+    name: str, lr: rates.Rate, b1: rates.Beta, b2: float, eps: float, weight_decay: rates.Rate
+) -> GradientTransformation:
     eps = number(name, "eps", eps, above=True)
     b1, b2 = rates.one_for_all(name, "b1", b1), rates.one_for_all(name, "b2", b2, moves=False)
     rate = rates.Rates(name, lr=lr, weight_decay=weight_decay, b1=b1, b2=b2)
@@ -80,8 +88,21 @@ def _adam(name: str, lr: rates.Rate, b1: rates.Beta, b2: float, eps: float, weig
             torch._foreach_mul_(grads, s.factor.to(grads[0].dtype))
             inverse = torch.ones_like(inverse)
         kernel(
-            params, grads, mu, nu, [], [s.count] * len(params), lr=s.rates["lr"], beta1=float(s.rates["b1"]), beta2=float(s.rates["b2"]),
-            weight_decay=float(s.rates["weight_decay"]), eps=eps, amsgrad=False, maximize=False, grad_scale=inverse, found_inf=s.found,
-        )  # fmt: skip
+            params,
+            grads,
+            mu,
+            nu,
+            [],
+            [s.count] * len(params),
+            lr=s.rates["lr"],
+            beta1=float(s.rates["b1"]),
+            beta2=float(s.rates["b2"]),
+            weight_decay=float(s.rates["weight_decay"]),
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=inverse,
+            found_inf=s.found,
+        )
 
     return optimizer(name, init, Formula(rate.reads(), lambda s: [s.mu, s.nu], scalars, leaf))

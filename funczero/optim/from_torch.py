@@ -1,4 +1,5 @@
 """The elementwise classes of torch.optim as optimizers of a chain: their own arithmetic, with the state as a value."""
+
 from __future__ import annotations
 
 import inspect
@@ -19,7 +20,9 @@ ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam"
 
 
 class FromTorch(NamedTuple):
-    """The class's own state: what is one number for all values, what is like the parameters, and the rates lr and weight_decay."""
+    """The class's own state: what is one number for all values, what is like the parameters, and the rates lr and
+    weight_decay.
+    """
 
     scalars: dict[str, Tensor]  # step, and eta, mu, mu_product where the class has them
     moments: dict[str, Any]
@@ -37,7 +40,9 @@ class Scalars(NamedTuple):
     names: list[str]  # of the moments
 
 
-def from_torch(name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate | None = None, **options: Any) -> GradientTransformation:
+def from_torch(
+    name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate | None = None, **options: Any
+) -> GradientTransformation:
     """torch.optim's class of this name, value by value; a skipped update leaves its state alone.
 
     Law: the values of the class's own single-tensor step, on any mesh. What is left out is the class's own default.
@@ -57,21 +62,39 @@ def from_torch(name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate
     """
     if name not in ELEMENTWISE:
         shown_name = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
-        asked = f"; write its name, {shown_name!r}" if shown_name in ELEMENTWISE else f"; write one of {', '.join(ELEMENTWISE)}, or sgd"
+        asked = (
+            f"; write its name, {shown_name!r}"
+            if shown_name in ELEMENTWISE
+            else f"; write one of {', '.join(ELEMENTWISE)}, or sgd"
+        )
         why = "is no name" if not isinstance(name, str) else "is not known to work value by value"
         raise ChainError(f"from_torch: torch.optim.{shown_name} {why}{asked}")
     cls, who = getattr(torch.optim, name), f"from_torch({name!r})"
-    defaults = {k: p.default for k, p in inspect.signature(cls).parameters.items() if k not in ("params", "foreach", "differentiable")}
+    defaults = {
+        k: p.default
+        for k, p in inspect.signature(cls).parameters.items()
+        if k not in ("params", "foreach", "differentiable")
+    }
     known = set(defaults) - {"lr"}
     if not set(options) <= known:
-        raise TypeError(f"from_torch: torch.optim.{name} takes no {sorted(set(options) - known)[0]!r} here; write some of {sorted(known)}")
+        raise TypeError(
+            f"from_torch: torch.optim.{name} takes no {sorted(set(options) - known)[0]!r} here; write some of"
+            f" {sorted(known)}"
+        )
     decays = "weight_decay" in known
     if not decays and weight_decay not in (None, 0):
-        raise TypeError(f"from_torch: torch.optim.{name} takes no weight_decay; leave weight_decay={described(weight_decay)} out")
+        raise TypeError(
+            f"from_torch: torch.optim.{name} takes no weight_decay; leave weight_decay={described(weight_decay)} out"
+        )
     lr = defaults["lr"] if lr is None else lr
     if isinstance(lr, (list, tuple, dict)):
-        raise TypeError(f"from_torch: lr is {kind(lr)}, but these classes keep one number for all leaves; write a number or a schedule")
-    rate = rates.Rates(who, lr=lr, weight_decay=weight_decay if weight_decay is not None else defaults.get("weight_decay", 0.0))
+        raise TypeError(
+            f"from_torch: lr is {kind(lr)}, but these classes keep one number for all leaves; write a number or a"
+            " schedule"
+        )
+    rate = rates.Rates(
+        who, lr=lr, weight_decay=weight_decay if weight_decay is not None else defaults.get("weight_decay", 0.0)
+    )
     options = {k: _option(who, k, defaults[k], x) for k, x in options.items()}
 
     def build(params: list[Tensor], now: float, decay: float) -> torch.optim.Optimizer:
@@ -80,7 +103,9 @@ def from_torch(name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate
     try:
         build([torch.zeros(1)], 0.0 if callable(lr) else lr, 0.0)
     except (ValueError, TypeError, RuntimeError) as e:
-        raise ValueError(f"{who}: torch.optim.{name} refuses its arguments ({e}); correct {', '.join(options) or 'lr'}") from None
+        raise ValueError(
+            f"{who}: torch.optim.{name} refuses its arguments ({e}); correct {', '.join(options) or 'lr'}"
+        ) from None
 
     def fresh(leaf: Tensor) -> dict[str, Tensor]:
         """The state that the class gives a parameter before its first step."""
@@ -98,12 +123,18 @@ def from_torch(name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate
         moments = {k: tree.map(lambda p, k=k: fresh(p)[k], params) for k, x in probe.items() if x.dim()}
         return FromTorch({k: x for k, x in probe.items() if not x.dim()}, moments, kept)
 
-    def scalars(state: FromTorch, now: list[dict[str, Any]], factor: Tensor, ok: Tensor) -> tuple[FromTorch, list[Scalars]]:
+    def scalars(
+        state: FromTorch, now: list[dict[str, Any]], factor: Tensor, ok: Tensor
+    ) -> tuple[FromTorch, list[Scalars]]:
         new = {k: x.clone() for k, x in state.scalars.items()}
-        return state._replace(scalars=new), [Scalars(ok, factor, each, state.scalars, new, [*state.moments]) for each in now]
+        return state._replace(scalars=new), [
+            Scalars(ok, factor, each, state.scalars, new, [*state.moments]) for each in now
+        ]
 
     def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars) -> None:
-        """The class steps on clones, which count where ok; one value of its own counts for it, as this rank may hold no other."""
+        """The class steps on clones, which count where ok; one value of its own counts for it, as this rank may hold
+        no other.
+        """
         counter = [torch.zeros(1, device=s.old["step"].device) for _ in range(2 + len(moments))]
         rows = [[x.detach().clone() for x in xs] for xs in (params, grads, *moments)]
         own: Any = build([counter[0], *rows[0]], float(s.rates["lr"]), float(s.rates["weight_decay"]))
@@ -119,7 +150,9 @@ def from_torch(name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate
         for k, x in s.new.items():
             x.copy_(torch.where(s.ok.to(x.device), own.state[counter[0]][k], s.old[k]))
 
-    formula = Formula(rate.reads(lambda state: state.scalars["step"]), lambda state: [*state.moments.values()], scalars, leaf)
+    formula = Formula(
+        rate.reads(lambda state: state.scalars["step"]), lambda state: [*state.moments.values()], scalars, leaf
+    )
     return optimizer(name.lower(), init, formula)
 
 

@@ -1,4 +1,5 @@
 """Any optax-shaped pair as an optimizer of a chain."""
+
 from __future__ import annotations
 
 import re
@@ -16,14 +17,16 @@ from funczero.transforms.update import foreign
 def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) -> GradientTransformation:
     """An `(init, update)` pair on pytrees of tensors, with parameters <- parameters + updates.
 
-    Inside a bracket it is handed this rank's part of every leaf, so its values must not depend on where leaves are cut. Nothing can
-    try that out: a pair may read whole leaves above a size, or from some update on. So it is promised, or the bracket refuses the pair.
+    Inside a bracket it is handed this rank's part of every leaf, so its values must not depend on where leaves are cut.
+    Nothing can try that out: a pair may read whole leaves above a size, or from some update on. So it is promised, or
+    the bracket refuses the pair.
 
     Args:
       pair: has `init(params) -> state` and `update(grads, state, params) -> (updates, state)`; any optax-shaped tuple.
       name: where its state is kept; by default the pair's own name, or "lift".
-      elementwise: True promises that every value of updates and state depends on its own place alone; False says that it needs whole
-        leaves, and None says nothing (what a GradientTransformation says of itself stays): both run where leaves are whole.
+      elementwise: True promises that every value of updates and state depends on its own place alone; False says that
+        it needs whole leaves, and None says nothing (what a GradientTransformation says of itself stays): both run
+        where leaves are whole.
 
     Raises:
       TypeError: this is no pair, or one of another library.
@@ -32,15 +35,23 @@ def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) ->
     >>> lift(descend, "descend", elementwise=True).name
     'descend'
     """
-    init, update = (pair[0], pair[1]) if isinstance(pair, tuple) and len(pair) >= 2 else (getattr(pair, "init", None), getattr(pair, "update", None))
+    init, update = (
+        (pair[0], pair[1])
+        if isinstance(pair, tuple) and len(pair) >= 2
+        else (getattr(pair, "init", None), getattr(pair, "update", None))
+    )
     label = name or getattr(pair, "name", None) or "lift"
     why = foreign(pair)
     if why is not None:
         raise TypeError(f"lift: {why}")
     if not (callable(init) and callable(update)):
-        raise TypeError(f"lift: {shown(pair)} is no pair of functions; write (init, update), or an object that has both")
+        raise TypeError(
+            f"lift: {shown(pair)} is no pair of functions; write (init, update), or an object that has both"
+        )
     if not isinstance(label, str) or not re.fullmatch(r"[^/#()|]+", label):
-        raise ValueError(f"lift: name={label!r} would not tell leaves of the state apart on disk; write a word without / # ( ) and |")
+        raise ValueError(
+            f"lift: name={label!r} would not tell leaves of the state apart on disk; write a word without / # ( ) and |"
+        )
     if elementwise is not None:
         flag("lift", "elementwise", elementwise)
     own = pair.elementwise if isinstance(pair, GradientTransformation) else None
@@ -50,8 +61,8 @@ def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) ->
 def same_when_cut(init: Callable[..., Any], update: Callable[..., Any], updates: int = 12) -> bool:
     """Does a pair give the same values on rows of leaves as on whole ones, tried on random leaves?
 
-    It proves a dependence and never its absence: what begins later, or above these sizes, is not seen. So nothing is trusted for it
-    where a promise can be asked for.
+    It proves a dependence and never its absence: what begins later, or above these sizes, is not seen. So nothing is
+    trusted for it where a promise can be asked for.
     """
     generator = torch.Generator().manual_seed(0)
     shapes, at = {"matrix": (8, 6), "vector": (8,), "large": (136, 130), "long": (136,)}, (3, 50)
@@ -72,4 +83,7 @@ def same_when_cut(init: Callable[..., Any], update: Callable[..., Any], updates:
 
     row = lambda x: at[x.shape[0] > 8]  # noqa: E731
     whole, first, second = run(lambda x: x), run(lambda x: x[: row(x)]), run(lambda x: x[row(x) :])
-    return all(torch.allclose(w, torch.cat([a, b]), rtol=1e-9, atol=1e-12) for w, a, b in zip(whole, first, second, strict=True))
+    return all(
+        torch.allclose(w, torch.cat([a, b]), rtol=1e-9, atol=1e-12)
+        for w, a, b in zip(whole, first, second, strict=True)
+    )

@@ -1,4 +1,5 @@
 """Lion: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -13,14 +14,18 @@ from funczero.transforms.update import optimizer
 
 
 class Lion(NamedTuple):
-    """The number of applied updates, a momentum like the parameters, in their dtype, and the rates lr, weight_decay, b1 and b2."""
+    """The number of applied updates, a momentum like the parameters, in their dtype, and the rates lr, weight_decay,
+    b1 and b2.
+    """
 
     count: Tensor
     mu: Any
     rates: Any = ()
 
 
-def lion(lr: rates.Rate, b1: rates.Beta = 0.9, b2: float = 0.99, weight_decay: rates.Rate = 0.0) -> GradientTransformation:
+def lion(
+    lr: rates.Rate, b1: rates.Beta = 0.9, b2: float = 0.99, weight_decay: rates.Rate = 0.0
+) -> GradientTransformation:
     """p <- p - lr (sign(b1 m + (1 - b1) g) + wd p), then m <- b2 m + (1 - b2) g.
 
     Elementwise: each value depends on its own place alone.

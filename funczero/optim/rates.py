@@ -1,4 +1,7 @@
-"""Learning rate, weight decay and betas: a number, a schedule of applied updates, rules by path, or a tree; read from leaves of the state."""
+"""Learning rate, weight decay and betas: a number, a schedule of applied updates, rules by path, or a tree; read
+from leaves of the state.
+"""
+
 from __future__ import annotations
 
 import math
@@ -21,7 +24,9 @@ Beta = float | Callable[[Tensor], Tensor]  # one for all leaves
 COUNTED = 2**24  # applied updates that a float32 count tells apart
 BY_LEAF = ("lr", "weight_decay")  # what may go by rule or tree
 BELOW = {"b1": 1.0, "b2": 1.0, "momentum": 1.0}
-FORMS = "write a number, a schedule of applied updates, rules [(regex, rate), ...] or a tree of rates like the parameters"
+FORMS = (
+    "write a number, a schedule of applied updates, rules [(regex, rate), ...] or a tree of rates like the parameters"
+)
 
 
 class Count(Tensor):
@@ -41,7 +46,9 @@ class Count(Tensor):
             if out.dtype == torch.int64 and not out.dim():
                 return out.as_subclass(cls)
             if out.dtype == torch.get_default_dtype():
-                args, kwargs = tree.map(lambda x: x.as_subclass(Tensor).double() if isinstance(x, Count) else x, (args, kwargs or {}))
+                args, kwargs = tree.map(
+                    lambda x: x.as_subclass(Tensor).double() if isinstance(x, Count) else x, (args, kwargs or {})
+                )
                 out = func(*args, **kwargs)
             return out.as_subclass(Tensor)
 
@@ -71,19 +78,27 @@ def zero(params: Any) -> Tensor:
 
 
 class Rates:
-    """The rates of one optimizer: checked when it is built, fitted to the paths at init, read from the state at every update.
+    """The rates of one optimizer: checked when it is built, fitted to the paths at init, read from the state at every
+    update.
 
-    Law: a number lives in the state, where an edit counts from the next update on; a schedule overwrites its leaf at every applied update.
+    Law: a number lives in the state, where an edit counts from the next update on; a schedule overwrites its leaf at
+    every applied update.
     """
 
     def __init__(self, who: str, **given: Any) -> None:
-        """who: the optimizer, as errors name it; given: rates by name, of which lr and weight_decay may go by rule or tree."""
+        """who: the optimizer, as errors name it; given: rates by name, of which lr and weight_decay may go by rule
+        or tree.
+        """
         self.who = who
-        self.given: dict[str, Any] = {what: checked(who, what, r) if what in BY_LEAF else r for what, r in given.items()}
-        self.spots = [(what, r) for what, rate in self.given.items() for r in _parts(rate)]  # one a leaf of the state, in its order
+        self.given: dict[str, Any] = {
+            what: checked(who, what, r) if what in BY_LEAF else r for what, r in given.items()
+        }
+        # one a leaf of the state, in its order
+        self.spots = [(what, r) for what, rate in self.given.items() for r in _parts(rate)]
         self.moves = any(callable(r) for _, r in self.spots)
         self.twins: list[tuple[int, int, str, list[str]]] = []  # spots of a tree that speak of one tied leaf
-        self.last: tuple[Any, list[tuple[tuple[int, ...], tuple[int, ...]]]] | None = None  # where rates were fitted last, and leaves by spots
+        # where rates were fitted last, and leaves by spots
+        self.last: tuple[Any, list[tuple[tuple[int, ...], tuple[int, ...]]]] | None = None
 
     def init(self, params: Any) -> dict[str, Any]:
         """The rates as leaves of the state: 0-d float64 on the CPU; nan where a schedule has not written yet.
@@ -114,9 +129,14 @@ class Rates:
             elif (what, id(rate)) in seen:
                 now.append(seen[what, id(rate)])
             else:
-                now.append(seen.setdefault((what, id(rate)), at(self.who, what, rate, count, BELOW.get(what, math.inf))))
+                now.append(
+                    seen.setdefault((what, id(rate)), at(self.who, what, rate, count, BELOW.get(what, math.inf)))
+                )
         self._alike(now)
-        groups = [Group(dict(zip(self.given, (now[k] for k in spots), strict=True)), leaves) for spots, leaves in self._grouped(params, now)]
+        groups = [
+            Group(dict(zip(self.given, (now[k] for k in spots), strict=True)), leaves)
+            for spots, leaves in self._grouped(params, now)
+        ]
         kept, lr = self._after(own, held, now, ok, donate)
         return Reading(groups, kept, lr)
 
@@ -125,21 +145,38 @@ class Rates:
         try:
             return [x for what, rate in self.given.items() for x in _values(rate, own[what])]
         except (KeyError, TypeError, ValueError) as e:
-            raise TypeError(f"{self.who}: the rates of its state have another form than it was built with ({e!r}); begin with step.init, and edit values alone") from None
+            raise TypeError(
+                f"{self.who}: the rates of its state have another form than it was built with ({e!r}); begin with"
+                " step.init, and edit values alone"
+            ) from None
 
     def _number(self, what: str, x: Any) -> float:
         """A number that the state keeps, whoever wrote it."""
         if not isinstance(x, Tensor) or x.dtype is not torch.float64 or x.dim():
-            have = f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else kind(x)
-            raise TypeError(f"{self.who}: rates[{what!r}] of its state is {have}; write it in place, as rates[{what!r}].fill_(x), or as a 0-d float64 tensor")
+            have = (
+                f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
+                if isinstance(x, Tensor)
+                else kind(x)
+            )
+            raise TypeError(
+                f"{self.who}: rates[{what!r}] of its state is {have}; write it in place, as rates[{what!r}].fill_(x),"
+                " or as a 0-d float64 tensor"
+            )
         value = x.item()
-        return value if 0 <= value < BELOW.get(what, math.inf) else number(f"{self.who}: in its state", what, value, high=BELOW.get(what, math.inf))
+        return (
+            value
+            if 0 <= value < BELOW.get(what, math.inf)
+            else number(f"{self.who}: in its state", what, value, high=BELOW.get(what, math.inf))
+        )
 
     def _alike(self, now: list[Any]) -> None:
         """Refuse a tree that was edited at one of a tied leaf's paths."""
         for a, b, who, names in self.twins:
             if now[a] is not now[b] and now[a] != now[b]:
-                raise ValueError(f"{who}: in its state the tree says two things of one tied parameter, {' = '.join(names)}; write the same at all its paths")
+                raise ValueError(
+                    f"{who}: in its state the tree says two things of one tied parameter, {' = '.join(names)}; write"
+                    " the same at all its paths"
+                )
 
     def _grouped(self, params: Any, now: list[Any]) -> list[tuple[tuple[int, ...], tuple[int, ...] | None]]:
         """(spots, leaves) for all leaves that the same values move; every leaf where there is one spot a rate."""
@@ -152,7 +189,9 @@ class Rates:
         return [(spots, tuple(leaves)) for spots, leaves in found.values()] or [((0,) * len(self.given), ())]
 
     def _fit(self, params: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(spots, leaves) for all leaves that the same spots move; leaves by number, or by position in an ordinary tree."""
+        """(spots, leaves) for all leaves that the same spots move; leaves by number, or by position in an ordinary
+        tree.
+        """
         where = params.where if isinstance(params, Slots) else None
         if where is not None and self.last is not None and self.last[0] is where:
             return self.last[1]
@@ -161,7 +200,11 @@ class Rates:
             who = f"{self.who}: {what}"
             columns.append([first + k for k in leaves.spots(who, rate)])
             if not _plain(rate) and not _is_rules(rate):
-                twins += [(columns[-1][place], first + k, who, leaves.names[place]) for k, place in enumerate(leaves.places) if leaves.names[place] and columns[-1][place] != first + k]
+                twins += [
+                    (columns[-1][place], first + k, who, leaves.names[place])
+                    for k, place in enumerate(leaves.places)
+                    if leaves.names[place] and columns[-1][place] != first + k
+                ]
             first += len(_parts(rate))
         found: dict[tuple[int, ...], list[int]] = {}
         for i, place in leaves.moved():
@@ -171,15 +214,22 @@ class Rates:
         return fitted
 
     def _after(self, own: Any, held: list[Tensor], now: list[Any], ok: Tensor, donate: bool) -> tuple[Any, Tensor]:
-        """The state's rates after this update, and the rate for the metrics: the number, or the rules' default; nan for a tree."""
+        """The state's rates after this update, and the rate for the metrics: the number, or the rules' default; nan
+        for a tree.
+        """
         lr = self._shown(now)
         if ok.device.type != "cpu":  # without waiting for the device
-            news = [torch.where(ok, y, x.to(ok.device)) if callable(r) else x if donate else x.clone() for (_, r), x, y in zip(self.spots, held, now, strict=True)]
+            news = [
+                torch.where(ok, y, x.to(ok.device)) if callable(r) else x if donate else x.clone()
+                for (_, r), x, y in zip(self.spots, held, now, strict=True)
+            ]
             return self._like(news), torch.as_tensor(lr, dtype=torch.float64, device=ok.device)
         if donate and not self.moves:
             return own, torch.tensor(lr, dtype=torch.float64)
         applied = self.moves and bool(ok)
-        values = [y if applied or not callable(r) else x.item() for (_, r), x, y in zip(self.spots, held, now, strict=True)]
+        values = [
+            y if applied or not callable(r) else x.item() for (_, r), x, y in zip(self.spots, held, now, strict=True)
+        ]
         *news, shown = torch.tensor([*values, lr], dtype=torch.float64).unbind()
         return self._like(news), shown
 
@@ -232,7 +282,9 @@ def checked(who: str, what: str, rate: Any) -> Rate:
             try:
                 re.compile(regex)
             except re.error as e:
-                raise ValueError(f"{who}: the rule {regex!r} of {what} is no regex ({e}); write one that is found in the paths") from None
+                raise ValueError(
+                    f"{who}: the rule {regex!r} of {what} is no regex ({e}); write one that is found in the paths"
+                ) from None
         return tuple((regex, _one(f"{who}: the rule {regex!r} of {what}", what, r)) for regex, r in rate)
     named = tree.paths(rate)
     if len(named) == 1 and named[0][1] is rate:
@@ -248,7 +300,10 @@ def checked(who: str, what: str, rate: Any) -> Rate:
 def scheduler(x: Any) -> str | None:
     """What to write instead of a scheduler of torch."""
     if isinstance(x, torch.optim.lr_scheduler.LRScheduler):
-        return f"a scheduler of torch moves an optimizer of its own: write fz.schedules.from_torch({type(x).__name__!r}, lr, ...)"
+        return (
+            f"a scheduler of torch moves an optimizer of its own: write fz.schedules.from_torch({type(x).__name__!r},"
+            " lr, ...)"
+        )
     return None
 
 
@@ -262,12 +317,16 @@ def one_for_all(who: str, what: str, beta: Any, moves: bool = True) -> Any:
         return beta
     if callable(beta) or isinstance(beta, (list, tuple, dict)):
         form = "one number in [0, 1) or one schedule" if moves else "one number in [0, 1)"
-        raise TypeError(f"{who}: {what}={shown(beta)} is {kind(beta)}, but it is the same for all leaves here: write {form}; only lr and weight_decay go by rules or trees")
+        raise TypeError(
+            f"{who}: {what}={shown(beta)} is {kind(beta)}, but it is the same for all leaves here: write {form}; only"
+            " lr and weight_decay go by rules or trees"
+        )
     return number(who, what, beta, high=1.0)
 
 
 def at(who: str, what: str, rate: Any, updates: Tensor, high: float = math.inf) -> Any:
-    """A rate's value after `updates` applied updates: a number on the CPU, where reading it costs nothing, else a float32 tensor.
+    """A rate's value after `updates` applied updates: a number on the CPU, where reading it costs nothing, else a
+    float32 tensor.
 
     Raises:
       TypeError, ValueError: a schedule gives no number, or one that is negative, not finite or not below `high`.
@@ -280,12 +339,22 @@ def at(who: str, what: str, rate: Any, updates: Tensor, high: float = math.inf) 
         raise TypeError(f"{who}: the schedule of {what} gives {shown(value)}; return one number of at least 0")
     if isinstance(value, Tensor) and value.device.type != "cpu":  # told by the device, without waiting for it
         now = value.detach().reshape(()).float()
-        torch._assert_async((now >= 0) & (now < high), f"{who}: the schedule of {what} gives no finite number of at least 0")
+        torch._assert_async(
+            (now >= 0) & (now < high), f"{who}: the schedule of {what} gives no finite number of at least 0"
+        )
         return now
     n = int(updates)
     if n >= COUNTED and updates.dtype == torch.float32:
-        raise OverflowError(f"{who}: {n} applied updates are the end of a float32 count, and the schedule of {what} would stand still; begin a new state there")
-    return number(f"{who}: after {n} applied updates the schedule's value", what, value.item() if isinstance(value, Tensor) else value, high=high)
+        raise OverflowError(
+            f"{who}: {n} applied updates are the end of a float32 count, and the schedule of {what} would stand still;"
+            " begin a new state there"
+        )
+    return number(
+        f"{who}: after {n} applied updates the schedule's value",
+        what,
+        value.item() if isinstance(value, Tensor) else value,
+        high=high,
+    )
 
 
 def lasting(who: str, eps: float, params: Any) -> None:
@@ -293,11 +362,16 @@ def lasting(who: str, eps: float, params: Any) -> None:
     leaf = next(iter(tree.tensors(params)), torch.zeros(()))
     if eps and not float(torch.tensor(eps, dtype=leaf.dtype)):
         name = str(leaf.dtype).removeprefix("torch.")
-        raise ValueError(f"{who}: eps={eps:g} is 0 in {name}, the dtype of the masters; write a larger eps, or policy='params=float32,compute={name}'")
+        raise ValueError(
+            f"{who}: eps={eps:g} is 0 in {name}, the dtype of the masters; write a larger eps, or"
+            f" policy='params=float32,compute={name}'"
+        )
 
 
 def _plain(rate: Any) -> bool:
-    return isinstance(rate, (int, float)) and not isinstance(rate, bool) or callable(rate) and not isinstance(rate, type)
+    return (
+        isinstance(rate, (int, float)) and not isinstance(rate, bool) or callable(rate) and not isinstance(rate, type)
+    )
 
 
 def _one(who: str, what: str, rate: Any) -> Any:
@@ -305,11 +379,17 @@ def _one(who: str, what: str, rate: Any) -> Any:
 
 
 def _is_rules(rate: Any) -> bool:
-    return isinstance(rate, (list, tuple)) and bool(rate) and all(isinstance(r, tuple) and len(r) == 2 and isinstance(r[0], str) for r in rate)
+    return (
+        isinstance(rate, (list, tuple))
+        and bool(rate)
+        and all(isinstance(r, tuple) and len(r) == 2 and isinstance(r[0], str) for r in rate)
+    )
 
 
 class _Leaves:
-    """The leaves of Slots or of an ordinary tree with all their names; a tied leaf is one, and one of another optimizer has no name."""
+    """The leaves of Slots or of an ordinary tree with all their names; a tied leaf is one, and one of another
+    optimizer has no name.
+    """
 
     def __init__(self, params: Any) -> None:
         self.structure = params.where.structure if isinstance(params, Slots) else None
@@ -327,7 +407,9 @@ class _Leaves:
         self.held = sum(map(bool, self.names))
 
     def moved(self) -> list[tuple[int, int]]:
-        """(number of a leaf, its place among the names), of what is trained here; of an ordinary tree (position, place)."""
+        """(number of a leaf, its place among the names), of what is trained here; of an ordinary tree (position,
+        place).
+        """
         if self.structure is None:
             return list(enumerate(self.places))
         return [(i, i) for i, n in enumerate(self.lengths) if n and not self.structure.frozen(i)]
@@ -339,15 +421,23 @@ class _Leaves:
         return self._by_rule(who, rate) if _is_rules(rate) else self._by_tree(who, rate)
 
     def _by_rule(self, who: str, rules: Any) -> list[int]:
-        hits = [{i for i, names in enumerate(self.names) if any(re.search(regex, n) for n in names)} for regex, _ in rules]
+        hits = [
+            {i for i, names in enumerate(self.names) if any(re.search(regex, n) for n in names)} for regex, _ in rules
+        ]
         first = [next((k for k, mine in enumerate(hits) if i in mine), None) for i in range(len(self.names))]
         for (regex, r), mine in zip(rules, hits, strict=True):
             if not mine:
                 some = ", ".join(repr(n[0]) for n in [n for n in self.names if n][:6])
-                raise ValueError(f"{who}: the rule {regex!r} is found in no parameter's path; correct it or leave it out (paths are {some}, ...)")
+                raise ValueError(
+                    f"{who}: the rule {regex!r} is found in no parameter's path; correct it or leave it out (paths are"
+                    f" {some}, ...)"
+                )
             others = [rules[k][1] for i in mine if (k := first[i]) is not None]
             if len(mine) < self.held and all(x is not r and x != r for x in others):
-                raise ValueError(f"{who}: the rule {regex!r} never counts, because a rule before it takes {self.names[min(mine)][0]!r} and all else that it matches; put it first")
+                raise ValueError(
+                    f"{who}: the rule {regex!r} never counts, because a rule before it takes"
+                    f" {self.names[min(mine)][0]!r} and all else that it matches; put it first"
+                )
         missing = next((n[0] for n, k in zip(self.names, first, strict=True) if n and k is None), None)
         if missing is not None:
             raise ValueError(f"{who}: no rule matches parameter {missing!r}; end the rules with ('', default)")
@@ -358,15 +448,24 @@ class _Leaves:
         try:
             flat = self.treedef.flatten_up_to(rate)
         except ValueError as e:
-            raise TypeError(f"{who}: {type(rate).__name__} is neither a number, a schedule, rules [(regex, value), ...] nor a tree like the parameters: {e}") from None
+            raise TypeError(
+                f"{who}: {type(rate).__name__} is neither a number, a schedule, rules [(regex, value), ...] nor a tree"
+                f" like the parameters: {e}"
+            ) from None
         out: list[Any] = [None] * len(self.names)
         for spot, (place, r) in enumerate(zip(self.places, flat, strict=True)):
             if not self.names[place]:
                 continue
             if not _plain(r):
-                raise TypeError(f"{who}: the value for parameter {self.names[place][0]!r} is {kind(r)}, neither a number nor a schedule")
+                raise TypeError(
+                    f"{who}: the value for parameter {self.names[place][0]!r} is {kind(r)}, neither a number nor a"
+                    " schedule"
+                )
             if out[place] is None:
                 out[place] = spot
             elif (other := flat[out[place]]) is not r and other != r:
-                raise ValueError(f"{who}: the tree says two things of one tied parameter, {' = '.join(self.names[place])}; write the same at all its paths")
+                raise ValueError(
+                    f"{who}: the tree says two things of one tied parameter, {' = '.join(self.names[place])}; write the"
+                    " same at all its paths"
+                )
         return [0 if spot is None else spot for spot in out]

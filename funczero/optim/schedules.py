@@ -2,6 +2,7 @@
 
 The five of DeepSpeed give its values at every number of `step()` calls, past their ends included, in float64.
 """
+
 from __future__ import annotations
 
 import math
@@ -15,8 +16,17 @@ from funczero.core.number import flag, number, whole
 
 Schedule = Callable[[Tensor], Tensor]  # 0-d int64 count of applied updates -> 0-d float64
 TORCH = (  # the schedules of torch.optim.lr_scheduler that numbers alone describe
-    "StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR",
-)  # fmt: skip
+    "StepLR",
+    "MultiStepLR",
+    "ConstantLR",
+    "LinearLR",
+    "ExponentialLR",
+    "PolynomialLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "CyclicLR",
+    "OneCycleLR",
+)
 
 
 def constant(value: float) -> Schedule:
@@ -41,7 +51,9 @@ def warmup_cosine(peak: float, warmup: int, total: int, end: float = 0.0) -> Sch
     """
     _numbers("warmup_cosine", peak=peak, warmup=warmup, total=total, end=end)
     if not 0 <= warmup <= total:
-        raise ValueError(f"warmup_cosine: warmup={warmup} is not within 0 and total={total} updates; write 0 <= warmup <= total")
+        raise ValueError(
+            f"warmup_cosine: warmup={warmup} is not within 0 and total={total} updates; write 0 <= warmup <= total"
+        )
 
     def schedule(updates: Tensor) -> Tensor:
         u = updates.double()
@@ -55,7 +67,8 @@ def warmup_cosine(peak: float, warmup: int, total: int, end: float = 0.0) -> Sch
 def warmup_lr(peak: float, warmup: int = 1000, start: float = 0.0, kind: str = "log") -> Schedule:
     """From `start` to `peak` in `warmup` updates, then `peak`. Updates 0 and 1 both run at `start`.
 
-    After u updates, with N = max(2, warmup): start + (peak - start) g, g = ln(u) / ln(N) ("log") or (u - 1) / N ("linear"), at most 1.
+    After u updates, with N = max(2, warmup): start + (peak - start) g, g = ln(u) / ln(N) ("log") or (u - 1) / N
+    ("linear"), at most 1.
 
     Args:
       peak: the rate after the warmup; start: the rate before it.
@@ -96,10 +109,14 @@ def warmup_decay_lr(peak: float, total: int, warmup: int = 1000, start: float = 
     return schedule
 
 
-def warmup_cosine_lr(peak: float, total: int, warmup: int = 1000, start_ratio: float = 0.0, end_ratio: float = 1e-4, kind: str = "log") -> Schedule:
-    """As `warmup_lr` from start_ratio * peak, then half a cosine to end_ratio * peak at update `total`. Update 0 runs at 0.
+def warmup_cosine_lr(
+    peak: float, total: int, warmup: int = 1000, start_ratio: float = 0.0, end_ratio: float = 1e-4, kind: str = "log"
+) -> Schedule:
+    """As `warmup_lr` from start_ratio * peak, then half a cosine to end_ratio * peak at update `total`. Update 0 runs
+    at 0.
 
-    Source: DeepSpeed, WarmupCosineLR (total_num_steps, warmup_num_steps, warmup_min_ratio, cos_min_ratio, warmup_type); peak is the optimizer's lr.
+    Source: DeepSpeed, WarmupCosineLR (total_num_steps, warmup_num_steps, warmup_min_ratio, cos_min_ratio, warmup_type);
+    peak is the optimizer's lr.
 
     >>> [round(warmup_cosine_lr(1.0, 12, 4)(torch.tensor(u)).item(), 6) for u in (0, 1, 4, 8, 12, 99)]
     [0.0, 0.0, 1.0, 0.50005, 0.0001, 0.0001]
@@ -119,10 +136,17 @@ def warmup_cosine_lr(peak: float, total: int, warmup: int = 1000, start_ratio: f
 
 
 def one_cycle(
-    low: float, high: float, first: float = 2000, second: float | None = None, first_stairs: int = 0, second_stairs: int | None = None,
-    decay_steps: float = 0, decay_rate: float = 0.0,
-) -> Schedule:  # fmt: skip
-    """From `low` to `high` in `first` updates and back in `second`, then low / (1 + decay_rate d / decay_steps) after d more.
+    low: float,
+    high: float,
+    first: float = 2000,
+    second: float | None = None,
+    first_stairs: int = 0,
+    second_stairs: int | None = None,
+    decay_steps: float = 0,
+    decay_rate: float = 0.0,
+) -> Schedule:
+    """From `low` to `high` in `first` updates and back in `second`, then low / (1 + decay_rate d / decay_steps) after d
+    more.
 
     Args:
       low, high: rates at the ends and at the top.
@@ -130,7 +154,8 @@ def one_cycle(
       first_stairs, second_stairs: stairs of a half, 0 for a line; second_stairs is first_stairs unless given.
       decay_steps, decay_rate: of the tail; 0 leaves it at `low`.
 
-    Source: Smith, arXiv 1803.09820; DeepSpeed, OneCycle (cycle_min_lr, cycle_max_lr, cycle_first_step_size, ..., decay_lr_rate).
+    Source: Smith, arXiv 1803.09820; DeepSpeed, OneCycle (cycle_min_lr, cycle_max_lr, cycle_first_step_size, ...,
+    decay_lr_rate).
 
     >>> [round(one_cycle(1.0, 5.0, 4)(torch.tensor(u)).item(), 6) for u in (0, 1, 4, 6, 8, 99)]
     [1.0, 2.0, 5.0, 3.0, 1.0, 1.0]
@@ -148,10 +173,17 @@ def one_cycle(
 
 
 def one_cycle_momentum(
-    low: float = 0.8, high: float = 0.9, first: float = 2000, second: float | None = None, first_stairs: int = 0, second_stairs: int | None = None,
-    decay_steps: float = 0, decay_rate: float = 0.0,
-) -> Schedule:  # fmt: skip
-    """The momentum (beta 1) of `one_cycle`: from `high` down to `low` and back, then high (1 + decay_rate d / decay_steps). Update 0 runs at `low`.
+    low: float = 0.8,
+    high: float = 0.9,
+    first: float = 2000,
+    second: float | None = None,
+    first_stairs: int = 0,
+    second_stairs: int | None = None,
+    decay_steps: float = 0,
+    decay_rate: float = 0.0,
+) -> Schedule:
+    """The momentum (beta 1) of `one_cycle`: from `high` down to `low` and back, then high (1 + decay_rate d /
+    decay_steps). Update 0 runs at `low`.
 
     Source: DeepSpeed, OneCycle (cycle_min_mom, cycle_max_mom, decay_mom_rate), which forces beta 2 to 0.99.
 
@@ -203,10 +235,15 @@ def from_torch(name: str, lr: float, **options: Any) -> Schedule:
     [1.0, 1.0, 0.5, 0.25]
     """
     if name not in TORCH:
-        raise ValueError(f"from_torch: {name!r} is not a schedule that numbers alone describe; write one of {', '.join(TORCH)}")
+        raise ValueError(
+            f"from_torch: {name!r} is not a schedule that numbers alone describe; write one of {', '.join(TORCH)}"
+        )
     number("from_torch", "lr", lr)
     if name in ("CyclicLR", "OneCycleLR") and options.get("cycle_momentum", True):
-        raise ValueError(f"from_torch: {name} would move the momentum too; write cycle_momentum=False, or one_cycle and one_cycle_momentum")
+        raise ValueError(
+            f"from_torch: {name} would move the momentum too; write cycle_momentum=False, or one_cycle and"
+            " one_cycle_momentum"
+        )
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
     scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **options)
     seen = [float(optimizer.param_groups[0]["lr"])]
@@ -236,7 +273,9 @@ def _rise(who: str, warmup: int, kind: str) -> Schedule:
     return rise
 
 
-def _cycle(who: str, first: float, second: float | None, first_stairs: int, second_stairs: int | None) -> tuple[Schedule, float]:
+def _cycle(
+    who: str, first: float, second: float | None, first_stairs: int, second_stairs: int | None
+) -> tuple[Schedule, float]:
     a = float(_numbers(who, first=first))
     b = a if second is None else float(_numbers(who, second=second))
     if not a > 0 or b < 0:
@@ -267,4 +306,6 @@ def _numbers(who: str, **given: Any) -> Any:
 def _whole(who: str, **given: Any) -> None:
     for name, x in given.items():
         if isinstance(x, bool) or not isinstance(x, int) or x < 1:
-            raise ValueError(f"{who}: {name}={x!r} is not a positive whole number of updates; write an int of at least 1")
+            raise ValueError(
+                f"{who}: {name}={x!r} is not a positive whole number of updates; write an int of at least 1"
+            )

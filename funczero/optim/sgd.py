@@ -1,4 +1,5 @@
 """Stochastic gradient descent with momentum: Polyak 1964, in torch's form."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -14,15 +15,20 @@ from funczero.transforms.update import optimizer
 
 
 class SGD(NamedTuple):
-    """The number of applied updates, the momentum buffers (None without momentum), and the rates lr, weight_decay and momentum."""
+    """The number of applied updates, the momentum buffers (None without momentum), and the rates lr, weight_decay
+    and momentum.
+    """
 
     count: Tensor
     trace: Any
     rates: Any = ()
 
 
-def sgd(lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: rates.Rate = 0.0) -> GradientTransformation:
-    """p <- p - lr u, with g' = g + wd p, t <- momentum t + g', and u = t (or g' + momentum t with nesterov; g' without momentum).
+def sgd(
+    lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: rates.Rate = 0.0
+) -> GradientTransformation:
+    """p <- p - lr u, with g' = g + wd p, t <- momentum t + g', and u = t (or g' + momentum t with nesterov; g' without
+    momentum).
 
     Elementwise: each value depends on its own place alone.
 
@@ -33,7 +39,10 @@ def sgd(lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_de
     """
     momentum = rates.one_for_all("sgd", "momentum", momentum, moves=False)
     if flag("sgd", "nesterov", nesterov) and not momentum:
-        raise ValueError("sgd: momentum=0.0 leaves nesterov=True nothing to look ahead with; write a momentum above 0, or leave nesterov out")
+        raise ValueError(
+            "sgd: momentum=0.0 leaves nesterov=True nothing to look ahead with; write a momentum above 0, or leave"
+            " nesterov out"
+        )
     rate = rates.Rates("sgd", lr=lr, weight_decay=weight_decay, **({"momentum": momentum} if momentum else {}))
 
     def init(params: Any) -> SGD:
@@ -51,4 +60,6 @@ def sgd(lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_de
                 g = g + beta * t if nesterov else t
             p.sub_(torch.where(s.ok, g * lr, zero))
 
-    return optimizer("sgd", init, Formula(rate.reads(), lambda s: [] if s.trace is None else [s.trace], rates.counted, leaf))
+    return optimizer(
+        "sgd", init, Formula(rate.reads(), lambda s: [] if s.trace is None else [s.trace], rates.counted, leaf)
+    )

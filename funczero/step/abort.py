@@ -1,4 +1,7 @@
-"""Gloo aborts, from a thread of its own, when a message is longer than expected: it waits here until ranks are compared."""
+"""Gloo aborts, from a thread of its own, when a message is longer than expected: it waits here until ranks are
+compared.
+"""
+
 from __future__ import annotations
 
 import ctypes

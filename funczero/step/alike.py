@@ -1,4 +1,5 @@
 """Ranks begin alike: the same values, key, chain, torch and threads, or one sentence that says whose differ."""
+
 from __future__ import annotations
 
 import sys
@@ -24,7 +25,8 @@ HOME = "funczero."  # only what stands in this package is looked into
 def begin(params: Any, structure: Any, key: int, mesh: Mesh) -> None:
     """Compare what this rank was given to begin with; a collective of a few bytes.
 
-    Of tensors the values, of lazy and meta leaves the shape and the dtype alone: nothing is read that this rank would not read.
+    Of tensors the values, of lazy and meta leaves the shape and the dtype alone: nothing is read that this rank would
+    not read.
 
     Raises:
       DivergenceError: another rank was given other values; it names the leaf and the ranks, on all of them.
@@ -35,7 +37,12 @@ def begin(params: Any, structure: Any, key: int, mesh: Mesh) -> None:
     spec, units = ledger.describe(structure)
     before = ledger.context
     ledger.enter(Context("step.init", spec=spec, units=units))
-    facts = {"key": str(key), "torch": torch.__version__, "python": sys.version.split()[0], "threads": str(torch.get_num_threads())}
+    facts = {
+        "key": str(key),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "threads": str(torch.get_num_threads()),
+    }
     for what, value in facts.items():
         ledger.note(BEGINS, what, value)
     once = {id(x): (path, x) for path, x in reversed(tree.paths(params))}  # tied leaves by their first path
@@ -43,7 +50,9 @@ def begin(params: Any, structure: Any, key: int, mesh: Mesh) -> None:
     sums = torch.stack([checksum(x) for x in whole.values()]).tolist() if whole else []
     numbers = dict(zip(whole, sums, strict=True))
     for path, x in reversed(once.values()):
-        ledger.note(BEGINS, f"{path!r}", f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}", numbers.get(path, 0))
+        ledger.note(
+            BEGINS, f"{path!r}", f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}", numbers.get(path, 0)
+        )
     try:
         sum_and_compare([torch.zeros(0, dtype=torch.int64, device=mesh.device)], (), mesh)
     finally:
@@ -54,8 +63,8 @@ def checksum(x: Tensor) -> Tensor:
     """An int64 of a tensor's bits and their places, on its device, in two passes and a row's memory.
 
     >>> a = torch.arange(6.0)
-    >>> bool(checksum(a) == checksum(a.clone())), bool(checksum(a) == checksum(a.flip(0))), bool(checksum(a) == checksum(a.double()))
-    (True, False, False)
+    >>> [bool(checksum(a) == checksum(b)) for b in (a.clone(), a.flip(0), a.double())]
+    [True, False, False]
     """
     flat = x.detach().contiguous().view(-1)
     if flat.dtype == torch.bool or flat.is_complex() or flat.storage_offset() * flat.itemsize % 8:
@@ -76,7 +85,9 @@ def _weights(n: int, device: torch.device) -> Tensor:
 
 
 def settings(parts: Sequence[Any]) -> list[str]:
-    """The numbers that a chain's transforms and optimizers were built with, a line a part: a rate, a clip's limit, a schedule's steps."""
+    """The numbers that a chain's transforms and optimizers were built with, a line a part: a rate, a clip's limit, a
+    schedule's steps.
+    """
     lines: list[str] = []
     for p in parts:
         if isinstance(p, Source):
@@ -122,9 +133,13 @@ def _plain(x: Any, depth: int) -> str:
     if isinstance(x, (tuple, list)) and depth < 5:
         return f"[{', '.join(_plain(y, depth + 1) or type(y).__name__ for y in x)}]"
     if isinstance(x, dict) and depth < 5:
-        return f"{{{', '.join(f'{k}: {_plain(v, depth + 1)}' for k, v in sorted(x.items(), key=lambda kv: str(kv[0])))}}}"
+        return (
+            f"{{{', '.join(f'{k}: {_plain(v, depth + 1)}' for k, v in sorted(x.items(), key=lambda kv: str(kv[0])))}}}"
+        )
     if isinstance(x, partial):
-        return f"partial({_plain(x.func, depth + 1)}, {_plain(list(x.args), depth + 1)}, {_plain(x.keywords, depth + 1)})"
+        return (
+            f"partial({_plain(x.func, depth + 1)}, {_plain(list(x.args), depth + 1)}, {_plain(x.keywords, depth + 1)})"
+        )
     if isinstance(x, type) or hasattr(x, "__code__"):
         return f"{getattr(x, '__qualname__', type(x).__qualname__)}({_in_words(_closure(x, depth + 1))})"
     return ""

@@ -1,4 +1,5 @@
 """Calls that all ranks must make alike: what they launch is entered in the mesh's ledger, with their context."""
+
 from __future__ import annotations
 
 import threading
@@ -60,7 +61,9 @@ def _entered(ledger: Ledger, name: str, fn: Callable[..., Any], state: TrainStat
     return out
 
 
-def watched(mesh: Mesh, grad: Grad, check: int | bool, parts: Sequence[Any] = (), replicated: tuple[str, ...] = ()) -> Mesh:
+def watched(
+    mesh: Mesh, grad: Grad, check: int | bool, parts: Sequence[Any] = (), replicated: tuple[str, ...] = ()
+) -> Mesh:
     """The mesh, whose ledger now knows the chain; with the thread that compares, unless no other rank could differ.
 
     Args:

@@ -1,9 +1,11 @@
 """Which states a step may take: those that it made or that have its form, with views that are those of their masters.
 
-Law: a state that was made for other coordinates, units or transforms is refused before anything is launched, and views that this step did not
-make from these very masters are made anew. Identity answers for the states that the step returned, a comparison by shapes for all others; what
-decides is which tensors a program handed over, so that ranks that run the same program decide alike.
+Law: a state that was made for other coordinates, units or transforms is refused before anything is launched, and views
+that this step did not make from these very masters are made anew. Identity answers for the states that the step
+returned, a comparison by shapes for all others; what decides is which tensors a program handed over, so that ranks that
+run the same program decide alike.
 """
+
 from __future__ import annotations
 
 import weakref
@@ -27,7 +29,10 @@ from funczero.transforms.accumulate import Accumulate
 from funczero.transforms.partition import subsets
 from funczero.transforms.skips import Skipped
 
-REMEDY = "begin with step.init(other.params(state)), or take the moments along with Checkpointer(...).restore(like=(step, params))"
+REMEDY = (
+    "begin with step.init(other.params(state)), or take the moments along with Checkpointer(...).restore(like=(step,"
+    " params))"
+)
 
 
 class Form(NamedTuple):
@@ -74,7 +79,8 @@ class Book:
         if line is None or line.step() is not state.step or len(buffers) != len(line.buffers):
             return False
         rows = zip(line.buffers, line.versions, buffers, strict=True)
-        return all([ref() is x and (x.is_inference() or x._version == v) for ref, v, x in rows])  # a list: this runs at every step
+        # a list: this runs at every step
+        return all([ref() is x and (x.is_inference() or x._version == v) for ref, v, x in rows])
 
 
 class Fits:
@@ -94,11 +100,21 @@ class Fits:
           RuntimeError: a leaf requires grad.
         """
         if not isinstance(state.params, Slots):
-            what = f"its masters are a {type(state.params).__name__}, but a state holds this rank's parts of them (Slots)"
-            raise TypeError(f"step: {what}; write step.init(params) for whole parameters, or state.params.map(fn) to change them")
+            what = (
+                f"its masters are a {type(state.params).__name__}, but a state holds this rank's parts of them (Slots)"
+            )
+            raise TypeError(
+                f"step: {what}; write step.init(params) for whole parameters, or state.params.map(fn) to change them"
+            )
         made, where = self.book.made(state), state.params.where
         known, form = self.forms[0] if self.forms else (None, None)
-        same = made and form is not None and form.chain is not None and known is where.structure and state.chain.keys() == form.chain.keys()
+        same = (
+            made
+            and form is not None
+            and form.chain is not None
+            and known is where.structure
+            and state.chain.keys() == form.chain.keys()
+        )
         learning = any([b.requires_grad for b in _buffers(state)])
         if learning or not same or _odd(state.chain, where):
             self._differentiable(state)
@@ -109,10 +125,13 @@ class Fits:
         for path, x in tree.paths(state):
             if isinstance(x, Tensor) and x.requires_grad:
                 what = "what the step returns would carry a wrong derivative, because a step is not differentiable yet"
-                raise RuntimeError(f"step: {path!r} of its state requires grad, but {what}; give it tree_map(torch.detach, state)")
+                raise RuntimeError(
+                    f"step: {path!r} of its state requires grad, but {what}; give it tree_map(torch.detach, state)"
+                )
 
     def views(self, state: TrainState, made: bool | None = None) -> Slots:
-        """The parameters at rest as a forward reads them; views that are not these masters' are gathered, one collective an axis.
+        """The parameters at rest as a forward reads them; views that are not these masters' are gathered, one
+        collective an axis.
 
         Args:
           made: what `look` said, where it is known.
@@ -162,7 +181,11 @@ class Fits:
         form, policy = self.form(state.params.where.structure), self.running().env.policy
         why = _places("parameters", state.params.where, form.masters)
         if not why and (state.views is None) != (form.views is None):
-            here, there = ("views apart from its masters", "none") if state.views is not None else ("no views", "them apart from the masters")
+            here, there = (
+                ("views apart from its masters", "none")
+                if state.views is not None
+                else ("no views", "them apart from the masters")
+            )
             why = f"it has {here}, but this step keeps {there}"
         why = why or _structures(state.params.where.structure, form.masters.structure)
         if not why and state.views is not None and form.views is not None:
@@ -173,7 +196,9 @@ class Fits:
 
 
 def at(state: TrainState) -> Key:
-    """What the wires of a state's views draw from: the same for these values wherever and however often they are gathered."""
+    """What the wires of a state's views draw from: the same for these values wherever and however often they are
+    gathered.
+    """
     return int(state.key), int(state.step)
 
 
@@ -191,7 +216,11 @@ def _odd(x: Any, where: Where) -> bool:
     if isinstance(x, Tensor):
         return x.requires_grad
     if isinstance(x, Slots):
-        return x.where is not where and x.where not in (where, *subsets(where)) or any([b.requires_grad for b in x.buffers])
+        return (
+            x.where is not where
+            and x.where not in (where, *subsets(where))
+            or any([b.requires_grad for b in x.buffers])
+        )
     if isinstance(x, (tuple, list, dict)) and not isinstance(x, Accumulate):
         for y in x.values() if isinstance(x, dict) else x:
             if _odd(y, where):
@@ -213,7 +242,11 @@ def _structures(have: Structure, want: Structure) -> str:
     if have == want:
         return ""
     for a, b in zip(have.leaves, want.leaves, strict=False):
-        for what, x, y in (("path", a.path, b.path), ("cuts", dict(a.cuts), dict(b.cuts)), ("unit", *_units(a, b, have, want))):
+        for what, x, y in (
+            ("path", a.path, b.path),
+            ("cuts", dict(a.cuts), dict(b.cuts)),
+            ("unit", *_units(a, b, have, want)),
+        ):
             if x != y:
                 return f"parameter {a.path!r} has {what} {x!r} in it, but {y!r} in this step"
     return "its parameters are tied or nested otherwise than this step's"
@@ -261,10 +294,12 @@ def _chains(have: dict[str, Any], form: Form) -> str:
             if a.where != b.where:
                 return f"the state of {name!r} lies {_words(a.where)}, but this step's lies {_words(b.where)}"
         (a_flat, a_tree), (b_flat, b_tree) = tree.flatten(theirs), tree.flatten(ours)
-        forms = [[(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in flat] for flat in (a_flat, b_flat)]
+        forms = [
+            [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in flat] for flat in (a_flat, b_flat)
+        ]
         if a_tree == b_tree and forms[0] != forms[1]:
             i = next(i for i, (x, y) in enumerate(zip(*forms, strict=True)) if x != y)
-            here, there = (f"shape {f[i][0]} in {_name(f[i][1])}" if f[i] else "no tensor" for f in forms)  # type: ignore[index]
+            here, there = ("no tensor" if (x := f[i]) is None else f"shape {x[0]} in {_name(x[1])}" for f in forms)
             return f"{f'{name}/{tree.paths(ours)[i][0]}'!r} has {here}, but {there} in this step"
     return ""
 

@@ -1,4 +1,7 @@
-"""What is right by the letter and seldom meant: said once, by name, on one rank. Nothing here changes a value or sends a byte."""
+"""What is right by the letter and seldom meant: said once, by name, on one rank. Nothing here changes a value or
+sends a byte.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,7 +17,8 @@ from funczero.core.policy import Policy
 from funczero.core.types import Layout, Updated
 from funczero.layout.slots import Slots
 
-LOOKS = 3  # updates after which equal losses on all ranks are no accident: weights that begin at zero give one equal loss
+# updates after which equal losses on all ranks are no accident: weights that begin at zero give one equal loss
+LOOKS = 3
 
 
 def narrow(params: Any, policy: Policy) -> str:
@@ -25,7 +29,10 @@ def narrow(params: Any, policy: Policy) -> str:
         return ""
     have, there = (str(d).removeprefix("torch.") for d in (odd[0][1], policy.compute))
     who = f"parameter {odd[0][0]!r}{f' and {len(odd) - 1} more' * (len(odd) > 1)}"
-    return f"init: {who} came in {have}, but the policy computes in {there}; write policy='compute={have}' to compute as the model did"
+    return (
+        f"init: {who} came in {have}, but the policy computes in {there}; write policy='compute={have}' to compute as"
+        " the model did"
+    )
 
 
 def nested(params: Any, units: Sequence[str]) -> str:
@@ -33,11 +40,20 @@ def nested(params: Any, units: Sequence[str]) -> str:
     for u in units:
         at: Any = params
         for key in u.split("/"):
-            at = at.get(key) if isinstance(at, dict) else at[int(key)] if isinstance(at, (list, tuple)) and key.isdigit() and int(key) < len(at) else None
+            at = (
+                at.get(key)
+                if isinstance(at, dict)
+                else at[int(key)] if isinstance(at, (list, tuple)) and key.isdigit() and int(key) < len(at) else None
+            )
         inner = [x for x in at if isinstance(x, (list, tuple)) and len(x) > 1] if isinstance(at, (list, tuple)) else []
-        if inner and all(not pytree.tree_is_leaf(y) and tree.flatten(x[0])[1] == tree.flatten(y)[1] for x in inner for y in x):
+        if inner and all(
+            not pytree.tree_is_leaf(y) and tree.flatten(x[0])[1] == tree.flatten(y)[1] for x in inner for y in x
+        ):
             each = ", ".join(repr(f"{u}/{i}") for i in range(min(len(inner), 2)))
-            return f"value_and_grad: units={u!r} is a list of lists of blocks, and each inner list is gathered as one unit; write units=({each}, ...) for its blocks"
+            return (
+                f"value_and_grad: units={u!r} is a list of lists of blocks, and each inner list is gathered as one"
+                f" unit; write units=({each}, ...) for its blocks"
+            )
     return ""
 
 
@@ -61,7 +77,11 @@ class Early:
         if self.updates == 1 and self.used is not None:
             structure = masters.where.structure
             parts = enumerate(masters.leaves())
-            self.idle = {i: x.detach().clone() for i, x in parts if x is not None and not structure.frozen(i) and i not in self.used}
+            self.idle = {
+                i: x.detach().clone()
+                for i, x in parts
+                if x is not None and not structure.frozen(i) and i not in self.used
+            }
 
     def after(self, out: Updated, masters: Slots, batch: Any, layout: Layout) -> list[str]:
         """What to say of an update."""
@@ -69,11 +89,14 @@ class Early:
         said = [self._decayed(masters)] if self.idle and bool(out.ok) else []
         if self.updates > 1:
             self.used, self.idle = None, {}
-        self.alike = self.alike and bool(out.weight > 0) and self._alike(out.logs.get("rows"), layout) and not _constant(batch)
+        self.alike = (
+            self.alike and bool(out.weight > 0) and self._alike(out.logs.get("rows"), layout) and not _constant(batch)
+        )
         if self.alike and self.updates == LOOKS:
             said.append(
-                f"train_step: in the first {LOOKS} updates all ranks had the same losses and weights, as if each were given the same rows, "
-                "so that each row counts once a rank; give every rank its own with step.local_rows(batch)"
+                f"train_step: in the first {LOOKS} updates all ranks had the same losses and weights, as if each were"
+                " given the same rows, so that each row counts once a rank; give every rank its own with"
+                " step.local_rows(batch)"
             )
         return [x for x in said if x]
 
@@ -99,7 +122,10 @@ class Early:
         if not names:
             return ""
         which = f"{', '.join(map(repr, names[:4]))}{f' and {len(names) - 4} more' * (len(names) > 4)}"
-        return f"train_step: the loss did not use {which}, and weight decay shrinks what has no gradient, where torch leaves it; write fz.freeze(...) for it"
+        return (
+            f"train_step: the loss did not use {which}, and weight decay shrinks what has no gradient, where torch"
+            " leaves it; write fz.freeze(...) for it"
+        )
 
 
 def _constant(batch: Any) -> bool:

@@ -2,6 +2,7 @@
 
 Silence is no proof by itself: a rank that is stopped, or starved, gives no sign either.
 """
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """The train step: a chain that ends in an update, as a pure function of (state, batch)."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -43,7 +44,9 @@ class Eval(NamedTuple):
 
 
 class Step(NamedTuple):
-    """`state, metrics = step(state, batch)`: same inputs, same bits, and the inputs are left as they were (see donate)."""
+    """`state, metrics = step(state, batch)`: same inputs, same bits, and the inputs are left as they were (see
+    donate).
+    """
 
     init: Callable[..., TrainState]
     update: Callable[[TrainState, Any], tuple[TrainState, Metrics | None]]
@@ -61,8 +64,8 @@ class Step(NamedTuple):
     def mesh(self) -> Mesh:
         """The mesh with its count of bytes sent, and this rank's place on it; joins no world.
 
-        Before the world is joined the place is what the launcher's environment says; of a plan for another world there is none, and
-        to ask for an index raises.
+        Before the world is joined the place is what the launcher's environment says; of a plan for another world there
+        is none, and to ask for an index raises.
         """
         return located(self.grad.env.mesh)
 
@@ -77,7 +80,8 @@ class Step(NamedTuple):
         return self.grad.env.policy
 
     def local_rows(self, batch: Any) -> Any:
-        """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device; None stays None.
+        """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device; None stays
+        None.
 
         Raises:
           ValueError: the rows do not divide by the number of micro-batches.
@@ -89,15 +93,22 @@ class Step(NamedTuple):
         return tree.map(lambda x: None if x is None else x.to(mesh.device, non_blocking=True), rows)
 
     def view(self, state: TrainState) -> Any:
-        """The whole parameters in the compute dtype as fresh leaves that want a gradient, for a forward of your own (pullback)."""
+        """The whole parameters in the compute dtype as fresh leaves that want a gradient, for a forward of your own
+        (pullback).
+        """
         _usable(state, self.fits)
         slots = self.whole_views(state)
         units = slots.where.structure.units
-        leaves = [x if x is None else x.detach().requires_grad_(not units[i.unit].frozen) for x, i in zip(slots.leaves(), slots.where.structure.leaves, strict=True)]
+        leaves = [
+            x if x is None else x.detach().requires_grad_(not units[i.unit].frozen)
+            for x, i in zip(slots.leaves(), slots.where.structure.leaves, strict=True)
+        ]
         return slots.where.structure.unflatten(leaves)
 
     def views(self, state: TrainState) -> Slots:
-        """This rank's part of the parameters at rest in the compute dtype. A collective where the masters were replaced."""
+        """This rank's part of the parameters at rest in the compute dtype. A collective where the masters were
+        replaced.
+        """
         return self.fits.views(state)
 
     def whole_views(self, state: TrainState) -> Slots:
@@ -105,11 +116,14 @@ class Step(NamedTuple):
         return self.running().view(self.views(state), at(state))
 
     def tape(self, state: TrainState, differentiate: bool = False) -> Tape:
-        """What a forward of your own opens parameters with (see layers.py); with differentiate its leaves want a gradient."""
+        """What a forward of your own opens parameters with (see layers.py); with differentiate its leaves want a
+        gradient.
+        """
         return Tape(self.views(state), (), self.running().env, False, differentiate, at(state))
 
     def state_of(self, state: TrainState, kind: type[Own]) -> Own | None:
-        """The state of the first transform of a kind, as step.state_of(state, ScaleLoss); None where the chain has none.
+        """The state of the first transform of a kind, as step.state_of(state, ScaleLoss); None where the chain has
+        none.
 
         Args:
           kind: the NamedTuple that the transform keeps.
@@ -124,7 +138,9 @@ class Step(NamedTuple):
         """
         name = next((name for name, x in state.chain.items() if type(x) is type(own)), None)
         if name is None:
-            raise KeyError(f"with_state: no transform of this chain keeps a {type(own).__name__}; it has {list(state.chain)}")
+            raise KeyError(
+                f"with_state: no transform of this chain keeps a {type(own).__name__}; it has {list(state.chain)}"
+            )
         return state._replace(chain={**state.chain, name: own})
 
     def params(self, state: TrainState) -> Any:
@@ -151,7 +167,8 @@ class Step(NamedTuple):
         return out | {"grads": _spec_tree(masters), "views": _spec_tree(meta.at(rest, self.grad.env.policy.compute))}
 
     def abstract(self, params: Any) -> TrainState:
-        """The state that init would give as shapes: on the meta device, without memory. A checkpoint is restored into this form.
+        """The state that init would give as shapes: on the meta device, without memory. A checkpoint is restored into
+        this form.
 
         Args:
           params: whole parameters, meta tensors do.
@@ -160,7 +177,9 @@ class Step(NamedTuple):
         return _initial(g, _lazy(self.source, g, params, torch.device("meta")), 0)
 
     def eval(self, loss_fn: Callable[..., Any]) -> Callable[[TrainState, Any], Eval]:
-        """A forward of `loss_fn(params, batch) -> (sum, weight)` with the current views: (state, this rank's rows) -> Eval."""
+        """A forward of `loss_fn(params, batch) -> (sum, weight)` with the current views: (state, this rank's rows)
+        -> Eval.
+        """
 
         def evaluate(state: TrainState, batch: Any) -> Eval:
             g = self.running()
@@ -196,17 +215,21 @@ def train_step(
     """A step from a chain: a gradient, transforms, and an optimizer that applies the update.
 
     Args:
-      parts: left to right; see value_and_grad, accumulate, shard, all_reduce, scale_loss, clip_by_global_norm, adamw, zero.
-      mesh: axis sizes by name, outermost first, -1 for all that are left; or a DeviceMesh. A dict builds, prints and plans in
-        any process; the world is joined at the first init. None: all processes on the one axis of the batch.
+      parts: left to right; see value_and_grad, accumulate, shard, all_reduce, scale_loss, clip_by_global_norm, adamw,
+        zero.
+      mesh: axis sizes by name, outermost first, -1 for all that are left; or a DeviceMesh. A dict builds, prints and
+        plans in any process; the world is joined at the first init. None: all processes on the one axis of the batch.
       policy: dtypes, as "params=float32,compute=bfloat16,accumulate=float32".
-      sums: how gradients are added over ranks: in the one "tree" (the same bits on any mesh), or by the "backend" as it likes.
+      sums: how gradients are added over ranks: in the one "tree" (the same bits on any mesh), or by the "backend" as it
+        likes.
       prefetch: start the next block's gather while one computes: one unit more in memory, the same bits.
       debug: log the first non-finite leaf of any update, and its rank.
-      check: a thread compares what ranks launch, for ever, where no sum is reached any more: one that differs, left or died ends all with a
-        message instead of a hang or an abort of the backend (watch.py). 0: no such thread; ranks are still compared in every sum (ledger.py).
-      patience: after so many updates in a row that were not finite and were skipped, the next call raises on all ranks; those that
-        a dynamic loss scale skips on its way down do not count. The first is said, with leaf and rank, and then ever fewer.
+      check: a thread compares what ranks launch, for ever, where no sum is reached any more: one that differs, left or
+        died ends all with a message instead of a hang or an abort of the backend (watch.py). 0: no such thread; ranks
+        are still compared in every sum (ledger.py).
+      patience: after so many updates in a row that were not finite and were skipped, the next call raises on all ranks;
+        those that a dynamic loss scale skips on its way down do not count. The first is said, with leaf and rank, and
+        then ever fewer.
 
     Raises:
       ChainError: the chain cannot mean what it says; the message shows it with the correction.
@@ -214,17 +237,24 @@ def train_step(
     flat = chain(*parts)
     if mesh is None and flat and isinstance(flat[0], Source):
         if len(flat[0].batch) > 1:
-            raise ChainError(f"train_step: the batch is split over {list(flat[0].batch)}; write their sizes, as mesh={{{', '.join(f'{a!r}: 2' for a in flat[0].batch)}}}")
+            raise ChainError(
+                f"train_step: the batch is split over {list(flat[0].batch)}; write their sizes, as"
+                f" mesh={{{', '.join(f'{a!r}: 2' for a in flat[0].batch)}}}"
+            )
         mesh = dict.fromkeys(flat[0].batch, -1)
     if sums not in ("tree", "backend"):
-        raise ValueError(f"train_step: sums={sums!r} is neither 'tree' nor 'backend'; leave it out for the same bits on any mesh")
+        raise ValueError(
+            f"train_step: sums={sums!r} is neither 'tree' nor 'backend'; leave it out for the same bits on any mesh"
+        )
     planned = plan_mesh(mesh)
     env = Env(planned, Policy.parse(policy), {a: Edge(a, sums=sums) for a in planned.axes}, prefetch=prefetch)
     return _make(flat, env, Options(debug, check, patience), donated=False, book=Book())
 
 
 def donate(step: Step) -> Step:
-    """The same step with the same bits, in place: the state it is given is used up, and raises when it is used again."""
+    """The same step with the same bits, in place: the state it is given is used up, and raises when it is used
+    again.
+    """
     return step.rebuild(True)
 
 
@@ -244,7 +274,14 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
 
     @cache
     def running() -> Grad:
-        return _built(parts, env._replace(mesh=connect(watched(env.mesh, planned, options.check, parts, source.replicated)), donate=donated, early=early))
+        return _built(
+            parts,
+            env._replace(
+                mesh=connect(watched(env.mesh, planned, options.check, parts, source.replicated)),
+                donate=donated,
+                early=early,
+            ),
+        )
 
     @cache
     def probe() -> Grad:  # the same gradients, and nothing applied
@@ -302,7 +339,12 @@ def _built(parts: tuple[Any, ...], env: Env) -> Grad:
         raise refuse(g, "train_step", "no optimizer applies an update; end the chain with one, as adamw(3e-4)")
     if g.layout.sharded != g.layout.rest:
         left = [a for a in g.layout.sharded if a not in g.layout.rest]
-        raise refuse(g, "train_step", f"the new parameters are still split over {left}; write shard({left[-1]!r}, ...) around what reduce_scatter opened, or all_gather({left[-1]!r}) after it")
+        raise refuse(
+            g,
+            "train_step",
+            f"the new parameters are still split over {left}; write shard({left[-1]!r}, ...) around what reduce_scatter"
+            f" opened, or all_gather({left[-1]!r}) after it",
+        )
     return g
 
 
@@ -325,20 +367,33 @@ def _check_widening(params: Any, policy: Policy) -> None:
     for path, x in tree.paths(params):
         if torch.finfo(x.dtype).bits > torch.finfo(policy.params).bits:
             have, keep = (str(d).removeprefix("torch.") for d in (x.dtype, policy.params))
-            raise TypeError(f"init: parameter {path!r} is {have}, but the policy keeps masters in {keep}; write policy='{have}', or cast the parameters first")
+            raise TypeError(
+                f"init: parameter {path!r} is {have}, but the policy keeps masters in {keep}; write policy='{have}', or"
+                " cast the parameters first"
+            )
 
 
 def _renewed(new: Slots, old: Slots) -> Slots:
     """New views; frozen leaves were not sent and stay."""
     new = new.to(old.buffers[0].dtype).placed(old.where.place, old.buffers[0].device)
-    return Slots(tuple(o if u.frozen else n for n, o, u in zip(new.buffers, old.buffers, old.where.structure.units, strict=True)), old.where)
+    return Slots(
+        tuple(
+            o if u.frozen else n for n, o, u in zip(new.buffers, old.buffers, old.where.structure.units, strict=True)
+        ),
+        old.where,
+    )
 
 
 def _usable(state: Any, fits: Fits) -> bool:
     if not isinstance(state, TrainState):
-        raise TypeError(f"step: its first argument is a TrainState from step.init(params), but this is a {type(state).__name__}")
+        raise TypeError(
+            f"step: its first argument is a TrainState from step.init(params), but this is a {type(state).__name__}"
+        )
     if int(state.step) < 0:
-        raise RuntimeError(f"step: this state was donated at step {-1 - int(state.step)} and its memory is in use; go on with the state that step(...) returned, or leave fz.donate out")
+        raise RuntimeError(
+            f"step: this state was donated at step {-1 - int(state.step)} and its memory is in use; go on with the"
+            " state that step(...) returned, or leave fz.donate out"
+        )
     return fits.look(state)
 
 
@@ -388,29 +443,41 @@ def describe(step: Step) -> str:
     depth, lines = 0, []
     for name, layout in zip(g.names, g.arrows, strict=True):
         depth -= name == ")"
-        lines.append((f"{'  ' * depth}{name}", "" if name.startswith("shard(") and layout.batch == () else layout.describe()))
+        lines.append(
+            (f"{'  ' * depth}{name}", "" if name.startswith("shard(") and layout.batch == () else layout.describe())
+        )
         depth += name.startswith("shard(")
     wide = max(len(a) for a, _ in lines)
     notes = []
     if g.layout.rest and not step.source.units:
-        notes.append("parameters are gathered whole in every forward; name their blocks with value_and_grad(..., units=('blocks',)) to hold two at a time")
+        notes.append(
+            "parameters are gathered whole in every forward; name their blocks with value_and_grad(...,"
+            " units=('blocks',)) to hold two at a time"
+        )
     odd = {a: n for a, n in g.layout.order if n & (n - 1)}
     if odd:
         more = ", and in other orders of these sums (stages 2 and 3 against 0 and 1)" if len(g.layout.order) > 1 else ""
-        notes.append(f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds{more}")
+        notes.append(
+            f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds{more}"
+        )
     edges = g.env.edges.values()
     if any(e.sums == "backend" for e in edges):
         notes.append("gradients are added over ranks by the backend: the same-bits promise is off")
     notes += [_packs(e, g.env.mesh.axes[e.axis].size) for e in edges if not e.exact]
     head = f"train_step on {g.env.mesh} ({g.env.mesh.device.type}), {g.env.policy}{', donated' if g.env.donate else ''}"
-    return "\n".join([head, *(f"  {a:<{wide}}  -> {b}" if b else f"  {a}" for a, b in lines), *(f"  note: {n}" for n in notes)])
+    return "\n".join(
+        [head, *(f"  {a:<{wide}}  -> {b}" if b else f"  {a}" for a, b in lines), *(f"  note: {n}" for n in notes)]
+    )
 
 
 def _packs(edge: Edge, size: int) -> str:
     """What a wire means for the values."""
     if size == 1:
         return f"nothing travels over {edge.axis!r}, whose size is 1, so {edge} packs nothing there"
-    return f"what travels over {edge.axis!r} is packed ({edge}): all ranks read the same, and other bits than those of the chain without wires"
+    return (
+        f"what travels over {edge.axis!r} is packed ({edge}): all ranks read the same, and other bits than those of the"
+        " chain without wires"
+    )
 
 
 __all__ = ["ChainError", "Eval", "Step", "describe", "donate", "train_step"]

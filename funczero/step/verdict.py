@@ -1,7 +1,9 @@
 """Who did something else, found out from what all ranks publish on doubt, in one sentence that all of them print.
 
-Law: a rank ends only by what it has seen for itself. A sentence that somebody wrote into the store is text, and no proof.
+Law: a rank ends only by what it has seen for itself. A sentence that somebody wrote into the store is text, and no
+proof.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -133,7 +135,9 @@ class Verdict:
         return False
 
     def bury(self, rank_does: str, dead: float) -> str:
-        """A connection broke, and somebody gives no sign of life: that is a proof. The sentence, or "" while all are alive."""
+        """A connection broke, and somebody gives no sign of life: that is a proof. The sentence, or "" while all are
+        alive.
+        """
         silent = self.signs.silent(dead)
         if not silent:
             return ""

@@ -8,6 +8,7 @@ The main thread chains a checksum over its launches (ledger.py). Twice a second 
 checksum) in a namespace of the world's store and reads those of its neighbours: whoever is odd is odd to a neighbour.
 Only on doubt all publish their last entries; the first to see the difference writes what all print (verdict.py).
 """
+
 from __future__ import annotations
 
 import atexit
@@ -43,7 +44,12 @@ class Watch(threading.Thread):
     def __init__(self) -> None:
         """Opens its own connection to the store, and a namespace for this world; starts to look."""
         super().__init__(name="funczero-check", daemon=True)
-        self.world, self.rank, self.size, self.pid = dist.group.WORLD, dist.get_rank(), dist.get_world_size(), os.getpid()
+        self.world, self.rank, self.size, self.pid = (
+            dist.group.WORLD,
+            dist.get_rank(),
+            dist.get_world_size(),
+            os.getpid(),
+        )
         self.anchor: Any = dist.distributed_c10d._get_default_store()  # keeps rank 0's server up while others ask
         clone = presence.connection(self.anchor)  # the main thread may be waiting on the connection of the original
         number = clone.add(f"funczero/check/{self.rank}", 1)
@@ -200,7 +206,9 @@ class Watch(threading.Thread):
         return f"after step {self.log.entries[-1][2].context.step}" if self.log.entries else "after nothing"
 
     def orphaned(self) -> None:
-        """The store does not answer: rank 0 is gone, and took it along. Said where this rank still waits for something."""
+        """The store does not answer: rank 0 is gone, and took it along. Said where this rank still waits for
+        something.
+        """
         while not self.lent and self.rank and not self.leaving.wait(PERIOD / 2):
             if self.log.count != self.count:
                 self.count, self.moved = self.log.count, time.monotonic()
@@ -214,7 +222,9 @@ class Watch(threading.Thread):
                 return
 
     def end(self) -> None:
-        """Say it once, with the line of the caller's code, and end the process: no exception reaches a thread in a wait."""
+        """Say it once, with the line of the caller's code, and end the process: no exception reaches a thread in a
+        wait.
+        """
         # An exception on its way out is shown first; others hear before a connection breaks.
         self.leaving.wait(PATIENCE if self.raised else 2 * PERIOD)
         if self.settled:  # the main thread says it

@@ -1,4 +1,5 @@
 """The named chains: what the papers call a stage is where the bracket opens."""
+
 from __future__ import annotations
 
 from functools import reduce
@@ -32,7 +33,8 @@ def zero(
       axis: the mesh axis, or axes outermost first, that state is sharded over.
       accumulate: micro-batches an update, or the parts that sum over time, as (accumulate(4, stream=True),).
       threshold: leaves with fewer elements stay whole.
-      gather, scatter: how views and gradients travel over each of the axes, as shard's. A sum stays exact, at stage 0 too.
+      gather, scatter: how views and gradients travel over each of the axes, as shard's. A sum stays exact, at stage 0
+        too.
 
     Raises:
       ValueError: there is no such stage, or no view travels at this one.
@@ -42,7 +44,9 @@ def zero(
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"zero: stage={stage!r} does not exist; write 0, 1, 2 or 3")
     if stage == 0 and gather is not as_born:
-        raise ValueError(f"zero: gather={gather} packs views, and none travels at stage 0; leave it out, or write stage=1")
+        raise ValueError(
+            f"zero: gather={gather} packs views, and none travels at stage 0; leave it out, or write stage=1"
+        )
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
 
@@ -62,16 +66,23 @@ def zero(
     return chain(bracket(grad, *acc, *transforms))
 
 
-def hpz(grad: Any, *transforms: Any, within: str = "local", across: str = "node", accumulate: int = 1) -> tuple[Any, ...]:
+def hpz(
+    grad: Any, *transforms: Any, within: str = "local", across: str = "node", accumulate: int = 1
+) -> tuple[Any, ...]:
     """ZeRO++'s secondary partition: parameters rest sharded within a node, gradients and state over both axes.
 
-    Gradients cross nodes once an update. Source: Wang et al., ZeRO++, arXiv 2306.10209 (DeepSpeed: zero_hpz_partition_size).
+    Gradients cross nodes once an update. Source: Wang et al., ZeRO++, arXiv 2306.10209 (DeepSpeed:
+    zero_hpz_partition_size).
     """
     acc = () if accumulate == 1 else (accumulate_(accumulate),)
     return chain(shard(within, grad, *acc, shard(across, *transforms)))
 
 
-def mics(grad: Any, *transforms: Any, within: str = "local", across: str = "node", accumulate: int = 1) -> tuple[Any, ...]:
-    """MiCS, torch's HSDP: everything sharded within a node and replicated across. Source: Zhang et al., MiCS, arXiv 2205.00119."""
+def mics(
+    grad: Any, *transforms: Any, within: str = "local", across: str = "node", accumulate: int = 1
+) -> tuple[Any, ...]:
+    """MiCS, torch's HSDP: everything sharded within a node and replicated across. Source: Zhang et al., MiCS, arXiv
+    2205.00119.
+    """
     acc = () if accumulate == 1 else (accumulate_(accumulate),)
     return chain(shard(within, grad, *acc, all_reduce(across), *transforms))

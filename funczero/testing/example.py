@@ -1,4 +1,5 @@
 """The smallest step builder that `funczero parity` can run; copy it for your own model."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -34,7 +35,9 @@ def loss_fn(params: dict[str, Any], batch: dict[str, Tensor], key: int) -> tuple
 def make_step(stage: int, accumulate: int) -> tuple[Step, dict[str, Any]]:
     """A step over all processes, and its first parameters."""
     grad = value_and_grad(loss_fn, batch=P("data"), units=("blocks",), rng=True)
-    step = train_step(*zero(grad, clip_by_global_norm(0.5), adamw(1e-2), stage=stage, accumulate=accumulate), mesh={"data": -1})
+    step = train_step(
+        *zero(grad, clip_by_global_norm(0.5), adamw(1e-2), stage=stage, accumulate=accumulate), mesh={"data": -1}
+    )
     blocks = [{"w": rng.normal(i, (WIDTH, WIDTH), 0.2), "b": torch.zeros(WIDTH)} for i in range(3)]
     return step, {"in": rng.normal(10, (8, WIDTH), 0.3), "blocks": blocks, "out": rng.normal(11, (WIDTH, CLASSES), 0.3)}
 

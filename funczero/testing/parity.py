@@ -1,4 +1,7 @@
-"""Does a step keep its promises? Stages x worlds x accumulates of the same global batches on this machine: one table."""
+"""Does a step keep its promises? Stages x worlds x accumulates of the same global batches on this machine: one
+table.
+"""
+
 from __future__ import annotations
 
 import importlib
@@ -43,13 +46,21 @@ class Report(NamedTuple):
         return len(set(promised)) <= 1 and all(r.difference <= self.tolerance for r in self.rows)
 
     def __str__(self) -> str:
-        head = f"{'world':>5} {'stage':>5} {'accumulate':>10}  {'weights':12}  {'losses':12} {'difference':>10} {'bytes/update':>12} {'ms/update':>9}"
+        head = (
+            f"{'world':>5} {'stage':>5} {'accumulate':>10}  {'weights':12}  {'losses':12} {'difference':>10}"
+            f" {'bytes/update':>12} {'ms/update':>9}"
+        )
         lines = [
-            f"{r.world:5d} {r.stage:5d} {r.accumulate:10d}  {r.hash:12}  {r.logs:12} {r.difference:10.1e} {r.bytes:12,.0f} {1e3 * r.seconds:9.2f}{'' if r.reproducible else '  (own bits)'}"
+            f"{r.world:5d} {r.stage:5d} {r.accumulate:10d}  {r.hash:12}  {r.logs:12} {r.difference:10.1e}"
+            f" {r.bytes:12,.0f} {1e3 * r.seconds:9.2f}{'' if r.reproducible else '  (own bits)'}"
             for r in self.rows
         ]
         hashes = len({r.hash for r in self.rows if r.reproducible})
-        verdict = "every promise held" if self.ok else f"BROKEN: {hashes} hashes where one is promised, or a difference above {self.tolerance:g}"
+        verdict = (
+            "every promise held"
+            if self.ok
+            else f"BROKEN: {hashes} hashes where one is promised, or a difference above {self.tolerance:g}"
+        )
         return "\n".join([head, *lines, verdict])
 
 
@@ -66,27 +77,41 @@ def parity(
     """Runs somebody's step builder at every stage and world, on gloo processes of this machine.
 
     Args:
-      make_step: "package.module:function" or "file.py:function"; function(stage=, accumulate=) -> (step, params), with the batch
-        split over all processes and no random source but keys.
+      make_step: "package.module:function" or "file.py:function"; function(stage=, accumulate=) -> (step, params), with
+        the batch split over all processes and no random source but keys.
       make_batch: the same for function(t) -> the global batch of update t; its rows divide by micro_batches.
-      micro_batches: of one update, on all ranks together; a world of W accumulates micro_batches / W. A world that does not
-        divide it is refused.
+      micro_batches: of one update, on all ranks together; a world of W accumulates micro_batches / W. A world that does
+        not divide it is refused.
     """
     for w in worlds:
         if micro_batches % w:
-            raise ValueError(f"parity: {micro_batches} micro-batches do not divide over {w} processes; write a multiple as --micro_batches")
+            raise ValueError(
+                f"parity: {micro_batches} micro-batches do not divide over {w} processes; write a multiple as"
+                " --micro_batches"
+            )
     rows: list[Row] = []
     reference: list[torch.Tensor] = []
     for world in worlds if 1 in worlds else (1, *worlds):
         k = micro_batches // world
         with WorkerPool(world) as pool:
             for stage in stages if world in worlds else (stages[0],):
-                weights, logs, sent, seconds = pool.run(_run, make_step, make_batch, stage, k, updates, timeout=timeout)[0]
+                weights, logs, sent, seconds = pool.run(
+                    _run, make_step, make_batch, stage, k, updates, timeout=timeout
+                )[0]
                 flat = tree.tensors(weights)
                 reference = reference or flat
-                worst = max((float((a.double() - b.double()).abs().max()) for a, b in zip(flat, reference, strict=True) if a.numel()), default=0.0)
+                worst = max(
+                    (
+                        float((a.double() - b.double()).abs().max())
+                        for a, b in zip(flat, reference, strict=True)
+                        if a.numel()
+                    ),
+                    default=0.0,
+                )
                 exact = world & (world - 1) == 0 and k & (k - 1) == 0
-                rows.append(Row(world, stage, k, tree_hash(weights)[:12], tree_hash(logs)[:12], worst, sent, seconds, exact))
+                rows.append(
+                    Row(world, stage, k, tree_hash(weights)[:12], tree_hash(logs)[:12], worst, sent, seconds, exact)
+                )
     return Report(rows, tolerance)
 
 
@@ -97,7 +122,9 @@ def load(target: str) -> Any:
         raise ValueError(f"parity: {target!r} names no function; write package.module:function or file.py:function")
     if where.endswith(".py"):
         if not Path(where).is_file():
-            raise ValueError(f"parity: there is no file {where!r}; write a path from this folder, or package.module:function")
+            raise ValueError(
+                f"parity: there is no file {where!r}; write a path from this folder, or package.module:function"
+            )
         found = importlib.util.spec_from_file_location(Path(where).stem, where)
         assert found is not None and found.loader is not None
         module = importlib.util.module_from_spec(found)
@@ -105,7 +132,10 @@ def load(target: str) -> Any:
     else:
         module = importlib.import_module(where)
     if not callable(getattr(module, name, None)):
-        raise ValueError(f"parity: {where!r} has no function {name!r}; it has {[n for n in dir(module) if not n.startswith('_')][:12]}")
+        raise ValueError(
+            f"parity: {where!r} has no function {name!r}; it has"
+            f" {[n for n in dir(module) if not n.startswith('_')][:12]}"
+        )
     return getattr(module, name)
 
 
@@ -118,7 +148,9 @@ def _run(make_step: str, make_batch: str, stage: int, accumulate: int, updates: 
         start = time.perf_counter()
         for t in range(updates):
             state, m = step(state, step.local_rows(batches(t)))
-            assert m is not None, "parity: a streamed chain closes no update by itself; write accumulate(k) without stream"
+            assert (
+                m is not None
+            ), "parity: a streamed chain closes no update by itself; write accumulate(k) without stream"
             logs.append((m.loss, m.weight, m.ok))
         seconds = (time.perf_counter() - start) / updates
     return step.params(state), logs, sum(sent.values()) / updates, seconds

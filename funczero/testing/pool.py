@@ -1,4 +1,7 @@
-"""Worlds for tests: pools of processes that stay, so that torch is imported once and not in every test; hashes of trees."""
+"""Worlds for tests: pools of processes that stay, so that torch is imported once and not in every test; hashes of
+trees.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -27,7 +30,8 @@ from torch import Tensor
 
 from funczero.core.tree import paths
 
-PRELOAD = ("torch.distributed.device_mesh", "funczero.testing.pool")  # imported once, by the server that workers are forked from
+# imported once, by the server that workers are forked from
+PRELOAD = ("torch.distributed.device_mesh", "funczero.testing.pool")
 GRACE = 5.0  # seconds that the other ranks have once one has raised
 START = 120.0  # seconds for all ranks to join their world, the first import of torch included
 GROUP_TIMEOUT = timedelta(minutes=30)  # of collectives; a run's own timeout is meant to come first
@@ -36,10 +40,12 @@ GROUP_TIMEOUT = timedelta(minutes=30)  # of collectives; a run's own timeout is 
 def tree_hash(tree: Any) -> str:
     """sha256 over the paths, dtypes, shapes and bytes of a tree's leaves, in the order of their paths.
 
-    Equal hashes mean equal bits, -0.0 and NaN payloads included; devices, strides and the order of dict keys do not count.
+    Equal hashes mean equal bits, -0.0 and NaN payloads included; devices, strides and the order of dict keys do not
+    count.
 
     >>> a = {"w": torch.zeros(2, 3), "b": [torch.ones(1)]}
-    >>> tree_hash(a) == tree_hash({"b": [torch.ones(1)], "w": torch.zeros(3, 2).T}), tree_hash(a) == tree_hash({"w": torch.zeros(3, 2), "b": [torch.ones(1)]})
+    >>> same, other = {"b": [torch.ones(1)], "w": torch.zeros(3, 2).T}, {"w": torch.zeros(3, 2), "b": [torch.ones(1)]}
+    >>> tree_hash(a) == tree_hash(same), tree_hash(a) == tree_hash(other)
     (True, False)
     """
     out = hashlib.sha256()
@@ -53,7 +59,9 @@ def tree_hash(tree: Any) -> str:
 
 
 class _Reply(NamedTuple):
-    """What a rank answered: a value, or what it raised, when (on this machine's monotonic clock) and the traceback's text."""
+    """What a rank answered: a value, or what it raised, when (on this machine's monotonic clock) and the traceback's
+    text.
+    """
 
     error: BaseException | None
     value: Any
@@ -69,11 +77,12 @@ class _Worker(NamedTuple):
 class WorkerPool:
     """Processes 0 .. size - 1 of one gloo world on this machine, started at the first run and kept.
 
-    `run(fn, *args)` calls a module-level function in all of them and returns the results by rank. In a worker torch has one thread, `dist` is initialised and
-    RANK, WORLD_SIZE, LOCAL_RANK are set. Workers import what the caller can import. Tensors are sent by value.
+    `run(fn, *args)` calls a module-level function in all of them and returns the results by rank. In a worker torch has
+    one thread, `dist` is initialised and RANK, WORLD_SIZE, LOCAL_RANK are set. Workers import what the caller can
+    import. Tensors are sent by value.
 
-    A run that fails ends its workers, for their collectives may be out of step, and so does every `runs`-th, because process groups that were
-    made in a run stay in the process; the next run starts new ones, in tenths of a second.
+    A run that fails ends its workers, for their collectives may be out of step, and so does every `runs`-th, because
+    process groups that were made in a run stay in the process; the next run starts new ones, in tenths of a second.
 
     >>> with WorkerPool(2) as pool:
     ...     pool.run(os.getenv, "RANK")
@@ -81,7 +90,9 @@ class WorkerPool:
     """
 
     def __init__(self, size: int, preload: Iterable[str] = (), runs: int = 50) -> None:
-        """A pool of `size` ranks; `preload` names modules to import before the fork, where this is the first pool to start."""
+        """A pool of `size` ranks; `preload` names modules to import before the fork, where this is the first pool to
+        start.
+        """
         if size < 1:
             raise ValueError(f"WorkerPool: a world has at least one process, but size is {size}; write a positive size")
         self.size, self.runs, self._preload = size, runs, tuple(preload)
@@ -103,7 +114,8 @@ class WorkerPool:
           timeout: seconds for all ranks together, starting the workers not included.
 
         Raises:
-          the exception of the rank that raised first, with a note that names the rank and shows its traceback; the others are given 5 seconds to answer.
+          the exception of the rank that raised first, with a note that names the rank and shows its traceback; the
+          others are given 5 seconds to answer.
           RuntimeError: a worker ended by itself.
           TimeoutError: names the ranks that did not answer, and shows where they were.
         """
@@ -130,7 +142,9 @@ class WorkerPool:
             self._folder = None
 
     def _start(self) -> None:
-        """Fork the workers from a server that has imported torch and has no threads; rendezvous over a file, which needs no free port."""
+        """Fork the workers from a server that has imported torch and has no threads; rendezvous over a file, which
+        needs no free port.
+        """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOAD, *self._preload])
         self._folder = tempfile.TemporaryDirectory(prefix="funczero-world-")
@@ -141,7 +155,11 @@ class WorkerPool:
             theirs.close()
             self._workers.append(_Worker(process, ours))
         self._left = self.runs
-        self._exchange([_dump(_join, (rank, self.size, self._folder.name)) for rank in range(self.size)], START, "starting the workers")
+        self._exchange(
+            [_dump(_join, (rank, self.size, self._folder.name)) for rank in range(self.size)],
+            START,
+            "starting the workers",
+        )
 
     def _exchange(self, messages: list[bytes], timeout: float, what: str) -> list[Any]:
         """One message to each rank and one reply from each, or the error that explains why not."""
@@ -166,12 +184,17 @@ class WorkerPool:
         return [replies[rank].value for rank in range(self.size)]
 
     def _explain(self, replies: dict[int, _Reply], timeout: float, what: str) -> BaseException:
-        """The first rank's own exception with its rank and traceback as a note, or a TimeoutError that names the silent ranks."""
+        """The first rank's own exception with its rank and traceback as a note, or a TimeoutError that names the
+        silent ranks.
+        """
         silent = [rank for rank in range(self.size) if rank not in replies]
         where = self._stacks(silent)
         raised = sorted((reply.when, rank) for rank, reply in replies.items() if reply.error is not None)
         if not raised:
-            return TimeoutError(f"{what}: ranks {silent} of {self.size} did not answer within {timeout:g} s and were ended; this is where they were\n{where}")
+            return TimeoutError(
+                f"{what}: ranks {silent} of {self.size} did not answer within {timeout:g} s and were ended; this is"
+                f" where they were\n{where}"
+            )
         first = raised[0][1]
         error, others = replies[first].error, sorted(rank for _, rank in raised[1:])
         assert error is not None
@@ -188,19 +211,27 @@ class WorkerPool:
         files = {rank: Path(self._folder.name, f"stack{rank}") for rank in ranks}
         for rank, file in files.items():
             process = self._workers[rank].process
-            if file.exists() and process.is_alive() and process.pid is not None:  # the file is there once the handler is
+            # the file is there once the handler is
+            if file.exists() and process.is_alive() and process.pid is not None:
                 os.kill(process.pid, signal.SIGUSR1)
         time.sleep(0.3)
-        return "".join(f"rank {rank}:\n{file.read_text() if file.exists() else '  not started'}" for rank, file in files.items())
+        return "".join(
+            f"rank {rank}:\n{file.read_text() if file.exists() else '  not started'}" for rank, file in files.items()
+        )
 
 
 def _dump(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
-    """A call as bytes, with where to import from. Plain pickle: tensors go by value, not as handles to shared memory."""
+    """A call as bytes, with where to import from. Plain pickle: tensors go by value, not as handles to shared
+    memory.
+    """
     try:
         return pickle.dumps((sys.path, pickle.dumps((fn, args))))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         name = getattr(fn, "__qualname__", repr(fn))
-        raise TypeError(f"WorkerPool.run: cannot send {name} and its arguments to the workers; give a function at a module's top level ({error})") from error
+        raise TypeError(
+            f"WorkerPool.run: cannot send {name} and its arguments to the workers; give a function at a module's top"
+            f" level ({error})"
+        ) from error
 
 
 def _send(pipe: Connection, message: bytes) -> None:
@@ -210,12 +241,16 @@ def _send(pipe: Connection, message: bytes) -> None:
 
 
 def _receive(worker: _Worker) -> _Reply:
-    """A worker's reply; a worker that ended instead comes before all others, whose errors are likely to follow from it."""
+    """A worker's reply; a worker that ended instead comes before all others, whose errors are likely to follow from
+    it.
+    """
     try:
         return _Reply(*pickle.loads(worker.pipe.recv_bytes()))
     except (EOFError, ConnectionResetError):
         worker.process.join(GRACE)
-        return _Reply(RuntimeError(f"the process ended by itself, with exit code {worker.process.exitcode}"), None, 0.0, "")
+        return _Reply(
+            RuntimeError(f"the process ended by itself, with exit code {worker.process.exitcode}"), None, 0.0, ""
+        )
 
 
 def _serve(pipe: Connection) -> None:
@@ -257,11 +292,15 @@ def _portable(error: BaseException) -> BaseException:
 
 
 def _join(rank: int, size: int, folder: str) -> None:
-    """Become rank `rank`: environment, one thread, stack dumps on SIGUSR1, and the gloo world over the loopback device."""
+    """Become rank `rank`: environment, one thread, stack dumps on SIGUSR1, and the gloo world over the loopback
+    device.
+    """
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1"
+    )
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, file=os.open(Path(folder, f"stack{rank}"), os.O_CREAT | os.O_WRONLY))
     store = dist.FileStore(str(Path(folder, "store")), size)

@@ -1,9 +1,11 @@
 """Many ranks in one process: one thread each, for tests and for teaching.
 
-torch's own threaded process group does the sending, so that what runs is the code of a real rank: meshes, groups, collectives. It is private to torch's
-tests, hence used here alone. Ranks share one interpreter: this shows what a world computes, not how fast.
-Each draws from a torch generator of its own; python's and numpy's, which threads share, may not be drawn from inside a step.
+torch's own threaded process group does the sending, so that what runs is the code of a real rank: meshes, groups,
+collectives. It is private to torch's tests, hence used here alone. Ranks share one interpreter: this shows what a world
+computes, not how fast. Each draws from a torch generator of its own; python's and numpy's, which threads share, may not
+be drawn from inside a step.
 """
+
 from __future__ import annotations
 
 import os
@@ -34,8 +36,8 @@ class Failure(NamedTuple):
 def simulate(sizes: Mapping[str, int], timeout: float = 60.0) -> Callable[..., list[Any]]:
     """`simulate({"node": 2, "local": 4})(fn, *args)`: fn(*args) as each of 8 ranks; the results by rank.
 
-    Inside fn the world is there as if torchrun had made it: `train_step(..., mesh={"node": 2, "local": 4})` joins it, `dist.get_rank()` is the rank. Build the
-    step inside fn, since a step belongs to one rank.
+    Inside fn the world is there as if torchrun had made it: `train_step(..., mesh={"node": 2, "local": 4})` joins it,
+    `dist.get_rank()` is the rank. Build the step inside fn, since a step belongs to one rank.
 
     >>> simulate({"data": 3})(lambda: dist.get_rank())
     [0, 1, 2]
@@ -51,11 +53,17 @@ def simulate(sizes: Mapping[str, int], timeout: float = 60.0) -> Callable[..., l
     """
     size = prod(sizes.values())
     if not sizes or any(type(n) is not int or n < 1 for n in sizes.values()):
-        raise ValueError(f"simulate: {dict(sizes)!r} are not the sizes of a mesh; write a positive number of ranks for every axis, as {{'data': 8}}")
+        raise ValueError(
+            f"simulate: {dict(sizes)!r} are not the sizes of a mesh; write a positive number of ranks for every axis,"
+            " as {'data': 8}"
+        )
 
     def run(fn: Callable[..., Any], *args: Any) -> list[Any]:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            raise RuntimeError(f"simulate: this process is rank {dist.get_rank()} of a world of {dist.get_world_size()}; call it in a process without a world")
+            raise RuntimeError(
+                f"simulate: this process is rank {dist.get_rank()} of a world of {dist.get_world_size()}; call it in a"
+                " process without a world"
+            )
         return _run(size, timeout, lambda: fn(*args))
 
     return run
@@ -84,7 +92,8 @@ def _run(size: int, timeout: float, call: Callable[[], Any]) -> list[Any]:
         finally:
             dist.destroy_process_group()
 
-    def waiting() -> int:  # ranks inside collectives that others have not joined: all that are left, and nothing will move again
+    # ranks inside collectives that others have not joined: all that are left, and nothing will move again
+    def waiting() -> int:
         return sum(c._count for c in list(group._cur_coll_on_pgs.values()) if c._count < c._world_size)
 
     ranks = [threading.Thread(target=rank_of, args=(r,), name=f"rank{r}of{size}", daemon=True) for r in range(size)]
@@ -106,7 +115,9 @@ def _run(size: int, timeout: float, call: Callable[[], Any]) -> list[Any]:
         group.reset()
     if failures:
         first = failures[0]
-        first.error.add_note(f"simulate: rank {first.rank} of {size} raised first{_others([f.rank for f in failures[1:]])}")
+        first.error.add_note(
+            f"simulate: rank {first.rank} of {size} raised first{_others([f.rank for f in failures[1:]])}"
+        )
         raise first.error
     if problem is not None:
         raise problem
@@ -117,7 +128,9 @@ def _others(ranks: list[int]) -> str:
     return f"; so did ranks {sorted(ranks)}" if ranks else ""
 
 
-def _wait(ranks: list[threading.Thread], timeout: float, failed: Callable[[], bool], waiting: Callable[[], int]) -> Exception | None:
+def _wait(
+    ranks: list[threading.Thread], timeout: float, failed: Callable[[], bool], waiting: Callable[[], int]
+) -> Exception | None:
     """Until all ranks have returned or one has failed; what is wrong where neither will happen."""
     until, stuck = time.monotonic() + timeout, False
     while alive := [r for r, t in enumerate(ranks) if t.is_alive()]:
@@ -127,10 +140,20 @@ def _wait(ranks: list[threading.Thread], timeout: float, failed: Callable[[], bo
         before, stuck = stuck, waiting() == sum(t.is_alive() for t in ranks) > 0
         if before and stuck:
             left = [r for r, t in enumerate(ranks) if not t.is_alive()]
-            what = f"wait for ranks {left}, which have returned" if left else "wait for each other in different collectives"
-            return RuntimeError(f"simulate: ranks {[r for r in range(len(ranks)) if r not in left]} {what}; every rank must make the same calls\n{_stacks(ranks)}")
+            what = (
+                f"wait for ranks {left}, which have returned"
+                if left
+                else "wait for each other in different collectives"
+            )
+            return RuntimeError(
+                f"simulate: ranks {[r for r in range(len(ranks)) if r not in left]} {what}; every rank must make the"
+                f" same calls\n{_stacks(ranks)}"
+            )
         if time.monotonic() > until:
-            return TimeoutError(f"simulate: ranks {alive} of {len(ranks)} did not return within {timeout:g} s; this is where they are\n{_stacks(ranks)}")
+            return TimeoutError(
+                f"simulate: ranks {alive} of {len(ranks)} did not return within {timeout:g} s; this is where they"
+                f" are\n{_stacks(ranks)}"
+            )
     return None
 
 
@@ -138,5 +161,10 @@ def _stacks(ranks: list[threading.Thread]) -> str:
     """Where each rank is that has not returned, without torch's own frames."""
     frames = sys._current_frames()
     hidden = (os.path.dirname(torch.__file__), threading.__file__, __file__)
-    places = {r: traceback.extract_stack(frames[t.ident]) for r, t in enumerate(ranks) if t.ident in frames and t.is_alive()}
-    return "".join(f"rank {r}:\n{''.join(traceback.format_list([f for f in place if not f.filename.startswith(hidden)][-4:]))}" for r, place in places.items())
+    places = {
+        r: traceback.extract_stack(frames[t.ident]) for r, t in enumerate(ranks) if t.ident in frames and t.is_alive()
+    }
+    return "".join(
+        f"rank {r}:\n{''.join(traceback.format_list([f for f in place if not f.filename.startswith(hidden)][-4:]))}"
+        for r, place in places.items()
+    )

@@ -1,4 +1,5 @@
 """Sums over time: more micro-batches before the update, in the one tree."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -30,8 +31,8 @@ def accumulate(k: int, stream: bool = False) -> Transform:
 
     Args:
       k: micro-batches; the batch is cut into k along dim 0.
-      stream: take one micro-batch a call and return no metrics (None); a call with batch None hands over the sum and updates.
-        A short window closes with what it has. Only the last accumulate of a chain may stream.
+      stream: take one micro-batch a call and return no metrics (None); a call with batch None hands over the sum and
+        updates. A short window closes with what it has. Only the last accumulate of a chain may stream.
     """
     name = f"accumulate({k}{', stream=True' if stream else ''})"
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
@@ -43,7 +44,12 @@ def accumulate(k: int, stream: bool = False) -> Transform:
         if g.layout.mean:
             raise refuse(g, name, "it adds up sums, but the mean is already taken; put it further left")
         if g.streams:
-            raise refuse(g, name, "an accumulate left of it streams, and only the last one of a chain may; write stream=True here instead")
+            raise refuse(
+                g,
+                name,
+                "an accumulate left of it streams, and only the last one of a chain may; write stream=True here"
+                " instead",
+            )
         layout, stride = replace(g.layout, order=(*g.layout.order, ("accumulate", k))), g.layout.stride
         wide = g.env.policy.accumulate
         key = slot_name(g, "accumulate")
@@ -65,17 +71,33 @@ def accumulate(k: int, stream: bool = False) -> Transform:
             j = int(own.count)
             if batch is None:
                 if j == 0:
-                    raise ValueError(f"{name}: there is nothing to hand over, because no micro-batch came since the last update; call step(state, micro_batch) first")
+                    raise ValueError(
+                        f"{name}: there is nothing to hand over, because no micro-batch came since the last update;"
+                        " call step(state, micro_batch) first"
+                    )
                 out = own.total(wide)
-                fresh = out._replace(grads=out.grads.map(torch.clone)) if j & (j - 1) == 0 else out  # the state's own tensor otherwise
+                # the state's own tensor otherwise
+                fresh = out._replace(grads=out.grads.map(torch.clone)) if j & (j - 1) == 0 else out
                 return fresh, {**state, key: _empty()}
             if j == k:
-                raise ValueError(f"{name}: the window already holds {k} micro-batches; call step(state, None) to update")
+                raise ValueError(
+                    f"{name}: the window already holds {k} micro-batches; call step(state, None) to update"
+                )
             out, state = one(views, state, batch, seed, j)
-            return None, {**state, key: Accumulate(own.count + 1, order.push(own.partial, j, out, lambda a, b: _add(a, b, wide)))}
+            return None, {
+                **state,
+                key: Accumulate(own.count + 1, order.push(own.partial, j, out, lambda a, b: _add(a, b, wide))),
+            }
 
         init = (lambda params: {**g.init(params), key: _empty()}) if stream else g.init
-        return g._replace(init=init, apply=streamed if stream else loop, layout=layout, names=(*g.names, name), arrows=(*g.arrows, layout), streams=stream)
+        return g._replace(
+            init=init,
+            apply=streamed if stream else loop,
+            layout=layout,
+            names=(*g.names, name),
+            arrows=(*g.arrows, layout),
+            streams=stream,
+        )
 
     transform.__name__ = name
     return transform
@@ -94,7 +116,9 @@ def _add(a: Sum, b: Sum, wide: torch.dtype, reuse: bool = False) -> Sum:
         torch._foreach_add_(list(a.grads.buffers), [x.to(wide) for x in b.grads.buffers])
         grads = a.grads
     else:
-        grads = Slots(tuple(x.to(wide) + y.to(wide) for x, y in zip(a.grads.buffers, b.grads.buffers, strict=True)), a.grads.where)
+        grads = Slots(
+            tuple(x.to(wide) + y.to(wide) for x, y in zip(a.grads.buffers, b.grads.buffers, strict=True)), a.grads.where
+        )
     aux = None if a.aux is None else (torch.cat([a.aux[0], b.aux[0]]), a.aux[1])
     bad = None if a.bad is None or b.bad is None else a.bad + b.bad
     return Sum(torch.cat([a.loss, b.loss]), torch.cat([a.weight, b.weight]), aux, grads, bad=bad)

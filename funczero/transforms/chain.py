@@ -1,4 +1,5 @@
 """Composition: parts become a gradient, and whatever cannot mean what it says is refused here, in any process."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ class Source(NamedTuple):
     scatter: tuple[str, ...] = ()  # brackets that open directly right of it: the seam scatters for them
     edges: tuple[Edge, ...] = ()  # of those brackets
     transforms: tuple[Any, ...] = ()
-    ties: tuple[tuple[str, str], ...] = ()  # (second name, first name) of leaves that are one, whatever tree they come in
+    # (second name, first name) of leaves that are one, whatever tree they come in
+    ties: tuple[tuple[str, str], ...] = ()
     patterns: tuple[tuple[str, str], ...] = ()  # (who, regex): each must find a parameter
     replicated: tuple[str, ...] = ()  # mesh axes whose ranks are meant to be given the same rows
 
@@ -60,20 +62,26 @@ def build(parts: Sequence[Any], env: Env) -> Grad:
     """A gradient from a Source and the parts to its right."""
     if not parts or not isinstance(parts[0], Source):
         first = _name(parts[0]) if parts else "nothing"
-        raise ChainError(f"chain: it begins with {first}, but a chain begins with a gradient; write value_and_grad(loss_fn, batch=...) or pullback() first")
+        raise ChainError(
+            f"chain: it begins with {first}, but a chain begins with a gradient; write value_and_grad(loss_fn,"
+            " batch=...) or pullback() first"
+        )
     source, *rest = parts
     if source.axes and rest:
         inside = " | ".join((source.name, *(_name(p) for p in source.transforms)))
         raise ChainError(
-            f"{_name(rest[0])}: it stands after the bracket that holds the parameters at rest, which has no closing edge; move it inside: "
-            f"shard({source.axes[-1]!r}, {inside.replace(' | ', ', ')}, {', '.join(map(_name, rest))})\n"
-            f"  {''.join(f'{a}[ ' for a in source.axes)}{inside}{' ]' * len(source.axes)} | {_name(rest[0])}  <- here"
+            f"{_name(rest[0])}: it stands after the bracket that holds the parameters at rest, which has no closing"
+            f" edge; move it inside: shard({source.axes[-1]!r}, {inside.replace(' | ', ', ')},"
+            f" {', '.join(map(_name, rest))})\n "
+            f" {''.join(f'{a}[ ' for a in source.axes)}{inside}{' ]' * len(source.axes)} | {_name(rest[0])}  <- here"
         )
     source, marked = configured(parts), _mark(_flatten((*source.transforms, *rest)))
     edges = _edges((*source.edges, *_bracketed(marked)), source, env)
     for axis in (*edges, *source.axes, *source.batch):
         if axis not in env.mesh.axes:
-            raise ChainError(f"{source.name}: {axis!r} is not an axis of the mesh ({env.mesh}); write one of {list(env.mesh.axes)}")
+            raise ChainError(
+                f"{source.name}: {axis!r} is not an axis of the mesh ({env.mesh}); write one of {list(env.mesh.axes)}"
+            )
     if source.units:
         source, marked = _open_at_seam(source, marked)
     g = fold(source.make(source, env._replace(edges=edges)), marked)
@@ -85,15 +93,22 @@ def _all_used(source: Source, env: Env) -> None:
     """Refuse a mesh axis along which every rank would train a model of its own, unless that is said to be meant."""
     for axis in (*source.replicated, *env.mesh.axes):
         if axis not in env.mesh.axes:
-            raise ChainError(f"{source.name}: replicated names {axis!r}, which is not an axis of the mesh ({env.mesh}); write one of {list(env.mesh.axes)}")
+            raise ChainError(
+                f"{source.name}: replicated names {axis!r}, which is not an axis of the mesh ({env.mesh}); write one of"
+                f" {list(env.mesh.axes)}"
+            )
         if axis in source.batch and axis in source.replicated:
-            raise ChainError(f"{source.name}: the batch is split over {axis!r}, so its ranks are not given the same rows; leave it out of replicated")
+            raise ChainError(
+                f"{source.name}: the batch is split over {axis!r}, so its ranks are not given the same rows; leave it"
+                " out of replicated"
+            )
         if axis not in source.batch + source.replicated and env.mesh.axes[axis].size > 1:
             axes = (*source.batch, axis)
             spec = f"P({axis!r})" if len(axes) == 1 else f"P({axes!r})"
             raise ChainError(
-                f"{source.name}: nothing is split or summed over the mesh axis {axis!r} of size {env.mesh.axes[axis].size}, so every rank along it would train a model of "
-                f"its own; write batch={spec}, or {source.name}(..., replicated=({axis!r},)) if its ranks are given the same rows"
+                f"{source.name}: nothing is split or summed over the mesh axis {axis!r} of size"
+                f" {env.mesh.axes[axis].size}, so every rank along it would train a model of its own; write"
+                f" batch={spec}, or {source.name}(..., replicated=({axis!r},)) if its ranks are given the same rows"
             )
 
 
@@ -105,13 +120,19 @@ def fold(g: Grad, parts: Sequence[Any]) -> Grad:
         elif isinstance(part, Lift):
             g = apply_update(g, part.tx) if part.applies else rewrite(g, part.tx)
         elif isinstance(part, Source):
-            raise refuse(g, part.name, "a chain has one gradient, at its left end; write a second chain for a second loss")
+            raise refuse(
+                g, part.name, "a chain has one gradient, at its left end; write a second chain for a second loss"
+            )
         elif foreign(part):
             raise refuse(g, _name(part), str(foreign(part)))
         elif callable(part):
             g = part(g)
         else:
-            raise refuse(g, _name(part), "this is neither a transform nor an optimizer; write a function Grad -> Grad or an (init, update) pair")
+            raise refuse(
+                g,
+                _name(part),
+                "this is neither a transform nor an optimizer; write a function Grad -> Grad or an (init, update) pair",
+            )
     return g
 
 
@@ -144,12 +165,21 @@ def configured(parts: Sequence[Any]) -> Source:
 
 
 def _configures(parts: Sequence[Any]) -> list[Configure]:
-    return [c for p in parts for c in ([p] if isinstance(p, Configure) else _configures(p.parts) if isinstance(p, Bracket) else [])]
+    return [
+        c
+        for p in parts
+        for c in ([p] if isinstance(p, Configure) else _configures(p.parts) if isinstance(p, Bracket) else [])
+    ]
 
 
 def _is_optimizer(part: Any) -> bool:
     own = isinstance(part, (Source, Bracket, Configure, Lift))
-    return isinstance(part, Partition) or not own and callable(getattr(part, "init", None)) and callable(getattr(part, "update", None))
+    return (
+        isinstance(part, Partition)
+        or not own
+        and callable(getattr(part, "init", None))
+        and callable(getattr(part, "update", None))
+    )
 
 
 def _mark(parts: Sequence[Any]) -> tuple[Any, ...]:
@@ -168,8 +198,9 @@ def _mark(parts: Sequence[Any]) -> tuple[Any, ...]:
     for path, p in found[:-1]:
         if path[:-1] != last[:-1]:
             raise ChainError(
-                f"{_name(found[-1][1])}: it stands in another bracket than {_name(p)} before it, but an update is applied once, with the last optimizer; "
-                f"put both inside the same bracket\n  {' | '.join(_name(p) for p in parts)}"
+                f"{_name(found[-1][1])}: it stands in another bracket than {_name(p)} before it, but an update is"
+                " applied once, with the last optimizer; put both inside the same bracket\n "
+                f" {' | '.join(_name(p) for p in parts)}"
             )
 
     def replaced(parts: Sequence[Any], path: tuple[int, ...]) -> tuple[Any, ...]:
@@ -178,7 +209,11 @@ def _mark(parts: Sequence[Any]) -> tuple[Any, ...]:
             if isinstance(p, Bracket):
                 out.append(p._replace(parts=replaced(p.parts, (*path, i))))
             elif _is_optimizer(p):
-                tx = p if isinstance(p, (GradientTransformation, Partition)) else GradientTransformation(p.init, p.update, name=type(p).__name__)
+                tx = (
+                    p
+                    if isinstance(p, (GradientTransformation, Partition))
+                    else GradientTransformation(p.init, p.update, name=type(p).__name__)
+                )
                 out.append(Lift(tx, (*path, i) == last))
             elif not isinstance(p, Configure):
                 out.append(p)
@@ -217,7 +252,11 @@ def opening(edge: Edge) -> str:
 def _open_at_seam(source: Source, parts: tuple[Any, ...]) -> tuple[Source, tuple[Any, ...]]:
     """Brackets that open directly right of a Source with units scatter each unit's gradient as soon as it exists."""
     first = parts[0] if parts else None
-    if not isinstance(first, Bracket) or first.axis not in source.batch or first.axis in (*source.axes, *source.scatter):
+    if (
+        not isinstance(first, Bracket)
+        or first.axis not in source.batch
+        or first.axis in (*source.axes, *source.scatter)
+    ):
         return source, parts
     source, inner = _open_at_seam(source._replace(scatter=(*source.scatter, first.axis)), first.parts)
     return source, (first._replace(parts=inner, opened=True), *parts[1:])

@@ -1,4 +1,7 @@
-"""Loss scaling as a seed: the cotangent goes in multiplied, the gradient comes out divided, and the loss is never touched."""
+"""Loss scaling as a seed: the cotangent goes in multiplied, the gradient comes out divided, and the loss is never
+touched.
+"""
+
 from __future__ import annotations
 
 import math
@@ -21,13 +24,17 @@ class ScaleLoss(NamedTuple):
     iteration: Tensor  # attempted updates of weight > 0
     last_overflow: Tensor  # iteration of the last overflow, -1 for none
     weight: Tensor  # n: the seed is S / n; 0 until it is taken at the first update
-    stuck: Tensor  # [leaf, rank] of the first non-finite gradient of an overflow at the floor, [-1, -1] while there was none
+    # [leaf, rank] of the first non-finite gradient of an overflow at the floor, [-1, -1] while there was none
+    stuck: Tensor
 
 
-def update_scale(s: ScaleLoss, overflow: Tensor, window: int, hysteresis: int, floor: float, consecutive: bool = False) -> ScaleLoss:
+def update_scale(
+    s: ScaleLoss, overflow: Tensor, window: int, hysteresis: int, floor: float, consecutive: bool = False
+) -> ScaleLoss:
     """One attempted update of the scaler; an overflow with nothing left to give leaves it as it is.
 
-    Source: DeepSpeed 0.19.8 DynamicLossScaler (fp16.loss_scale_window, hysteresis, min_loss_scale, consecutive_hysteresis).
+    Source: DeepSpeed 0.19.8 DynamicLossScaler (fp16.loss_scale_window, hysteresis, min_loss_scale,
+    consecutive_hysteresis).
     """
     falls = overflow & (s.hysteresis <= 1)
     clean = s.iteration - s.last_overflow - 1
@@ -35,7 +42,12 @@ def update_scale(s: ScaleLoss, overflow: Tensor, window: int, hysteresis: int, f
     refill = ~overflow if consecutive else doubles
     scale = torch.where(falls, (s.scale / 2).clamp(min=floor), torch.where(doubles, s.scale * 2, s.scale))
     left = torch.where(refill, hysteresis, torch.where(overflow & ~falls, s.hysteresis - 1, s.hysteresis))
-    return s._replace(scale=scale, hysteresis=left, iteration=s.iteration + 1, last_overflow=torch.where(overflow, s.iteration, s.last_overflow))
+    return s._replace(
+        scale=scale,
+        hysteresis=left,
+        iteration=s.iteration + 1,
+        last_overflow=torch.where(overflow, s.iteration, s.last_overflow),
+    )
 
 
 def scale_loss(
@@ -47,17 +59,20 @@ def scale_loss(
     floor: float = 1.0,
     consecutive: bool = False,
 ) -> Transform:
-    """Seeds the backward pass with scale / n and divides it out of the gradient; an overflow anywhere skips the update everywhere.
+    """Seeds the backward pass with scale / n and divides it out of the gradient; an overflow anywhere skips the update
+    everywhere.
 
-    Law: by powers of two the unscaled gradient is bit for bit that of the unscaled loss. It is the first nonlinear transform.
+    Law: by powers of two the unscaled gradient is bit for bit that of the unscaled loss. It is the first nonlinear
+    transform.
 
     Args:
       init: the first scale (DeepSpeed: 2 ** fp16.initial_scale_power), or the static one (fp16.loss_scale).
-      weight: n, near the weight of one update, so that scale / n seeds a *sum* as scale seeds its mean. None: a power of two
-        near the weight of the first update, measured by one extra forward and backward; in a streamed chain it must be given,
-        and for the pullback of a mean loss it is 1.
+      weight: n, near the weight of one update, so that scale / n seeds a *sum* as scale seeds its mean. None: a power
+        of two near the weight of the first update, measured by one extra forward and backward; in a streamed chain it
+        must be given, and for the pullback of a mean loss it is 1.
       dynamic: DeepSpeed's state machine; otherwise the scale stands still and overflows only skip.
-      window, hysteresis, floor, consecutive: fp16.loss_scale_window, hysteresis, min_loss_scale, consecutive_hysteresis.
+      window, hysteresis, floor, consecutive: fp16.loss_scale_window, hysteresis, min_loss_scale,
+        consecutive_hysteresis.
 
     Raises:
       FloatingPointError: at the call after an overflow at the floor; it names the first non-finite leaf and its rank.
@@ -69,13 +84,23 @@ def scale_loss(
     for what, yes in (("dynamic", dynamic), ("consecutive", consecutive)):
         flag("scale_loss", what, yes)
     if not init > 0 or window < 1 or hysteresis < 1 or not floor > 0 or (weight is not None and not weight > 0):
-        raise ValueError(f"scale_loss: init={init}, weight={weight}, window={window}, hysteresis={hysteresis}, floor={floor} must all be positive")
+        raise ValueError(
+            f"scale_loss: init={init}, weight={weight}, window={window}, hysteresis={hysteresis}, floor={floor} must"
+            " all be positive"
+        )
 
     def transform(g: Grad) -> Grad:
         if g.layout.mean:
-            raise refuse(g, "scale_loss", "a nonlinear transform left of it would see scaled gradients; put scale_loss first")
+            raise refuse(
+                g, "scale_loss", "a nonlinear transform left of it would see scaled gradients; put scale_loss first"
+            )
         if g.streams and weight is None:
-            raise refuse(g, "scale_loss", "a streamed window cannot measure its weight beforehand; write scale_loss(weight=n), n near the weight of an update (1 for a mean loss)")
+            raise refuse(
+                g,
+                "scale_loss",
+                "a streamed window cannot measure its weight beforehand; write scale_loss(weight=n), n near the weight"
+                " of an update (1 for a mean loss)",
+            )
         g, key = value(g, "scale_loss"), slot_name(g, "scale_loss")
         summed = g
 
@@ -85,7 +110,16 @@ def scale_loss(
 
             i = torch.int64
             none = torch.full((2,), -1, dtype=i, device=params.device)
-            return {key: ScaleLoss(leaf(init, torch.float64), leaf(hysteresis, i), leaf(0, i), leaf(-1, i), leaf(weight or 0.0, torch.float64), none)}
+            return {
+                key: ScaleLoss(
+                    leaf(init, torch.float64),
+                    leaf(hysteresis, i),
+                    leaf(0, i),
+                    leaf(-1, i),
+                    leaf(weight or 0.0, torch.float64),
+                    none,
+                )
+            }
 
         def apply(views: Any, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Out | None, dict[str, Any]]:
             own: ScaleLoss = state[key]
@@ -125,13 +159,16 @@ def _measure(g: Grad, views: Any, state: dict[str, Any], batch: Any, seed: Seed)
     """A power of two near the weight of this update, the same on every rank."""
     out, _ = g.apply(views, state, batch, seed._replace(cotangent=seed.cotangent * 0))
     assert out is not None
-    return torch.where(out.weight > 0, torch.exp2(torch.round(torch.log2(out.weight.clamp(min=1e-300)))), 0.0).clamp(min=0.0)
+    return torch.where(out.weight > 0, torch.exp2(torch.round(torch.log2(out.weight.clamp(min=1e-300)))), 0.0).clamp(
+        min=0.0
+    )
 
 
 def _stuck(own: ScaleLoss, state: dict[str, Any]) -> str:
     leaf, rank = (int(x) for x in own.stuck)
     path = state["params"].where.structure.leaves[leaf].path
     return (
-        f"scale_loss: the gradient overflowed at the smallest loss scale ({float(own.scale):g}); the first non-finite leaf was {path!r} on rank {rank}: "
-        "look at the data and the learning rate there, or write scale_loss(floor=...) smaller"
+        f"scale_loss: the gradient overflowed at the smallest loss scale ({float(own.scale):g}); the first non-finite"
+        f" leaf was {path!r} on rank {rank}: look at the data and the learning rate there, or write"
+        " scale_loss(floor=...) smaller"
     )

@@ -1,4 +1,5 @@
 """The mean: left of it are sums, in any order; right of it are values."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,15 +18,19 @@ from funczero.layout.slots import Slots
 
 
 def mean(g: Grad) -> Grad:
-    """The sum becomes a value: divided by the weight, through `factor` alone, with one packed integer collective an update.
+    """The sum becomes a value: divided by the weight, through `factor` alone, with one packed integer collective an
+    update.
 
-    Every loss and weight travels as its float64 bits at its global micro-batch index (zero elsewhere), with the norm's integer
-    bins: integer sums have no order. Left of it are sums, right of it values. A weight of zero leaves ok false.
-    With them every rank's checksum of what it launched: ranks that did not do the same raise here, and nothing is applied.
+    Every loss and weight travels as its float64 bits at its global micro-batch index (zero elsewhere), with the norm's
+    integer bins: integer sums have no order. Left of it are sums, right of it values. A weight of zero leaves ok false.
+    With them every rank's checksum of what it launched: ranks that did not do the same raise here, and nothing is
+    applied.
     """
     lay, env = g.layout, g.env
     if lay.mean:
-        raise refuse(g, "mean", "the mean is already taken, here or by a nonlinear transform left of it; leave this one out")
+        raise refuse(
+            g, "mean", "the mean is already taken, here or by a nonlinear transform left of it; leave this one out"
+        )
     if lay.unreduced:
         raise refuse(g, "mean", _partial(lay))
 
@@ -45,10 +50,15 @@ def mean(g: Grad) -> Grad:
         bins = packed[bits.numel() : bits.numel() + 1 + BINS]
         bad = None if out.bad is None else _first_bad(packed[bits.numel() + 1 + BINS :], len(out.bad))
         loss, weight = total[0], total[1]
-        finite, factor = bins[0] == 0 if alike is None else (bins[0] == 0) & alike, 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
+        finite, factor = bins[0] == 0 if alike is None else (bins[0] == 0) & alike, 1 / weight.clamp(
+            min=torch.finfo(torch.float64).tiny
+        )
         norm = torch.where(finite, norm_of(bins, folds(out.grads.buffers[0].dtype)) * factor, torch.inf)
         aux = None if out.aux is None else tree.unflatten(list(total[2:]), out.aux[1])
-        return Value(loss * factor, weight, aux, out.grads, factor, norm, finite & (weight > 0), bad, {"rows": table}), state
+        return (
+            Value(loss * factor, weight, aux, out.grads, factor, norm, finite & (weight > 0), bad, {"rows": table}),
+            state,
+        )
 
     return after(g, "mean", replace(lay, phase="value"), fn)
 
@@ -70,7 +80,9 @@ def _norm_bins(grads: Slots, lay: Layout, env: Env) -> Tensor:
 
 
 def global_norm(grads: Slots, factor: Tensor, lay: Layout, env: Env) -> Tensor:
-    """The norm of factor * grads over the whole tree, for a gradient that was rewritten since the mean; one collective."""
+    """The norm of factor * grads over the whole tree, for a gradient that was rewritten since the mean; one
+    collective.
+    """
     bins, _ = sum_and_compare([_norm_bins(grads, lay, env)], lay.batch, env.mesh)
     return torch.where(bins[0] == 0, norm_of(bins, folds(grads.buffers[0].dtype)) * factor, torch.inf)
 
@@ -92,13 +104,20 @@ def _first_bad(flat: Tensor, leaves: int) -> Tensor:
 
 def _partial(lay: Layout) -> str:
     axes = [a for a in lay.batch if a in lay.unreduced]
-    return f"the gradient is still a partial sum over mesh axes {axes}; put all_reduce({axes[0]!r}) or shard({axes[0]!r}, ...) before it"
+    return (
+        f"the gradient is still a partial sum over mesh axes {axes}; put all_reduce({axes[0]!r}) or shard({axes[0]!r},"
+        " ...) before it"
+    )
 
 
 def value(g: Grad, name: str) -> Grad:
     """g as a value that a nonlinear transform may read: the mean is inserted here, once."""
     if g.layout.applied:
-        raise refuse(g, name, "the update is already applied; put it further left, inside the bracket and before the last optimizer")
+        raise refuse(
+            g,
+            name,
+            "the update is already applied; put it further left, inside the bracket and before the last optimizer",
+        )
     if g.layout.unreduced:
         raise refuse(g, name, _partial(g.layout))
     return g if g.layout.mean else mean(g)
@@ -109,7 +128,12 @@ def pointwise(name: str, fn: Callable[[Tensor, Tensor], Tensor]) -> Transform:
 
     def transform(g: Grad) -> Grad:
         g = value(g, name)
-        return after(g, name, g.layout, lambda out, state: (rewritten(out, out.grads.map(lambda b: fn(b, out.factor.to(b.dtype)))), state))
+        return after(
+            g,
+            name,
+            g.layout,
+            lambda out, state: (rewritten(out, out.grads.map(lambda b: fn(b, out.factor.to(b.dtype)))), state),
+        )
 
     transform.__name__ = name
     return transform

@@ -1,4 +1,5 @@
 """Several optimizers in one place: which leaves each has, and a part of Slots as Slots."""
+
 from __future__ import annotations
 
 import re
@@ -42,15 +43,17 @@ class Partition(NamedTuple):
 def partition(parts: Sequence[tuple[Any, ...]]) -> Partition:
     """Several optimizers in one place, each with leaves, rates and a state of its own.
 
-    Law: every leaf moves as under its optimizer alone, bit for bit. The state of each is kept under its name: adamw, adamw#2, or the given one.
-    The first part that takes a leaf has it, as rules of rates do, so that a last ("", optimizer) has the rest. `metrics.lr` is the last part's.
+    Law: every leaf moves as under its optimizer alone, bit for bit. The state of each is kept under its name: adamw,
+    adamw#2, or the given one. The first part that takes a leaf has it, as rules of rates do, so that a last ("",
+    optimizer) has the rest. `metrics.lr` is the last part's.
 
     Args:
-      parts: (which, optimizer) or (which, optimizer, name); which is a regex that is found in a path, a predicate on paths, or a tree of
-        bools like the parameters. A tied leaf is taken by any of its paths.
+      parts: (which, optimizer) or (which, optimizer, name); which is a regex that is found in a path, a predicate on
+        paths, or a tree of bools like the parameters. A tied leaf is taken by any of its paths.
 
     Raises:
-      TypeError, ValueError: a part is of no such form; at init: a trained leaf that no part takes, or a part that takes none, by path.
+      TypeError, ValueError: a part is of no such form; at init: a trained leaf that no part takes, or a part that takes
+        none, by path.
 
     Source: optax.partition; torch's param groups.
 
@@ -60,29 +63,47 @@ def partition(parts: Sequence[tuple[Any, ...]]) -> Partition:
     ["adamw('embed|head')", "sgd('')"]
     """
     if not isinstance(parts, (list, tuple)) or not parts:
-        raise TypeError(f"partition: {shown(parts)} is {kind(parts)}, not a list of parts; write partition([(regex, optimizer), ..., ('', optimizer)])")
+        raise TypeError(
+            f"partition: {shown(parts)} is {kind(parts)}, not a list of parts; write partition([(regex, optimizer),"
+            " ..., ('', optimizer)])"
+        )
     return Partition(tuple(_part(i, part) for i, part in enumerate(parts)))
 
 
 def _part(i: int, given: Any) -> Part:
     if not isinstance(given, tuple) or len(given) not in (2, 3):
-        raise TypeError(f"partition: part {i} is {kind(given)}; write (regex, predicate or tree of bools, optimizer), with a name behind it if you like")
+        raise TypeError(
+            f"partition: part {i} is {kind(given)}; write (regex, predicate or tree of bools, optimizer), with a name"
+            " behind it if you like"
+        )
     which, tx, *name = given
     if isinstance(tx, Partition):
         raise TypeError(f"partition: part {i} is a partition itself; write its parts into this one")
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))) or isinstance(tx, type):
-        raise TypeError(f"partition: part {i} has {shown(tx)} where its optimizer stands; write (which, optimizer), as ('embed', fz.adamw(lr))")
+        raise TypeError(
+            f"partition: part {i} has {shown(tx)} where its optimizer stands; write (which, optimizer), as ('embed',"
+            " fz.adamw(lr))"
+        )
     if not isinstance(tx, GradientTransformation):
         tx = GradientTransformation(tx.init, tx.update, name=type(tx).__name__)
     if name and (not isinstance(name[0], str) or not re.fullmatch(r"[^/#()|]+", name[0])):
-        raise ValueError(f"partition: name={name[0]!r} would not tell leaves of the state apart on disk; write a word without / # ( ) and |")
+        raise ValueError(
+            f"partition: name={name[0]!r} would not tell leaves of the state apart on disk; write a word without / # ("
+            " ) and |"
+        )
     if isinstance(which, str):
         try:
             re.compile(which)
         except re.error as e:
             raise ValueError(f"partition: {which!r} is no regex ({e}); write one that is found in the paths") from None
-    elif not callable(which) and (bad := next((p for p, x in tree.paths(which) if not isinstance(x, bool)), None)) is not None:
-        raise TypeError(f"partition: part {i} says {shown(which)}, which holds no bool at {bad!r}; write a regex, a predicate, or a tree of bools like the parameters")
+    elif (
+        not callable(which)
+        and (bad := next((p for p, x in tree.paths(which) if not isinstance(x, bool)), None)) is not None
+    ):
+        raise TypeError(
+            f"partition: part {i} says {shown(which)}, which holds no bool at {bad!r}; write a regex, a predicate, or a"
+            " tree of bools like the parameters"
+        )
     return Part(which, tx._replace(name=name[0]) if name else tx)
 
 
@@ -96,16 +117,26 @@ def owners(parts: Sequence[Part], structure: Structure) -> list[tuple[int, ...]]
     for part in parts:
         taken = _taken(part, structure)
         if not taken:
-            what = tree.unmatched(part.which, [leaf.path for leaf in structure.leaves]) if isinstance(part.which, str) else "it takes no parameter"
+            what = (
+                tree.unmatched(part.which, [leaf.path for leaf in structure.leaves])
+                if isinstance(part.which, str)
+                else "it takes no parameter"
+            )
             raise ValueError(f"partition: {part}: {what}; correct it, or leave it out")
         if len(taken) < len(structure.leaves) and any(not structure.frozen(i) for i in taken) and not taken & left:
             first = structure.leaves[min(taken)].path
-            raise ValueError(f"partition: {part} has nothing, because a part before it takes {first!r} and all else that it matches; put it first")
+            raise ValueError(
+                f"partition: {part} has nothing, because a part before it takes {first!r} and all else that it matches;"
+                " put it first"
+            )
         out.append(tuple(sorted(taken & left)))
         left -= taken
     if left:
         path = structure.leaves[min(left)].path
-        raise ValueError(f"partition: no part takes parameter {path!r}; end the parts with ('', optimizer), or freeze it: fz.freeze({path!r})")
+        raise ValueError(
+            f"partition: no part takes parameter {path!r}; end the parts with ('', optimizer), or freeze it:"
+            f" fz.freeze({path!r})"
+        )
     return out
 
 
@@ -121,20 +152,30 @@ def _taken(part: Part, structure: Structure) -> set[int]:
     said: dict[int, bool] = {}
     for place, x in zip(structure.places, flat, strict=True):
         if not isinstance(x, bool):
-            raise TypeError(f"partition: the mask of {part.tx.name} says {shown(x)} of parameter {structure.leaves[place].path!r}; write True or False")
+            raise TypeError(
+                f"partition: the mask of {part.tx.name} says {shown(x)} of parameter {structure.leaves[place].path!r};"
+                " write True or False"
+            )
         if said.setdefault(place, x) != x:
             names = " = ".join(tree.names(structure.leaves[place].path))
-            raise ValueError(f"partition: the mask of {part.tx.name} says two things of one tied parameter, {names}; write the same at all its paths")
+            raise ValueError(
+                f"partition: the mask of {part.tx.name} says two things of one tied parameter, {names}; write the same"
+                " at all its paths"
+            )
     return {i for i, x in said.items() if x}
 
 
 # --- a part of Slots --------------------------------------------------------------------------------------------------
 def subset(where: Where, held: tuple[int, ...]) -> Where:
-    """The place of these leaves alone: the same units, numbers and cuts; what it does not hold has no slot, as a frozen leaf has none in a gradient."""
+    """The place of these leaves alone: the same units, numbers and cuts; what it does not hold has no slot, as a
+    frozen leaf has none in a gradient.
+    """
     known: dict[tuple[int, ...], Where] = where.memo.setdefault(SUBSETS, {})
     if held not in known:
         full = where.structure
-        leaves = tuple(x if i in held or full.frozen(i) else replace(x, unit=len(full.units)) for i, x in enumerate(full.leaves))
+        leaves = tuple(
+            x if i in held or full.frozen(i) else replace(x, unit=len(full.units)) for i, x in enumerate(full.leaves)
+        )
         known[held] = Where(Structure(full.treedef, full.places, leaves, (*full.units, OTHERS)), where.coords)
     return known[held]
 
@@ -157,6 +198,10 @@ def taken(slots: Slots, where: Where) -> Slots:
 
 def put(slots: Slots, part: Slots) -> None:
     """Write the leaves of a subset into the Slots that it is a part of."""
-    pairs = [(x, y) for i, (x, y) in enumerate(zip(slots.leaves(), part.leaves(), strict=True)) if x is not None and y is not None and holds(part.where.structure, i)]
+    pairs = [
+        (x, y)
+        for i, (x, y) in enumerate(zip(slots.leaves(), part.leaves(), strict=True))
+        if x is not None and y is not None and holds(part.where.structure, i)
+    ]
     if pairs:
         torch._foreach_copy_([x for x, _ in pairs], [y for _, y in pairs])

@@ -1,4 +1,5 @@
 """Sums over ranks: the linear transforms between a gradient and its mean."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -80,7 +81,8 @@ def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
 
 
 def reduce_scatter(axis: str, wire: Wire = as_born) -> Transform:
-    """The sum over a mesh axis, each rank keeping its rows: the transpose of all_gather, and the opening edge of `shard`.
+    """The sum over a mesh axis, each rank keeping its rows: the transpose of all_gather, and the opening edge of
+    `shard`.
 
     Layout: unreduced over axis, sharded (...) -> sharded (..., axis). A chain that leaves it so is refused: prefer
     shard(axis, ...).

@@ -1,4 +1,5 @@
 """The bracket: from here to its end, this rank's shard. The ZeRO stage is where it opens."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -32,8 +33,9 @@ def shard(
     Args:
       axis: a mesh axis that the batch is split over.
       inside: transforms, the optimizer, further brackets; or first of all the gradient (ZeRO-3).
-      rules: (regex on the path, P): which tensor dim the axis cuts; P() keeps a leaf whole. By default dim 0. Binds inner brackets.
-        Or a function (path, shape) -> P, or None for the default. Asked once a leaf, and the same answer on every rank.
+      rules: (regex on the path, P): which tensor dim the axis cuts; P() keeps a leaf whole. By default dim 0. Binds
+        inner brackets. Or a function (path, shape) -> P, or None for the default. Asked once a leaf, and the same
+        answer on every rank.
       threshold: leaves with fewer elements stay whole (DeepSpeed: stage3_param_persistence_threshold).
       gather: how views travel over this axis: to a forward, to an evaluation, where the bracket closes, after a
         restore. Masters are exact, and so is a leaf that the axis leaves whole, for it does not travel.
@@ -46,15 +48,22 @@ def shard(
     Source: Rajbhandari et al., ZeRO, arXiv 1910.02054.
     """
     if not inside:
-        raise ChainError(f"shard({axis!r}): there is nothing inside it; write the optimizer inside: shard({axis!r}, adamw(...))")
+        raise ChainError(
+            f"shard({axis!r}): there is nothing inside it; write the optimizer inside: shard({axis!r}, adamw(...))"
+        )
     for pair in () if callable(rules) else rules:
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], P):
-            raise TypeError(f"shard({axis!r}): rule {pair!r} is not a pair of a regex and a P; write rules=[('w1$', P(None, {axis!r}))]")
+            raise TypeError(
+                f"shard({axis!r}): rule {pair!r} is not a pair of a regex and a P; write rules=[('w1$', P(None,"
+                f" {axis!r}))]"
+            )
     own = Edge(axis, Rules(rules if callable(rules) else tuple(rules), threshold), gather, scatter)
     inside = chain(*inside)
     if isinstance(inside[0], Source):
         source = inside[0]
-        return source._replace(axes=(axis, *source.axes), edges=(own, *source.edges), transforms=(*source.transforms, *inside[1:]))
+        return source._replace(
+            axes=(axis, *source.axes), edges=(own, *source.edges), transforms=(*source.transforms, *inside[1:])
+        )
     return Bracket(own, tuple(inside), _crossed)
 
 
@@ -68,5 +77,10 @@ def _crossed(g: Grad, bracket: Bracket) -> Grad:
         opened = summed(g, Edge(axis), name, collectives.reduce_scatter, (axis,))
     inner = fold(opened, bracket.parts)
     if inner.layout.sharded[-1:] != (axis,):
-        raise refuse(inner, ")", f"shard({axis!r}) closes, but the leaves are sharded over {list(inner.layout.sharded)}; close what was opened inside first")
+        raise refuse(
+            inner,
+            ")",
+            f"shard({axis!r}) closes, but the leaves are sharded over {list(inner.layout.sharded)}; close what was"
+            " opened inside first",
+        )
     return closed(inner, axis, ")")

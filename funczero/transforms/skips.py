@@ -1,8 +1,11 @@
-"""Updates that are not finite are skipped, and that is said: at the first, then ever more rarely, and after too many in a row it is the end.
+"""Updates that are not finite are skipped, and that is said: at the first, then ever more rarely, and after too many in
+a row it is the end.
 
-What is counted belongs to a state's line of descent (fits.Book), not to a step: two runs that take turns do not mix. All of it follows from the
-packed sums, which are the same on every rank, so that all ranks speak, look again and raise alike.
+What is counted belongs to a state's line of descent (fits.Book), not to a step: two runs that take turns do not mix.
+All of it follows from the packed sums, which are the same on every rank, so that all ranks speak, look again and raise
+alike.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -42,14 +45,17 @@ class Patience:
     def __init__(self, limit: int, debug: bool, speaks: Callable[[], bool]) -> None:
         """limit: updates in a row; debug: every one is said, on every rank; speaks: is this the rank that says it?"""
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise ValueError(f"train_step: patience={limit!r} is not a number of skipped updates; write an int of at least 1")
+            raise ValueError(
+                f"train_step: patience={limit!r} is not a number of skipped updates; write an int of at least 1"
+            )
         self.limit, self.debug, self.speaks = limit, debug, speaks
 
     def check(self, seen: Skipped) -> None:
         """Raise where it is over.
 
         Raises:
-          FloatingPointError: the last `patience` updates were all skipped; the state that was given is as it was before them.
+          FloatingPointError: the last `patience` updates were all skipped; the state that was given is as it was before
+            them.
         """
         if seen.row >= self.limit:
             raise FloatingPointError(
@@ -57,7 +63,9 @@ class Patience:
                 "look at the data and the learning rate, or write train_step(..., patience=...) larger"
             )
 
-    def after(self, seen: Skipped, out: Updated, now: int, leaves: Sequence[Any], again: Callable[[], Any] | None) -> Skipped:
+    def after(
+        self, seen: Skipped, out: Updated, now: int, leaves: Sequence[Any], again: Callable[[], Any] | None
+    ) -> Skipped:
         """One update more.
 
         Args:
@@ -76,8 +84,14 @@ class Patience:
             return seen._replace(row=0) if seen.row else seen
         weight = float(one.weight)
         if weight < 0:
-            why = f"the weights of update {one.step} add up to {weight:g}, but a weight counts examples and is not negative"
-            raise ValueError(f"value_and_grad: {why}; return (sum of losses, sum of weights) with a weight above 0, or 0 where nothing counts")
+            why = (
+                f"the weights of update {one.step} add up to {weight:g}, but a weight counts examples and is not"
+                " negative"
+            )
+            raise ValueError(
+                f"value_and_grad: {why}; return (sum of losses, sum of weights) with a weight above 0, or 0 where"
+                " nothing counts"
+            )
         counts = weight != 0 and not (one.searching is not None and bool(one.searching))
         row, total = seen.row + counts, seen.total + counts
         tell = counts and (total & (total - 1) == 0 or row == self.limit)
@@ -106,7 +120,12 @@ def _loss(one: Unread) -> str:
     return "" if bool(one.loss.isfinite()) else f"; the loss is {float(one.loss)}"
 
 
-IDLE = Formula(lambda own, params, ok, donate: Reading([], None, ok), lambda own: [], lambda own, rates, factor, ok: (own, []), lambda *piece: None)
+IDLE = Formula(
+    lambda own, params, ok, donate: Reading([], None, ok),
+    lambda own: [],
+    lambda own, rates, factor, ok: (own, []),
+    lambda *piece: None,
+)
 
 
 def _idle(name: str) -> GradientTransformation:
@@ -125,7 +144,11 @@ def unapplied(parts: Sequence[Any]) -> tuple[Any, ...]:
             out += unapplied(p)
         elif isinstance(p, Partition):
             out.append(Partition(tuple(part._replace(tx=_idle(part.tx.name)) for part in p.parts)))
-        elif not isinstance(p, (Configure, Lift)) and callable(getattr(p, "init", None)) and callable(getattr(p, "update", None)):
+        elif (
+            not isinstance(p, (Configure, Lift))
+            and callable(getattr(p, "init", None))
+            and callable(getattr(p, "update", None))
+        ):
             out.append(_idle(p.name if isinstance(p, GradientTransformation) else type(p).__name__))
         else:
             out.append(p)

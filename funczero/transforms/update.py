@@ -1,4 +1,7 @@
-"""Optimizers in their place: the masters are read and written by the last one only, inside the innermost bracket around it."""
+"""Optimizers in their place: the masters are read and written by the last one only, inside the innermost bracket
+around it.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -20,17 +23,28 @@ Optimizer = GradientTransformation | Partition
 
 
 def foreign(part: Any) -> str | None:
-    """Why something of another library is no part of a chain, and what to write; None where it is none of those known."""
+    """Why something of another library is no part of a chain, and what to write; None where it is none of those
+    known.
+    """
     kind = part if isinstance(part, type) else type(part)
     if issubclass(kind, torch.optim.Optimizer):
         own = {"AdamW": "fz.adamw(lr)", "Adam": "fz.adam(lr)", "SGD": "fz.sgd(lr)", "Adagrad": "fz.adagrad(lr)"}
         write = own.get(kind.__name__, f"fz.from_torch({kind.__name__!r}, lr)")
-        return f"a torch optimizer steps on tensors of its own, but here state is a value; write {write}, or hand it to fz.deepspeed.initialize(optimizer=...)"
+        return (
+            f"a torch optimizer steps on tensors of its own, but here state is a value; write {write}, or hand it to"
+            " fz.deepspeed.initialize(optimizer=...)"
+        )
     if issubclass(kind, torch.optim.lr_scheduler.LRScheduler):
-        return f"a scheduler of torch is no part of a chain; write the rate into the optimizer: fz.adamw(fz.schedules.from_torch({kind.__name__!r}, lr, ...))"
+        return (
+            "a scheduler of torch is no part of a chain; write the rate into the optimizer:"
+            f" fz.adamw(fz.schedules.from_torch({kind.__name__!r}, lr, ...))"
+        )
     home = (getattr(getattr(part, "init", None), "__module__", "") or "").split(".")[0]
     if home in ("optax", "jax", "flax"):
-        return f"a transform of {home} computes on jax arrays, and leaves are torch tensors here; write fz.adamw(lr), or the same (init, update) pair in torch"
+        return (
+            f"a transform of {home} computes on jax arrays, and leaves are torch tensors here; write fz.adamw(lr), or"
+            " the same (init, update) pair in torch"
+        )
     return None
 
 
@@ -49,16 +63,21 @@ def _whole(tx: GradientTransformation, axes: list[str]) -> str:
     without = f"a chain without shard (stage 0), as all_reduce({axes[-1]!r}) in its place"
     if tx.elementwise is None:
         return (
-            f"nothing says that it works value by value, but the leaves are cut over {axes} here; write fz.lift(pair, elementwise=True) if every value of its "
-            f"updates and state depends on its own place alone, and otherwise {without}"
+            f"nothing says that it works value by value, but the leaves are cut over {axes} here; write fz.lift(pair,"
+            " elementwise=True) if every value of its updates and state depends on its own place alone, and otherwise"
+            f" {without}"
         )
-    return f"it needs whole leaves (elementwise=False), but they are cut over {axes} here; write {without}, or an optimizer that works value by value, as fz.adamw(lr)"
+    return (
+        f"it needs whole leaves (elementwise=False), but they are cut over {axes} here; write {without}, or an"
+        " optimizer that works value by value, as fz.adamw(lr)"
+    )
 
 
 def _ready(out: Value, dtype: torch.dtype) -> tuple[Slots, Tensor]:
     """The gradient in the masters' dtype, and the factor that is still to be multiplied into it.
 
-    Where the masters' dtype would round or overflow what the factor makes small, or float32 has no such factor, it is multiplied first.
+    Where the masters' dtype would round or overflow what the factor makes small, or float32 has no such factor, it is
+    multiplied first.
     """
     born, keeps = out.grads.buffers[0].dtype, torch.finfo(dtype).bits
     far = out.factor.device.type == "cpu" and not 1e-37 < float(out.factor) < 1e37
@@ -101,7 +120,9 @@ class Shares(NamedTuple):
 
     def init(self, params: Slots) -> dict[str, Any]:
         """Every optimizer's state by its key."""
-        return {e.key: e.init(params if held is None else taken(params, where)) for e, where, held in self.of(params.where)}
+        return {
+            e.key: e.init(params if held is None else taken(params, where)) for e, where, held in self.of(params.where)
+        }
 
 
 def _shares(g: Grad, tx: Optimizer) -> tuple[Grad, str, Shares]:
@@ -127,7 +148,10 @@ def rewrite(g: Grad, tx: Optimizer) -> Grad:
 
     def init(params: Any) -> dict[str, Any]:
         mine = params.at(g.env.mesh.coords(g.layout.sharded), dtype).trainable()
-        return {e.key: e.tx.init((mine if held is None else taken(mine, where)).tree()) for e, where, held in shares.of(mine.where)}
+        return {
+            e.key: e.tx.init((mine if held is None else taken(mine, where)).tree())
+            for e, where, held in shares.of(mine.where)
+        }
 
     def fn(out: Value, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
         mine, (grads, factor) = state["params"].trainable(), _ready(out, dtype)
@@ -162,7 +186,11 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Sl
     def read(e: Entry, where: Where, state: dict[str, Any], mine: Slots, ok: Tensor) -> Reading | None:
         if e.tx.formula is None:
             return None
-        return e.tx.formula.read(state[e.key], Slots(mine.buffers, where), ok, donate) if elsewhere is None else elsewhere(state, mine)
+        return (
+            e.tx.formula.read(state[e.key], Slots(mine.buffers, where), ok, donate)
+            if elsewhere is None
+            else elsewhere(state, mine)
+        )
 
     def fn(out: Value, state: dict[str, Any]) -> tuple[Updated, dict[str, Any]]:
         old, own, logs = state["params"].trainable(), dict[str, Any](), out.logs
@@ -183,11 +211,19 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Sl
                     put(new, moved)
             else:
                 mine = state[e.key] if donate else _cloned(state[e.key])
-                own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held)  # type: ignore[arg-type]
+                assert e.tx.formula is not None
+                own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held)
                 logs = {**logs, "lr": reading.lr.to(out.ok.device)}
         units = new.where.structure.units
-        params = Slots(tuple(x if u.frozen else b for b, x, u in zip(new.buffers, state["params"].buffers, units, strict=True)), new.where)
-        return Updated(out.loss, out.weight, out.aux, params, out.norm, out.ok, out.bad, logs), {**state, **own, "params": params}
+        params = Slots(
+            tuple(x if u.frozen else b for b, x, u in zip(new.buffers, state["params"].buffers, units, strict=True)),
+            new.where,
+        )
+        return Updated(out.loss, out.weight, out.aux, params, out.norm, out.ok, out.bad, logs), {
+            **state,
+            **own,
+            "params": params,
+        }
 
     return after(g, name, replace(g.layout, phase="updated"), fn, init)
 
@@ -198,7 +234,14 @@ def _cloned(own: Any) -> Any:
 
 
 def run(
-    formula: Formula, read: Reading, params: Slots, grads: Slots, factor: Tensor, own: Any, ok: Tensor, held: tuple[int, ...] | None = None
+    formula: Formula,
+    read: Reading,
+    params: Slots,
+    grads: Slots,
+    factor: Tensor,
+    own: Any,
+    ok: Tensor,
+    held: tuple[int, ...] | None = None,
 ) -> Any:
     """A formula on all pieces, in place on params, grads and the state's moments; returns the new state.
 
@@ -214,7 +257,8 @@ def run(
 
 
 def pieces(trees: Sequence[Slots], leaves: tuple[int, ...] | None, by_leaf: bool = False) -> list[list[Tensor]]:
-    """What these leaves of every tree are, in the same order: whole buffers where all of a unit's leaves are among them, else padded slots.
+    """What these leaves of every tree are, in the same order: whole buffers where all of a unit's leaves are among
+    them, else padded slots.
 
     Args:
       leaves: numbers; None: all that have a gradient.
@@ -222,7 +266,11 @@ def pieces(trees: Sequence[Slots], leaves: tuple[int, ...] | None, by_leaf: bool
     """
     where = trees[0].where
     if by_leaf:
-        wanted = [i for i in range(len(where.structure.leaves)) if not where.structure.frozen(i)] if leaves is None else leaves
+        wanted = (
+            [i for i in range(len(where.structure.leaves)) if not where.structure.frozen(i)]
+            if leaves is None
+            else leaves
+        )
         return [[x for i in wanted if (x := parts[i]) is not None] for parts in (t.leaves() for t in trees)]
     if leaves is None:
         kept = [u for u, x in enumerate(trees[1].buffers) if x.numel()]
@@ -233,25 +281,47 @@ def pieces(trees: Sequence[Slots], leaves: tuple[int, ...] | None, by_leaf: bool
         plan = where.memo["pieces", leaves] = [
             piece
             for u, members in enumerate(where.structure.members)
-            for piece in ([(u, -1)] if members and chosen.issuperset(members) else [(u, i) for i in members if i in chosen and where.slots[i].length])
+            for piece in (
+                [(u, -1)]
+                if members and chosen.issuperset(members)
+                else [(u, i) for i in members if i in chosen and where.slots[i].length]
+            )
         ]
-    return [[t.buffers[u] if i < 0 else t.buffers[u].narrow(0, t.where.slots[i].offset, t.where.slots[i].length) for u, i in plan] for t in trees]
+    return [
+        [
+            t.buffers[u] if i < 0 else t.buffers[u].narrow(0, t.where.slots[i].offset, t.where.slots[i].length)
+            for u, i in plan
+        ]
+        for t in trees
+    ]
 
 
-def optimizer(name: str, init: Callable[[Any], Any], formula: Formula, elementwise: bool = True) -> GradientTransformation:
-    """The pair of a formula: `update` is the formula in float64 on copies, and its updates are the differences, rounded once."""
+def optimizer(
+    name: str, init: Callable[[Any], Any], formula: Formula, elementwise: bool = True
+) -> GradientTransformation:
+    """The pair of a formula: `update` is the formula in float64 on copies, and its updates are the differences,
+    rounded once.
+    """
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         wide = lambda t: [x.detach().to(torch.float64, copy=True) for x in tree.leaves(t)]  # noqa: E731
         (flat, treedef), held = tree.flatten(params), formula.moments(state)
         ok = torch.ones((), dtype=torch.bool, device=flat[0].device if flat else "cpu")
         read = formula.read(state, params, ok, False)
-        state, scalars = formula.scalars(state, [group.rates for group in read.groups], torch.ones((), dtype=torch.float64, device=ok.device), ok)
+        state, scalars = formula.scalars(
+            state, [group.rates for group in read.groups], torch.ones((), dtype=torch.float64, device=ok.device), ok
+        )
         columns = [wide(t) for t in (params, grads, *held)]
         for group, own in zip(read.groups, scalars, strict=True):
-            ps, gs, *moments = columns if group.leaves is None else [[column[i] for i in group.leaves] for column in columns]
+            ps, gs, *moments = (
+                columns if group.leaves is None else [[column[i] for i in group.leaves] for column in columns]
+            )
             formula.leaf(ps, gs, moments, own)
-        new = {id(x): y.to(x.dtype) for t, ys in zip(held, columns[2:], strict=True) for x, y in zip(tree.leaves(t), ys, strict=True)}
+        new = {
+            id(x): y.to(x.dtype)
+            for t, ys in zip(held, columns[2:], strict=True)
+            for x, y in zip(tree.leaves(t), ys, strict=True)
+        }
         updates = [(y - x.double()).to(x.dtype) for x, y in zip(flat, columns[0], strict=True)]
         state = tree.map(lambda x: new.get(id(x), x), state)
         return tree.unflatten(updates, treedef), state if read.rates is None else state._replace(rates=read.rates)
@@ -259,8 +329,11 @@ def optimizer(name: str, init: Callable[[Any], Any], formula: Formula, elementwi
     return GradientTransformation(init, update, formula, name, elementwise)
 
 
-def _plainly(tx: GradientTransformation, grads: Slots, ok: Tensor, own: Any, mine: Slots, where: Where | None) -> tuple[Slots, Any]:
-    """The updates of the plain form on the leaves at `where` (None: all), and its new state: the old one, numbers included, where the update is skipped.
+def _plainly(
+    tx: GradientTransformation, grads: Slots, ok: Tensor, own: Any, mine: Slots, where: Where | None
+) -> tuple[Slots, Any]:
+    """The updates of the plain form on the leaves at `where` (None: all), and its new state: the old one, numbers
+    included, where the update is skipped.
 
     Raises:
       RuntimeError: `update` wrote into what it was given, so that a state would change which somebody still holds.
@@ -272,8 +345,13 @@ def _plainly(tx: GradientTransformation, grads: Slots, ok: Tensor, own: Any, min
     updates, new = tx.update(grads.tree(), own, mine.tree())
     for what, xs in held.items():
         if versions[what] != [x._version for x in xs]:
-            raise RuntimeError(f"{tx.name}: its update writes into {what}, which stay as they were given; return new tensors, as m = b * m + g for m.mul_(b).add_(g)")
-    state = tree.map(lambda n, o: torch.where(ok, n, o) if isinstance(n, Tensor) else n if n is o or bool(ok) else o, new, own)
+            raise RuntimeError(
+                f"{tx.name}: its update writes into {what}, which stay as they were given; return new tensors, as m = b"
+                " * m + g for m.mul_(b).add_(g)"
+            )
+    state = tree.map(
+        lambda n, o: torch.where(ok, n, o) if isinstance(n, Tensor) else n if n is o or bool(ok) else o, new, own
+    )
     return _packed(tx.name, updates, mine), state
 
 
@@ -281,23 +359,32 @@ def _packed(name: str, updates: Any, like: Slots) -> Slots:
     """A tree of this rank's leaves back in buffers.
 
     Raises:
-      TypeError, ValueError: it is no tree of tensors like the parameters, or says two things of a tied one; with the leaf's path.
+      TypeError, ValueError: it is no tree of tensors like the parameters, or says two things of a tied one; with the
+        leaf's path.
     """
     structure = like.where.structure
     try:
         flat = structure.treedef.flatten_up_to(updates)
     except ValueError as e:
-        raise TypeError(f"{name}: its updates are no tree like the parameters ({e}); return one update for every leaf") from None
+        raise TypeError(
+            f"{name}: its updates are no tree like the parameters ({e}); return one update for every leaf"
+        ) from None
     by_leaf: list[Tensor | None] = [None] * len(structure.leaves)
     for place, x in zip(structure.places, flat, strict=True):
         if not structure.frozen(place):
             slot, path = like.where.slots[place], structure.leaves[place].path
             if not isinstance(x, Tensor) or x.shape != slot.shape:
                 have = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-                raise TypeError(f"{name}: its update of parameter {path!r} is {have}; return a tensor of this part's shape {slot.shape}")
+                raise TypeError(
+                    f"{name}: its update of parameter {path!r} is {have}; return a tensor of this part's shape"
+                    f" {slot.shape}"
+                )
             twin = by_leaf[place]
             if twin is not None and not ((twin == x) | (twin != twin) & (x != x)).all():
-                raise ValueError(f"{name}: it gives the tied parameter {path!r} one update at each of its paths, and they differ; return the same at all")
+                raise ValueError(
+                    f"{name}: it gives the tied parameter {path!r} one update at each of its paths, and they differ;"
+                    " return the same at all"
+                )
             by_leaf[place] = x
     buffer = like.buffers[0]
     return Slots.pack(like.where, by_leaf, buffer.dtype, buffer.device)

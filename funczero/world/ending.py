@@ -1,8 +1,11 @@
-"""What is still to be done when a process ends: saves under way are waited for, what was lost is said, and who holds the store leaves last.
+"""What is still to be done when a process ends: saves under way are waited for, what was lost is said, and who holds
+the store leaves last.
 
-Facts: the interpreter first calls what was registered with threading, last one first, then waits for threads, then calls what was registered with atexit. The
-pools of concurrent.futures, which orbax works with, are closed in the first of these, so a save has to be waited for before that.
+Facts: the interpreter first calls what was registered with threading, last one first, then waits for threads, then
+calls what was registered with atexit. The pools of concurrent.futures, which orbax works with, are closed in the first
+of these, so a save has to be waited for before that.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -74,7 +77,9 @@ def prepared() -> bool:
 
 
 def finish() -> list[str]:
-    """Wait for what is under way; what was lost without anybody being told, each said by one sentence. For whoever ends the process at once."""
+    """Wait for what is under way; what was lost without anybody being told, each said by one sentence. For whoever
+    ends the process at once.
+    """
     lost = []
     for work in [t for t in threading.enumerate() if isinstance(t, Work)]:
         try:
@@ -84,7 +89,11 @@ def finish() -> list[str]:
             error = e
         if error is not None and not work.told.is_set():
             lost.append(work.what)
-            print(f"funczero: {work.what} is lost, though this process ends: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(
+                f"funczero: {work.what} is lost, though this process ends: {type(error).__name__}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
         work.told.set()
     return lost
 

@@ -1,4 +1,7 @@
-"""What a launcher says about the world, in torchrun's names: torchrun itself, OpenMPI, MPICH and its kin (PMI), SLURM. No mpi4py."""
+"""What a launcher says about the world, in torchrun's names: torchrun itself, OpenMPI, MPICH and its kin (PMI),
+SLURM. No mpi4py.
+"""
+
 from __future__ import annotations
 
 import os
@@ -25,20 +28,41 @@ class Launcher(NamedTuple):
 
 
 LAUNCHERS = (  # mpirun inside a SLURM job leaves SLURM's names standing, so they come last
-    Launcher("OpenMPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", ("OMPI_MCA_ess_base_jobid",), "-x MASTER_ADDR=HOST to mpirun"),
-    Launcher("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", (), "-genv MASTER_ADDR HOST to mpirun"),
-    Launcher("SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", ("SLURM_JOB_ID", "SLURM_STEP_ID"), "--export=ALL,MASTER_ADDR=HOST to srun"),
-)  # fmt: skip
+    Launcher(
+        "OpenMPI",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        ("OMPI_MCA_ess_base_jobid",),
+        "-x MASTER_ADDR=HOST to mpirun",
+    ),
+    Launcher(
+        "MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", (), "-genv MASTER_ADDR HOST to mpirun"
+    ),
+    Launcher(
+        "SLURM",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "",
+        ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+        "--export=ALL,MASTER_ADDR=HOST to srun",
+    ),
+)
 
 
 def read(environ: Mapping[str, str]) -> dict[str, str] | None:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process, whoever started it; None for a world of one that nobody described.
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process, whoever started it; None for a world
+    of one that nobody described.
 
-    Rank 0's address, where none is given, is 127.0.0.1 on one host and the first node of a SLURM step; its port is drawn from the job's number.
-    A batch script, or a shell inside an allocation, is no rank: only what `srun` starts is.
+    Rank 0's address, where none is given, is 127.0.0.1 on one host and the first node of a SLURM step; its port is
+    drawn from the job's number. A batch script, or a shell inside an allocation, is no rank: only what `srun` starts
+    is.
 
     Raises:
-      RuntimeError: half a world is described, or several hosts are without rank 0's address; the message has the option to add.
+      RuntimeError: half a world is described, or several hosts are without rank 0's address; the message has the option
+        to add.
 
     >>> read({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"})
     {'RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_RANK': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500'}
@@ -50,7 +74,10 @@ def read(environ: Mapping[str, str]) -> dict[str, str] | None:
         return None
     if len(there) < len(NAMES):
         missing = [n for n in NAMES if n not in there]
-        raise RuntimeError(f"init_distributed: the environment names {there} but not {missing}; start with torchrun, or unset {there[0]} for a world of one")
+        raise RuntimeError(
+            f"init_distributed: the environment names {there} but not {missing}; start with torchrun, or unset"
+            f" {there[0]} for a world of one"
+        )
     found = {"RANK": environ["RANK"], "WORLD_SIZE": environ["WORLD_SIZE"], "LOCAL_RANK": environ.get("LOCAL_RANK", "0")}
     _check(found, "RANK", "WORLD_SIZE", "torchrun")
     return found | {name: environ[name] for name in NAMES[2:]}
@@ -59,7 +86,8 @@ def read(environ: Mapping[str, str]) -> dict[str, str] | None:
 def launcher(environ: Mapping[str, str]) -> str | None:
     """Whose variables these are; None where nobody wrote any.
 
-    >>> launcher({"RANK": "0", "WORLD_SIZE": "2"}), launcher({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}), launcher({})
+    >>> mpich = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}
+    >>> launcher({"RANK": "0", "WORLD_SIZE": "2"}), launcher(mpich), launcher({})
     ('torchrun', 'MPICH', None)
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
@@ -75,7 +103,11 @@ def adopt(environ: MutableMapping[str, str] = os.environ) -> dict[str, str] | No
 
 
 def _translate(launcher: Launcher, environ: Mapping[str, str]) -> dict[str, str] | None:
-    found = {"RANK": environ[launcher.rank], "WORLD_SIZE": environ[launcher.size], "LOCAL_RANK": environ[launcher.local_rank]}
+    found = {
+        "RANK": environ[launcher.rank],
+        "WORLD_SIZE": environ[launcher.size],
+        "LOCAL_RANK": environ[launcher.local_rank],
+    }
     _check(found, launcher.rank, launcher.size, launcher.name)
     if found["WORLD_SIZE"] == "1":
         return None
@@ -90,7 +122,10 @@ def _address(launcher: Launcher, environ: Mapping[str, str]) -> str:
         return first_node(nodes)
     if environ.get(launcher.local_size) == size or (launcher.name == "SLURM" and nodes):
         return "127.0.0.1"
-    said = f"init_distributed: {launcher.name} started {size} processes on more than one host and says no address of rank 0's"
+    said = (
+        f"init_distributed: {launcher.name} started {size} processes on more than one host and says no address of"
+        " rank 0's"
+    )
     raise RuntimeError(f"{said}; add {launcher.option}, HOST being the host of rank 0 as the others reach it")
 
 
@@ -106,4 +141,7 @@ def first_node(nodes: str) -> str:
 def _check(found: Mapping[str, str], rank: str, size: str, launcher: str) -> None:
     r, n = found["RANK"], found["WORLD_SIZE"]
     if not all(x.isascii() and x.isdigit() and len(x) < 10 for x in (r, n)) or int(r) >= int(n):
-        raise RuntimeError(f"init_distributed: {rank}={plain(r, 100)!r} and {size}={plain(n, 100)!r} are not a rank below a world size; start with {launcher}")
+        raise RuntimeError(
+            f"init_distributed: {rank}={plain(r, 100)!r} and {size}={plain(n, 100)!r} are not a rank below a world"
+            f" size; start with {launcher}"
+        )

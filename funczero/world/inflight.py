@@ -1,9 +1,11 @@
 """What a backend's threads still hold of what was sent, so that a process can end.
 
-gloo's own thread lets go of a collective's tensors some microseconds after the collective is complete. A tensor that Python has dropped
-meanwhile is freed by that thread, which needs the interpreter for it; where the interpreter is ending, the thread is ended inside a
-destructor, and C++ aborts the process ("terminate called without an active exception": 1 of 200 processes of four updates).
+gloo's own thread lets go of a collective's tensors some microseconds after the collective is complete. A tensor that
+Python has dropped meanwhile is freed by that thread, which needs the interpreter for it; where the interpreter is
+ending, the thread is ended inside a destructor, and C++ aborts the process ("terminate called without an active
+exception": 1 of 200 processes of four updates).
 """
+
 from __future__ import annotations
 
 import atexit

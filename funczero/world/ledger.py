@@ -1,8 +1,10 @@
 """What this process launched, as one number that all ranks of a mesh compare whenever they sum integers anyway.
 
-Law: ranks that launched the same (verb, axis, units, dtype, bytes) in the same calls (chain, leaves, step, key, scalars of the state) have the same checksum,
-and where two differ all ranks raise the same sentence. Numbers of rows and of local micro-batches stay out: a ragged batch and a short window are right.
+Law: ranks that launched the same (verb, axis, units, dtype, bytes) in the same calls (chain, leaves, step, key, scalars
+of the state) have the same checksum, and where two differ all ranks raise the same sentence. Numbers of rows and of
+local micro-batches stay out: a ragged batch and a short window are right.
 """
+
 from __future__ import annotations
 
 import json
@@ -68,7 +70,11 @@ class Entry(NamedTuple):
         if self.verb == BEGINS:
             return f"{BEGINS} {self.axis}" + f" of {self.dtype}" * bool(self.dtype)
         names = [c.units[u] or "the rest" if u < len(c.units) else str(u) for u in self.units[:3]]
-        unit = f" of {', '.join(map(repr, names))}{' ...' * (len(self.units) > 3)}" if any(c.units[u : u + 1] != ("",) for u in self.units) else ""
+        unit = (
+            f" of {', '.join(map(repr, names))}{' ...' * (len(self.units) > 3)}"
+            if any(c.units[u : u + 1] != ("",) for u in self.units)
+            else ""
+        )
         size = f" of {self.nbytes} bytes of {self.dtype}" if self.dtype else ""
         rows = f" with {c.rows} rows" if c.rows else ""
         return f"launched {self.verb}{unit} over {self.axis!r}{size} in {c.call}{rows} at step {c.step}"
@@ -148,7 +154,8 @@ class Ledger:
         """After a sum: every rank's checksum by place, and of its rows; each rank sees the same table.
 
         Args:
-          groups: by place, which ranks must be given the same rows; then the table holds their checksums after those of launches.
+          groups: by place, which ranks must be given the same rows; then the table holds their checksums after those of
+            launches.
 
         Raises:
           DivergenceError: they differ; the sentence is the same on all ranks.
@@ -170,21 +177,31 @@ class Ledger:
         first: dict[int, int] = {}
         odd = next(r for r, group in enumerate(groups) if rows[first.setdefault(group, r)] != rows[r])
         return (
-            f"rank {odd} was given other rows than rank {first[groups[odd]]} at step {self.context.step}, but the batch is not split over {list(self.replicated)}; "
-            "give all ranks along it the same rows, or split the batch over it: batch=P(...)"
+            f"rank {odd} was given other rows than rank {first[groups[odd]]} at step {self.context.step}, but the batch"
+            f" is not split over {list(self.replicated)}; give all ranks along it the same rows, or split the batch"
+            " over it: batch=P(...)"
         )
 
     # --- words
     def _explain(self, sums: list[int]) -> str:
-        """The sentence that all ranks raise: each says in the world's store what it launched, and the first sentence counts."""
+        """The sentence that all ranks raise: each says in the world's store what it launched, and the first sentence
+        counts.
+        """
         found = Counter(sums)
         odd = next(p for p, x in enumerate(sums) if x != found.most_common(1)[0][0])
         others = ranks_in_words([p for p in range(self.ranks) if p != odd])
-        text = f"rank {odd} launched other collectives than {others} since the last sum, in {self.context.call} at step {self.context.step}; {DO_THE_SAME}"
+        text = (
+            f"rank {odd} launched other collectives than {others} since the last sum, in {self.context.call} at step"
+            f" {self.context.step}; {DO_THE_SAME}"
+        )
         try:
             store: Any = dist.distributed_c10d._get_default_store()
             at = f"funczero/told/{hash(tuple(sums))}"
-            mine = [dist.get_rank(), [*self.sealed, *self.entries], {e.context.spec: self.texts.get(e.context.spec, "") for e in self.sealed}]
+            mine = [
+                dist.get_rank(),
+                [*self.sealed, *self.entries],
+                {e.context.spec: self.texts.get(e.context.spec, "") for e in self.sealed},
+            ]
             store.set(f"{at}/{self.place}", zlib.compress(json.dumps(mine).encode()))
             keys, until = [f"{at}/{p}" for p in range(self.ranks)], time.monotonic() + ANSWER
             while not store.check(keys) and time.monotonic() < until:
@@ -216,7 +233,8 @@ class Ledger:
         return found
 
     def scalars(self, chain: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-        """Names and values of the state's 0-d leaves on the CPU (counters, scales, rates), and of the last learning rate.
+        """Names and values of the state's 0-d leaves on the CPU (counters, scales, rates), and of the last learning
+        rate.
 
         A stream's count of local micro-batches is not among them: a short window is right.
         """
@@ -230,12 +248,16 @@ class Ledger:
 
 
 def _compared(node: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], str, int]]:
-    """(path, name, numbers in it or 0 for a scalar) of what ranks compare: 0-d leaves among a state's fields, all rates, and the numbers of param groups; on the CPU alone."""
+    """(path, name, numbers in it or 0 for a scalar) of what ranks compare: 0-d leaves among a state's fields, all
+    rates, and the numbers of param groups; on the CPU alone.
+    """
     fields = getattr(node, "_fields", ())
     inside = "rates" in path or path[0] == "param_groups"
     children: Any = [(f, getattr(node, f)) for f in fields] if fields else []
     if inside and not fields:
-        children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else []
+        children = (
+            node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else []
+        )
     out: list[tuple[tuple[Any, ...], str, int]] = []
     for key, x in children:
         here = (*path, key)
@@ -277,14 +299,18 @@ def first_difference(tails: dict[int, list[Entry]], texts: dict[int, str]) -> st
     if len(lengths) == 1:
         return ""
     n = min(lengths)  # one launched nothing more: it stands in the sum already
-    here = {r: tail[n] if len(tail) > n else tail[-1] if tail else Entry(Context("no call"), "nothing", text="nothing") for r, tail in sorted(tails.items())}
+    here = {
+        r: tail[n] if len(tail) > n else tail[-1] if tail else Entry(Context("no call"), "nothing", text="nothing")
+        for r, tail in sorted(tails.items())
+    }
     return sentence(here, texts.get) if len({e.compared for e in here.values()}) > 1 else ""
 
 
 def sentence(entries: dict[int, Entry], text_of: Callable[[int], str | None], peer: int = 0) -> str:
     """Who is odd, where, what the others do, and what to change; entries by rank, not all alike."""
     found = Counter(e.compared for e in entries.values())
-    usual = max(entries.values(), key=lambda e: (found[e.compared], not e.text, e.context.call == UPDATE))  # what most do; of two, the plainer
+    # what most do; of two, the plainer
+    usual = max(entries.values(), key=lambda e: (found[e.compared], not e.text, e.context.call == UPDATE))
     odd = next((r for r, e in entries.items() if e.compared != usual.compared), peer)
     others = ranks_in_words([r for r, e in entries.items() if e.compared == usual.compared])
     return f"rank {odd} {_difference(entries[odd], usual, others)}; {_remedy(entries[odd], usual, text_of)}"
@@ -294,13 +320,27 @@ def _difference(odd: Entry, usual: Entry, others: str) -> str:
     a, b = odd.context, usual.context
     if odd.verb == usual.verb == BEGINS and a.spec != b.spec:
         return f"begins with another chain or other leaves than {others}"
-    if odd.verb == usual.verb == BEGINS and odd.axis == usual.axis and a.spec == b.spec and odd.compared[5:] != usual.compared[5:]:
-        return f"begins with another value of {odd.axis} than {others}" + f": {odd.dtype} instead of {usual.dtype}" * (odd.dtype != usual.dtype)
+    if (
+        odd.verb == usual.verb == BEGINS
+        and odd.axis == usual.axis
+        and a.spec == b.spec
+        and odd.compared[5:] != usual.compared[5:]
+    ):
+        return f"begins with another value of {odd.axis} than {others}" + f": {odd.dtype} instead of {usual.dtype}" * (
+            odd.dtype != usual.dtype
+        )
     if (a.call, a.step, a.spec) == (b.call, b.step, b.spec) and not odd.text and not usual.text:
-        differing = [(n, x, y) for n, x, y in zip(("the key", *a.names), (a.key, *a.scalars), (b.key, *b.scalars), strict=False) if x != y]
+        differing = [
+            (n, x, y)
+            for n, x, y in zip(("the key", *a.names), (a.key, *a.scalars), (b.key, *b.scalars), strict=False)
+            if x != y
+        ]
         if differing:
             name, x, y = differing[0]
-            return f"has {x} as {name} in {a.call} at step {a.step}, while {others} ha{'ve' if others.startswith('ranks') else 's'} {y}"
+            return (
+                f"has {x} as {name} in {a.call} at step {a.step}, while {others}"
+                f" ha{'ve' if others.startswith('ranks') else 's'} {y}"
+            )
     return f"{odd}, while {others} {usual}"
 
 
@@ -311,7 +351,10 @@ def _remedy(odd: Entry, usual: Entry, text_of: Callable[[int], str | None]) -> s
     if gone.text and not gone.text.startswith(("after", "nothing")):
         return "an error on one rank ends all"
     if gone.text:
-        return f"every rank must make as many calls of {there.context.call}{': give every rank as many batches' * (there.context.call == UPDATE)}"
+        return (
+            "every rank must make as many calls of"
+            f" {there.context.call}{': give every rank as many batches' * (there.context.call == UPDATE)}"
+        )
     if a.spec != b.spec:
         one, many = ((text_of(c.spec) or "").split("\n") + [""] for c in (a, b))
         x, y = next(((x, y) for x, y in zip(one, many, strict=False) if x != y), ("", ""))
@@ -319,11 +362,20 @@ def _remedy(odd: Entry, usual: Entry, text_of: Callable[[int], str | None]) -> s
     if a.call != b.call:
         return f"every rank must make the same calls: {a.call if a.call != UPDATE else b.call} on all ranks or on none"
     if odd.verb == BEGINS:
-        return "every rank must begin alike: give init the same parameters (fz.init draws them leaf by leaf from one key) and the same key, under one torch and as many threads"
+        return (
+            "every rank must begin alike: give init the same parameters (fz.init draws them leaf by leaf from one key)"
+            " and the same key, under one torch and as many threads"
+        )
     if (a.step, a.key, a.scalars) != (b.step, b.key, b.scalars):
-        return "every rank must hold the same state and rates: restore the same checkpoint, make as many updates, and let no schedule depend on the rank"
+        return (
+            "every rank must hold the same state and rates: restore the same checkpoint, make as many updates, and let"
+            " no schedule depend on the rank"
+        )
     if odd.units != usual.units and odd.verb == usual.verb:
-        return "where parameters rest in shards every rank must open the same units in the same order: no branch of the loss may depend on the rank or on its rows (stages 1 and 2 allow it)"
+        return (
+            "where parameters rest in shards every rank must open the same units in the same order: no branch of the"
+            " loss may depend on the rank or on its rows (stages 1 and 2 allow it)"
+        )
     return "every rank must launch the same collectives: no branch of the loss may depend on the rank or on its rows"
 
 

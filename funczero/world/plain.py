@@ -1,4 +1,7 @@
-"""What somebody else wrote, made fit to be used: texts for a message, packed JSON from a store that strangers may reach."""
+"""What somebody else wrote, made fit to be used: texts for a message, packed JSON from a store that strangers may
+reach.
+"""
+
 from __future__ import annotations
 
 import json
@@ -15,7 +18,8 @@ def plain(text: str, most: int = MOST) -> str:
     Law: len(plain(t, n)) <= n, plain(t).isprintable(), and a printable text that is short enough is itself.
 
     Args:
-      text: whatever was read; it may hold line ends, escape sequences, lone surrogates, marks that turn the direction of writing.
+      text: whatever was read; it may hold line ends, escape sequences, lone surrogates, marks that turn the direction
+        of writing.
       most: characters at most, at least 16.
 
     >>> plain("a\x1b[31mb\n"), plain("x" * 30, 16)

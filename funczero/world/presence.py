@@ -1,4 +1,7 @@
-"""Which process is which rank, told in the world's store when the world is joined, so that the others can prove that it has ended. Silence proves nothing."""
+"""Which process is which rank, told in the world's store when the world is joined, so that the others can prove that
+it has ended. Silence proves nothing.
+"""
+
 from __future__ import annotations
 
 import os
@@ -14,7 +17,9 @@ KEY = "funczero/process"
 
 
 def identity() -> str:
-    """This process among all processes of all machines: machine, number space, number and start; empty where the system does not tell."""
+    """This process among all processes of all machines: machine, number space, number and start; empty where the
+    system does not tell.
+    """
     return _identity(os.getpid())
 
 
@@ -69,7 +74,8 @@ def ranks_that_ended() -> list[int]:
 
 
 def connection(base: Any, seconds: float = 8.0) -> Any:
-    """A connection of its own to the world's store, `base.clone()`; but never for the minutes for which that tries a server that has gone.
+    """A connection of its own to the world's store, `base.clone()`; but never for the minutes for which that tries a
+    server that has gone.
 
     Raises:
       RuntimeError: it cannot be reached.
@@ -93,7 +99,10 @@ def connection(base: Any, seconds: float = 8.0) -> Any:
     thread.join(seconds + 1)
     if not made or isinstance(made[0], RuntimeError):
         why = str(made[0]).splitlines()[0] if made else f"no answer within {seconds:g} s"
-        raise RuntimeError(f"rank {dist.get_rank() if dist.is_initialized() else 0} cannot reach the world's store, so rank 0, or who holds it, is gone ({why})")
+        raise RuntimeError(
+            f"rank {dist.get_rank() if dist.is_initialized() else 0} cannot reach the world's store, so rank 0, or who"
+            f" holds it, is gone ({why})"
+        )
     return made[0]
 
 

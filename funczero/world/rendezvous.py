@@ -1,7 +1,9 @@
-"""Where the ranks of a world meet: a store bound to the address of the run, a name that is resolved before it is waited for, a holder who leaves last.
+"""Where the ranks of a world meet: a store bound to the address of the run, a name that is resolved before it is waited
+for, a holder who leaves last.
 
 Law: nobody who cannot reach that one address can read or write the store; who can, is trusted (docs/security.md).
 """
+
 from __future__ import annotations
 
 import atexit
@@ -21,15 +23,19 @@ from torch.distributed.constants import default_pg_timeout
 
 from funczero.world.plain import plain
 
-RESOLVE = 5.0  # seconds in which a name may come to mean something: in a cluster a host may be known a moment after it starts
+# seconds in which a name may come to mean something: in a cluster a host may be known a moment after it starts
+RESOLVE = 5.0
 LAST = 10.0  # seconds that the holder of the store stays for the others
 ASK = timedelta(seconds=5)  # of a last word
-NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)  # an address of another host, or of a kind that this one has not
+# an address of another host, or of a kind that this one has not
+NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
 LOCAL = ("localhost", "::1", "[::1]")
 
 
 class Listener(NamedTuple):
-    """A socket that listens for the store, and what is to be said about it ('' where it is bound to the run's address)."""
+    """A socket that listens for the store, and what is to be said about it ('' where it is bound to the run's
+    address).
+    """
 
     socket: socket.socket
     said: str
@@ -60,9 +66,17 @@ def resolve(address: str, port: int, patience: float = 0.0) -> list[Any]:
         except (OSError, UnicodeError) as error:  # a name that no host can have is a UnicodeError
             why = getattr(error, "strerror", None) or "no host can have this name"
         if time.monotonic() >= until:
-            raise ValueError(f"the address of rank 0's host, {plain(address, 300)!r}, means nothing on {socket.gethostname()} ({why})")
+            raise ValueError(
+                f"the address of rank 0's host, {plain(address, 300)!r}, means nothing on {socket.gethostname()}"
+                f" ({why})"
+            )
         if patience and time.monotonic() + patience - until < 1.0:
-            print(f"funczero: the address of rank 0's host, {plain(address, 300)!r}, means nothing here yet; it is tried for {patience:g} s", file=sys.stderr, flush=True)
+            print(
+                f"funczero: the address of rank 0's host, {plain(address, 300)!r}, means nothing here yet; it is tried"
+                f" for {patience:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
             patience = 0.0
         time.sleep(0.5)
 
@@ -70,8 +84,9 @@ def resolve(address: str, port: int, patience: float = 0.0) -> list[Any]:
 def listen(address: str, port: int, alone: bool) -> Listener:
     """A socket bound to the address of the run, and to no other.
 
-    A name may mean another address here than elsewhere (a host's own name is often 127.0.1.1 to itself), or one that is not this host's (a service, a
-    translated one). Then every interface listens, as torch's own store always does, and that is said.
+    A name may mean another address here than elsewhere (a host's own name is often 127.0.1.1 to itself), or one that is
+    not this host's (a service, a translated one). Then every interface listens, as torch's own store always does, and
+    that is said.
 
     Args:
       address: rank 0's, as the ranks know it; this is its host.
@@ -97,14 +112,26 @@ def listen(address: str, port: int, alone: bool) -> Listener:
     else:
         every = socket.create_server(("", port), backlog=2048)
     said = f"the store of the world listens on every interface, because of {plain(address, 300)!r}: {why}"
-    return Listener(every, f"{said}; give rank 0's own address, or keep its port {every.getsockname()[1]} closed to others")
+    return Listener(
+        every, f"{said}; give rank 0's own address, or keep its port {every.getsockname()[1]} closed to others"
+    )
 
 
 def serve(listener: Listener | int, address: str, port: int, timeout: timedelta = default_pg_timeout) -> dist.TCPStore:
     """A store on a listening socket, or on its descriptor; the store closes it."""
     fd = listener if isinstance(listener, int) else listener.socket.detach()
     libuv = os.environ.get("USE_LIBUV", "1") == "1"  # as torch reads it
-    return dist.TCPStore(_bare(address), port, None, True, timeout, wait_for_workers=False, multi_tenant=True, master_listen_fd=fd, use_libuv=libuv)
+    return dist.TCPStore(
+        _bare(address),
+        port,
+        None,
+        True,
+        timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=fd,
+        use_libuv=libuv,
+    )
 
 
 def visit(address: str, port: int, timeout: timedelta = default_pg_timeout) -> dist.TCPStore:
@@ -113,7 +140,8 @@ def visit(address: str, port: int, timeout: timedelta = default_pg_timeout) -> d
 
 
 def join(found: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """`store`, `rank` and `world_size` for `init_process_group`, as torch's env:// makes them, but for where the store listens and who leaves last.
+    """`store`, `rank` and `world_size` for `init_process_group`, as torch's env:// makes them, but for where the store
+    listens and who leaves last.
 
     Under torchrun its agent holds the store, and nothing of this process listens. Elsewhere rank 0 does.
 
@@ -126,12 +154,16 @@ def join(found: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> d
     rank, size, address = int(found["RANK"]), int(found["WORLD_SIZE"]), found["MASTER_ADDR"]
     said = found["MASTER_PORT"]
     if not (said.isascii() and said.isdigit() and len(said) < 6 and int(said) < 65536):
-        raise RuntimeError(f"init_distributed: MASTER_PORT={plain(said, 100)!r} is no port; write a number from 1 to 65535")
+        raise RuntimeError(
+            f"init_distributed: MASTER_PORT={plain(said, 100)!r} is no port; write a number from 1 to 65535"
+        )
     port, lent = int(said), environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         resolve(address, port, RESOLVE)
     except ValueError as error:
-        raise RuntimeError(f"init_distributed: {error}; give every rank in MASTER_ADDR an address that its host knows") from None
+        raise RuntimeError(
+            f"init_distributed: {error}; give every rank in MASTER_ADDR an address that its host knows"
+        ) from None
     base = visit(address, port) if lent or rank else _held(address, port, environ.get("LOCAL_WORLD_SIZE") == str(size))
     if not lent and size > 1:
         _leave_last(base, rank, size)
@@ -143,17 +175,27 @@ def _held(address: str, port: int, alone: bool) -> dist.TCPStore:
         listener = listen(address, port, alone)
     except OSError as error:
         try:
-            return dist.TCPStore(_bare(address), port, None, True, default_pg_timeout, wait_for_workers=False, multi_tenant=True)  # this process's own, of an earlier world
+            # this process's own, of an earlier world
+            return dist.TCPStore(
+                _bare(address), port, None, True, default_pg_timeout, wait_for_workers=False, multi_tenant=True
+            )
         except RuntimeError:
-            raise RuntimeError(f"init_distributed: port {port} of {plain(address, 300)} cannot be had ({error.strerror}); give every rank another MASTER_PORT") from None
+            raise RuntimeError(
+                f"init_distributed: port {port} of {plain(address, 300)} cannot be had ({error.strerror}); give every"
+                " rank another MASTER_PORT"
+            ) from None
     if listener.said:
         logging.warning("init_distributed: %s", listener.said)
     return serve(listener, address, listener.port)
 
 
 def _leave_last(base: Any, rank: int, size: int) -> None:
-    """At exit every rank says so, and rank 0, whose process holds the store, waits for the others; not after an error, which the others are to hear of."""
-    own = base.clone()  # a connection that no wait of another thread blocks; made now, because making one later may hang where the store is gone
+    """At exit every rank says so, and rank 0, whose process holds the store, waits for the others; not after an
+    error, which the others are to hear of.
+    """
+    # a connection that no wait of another thread blocks; made now, because making one later may hang where the store is
+    # gone
+    own = base.clone()
     own.set_timeout(ASK)
     pid = os.getpid()
 

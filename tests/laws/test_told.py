@@ -19,7 +19,7 @@ PAIRED = {  # what differs while every rank launches as many collectives of the 
     "order": r"rank 1 launched all_gather of 'experts/1' over 'data' of .*, while rank 0 launched all_gather of 'experts/0' over ",
     "params": r"rank 1 begins with another value of 'w1' than rank 0; every rank must begin alike",
     "key": r"rank 1 has 1 as the key in step\(state, batch\) at step \d+, while rank 0 has 0; every rank must hold the same state",
-    "rate": r"rank 1 has 0.02 as learning rate of the last update in .*, while rank 0 has 0.01; ",
+    "rate": r"rank 1 has 0.02 as (?:adamw|sgd)\.rates\.lr in .*, while rank 0 has 0.01; ",
     "chain": r"rank 1 launched .* one has ['\"]clip_by_global_norm\(2\) -> .* where others have ['\"]clip_by_global_norm\(1\) -> ",
     "step": r"rank 1 launched .* at step \d+, while rank 0 launched .* at step \d+; every rank must hold the same state",
 }

@@ -1,4 +1,5 @@
 """`deepspeed.add_config_arguments`: the two flags of a script."""
+
 from __future__ import annotations
 
 from argparse import ArgumentParser

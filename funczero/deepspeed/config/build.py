@@ -1,4 +1,5 @@
 """A resolved config as a chain: what stands between mean and optimizer, and where the bracket opens."""
+
 from __future__ import annotations
 
 import math

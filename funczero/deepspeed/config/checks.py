@@ -1,4 +1,5 @@
 """What must hold between values that are each well by themselves, and what is accepted without effect."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
 """What a document says, key by key: old spellings are translated, and what does not exist is refused."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping

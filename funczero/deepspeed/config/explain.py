@@ -1,4 +1,5 @@
 """`funczero config resolve` and `diff`: what a config says, what follows, and where DeepSpeed would do otherwise."""
+
 from __future__ import annotations
 
 import argparse
@@ -69,8 +70,10 @@ def differences(config: Config) -> list[str]:
     rules = [
         (
             clip.origin == "default",
-            "gradient_clipping is absent and so 1.0: as there since June 2026, "
-            "but older versions did not clip; write it",
+            (
+                "gradient_clipping is absent and so 1.0: as there since June 2026, "
+                "but older versions did not clip; write it"
+            ),
         ),
         (narrow_sums, f"gradients are summed in float32 here, in {config.compute} there"),
         (
@@ -94,8 +97,10 @@ def differences(config: Config) -> list[str]:
         (untested, f"{kind} runs under ZeRO, value by value; there it needs zero_allow_untested_optimizer"),
         (
             config.value("scheduler.type") is not None,
-            "after loading a checkpoint the rate is schedule(updates) at once; "
-            "there it is the constructor's until the next step",
+            (
+                "after loading a checkpoint the rate is schedule(updates) at once; "
+                "there it is the constructor's until the next step"
+            ),
         ),
         (stage > 0, f"shards are rows of a leaf; there they are pieces of {pieces}"),
     ]

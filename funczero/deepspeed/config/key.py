@@ -1,4 +1,5 @@
 """What a key of a config may be, and the error of one that cannot stand."""
+
 from __future__ import annotations
 
 import math

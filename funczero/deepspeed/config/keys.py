@@ -4,6 +4,7 @@ Nothing else exists. A key's place is its dotted path in ds_config.json. Blocks 
 
 Source: DeepSpeed 0.19.8.
 """
+
 from __future__ import annotations
 
 from funczero.deepspeed.config.key import REFUSED, ROWS, SCALE, Key, count, honour, ignore, refuse

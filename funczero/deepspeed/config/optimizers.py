@@ -1,4 +1,5 @@
 """The optimizer that a config names, and its rates: numbers, or functions of applied updates."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def optimizer_of(
     if given is None and kind is None:
         raise ConfigError(
             f"{config.name}: neither the config nor the call names an optimizer; "
-            'add "optimizer": {"type": "Adam"}, or write optimizer=fz.adamw(...)'
+            "add \"optimizer\": {\"type\": \"Adam\"}, or write optimizer=fz.adamw(...)"
         )
     if given is not None and callable(getattr(given, "init", None)):
         if config.value("scheduler.type") is not None:

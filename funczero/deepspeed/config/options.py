@@ -1,4 +1,5 @@
 """What `optimizer.params` and `scheduler.params` may hold: it depends on their types."""
+
 from __future__ import annotations
 
 import inspect

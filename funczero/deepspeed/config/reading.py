@@ -4,6 +4,7 @@ A config is a dict, a file with comments and trailing commas, or base64 of one.
 
 Law: time and memory are linear in bytes, whatever the bytes are, and whatever is wrong is one ConfigError.
 """
+
 from __future__ import annotations
 
 import base64

@@ -1,4 +1,5 @@
 """ds_config.json -> a resolved config, or one sentence about the first thing in it that cannot stand."""
+
 from __future__ import annotations
 
 import os

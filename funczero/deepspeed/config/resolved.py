@@ -1,4 +1,5 @@
 """A resolved config as a value: every key that exists, with where its value came from."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

@@ -1,4 +1,5 @@
 """The batch triad: train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * world size."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

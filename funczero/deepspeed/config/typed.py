@@ -1,4 +1,5 @@
 """A value in the type of its key: DeepSpeed's own conversions where they lose nothing, one sentence otherwise."""
+
 from __future__ import annotations
 
 import json
@@ -35,9 +36,7 @@ def typed(where: str, key: Key, value: Any) -> Any:
             bound = (
                 f"at least {key.low:g}"
                 if x < key.low
-                else f"at most {key.high:g}"
-                if x > key.high
-                else f"less than {key.below:g}"
+                else f"at most {key.high:g}" if x > key.high else f"less than {key.below:g}"
             )
             raise ConfigError(f"{where}{as_json(value)} is out of range; write {bound}")
     out: Any = want[2](value)

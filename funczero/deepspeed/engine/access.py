@@ -1,4 +1,5 @@
 """`deepspeed.utils`: logger, RepeatingLoader, and whole values of parameters that are sharded."""
+
 from __future__ import annotations
 
 import logging

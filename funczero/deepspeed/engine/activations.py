@@ -1,4 +1,5 @@
 """`deepspeed.checkpointing`: activations computed again in the backward, by torch's own function."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """The engine's checkpoints: those of fz.Checkpointer, with what a loop keeps beside its state."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -172,7 +173,7 @@ class Checkpoints(Weights):
             raise CheckpointError(
                 f"load_checkpoint: {str(theirs)!r} is DeepSpeed's, a pickle that is never opened here; "
                 f"convert it with `python {root}/zero_to_fp32.py {root} OUT --safe_serialization` "
-                f"and `funczero import OUT NEW`, then load_checkpoint(NEW, load_module_only=True)"
+                "and `funczero import OUT NEW`, then load_checkpoint(NEW, load_module_only=True)"
             )
 
 

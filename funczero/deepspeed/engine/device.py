@@ -1,4 +1,5 @@
 """`deepspeed.accelerator`: what user code asks about its device."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,5 @@
 """DeepSpeed's engine as a thin face of one streamed chain."""
+
 from __future__ import annotations
 
 from difflib import get_close_matches

@@ -1,4 +1,5 @@
 """What user code asks an engine about its config and its run."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
 """`deepspeed.zero`: parameters opened for reading and writing, and modules that are cut while they are built."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,5 @@
 """The graph under a loss: its leaves, the gradients at them, and losses that are too old."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """Parameters that an engine holds: they share storage with its views (stages 0 to 2), or hold nothing (stage 3)."""
+
 from __future__ import annotations
 
 import sys
@@ -15,7 +16,7 @@ from funczero.deepspeed.engine.leaf import number
 
 CLIP = (
     "clip_grad_norm_: gradients of an engine's parameters are the chain's, not .grad; "
-    'write "gradient_clipping" in the config, and read engine.get_global_grad_norm()'
+    "write \"gradient_clipping\" in the config, and read engine.get_global_grad_norm()"
 )
 _GRAD: Any = Tensor.grad  # torch's own property
 

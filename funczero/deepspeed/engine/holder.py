@@ -1,4 +1,5 @@
 """How an engine's forward reads parameters: one interface, of which a stage picks one implementation."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

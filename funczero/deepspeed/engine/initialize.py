@@ -1,4 +1,5 @@
 """`deepspeed.initialize`: a module and a config become an engine, an optimizer, a loader and a scheduler."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """What an engine at stage 3 puts onto instances of the user's module: values in parameters' places, and methods."""
+
 from __future__ import annotations
 
 import inspect

@@ -1,4 +1,5 @@
 """One leaf of a sharded state, whole: read from all ranks, or written into every copy that the state keeps of it."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,5 @@
 """The loader of `training_data`: rows dealt by rank, a new order every epoch, and the position is the engine's."""
+
 from __future__ import annotations
 
 import weakref

@@ -1,4 +1,5 @@
 """An engine's training loop: forward, backward and step are three moments of `step(state, micro_batch)`."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
 """`deepspeed.comm`: the world, its ranks and its collectives, as torch.distributed has them."""
+
 from __future__ import annotations
 
 import datetime
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributed import ReduceOp as ReduceOp
 
 from funczero.comm.integers import sum_and_compare
+from funczero.comm.launch import broadcast
 from funczero.layout import mesh
 from funczero.world import environment
 from funczero.world.ledger import Context
@@ -103,7 +105,8 @@ def _mesh_of(world: Any) -> mesh.Mesh:
 
 def world_mesh(call: str) -> mesh.Mesh:
     """All processes on one axis, where no engine has a mesh yet; what is launched there belongs to `call`."""
-    found = _mesh_of(dist.group.WORLD if dist.is_initialized() else None)
+    mesh.init_distributed()
+    found = _mesh_of(dist.group.WORLD if dist.is_initialized() else None)  # None: a world of one, which has no groups
     found.ledger.enter(Context(call))
     return found
 
@@ -121,9 +124,10 @@ def compared(call: str) -> None:
 def broadcast_module(module: nn.Module) -> None:
     """Rank 0's parameters and buffers on every rank."""
     if get_world_size() > 1:
+        found = world_mesh("initialize")
         for x in [*module.parameters(), *module.buffers()]:
             if not hasattr(x, "home"):
-                dist.broadcast(x.data, 0)
+                x.data.copy_(broadcast(x.data, 0, found))
 
 
 def gather_texts(text: str) -> list[str]:

@@ -1,4 +1,5 @@
 """The Source of an engine at stage 3, whose backward has sent the units' gradients already."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ call puts the leaves of the open window (and closed Refs for what lies in units)
 opens that unit at the seam. Both put the closed parameters back. Flags, hooks and attributes are the user's own, so
 they count.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,5 @@
 """Whole parameters by name, from the masters, as a module's state_dict shows them."""
+
 from __future__ import annotations
 
 import torch

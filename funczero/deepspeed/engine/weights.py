@@ -1,4 +1,5 @@
 """An engine's whole weights: the module's state_dict, out as a file or a dict, and in again."""
+
 from __future__ import annotations
 
 from pathlib import Path

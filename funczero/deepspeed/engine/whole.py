@@ -1,4 +1,5 @@
 """Stages 0 to 2: the module's own parameters are the leaves of every forward, in memory that the chain's views own."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """The open window of a streamed chain: more losses for a micro-batch that is already in it, and its gradient so far."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

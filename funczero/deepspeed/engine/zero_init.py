@@ -1,4 +1,5 @@
 """`zero.Init`: parameters are cut as soon as the module that holds them is built, so that no rank holds the model."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

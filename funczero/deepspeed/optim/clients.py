@@ -1,4 +1,5 @@
 """A client's `torch.optim` optimizer inside the bracket: its arithmetic on this rank's rows, its state as a value."""
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -233,7 +234,7 @@ def _elementwise(client: Any) -> bool:
         for p, g in zip(ps, grads.values(), strict=True):
             p.grad = g
         own.step()
-        return {n: (p.detach() - old) for p, (n, old) in zip(ps, params.items(), strict=True)}, state
+        return {n: p.detach() - old for p, (n, old) in zip(ps, params.items(), strict=True)}, state
 
     try:
         return same_when_cut(init, update)

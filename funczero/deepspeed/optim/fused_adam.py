@@ -1,4 +1,5 @@
 """Client optimizers by DeepSpeed's names. Where they run is the chain's matter, so all are one."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,5 @@
 """Param groups as leaves of the state, which a hand may edit and the schedule writes after every applied update."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """The returned optimizer: a `torch.optim.Optimizer` to look at and to edit, over the groups of the engine's state."""
+
 from __future__ import annotations
 
 import weakref

@@ -1,4 +1,5 @@
 """DeepSpeed's five schedules as schedulers of any torch optimizer, with the values of funczero.schedules."""
+
 from __future__ import annotations
 
 from typing import Any
