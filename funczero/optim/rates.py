@@ -96,6 +96,10 @@ class Rates:
         # one a leaf of the state, in its order
         self.spots = [(what, r) for what, rate in self.given.items() for r in _parts(rate)]
         self.moves = any(callable(r) for _, r in self.spots)
+        self.forms = {what: _form(rate) for what, rate in self.given.items()}
+        self.simple = all(form is None for form in self.forms.values())  # one leaf a rate
+        self.below = [BELOW.get(what, math.inf) for what, _ in self.spots]
+        self.shown = _default(self.given["lr"])
         self.twins: list[tuple[int, int, str, list[str]]] = []  # spots of a tree that speak of one tied leaf
         # where rates were fitted last, and leaves by spots
         self.last: tuple[Any, list[tuple[tuple[int, ...], tuple[int, ...]]]] | None = None
@@ -123,50 +127,47 @@ class Rates:
         """
         held, seen = self._held(own), dict[tuple[str, int], Any]()
         now: list[Any] = []
-        for (what, rate), x in zip(self.spots, held, strict=True):
+        for (what, rate), below, x in zip(self.spots, self.below, held, strict=True):
             if not callable(rate):
-                now.append(self._number(what, x))
+                now.append(self._number(what, x, below))
             elif (what, id(rate)) in seen:
                 now.append(seen[what, id(rate)])
             else:
-                now.append(
-                    seen.setdefault((what, id(rate)), at(self.who, what, rate, count, BELOW.get(what, math.inf)))
-                )
-        self._alike(now)
-        groups = [
-            Group(dict(zip(self.given, (now[k] for k in spots), strict=True)), leaves)
-            for spots, leaves in self._grouped(params, now)
-        ]
+                now.append(seen.setdefault((what, id(rate)), at(self.who, what, rate, count, below)))
+        if self.simple:
+            groups = [Group(dict(zip(self.given, now, strict=True)))]
+        else:
+            self._alike(now)
+            groups = [
+                Group({what: now[k] for what, k in zip(self.given, spots, strict=True)}, leaves)
+                for spots, leaves in self._grouped(params, now)
+            ]
         kept, lr = self._after(own, held, now, ok, donate)
         return Reading(groups, kept, lr)
 
     def _held(self, own: Any) -> list[Any]:
         """The state's leaves in the order of the spots."""
         try:
-            return [x for what, rate in self.given.items() for x in _values(rate, own[what])]
+            if self.simple:
+                return [own[what] for what in self.given]
+            return [x for what, form in self.forms.items() for x in _values(form, own[what])]
         except (KeyError, TypeError, ValueError) as e:
             raise TypeError(
                 f"{self.who}: the rates of its state have another form than it was built with ({e!r}); begin with"
                 " step.init, and edit values alone"
             ) from None
 
-    def _number(self, what: str, x: Any) -> float:
+    def _number(self, what: str, x: Any, below: float) -> float:
         """A number that the state keeps, whoever wrote it."""
-        if not isinstance(x, Tensor) or x.dtype is not torch.float64 or x.dim():
-            have = (
-                f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
-                if isinstance(x, Tensor)
-                else kind(x)
-            )
-            raise TypeError(
-                f"{self.who}: rates[{what!r}] of its state is {have}; write it in place, as rates[{what!r}].fill_(x),"
-                " or as a 0-d float64 tensor"
-            )
-        value = x.item()
-        return (
-            value
-            if 0 <= value < BELOW.get(what, math.inf)
-            else number(f"{self.who}: in its state", what, value, high=BELOW.get(what, math.inf))
+        if isinstance(x, Tensor) and x.dtype is torch.float64 and not x.dim():
+            value = x.item()
+            return value if 0 <= value < below else number(f"{self.who}: in its state", what, value, high=below)
+        have = kind(x)
+        if isinstance(x, Tensor):
+            have = f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
+        raise TypeError(
+            f"{self.who}: rates[{what!r}] of its state is {have}; write it in place, as rates[{what!r}].fill_(x),"
+            " or as a 0-d float64 tensor"
         )
 
     def _alike(self, now: list[Any]) -> None:
@@ -178,10 +179,8 @@ class Rates:
                     " the same at all its paths"
                 )
 
-    def _grouped(self, params: Any, now: list[Any]) -> list[tuple[tuple[int, ...], tuple[int, ...] | None]]:
-        """(spots, leaves) for all leaves that the same values move; every leaf where there is one spot a rate."""
-        if len(self.spots) == len(self.given) and all(map(_plain, self.given.values())):
-            return [(tuple(range(len(self.spots))), None)]
+    def _grouped(self, params: Any, now: list[Any]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(spots, leaves) for all leaves that the same values move."""
         found: dict[Any, tuple[tuple[int, ...], list[int]]] = {}
         for spots, leaves in self._fit(params):
             key = tuple(id(now[k]) if isinstance(now[k], Tensor) else now[k] for k in spots)
@@ -217,7 +216,7 @@ class Rates:
         """The state's rates after this update, and the rate for the metrics: the number, or the rules' default; nan
         for a tree.
         """
-        lr = self._shown(now)
+        lr = math.nan if self.shown is None else now[self.shown]
         if ok.device.type != "cpu":  # without waiting for the device
             news = [
                 torch.where(ok, y, x.to(ok.device)) if callable(r) else x if donate else x.clone()
@@ -233,23 +232,33 @@ class Rates:
         *news, shown = torch.tensor([*values, lr], dtype=torch.float64).unbind()
         return self._like(news), shown
 
-    def _shown(self, now: list[Any]) -> Any:
-        lr = self.given["lr"]
-        if _is_rules(lr):
-            regexes = list(dict(lr))
-            return now[next((k for k, regex in enumerate(regexes) if re.search(regex, "")), regexes.index(lr[-1][0]))]
-        return now[0] if _plain(lr) else math.nan
-
     def _like(self, flat: Sequence[Any]) -> dict[str, Any]:
         """Values of the spots in the form of the state."""
+        if self.simple:
+            return dict(zip(self.given, flat, strict=True))
         left, out = iter(flat), {}
-        for what, rate in self.given.items():
-            if _is_rules(rate):
-                out[what] = {regex: next(left) for regex in dict(rate)}
+        for what, form in self.forms.items():
+            if isinstance(form, tuple):
+                out[what] = {regex: next(left) for regex in form}
             else:
-                parts, treedef = tree.flatten(rate)
-                out[what] = tree.unflatten([next(left) for _ in parts], treedef)
+                values = [next(left) for _ in range(1 if form is None else form.num_leaves)]
+                out[what] = values[0] if form is None else tree.unflatten(values, form)
         return out
+
+
+def _form(rate: Any) -> Any:
+    """How a rate lies in the state: None for one leaf, the regexes of its rules, the form of its tree."""
+    if _is_rules(rate):
+        return tuple(dict(rate))
+    return None if _plain(rate) else tree.flatten(rate)[1]
+
+
+def _default(rate: Any) -> int | None:
+    """Which part of a rate stands for it in the metrics: the number, or the rules' default; none of a tree."""
+    if _is_rules(rate):
+        regexes = list(dict(rate))
+        return next((k for k, regex in enumerate(regexes) if re.search(regex, "")), regexes.index(rate[-1][0]))
+    return 0 if _plain(rate) else None
 
 
 def _parts(rate: Any) -> list[Any]:
@@ -262,11 +271,11 @@ def _parts(rate: Any) -> list[Any]:
     return tree.leaves(rate)
 
 
-def _values(rate: Any, own: Any) -> list[Any]:
+def _values(form: Any, own: Any) -> list[Any]:
     """The state's leaves of one rate, in the order of its parts."""
-    if _is_rules(rate):
-        return [own[regex] for regex in dict(rate)]
-    return [own] if _plain(rate) else tree.flatten(rate)[1].flatten_up_to(own)
+    if isinstance(form, tuple):
+        return [own[regex] for regex in form]
+    return [own] if form is None else form.flatten_up_to(own)
 
 
 def checked(who: str, what: str, rate: Any) -> Rate:
