@@ -18,6 +18,14 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("house")
 
 
+LONG = ("test_train_gpt.py", "test_optimizers.py", "test_checkpoint_kills.py", "test_told.py", "test_checkpoint_ends.py", "test_simulate.py")
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Files that take long come first, so that of two workers none waits for the other's last one."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def run_world() -> Iterator[Callable[..., list[Any]]]:
     """`run_world(4, fn, *args, timeout=60)`: a module-level function in every rank of a gloo world of 4; its results by rank."""
