@@ -29,7 +29,7 @@ def gaps(names, dtype):
     return out
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_optimizer_is_torchs_class_at_every_stage(run_world, world):
     found = zoo.everywhere(run_world, world, gaps, list(PAIRS), F64)
     assert len(found) == 7 * len(PAIRS) and {k: d for k, d in found.items() if not d <= 1e-12} == {}
@@ -151,7 +151,7 @@ def random_chains(seeds):
     return out
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_plain_form_is_the_fused_one_in_random_chains(run_world, world):
     found = zoo.everywhere(run_world, world, random_chains, range(24 // world))
     assert {seed: d for seed, d in enumerate(found) if not d <= 1e-12} == {}

@@ -156,7 +156,7 @@ def test_values_are_plain_torchs_at_every_stage_in_every_form_on_every_world(run
     assert len(hashes) == 1
 
 
-@pytest.mark.parametrize("policy", ["float32", "params=float32,compute=bfloat16"])
+@pytest.mark.parametrize("policy", ["float32", pytest.param("params=float32,compute=bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 def test_bits_are_one_hash(run_world, loss, policy):
     assert len({h for world in (1, 2) for h in zoo.everywhere(run_world, world, runs, loss.__name__, 6, policy)[0].values()}) == 1

@@ -45,7 +45,7 @@ def nested(form, k):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k", ["one", "all"])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_stage_is_the_reference(run_world, world, k, form):
     check(zoo.everywhere(run_world, world, flat, form, 1 if k == "one" else zoo.MICROS // world))
 

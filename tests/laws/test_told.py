@@ -36,7 +36,7 @@ def tell(kinds, stage, at, check):
     return out
 
 
-@pytest.mark.parametrize(("stage", "at"), [(3, 3), (0, 3), (3, LATE)])
+@pytest.mark.parametrize(("stage", "at"), [(3, 3), (0, 3), pytest.param(3, LATE, marks=pytest.mark.slow)])
 def test_what_differs_is_told_on_all_ranks_at_the_next_sum(run_world, stage, at):
     kinds = [k for k in PAIRED if stage not in apart.STAGES.get(k, ())]
     if at == LATE:
