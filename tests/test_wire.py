@@ -249,6 +249,9 @@ BAD = {
     "a leaf's values depend on its neighbours', so replicas of a leaf that is not cut would differ; pack every slot by itself": lambda: fz.cast("fp16")._replace(
         pack=lambda x, n, k: (x / x.abs().max()).half()
     ),
+    "zeros do not read as zeros, and a leaf that the loss does not use is all zeros; where a scale is taken, divide by at least a smallest one": lambda: fz.cast(
+        "fp16"
+    )._replace(pack=lambda x, n, k: torch.cat([p / p.abs().max() for p in x.split(n)]).half()),
     "nan reads as a finite value, so an overflow would be applied; let its block read as nan": lambda: fz.cast("fp16")._replace(pack=lambda x, n, k: x.nan_to_num().half()),
 }  # fmt: skip
 

@@ -24,8 +24,8 @@ class Wire(NamedTuple):
     """Two pure functions between a buffer x[n] and what is sent in its place, and how many bytes that is.
 
     Law: every slot is packed by itself, so that the parts of x that `lengths` names do not depend on each other; a
-    value that is not finite reads as one that is not; the same (x, lengths, key) gives the same bytes. A chain tries
-    all this when it is built.
+    value that is not finite reads as one that is not, and zeros read as zeros; the same (x, lengths, key) gives the
+    same bytes. A chain tries all this when it is built.
 
     Args:
       name: what is printed, counted and compared among ranks; it should say the wire's numbers, as "int8(2048)".
@@ -165,3 +165,6 @@ def prove(wire: Wire, born: torch.dtype, dtype: torch.dtype, device: torch.devic
             if again(other)[start:stop].isfinite().all():
                 why = f"{bad} reads as a finite value, so an overflow would be applied"
                 raise ValueError(f"wire {wire.name!r}: {why}; let its block read as nan")
+    if again(torch.zeros_like(x)).count_nonzero():
+        why = "zeros do not read as zeros, and a leaf that the loss does not use is all zeros"
+        raise ValueError(f"wire {wire.name!r}: {why}; where a scale is taken, divide by at least a smallest one")
