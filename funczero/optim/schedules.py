@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,13 +161,11 @@ def one_cycle(
     [1.0, 2.0, 5.0, 3.0, 1.0, 1.0]
     """
     _numbers("one_cycle", low=low, high=high, decay_rate=decay_rate)
-    number("one_cycle", "decay_steps", decay_steps)
-    height, end = _cycle("one_cycle", first, second, first_stairs, second_stairs)
+    c = _cycle("one_cycle", first, second, first_stairs, second_stairs, decay_steps, decay_rate)
 
     def schedule(updates: Tensor) -> Tensor:
         n = updates.double()
-        tail = low / (1 + decay_rate * ((n - end) / decay_steps)) if decay_steps else low
-        return torch.where(n - 1 < end, low + (high - low) * height(n), tail)
+        return torch.where(n - 1 < c.end, low + (high - low) * c.height(n), low / c.decay(n))
 
     return schedule
 
@@ -191,13 +189,12 @@ def one_cycle_momentum(
     [0.8, 0.875, 0.8, 0.85, 0.9, 0.9]
     """
     _numbers("one_cycle_momentum", low=low, high=high, decay_rate=decay_rate)
-    number("one_cycle_momentum", "decay_steps", decay_steps)
-    height, end = _cycle("one_cycle_momentum", first, second, first_stairs, second_stairs)
+    c = _cycle("one_cycle_momentum", first, second, first_stairs, second_stairs, decay_steps, decay_rate)
 
     def schedule(updates: Tensor) -> Tensor:
         n = updates.double()
-        tail = high * (1 + decay_rate * ((n - end) / decay_steps)) if decay_steps else torch.full_like(n, high)
-        return torch.where(n == 0, low, torch.where(n - 1 < end, high - (high - low) * height(n), tail))
+        moving = torch.where(n - 1 < c.end, high - (high - low) * c.height(n), high * c.decay(n))
+        return torch.where(n == 0, low, moving)
 
     return schedule
 
@@ -273,9 +270,24 @@ def _rise(who: str, warmup: int, kind: str) -> Schedule:
     return rise
 
 
+class _Cycle(NamedTuple):
+    """One cycle and its tail, as functions of applied updates."""
+
+    height: Schedule  # 0 at the ends of the cycle and 1 at its top
+    decay: Schedule  # 1 at the cycle's end, and then 1 + decay_rate a decay_steps
+    end: float
+
+
 def _cycle(
-    who: str, first: float, second: float | None, first_stairs: int, second_stairs: int | None
-) -> tuple[Schedule, float]:
+    who: str,
+    first: float,
+    second: float | None,
+    first_stairs: int,
+    second_stairs: int | None,
+    decay_steps: float,
+    decay_rate: float,
+) -> _Cycle:
+    number(who, "decay_steps", decay_steps)
     a = float(_numbers(who, first=first))
     b = a if second is None else float(_numbers(who, second=second))
     if not a > 0 or b < 0:
@@ -284,7 +296,6 @@ def _cycle(
     m2 = m1 if second_stairs is None else whole(who, "second_stairs", second_stairs, low=0)
 
     def height(n: Tensor) -> Tensor:
-        """0 at the ends of a cycle and 1 at its top."""
         x, q = 1 + n / end - torch.floor(1 + n / end), torch.remainder(n, end)
         up = x / r if not m1 else torch.floor(q * m1 / a) / m1
         if not b:
@@ -292,7 +303,8 @@ def _cycle(
         down = (x - 1) / (r - 1) if not m2 else torch.floor((end - q) * m2 / b) / m2
         return torch.where(x <= r, up, down)
 
-    return height, end
+    decay = lambda n: 1 + decay_rate * ((n - end) / decay_steps) if decay_steps else torch.ones_like(n)
+    return _Cycle(height, decay, end)
 
 
 def _numbers(who: str, **given: Any) -> Any:
