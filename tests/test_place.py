@@ -14,6 +14,7 @@ import funczero.testing
 from funczero.layout.mesh import world_size
 from funczero.layout.place import DEVICE, Device
 from funczero.layout.where import Where, apart
+from funczero.transforms.partition import subset
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ def test_a_place_is_part_of_where():
         own
     )
     assert pickle.loads(pickle.dumps(there)) == copy.deepcopy(there) == there
+
+
+def test_a_subset_of_leaves_lies_where_all_of_them_do():
+    own = structure({"w": torch.ones(4, 3), "v": torch.ones(2)}).structure
+    assert subset(Where(own, (), SHELF), (0,)).place == SHELF
 
 
 def test_views_are_kept_where_coordinates_or_place_differ():

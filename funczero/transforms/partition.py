@@ -176,7 +176,8 @@ def subset(where: Where, held: tuple[int, ...]) -> Where:
         leaves = tuple(
             x if i in held or full.frozen(i) else replace(x, unit=len(full.units)) for i, x in enumerate(full.leaves)
         )
-        known[held] = Where(Structure(full.treedef, full.places, leaves, (*full.units, OTHERS)), where.coords)
+        part = Structure(full.treedef, full.places, leaves, (*full.units, OTHERS))
+        known[held] = Where(part, where.coords, where.place)
     return known[held]
 
 
