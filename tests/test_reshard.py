@@ -61,12 +61,29 @@ def test_another_optimizer_begins_anew_on_the_same_masters(run_world):
     assert zoo.everywhere(run_world, 2, other_optimizer) == (True, 2, 2, True)
 
 
-def test_rates_are_those_of_the_step():
+def test_rates_are_those_of_the_step_and_that_is_said(caplog):
     first = make(0, {"data": 1}, right=(fz.adamw(0.1),))
     second = make(0, {"data": 1}, right=(fz.adamw(0.02),))
     state = run(first, first.init(zoo.params()), 0, 1)
     _, metrics = second(fz.reshard(state, second), rows(second, 1))
     assert metrics.lr.item() == 0.02
+    assert "reshard: 'adamw/rates/lr' is 0.1 in the state and 0.02 in the step, which counts" in caplog.messages
+
+
+def frozen_and_back():
+    """Handed from a step that freezes a leaf to one that trains it, and back: (masters as they were, moved, kept)."""
+    first = fz.train_step(*fz.zero(zoo.source(), fz.freeze("embed"), *zoo.tx(), stage=1, accumulate=2), mesh=TWO)
+    second = make(3)
+    state = run(first, first.init(zoo.params(), key=7), 0, 2)
+    over = fz.reshard(state, second)
+    on = run(second, over, 2, 3)
+    back = run(first, fz.reshard(on, first), 4, 5)
+    given, held, now, kept = (s.params(x)["embed"] for s, x in ((first, state), (second, over), (second, on), (first, back)))
+    return torch.equal(given, held), not torch.equal(held, now), torch.equal(now, kept)
+
+
+def test_a_leaf_may_be_frozen_on_one_side(run_world):
+    assert zoo.everywhere(run_world, 2, frozen_and_back) == (True, True, True)
 
 
 def test_what_cannot_be_handed_over_is_refused():

@@ -29,8 +29,8 @@ def reshard(state: TrainState, step: Step) -> TrainState:
 
     Law: every leaf that both steps have keeps its bits, so that a run which goes on here has the bits it would have
     had. The rates are those that `step` was built with. What only `step` has, as the moments of another optimizer,
-    begins as in `step.init`; what only `state` has is left behind, and said. Each leaf is whole on every rank for a
-    moment, as integers of 8 bytes a value.
+    begins as in `step.init`, and what only `state` has is left behind; both are said, and so are rates that differ.
+    Each leaf is whole on every rank for a moment, as integers of 8 bytes a value.
 
     Args:
       state: any step's; it stays as it is.
@@ -72,9 +72,8 @@ def reshard(state: TrainState, step: Step) -> TrainState:
         _fill(want[name], said[name].value)
     if missing:
         _renew(new, want, missing, step.init(_tree(state, have, whole), int(state.key)), rank, len(ranks))
-    lost = [n for n in have if n not in want and not is_rate(n, have[n])]
-    if lost and rank == 0:
-        logging.warning("reshard: this step has no place for %s, which is left behind", listed(lost))
+    if rank == 0:
+        _tell(have, want, said, missing)
     return step.fits.settled(new)
 
 
@@ -155,6 +154,19 @@ def _tree(state: TrainState, have: dict[str, Part], whole: dict[str, Tensor]) ->
     for name, x in whole.items():
         leaves[have[name].leaf] = x
     return structure.unflatten(leaves)
+
+
+def _tell(have: dict[str, Part], want: dict[str, Part], said: dict[str, Part], missing: list[str]) -> None:
+    """What is not handed over as it is: moments of leaves and optimizers that one side lacks, and rates that differ."""
+    lost = [n for n in have if n not in want and not is_rate(n, have[n])]
+    if lost:
+        logging.warning("reshard: this step has no place for %s, which is left behind", listed(lost))
+    if missing:
+        logging.warning("reshard: the state has no %s, which begins as in step.init", listed(missing))
+    for name in (n for n in want if is_rate(n, want[n]) and n in have):
+        old, new = float(have[name].value), float(said[name].value)
+        if old == old and new == new and old != new:
+            logging.warning("reshard: %r is %g in the state and %g in the step, which counts", name, old, new)
 
 
 def _renew(new: TrainState, want: dict[str, Part], missing: list[str], fresh: TrainState, rank: int, size: int) -> None:
