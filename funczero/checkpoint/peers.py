@@ -32,7 +32,7 @@ class Peers:
         self.lines = lines.Lines(alone=True) if alone else lines.lines()
         self.rank, self.size, self._line = self.lines.rank, self.lines.size, self.lines.front
         self._space = f"{SPACE}/{self._line.ask('add', f'{SPACE}/count/{self.rank}', 1)}"
-        self.number = self._polled = 0  # of this rank's last call; the same on all ranks
+        self.number = 0  # of this rank's last call; the same on all ranks
         self._mine: list[str] = []  # keys that this rank has published
         # a rank's last beat, since when it is the last, and when it was looked at
         self._seen: dict[int, tuple[bytes, float, float]] = {}
