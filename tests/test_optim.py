@@ -13,7 +13,7 @@ import funczero as fz
 from funczero import P, tree
 from funczero.layout.lazy import lazy
 from funczero.optim import rates
-from funczero.transforms.update import pieces
+from funczero.transforms.formula import pieces
 
 SIGNS = ("lion", "torch Rprop")  # a sign near zero differs in float32
 

@@ -15,7 +15,7 @@ from funczero.layout.lazy import lazy
 from funczero.layout.mesh import world_size
 from funczero.layout.slots import Slots
 from funczero.testing import tree_hash
-from funczero.transforms.update import pieces, run
+from funczero.transforms.formula import pieces, run
 
 MAKERS = {
     "adamw": fz.adamw, "adam": fz.adam, "sgd": lambda lr, **kw: fz.sgd(lr, 0.9, **kw), "lion": fz.lion, "adagrad": fz.adagrad,

@@ -156,7 +156,7 @@ class Reading(NamedTuple):
 
 
 class Formula(NamedTuple):
-    """An optimizer's formula, written once for any piece of a tree of parameters; `transforms/update.py` runs it.
+    """An optimizer's formula, written once for any piece of a tree of parameters; `transforms/formula.py` runs it.
 
     It runs on clones in a pure step, in place in a donated one, on the leaves of one optimizer of a partition, and on
     copies in float64 for the plain pair. A state is a NamedTuple with a field `rates`, whose leaves are float64 and

@@ -11,7 +11,7 @@ from funczero.core import tree
 from funczero.core.number import number
 from funczero.core.types import Formula, GradientTransformation
 from funczero.optim import rates
-from funczero.transforms.update import optimizer
+from funczero.transforms.formula import optimizer
 
 
 class Adagrad(NamedTuple):

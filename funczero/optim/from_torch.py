@@ -14,7 +14,7 @@ from funczero.core.number import flag, kind, number
 from funczero.core.number import shown as described
 from funczero.core.types import ChainError, Formula, GradientTransformation
 from funczero.optim import rates
-from funczero.transforms.update import optimizer
+from funczero.transforms.formula import optimizer
 
 ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 

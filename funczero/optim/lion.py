@@ -10,7 +10,7 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.types import Formula, GradientTransformation
 from funczero.optim import rates
-from funczero.transforms.update import optimizer
+from funczero.transforms.formula import optimizer
 
 
 class Lion(NamedTuple):

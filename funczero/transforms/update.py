@@ -4,7 +4,7 @@ around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.transform import after, refuse, slot_name
-from funczero.core.types import Formula, Grad, GradientTransformation, Reading, Updated, Value
+from funczero.core.types import Grad, GradientTransformation, Reading, Updated, Value
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
+from funczero.transforms.formula import run
 from funczero.transforms.mean import rewritten, value
 from funczero.transforms.partition import Part, Partition, owners, put, subset, taken
 
@@ -231,102 +232,6 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Sl
 def _cloned(own: Any) -> Any:
     """A state whose moments may be written; rates are made anew by whoever reads them."""
     return tree.clone(own._replace(rates=()))._replace(rates=own.rates)
-
-
-def run(
-    formula: Formula,
-    read: Reading,
-    params: Slots,
-    grads: Slots,
-    factor: Tensor,
-    own: Any,
-    ok: Tensor,
-    held: tuple[int, ...] | None = None,
-) -> Any:
-    """A formula on all pieces, in place on params, grads and the state's moments; returns the new state.
-
-    Args:
-      held: numbers of the leaves that the optimizer has; None: all.
-    """
-    own, scalars = formula.scalars(own, [group.rates for group in read.groups], factor, ok)
-    trees = (params, grads, *formula.moments(own))
-    for group, each in zip(read.groups, scalars, strict=True):
-        ps, gs, *moments = pieces(trees, held if group.leaves is None else group.leaves, formula.by_leaf)
-        formula.leaf(ps, gs, moments, each)
-    return own if read.rates is None else own._replace(rates=read.rates)
-
-
-def pieces(trees: Sequence[Slots], leaves: tuple[int, ...] | None, by_leaf: bool = False) -> list[list[Tensor]]:
-    """What these leaves of every tree are, in the same order: whole buffers where all of a unit's leaves are among
-    them, else padded slots.
-
-    Args:
-      leaves: numbers; None: all that have a gradient.
-      by_leaf: leaves in their shapes instead.
-    """
-    where = trees[0].where
-    if by_leaf:
-        wanted = (
-            [i for i in range(len(where.structure.leaves)) if not where.structure.frozen(i)]
-            if leaves is None
-            else leaves
-        )
-        return [[x for i in wanted if (x := parts[i]) is not None] for parts in (t.leaves() for t in trees)]
-    if leaves is None:
-        kept = [u for u, x in enumerate(trees[1].buffers) if x.numel()]
-        return [[t.buffers[u] for u in kept] for t in trees]
-    plan = where.memo.get(("pieces", leaves))
-    if plan is None:
-        chosen = set(leaves)
-        plan = where.memo["pieces", leaves] = [
-            piece
-            for u, members in enumerate(where.structure.members)
-            for piece in (
-                [(u, -1)]
-                if members and chosen.issuperset(members)
-                else [(u, i) for i in members if i in chosen and where.slots[i].length]
-            )
-        ]
-    return [
-        [
-            t.buffers[u] if i < 0 else t.buffers[u].narrow(0, t.where.slots[i].offset, t.where.slots[i].length)
-            for u, i in plan
-        ]
-        for t in trees
-    ]
-
-
-def optimizer(
-    name: str, init: Callable[[Any], Any], formula: Formula, elementwise: bool = True
-) -> GradientTransformation:
-    """The pair of a formula: `update` is the formula in float64 on copies, and its updates are the differences,
-    rounded once.
-    """
-
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        wide = lambda t: [x.detach().to(torch.float64, copy=True) for x in tree.leaves(t)]  # noqa: E731
-        (flat, treedef), held = tree.flatten(params), formula.moments(state)
-        ok = torch.ones((), dtype=torch.bool, device=flat[0].device if flat else "cpu")
-        read = formula.read(state, params, ok, False)
-        state, scalars = formula.scalars(
-            state, [group.rates for group in read.groups], torch.ones((), dtype=torch.float64, device=ok.device), ok
-        )
-        columns = [wide(t) for t in (params, grads, *held)]
-        for group, own in zip(read.groups, scalars, strict=True):
-            ps, gs, *moments = (
-                columns if group.leaves is None else [[column[i] for i in group.leaves] for column in columns]
-            )
-            formula.leaf(ps, gs, moments, own)
-        new = {
-            id(x): y.to(x.dtype)
-            for t, ys in zip(held, columns[2:], strict=True)
-            for x, y in zip(tree.leaves(t), ys, strict=True)
-        }
-        updates = [(y - x.double()).to(x.dtype) for x, y in zip(flat, columns[0], strict=True)]
-        state = tree.map(lambda x: new.get(id(x), x), state)
-        return tree.unflatten(updates, treedef), state if read.rates is None else state._replace(rates=read.rates)
-
-    return GradientTransformation(init, update, formula, name, elementwise)
 
 
 def _plainly(
