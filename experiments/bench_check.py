@@ -46,13 +46,19 @@ def make(stage: int, width: int, check: int | bool) -> fz.Step:
         return F.mse_loss(x, batch["x"].roll(1, 0), reduction="sum"), torch.tensor(float(len(x)))
 
     grad = fz.value_and_grad(loss_fn, batch=fz.P("data"), units=("blocks",))
-    return fz.donate(fz.train_step(*fz.zero(grad, fz.clip_by_global_norm(1.0), fz.adamw(1e-3), stage=stage), mesh={"data": -1}, check=check))
+    return fz.donate(
+        fz.train_step(
+            *fz.zero(grad, fz.clip_by_global_norm(1.0), fz.adamw(1e-3), stage=stage), mesh={"data": -1}, check=check
+        )
+    )
 
 
 def measure(stage: int, rounds: int, steps: int, width: int) -> None:
     """The table on rank 0, then one evaluation too many on rank 1."""
     torch.manual_seed(0)
-    params = {"blocks": [{"a": torch.randn(width, width) / width, "b": torch.randn(width, width) / width} for _ in range(4)]}
+    params = {
+        "blocks": [{"a": torch.randn(width, width) / width, "b": torch.randn(width, width) / width} for _ in range(4)]
+    }
     runs = {}
     for name, check in (("off", 0), ("on", True)):
         runs[name] = [step := make(stage, width, check), step.init(params)]
@@ -67,15 +73,23 @@ def measure(stage: int, rounds: int, steps: int, width: int) -> None:
                 state, _ = step(state, rows)
             runs[name][1] = state
             if r:  # the first visit does not count
-                costs[name].append(((time.perf_counter() - wall) * 1e3 / steps, (time.process_time() - cpu) * 1e3 / steps))
+                costs[name].append(
+                    ((time.perf_counter() - wall) * 1e3 / steps, (time.process_time() - cpu) * 1e3 / steps)
+                )
     step, state = runs["on"]
     if dist.get_rank() == 0:
         off, on = torch.tensor(costs["off"]), torch.tensor(costs["on"])
         ratio = (on / off).quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0)
         for i, what in enumerate(("wall", "cpu")):
-            print(f"{what:>5} ms a step: off {off[:, i].median():.3f}, on {on[:, i].median():.3f}, on / off {ratio[1, i]:.3f} ({ratio[0, i]:.3f} to {ratio[2, i]:.3f})")
+            print(
+                f"{what:>5} ms a step: off {off[:, i].median():.3f}, on {on[:, i].median():.3f}, on / off"
+                f" {ratio[1, i]:.3f} ({ratio[0, i]:.3f} to {ratio[2, i]:.3f})"
+            )
         count, ledger = step.running().env.mesh.ledger.watch.log.count, Ledger()
-        note = min(timeit.repeat(lambda: ledger.note("all_gather", "data", "float32", 1), number=100_000, repeat=5)) / 100_000
+        note = (
+            min(timeit.repeat(lambda: ledger.note("all_gather", "data", "float32", 1), number=100_000, repeat=5))
+            / 100_000
+        )
         print(f"one entry: {note * 1e6:.2f} us; entries so far: {count}", flush=True)
     dist.barrier()
     print(f"apart {time.time()}", flush=True)
@@ -92,7 +106,16 @@ def main(_: list[str]) -> None:
         return measure(o.stage, o.rounds, o.steps, o.width)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *sys.argv, f"--worker={folder}/meet"]
-        ranks = [subprocess.Popen(command, env={**os.environ, "RANK": str(r), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+        ranks = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, "RANK": str(r), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for r in range(2)
+        ]
         ends = {}
         while len(ends) < 2:
             ends |= {r: time.time() for r, p in enumerate(ranks) if r not in ends and p.poll() is not None}
@@ -100,7 +123,11 @@ def main(_: list[str]) -> None:
         for r, p in enumerate(ranks):
             out, err = p.communicate()
             apart = float(out.split("apart ")[1].split()[0])
-            print(out.split("apart")[0], f"rank {r}: code {p.returncode}, ended after {ends[r] - apart:.2f} s: {err.strip()[-600:]}", sep="")
+            print(
+                out.split("apart")[0],
+                f"rank {r}: code {p.returncode}, ended after {ends[r] - apart:.2f} s: {err.strip()[-600:]}",
+                sep="",
+            )
 
 
 if __name__ == "__main__":

@@ -79,7 +79,9 @@ def whole_tree(megabytes: int, blocks: int = 8) -> dict[str, Any]:
     """Parameters of a transformer, a twelfth of the bytes as float32 numbers: the same in every process."""
     g, d = torch.Generator().manual_seed(0), max(8, int((megabytes * 1e6 / 12 / (12 * blocks)) ** 0.5) // 8 * 8)
     shapes = {"qkv": (3 * d, d), "out": (d, d), "up": (4 * d, d), "down": (d, 4 * d), "norm": (d,)}
-    return {"blocks": [{name: torch.randn(shape, generator=g) for name, shape in shapes.items()} for _ in range(blocks)]}
+    return {
+        "blocks": [{name: torch.randn(shape, generator=g) for name, shape in shapes.items()} for _ in range(blocks)]
+    }
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +94,9 @@ def zero_state(tree: dict[str, Any]) -> Any:
     import funczero as fz
 
     grad = fz.value_and_grad(lambda p, b: (b.sum(), b.sum()), batch=fz.P("data"), units=("blocks",))
-    state = fz.train_step(*fz.zero(grad, fz.adamw(1e-3), stage=3, axis="data", accumulate=1), mesh={"data": -1}, check=0).init(tree)
+    state = fz.train_step(
+        *fz.zero(grad, fz.adamw(1e-3), stage=3, axis="data", accumulate=1), mesh={"data": -1}, check=0
+    ).init(tree)
     own = state.chain["adamw"]
     for x, mu, nu in zip(state.params.buffers, own.mu.buffers, own.nu.buffers, strict=True):
         for moment, value in zip((mu, nu), moments(x), strict=True):
@@ -115,14 +119,22 @@ def zero_contender(tree: dict[str, Any], folder: Path, reader: bool, new: bool) 
             own.close()
         return list(zip(fz.tree.tensors(got), fz.tree.tensors(state), strict=True))
 
-    return Contender(restore=restore) if ck is None else Contender(lambda path: ck.save(state, int(path.name)), ck.wait, restore, ck.close)
+    return (
+        Contender(restore=restore)
+        if ck is None
+        else Contender(lambda path: ck.save(state, int(path.name)), ck.wait, restore, ck.close)
+    )
 
 
 def torch_contenders(tree: dict[str, Any]) -> dict[str, Contender]:
     """torch's checkpointer with its own defaults, and bare copies of as many bytes. Asynchronous saves talk in a group of their own, as torch asks."""
     mesh, group, pending = init_device_mesh("cpu", (dist.get_world_size(),)), dist.new_group(), []
     leaves = {f"{i}/{name}": x for i, block in enumerate(tree["blocks"]) for name, x in block.items()}
-    named = {f"{kind}/{name}": y for name, x in leaves.items() for kind, y in zip(("params", "mu", "nu"), (x, *moments(x)), strict=True)}
+    named = {
+        f"{kind}/{name}": y
+        for name, x in leaves.items()
+        for kind, y in zip(("params", "mu", "nu"), (x, *moments(x)), strict=True)
+    }
     shards = {name: distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None).clone() for name, x in named.items()}
     there = {name: torch.zeros_like(x) for name, x in shards.items()}
     mine, buffers = [x.to_local() for x in shards.values()], list[torch.Tensor]()
@@ -149,7 +161,9 @@ def torch_contenders(tree: dict[str, Any]) -> dict[str, Contender]:
 
 def memory(field: str) -> int:
     """Bytes of this process: VmRSS, or VmHWM, the most there was."""
-    return 1024 * int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)))
+    return 1024 * int(
+        next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    )
 
 
 def timed(barrier: Callable[[], Any], *parts: Callable[[], Any]) -> tuple[list[float], int, Any]:
@@ -206,7 +220,9 @@ def worker(index: int, folder: str, o: dict, all_three: Barrier) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     reader = index == 2
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{int(reader)}", rank=index % 2, world_size=1 if reader else 2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous{int(reader)}", rank=index % 2, world_size=1 if reader else 2
+    )
     for megabytes in o["megabytes"]:
         costs = measure(o, whole_tree(int(megabytes)), Path(folder, megabytes), reader, all_three)
         Path(folder, f"{megabytes}.{index}.json").write_text(json.dumps(costs))
@@ -221,9 +237,16 @@ def table(megabytes: str, names: list[str], processes: list[list[Costs]]) -> Non
     for name in names:
         line = f"{name:10}"
         for column in TIMES + BYTES:
-            costs = [max((p[name][column] for p in of_round if column in p[name]), default=0.0) for of_round in zip(*processes, strict=True)]
+            costs = [
+                max((p[name][column] for p in of_round if column in p[name]), default=0.0)
+                for of_round in zip(*processes, strict=True)
+            ]
             ms = [1e3 * x for x in costs[1:]]
-            line += f"{statistics.median(ms):8.0f} ({min(ms):4.0f}-{max(ms):4.0f})" if column in TIMES else f"{max(costs) / 1e6:7.0f}"
+            line += (
+                f"{statistics.median(ms):8.0f} ({min(ms):4.0f}-{max(ms):4.0f})"
+                if column in TIMES
+                else f"{max(costs) / 1e6:7.0f}"
+            )
         print(line, flush=True)
 
 
@@ -232,7 +255,11 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=o["folder"] or None) as folder:
         torch.multiprocessing.spawn(worker, (folder, o, all_three), nprocs=3)
         for megabytes in o["megabytes"]:
-            table(megabytes, o["contenders"], [json.loads(Path(folder, f"{megabytes}.{index}.json").read_text()) for index in range(3)])
+            table(
+                megabytes,
+                o["contenders"],
+                [json.loads(Path(folder, f"{megabytes}.{index}.json").read_text()) for index in range(3)],
+            )
 
 
 if __name__ == "__main__":

@@ -53,9 +53,19 @@ Step = Callable[[Batch], torch.Tensor]
 
 def config(stage: int, s: Size) -> dict:
     """A ds_config.json without a clip."""
-    params = {"lr": ADAMW["lr"], "betas": list(ADAMW["betas"]), "eps": ADAMW["eps"], "weight_decay": ADAMW["weight_decay"]}
+    params = {
+        "lr": ADAMW["lr"],
+        "betas": list(ADAMW["betas"]),
+        "eps": ADAMW["eps"],
+        "weight_decay": ADAMW["weight_decay"],
+    }
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    return {"train_batch_size": s.B, "gradient_clipping": 0, "optimizer": {"type": "AdamW", "params": params}, "zero_optimization": zero}
+    return {
+        "train_batch_size": s.B,
+        "gradient_clipping": 0,
+        "optimizer": {"type": "AdamW", "params": params},
+        "zero_optimization": zero,
+    }
 
 
 def loss_of(params: dict, batch: Batch, heads: int) -> torch.Tensor:
@@ -82,7 +92,9 @@ def contender(kind: str, stage: int, s: Size) -> Step:
 
         return step
     if kind == "pure":
-        chain, c = fz.from_deepspeed(config(stage, s), lambda p, b: (loss_of(p, b, s.heads), torch.ones(())), units=("blocks",))
+        chain, c = fz.from_deepspeed(
+            config(stage, s), lambda p, b: (loss_of(p, b, s.heads), torch.ones(())), units=("blocks",)
+        )
     else:
         chain, c = fz.from_deepspeed(config(stage, s), pullback=True)
     update = fz.donate(fz.train_step(*chain, **c.arguments))
@@ -128,16 +140,25 @@ def measure(size: str, o: dict) -> None:
         return
     steps = {"ddp": peer("ddp", init_params(s), s, 0.0, False)} | {n: contender(n[:-1], int(n[-1]), s) for n in names}
     losses = {n: step(batches[0]).item() for n, step in steps.items() if n != "ddp"}
-    mine = [[visit(step, batches, o["steps"] or s.steps) for step in steps.values()] for _ in range(o["rounds"] or s.rounds)]
+    mine = [
+        [visit(step, batches, o["steps"] or s.steps) for step in steps.values()] for _ in range(o["rounds"] or s.rounds)
+    ]
     dist.all_gather_object(both := [None, None], mine)
     if rank:
         return
     cost = dict(zip(steps, torch.tensor(both).amax(0).T, strict=True))
-    print(f"\n{size}, median of {o['rounds'] or s.rounds} rounds\n{'':12}{'ms':>8}{'min ms':>8}{'/ddp':>7}{'/pure':>7}  (quartiles)")
+    print(
+        f"\n{size}, median of {o['rounds'] or s.rounds} rounds\n{'':12}{'ms':>8}{'min ms':>8}{'/ddp':>7}{'/pure':>7} "
+        " (quartiles)"
+    )
     for n, x in cost.items():
         over = x / cost.get(f"pure{n[-1]}", x)
         low, middle, high = over.quantile(torch.tensor([0.25, 0.5, 0.75]))
-        print(f"{n:12}{x.median():8.2f}{x.min():8.2f}{(x / cost['ddp']).median():7.2f}{middle:7.2f}  ({low:.2f}-{high:.2f})", flush=True)
+        print(
+            f"{n:12}{x.median():8.2f}{x.min():8.2f}{(x / cost['ddp']).median():7.2f}{middle:7.2f} "
+            f" ({low:.2f}-{high:.2f})",
+            flush=True,
+        )
     assert max(losses.values()) - min(losses.values()) < 2e-6, "the contenders do not compute the same"
 
 
@@ -153,7 +174,9 @@ def worker(rank: int, rendezvous: str, o: dict) -> None:
 
 def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (os.path.join(folder, "rendezvous"), flags.FLAGS.flag_values_dict()), nprocs=2)
+        torch.multiprocessing.spawn(
+            worker, (os.path.join(folder, "rendezvous"), flags.FLAGS.flag_values_dict()), nprocs=2
+        )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ SIZES = {  # parameters: 21,472; 3,487,232; 25,875,456
 def init_params(s: Size, seed: int = 0) -> dict:
     """The tree of parameters, the same on every rank: normal(0, 0.02) matrices, zero biases, unit norms."""
     g, d = torch.Generator().manual_seed(seed), s.d
+
     def make(name: str, *shape: int) -> Tensor:
         if name.endswith("_b"):
             return torch.zeros(shape)
@@ -36,9 +37,15 @@ def init_params(s: Size, seed: int = 0) -> dict:
 
     norms = {name: (d,) for n in ("ln1", "ln2") for name in (f"{n}_w", f"{n}_b")}
     linears = {"qkv": (3 * d, d), "out": (d, d), "up": (4 * d, d), "down": (d, 4 * d)}
-    shapes = norms | {f"{n}_w": shape for n, shape in linears.items()} | {f"{n}_b": shape[:1] for n, shape in linears.items()}
+    shapes = (
+        norms
+        | {f"{n}_w": shape for n, shape in linears.items()}
+        | {f"{n}_b": shape[:1] for n, shape in linears.items()}
+    )
     rest = {"embed": (s.vocab, d), "pos": (s.T, d), "ln_f_w": (d,), "ln_f_b": (d,)}
-    return {n: make(n, *shape) for n, shape in rest.items()} | {"blocks": [{n: make(n, *shape) for n, shape in shapes.items()} for _ in range(s.layers)]}
+    return {n: make(n, *shape) for n, shape in rest.items()} | {
+        "blocks": [{n: make(n, *shape) for n, shape in shapes.items()} for _ in range(s.layers)]
+    }
 
 
 def parameters(s: Size) -> int:
@@ -109,8 +116,16 @@ def peer(name: str, tree: dict, s: Size, clip: float, bf16: bool) -> TrainStep:
     """The train step of plain torch, DDP or FSDP2 over the default process group."""
     module = GPT(tree, s.heads)
     if name.startswith("fsdp"):
-        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
-        wrap = dict(mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)), mp_policy=mixed, reshard_after_forward=name == "fsdp")
+        mixed = (
+            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            if bf16
+            else MixedPrecisionPolicy()
+        )
+        wrap = dict(
+            mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)),
+            mp_policy=mixed,
+            reshard_after_forward=name == "fsdp",
+        )
         for b in module.blocks:
             fully_shard(b, **wrap)
         fully_shard(module, **wrap)

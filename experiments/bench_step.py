@@ -52,7 +52,12 @@ flags.DEFINE_list("contenders", PEERS + STAGES, "Whom to run; ratios need ddp.")
 flags.DEFINE_integer("rounds", 0, "Visits of every contender (0: the size's own number).")
 flags.DEFINE_integer("steps", 0, "Counted steps of a visit (0: the size's own number).")
 flags.DEFINE_float("clip", 0.0, "Global gradient norm to clip to (0: no clipping).")
-flags.DEFINE_enum("policy", "fp32", ["fp32", "bf16"], "bf16: computes in bfloat16 (autocast for plain and DDP), sums and updates in float32.")
+flags.DEFINE_enum(
+    "policy",
+    "fp32",
+    ["fp32", "bf16"],
+    "bf16: computes in bfloat16 (autocast for plain and DDP), sums and updates in float32.",
+)
 flags.DEFINE_enum("profile", None, PEERS + STAGES, "Profile this contender on rank 0 instead of measuring.")
 flags.DEFINE_enum("profiler", "python", ["python", "torch"], "What `profile` runs: cProfile or torch.profiler.")
 
@@ -65,7 +70,9 @@ class Contender(NamedTuple):
     counted: Callable[[Batch], int] | None = None
 
 
-Visit = NamedTuple("Visit", [(field, float) for field in ("wall", "cpu", "sent", "loss")])  # a rank's ms, ms, bytes a step; the last step's global loss
+Visit = NamedTuple(
+    "Visit", [(field, float) for field in ("wall", "cpu", "sent", "loss")]
+)  # a rank's ms, ms, bytes a step; the last step's global loss
 
 
 def zero_contender(stage: int, tree: dict, s: Size, clip: float, bf16: bool) -> Contender:
@@ -77,8 +84,12 @@ def zero_contender(stage: int, tree: dict, s: Size, clip: float, bf16: bool) -> 
         return summed_loss(params, run, batch), torch.tensor(float(batch["y"].numel()))
 
     grad = fz.value_and_grad(loss_fn, batch=fz.P("data"), units=("blocks",))
-    adamw = fz.adamw(ADAMW["lr"], b1=ADAMW["betas"][0], b2=ADAMW["betas"][1], eps=ADAMW["eps"], weight_decay=ADAMW["weight_decay"])
-    chain = fz.zero(grad, *([fz.clip_by_global_norm(clip)] if clip else []), adamw, stage=stage, axis="data", accumulate=1)
+    adamw = fz.adamw(
+        ADAMW["lr"], b1=ADAMW["betas"][0], b2=ADAMW["betas"][1], eps=ADAMW["eps"], weight_decay=ADAMW["weight_decay"]
+    )
+    chain = fz.zero(
+        grad, *([fz.clip_by_global_norm(clip)] if clip else []), adamw, stage=stage, axis="data", accumulate=1
+    )
     policy = f"params=float32,compute={'bfloat16' if bf16 else 'float32'},accumulate=float32"
     update = fz.donate(fz.train_step(*chain, mesh={"data": 2}, policy=policy, check=0))
     state = update.init(tree)
@@ -152,13 +163,15 @@ def profile(c: Contender, batches: list[Batch], steps: int, profiler: str) -> No
 
 def row(name: str, costs: torch.Tensor, ddp: torch.Tensor, counted: float, count: int) -> str:
     """One line of the table; costs, ddp: [rank, round, field of Visit]. wall is the slower rank's, cpu the ranks' sum, sent the larger."""
-    (ms, over), (cpu, over_cpu) = ((f(costs), f(costs) / f(ddp)) for f in (lambda c: c[..., 0].amax(0), lambda c: c[..., 1].sum(0)))
+    (ms, over), (cpu, over_cpu) = (
+        (f(costs), f(costs) / f(ddp)) for f in (lambda c: c[..., 0].amax(0), lambda c: c[..., 1].sum(0))
+    )
     low, middle, high = ms.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ms.dtype))
     sent = costs[..., 2].amax(0).median()
     return (
         f"{name:10} {THREADS.get(name, '2 x 1'):>7} {middle:10.2f} {ms.min():8.2f} {(high - low) / middle:6.0%}"
-        f" {over.quantile(0.5):6.2f} ({over.min():.2f}-{over.max():.2f}) {cpu.quantile(0.5):9.2f} {over_cpu.quantile(0.5):6.2f}"
-        f" {sent / 2**20:9.3f} {sent / count:7.2f} {counted / count:7.2f}"
+        f" {over.quantile(0.5):6.2f} ({over.min():.2f}-{over.max():.2f}) {cpu.quantile(0.5):9.2f}"
+        f" {over_cpu.quantile(0.5):6.2f} {sent / 2**20:9.3f} {sent / count:7.2f} {counted / count:7.2f}"
     )
 
 
@@ -177,14 +190,18 @@ def measure(size: str, o: dict) -> None:
     dist.all_gather_object(both := [None, None], mine)
     if dist.get_rank():
         return
-    costs, count = dict(zip(names, torch.tensor(both, dtype=torch.float64).permute(2, 0, 1, 3), strict=True)), parameters(s)
+    costs, count = dict(
+        zip(names, torch.tensor(both, dtype=torch.float64).permute(2, 0, 1, 3), strict=True)
+    ), parameters(s)
     head = f"{'':10} threads  median ms   min ms spread   /ddp (min-max)     cpu ms   /ddp  sent MiB B/param counted"
     print(f"\n{size}: {count:,} parameters, {steps} steps x {rounds} rounds\n{head}")
     for n in names:
         print(row(n, costs[n], costs.get("ddp", costs[n] * torch.nan), counted.get(n, torch.nan), count), flush=True)
     apart = max((costs[n][0, :, 3] - costs[names[0]][0, :, 3]).abs().max().item() for n in names)
     print("first losses:", *(f"{n} {v:.6f}" for n, v in first.items()), f"| furthest apart later: {apart:.1e}")
-    assert max(first.values()) - min(first.values()) < (3e-2 if bf16 else 2e-6), "the contenders do not compute the same"
+    assert max(first.values()) - min(first.values()) < (
+        3e-2 if bf16 else 2e-6
+    ), "the contenders do not compute the same"
 
 
 def worker(rank: int, rendezvous: str, o: dict) -> None:
@@ -199,7 +216,9 @@ def worker(rank: int, rendezvous: str, o: dict) -> None:
 
 def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (os.path.join(folder, "rendezvous"), flags.FLAGS.flag_values_dict()), nprocs=2)
+        torch.multiprocessing.spawn(
+            worker, (os.path.join(folder, "rendezvous"), flags.FLAGS.flag_values_dict()), nprocs=2
+        )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,10 @@ class Net(nn.Module):
     def __init__(self, width: int = 32, layers: int = 2) -> None:
         super().__init__()
         self.embed, self.place = nn.Embedding(256, width), nn.Embedding(LENGTH, width)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 4 * width, 0.1, batch_first=True, norm_first=True) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 4 * width, 0.1, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
         self.head = nn.Linear(width, 256)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -90,8 +93,21 @@ def train(args: argparse.Namespace) -> None:
 
 def run(folder: Path, log: str, *flags: str) -> list:
     """One run on two processes: its lines."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, f"--deepspeed_config={folder}/ds_config.json"]
-    done = subprocess.run([*command, f"--save_dir={folder}", f"--losses={log}", *flags], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        __file__,
+        f"--deepspeed_config={folder}/ds_config.json",
+    ]
+    done = subprocess.run(
+        [*command, f"--save_dir={folder}", f"--losses={log}", *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     if (done.returncode != 0) != any("kill" in f for f in flags):
         sys.exit(done.stderr)
     return [json.loads(line) for line in (folder / log).read_text().splitlines()]
@@ -108,7 +124,10 @@ def compare(name: str, config: dict) -> None:
     begin = resumed[0][0]
     same = killed == whole[: len(killed)] and resumed == whole[begin:]
     applied, said = sum(ok for *_, ok in whole), "same losses, bit for bit" if same else "LOSSES DIFFER"
-    print(f"{name}: {len(whole)} micro-batches, {applied} updates applied, loss {whole[0][1]:.4f} -> {whole[-1][1]:.4f}; killed at {killed[-1][0]}, resumed at {begin}: {said}")
+    print(
+        f"{name}: {len(whole)} micro-batches, {applied} updates applied, loss {whole[0][1]:.4f} -> {whole[-1][1]:.4f};"
+        f" killed at {killed[-1][0]}, resumed at {begin}: {said}"
+    )
     if not same:
         sys.exit(1)
 

@@ -29,7 +29,10 @@ def init(seed: int, sizes: Sizes) -> dict:
     layers, width, heads = sizes
     head = width // heads
     if heads * head != width or head % 2:
-        raise ValueError(f"gpt: width {width} over {heads} heads leaves no even number of features a head; write a width that is a multiple of {2 * heads}")
+        raise ValueError(
+            f"gpt: width {width} over {heads} heads leaves no even number of features a head; write a width that is a"
+            f" multiple of {2 * heads}"
+        )
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -47,7 +50,12 @@ def init(seed: int, sizes: Sizes) -> dict:
         }
         for _ in range(layers)
     ]
-    return {"embed": normal(VOCABULARY, width, std=1.0), "blocks": blocks, "norm": torch.ones(width), "head": normal(VOCABULARY, width, std=0.02)}
+    return {
+        "embed": normal(VOCABULARY, width, std=1.0),
+        "blocks": blocks,
+        "norm": torch.ones(width),
+        "head": normal(VOCABULARY, width, std=0.02),
+    }
 
 
 def rotary(time: int, head: int, device: torch.device) -> Tensor:
@@ -88,7 +96,9 @@ def loss_fn(params: dict, batch: dict, heads: int, remat: bool = False) -> tuple
 
 
 @torch.no_grad()
-def sample(params: dict, heads: int, prompt: bytes, n: int, length: int, temperature: float, generator: torch.Generator) -> bytes:
+def sample(
+    params: dict, heads: int, prompt: bytes, n: int, length: int, temperature: float, generator: torch.Generator
+) -> bytes:
     """The prompt and `n` bytes drawn after it, each from the `length` bytes before it; `params` are whole plain tensors."""
     text = list(prompt)
     for _ in range(n):

@@ -111,14 +111,23 @@ def run(world: int, name: str, policy: str, updates: int) -> tuple[str, str, flo
             for b in calls:
                 state, m = step(state, b)
             logs.append((m.weight, m.ok, m.scale, m.updates, *((m.loss, m.grad_norm) if m.ok else ())))
-    return tree_hash(step.params(state))[:12], tree_hash(logs)[:12], sum(sent.values()) / updates, sum(not m[1] for m in logs)
+    return (
+        tree_hash(step.params(state))[:12],
+        tree_hash(logs)[:12],
+        sum(sent.values()) / updates,
+        sum(not m[1] for m in logs),
+    )
 
 
 def main(_: list) -> int:
     """Prints the table; exit code 1 if there is more than one hash a policy."""
     o, found = flags.FLAGS, {}
     policies = [p.replace("+", ",") for p in o.policies]
-    print(f"{'world':>5}  {'chain':32}" + "".join(f"{p + ': weights':>24} {'logs':>13}" for p in policies) + f"{'kB/update':>11}  skipped")
+    print(
+        f"{'world':>5}  {'chain':32}"
+        + "".join(f"{p + ': weights':>24} {'logs':>13}" for p in policies)
+        + f"{'kB/update':>11}  skipped"
+    )
     for world in map(int, o.worlds):
         with WorkerPool(world) as pool:
             for name in chains(world):

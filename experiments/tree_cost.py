@@ -39,7 +39,9 @@ def make(stage: int, sums: str, name: str, world: int):
     s = SIZES[name]
 
     def loss_fn(params: dict, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        return summed_loss(params, lambda x: fz.layers(lambda p, h: block(p, h, s.heads), params["blocks"], x), batch), torch.tensor(float(batch["y"].numel()))
+        return summed_loss(
+            params, lambda x: fz.layers(lambda p, h: block(p, h, s.heads), params["blocks"], x), batch
+        ), torch.tensor(float(batch["y"].numel()))
 
     grad = fz.value_and_grad(loss_fn, batch=fz.P("data"), units=("blocks",))
     tx = fz.adamw(ADAMW["lr"], *ADAMW["betas"], ADAMW["eps"], ADAMW["weight_decay"])
@@ -80,7 +82,10 @@ def peak(stage: int, sums: str, name: str, world: int) -> float:
 def main(_: list) -> None:
     """Prints a row a stage and world."""
     o = flags.FLAGS
-    print(f"{'world':>5} {'stage':>5} {'tree ms':>9} {'backend ms':>10} {'wall ratio (min-max)':>22} {'CPU ratio':>9} {'counted MiB: tree':>17} {'backend':>8} {'peak MiB: tree':>14} {'backend':>8}")
+    print(
+        f"{'world':>5} {'stage':>5} {'tree ms':>9} {'backend ms':>10} {'wall ratio (min-max)':>22} {'CPU ratio':>9}"
+        f" {'counted MiB: tree':>17} {'backend':>8} {'peak MiB: tree':>14} {'backend':>8}"
+    )
     for world in map(int, o.worlds):
         for stage in range(4):
             with WorkerPool(world) as pool:
@@ -93,7 +98,11 @@ def main(_: list) -> None:
             cpu = statistics.median(a / b for a, b in zip(r["tree"][1], r["backend"][1]))
             t, b = (1e3 * statistics.median(r[s][0]) for s in SUMS)
             ratio = f"{statistics.median(wall):.3f} ({min(wall):.2f}-{max(wall):.2f})"
-            print(f"{world:5d} {stage:5d} {t:9.1f} {b:10.1f} {ratio:>22} {cpu:9.3f} {r['tree'][2] / 2**20:17.2f} {r['backend'][2] / 2**20:8.2f} {memory[0]:14.0f} {memory[1]:8.0f}", flush=True)
+            print(
+                f"{world:5d} {stage:5d} {t:9.1f} {b:10.1f} {ratio:>22} {cpu:9.3f} {r['tree'][2] / 2**20:17.2f}"
+                f" {r['backend'][2] / 2**20:8.2f} {memory[0]:14.0f} {memory[1]:8.0f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """States by name, whole, without a collective: each rank's parts, put together and compared where ranks hold the same."""
+
 from __future__ import annotations
 
 import torch

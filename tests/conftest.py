@@ -1,4 +1,5 @@
 """What all tests share: one thread, as in the workers, and one pool of workers per world size."""
+
 from __future__ import annotations
 
 import os
@@ -18,7 +19,14 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("house")
 
 
-LONG = ("test_train_gpt.py", "test_optimizers.py", "test_checkpoint_kills.py", "test_told.py", "test_checkpoint_ends.py", "test_simulate.py")
+LONG = (
+    "test_train_gpt.py",
+    "test_optimizers.py",
+    "test_checkpoint_kills.py",
+    "test_told.py",
+    "test_checkpoint_ends.py",
+    "test_simulate.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

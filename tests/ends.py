@@ -3,6 +3,7 @@
 `python ends.py` reads a life as a line of JSON, {"place", "size", "script"}, runs the script in every rank to the very end of its interpreter, and leaves in
 `<place>/told.json` by rank the exit code, what was printed, and the seconds it took. A rank without RANK in its environment is a world of one.
 """
+
 from __future__ import annotations
 
 import json
@@ -22,7 +23,12 @@ class Ends:
     """The process that lives are forked from."""
 
     def __init__(self):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "GLOO_SOCKET_IFNAME": "lo"}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         env = {k: v for k, v in env.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=env)
 
@@ -81,7 +87,14 @@ def guardian(life):
         pid = os.fork()
         if pid == 0:
             if size > 1:
-                os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                os.environ.update(
+                    RANK=str(rank),
+                    WORLD_SIZE=str(size),
+                    LOCAL_RANK=str(rank),
+                    LOCAL_WORLD_SIZE=str(size),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                )
             for fd, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(place / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
             return life["script"]

@@ -1,4 +1,5 @@
 """Hosts to test a launcher on: namespaces of this machine with a name, a network, processes and a real sshd of their own. Needs root and Linux."""
+
 from __future__ import annotations
 
 import contextlib
@@ -58,7 +59,11 @@ class Host(NamedTuple):
 
     def processes(self) -> dict[int, str]:
         """Command lines of what runs here besides the first process and the listening sshd, by process id as seen from outside."""
-        return {pid: words for pid, words in _everything(self).items() if words and pid != self.init and "[listener]" not in words}
+        return {
+            pid: words
+            for pid, words in _everything(self).items()
+            if words and pid != self.init and "[listener]" not in words
+        }
 
     def kill(self) -> None:
         """The power goes: every process at once."""
@@ -74,7 +79,9 @@ def _everything(host: Host) -> dict[int, str]:
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{name}/ns/pid") == space:
-                    found[int(name)] = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found[int(name)] = (
+                        Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    )
     return found
 
 
@@ -82,10 +89,18 @@ def missing(*tools: str) -> str:
     """The tools that are not installed, or why there can be no namespaces; '' when all is well."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         return "namespaces need root on Linux"
-    absent = [tool for tool in ("ip", "unshare", "nsenter", "ssh", "sshd", "ssh-keygen", *tools) if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    absent = [
+        tool
+        for tool in ("ip", "unshare", "nsenter", "ssh", "sshd", "ssh-keygen", *tools)
+        if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    ]
     if absent:
         return f"not installed: {', '.join(absent)}"
-    tried = subprocess.run(["unshare", "--net", "--pid", "--uts", "--mount", "--fork", "--mount-proc", "true"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["unshare", "--net", "--pid", "--uts", "--mount", "--fork", "--mount-proc", "true"],
+        capture_output=True,
+        text=True,
+    )
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
@@ -95,10 +110,16 @@ def cluster(names: Sequence[str] = ("worker-0", "worker-1", "worker-2")) -> Iter
     folder = Path(tempfile.mkdtemp(prefix="funczero-hosts-"))
     for part in ("ssh", "tmp"):
         (folder / part).mkdir(mode=0o700)
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "ssh" / "id_ed25519")], check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "ssh" / "id_ed25519")], check=True
+    )
     key = (folder / "ssh" / "id_ed25519.pub").read_text().split()[:2]
-    (folder / "ssh" / "known_hosts").write_text("".join(f"{name},{NET}.{10 + i} {' '.join(key)}\n" for i, name in enumerate(names)))
-    (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{NET}.{10 + i} {name}\n" for i, name in enumerate(names)))
+    (folder / "ssh" / "known_hosts").write_text(
+        "".join(f"{name},{NET}.{10 + i} {' '.join(key)}\n" for i, name in enumerate(names))
+    )
+    (folder / "hosts").write_text(
+        "127.0.0.1 localhost\n" + "".join(f"{NET}.{10 + i} {name}\n" for i, name in enumerate(names))
+    )
     (folder / "sshd_config").write_text(SSHD.format(folder=folder, root=ROOT))
     hosts: dict[str, Host] = {}
     try:
@@ -128,10 +149,30 @@ def _start(name: str, folder: Path) -> Host:
 
 def _connect(hosts: list[Host]) -> None:
     """A bridge on the first host, a cable to each other one; nothing of it is outside the namespaces."""
-    first, bridge = hosts[0], f"set -e; ip link add br0 type bridge; ip addr add {NET}.10/24 dev br0; ip link set br0 up"
+    first, bridge = (
+        hosts[0],
+        f"set -e; ip link add br0 type bridge; ip addr add {NET}.10/24 dev br0; ip link set br0 up",
+    )
     _sh(first, bridge)
     for i, host in enumerate(hosts[1:], 1):
-        subprocess.run(["ip", "link", "add", f"to{i}", "netns", str(first.init), "type", "veth", "peer", "name", "eth0", "netns", str(host.init)], check=True)
+        subprocess.run(
+            [
+                "ip",
+                "link",
+                "add",
+                f"to{i}",
+                "netns",
+                str(first.init),
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                str(host.init),
+            ],
+            check=True,
+        )
         _sh(first, f"ip link set to{i} master br0 up")
         _sh(host, f"ip addr add {NET}.{10 + i}/24 dev eth0; ip link set eth0 up")
 
@@ -178,11 +219,19 @@ def slurm(hosts: dict[str, Host]) -> Iterator[dict[str, str]]:
 
     def daemon(host: Host, *words: str) -> None:
         log = (folder / f"{host.name}.{words[0]}").open("w")
-        daemons.append(subprocess.Popen(host.enter(words), env=os.environ | {"SLURM_CONF": str(folder / host.name)}, stdout=log, stderr=log))
+        daemons.append(
+            subprocess.Popen(
+                host.enter(words), env=os.environ | {"SLURM_CONF": str(folder / host.name)}, stdout=log, stderr=log
+            )
+        )
 
     def until(words: Sequence[str], want: str) -> None:
         deadline = time.monotonic() + 30
-        while want not in subprocess.run(words, env=os.environ | {"SLURM_CONF": str(folder / names[0])}, capture_output=True, text=True).stdout:
+        while (
+            want not in subprocess.run(
+                words, env=os.environ | {"SLURM_CONF": str(folder / names[0])}, capture_output=True, text=True
+            ).stdout
+        ):
             assert time.monotonic() < deadline, {log.name: log.read_text()[-500:] for log in folder.glob("*.*d")}
             time.sleep(0.2)
 
@@ -191,7 +240,9 @@ def slurm(hosts: dict[str, Host]) -> Iterator[dict[str, str]]:
             conf = SLURM.format(names=names, folder=folder, nodes=",".join(names))
             (folder / name).write_text(conf.replace(f"{folder}/%n.munge", f"{folder}/{name}.munge"))
             files = [f"--{kind}={folder}/{name}.{kind}" for kind in ("pid-file", "log-file", "seed-file")]
-            daemon(host, "munged", "-F", "--force", f"--key-file={folder}/key", f"--socket={folder}/{name}.munge", *files)
+            daemon(
+                host, "munged", "-F", "--force", f"--key-file={folder}/key", f"--socket={folder}/{name}.munge", *files
+            )
         for name in names:
             until(["ls", str(folder)], f"{name}.munge\n")
         daemon(hosts[names[0]], "slurmctld", "-D")

@@ -2,6 +2,7 @@
 
 `python hostile.py` reads {"place", "names"} as a line of JSON and tries each in turn in one process; a line of JSON for each: seconds, memory, and what was raised.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -66,11 +67,19 @@ def zarr(leaf="params.w", entry=None, tail=None, **change):
         path = checkpoint(folder)
         said = json.loads(store_of(path).read(f"{leaf}/zarr.json").result().value)
         said.update(change)
-        path = stored(path, **{f"{leaf}__zarr.json": json.dumps(said).encode()}, **({f"{leaf}__c__0__0": tail} if tail is not None else {}))
+        path = stored(
+            path,
+            **{f"{leaf}__zarr.json": json.dumps(said).encode()},
+            **({f"{leaf}__c__0__0": tail} if tail is not None else {}),
+        )
         if entry:
+
             def more(body):
                 body["arrays"][leaf.replace(".", "/")] |= entry
-                body["files"]["state/manifest.ocdbt"][0] = 1 << 60 if entry.get("shape") else body["files"]["state/manifest.ocdbt"][0]
+                body["files"]["state/manifest.ocdbt"][0] = (
+                    1 << 60 if entry.get("shape") else body["files"]["state/manifest.ocdbt"][0]
+                )
+
             resealed(path, more)
         return path
 
@@ -95,11 +104,27 @@ def text(template):
 
 
 def strangers(n):
-    return lambda body: body["arrays"].update({f"t{i}/x": {"shape": [], "dtype": "float32", "chunk": [], "tails": {"c": "00000000"}} for i in range(n)})
+    return lambda body: body["arrays"].update(
+        {f"t{i}/x": {"shape": [], "dtype": "float32", "chunk": [], "tails": {"c": "00000000"}} for i in range(n)}
+    )
 
 
-GZIP = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "gzip", "configuration": {"level": 9}}, {"name": "crc32c"}]
-SHARD = [{"name": "sharding_indexed", "configuration": {"chunk_shape": [24, 24], "codecs": GZIP[:2], "index_codecs": [GZIP[0], GZIP[2]], "index_location": "end"}}]
+GZIP = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "gzip", "configuration": {"level": 9}},
+    {"name": "crc32c"},
+]
+SHARD = [
+    {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": [24, 24],
+            "codecs": GZIP[:2],
+            "index_codecs": [GZIP[0], GZIP[2]],
+            "index_location": "end",
+        },
+    }
+]
 MANIFESTS = {
     "zarr: chunk of 4 GiB": zarr(chunk_grid=grid(BIG, BIG)),
     "zarr and manifest: chunk of 4 GiB": zarr(entry={"chunk": [BIG, BIG]}, chunk_grid=grid(BIG, BIG)),
@@ -135,7 +160,9 @@ MANIFESTS = {
     "manifest: chain a list": edit(lambda body: body["about"].update(chain=[1])),
     "manifest: specs a list": edit(lambda body: body["about"].update(specs=[1])),
     "manifest: not finite of numbers": edit(lambda body: body["about"].update({"not finite": [1]})),
-    "manifest: a name of 1 MB": edit(lambda body: body["arrays"].update({"params/" + "x" * 1_000_000: body["arrays"]["params/v"]})),
+    "manifest: a name of 1 MB": edit(
+        lambda body: body["arrays"].update({"params/" + "x" * 1_000_000: body["arrays"]["params/v"]})
+    ),
     "manifest: bytes no base64": edit(put(client={"$bytes": "%%%"})),
     "manifest: int no hexadecimal": edit(put(client={"$int": "zz"})),
     "manifest: array of bytes no such": edit(put(client={"$array": "params/none", "kind": "bytes"})),
@@ -176,7 +203,11 @@ def broken_store(folder, content):
 
 def stored_anew(path):
     """All files listed anew, whatever they hold."""
-    files = {f.relative_to(path).as_posix(): [f.stat().st_size if f.name != manifest.STAMPED else -1, manifest._crc(f)] for f in manifest._files(path) if f.name != manifest.LAST}
+    files = {
+        f.relative_to(path).as_posix(): [f.stat().st_size if f.name != manifest.STAMPED else -1, manifest._crc(f)]
+        for f in manifest._files(path)
+        if f.name != manifest.LAST
+    }
     return resealed(path, lambda body: body.update(files=files))
 
 
@@ -191,8 +222,14 @@ def orbax_tree(change=lambda root: None, **arrays_):
         (folder / "_METADATA").write_text(json.dumps({"use_zarr3": True, "store_array_data_equal_to_fill_value": True, "tree_metadata": {
             f"('params', '{n}')": {"key_metadata": [{"key": "params", "key_type": 2}, {"key": n, "key_type": 2}]} for n in ("a", "b")}}))  # fmt: skip
         for n, shape in {"a": (6, 4), "b": (3,)}.items():
-            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/params.{n}/"}, "metadata": {"shape": shape, "data_type": "float32", "chunk_grid": grid(*[3] * len(shape))}}
-            ts.open(spec | {"store_data_equal_to_fill_value": True}, create=True).result().write(np.ones(shape, np.float32)).result()
+            spec = {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": f"{folder}/params.{n}/"},
+                "metadata": {"shape": shape, "data_type": "float32", "chunk_grid": grid(*[3] * len(shape))},
+            }
+            ts.open(spec | {"store_data_equal_to_fill_value": True}, create=True).result().write(
+                np.ones(shape, np.float32)
+            ).result()
         change(folder)
         return folder
 
@@ -208,7 +245,9 @@ def in_zarr(**change):
 
 
 def meta(content):
-    return lambda root: (root / "_METADATA").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return lambda root: (root / "_METADATA").write_bytes(
+        content if isinstance(content, bytes) else json.dumps(content).encode()
+    )
 
 
 TREES = {
@@ -222,9 +261,13 @@ TREES = {
     "tree: _METADATA deep": orbax_tree(meta(b"[" * 100_000)),
     "tree: _METADATA a list": orbax_tree(meta([1])),
     "tree: _METADATA of numbers": orbax_tree(meta({"tree_metadata": {"a": 3}})),
-    "tree: _METADATA leads outside": orbax_tree(meta({"use_zarr3": True, "tree_metadata": {"a": {"key_metadata": [{"key": "../outside"}]}}})),
+    "tree: _METADATA leads outside": orbax_tree(
+        meta({"use_zarr3": True, "tree_metadata": {"a": {"key_metadata": [{"key": "../outside"}]}}})
+    ),
     "tree: _METADATA a hole of 1 TiB": orbax_tree(lambda root: os.truncate(root / "_METADATA", 1 << 40)),
-    "tree: _METADATA a device": orbax_tree(lambda root: ((root / "_METADATA").unlink(), os.symlink("/dev/zero", root / "_METADATA"))),
+    "tree: _METADATA a device": orbax_tree(
+        lambda root: ((root / "_METADATA").unlink(), os.symlink("/dev/zero", root / "_METADATA"))
+    ),
 }
 
 
@@ -243,7 +286,9 @@ def tensors_file(header, values=b"", name="x.safetensors", length=None):
 def index(content):
     def make(folder):
         folder.mkdir(parents=True)
-        (folder / "m.safetensors.index.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        (folder / "m.safetensors.index.json").write_bytes(
+            content if isinstance(content, bytes) else json.dumps(content).encode()
+        )
         return folder / "m.safetensors.index.json"
 
     return make
@@ -263,14 +308,20 @@ TENSORS = {
     "safetensors: header of 2^62 bytes": tensors_file({"a": ONE}, bytes(4), length=1 << 62),
     "safetensors: header longer than the file": tensors_file({"a": ONE}, bytes(4), length=10_000),
     "safetensors: shape of 4 GiB": tensors_file({"a": ONE | {"shape": [BIG, BIG]}}, bytes(4)),
-    "safetensors: offsets outside": tensors_file({"a": ONE | {"data_offsets": [0, 1 << 40], "shape": [1 << 38]}}, bytes(4)),
+    "safetensors: offsets outside": tensors_file(
+        {"a": ONE | {"data_offsets": [0, 1 << 40], "shape": [1 << 38]}}, bytes(4)
+    ),
     "safetensors: offsets negative": tensors_file({"a": ONE | {"data_offsets": [-4, 0]}}, bytes(4)),
     "safetensors: offsets overlap": tensors_file({"a": ONE, "b": ONE}, bytes(4)),
     "safetensors: dtype no such": tensors_file({"a": ONE | {"dtype": "F1024"}}, bytes(4)),
     "safetensors: deep": tensors_file(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", bytes(4)),
     "safetensors: a list": tensors_file([1]),
     "safetensors: no JSON": tensors_file(b"\xff\xfe"),
-    "safetensors: empty": lambda folder: (folder.mkdir(parents=True), (folder / "x.safetensors").write_bytes(b""), folder / "x.safetensors")[-1],
+    "safetensors: empty": lambda folder: (
+        folder.mkdir(parents=True),
+        (folder / "x.safetensors").write_bytes(b""),
+        folder / "x.safetensors",
+    )[-1],
     "safetensors: shape overflows": tensors_file({"a": ONE | {"shape": [1 << 33, 1 << 33, 4]}}, bytes(4)),
     "safetensors: a pipe": special(os.mkfifo),
     "safetensors: a device": special(lambda p: os.symlink("/dev/zero", p)),
@@ -294,7 +345,10 @@ def tried(name, path, place):
     step, params = step_of()
     out = place / "out"
     if name in MANIFESTS:
-        uses = {"restore": lambda: Checkpointer(path.parent).restore("1", like=(step, params)), "export": lambda: export.export(path, out / "x.safetensors", overwrite=True)}
+        uses = {
+            "restore": lambda: Checkpointer(path.parent).restore("1", like=(step, params)),
+            "export": lambda: export.export(path, out / "x.safetensors", overwrite=True),
+        }
     else:
         uses = {"import": lambda: export.import_weights(path, out / "run", name.replace("/", "-"))}
     said = {}
@@ -304,11 +358,19 @@ def tried(name, path, place):
             call()
             said[use] = {"kind": ""}
         except BaseException as e:
-            said[use] = {"kind": "CheckpointError" if isinstance(e, CheckpointError) else type(e).__name__, "text": str(e)}
+            said[use] = {
+                "kind": "CheckpointError" if isinstance(e, CheckpointError) else type(e).__name__,
+                "text": str(e),
+            }
         said[use] |= {"seconds": time.perf_counter() - start, "bytes": memory(peak=True) - before}
     if name in MANIFESTS:
         problems = tools.verify(path)
-        said["verify"] = {"kind": "CheckpointError" if problems else "", "text": problems[0] if problems else "", "seconds": 0, "bytes": 0}
+        said["verify"] = {
+            "kind": "CheckpointError" if problems else "",
+            "text": problems[0] if problems else "",
+            "seconds": 0,
+            "bytes": 0,
+        }
     return said
 
 

@@ -2,6 +2,7 @@
 
 `python kills.py` reads a life as a line of JSON and leaves what its ranks told in `<life>/told.json`. Kills come from patched functions of the save, or from a clock.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,7 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 CHAIN = "3 [grad acc"
-QUICK = (0.2, 2.0)  # seconds between beats, and until a rank is taken for dead, where the product's own (1, 8) would take too long
+QUICK = (
+    0.2,
+    2.0,
+)  # seconds between beats, and until a rank is taken for dead, where the product's own (1, 8) would take too long
 HERE = Path(__file__).parent
 
 
@@ -25,7 +29,9 @@ class Nursery:
 
     def __init__(self):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+        )
 
     def start(self, place, **life):
         """A world's life in a folder of its own; `told` waits for it."""
@@ -87,7 +93,9 @@ def guardian(life):
             os._exit(one(rank, life, store))
         ranks.append(pid)
     if "clock" in life:
-        while not all((place / f"rank{r}").exists() and life["after"] in (place / f"rank{r}").read_text() for r in range(2)):
+        while not all(
+            (place / f"rank{r}").exists() and life["after"] in (place / f"rank{r}").read_text() for r in range(2)
+        ):
             time.sleep(0.002)
         time.sleep(life["clock"])
         for rank in life["victims"]:
@@ -103,8 +111,20 @@ def guardian(life):
                 ended[r], gone[r] = os.waitstatus_to_exitcode(done[1]), time.time()
         time.sleep(0.005)
     lines = [(place / f"rank{r}").read_text().splitlines() if (place / f"rank{r}").exists() else [] for r in range(2)]
-    said = [(place / f"stderr{r}").read_text(errors="replace")[-8000:] if (place / f"stderr{r}").exists() else "" for r in range(2)]
-    told = [{"events": [json.loads(x) for x in lines[r]], "ended": ended[r], "gone": gone[r], "struck": struck, "stderr": said[r]} for r in range(2)]
+    said = [
+        (place / f"stderr{r}").read_text(errors="replace")[-8000:] if (place / f"stderr{r}").exists() else ""
+        for r in range(2)
+    ]
+    told = [
+        {
+            "events": [json.loads(x) for x in lines[r]],
+            "ended": ended[r],
+            "gone": gone[r],
+            "struck": struck,
+            "stderr": said[r],
+        }
+        for r in range(2)
+    ]
     (place / "told.new").write_text(json.dumps(told))
     (place / "told.new").rename(place / "told.json")
     return 0
@@ -119,11 +139,15 @@ def one(rank, life, store):
     from funczero.checkpoint import lines
 
     place = Path(life["place"])
-    os.dup2(os.open(place / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)  # gloo's, ours, and where a rank hung
+    os.dup2(
+        os.open(place / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2
+    )  # gloo's, ours, and where a rank hung
     faulthandler.dump_traceback_later(50, exit=True)
     file = (place / f"rank{rank}").open("a", buffering=1)
     say = lambda what, **more: file.write(json.dumps({"what": what, "at": time.time(), **more}) + "\n")
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo"
+    )
     if life.get("quick", True):
         lines.BEAT, lines.DEAD = QUICK
     try:

@@ -1,4 +1,5 @@
 """What tests launch: it shows what it was given, and ends as it is told. Standard library alone, so that it starts at once."""
+
 import json
 import os
 import signal
@@ -6,12 +7,24 @@ import subprocess
 import sys
 import time
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RESTART_COUNT")
+NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "CUDA_VISIBLE_DEVICES",
+    "TORCHELASTIC_RESTART_COUNT",
+)
 
 
 def show() -> None:
     """One line: the arguments, the folder, what the launcher wrote, and what the environment was to carry."""
-    env = {name: os.environ.get(name) for name in NAMES} | {name: value for name, value in os.environ.items() if name.startswith("FUNCZERO_")}
+    env = {name: os.environ.get(name) for name in NAMES} | {
+        name: value for name, value in os.environ.items() if name.startswith("FUNCZERO_")
+    }
     print(json.dumps({"argv": sys.argv[1:], "cwd": os.getcwd(), "env": env, "host": os.uname().nodename}), flush=True)
 
 

@@ -1,4 +1,5 @@
 """Structures and coordinates for tests of the layout."""
+
 from __future__ import annotations
 
 from math import prod

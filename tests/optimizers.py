@@ -1,4 +1,5 @@
 """The table of optimizers: each with torch's own class of the same formula, and runs of the zoo by both."""
+
 from __future__ import annotations
 
 import re
@@ -19,7 +20,9 @@ def masters(tx, stage=3, dtype=F32, updates=4, policy=None, frozen=None, units=(
     """Whole masters after some updates of the zoo, and its metrics."""
     still = () if frozen is None else (fz.freeze(frozen),)
     parts = fz.zero(zoo.source(units=units), *still, tx, stage=stage, accumulate=zoo.MICROS // world_size())
-    got, log, state, _ = zoo.train(parts, MESH, dtype=dtype, updates=updates, policy=policy or str(dtype).removeprefix("torch."), **kw)
+    got, log, state, _ = zoo.train(
+        parts, MESH, dtype=dtype, updates=updates, policy=policy or str(dtype).removeprefix("torch."), **kw
+    )
     return dict(tree.paths(got)), log, state
 
 
@@ -77,7 +80,9 @@ def by_leaf(rate, params, count):
     names = {}
     for n, x in tree.paths(params):
         names.setdefault(id(x), []).append(n)
-    return tree.map(lambda p: now(next(r for regex, r in rate if any(re.search(regex, n) for n in names[id(p)]))), params)
+    return tree.map(
+        lambda p: now(next(r for regex, r in rate if any(re.search(regex, n) for n in names[id(p)]))), params
+    )
 
 
 def plain(moments, formula, **rates):
@@ -91,7 +96,9 @@ def plain(moments, formula, **rates):
         flat, treedef = tree.flatten(params)
         rows = zip(flat, *(tree.leaves(t) for t in (grads, *state.moments, *trees.values())), strict=True)
         n = int(state.count) + 1
-        out = [formula(p, g, *rest[:moments], n, **dict(zip(trees, rest[moments:], strict=True))) for p, g, *rest in rows]
+        out = [
+            formula(p, g, *rest[:moments], n, **dict(zip(trees, rest[moments:], strict=True))) for p, g, *rest in rows
+        ]
         updates, *new = (tree.unflatten(list(column), treedef) for column in zip(*out, strict=True))
         return updates, Plain(state.count + 1, new)
 
@@ -117,7 +124,12 @@ def plain_sgd(lr, momentum=0.0, nesterov=False, weight_decay=0.0):
 
 
 def plain_lion(lr, b1=0.9, b2=0.99, weight_decay=0.0):
-    return plain(1, lambda p, g, m, n, lr, d: (-lr * ((b1 * m + (1 - b1) * g).sign() + d * p), b2 * m + (1 - b2) * g), lr=lr, d=weight_decay)
+    return plain(
+        1,
+        lambda p, g, m, n, lr, d: (-lr * ((b1 * m + (1 - b1) * g).sign() + d * p), b2 * m + (1 - b2) * g),
+        lr=lr,
+        d=weight_decay,
+    )
 
 
 def plain_adagrad(lr=1e-2, eps=1e-10, weight_decay=0.0):
@@ -150,20 +162,40 @@ ORACLES = {
 }  # fmt: skip
 
 PAIRS = {
-    "adamw": (fz.adamw(1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 1e-2, (0.8, 0.95), 1e-6, 0.1)),
+    "adamw": (
+        fz.adamw(1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, 1e-2, (0.8, 0.95), 1e-6, 0.1),
+    ),
     "adamw, no decay": (fz.adamw(1e-2, weight_decay=0.0), lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.0)),
     "sgd": (fz.sgd(0.5), lambda p: torch.optim.SGD(p, 0.5)),
     "momentum": (fz.sgd(0.5, momentum=0.9), lambda p: torch.optim.SGD(p, 0.5, momentum=0.9)),
-    "adam": (fz.adam(1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1), lambda p: torch.optim.Adam(p, 1e-2, (0.8, 0.95), 1e-6, 0.1)),
+    "adam": (
+        fz.adam(1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1),
+        lambda p: torch.optim.Adam(p, 1e-2, (0.8, 0.95), 1e-6, 0.1),
+    ),
     "adagrad": (fz.adagrad(1e-2, weight_decay=0.1), lambda p: torch.optim.Adagrad(p, 1e-2, weight_decay=0.1)),
     "lion": (fz.lion(1e-2, 0.8, 0.95, weight_decay=0.1), lambda p: Lion(p, 1e-2, (0.8, 0.95), 0.1)),
-    "nesterov, decay": (fz.sgd(0.5, 0.9, nesterov=True, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.5, 0.9, nesterov=True, weight_decay=0.1)),
+    "nesterov, decay": (
+        fz.sgd(0.5, 0.9, nesterov=True, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, 0.5, 0.9, nesterov=True, weight_decay=0.1),
+    ),
 }
 
 
-OWN = {"RMSprop": dict(momentum=0.9, centered=True), "Rprop": {}, "NAdam": dict(decoupled_weight_decay=True), "Adadelta": {}, "ASGD": dict(t0=2.0), "RAdam": {}, "Adamax": {}}
+OWN = {
+    "RMSprop": dict(momentum=0.9, centered=True),
+    "Rprop": {},
+    "NAdam": dict(decoupled_weight_decay=True),
+    "Adadelta": {},
+    "ASGD": dict(t0=2.0),
+    "RAdam": {},
+    "Adamax": {},
+}
 PAIRS |= {
-    f"torch {n}": (fz.from_torch(n, 1e-2, **own, **decay), lambda p, n=n, own=own, decay=decay: getattr(torch.optim, n)(p, lr=1e-2, foreach=False, **own, **decay))
+    f"torch {n}": (
+        fz.from_torch(n, 1e-2, **own, **decay),
+        lambda p, n=n, own=own, decay=decay: getattr(torch.optim, n)(p, lr=1e-2, foreach=False, **own, **decay),
+    )
     for n, own in OWN.items()
     for decay in [{} if n == "Rprop" else {"weight_decay": 0.1}]
 }
@@ -171,5 +203,9 @@ PAIRS |= {
 SPLIT = "embed|/w$|norm"
 PAIRS["a partition"] = (
     fz.partition([(SPLIT, fz.adamw(1e-2, eps=1e-6, weight_decay=0.1)), ("", fz.sgd(0.5, 0.9))]),
-    lambda p: Both(p, lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-6, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.5, momentum=0.9)),
+    lambda p: Both(
+        p,
+        lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-6, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, 0.5, momentum=0.9),
+    ),
 )

@@ -1,4 +1,5 @@
 """Sums over time: windows, short ones too, held in as few partial sums as there are bits in their number."""
+
 from __future__ import annotations
 
 import pytest
@@ -22,7 +23,9 @@ def rows(n, w=1.0):
 
 def make(k, stream=True, *left, tx=None, policy=None):
     g = fz.value_and_grad(linear, batch=P("data"))
-    return fz.train_step(fz.shard("data", g, fz.accumulate(k, stream=stream), *left, tx or fz.sgd(1.0)), mesh=MESH, policy=policy)
+    return fz.train_step(
+        fz.shard("data", g, fz.accumulate(k, stream=stream), *left, tx or fz.sgd(1.0)), mesh=MESH, policy=policy
+    )
 
 
 def run(step, *batches):
@@ -85,7 +88,11 @@ def test_a_loop_and_a_stream_are_the_same_bits(k):
         both = []
         for stream in (False, True):
             acc = fz.accumulate(k, stream=stream)
-            parts = {1: (zoo.source(), acc, fz.shard("data", *zoo.tx())), 2: (zoo.source(), fz.shard("data", acc, *zoo.tx())), 3: (fz.shard("data", zoo.source(), acc, *zoo.tx()),)}
+            parts = {
+                1: (zoo.source(), acc, fz.shard("data", *zoo.tx())),
+                2: (zoo.source(), fz.shard("data", acc, *zoo.tx())),
+                3: (fz.shard("data", zoo.source(), acc, *zoo.tx()),),
+            }
             both.append(zoo.bits(zoo.train(parts[stage], MESH, k if stream else 0, updates=2, micros=k)))
         assert both[0] == both[1]
 
@@ -93,7 +100,17 @@ def test_a_loop_and_a_stream_are_the_same_bits(k):
 def test_loops_in_loops_are_one_loop():
     """Bitwise: the digits of the index follow."""
     nested = [(8,), (2, 4), (4, 2), (2, 2, 2), (1, 8)]
-    assert len({zoo.bits(zoo.train((fz.shard("data", zoo.source(), *map(fz.accumulate, ks), *zoo.tx()),), MESH, updates=2)) for ks in nested}) == 1
+    assert (
+        len(
+            {
+                zoo.bits(
+                    zoo.train((fz.shard("data", zoo.source(), *map(fz.accumulate, ks), *zoo.tx()),), MESH, updates=2)
+                )
+                for ks in nested
+            }
+        )
+        == 1
+    )
 
 
 def test_a_window_in_the_middle_is_a_state_like_any_other():
@@ -102,7 +119,11 @@ def test_a_window_in_the_middle_is_a_state_like_any_other():
     half, _ = step(step.init({"w": torch.zeros(())}), one)
     short, _ = step(half, None)
     full, _ = step(step(half, rows(2) | {"x": torch.tensor([5.0, 5.0])})[0], None)
-    assert step.params(short)["w"] == -1.0 and step.params(full)["w"] == -11 / 3 and int(half.chain["accumulate"].count) == 1
+    assert (
+        step.params(short)["w"] == -1.0
+        and step.params(full)["w"] == -11 / 3
+        and int(half.chain["accumulate"].count) == 1
+    )
     assert "chain/accumulate/partial/0/grads/buffers/0" in dict(tree.paths(half._asdict()))
 
 

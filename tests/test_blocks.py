@@ -1,4 +1,5 @@
 """Blocks of a module at the seam, where nothing is sharded."""
+
 from __future__ import annotations
 
 import pytest
@@ -13,7 +14,9 @@ def linear(own, args, kwargs):
 
 
 def again(seen):
-    return Again("engine", "gradient checkpointing", "leave it out", lambda path, out, own: seen.append((path, len(own))))
+    return Again(
+        "engine", "gradient checkpointing", "leave it out", lambda path, out, own: seen.append((path, len(own)))
+    )
 
 
 def test_a_block_is_its_forward_and_may_run_again():
@@ -33,7 +36,10 @@ def test_a_block_that_changes_its_input_does_not_run_again():
         return args[0] @ own["w"]
 
     blocks, x = Blocks(["h.0"], [()]), torch.ones(2, 3)
-    why = r"engine: unit 'h.0' runs again in the backward \(gradient checkpointing\), but changes an input in place; write x = x \+ y, or leave it out"
+    why = (
+        r"engine: unit 'h.0' runs again in the backward \(gradient checkpointing\), but changes an input in place;"
+        r" write x = x \+ y, or leave it out"
+    )
     with pytest.raises(RuntimeError, match=why):
         blocks.run(0, {"w": torch.ones(3, 3, requires_grad=True)}, writes, (x,), {}, again([]))
     with torch.no_grad():  # nothing runs again

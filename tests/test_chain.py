@@ -1,4 +1,5 @@
 """Composition: parts in parts, names of state, the mean, optimizers that rewrite and the one that applies."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -40,13 +41,28 @@ def test_parts_may_stand_in_tuples_lists_and_names():
     tail = fz.chain(fz.clip_by_global_norm(1.0), fz.sgd(1.0))
     assert type(tail) is tuple and fz.chain([tail[0], [tail]], (), tail) == (tail[0], *tail, *tail)
     flat = one(source(), fz.all_reduce("data"), *tail)[0]
-    assert one((source(), (fz.all_reduce("data"), [tail])))[0] == one([source()], fz.chain(fz.shard("data", tail)))[0] == flat
+    assert (
+        one((source(), (fz.all_reduce("data"), [tail])))[0]
+        == one([source()], fz.chain(fz.shard("data", tail)))[0]
+        == flat
+    )
 
 
 def test_the_mean_is_inserted_once_by_the_first_nonlinear_transform():
-    step = fz.train_step(source(), fz.accumulate(2), fz.all_reduce("data"), fz.clip_by_global_norm(1.0), fz.sgd(1.0), mesh=MESH)
-    assert step.grad.names == ("value_and_grad(batch=P('data'))", "accumulate(2)", "all_reduce('data')", "mean", "clip_by_global_norm(1)", "sgd")
-    by_hand = fz.train_step(source(), fz.accumulate(2), fz.all_reduce("data"), fz.mean, fz.clip_by_global_norm(1.0), fz.sgd(1.0), mesh=MESH)
+    step = fz.train_step(
+        source(), fz.accumulate(2), fz.all_reduce("data"), fz.clip_by_global_norm(1.0), fz.sgd(1.0), mesh=MESH
+    )
+    assert step.grad.names == (
+        "value_and_grad(batch=P('data'))",
+        "accumulate(2)",
+        "all_reduce('data')",
+        "mean",
+        "clip_by_global_norm(1)",
+        "sgd",
+    )
+    by_hand = fz.train_step(
+        source(), fz.accumulate(2), fz.all_reduce("data"), fz.mean, fz.clip_by_global_norm(1.0), fz.sgd(1.0), mesh=MESH
+    )
     assert by_hand.grad.names == step.grad.names and [a.mean for a in step.grad.arrows] == [False] * 3 + [True] * 3
     with pytest.raises(fz.ChainError, match="^mean: "):
         fz.train_step(source(), fz.all_reduce("data"), fz.clip_by_global_norm(1.0), fz.mean, fz.sgd(1.0), mesh=MESH)
@@ -59,15 +75,26 @@ def test_the_mean_divides_by_the_weight():
 
 @pytest.mark.parametrize("weight", [1e-300, 1e-30, 3.0, 1e30])
 def test_the_factor_survives_odd_weights(weight):
-    g = fz.value_and_grad(lambda p, b: ((p["w"] * b["x"]).sum() * weight, torch.tensor(weight, dtype=torch.float64)), batch=P("data"))
-    w, m, _ = one(g, fz.all_reduce("data"), fz.sgd(1.0), batch={"x": torch.ones(1, 2, dtype=torch.float64)}, policy="float64")
+    g = fz.value_and_grad(
+        lambda p, b: ((p["w"] * b["x"]).sum() * weight, torch.tensor(weight, dtype=torch.float64)), batch=P("data")
+    )
+    w, m, _ = one(
+        g, fz.all_reduce("data"), fz.sgd(1.0), batch={"x": torch.ones(1, 2, dtype=torch.float64)}, policy="float64"
+    )
     assert w == pytest.approx([-1.0, -1.0]) and m.weight.item() == weight
 
 
 def test_a_weight_of_zero_applies_nothing():
     g = fz.value_and_grad(lambda p, b: ((p["w"] * b["x"]).sum(), torch.zeros(())), batch=P("data"))
     w, m, state = one(g, fz.all_reduce("data"), fz.sgd(1.0))
-    assert (w, m.ok.item(), m.empty.item(), m.loss.item(), int(state.updates), int(state.step)) == ([0.0, 0.0], False, True, 0.0, 0, 1)
+    assert (w, m.ok.item(), m.empty.item(), m.loss.item(), int(state.updates), int(state.step)) == (
+        [0.0, 0.0],
+        False,
+        True,
+        0.0,
+        0,
+        1,
+    )
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------
@@ -98,7 +125,9 @@ def test_a_skip_moves_neither_optimizer():
     start = fz.train_step(*fz.zero(source(), fz.lift(Trace(0.5)), fz.sgd(0.1), stage=1), mesh=MESH)
     state, _ = start(start.init({"w": torch.zeros(2)}), X)
     new, m = start(state, {"x": torch.full((2, 2), torch.nan)})
-    assert not m.ok and zoo.tree_hash([new.params, new.chain, new.updates]) == zoo.tree_hash([state.params, state.chain, state.updates])
+    assert not m.ok and zoo.tree_hash([new.params, new.chain, new.updates]) == zoo.tree_hash(
+        [state.params, state.chain, state.updates]
+    )
 
 
 def test_an_undeclared_pair_is_welcome_where_nothing_is_cut():
@@ -116,7 +145,14 @@ def test_an_undeclared_pair_is_welcome_where_nothing_is_cut():
 
 def test_state_is_flat_and_named_by_kind():
     """A second one of a kind has a number; brackets and places leave no trace, so names are alike at every stage."""
-    tail = (fz.scale_loss(weight=2), fz.lift(Trace(0.5)), fz.lift(Trace(0.9)), fz.adamw(1.0), fz.sgd(1.0, momentum=0.5), fz.sgd(1.0))
+    tail = (
+        fz.scale_loss(weight=2),
+        fz.lift(Trace(0.5)),
+        fz.lift(Trace(0.9)),
+        fz.adamw(1.0),
+        fz.sgd(1.0, momentum=0.5),
+        fz.sgd(1.0),
+    )
     names = [[*one(*fz.zero(source(), *tail, stage=s))[2].chain] for s in range(4)]
     assert names == [["scale_loss", "trace", "trace#2", "adamw", "sgd", "sgd#2"]] * 4
     _, m, state = one(fz.shard("data", source(), fz.accumulate(2, stream=False), fz.sgd(1.0)))
@@ -124,7 +160,15 @@ def test_state_is_flat_and_named_by_kind():
 
 
 def test_paths_of_a_state_carry_no_bracket():
-    paths = {s: [n for n, _ in tree.paths(zoo.train(fz.zero(zoo.source(), *zoo.tx(scale=True), stage=s), MESH, updates=1)[2].chain)] for s in (0, 3)}
+    paths = {
+        s: [
+            n
+            for n, _ in tree.paths(
+                zoo.train(fz.zero(zoo.source(), *zoo.tx(scale=True), stage=s), MESH, updates=1)[2].chain
+            )
+        ]
+        for s in (0, 3)
+    }
     assert paths[0] == paths[3] and {"scale_loss/scale", "adamw/count", "adamw/mu/buffers/0"} <= set(paths[0])
 
 
@@ -138,7 +182,9 @@ def test_a_function_from_grad_to_grad_is_a_transform():
     """Doubles sums left of the mean: after() keeps names and layouts, and passes None through."""
 
     def double(g):
-        return after(g, "double", g.layout, lambda out, state: (out._replace(grads=out.grads.map(lambda b: 2 * b)), state))
+        return after(
+            g, "double", g.layout, lambda out, state: (out._replace(grads=out.grads.map(lambda b: 2 * b)), state)
+        )
 
     assert one(source(), double, fz.all_reduce("data"), fz.sgd(1.0))[0] == [-4.0, 2.0]
     step = fz.train_step(fz.shard("data", source(), fz.accumulate(2, stream=True), double, fz.sgd(1.0)), mesh=MESH)
@@ -150,7 +196,9 @@ def test_a_function_from_grad_to_grad_is_a_transform():
 def test_pointwise_reads_the_mean_and_forgets_its_norm():
     sign = pointwise("sign", lambda x, factor: torch.sign(x * factor))
     w, m, _ = one(source(), fz.all_reduce("data"), sign, fz.clip_by_global_norm(1.0), fz.sgd(1.0))
-    assert w == pytest.approx([-(0.5**0.5), 0.5**0.5]) and m.grad_norm.item() == pytest.approx(5**0.5)  # of the gradient, before all else
+    assert w == pytest.approx([-(0.5**0.5), 0.5**0.5]) and m.grad_norm.item() == pytest.approx(
+        5**0.5
+    )  # of the gradient, before all else
     with pytest.raises(fz.ChainError, match="^sign: the gradient is still a partial sum"):
         fz.train_step(source(), sign, fz.sgd(1.0), mesh={"data": 2})
 
@@ -167,7 +215,12 @@ def test_a_formula_owns_what_it_is_given():
             p.sub_(g * factor)
 
     lr = torch.tensor(7.0, dtype=torch.float64)
-    formula = Formula(lambda own, params, ok, donate: Reading([Group({})], None, lr), lambda own: [], lambda own, rates, factor, ok: (own, [factor]), leaf)
+    formula = Formula(
+        lambda own, params, ok, donate: Reading([Group({})], None, lr),
+        lambda own: [],
+        lambda own, rates, factor, ok: (own, [factor]),
+        leaf,
+    )
     tx = GradientTransformation(lambda p: Mine(), lambda u, s, p: (u, s), formula, "mine", elementwise=True)
     w, m, _ = one(source(), fz.shard("data", tx))
     assert w == [-2.0, 1.0] and m.lr == 7

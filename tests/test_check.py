@@ -1,4 +1,5 @@
 """Ranks that go apart are told so, all of them, within seconds; ranks that do not are left alone. Every case is a script, run as real processes."""
+
 from __future__ import annotations
 
 import os
@@ -16,7 +17,9 @@ import funczero as fz
 from funczero import P
 from funczero.world.ledger import UPDATE, Context, Entry
 
-SAID = re.compile(r"(?:\[rank\d+\]: )?funczero(?:\.world\.ledger\.DivergenceError)?: (.*)")  # by the thread, or as the exception of the main one
+SAID = re.compile(
+    r"(?:\[rank\d+\]: )?funczero(?:\.world\.ledger\.DivergenceError)?: (.*)"
+)  # by the thread, or as the exception of the main one
 LIMIT = 10.0  # seconds from going apart to the end of every process
 
 PRELUDE = '''
@@ -65,9 +68,18 @@ def start(folder, text, size=2):
         port = s.getsockname()[1]
     script = folder / "script.py"
     script.write_text(PRELUDE + text)
-    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    world = {
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     envs = [{**os.environ, **world, "RANK": str(r)} for r in range(size)]
-    ranks = [subprocess.Popen([sys.executable, script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for env in envs]
+    ranks = [
+        subprocess.Popen([sys.executable, script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for env in envs
+    ]
     ended: dict[int, float] = {}
     until = time.monotonic() + 90
     while len(ended) < size and time.monotonic() < until:
@@ -86,7 +98,10 @@ def told(ends):
     went = max(float(e.out.split("apart ")[1].split()[0]) for e in ends if "apart " in e.out)
     assert [e.code for e in ends] == [1] * len(ends), ends
     assert all(e.when - went < LIMIT for e in ends), [e.when - went for e in ends]
-    lines = [[m.group(1).split(" (this rank is at ")[0] for line in e.err.splitlines() if (m := SAID.match(line))] for e in ends]
+    lines = [
+        [m.group(1).split(" (this rank is at ")[0] for line in e.err.splitlines() if (m := SAID.match(line))]
+        for e in ends
+    ]
     assert all(line == lines[0] and len(line) == 1 for line in lines), (lines, ends)
     assert all("terminate called" not in e.err for e in ends), ends
     return lines[0][0]
@@ -103,10 +118,18 @@ for t in range(6):
     state, m = step(state, step.local_rows(rows))
 """, size=3)  # fmt: skip
     message = told(ends)
-    assert re.match(r"rank 1 launched all_reduce over 'data' of \d+ bytes of int64 in step.eval with 8 rows at step 3, ", message), message
-    assert re.search(r", while ranks 0, 2 launched reduce_scatter over 'data' of \d+ bytes of float32 in step\(state, batch\) with 8 rows at step 3; ", message), message
+    assert re.match(
+        r"rank 1 launched all_reduce over 'data' of \d+ bytes of int64 in step.eval with 8 rows at step 3, ", message
+    ), message
+    assert re.search(
+        r", while ranks 0, 2 launched reduce_scatter over 'data' of \d+ bytes of float32 in step\(state, batch\) with 8"
+        r" rows at step 3; ",
+        message,
+    ), message
     assert message.endswith("; every rank must make the same calls: step.eval on all ranks or on none"), message
-    assert all(re.search(r" \(this rank is at .*script.py:\d+\)\n$", e.err) for e in ends if "Error" not in e.err)  # unless gloo broke the wait first
+    assert all(
+        re.search(r" \(this rank is at .*script.py:\d+\)\n$", e.err) for e in ends if "Error" not in e.err
+    )  # unless gloo broke the wait first
 
 
 def test_one_batch_fewer_on_one_rank(tmp_path):
@@ -117,8 +140,14 @@ for t in range(3 + (RANK == 0)):
     state, m = step(state, step.local_rows(rows))
 apart()
 """))  # fmt: skip
-    assert re.match(r"rank 1 left after step 2, while rank 0 launched all_gather over 'data' of \d+ bytes of float32 in step\(state, batch\) with 12 rows at step 3; ", message), message
-    assert message.endswith("every rank must make as many calls of step(state, batch): give every rank as many batches"), message
+    assert re.match(
+        r"rank 1 left after step 2, while rank 0 launched all_gather over 'data' of \d+ bytes of float32 in"
+        r" step\(state, batch\) with 12 rows at step 3; ",
+        message,
+    ), message
+    assert message.endswith(
+        "every rank must make as many calls of step(state, batch): give every rank as many batches"
+    ), message
 
 
 def test_an_error_in_the_loss_of_one_rank(tmp_path):
@@ -132,7 +161,10 @@ for t in range(6):
     state, m = step(state, step.local_rows(rows))
 """)  # fmt: skip
     message = told(ends)
-    assert message.startswith("rank 1 left with ValueError: bad sample 17 in step(state, batch) at step 3, while rank 0 launched reduce_scatter over 'data' of "), message
+    assert message.startswith(
+        "rank 1 left with ValueError: bad sample 17 in step(state, batch) at step 3, while rank 0 launched"
+        " reduce_scatter over 'data' of "
+    ), message
     assert message.endswith(" at step 3; an error on one rank ends all"), message
     assert "Traceback" in ends[1].err and "ValueError: bad sample 17\n" in ends[1].err  # its own, by itself
 
@@ -151,7 +183,10 @@ for t in range(6):
     except ValueError:
         time.sleep(60)
 """))  # fmt: skip
-    assert message.startswith("rank 1 raised ValueError: bad sample 17 in step(state, batch) at step 3, while rank 0 launched reduce_scatter over 'data' of "), message
+    assert message.startswith(
+        "rank 1 raised ValueError: bad sample 17 in step(state, batch) at step 3, while rank 0 launched reduce_scatter"
+        " over 'data' of "
+    ), message
 
 
 @pytest.mark.parametrize("at", [3, pytest.param(5, marks=pytest.mark.slow)], ids=["in the middle", "at the end"])
@@ -166,11 +201,19 @@ for t in range(6):
         torch.save(step.params(state), os.devnull)
 """))  # fmt: skip
     if at == 3:
-        assert re.match(r"rank 0 launched all_gather over 'data' of \d+ bytes of float32 in step.params at step 4, while rank 1 launched all_gather over 'data' of ", message), message
+        assert re.match(
+            r"rank 0 launched all_gather over 'data' of \d+ bytes of float32 in step.params at step 4, while rank 1"
+            r" launched all_gather over 'data' of ",
+            message,
+        ), message
         assert " in step(state, batch) with 12 rows at step 4; " in message, message
         assert message.endswith("; every rank must make the same calls: step.params on all ranks or on none"), message
     else:
-        assert re.match(r"rank 1 left after step 5, while rank 0 launched all_gather over 'data' of \d+ bytes of float32 in step.params at step 6; ", message), message
+        assert re.match(
+            r"rank 1 left after step 5, while rank 0 launched all_gather over 'data' of \d+ bytes of float32 in"
+            r" step.params at step 6; ",
+            message,
+        ), message
         assert message.endswith("; every rank must make as many calls of step.params"), message
 
 
@@ -182,8 +225,14 @@ state = step.init(params)
 for t in range(6):
     state, m = step(state, step.local_rows(rows))
 """))  # fmt: skip
-    assert message.startswith("rank 1 launched connect over 'data=2' in train_step at step 0, while rank 0 launched "), message
-    assert re.search(r"; every rank must build the same chain from like parameters, but one has .accumulate\(4\) -> sum, .* where others have .accumulate\(2\) -> sum, ", message), message
+    assert message.startswith(
+        "rank 1 launched connect over 'data=2' in train_step at step 0, while rank 0 launched "
+    ), message
+    assert re.search(
+        r"; every rank must build the same chain from like parameters, but one has .accumulate\(4\) -> sum, .* where"
+        r" others have .accumulate\(2\) -> sum, ",
+        message,
+    ), message
 
 
 def test_another_spec_on_one_rank(tmp_path):
@@ -195,7 +244,11 @@ state = step.init(params)
 for t in range(6):
     state, m = step(state, step.local_rows(rows))
 """))  # fmt: skip
-    assert "every rank must build the same chain from like parameters, but one has \"Leaf(path='w2', shape=(16, 4), unit=0, cuts=(('data', Whole()),))\" where others" in message
+    assert (
+        "every rank must build the same chain from like parameters, but one has \"Leaf(path='w2', shape=(16, 4),"
+        " unit=0, cuts=(('data', Whole()),))\" where others"
+        in message
+    )
 
 
 def test_other_rows_on_one_rank_are_right(tmp_path):
@@ -235,7 +288,9 @@ print("end")
 @pytest.mark.parametrize("seconds", [0, pytest.param(12, marks=pytest.mark.slow)])
 def test_ranks_that_do_the_same_are_left_alone(tmp_path, seconds):
     ends = start(tmp_path, f"SLEEP = {seconds}\n{HEALTHY}")
-    assert [(e.code, e.out, [line for line in e.err.splitlines() if "funczero" in line or "TCPStore" in line]) for e in ends] == [(0, "end\n", [])] * 2, ends
+    assert [
+        (e.code, e.out, [line for line in e.err.splitlines() if "funczero" in line or "TCPStore" in line]) for e in ends
+    ] == [(0, "end\n", [])] * 2, ends
 
 
 def test_a_text_in_the_store_that_nothing_supports_ends_nobody(tmp_path):
@@ -270,9 +325,13 @@ for t in range(3):
     state, m = step(state, step.local_rows(rows))
 """)  # fmt: skip
     assert [e.code for e in ends] == [0, 0], ends
-    line, = (line for line in ends[0].err.splitlines() if line.startswith("funczero: "))
+    (line,) = (line for line in ends[0].err.splitlines() if line.startswith("funczero: "))
     assert line.startswith("funczero: rank 0 launched all_gather over 'data' of "), line
-    assert re.search(r" at step 2 and has waited [12] s for rank 1, which is alive in no call; it last launched all_reduce over 'data' of .* at step 1$", line), line
+    assert re.search(
+        r" at step 2 and has waited [12] s for rank 1, which is alive in no call; it last launched all_reduce over"
+        r" 'data' of .* at step 1$",
+        line,
+    ), line
 
 
 SILENT = """
@@ -293,23 +352,38 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on(tmp_path):
     stop = "subprocess.Popen(['sh', '-c', f'sleep 16; kill -CONT {os.getpid()}']); os.kill(os.getpid(), signal.SIGSTOP)"
     ends = start(tmp_path, SILENT.replace("VICTIM", "1").replace("END", stop))
     assert [e.code for e in ends] == [0, 0], ends
-    line, = (line for line in ends[0].err.splitlines() if line.startswith("funczero: "))
-    assert re.search(r" for rank 1, which gives no sign of life for 1\d s \(stopped, starved, or its machine is gone\); it last launched ", line), line
+    (line,) = (line for line in ends[0].err.splitlines() if line.startswith("funczero: "))
+    assert re.search(
+        r" for rank 1, which gives no sign of life for 1\d s \(stopped, starved, or its machine is gone\); it last"
+        r" launched ",
+        line,
+    ), line
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("end", ["os._exit(3)", pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", marks=pytest.mark.slow)], ids=["exit", "segv"])
+@pytest.mark.parametrize(
+    "end",
+    ["os._exit(3)", pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", marks=pytest.mark.slow)],
+    ids=["exit", "segv"],
+)
 def test_a_rank_that_dies_after_the_first_updates_is_named_with_its_step(tmp_path, victim, end):
     ends = start(tmp_path, SILENT.replace("VICTIM", str(victim)).replace("END", end))
     dead, left = ends[victim], ends[1 - victim]
     assert dead.code in (3, -11) and left.code == 1, ends
     assert left.when - float(dead.out.split()[1]) < LIMIT
-    said, = (m.group(1) for line in left.err.splitlines() if (m := SAID.match(line)))
+    (said,) = (m.group(1) for line in left.err.splitlines() if (m := SAID.match(line)))
     if victim:
-        died = r"rank 1 died: a connection to it broke and it gave no sign of life for 3 s; it last launched all_\w+ over 'data' of .* at step 1\d"
+        died = (
+            r"rank 1 died: a connection to it broke and it gave no sign of life for 3 s; it last launched all_\w+ over"
+            r" 'data' of .* at step 1\d"
+        )
         assert re.match(f"{died}, while rank 0 launched all_gather ", said), said
     else:
-        assert re.match(r"rank 0 died or left, and the world's store with it, while rank 1 launched all_gather over 'data' of .* at step 20; ", said), said
+        assert re.match(
+            r"rank 0 died or left, and the world's store with it, while rank 1 launched all_gather over 'data' of .* at"
+            r" step 20; ",
+            said,
+        ), said
 
 
 def test_nobody_looks_in_a_world_of_one_or_when_told_not_to():
@@ -324,5 +398,7 @@ def test_an_entry_says_what_was_launched():
     launched = "launched all_gather{} over 'data' of 64 bytes of float32 in step(state, batch) with 8 rows at step 3"
     assert str(Entry(context, "all_gather", "data", "float32", 64)) == launched.format("")
     assert str(Entry(context, "all_gather", "data", "float32", 64, (0,))) == launched.format("")
-    assert str(Entry(context, "all_gather", "data", "float32", 64, (0, 2))) == launched.format(" of 'the rest', 'blocks/1'")
+    assert str(Entry(context, "all_gather", "data", "float32", 64, (0, 2))) == launched.format(
+        " of 'the rest', 'blocks/1'"
+    )
     assert str(Entry(Context(""), "left", text="after step 3")) == "left after step 3"

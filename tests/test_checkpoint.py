@@ -1,4 +1,5 @@
 """Names on disk, what a client state may hold, who writes which chunk, and what stock readers see."""
+
 from __future__ import annotations
 
 import json
@@ -23,12 +24,28 @@ from funczero.layout.lazy import lazy
 from funczero.layout.where import Where
 from funczero.testing import tree_hash
 
-LEAF_DTYPES = ["float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int8", "uint8", "uint64", "bool", "complex64"]
+LEAF_DTYPES = [
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int32",
+    "int8",
+    "uint8",
+    "uint64",
+    "bool",
+    "complex64",
+]
 
 
 def tiny(**params):
     """A step and a state of these parameters."""
-    step = fz.train_step(fz.value_and_grad(lambda p, b: (sum(x.sum() for x in fz.tree.leaves(p)) * b.sum(), b.sum())), fz.adamw(0.1))
+    step = fz.train_step(
+        fz.value_and_grad(lambda p, b: (sum(x.sum() for x in fz.tree.leaves(p)) * b.sum(), b.sum())), fz.adamw(0.1)
+    )
     return step, step.init(params)
 
 
@@ -43,7 +60,16 @@ def test_names_carry_no_stage_and_ties_are_stored_once():
         names.append(list(found.parts))
         assert found.ties == {"params/head/scale": "params/norm"}
     assert names[0] == names[1]
-    assert {"step", "updates", "key", "params/blocks/0/w", "adamw/mu/blocks/2/b", "adamw/nu/gain", "adamw/count", "scale_loss/scale"} <= set(names[0])
+    assert {
+        "step",
+        "updates",
+        "key",
+        "params/blocks/0/w",
+        "adamw/mu/blocks/2/b",
+        "adamw/nu/gain",
+        "adamw/count",
+        "scale_loss/scale",
+    } <= set(names[0])
     assert "params/head/scale" not in names[0] and "adamw/mu/head/scale" not in names[0]
 
 
@@ -66,7 +92,9 @@ def test_users_keys_are_escaped(params, expected, tmp_path):
         assert tree_hash(step.params(ck.restore(like=(step, params)).state)) == tree_hash(params)
 
 
-@pytest.mark.parametrize("params", [{"a": {"b": torch.zeros(1)}, "a.b": torch.zeros(1)}, {0: torch.zeros(1), "0": torch.zeros(1)}])
+@pytest.mark.parametrize(
+    "params", [{"a": {"b": torch.zeros(1)}, "a.b": torch.zeros(1)}, {0: torch.zeros(1), "0": torch.zeros(1)}]
+)
 def test_colliding_names_are_refused(params, tmp_path):
     step, _ = tiny(x=torch.zeros(1))
     with pytest.raises(ValueError, match="two leaves would both be stored as"):
@@ -90,7 +118,11 @@ def lifted():
 
         @staticmethod
         def init(params):
-            return {"trace": fz.tree.map(torch.zeros_like, params), "n": torch.zeros((), dtype=torch.int64), "on": torch.tensor([True, False])}
+            return {
+                "trace": fz.tree.map(torch.zeros_like, params),
+                "n": torch.zeros((), dtype=torch.int64),
+                "on": torch.tensor([True, False]),
+            }
 
         @staticmethod
         def update(grads, state, params):
@@ -122,7 +154,9 @@ def test_a_lifted_optimizers_state_is_cut_like_the_parameters(run_world, tmp_pat
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers(),
-    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=3) | st.integers() | st.booleans(), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.tuples(inner, inner)
+    | st.dictionaries(st.text(max_size=3) | st.integers() | st.booleans(), inner, max_size=3),
     max_leaves=12,
 )
 
@@ -145,7 +179,9 @@ def test_arrays_of_a_client_state(dtype, shape, tmp_path):
     with Checkpointer(tmp_path) as ck:
         ck.save(state, 1, client_state=given_)
         got = ck.restore(like=state).client_state
-    assert {k: (type(v), v.dtype, v.shape) for k, v in got.items()} == {k: (type(v), v.dtype, v.shape) for k, v in given_.items()}
+    assert {k: (type(v), v.dtype, v.shape) for k, v in got.items()} == {
+        k: (type(v), v.dtype, v.shape) for k, v in given_.items()
+    }
     assert all(bits(got[k]) == bits(given_[k]) for k in given_)
 
 
@@ -154,7 +190,9 @@ def bits(x):
     return numpy_view(x.contiguous()).tobytes() if torch.is_tensor(x) else x.tobytes()
 
 
-@pytest.mark.parametrize("bad", [object(), {1, 2}, lambda: 0, np.array(["a"]), torch.empty(2, device="meta"), {(1, 2): 3}])
+@pytest.mark.parametrize(
+    "bad", [object(), {1, 2}, lambda: 0, np.array(["a"]), torch.empty(2, device="meta"), {(1, 2): 3}]
+)
 def test_other_objects_are_refused_by_path_before_anything_is_written(bad, tmp_path):
     step, state = tiny(w=torch.ones(2))
     with pytest.raises(TypeError, match="client/outer/1"):
@@ -229,9 +267,14 @@ assert not {{"torch", "funczero"}} & set(sys.modules)
 
     import_weights(tmp_path / "stock", tmp_path / "imported")
     got = Checkpointer(tmp_path / "imported").restore(like=state)
-    assert step.params(got.state)["a"].tolist() == [[1, 2, 3], [4, 5, 6]] and step.params(got.state)["b"]["c"].tolist() == [7] * 4
+    assert (
+        step.params(got.state)["a"].tolist() == [[1, 2, 3], [4, 5, 6]]
+        and step.params(got.state)["b"]["c"].tolist() == [7] * 4
+    )
     *fresh, rates = got.notes
-    assert fresh == [f"the checkpoint holds nothing of {h!r}, which starts fresh" for h in ("step", "updates", "key", "adamw")]
+    assert fresh == [
+        f"the checkpoint holds nothing of {h!r}, which starts fresh" for h in ("step", "updates", "key", "adamw")
+    ]
     assert rates.startswith("the checkpoint says nothing of these rates, which come from the script: adamw/rates/lr = ")
 
 
@@ -262,7 +305,9 @@ else:
 
 def test_a_transform_the_checkpoint_does_not_know_starts_fresh_and_half_of_one_is_an_error(tmp_path):
     grad = fz.value_and_grad(lambda p, b: ((p["w"] * b).sum(), b.sum()))
-    plain_step, scaled = fz.train_step(grad, fz.sgd(0.1)), fz.train_step(grad, fz.scale_loss(8.0, weight=2), fz.sgd(0.1))
+    plain_step, scaled = fz.train_step(grad, fz.sgd(0.1)), fz.train_step(
+        grad, fz.scale_loss(8.0, weight=2), fz.sgd(0.1)
+    )
     params = {"w": torch.arange(3.0)}
     with Checkpointer(tmp_path) as ck:
         ck.save(plain_step.init(params, key=5), 1)
@@ -270,7 +315,9 @@ def test_a_transform_the_checkpoint_does_not_know_starts_fresh_and_half_of_one_i
         assert got.notes == ("the checkpoint holds nothing of 'scale_loss', which starts fresh",)
         assert got.state.chain["scale_loss"].scale == 8 and got.state.key == 5
         ck.save(scaled.init(params), 2)
-        assert ck.restore(2, like=(plain_step, params)).notes == ("'scale_loss' of the checkpoint is not in this chain and was left out",)
+        assert ck.restore(2, like=(plain_step, params)).notes == (
+            "'scale_loss' of the checkpoint is not in this chain and was left out",
+        )
         more = {"w": torch.zeros(3), "v": torch.zeros(2)}
         with pytest.raises(CheckpointError, match="has no 'params/v'"):
             ck.restore(like=(scaled, more))
@@ -293,13 +340,20 @@ def test_partial_restore_leaves_the_rest_as_it_was(tmp_path):
         ck.save(state, 1)
         other = step.init({"w": torch.zeros(3), "v": torch.zeros(2)}, key=9)
         got = ck.restore(like=other, only=["^params/w$"])
-    assert step.params(got.state)["w"].tolist() == [0, 1, 2] and step.params(got.state)["v"].tolist() == [0, 0] and int(got.state.key) == 9
+    assert (
+        step.params(got.state)["w"].tolist() == [0, 1, 2]
+        and step.params(got.state)["v"].tolist() == [0, 0]
+        and int(got.state.key) == 9
+    )
     assert step.params(other)["w"].tolist() == [0, 0, 0]  # like is left as it is
 
 
 def test_dtypes_are_cast_between_floats_with_a_note_and_never_to_or_from_others(tmp_path):
     grad = fz.value_and_grad(lambda p, b: ((p["w"] * b).sum(), b.sum()))
-    wide, narrow = (fz.train_step(grad, fz.sgd(0.1, momentum=0.9), policy=f"params={d},compute={d}") for d in ("float32", "bfloat16"))
+    wide, narrow = (
+        fz.train_step(grad, fz.sgd(0.1, momentum=0.9), policy=f"params={d},compute={d}")
+        for d in ("float32", "bfloat16")
+    )
     params = {"w": torch.tensor([1.0, 1 + 2**-10])}
     with Checkpointer(tmp_path) as ck:
         ck.save(wide.init(params), 1)
@@ -307,7 +361,10 @@ def test_dtypes_are_cast_between_floats_with_a_note_and_never_to_or_from_others(
         assert "were cast from float32 to bfloat16" in got.notes[0]
         assert torch.equal(narrow.params(got.state)["w"], params["w"].bfloat16())
         state = wide.init(params)
-        with pytest.raises(CheckpointError, match="'step' is float32 in the state and int64 in the checkpoint; only floating dtypes are cast"):
+        with pytest.raises(
+            CheckpointError,
+            match="'step' is float32 in the state and int64 in the checkpoint; only floating dtypes are cast",
+        ):
             ck.restore(like=state._replace(step=torch.zeros(())))
 
 
@@ -317,12 +374,30 @@ def test_names_of_checkpoints(tmp_path):
     for name in (3, "global_step100", 0.6931471824645996, "ä b"):
         ck.save(state, name)
         assert ck.wait() == str(name) and ck.restore(name, like=state).name == str(name) == ck.restore(like=state).name
-    for bad in ("", "../x", "a/b", "/abs", ".hidden", "a\x00b", "a\nb", "latest", "best", " x", "x.funczero-new", True, None, "x" * 300, b"x"):
+    for bad in (
+        "",
+        "../x",
+        "a/b",
+        "/abs",
+        ".hidden",
+        "a\x00b",
+        "a\nb",
+        "latest",
+        "best",
+        " x",
+        "x.funczero-new",
+        True,
+        None,
+        "x" * 300,
+        b"x",
+    ):
         with pytest.raises(ValueError, match="cannot name a checkpoint"):
             ck.save(state, bad)
     with pytest.raises(FileExistsError, match="overwrite=True"):
         ck.save(state, 3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['.funczero-lock', '3', 'global_step100', '0.6931471824645996', 'ä b'])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ['.funczero-lock', '3', 'global_step100', '0.6931471824645996', 'ä b']
+    )
 
 
 @pytest.mark.parametrize("bad", [dict(keep=0), dict(keep_period=0), dict(best=("a", "most")), dict(config=object())])
@@ -351,7 +426,11 @@ def stream_run(directory, save, stage, size):
     """A window of four, saved after three; what the rest of it gives."""
     acc = fz.accumulate(4, stream=True)
     g = zoo.source()
-    parts = (fz.shard("data", g, acc, *zoo.tx(scale=True)),) if stage == 3 else (g, acc, fz.shard("data", *zoo.tx(scale=True)))
+    parts = (
+        (fz.shard("data", g, acc, *zoo.tx(scale=True)),)
+        if stage == 3
+        else (g, acc, fz.shard("data", *zoo.tx(scale=True)))
+    )
     step = fz.train_step(*parts, mesh={"data": size})
     ck = Checkpointer(directory, step=step)
     if save:
@@ -381,4 +460,6 @@ def test_an_open_window_goes_on_in_the_same_world_and_is_replayed_elsewhere(run_
             assert all(tree_hash(a[0]) == tree_hash(b[0]) for a, b in zip(before, got, strict=True))
         else:
             assert "3 micro-batches of an open window were left out" in got[0][1][0]
-            assert not checkpoints.same(checkpoints.joined([b[0] for b in before]), checkpoints.joined([g[0] for g in got]))
+            assert not checkpoints.same(
+                checkpoints.joined([b[0] for b in before]), checkpoints.joined([g[0] for g in got])
+            )

@@ -1,4 +1,5 @@
 """Injured and hostile checkpoints: every injury is named, none is silent, nothing hangs, and nothing large is allocated on the word of a file."""
+
 from __future__ import annotations
 
 import hashlib
@@ -23,7 +24,13 @@ from funczero.checkpoint.manifest import FILE, SEAL
 from funczero.checkpoint.names import named
 from funczero.testing import tree_hash
 
-CLIENT = {"seen": torch.arange(300), "at": (3, 0.5), 7: "seven", "nan": float("nan"), "deep": {"x": [1, {"y": torch.ones(2, 3)}]}}
+CLIENT = {
+    "seen": torch.arange(300),
+    "at": (3, 0.5),
+    7: "seven",
+    "nan": float("nan"),
+    "deep": {"x": [1, {"y": torch.ones(2, 3)}]},
+}
 
 
 def params():
@@ -37,7 +44,9 @@ def loss(p, b):
     h = p["embed"][b["x"]]
     for layer in p["layers"]:
         h = torch.tanh(h @ layer["w"] + layer["b"]) + h
-    return torch.nn.functional.cross_entropy(h @ p["head"].T * p["gain"], b["y"], reduction="sum"), torch.tensor(float(len(b["y"])))
+    return torch.nn.functional.cross_entropy(h @ p["head"].T * p["gain"], b["y"], reduction="sum"), torch.tensor(
+        float(len(b["y"]))
+    )
 
 
 def make(size):
@@ -206,7 +215,9 @@ def edit(checkpoint, change, seal=True):
 def edited(rng, checkpoint):
     """One value of the JSON file: without the checksum any, with it what the arrays are compared with."""
     leaves = [n for n in json.loads((checkpoint / FILE).read_text())["arrays"] if n.startswith(("params/", "adamw/"))]
-    name, what = rng.choice([n for n in leaves if n.endswith(("/w", "embed", "head"))]), rng.choice(["shape", "dtype", "name", "tails", "client", "chunk", "step", "gone"])
+    name, what = rng.choice([n for n in leaves if n.endswith(("/w", "embed", "head"))]), rng.choice(
+        ["shape", "dtype", "name", "tails", "client", "chunk", "step", "gone"]
+    )
     seal = what not in ("client", "step") and rng.random() < 0.7
 
     def change(body):
@@ -226,14 +237,25 @@ def edited(rng, checkpoint):
         elif what == "gone":
             del body["arrays"][name]
         else:
-            other = rng.choice([n for n in leaves if n != name and body["arrays"][n]["shape"] == a["shape"]] or [name + "x"])
+            other = rng.choice(
+                [n for n in leaves if n != name and body["arrays"][n]["shape"] == a["shape"]] or [name + "x"]
+            )
             body["arrays"] = {{name: other, other: name}.get(n, n): a for n, a in body["arrays"].items()}
 
     edit(checkpoint, change, seal)
     return f"{what} of {name if what not in ('client', 'step') else 'the manifest'}{', sealed anew' * seal}"
 
 
-KINDS = [flip] * 80 + [truncate] * 25 + [lengthen] * 10 + [delete] * 20 + [swap] * 15 + [swap_chunks] * 20 + [swap_arrays] * 10 + [edited] * 20
+KINDS = (
+    [flip] * 80
+    + [truncate] * 25
+    + [lengthen] * 10
+    + [delete] * 20
+    + [swap] * 15
+    + [swap_chunks] * 20
+    + [swap_arrays] * 10
+    + [edited] * 20
+)
 LATE = (folder.manifest.LAST, manifest.STAMPED)  # written by orbax after the seal; nobody reads what they say
 
 
@@ -268,7 +290,9 @@ def test_200_injuries(originals, tmp_path, part):
 def names(text, checkpoint, original):
     """Does a message name a leaf or a file?"""
     leaves = [repr(n) for n in manifest.load(original).arrays]
-    return text.count("\n") == 0 and any(n in text for n in [*leaves, FILE, SEAL, *(p.relative_to(original).as_posix() for p in files(original))])
+    return text.count("\n") == 0 and any(
+        n in text for n in [*leaves, FILE, SEAL, *(p.relative_to(original).as_posix() for p in files(original))]
+    )
 
 
 def falls_back(ck, like, right, i, told):
@@ -355,7 +379,9 @@ def client(value, **array):
 
 
 def nested(depth, inner="1"):
-    return lambda body: json.dumps(body | {"client": "HERE"}).replace('"HERE"', "[" * depth + inner + "]" * depth).encode()
+    return (
+        lambda body: json.dumps(body | {"client": "HERE"}).replace('"HERE"', "[" * depth + inner + "]" * depth).encode()
+    )
 
 
 def put(**more):
@@ -463,7 +489,11 @@ def refused_at_once(checkpoint, **kw):
 
 def in_window(directory, saved=None):
     """A streamed accumulate in mid-window, with metrics beside the loss; or the restore of it."""
-    grad = fz.value_and_grad(lambda p, b: (*loss(p, b), {"rows": torch.ones(()), "by": {"x": torch.zeros(())}}), batch=P("data"), has_aux=True)
+    grad = fz.value_and_grad(
+        lambda p, b: (*loss(p, b), {"rows": torch.ones(()), "by": {"x": torch.zeros(())}}),
+        batch=P("data"),
+        has_aux=True,
+    )
     step = fz.train_step(fz.shard("data", grad, fz.accumulate(2, stream=True), fz.adamw(0.01)))
     ck = Checkpointer(directory, step=step)
     if saved is not None:
@@ -483,23 +513,57 @@ def test_hostile_window(tmp_path, monkeypatch):
     body = json.loads((tmp_path / "original" / "2" / FILE).read_text())
     (name,) = body["window"]
     good = body["window"][name]["partial"][0]
-    enum = json.dumps([1, {"type": "builtins.dict", "context": json.dumps([{"__enum__": True, "fqn": "hostile_module:E", "name": "x"}]), "children_spec": []}])
+    enum = json.dumps(
+        [
+            1,
+            {
+                "type": "builtins.dict",
+                "context": json.dumps([{"__enum__": True, "fqn": "hostile_module:E", "name": "x"}]),
+                "children_spec": [],
+            },
+        ]
+    )
     factory = {"default_factory_module": "hostile_module", "default_factory_name": "E", "dict_context": []}
     default = json.dumps([1, {"type": "collections.defaultdict", "context": json.dumps(factory), "children_spec": []}])
     hidden = lambda spec: spec.replace("__enum__", "\\\\u005f_enum__").replace("defaultdict", "default\\u0064ict")
-    changes = [{"spec": x} for x in (enum, default, hidden(enum), hidden(default), "", "[" * 5000, "[1, 2]", "[9, {}]", 3, good["spec"][:-1])]
-    changes += [{"aux": ["float32", [1 << 40]]}, {"loss": ["float32", [1 << 62, 1 << 62]]}, {"loss": ["nn", []]}, {"loss": 3}, {"weight": ["float32", [-1]]}]
+    changes = [
+        {"spec": x}
+        for x in (
+            enum,
+            default,
+            hidden(enum),
+            hidden(default),
+            "",
+            "[" * 5000,
+            "[1, 2]",
+            "[9, {}]",
+            3,
+            good["spec"][:-1],
+        )
+    ]
+    changes += [
+        {"aux": ["float32", [1 << 40]]},
+        {"loss": ["float32", [1 << 62, 1 << 62]]},
+        {"loss": ["nn", []]},
+        {"loss": 3},
+        {"weight": ["float32", [-1]]},
+    ]
     changes += [{"grads": []}, {"grads": [["float32", [1 << 40]]]}, {"grads": 3}, {"axes": ["nowhere"]}, {"axes": 3}]
     for change in changes:
         checkpoint = copied(tmp_path / "original", tmp_path / "run")
         edit(checkpoint, lambda body, change=change: body["window"][name]["partial"][0].update(change))
         with soon():
-            if change == {"spec": ""}:  # what a save writes where JSON has no name for the metrics: the update is replayed
+            if change == {
+                "spec": ""
+            }:  # what a save writes where JSON has no name for the metrics: the update is replayed
                 assert "left out" in in_window(tmp_path / "run", saved=True).notes[0]
                 continue
             with pytest.raises(CheckpointError) as caught:
                 in_window(tmp_path / "run", saved=True)
-        assert "window" in str(caught.value) or FILE in str(caught.value) or "leaf" in str(caught.value), (change, str(caught.value))
+        assert "window" in str(caught.value) or FILE in str(caught.value) or "leaf" in str(caught.value), (
+            change,
+            str(caught.value),
+        )
         assert "hostile_module" not in sys.modules, change
 
 

@@ -1,4 +1,5 @@
 """However a process ends, what `save` took is on disk, or its exit code and one sentence say that it is not; whoever holds the store leaves last; nobody is alone by mistake."""
+
 from __future__ import annotations
 
 import re
@@ -71,8 +72,15 @@ def test_what_save_took_is_there_however_the_process_ends(ends, tmp_path, size):
     like = (checkpoints.make("3 [grad acc", 1), checkpoints.abstract())
     for i, (how, (_, code)) in enumerate(ENDS.items()):
         told = ends.told(tmp_path / str(i))
-        assert all(t["code"] == code for t in told) or code is None and told[-1]["code"] == 1 and all(t["code"] == 0 for t in told[:-1]), (how, told)
-        assert "lost" not in told[0]["err"] and all(("ValueError: mine" in t["err"]) == (t["code"] == 1) for t in told), (how, told)
+        assert (
+            all(t["code"] == code for t in told)
+            or code is None
+            and told[-1]["code"] == 1
+            and all(t["code"] == 0 for t in told[:-1])
+        ), (how, told)
+        assert "lost" not in told[0]["err"] and all(
+            ("ValueError: mine" in t["err"]) == (t["code"] == 1) for t in told
+        ), (how, told)
         (found,) = folder.listing(tmp_path / str(i) / "run").entries
         assert not manifest.check_files(found.path, found.manifest, strangers=True)
         assert Checkpointer(tmp_path / str(i) / "run").restore(like=like).step == 1
@@ -93,14 +101,21 @@ def test_what_is_lost_is_said_by_one_sentence_and_the_exit_code(ends, tmp_path, 
     scripts = {"end": SAVED, "sys.exit(0)": SAVED + "sys.exit(0)", "later": SAVED + "time.sleep(1.5)", "with": WITH.replace("{inside}", "raise ValueError('mine')"),
                "child": ENDS["a child of multiprocessing"][0]}  # fmt: skip
     for how, script in scripts.items():
-        ends.start(tmp_path / how, script.replace("saving.write = slow\n", FULL).replace("{directory!r}", repr(str(tmp_path / how / "run"))), size)
+        ends.start(
+            tmp_path / how,
+            script.replace("saving.write = slow\n", FULL).replace("{directory!r}", repr(str(tmp_path / how / "run"))),
+            size,
+        )
     for how in scripts:
         for t in ends.told(tmp_path / how):
             assert t["code"] == 1, (how, t)
             if how == "with":
                 assert "ValueError: mine" in t["err"] and "besides, " in t["err"] and "No space left" in t["err"]
             else:
-                assert t["err"].count("funczero: save '1' is lost, though this process ends") == 1 and "No space left" in t["err"], (how, t)
+                assert (
+                    t["err"].count("funczero: save '1' is lost, though this process ends") == 1
+                    and "No space left" in t["err"]
+                ), (how, t)
         assert not folder.listing(tmp_path / how / "run").entries
 
 
@@ -125,13 +140,21 @@ LAST = {  # the last thing that a script does, and the message that rank 1 reads
     "restore": ("ck.restore(like=state)", "/read/"),
     "names": ("assert ck.names() == ['1']", "/names"),
     "poll": ("ck.save(state, 2)" + ASKED.replace("{ask}", "ck.poll()"), "no such key"),
-    "notice": ("n = fz.checkpoint.Notice()\nif RANK == 0: os.kill(os.getpid(), signal.SIGUSR1)" + ASKED.replace("{ask}", "n.given()"), "no such key"),
+    "notice": (
+        "n = fz.checkpoint.Notice()\nif RANK == 0: os.kill(os.getpid(), signal.SIGUSR1)"
+        + ASKED.replace("{ask}", "n.given()"),
+        "no such key",
+    ),
 }
 
 
 def test_the_one_who_holds_the_store_leaves_last(ends, tmp_path):
     for i, (last, key) in enumerate(LAST.values()):
-        script = (SAVED + "ck.wait()\n").replace("{directory!r}", repr(str(tmp_path / str(i) / "run"))) + LATE.replace("{key!r}", repr(key)) + last
+        script = (
+            (SAVED + "ck.wait()\n").replace("{directory!r}", repr(str(tmp_path / str(i) / "run")))
+            + LATE.replace("{key!r}", repr(key))
+            + last
+        )
         ends.start(tmp_path / str(i), script, 2)
     for i, how in enumerate(LAST):
         told = ends.told(tmp_path / str(i))
@@ -148,11 +171,16 @@ def test_the_readme_resumes_under_torchrun(ends, tmp_path):
     go = f"import os\nos.chdir({str(tmp_path)!r})\n" + built
     one = ends.run(tmp_path / "one", go + "state = step.init(params)" + trained + f"\n{opened}\n{saves}\n", 2)
     assert [t["code"] for t in one] == [0, 0], one
-    again = f"\n{opened}\n{restores}\n    {after}\n    state, _ = step(state, step.local_rows(batch))\n{saves}\nprint(int(state.step), note)\n"
+    again = (
+        f"\n{opened}\n{restores}\n    {after}\n    state, _ = step(state,"
+        f" step.local_rows(batch))\n{saves}\nprint(int(state.step), note)\n"
+    )
     two = ends.run(tmp_path / "two", go + again, 2)
     assert [(t["code"], t["out"]) for t in two] == [(0, "101 (1, 2)\n")] * 2, two
     found = folder.listing(tmp_path / "run" / "checkpoints")
-    assert [(e.path.name, e.manifest.world) for e in found.entries] == [("100", 2), ("101", 2)] and not (found.damaged or found.half)
+    assert [(e.path.name, e.manifest.world) for e in found.entries] == [("100", 2), ("101", 2)] and not (
+        found.damaged or found.half
+    )
     for e in found.entries:
         assert not manifest.check_files(e.path, e.manifest, strangers=True)
 

@@ -1,4 +1,5 @@
 """Saves that cannot be: all ranks are told, nothing is left behind, the next one works. And what a folder keeps, and in which order."""
+
 from __future__ import annotations
 
 import errno
@@ -73,7 +74,10 @@ def there(directory):
 def whole(directory, *names):
     """These checkpoints alone are there, in order of their commits, and no file is strange."""
     found = folder.listing(directory)
-    assert [e.path.name for e in found.entries] == list(names) and there(directory) == sorted(names), (there(directory), found)
+    assert [e.path.name for e in found.entries] == list(names) and there(directory) == sorted(names), (
+        there(directory),
+        found,
+    )
     for e in found.entries:
         assert not manifest.check_files(e.path, e.manifest, strangers=True)
 
@@ -145,7 +149,9 @@ def test_disk_full(tmp_path, run_world):
         results = run_world(2, fill_up, disk / "run")
         assert results[0][0] == results[1][0]
         kind, text = results[0][0]
-        assert kind in ("CheckpointError", "OSError") and ("No space left" in text or "RESOURCE_EXHAUSTED" in text), text
+        assert kind in ("CheckpointError", "OSError") and (
+            "No space left" in text or "RESOURCE_EXHAUSTED" in text
+        ), text
         names = [str(i) for i in range(results[0][1])]
         assert names and results[0][2] == results[1][2] == (None, names[-1])
         whole(disk / "run", names[-1], "good")
@@ -178,7 +184,11 @@ def without_permission(ck, state, directory):
 
 def test_no_permission(run_world, tmp_path):
     first, second = dealt(run_world, tmp_path, without_permission)
-    assert first[0] == second[0] == "PermissionError" and "Permission denied" in first[1] and "Permission denied" in second[1]
+    assert (
+        first[0] == second[0] == "PermissionError"
+        and "Permission denied" in first[1]
+        and "Permission denied" in second[1]
+    )
     whole(tmp_path, "before", "good")
 
 
@@ -212,13 +222,17 @@ def one_does_not_come(directory, absent):
         return said, took, there(directory), saves(ck, state, "good")
 
 
-@pytest.mark.parametrize("absent", [pytest.param(0, marks=pytest.mark.slow), 1])  # rank 0's word is waited for some 10 s longer than other ranks are
+@pytest.mark.parametrize(
+    "absent", [pytest.param(0, marks=pytest.mark.slow), 1]
+)  # rank 0's word is waited for some 10 s longer than other ranks are
 def test_a_rank_that_does_not_come(run_world, tmp_path, absent):
     results = run_world(2, one_does_not_come, tmp_path, absent)
     said, *_ = results[1 - absent]
     assert said[0] == "CheckpointError" and f"rank {absent} did not come within" in said[1]
     for (kind, _), took, left, good in results:
-        assert kind == "CheckpointError" and took < 20 and good is None and all(x.endswith(folder.TEMPORARY) for x in left)
+        assert (
+            kind == "CheckpointError" and took < 20 and good is None and all(x.endswith(folder.TEMPORARY) for x in left)
+        )
     whole(tmp_path, "good")
 
 
@@ -227,14 +241,25 @@ class Strange:
 
 
 def strange_client(ck, state, directory, value):
-    said = [saves(ck, state, "bad", client_state={"deep": [1, {"x": Strange() if v == "object" else v}]}) for v in value]
+    said = [
+        saves(ck, state, "bad", client_state={"deep": [1, {"x": Strange() if v == "object" else v}]}) for v in value
+    ]
     dist.barrier()
     return said, there(directory)
 
 
 def test_client_states_that_cannot_be_encoded(run_world, tmp_path):
     """Refused by its path before anything is written, on all ranks, though rank 0 alone looks at it."""
-    values = ["object", {1, 2}, np.array(["a"]), np.array([object()]), {(1, 2): 3}, torch.empty(2, device="meta"), print, np.datetime64("2020-01-01")]
+    values = [
+        "object",
+        {1, 2},
+        np.array(["a"]),
+        np.array([object()]),
+        {(1, 2): 3},
+        torch.empty(2, device="meta"),
+        print,
+        np.datetime64("2020-01-01"),
+    ]
     first, second = dealt(run_world, tmp_path, strange_client, values)
     for a, b in zip(first[0], second[0], strict=True):
         assert a[0] == b[0] == "TypeError" and "'client/deep/1/x'" in a[1] and "'client/deep/1/x'" in b[1], (a, b)
@@ -291,7 +316,10 @@ def taken(directory):
         later = checkpoints.train(step, state, 1, 2)
         assert saves(ck, later, "a", overwrite=True) is None
         assert saves(ck, later, "new", overwrite=True) is None
-        out += [bits(ck.restore("a", like=state).state) == bits(later), bits(ck.restore("b", like=state).state) == bits(state)]
+        out += [
+            bits(ck.restore("a", like=state).state) == bits(later),
+            bits(ck.restore("b", like=state).state) == bits(state),
+        ]
         out.append([e.path.name for e in folder.listing(directory).entries])
         with no_space(1, "write"):
             out.append(saves(ck, state, "a", overwrite=True))
@@ -304,7 +332,13 @@ def test_a_name_that_is_there(run_world, tmp_path):
     """It is refused, or with overwrite replaced: a failed replacement leaves the old one."""
     for refused, replaced, untouched, order, failed, still in run_world(2, taken, tmp_path):
         assert refused[0] == "FileExistsError" and "overwrite=True" in refused[1]
-        assert replaced and untouched and order == ["b", "a", "new"] and failed[0] in ("CheckpointError", "OSError") and still
+        assert (
+            replaced
+            and untouched
+            and order == ["b", "a", "new"]
+            and failed[0] in ("CheckpointError", "OSError")
+            and still
+        )
     whole(tmp_path, "b", "a", "new", "c")
 
 
@@ -343,7 +377,9 @@ def test_two_processes_in_one_folder(tmp_path):
             from funczero.checkpoint import Checkpointer
             from pathlib import Path
             print(t.saves(Checkpointer(Path({str(tmp_path)!r})), t.started(1)[1], 2))"""
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=os.path.dirname(__file__))
+        said = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=os.path.dirname(__file__)
+        )
         refused = saves(other, state, 3)
         go.set()
         ck.wait()

@@ -1,4 +1,5 @@
 """What else lies in a folder of checkpoints, what is damaged there, and what is not finite: named, left alone, and never in the way of the next save."""
+
 from __future__ import annotations
 
 import logging
@@ -20,7 +21,9 @@ from funczero.checkpoint.tools import inspect
 
 def tiny(**params):
     """A step and a state of these parameters."""
-    step = fz.train_step(fz.value_and_grad(lambda p, b: (sum(x.sum() for x in fz.tree.leaves(p)) * b.sum(), b.sum())), fz.adamw(0.1))
+    step = fz.train_step(
+        fz.value_and_grad(lambda p, b: (sum(x.sum() for x in fz.tree.leaves(p)) * b.sum(), b.sum())), fz.adamw(0.1)
+    )
     return step, step.init(params)
 
 
@@ -88,8 +91,12 @@ def test_what_is_not_ours_is_left_alone_and_named_and_saves_go_on(tmp_path, stra
             ck.save(state, name)
             assert ck.wait() == str(name)
     assert os.lstat(directory / new) == was  # not even touched
-    assert [x for x in names(directory) if x != "1"] == ["3", "4"] and ("1" in names(directory)) == (strange == "a linked checkpoint")
-    assert strange == "a file" or [new in line and "left alone" in line for line in lines] == [True], lines  # once, not at every save
+    assert [x for x in names(directory) if x != "1"] == ["3", "4"] and ("1" in names(directory)) == (
+        strange == "a linked checkpoint"
+    )
+    assert strange == "a file" or [new in line and "left alone" in line for line in lines] == [
+        True
+    ], lines  # once, not at every save
     assert Checkpointer(directory).restore(like=state).name == "4"
 
 
@@ -103,7 +110,10 @@ def test_overwriting_replaces_checkpoints_alone(tmp_path, there):
     {"link": lambda p: os.symlink(tmp_path / "mine", p), "broken link": lambda p: os.symlink("nowhere", p), "file": lambda p: p.write_text("mine"),
      "folder of other things": lambda p: (tmp_path / "mine").rename(p)}[there](directory / "7")  # fmt: skip
     ck = Checkpointer(directory)
-    for overwrite, why in ((False, "is there already"), (True, "is no checkpoint but a link, a file or a folder of other things")):
+    for overwrite, why in (
+        (False, "is there already"),
+        (True, "is no checkpoint but a link, a file or a folder of other things"),
+    ):
         with pytest.raises(FileExistsError, match=why):
             ck.save(state, 7, overwrite=overwrite)
     ck.save(state, 8)
@@ -140,7 +150,9 @@ def test_keep_counts_whole_checkpoints_and_never_takes_the_last_good_one(tmp_pat
         ck.save(state, 6)
         ck.save(state, 7)
         ck.wait()
-        assert names(tmp_path) == (["7"] if keep == 1 else ["6", "7"])  # once enough are whole, the damaged ones go, too
+        assert names(tmp_path) == (
+            ["7"] if keep == 1 else ["6", "7"]
+        )  # once enough are whole, the damaged ones go, too
     assert any("is damaged and does not count" in line for line in lines) or keep == 1
     assert Checkpointer(tmp_path).restore(like=state).name == "7"
 
@@ -170,13 +182,17 @@ def test_what_is_not_finite_is_saved_with_a_warning_on_all_ranks(run_world, tmp_
     alone = not_finite(tmp_path / "1", 1, stage, where, value)
     both = run_world(2, not_finite, tmp_path / "2", 2, stage, where, value)
     for told, notes in (alone, *both):
-        assert [f"save '1': {where!r} is not finite in the state at step 1, which was saved as it is" == x for x in told] == [True] * said, told
+        assert [
+            f"save '1': {where!r} is not finite in the state at step 1, which was saved as it is" == x for x in told
+        ] == [True] * said, told
         assert any(where in n for n in notes) == said
     for world in "12":
         assert (f"not finite: {where}" in inspect(tmp_path / world)) == said
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "int64", "bool"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "int64", "bool"]
+)
 def test_every_dtype_is_looked_at(dtype):
     from funczero.checkpoint.saving import sound
 
@@ -194,7 +210,26 @@ def test_every_dtype_is_looked_at(dtype):
 
 # names
 
-key = st.text(st.characters(codec=None), max_size=6) | st.sampled_from(["..", ".", "\\", "a\\b", "/", "//", "%", "%2F", "\ud800", "a/B1", "\x00", "\x1b[2J", "../x", "c", "$array", "x.funczero-new"])
+key = st.text(st.characters(codec=None), max_size=6) | st.sampled_from(
+    [
+        "..",
+        ".",
+        "\\",
+        "a\\b",
+        "/",
+        "//",
+        "%",
+        "%2F",
+        "\ud800",
+        "a/B1",
+        "\x00",
+        "\x1b[2J",
+        "../x",
+        "c",
+        "$array",
+        "x.funczero-new",
+    ]
+)
 
 
 @given(key)
@@ -205,12 +240,16 @@ def test_an_escaped_name_is_a_name_and_comes_back(text):
 
 
 @settings(max_examples=25)
-@given(st.dictionaries(key, st.integers(1, 3), min_size=1, max_size=4), st.dictionaries(key, st.integers(0, 2), max_size=4))
+@given(
+    st.dictionaries(key, st.integers(1, 3), min_size=1, max_size=4), st.dictionaries(key, st.integers(0, 2), max_size=4)
+)
 def test_whatever_is_saved_is_restored(tmp_path_factory, params, client):
     """Keys of parameters and of the client's arrays; what could not be is refused by the save."""
     directory = tmp_path_factory.mktemp("keys")
     params = {k: torch.full((n,), float(n)) for k, n in params.items()}
-    client = {k: torch.arange(n) for k, n in client.items()} | {"deep": {"..": [torch.ones(1), {"\\": b"x" * 5000, "n": 7**2000}]}}
+    client = {k: torch.arange(n) for k, n in client.items()} | {
+        "deep": {"..": [torch.ones(1), {"\\": b"x" * 5000, "n": 7**2000}]}
+    }
     step, _ = tiny(x=torch.zeros(1))
     state = step.init(params)
     with Checkpointer(directory) as ck:
@@ -222,7 +261,9 @@ def test_whatever_is_saved_is_restored(tmp_path_factory, params, client):
         got = ck.restore(like=(step, params))
     assert {k: v.tolist() for k, v in step.params(got.state).items()} == {k: v.tolist() for k, v in params.items()}
     assert got.client_state["deep"][".."][1] == client["deep"][".."][1]
-    assert {k: v.tolist() for k, v in got.client_state.items() if k != "deep"} == {k: v.tolist() for k, v in client.items() if k != "deep"}
+    assert {k: v.tolist() for k, v in got.client_state.items() if k != "deep"} == {
+        k: v.tolist() for k, v in client.items() if k != "deep"
+    }
 
 
 @pytest.mark.parametrize("bad, kind, why", [
@@ -248,5 +289,7 @@ def test_a_client_state_that_is_too_deep_is_refused_by_its_path(tmp_path):
     deep = []
     for _ in range(2000):
         deep = [deep]
-    with pytest.raises(TypeError, match="'client/x/0/0/0/0' of the client state has lists and dicts more than 100 deep"):
+    with pytest.raises(
+        TypeError, match="'client/x/0/0/0/0' of the client state has lists and dicts more than 100 deep"
+    ):
         Checkpointer(tmp_path).save(state, 1, client_state={"x": deep})

@@ -1,4 +1,5 @@
 """Ranks that are killed: what is on disk then is the checkpoint before or the new one, whole, and the run goes on with the same bits."""
+
 from __future__ import annotations
 
 import random
@@ -54,7 +55,9 @@ POINTS = [
 
 def name_of(case):
     point, victims, _, more = case
-    return f"{point}-{''.join(map(str, victims))}{''.join('-' + k for k in more if k in ('tcp', 'quick', 'poll', 'signal'))}"
+    return (
+        f"{point}-{''.join(map(str, victims))}{''.join('-' + k for k in more if k in ('tcp', 'quick', 'poll', 'signal'))}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,9 @@ def test_killed_at_a_point(run_world, lives, case):
         last = told[rank]["events"][-1]
         assert last["what"] == "raised" and last["kind"] == "CheckpointError" and last["at"] - died < 10, told
         assert f"rank {victims[0]}" in last["text"], last
-    assert {e.path.name.removesuffix(folder.NEW): e.manifest.step for e in folder.listing(directory).entries} == expected
+    assert {
+        e.path.name.removesuffix(folder.NEW): e.manifest.step for e in folder.listing(directory).entries
+    } == expected
     results, latest = run_world(2, go_on, directory, 6), max(expected.values())
     assert {r[0] for r in results} == {latest}
     assert bits([r[1] for r in results]) == uninterrupted(6)[latest]
@@ -136,7 +141,9 @@ def test_one_that_dies_before_its_first_call_is_missed_at_once(tmp_path):
         n.start(tmp_path, point="born", victims=[1])
         told = n.told(tmp_path)
     died, last = told[1]["events"][-1]["at"], told[0]["events"][-1]
-    assert told[1]["ended"] == -9 and last["what"] == "raised" and last["at"] - died < 10 and "rank 1" in last["text"], told
+    assert (
+        told[1]["ended"] == -9 and last["what"] == "raised" and last["at"] - died < 10 and "rank 1" in last["text"]
+    ), told
 
 
 @pytest.mark.slow
@@ -153,7 +160,9 @@ def test_killed_at_100_random_moments(tmp_path):
             told = n.told(tmp_path)
             assert all(told[r]["ended"] == -9 for r in victims), told
             survivors = [e for r in {0, 1} - set(victims) for e in told[r]["events"] if e["what"] == "raised"]
-            assert len(survivors) == 2 - len(victims) and all(told[r]["ended"] == 1 for r in {0, 1} - set(victims)), told
+            assert len(survivors) == 2 - len(victims) and all(
+                told[r]["ended"] == 1 for r in {0, 1} - set(victims)
+            ), told
             assert all(e["at"] - told[0]["struck"] < 10 for e in survivors), told
             saves = [e["step"] for e in told[0]["events"] if e["what"] == "saves"]
             there = folder.listing(directory)
@@ -162,19 +171,43 @@ def test_killed_at_100_random_moments(tmp_path):
             reference = uninterrupted(found.step) if found.step not in reference else reference
             assert bits([checkpoints.parts(found.state)]) == reference[found.step]
             asked = max(saves, default=0)
-            log.append((i, victims, clock, asked, found.step, found.name, there.half, [e.path.name for e in there.entries], survivors[0]["kind"] if survivors else "-"))
+            log.append(
+                (
+                    i,
+                    victims,
+                    clock,
+                    asked,
+                    found.step,
+                    found.name,
+                    there.half,
+                    [e.path.name for e in there.entries],
+                    survivors[0]["kind"] if survivors else "-",
+                )
+            )
             assert found.step >= asked - 2  # every save but the last one was waited for
         n.start(tmp_path, clock=3.0, victims=[0, 1], after="trains")
         n.told(tmp_path)
     with Checkpointer(directory, step=step, keep=2) as ck:
         found = ck.restore(like=(step, checkpoints.abstract()))
         stop = found.step + 6
-        assert bits([checkpoints.parts(checkpoints.train(step, found.state, found.step, stop))]) == uninterrupted(stop)[stop]
+        assert (
+            bits([checkpoints.parts(checkpoints.train(step, found.state, found.step, stop))])
+            == uninterrupted(stop)[stop]
+        )
         ck.save(found.state, "after")
         ck.wait()
         clean(directory, {e.path.name for e in folder.listing(directory).entries})
-    print("\nlife  dies   at s   last save  found  named      half written                            complete               survivor raised")
+    print(
+        "\nlife  dies   at s   last save  found  named      half written                            complete           "
+        "    survivor raised"
+    )
     for i, victims, clock, asked, step_, name, half, entries, kind in log:
-        print(f"{i:4}  {str(victims):6} {clock:5.3f}  {asked:9}  {step_:5}  {name:9}  {', '.join(half) or '-':38}  {', '.join(entries):21}  {kind}")
+        print(
+            f"{i:4}  {str(victims):6} {clock:5.3f}  {asked:9}  {step_:5}  {name:9}  {', '.join(half) or '-':38} "
+            f" {', '.join(entries):21}  {kind}"
+        )
     lost, found, none = sum(x[3] > x[4] for x in log), sum(0 < x[3] == x[4] for x in log), sum(not x[3] for x in log)
-    print(f"of {len(log)} lives {lost} lost the save under way, {found} ended with the last one they asked for, {none} ended before their first")
+    print(
+        f"of {len(log)} lives {lost} lost the save under way, {found} ended with the last one they asked for, {none}"
+        " ended before their first"
+    )

@@ -1,4 +1,5 @@
 """This process's connections to the world's store are made while other threads open and close theirs."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """inspect, verify, diff, export and import, as a new user types them; and a checkpoint of the first version, which stays readable."""
+
 from __future__ import annotations
 
 import json
@@ -51,7 +52,18 @@ def test_inspect_tells_all_without_reading_arrays(saved, capsys, tmp_path):
     start = time.perf_counter()
     code, out, _ = run(capsys, "inspect", tmp_path / "2")
     assert code == 0 and time.perf_counter() - start < 5
-    for text in ("step 2, 2 updates, commit 2, written by 1 ranks", "loss 1.5", "accumulate(8)", '"lr": 0.1', '"epoch": 3', "params/blocks/0/w", "float32", "[5, 7]", "140 bytes", "is params/norm"):
+    for text in (
+        "step 2, 2 updates, commit 2, written by 1 ranks",
+        "loss 1.5",
+        "accumulate(8)",
+        '"lr": 0.1',
+        '"epoch": 3',
+        "params/blocks/0/w",
+        "float32",
+        "[5, 7]",
+        "140 bytes",
+        "is params/norm",
+    ):
         assert text in out, text
     assert run(capsys, "inspect", directory)[1].startswith(str(directory / "2"))
     code, _, err = run(capsys, "inspect", tmp_path / "none")
@@ -65,7 +77,9 @@ def test_verify_reads_everything(saved, capsys, tmp_path):
     (tmp_path / "2" / "notes.txt").write_text("hello")
     code, out, _ = run(capsys, "verify", tmp_path / "2")
     assert code == 1 and out == "file 'notes.txt' does not belong to it\n"
-    largest = max((p for p in tmp_path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size * ("ocdbt.process" in str(p)))
+    largest = max(
+        (p for p in tmp_path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size * ("ocdbt.process" in str(p))
+    )
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
@@ -76,7 +90,12 @@ def test_diff_names_the_largest_difference_of_every_leaf(saved, capsys):
     directory, _, _ = saved
     assert run(capsys, "diff", directory / "2", directory / "2")[:2] == (0, "every leaf has the same bits\n")
     code, out, _ = run(capsys, "diff", directory / "1", directory / "2")
-    assert code == 1 and "step: largest difference 1 (1 against 2), 1 of 1 values differ" in out and "params/embed: largest difference" in out and "key" not in out.split()
+    assert (
+        code == 1
+        and "step: largest difference 1 (1 against 2), 1 of 1 values differ" in out
+        and "params/embed: largest difference" in out
+        and "key" not in out.split()
+    )
 
 
 def test_export_loads_strictly_with_tied_names(saved, capsys, tmp_path):
@@ -90,9 +109,17 @@ def test_export_loads_strictly_with_tied_names(saved, capsys, tmp_path):
     files = export(directory, tmp_path / "b.safetensors", "bfloat16", 300)
     index = json.loads((tmp_path / "b.safetensors.index.json").read_text())
     parts = [load_file(f) for f in files]
-    assert len(files) > 2 and set().union(*parts) == whole.keys() == index["weight_map"].keys() and not list(tmp_path.glob("*.part"))
+    assert (
+        len(files) > 2
+        and set().union(*parts) == whole.keys() == index["weight_map"].keys()
+        and not list(tmp_path.glob("*.part"))
+    )
     assert all(tree_hash(x) == tree_hash(whole[k].bfloat16()) for part in parts for k, x in part.items())
-    for bad, why in ((("x.bin",), "does not end in .safetensors"), (("x.safetensors", "complex"), "no dtype"), (("x.safetensors", "complex64"), "no name for")):
+    for bad, why in (
+        (("x.bin",), "does not end in .safetensors"),
+        (("x.safetensors", "complex"), "no dtype"),
+        (("x.safetensors", "complex64"), "no name for"),
+    ):
         with pytest.raises((ValueError, CheckpointError), match=why):
             export(directory, tmp_path / bad[0], *bad[1:])
 
@@ -105,7 +132,9 @@ def test_weights_come_in_from_safetensors_and_go_out_into_a_module(tmp_path, cap
     loss, params = fz.stateless(module, lambda model, x: (model(x).sum(), torch.tensor(1.0)))
     step = fz.train_step(fz.value_and_grad(loss), fz.adamw(0.1))
     got = Checkpointer(tmp_path / "ck").restore(like=(step, {k: v.detach().to("meta") for k, v in params.items()}))
-    assert int(got.state.step) == 0 and tree_hash(step.params(got.state)) == tree_hash({k: v.detach() for k, v in params.items()})
+    assert int(got.state.step) == 0 and tree_hash(step.params(got.state)) == tree_hash(
+        {k: v.detach() for k, v in params.items()}
+    )
     export(tmp_path / "ck", tmp_path / "out.safetensors")
     other = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False))
     other.load_state_dict(load_file(tmp_path / "out.safetensors"), strict=True)
@@ -133,9 +162,22 @@ def test_hugging_face_loads_an_export(tmp_path):
 def golden_step():
     """What the golden checkpoint was written by: on two ranks, after two updates."""
     shared = torch.arange(3.0)
-    params = {"emb": torch.arange(15.0).view(5, 3) / 8, "blocks": [{"w.x": torch.ones(3, 3) / 4}, {"w.x": torch.full((3, 3), -0.5)}], "tied": shared, "norm": shared, "none": torch.zeros(0, 2)}
-    grad = fz.value_and_grad(lambda p, b: (sum((x * x).sum() for x in fz.tree.leaves(p)) * b.sum(), b.sum()), batch=fz.P("data"))
-    return lambda world: fz.train_step(fz.shard("data", grad, fz.scale_loss(8.0, weight=4.0), fz.adamw(0.125)), mesh={"data": world}), params
+    params = {
+        "emb": torch.arange(15.0).view(5, 3) / 8,
+        "blocks": [{"w.x": torch.ones(3, 3) / 4}, {"w.x": torch.full((3, 3), -0.5)}],
+        "tied": shared,
+        "norm": shared,
+        "none": torch.zeros(0, 2),
+    }
+    grad = fz.value_and_grad(
+        lambda p, b: (sum((x * x).sum() for x in fz.tree.leaves(p)) * b.sum(), b.sum()), batch=fz.P("data")
+    )
+    return (
+        lambda world: fz.train_step(
+            fz.shard("data", grad, fz.scale_loss(8.0, weight=4.0), fz.adamw(0.125)), mesh={"data": world}
+        ),
+        params,
+    )
 
 
 def write_golden(directory):
@@ -146,7 +188,9 @@ def write_golden(directory):
     for _ in range(2):
         state, _ = step(state, step.local_rows(torch.ones(4)))
     with Checkpointer(directory) as ck:
-        ck.save(state, "two", client_state={"epoch": 1, "pair": (1, None), 5: torch.tensor([1, 2])}, metrics={"loss": 0.5})
+        ck.save(
+            state, "two", client_state={"epoch": 1, "pair": (1, None), 5: torch.tensor([1, 2])}, metrics={"loss": 0.5}
+        )
     return checkpoints.parts(state)
 
 
@@ -157,8 +201,15 @@ def test_a_checkpoint_of_the_first_version_stays_readable():
     state = step.init(params, key=3)
     for _ in range(2):
         state, _ = step(state, torch.ones(4))
-    rates = "adamw/rates/lr = 0.125, adamw/rates/weight_decay = 0.01, adamw/rates/b1 = 0.9, adamw/rates/b2 = 0.999"  # leaves since 0.2
-    assert got.notes == (f"the checkpoint says nothing of these rates, which come from the script: {rates}",) and got.metrics == {"loss": 0.5} and got.name == "two" and verify(GOLDEN) == []
+    rates = (  # leaves since 0.2
+        "adamw/rates/lr = 0.125, adamw/rates/weight_decay = 0.01, adamw/rates/b1 = 0.9, adamw/rates/b2 = 0.999"
+    )
+    assert (
+        got.notes == (f"the checkpoint says nothing of these rates, which come from the script: {rates}",)
+        and got.metrics == {"loss": 0.5}
+        and got.name == "two"
+        and verify(GOLDEN) == []
+    )
     assert repr(got.client_state) == repr({"epoch": 1, "pair": (1, None), 5: torch.tensor([1, 2])})
     for name, a in checkpoints.joined([checkpoints.parts(got.state)]).items():
         torch.testing.assert_close(a, checkpoints.joined([checkpoints.parts(state)])[name])
@@ -167,6 +218,9 @@ def test_a_checkpoint_of_the_first_version_stays_readable():
 def test_the_command_needs_no_distributed_and_no_jax(saved, tmp_path):
     import subprocess
 
-    code = f"import sys; from funczero.cli import main; main(['inspect', {str(saved[0])!r}]); main(['export', {str(saved[0])!r}, {str(tmp_path / 'x.safetensors')!r}]); assert 'jax' not in sys.modules"
+    code = (
+        f"import sys; from funczero.cli import main; main(['inspect', {str(saved[0])!r}]); main(['export',"
+        f" {str(saved[0])!r}, {str(tmp_path / 'x.safetensors')!r}]); assert 'jax' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
 """Clipping reads the mean, and its norm is the whole tree's."""
+
 from __future__ import annotations
 
 import pytest
@@ -15,7 +16,9 @@ TARGET = torch.tensor([3.0, -4.0])
 
 def step_of(*right, mesh=None):
     """A gradient of (3, -4) a row."""
-    g = fz.value_and_grad(lambda p, b: ((p["w"] * TARGET).sum() * len(b["x"]), torch.tensor(float(len(b["x"])))), batch=P("data"))
+    g = fz.value_and_grad(
+        lambda p, b: ((p["w"] * TARGET).sum() * len(b["x"]), torch.tensor(float(len(b["x"])))), batch=P("data")
+    )
     return fz.train_step(g, fz.all_reduce("data"), *right, fz.sgd(1.0), mesh=mesh or MESH)
 
 
@@ -51,7 +54,10 @@ def norms():
     """By stage: the norm that a clip used after a transform that rewrote the gradient, as bits of the masters."""
     k = zoo.MICROS // world_size()
     right = (fz.clip_by_value(0.004), fz.clip_by_global_norm(0.02), fz.adamw(1e-2))
-    return [zoo.bits(zoo.train(fz.zero(zoo.source(), *right, stage=s, accumulate=k), {"data": -1}, updates=4)) for s in range(4)]
+    return [
+        zoo.bits(zoo.train(fz.zero(zoo.source(), *right, stage=s, accumulate=k), {"data": -1}, updates=4))
+        for s in range(4)
+    ]
 
 
 def test_a_rewritten_gradient_is_measured_again_over_all_ranks(run_world):
@@ -77,12 +83,25 @@ def test_a_gradient_of_zero_is_left_alone():
     assert m.ok and m.grad_norm == 0 and step.params(state)["w"].tolist() == [1.0, 1.0]
 
 
-NONSENSE = {"a string": "1", "a bool": True, "nan": float("nan"), "inf": float("inf"), "None": None, "a tensor": torch.tensor(1.0), "a list": [1.0], "negative": -1.0, "zero": 0}
+NONSENSE = {
+    "a string": "1",
+    "a bool": True,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "None": None,
+    "a tensor": torch.tensor(1.0),
+    "a list": [1.0],
+    "negative": -1.0,
+    "zero": 0,
+}
 
 
 @pytest.mark.parametrize("kind", NONSENSE)
 def test_a_limit_that_is_no_positive_number_is_refused_when_built(kind):
-    for make, who in ((fz.clip_by_global_norm, "clip_by_global_norm: limit="), (fz.clip_by_value, "clip_by_value: limit=")):
+    for make, who in (
+        (fz.clip_by_global_norm, "clip_by_global_norm: limit="),
+        (fz.clip_by_value, "clip_by_value: limit="),
+    ):
         with pytest.raises((TypeError, ValueError)) as caught:
             make(NONSENSE[kind])
         assert str(caught.value).startswith(who) and "\n" not in str(caught.value)
@@ -98,12 +117,20 @@ def test_a_loss_scale_of_no_positive_number_is_refused_when_built(what, kind):
         return  # it is measured
     with pytest.raises((TypeError, ValueError)) as caught:
         fz.scale_loss(**{what: NONSENSE[kind]})
-    assert str(caught.value).startswith("scale_loss: ") and f"{what}=" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(caught.value).startswith("scale_loss: ")
+        and f"{what}=" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 @pytest.mark.parametrize("what", ["dynamic", "consecutive"])
 def test_a_word_is_no_flag_of_a_loss_scale(what):
-    with pytest.raises(TypeError, match=f"scale_loss: {what}='false' is a string and neither True nor False; write one of them"):
+    with pytest.raises(
+        TypeError, match=f"scale_loss: {what}='false' is a string and neither True nor False; write one of them"
+    ):
         fz.scale_loss(**{what: "false"})
-    with pytest.raises(TypeError, match=r"scale_loss: window=1.5 is a float and no whole number; write an int of at least"):
+    with pytest.raises(
+        TypeError, match=r"scale_loss: window=1.5 is a float and no whole number; write an int of at least"
+    ):
         fz.scale_loss(window=1.5)

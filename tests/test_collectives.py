@@ -1,4 +1,5 @@
 """Sums, gathers and scatters by axis name: values on every rank, in the one tree, with every byte counted."""
+
 from __future__ import annotations
 
 import pytest
@@ -24,17 +25,23 @@ NEST = {"node": 2, "local": 2}
 def own(sizes, rules=None):
     """A live mesh and the zoo's structure on it."""
     mesh = connect(plan_mesh(sizes))
-    return mesh, lazy(zoo.params(), ("blocks",), rules or {a: Rules() for a in sizes}, lambda path: path == "conv", mesh.device)
+    return mesh, lazy(
+        zoo.params(), ("blocks",), rules or {a: Rules() for a in sizes}, lambda path: path == "conv", mesh.device
+    )
 
 
 def drawn(where, seed, dtype=torch.float32):
     """Random leaves; the same for the same seed."""
     g = torch.Generator().manual_seed(seed)
-    return Slots.pack(where, [torch.randn(s.shape, generator=g).to(dtype) for s in where.slots], dtype, torch.device("cpu"))
+    return Slots.pack(
+        where, [torch.randn(s.shape, generator=g).to(dtype) for s in where.slots], dtype, torch.device("cpu")
+    )
 
 
 def same(a, b):
-    return a.where.coords == b.where.coords and all(torch.equal(x, y) for x, y in zip(a.buffers, b.buffers, strict=True))
+    return a.where.coords == b.where.coords and all(
+        torch.equal(x, y) for x, y in zip(a.buffers, b.buffers, strict=True)
+    )
 
 
 def verbs(world, dtype):
@@ -43,9 +50,18 @@ def verbs(world, dtype):
     whole, rank = params.at((), torch.float32), mesh.index("data")
     mine = [drawn(whole.where, r, dtype) for r in range(world)]
     scattered = collectives.reduce_scatter(mine[rank], Edge("data", adds=torch.float32), mesh)
-    summed = Slots.pack(whole.where, [order.tree_sum([m.leaves()[i].float() for m in mine]) for i in range(len(mine[0].leaves()))], torch.float32, mesh.device)
+    summed = Slots.pack(
+        whole.where,
+        [order.tree_sum([m.leaves()[i].float() for m in mine]) for i in range(len(mine[0].leaves()))],
+        torch.float32,
+        mesh.device,
+    )
     cut = collectives.cut(whole, "data", mesh)
-    return same(collectives.all_gather(cut, "data", mesh), whole), same(scattered, collectives.cut(summed, "data", mesh)), same(cut, params.at(cut.where.coords, torch.float32))
+    return (
+        same(collectives.all_gather(cut, "data", mesh), whole),
+        same(scattered, collectives.cut(summed, "data", mesh)),
+        same(cut, params.at(cut.where.coords, torch.float32)),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,7 +75,11 @@ def frozen_empties():
     mesh, params = own({"data": 2})
     x = params.at((), torch.float32).trainable()
     back = collectives.all_gather(collectives.reduce_scatter(x, Edge("data", adds=torch.float32), mesh), "data", mesh)
-    return [b.numel() for b in back.buffers] == [b.numel() for b in x.buffers], min(b.numel() for b in x.buffers), same(back, x.map(lambda b: 2 * b))
+    return (
+        [b.numel() for b in back.buffers] == [b.numel() for b in x.buffers],
+        min(b.numel() for b in x.buffers),
+        same(back, x.map(lambda b: 2 * b)),
+    )
 
 
 def test_what_is_frozen_stays_empty(run_world):
@@ -79,28 +99,42 @@ def integers():
 
 
 def test_integers_sum_over_any_axes(run_world):
-    want = {(): (1, 10, 100, 1000), ("node",): (101, 1010, 101, 1010), ("local",): (11, 11, 1100, 1100), ("node", "local"): (1111,) * 4, ("local", "node"): (1111,) * 4}
+    want = {
+        (): (1, 10, 100, 1000),
+        ("node",): (101, 1010, 101, 1010),
+        ("local",): (11, 11, 1100, 1100),
+        ("node", "local"): (1111,) * 4,
+        ("local", "node"): (1111,) * 4,
+    }
     found = run_world(4, integers)
     for (axes, n), _ in found[0].items():
         assert tuple(f[axes, n][0] for f in found) == want[axes]
         (key, sent), *more = found[0][axes, n][1].items() or [(("", "all_reduce", "int64"), 0)]
         size = {0: 1, 1: 2, 2: 4}[len(axes)]
         assert not more and key == ("+".join(axes), "all_reduce", "int64")
-        assert sent == (8 * n * (size - 1) if n == 3 else 2 * 8 * n * (size - 1) // size)  # a short message to every rank; else a ring's
+        assert sent == (
+            8 * n * (size - 1) if n == 3 else 2 * 8 * n * (size - 1) // size
+        )  # a short message to every rank; else a ring's
 
 
 def counted():
     """Bytes of one gather and one scatter: payload, to the other ranks."""
     mesh, params = own(NEST)
     place = Where(params.structure, (("node", 2, mesh.index("node")),))
-    x, y = params.at(place.inner("local", 2, mesh.index("local")).coords, torch.bfloat16), params.at(place.coords, torch.float32)
+    x, y = params.at(place.inner("local", 2, mesh.index("local")).coords, torch.bfloat16), params.at(
+        place.coords, torch.float32
+    )
     with fz.count_bytes(mesh) as outer:
         with fz.count_bytes(mesh) as gather:
             collectives.all_gather(x, "local", mesh)
         with fz.count_bytes(mesh) as scatter:
             collectives.reduce_scatter(y, Edge("local", adds=torch.float32), mesh)
     cut = sum(s.length for s, leaf in zip(x.where.slots, params.structure.leaves, strict=True) if leaf.shape)
-    return dict(gather) == {("local", "all_gather", "bfloat16"): 2 * cut}, dict(scatter) == {("local", "reduce_scatter", "float32"): 4 * sum(x.where.lengths)}, outer == gather + scatter
+    return (
+        dict(gather) == {("local", "all_gather", "bfloat16"): 2 * cut},
+        dict(scatter) == {("local", "reduce_scatter", "float32"): 4 * sum(x.where.lengths)},
+        outer == gather + scatter,
+    )
 
 
 def test_every_byte_is_counted_once(run_world):
@@ -110,7 +144,10 @@ def test_every_byte_is_counted_once(run_world):
 def test_the_innermost_axis_is_gathered_first():
     mesh, params = own({"node": 1, "local": 1})
     x = params.at((("node", 1, 0), ("local", 1, 0)), torch.float32)
-    with pytest.raises(ValueError, match=r"all_gather\('node'\): the innermost axis of these leaves is \('local',\); gather that one first"):
+    with pytest.raises(
+        ValueError,
+        match=r"all_gather\('node'\): the innermost axis of these leaves is \('local',\); gather that one first",
+    ):
         collectives.all_gather(x, "node", mesh)
     with pytest.raises(ValueError, match="the innermost axis of these leaves is none"):
         collectives.all_gather(params.at((), torch.float32), "node", mesh)
@@ -120,7 +157,12 @@ def order_over_ranks():
     """Four float32 values whose sum depends on the tree."""
     mesh = connect(plan_mesh({"data": 4}))
     params = lazy({"w": torch.zeros(4)}, (), {"data": Rules()}, lambda path: False, mesh.device)
-    mine = Slots.pack(Where.whole(params.structure), [torch.full((4,), [1e8, 1.0, -1e8, 1.0][mesh.index("data")])], torch.float32, mesh.device)
+    mine = Slots.pack(
+        Where.whole(params.structure),
+        [torch.full((4,), [1e8, 1.0, -1e8, 1.0][mesh.index("data")])],
+        torch.float32,
+        mesh.device,
+    )
     return collectives.reduce_scatter(mine, Edge("data", adds=torch.float32), mesh).leaves()[0].tolist()
 
 
@@ -139,7 +181,12 @@ def leaves():
         for a in axes:
             part = collectives.cut(part, a, mesh)
         each = [collectives.gather_leaf(part, i, mesh) for i in range(len(params.structure.leaves))]
-        found.append(all(x.shape == y.shape and torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(each, whole.leaves())))
+        found.append(
+            all(
+                x.shape == y.shape and torch.equal(x.view(torch.int32), y.view(torch.int32))
+                for x, y in zip(each, whole.leaves())
+            )
+        )
     with fz.count_bytes(mesh) as sent:
         x = broadcast(torch.tensor([-0.0, mesh.ledger.place]), 3, mesh)
     return found, x.tolist(), x[0].signbit().item(), dict(sent)

@@ -1,4 +1,5 @@
 """ds_config.json as a value: what DeepSpeed reads is read, every key is judged, nothing is silently ignored."""
+
 from __future__ import annotations
 
 import base64
@@ -73,9 +74,14 @@ def test_a_triad_holds_or_says_two_ways_to_hold(batch, micro, steps, n):
     assert all(x is None or x == y for x, y in zip((batch, micro, steps), t))
 
 
-@pytest.mark.parametrize(("environment", "size", "origin"), [({"WORLD_SIZE": "4"}, 4, "WORLD_SIZE of the environment"), ({}, 1, "the processes there are")])
+@pytest.mark.parametrize(
+    ("environment", "size", "origin"),
+    [({"WORLD_SIZE": "4"}, 4, "WORLD_SIZE of the environment"), ({}, 1, "the processes there are")],
+)
 def test_the_world_is_the_environments(monkeypatch, environment, size, origin):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # other tests of this process may have joined a world
+    monkeypatch.setattr(
+        torch.distributed, "is_initialized", lambda: False
+    )  # other tests of this process may have joined a world
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, x in ({"RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"} | environment).items() if environment else ():
@@ -103,7 +109,9 @@ def test_comments_commas_and_bare_keys_are_read_with_their_lines(tmp_path):
     file = tmp_path / "ds_config.json"
     file.write_text(TEXT)
     c, plain = ds.resolve(file, 2), ds.resolve(PAGE, 2)
-    assert {p: v.value for p, v in c.values.items()} == {p: v.value for p, v in plain.values.items()} and c.name == "ds_config.json"
+    assert {p: v.value for p, v in c.values.items()} == {
+        p: v.value for p, v in plain.values.items()
+    } and c.name == "ds_config.json"
     lines = {p: v.line for p, v in c.values.items() if v.line}
     assert lines == {
         "train_batch_size": 3, "gradient_accumulation_steps": 6, "optimizer.type": 7, "optimizer.params.lr": 7, "fp16.enabled": 9, "zero_optimization.stage": 11,
@@ -121,7 +129,10 @@ def defaults():
     shown = lambda d: "required" if d is ... else list(d) if isinstance(d, tuple) else d
     table = lambda keys: {k: shown(v.default) for k, v in sorted(keys.items())}
     return {
-        **{handling: table({k: v for k, v in ds.KEYS.items() if v.handling == handling}) for handling in (HONOURED, REFUSED, NO_OP)},
+        **{
+            handling: table({k: v for k, v in ds.KEYS.items() if v.handling == handling})
+            for handling in (HONOURED, REFUSED, NO_OP)
+        },
         "optimizer.params": {k: table(v) for k, v in OPTIMIZERS.items()},
         "scheduler.params": {k: table(v) for k, v in SCHEDULERS.items()},
         "old spellings": dict(sorted(ALIASES.items())),
@@ -157,11 +168,7 @@ def test_a_no_op_leaves_a_note(path):
     other = (
         key.choices[-1]
         if key.choices and key.choices[-1] != key.default
-        else key.choices[0]
-        if key.choices
-        else (not key.default)
-        if key.kind == "flag"
-        else OTHER[key.kind]
+        else key.choices[0] if key.choices else (not key.default) if key.kind == "flag" else OTHER[key.kind]
     )
     c = resolve(**place(path, other))
     assert [n for n in c.notes if n.startswith(f"{path} = ") and key.say in n] and c.value(path) == other
@@ -202,7 +209,10 @@ OLD = {
     "stage, true": ({"zero_optimization": True}, {"zero_optimization.stage": 1}),
     "stage, false": ({"zero_optimization": False}, {"zero_optimization.stage": 0}),
     "bfloat16": ({"bfloat16": {"enabled": True}}, {"bf16.enabled": True}),
-    "without its prefix": ({"zero_optimization": {"stage": 3, "param_persistence_threshold": 7}}, {"zero_optimization.stage3_param_persistence_threshold": 7}),
+    "without its prefix": (
+        {"zero_optimization": {"stage": 3, "param_persistence_threshold": 7}},
+        {"zero_optimization.stage3_param_persistence_threshold": 7},
+    ),
     "fp16 weights": (
         {"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": True}},
         {"zero_optimization.stage3_gather_16bit_weights_on_model_save": True},
@@ -211,8 +221,14 @@ OLD = {
         {"zero_optimization": {"gather_16bit_weights_on_model_save": True}},
         {"zero_optimization.stage3_gather_16bit_weights_on_model_save": True},
     ),
-    "cpu_offload, off": ({"zero_optimization": {"cpu_offload": False}}, {"zero_optimization.offload_optimizer.device": "none"}),
-    "allgather_size": ({"zero_optimization": True, "allgather_size": 1000}, {"zero_optimization.allgather_bucket_size": 1000}),
+    "cpu_offload, off": (
+        {"zero_optimization": {"cpu_offload": False}},
+        {"zero_optimization.offload_optimizer.device": "none"},
+    ),
+    "allgather_size": (
+        {"zero_optimization": True, "allgather_size": 1000},
+        {"zero_optimization.allgather_bucket_size": 1000},
+    ),
 }
 
 
@@ -228,7 +244,9 @@ def test_old_spellings_work_with_a_note(name):
 def test_whole_numbers_may_be_floats_and_are_ints():
     c = resolve(zero_optimization={"reduce_bucket_size": 5e8, "stage": 2.0})
     assert (c.value("zero_optimization.reduce_bucket_size"), c.value("zero_optimization.stage")) == (500_000_000, 2)
-    assert isinstance(c.value("zero_optimization.stage"), int) and isinstance(resolve(gradient_clipping=1).value("gradient_clipping"), float)
+    assert isinstance(c.value("zero_optimization.stage"), int) and isinstance(
+        resolve(gradient_clipping=1).value("gradient_clipping"), float
+    )
 
 
 def test_auto_is_filled_from_arguments_in_one_place():
@@ -237,13 +255,21 @@ def test_auto_is_filled_from_arguments_in_one_place():
         "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"},
         "pipeline": {"stages": "auto"}, "data_types": {"keep_in_fp32_modules": "auto"},
     }  # fmt: skip
-    auto = {"train_batch_size": 16, "gradient_clipping": 0.5, "optimizer.params.lr": 1e-4, "bf16.enabled": True, "hidden_size": 100}
+    auto = {
+        "train_batch_size": 16,
+        "gradient_clipping": 0.5,
+        "optimizer.params.lr": 1e-4,
+        "bf16.enabled": True,
+        "hidden_size": 100,
+    }
     c = ds.resolve(keys, 2, auto)
     assert {p: v.value for p, v in c.values.items() if v.origin == "auto"} == {
         "train_batch_size": 16, "gradient_clipping": 0.5, "optimizer.params.lr": 1e-4, "bf16.enabled": True, "zero_optimization.reduce_bucket_size": 10_000,
         "zero_optimization.stage3_prefetch_bucket_size": 9_000, "zero_optimization.stage3_param_persistence_threshold": 1_000,
     }  # fmt: skip
-    assert ds.resolve(PAGE, 2, {"gradient_clipping": 0.5}).value("gradient_clipping") == 1.0  # only what says auto is filled
+    assert (
+        ds.resolve(PAGE, 2, {"gradient_clipping": 0.5}).value("gradient_clipping") == 1.0
+    )  # only what says auto is filled
 
 
 def test_values_carry_their_origin():
@@ -261,7 +287,12 @@ def test_values_carry_their_origin():
 
 @pytest.mark.parametrize(
     ("kind", "params", "default"),
-    [("Adam", {}, 0.0), ("AdamW", {}, 0.0), ("adamw", {"torch_adam": True}, 0.01), ("Adam", {"torch_adam": True, "adam_w_mode": False}, 0.0)],
+    [
+        ("Adam", {}, 0.0),
+        ("AdamW", {}, 0.0),
+        ("adamw", {"torch_adam": True}, 0.01),
+        ("Adam", {"torch_adam": True, "adam_w_mode": False}, 0.0),
+    ],
 )
 def test_weight_decay_is_zero_unless_it_is_torchs_adamw(kind, params, default):
     assert resolve(optimizer={"type": kind, "params": params}).value("optimizer.params.weight_decay") == default
@@ -275,7 +306,9 @@ def test_what_a_scheduler_does_not_read_is_said():
     assert "OneCycle cycles no momentum: SGD has no betas" in notes({"type": "SGD"}, one)
     for own in ({}, {"warmup_max_lr": 0.1}):
         assert not notes({"type": "Adam", "params": {"lr": 0.1}}, {"type": "WarmupLR", "params": own})
-    assert "lr = 0.1 is not used: WarmupDecayLR" in notes({"type": "Adam", "params": {"lr": 0.1}}, {"type": "WarmupDecayLR", "params": {"total_num_steps": 5}})
+    assert "lr = 0.1 is not used: WarmupDecayLR" in notes(
+        {"type": "Adam", "params": {"lr": 0.1}}, {"type": "WarmupDecayLR", "params": {"total_num_steps": 5}}
+    )
 
 
 def test_where_deepspeed_does_otherwise_is_said():
@@ -283,10 +316,14 @@ def test_where_deepspeed_does_otherwise_is_said():
     assert "gradient_clipping is absent" in said() and "gradient_clipping" not in said(gradient_clipping=1.0)
     assert "summed in float32 here, in bfloat16 there" in said(bf16={"enabled": True})
     assert "in bfloat16 there" not in said(bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
-    assert "at stage 0, only the gradient is divided" in said(fp16={"enabled": True}) and "on which the scale doubles" in said(fp16={"enabled": True})
+    assert "at stage 0, only the gradient is divided" in said(
+        fp16={"enabled": True}
+    ) and "on which the scale doubles" in said(fp16={"enabled": True})
     assert "doubles" not in said(fp16={"enabled": True, "loss_scale": 128}, zero_optimization={"stage": 1})
     sgd = {"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 1}}
-    assert "zero_allow_untested_optimizer" in said(**sgd) and "untested" not in said(**sgd, zero_allow_untested_optimizer=True)
+    assert "zero_allow_untested_optimizer" in said(**sgd) and "untested" not in said(
+        **sgd, zero_allow_untested_optimizer=True
+    )
     assert "it enters the weights" in said() and "it enters the weights" not in said(zero_optimization=True)
 
 
@@ -308,11 +345,22 @@ def everything():
     for name in (*ELEMENTWISE, "SGD", "Lion"):
         for k, key in optimizer_keys(name, "", False).items():
             if key.kind in ("int", "number", "rate", "pair") and key.handling == HONOURED:
-                yield lambda x, name=name, k=k: {"optimizer": {"type": name, "params": {k: x}}}, f"optimizer.params.{k}", key
+                yield (
+                    lambda x, name=name, k=k: {"optimizer": {"type": name, "params": {k: x}}},
+                    f"optimizer.params.{k}",
+                    key,
+                )
     for name in (*SCHEDULERS, *TORCH):
         for k, key in scheduler_keys(name, "").items():
             if key.kind in ("int", "number", "rate", "counts"):
-                yield lambda x, name=name, k=k: {"optimizer": ADAM, "scheduler": {"type": name, "params": NEEDS.get(name, {}) | {k: x}}}, f"scheduler.params.{k}", key
+                yield (
+                    lambda x, name=name, k=k: {
+                        "optimizer": ADAM,
+                        "scheduler": {"type": name, "params": NEEDS.get(name, {}) | {k: x}},
+                    },
+                    f"scheduler.params.{k}",
+                    key,
+                )
 
 
 def test_every_number_has_a_range():
@@ -325,7 +373,11 @@ def test_every_number_has_a_range():
         for x in (-2, -9e18, 2**64, 10**5000, float("nan"), float("inf"), -float("inf"), True):
             with pytest.raises(ds.ConfigError) as caught:
                 resolve(**keys(wrap(x)))
-            assert str(caught.value).startswith(f"config: {path}: ") and "; write " in str(caught.value), (path, x, str(caught.value))
+            assert str(caught.value).startswith(f"config: {path}: ") and "; write " in str(caught.value), (
+                path,
+                x,
+                str(caught.value),
+            )
             seen += 1
     assert seen > 900
 
@@ -381,5 +433,9 @@ def test_no_value_in_its_range_makes_a_rate_that_is_not_finite():
                 except ds.ConfigError:
                     continue
                 for rate in (lr, momentum):
-                    values = [float(rate(torch.tensor(u))) for u in (0, 1, 2)] if callable(rate) and "total_steps" not in path else []
+                    values = (
+                        [float(rate(torch.tensor(u))) for u in (0, 1, 2)]
+                        if callable(rate) and "total_steps" not in path
+                        else []
+                    )
                     assert all(abs(v) < 1e13 for v in values), (path, x, values)

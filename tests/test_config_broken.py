@@ -1,4 +1,5 @@
 """A thousand generated broken configs: none is accepted, and each message has the key's path, its line and a remedy."""
+
 from __future__ import annotations
 
 import json
@@ -78,8 +79,16 @@ def places(config, prefix=""):
 def kind(config, path):
     block, _, name = path.partition(".params.")
     if name:
-        table = (OPTIMIZERS | {"sgd": {}}).get(config[block]["type"].lower(), {}) if block == "optimizer" else SCHEDULERS.get(config[block]["type"], {})
-        return table[name].kind if name in table else {"nesterov": "flag", "centered": "flag", "step_size": None}.get(name, "number")
+        table = (
+            (OPTIMIZERS | {"sgd": {}}).get(config[block]["type"].lower(), {})
+            if block == "optimizer"
+            else SCHEDULERS.get(config[block]["type"], {})
+        )
+        return (
+            table[name].kind
+            if name in table
+            else {"nesterov": "flag", "centered": "flag", "step_size": None}.get(name, "number")
+        )
     return ds.KEYS[path].kind if path in ds.KEYS else "block"
 
 
@@ -111,7 +120,18 @@ def wrong_type(rng, config):
 
 
 def missing(rng, config):
-    gone = rng.choice(["batch", "optimizer", "optimizer.type", "scheduler.type", "total_num_steps", "cycle_min_lr", "cycle_max_lr", "step_size"])
+    gone = rng.choice(
+        [
+            "batch",
+            "optimizer",
+            "optimizer.type",
+            "scheduler.type",
+            "total_num_steps",
+            "cycle_min_lr",
+            "cycle_max_lr",
+            "step_size",
+        ]
+    )
     if gone == "batch":
         for name in ("train_batch_size", "train_micro_batch_size_per_gpu"):
             config.pop(name, None)
@@ -140,7 +160,13 @@ def contradiction(rng, config):
 
 
 def unresolved(rng, config):
-    path, block, key = rng.choice([(p, b, k) for p, b, k in places(config) if kind(config, p) not in ("block", "any", "off") and not p.endswith(".type")])
+    path, block, key = rng.choice(
+        [
+            (p, b, k)
+            for p, b, k in places(config)
+            if kind(config, p) not in ("block", "any", "off") and not p.endswith(".type")
+        ]
+    )
     block[key] = "auto"
     return path, False
 
@@ -151,7 +177,14 @@ def duplicate(rng, config):
     return path, False
 
 
-KINDS = {"typo": typo, "type": wrong_type, "missing": missing, "duplicate": duplicate, "contradiction": contradiction, "unresolved auto": unresolved}
+KINDS = {
+    "typo": typo,
+    "type": wrong_type,
+    "missing": missing,
+    "duplicate": duplicate,
+    "contradiction": contradiction,
+    "unresolved auto": unresolved,
+}
 
 
 def broken(seed):
@@ -180,7 +213,9 @@ def test_the_bases_are_well(tmp_path):
     for base in BASES:
         assert len(fz.from_deepspeed(base, loss, world=WORLD)) == 2
         (tmp_path / "c.json").write_text(text_of(base)[0])
-        assert ds.resolve(tmp_path / "c.json", WORLD).block("zero_optimization") == ds.resolve(base, WORLD).block("zero_optimization")
+        assert ds.resolve(tmp_path / "c.json", WORLD).block("zero_optimization") == ds.resolve(base, WORLD).block(
+            "zero_optimization"
+        )
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -196,9 +231,17 @@ def test_no_broken_config_is_accepted(tmp_path, part):
         slowest = max(slowest, (time.perf_counter() - start, str(caught.value)))
         said = str(caught.value)
         seen[name] += 1
-        assert path in said and any(word in said for word in ("write", "delete", "add")) and "\n" not in said, (name, config, said)
+        assert path in said and any(word in said for word in ("write", "delete", "add")) and "\n" not in said, (
+            name,
+            config,
+            said,
+        )
         if (seed % 3 or name == "duplicate") and not anywhere:
-            assert said.startswith(f"ds_config.json:{lines.get(path)}: ") or f"(line {lines.get(path)})" in said, (name, text, said)
+            assert said.startswith(f"ds_config.json:{lines.get(path)}: ") or f"(line {lines.get(path)})" in said, (
+                name,
+                text,
+                said,
+            )
     assert all(seen.values()) and sum(seen.values()) == COUNT // 4
     print(seen, slowest)
 

@@ -1,4 +1,5 @@
 """A config's chain trains as DeepSpeed means it, and not as its defects do."""
+
 from __future__ import annotations
 
 import json
@@ -47,7 +48,15 @@ def test_the_pages_config_trains():
     chain, c = fz.from_deepspeed(PAGE, zoo.loss_plain, world=1)
     assert c.triad == (8, 8, 1) and c.policy == "params=float32,compute=float16,accumulate=float32"
     step = fz.train_step(*chain, **c.arguments)
-    assert step.grad.names == ("value_and_grad(batch=P('data'))", "shard('data',", "mean", "scale_loss", "clip_by_global_norm(1)", "adamw", ")")
+    assert step.grad.names == (
+        "value_and_grad(batch=P('data'))",
+        "shard('data',",
+        "mean",
+        "scale_loss",
+        "clip_by_global_norm(1)",
+        "adamw",
+        ")",
+    )
     state, seen = step.init(zoo.params()), []
     for _ in range(12):
         state, m = step(state, step.local_rows(zoo.batch(0)))
@@ -62,7 +71,9 @@ def test_the_clip_has_deepspeeds_eps():
     assert (step / GRADIENT).tolist() == pytest.approx([0.25 / (0.5 + 1e-6)] * 2, rel=1e-6)
 
 
-@pytest.mark.parametrize(("keys", "want"), [({}, 1.0), ({"gradient_clipping": 0}, 1.0), ({"gradient_clipping": 0.1}, 0.1 / (0.5 + 1e-6))])
+@pytest.mark.parametrize(
+    ("keys", "want"), [({}, 1.0), ({"gradient_clipping": 0}, 1.0), ({"gradient_clipping": 0.1}, 0.1 / (0.5 + 1e-6))]
+)
 def test_the_default_clip_is_one_and_zero_is_off(keys, want):
     own = {**SGD, **keys}
     if not keys:
@@ -95,13 +106,20 @@ def test_a_lossy_wire_rounds_and_says_so(stage):
     (step,), _, _ = run(own, rows=1)
     assert step.tolist() == (GRADIENT.bfloat16().float()).tolist()
     c = ds.resolve({"train_batch_size": 8, **own}, 1)
-    assert c.notes == ("communication_data_type rounds gradients to bfloat16 before they are sent: the same-bits promise is off",)
+    assert c.notes == (
+        "communication_data_type rounds gradients to bfloat16 before they are sent: the same-bits promise is off",
+    )
     assert not ds.resolve({"train_batch_size": 8, **own, "communication_data_type": "fp32"}, 1).notes
 
 
 def test_sums_in_a_narrow_dtype_are_asked_for_and_said():
-    c = ds.resolve({"train_batch_size": 8, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "torch.bfloat16"}}, 1)
-    assert c.policy == "params=float32,compute=bfloat16,accumulate=bfloat16" and "data_types.grad_accum_dtype sums gradients in bfloat16" in c.notes[0]
+    c = ds.resolve(
+        {"train_batch_size": 8, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "torch.bfloat16"}}, 1
+    )
+    assert (
+        c.policy == "params=float32,compute=bfloat16,accumulate=bfloat16"
+        and "data_types.grad_accum_dtype sums gradients in bfloat16" in c.notes[0]
+    )
     assert ds.resolve({"train_batch_size": 8, "bf16": {"enabled": True}}, 1).policy.endswith("accumulate=float32")
 
 
@@ -130,17 +148,37 @@ def test_an_optimizer_is_its_type_at_every_stage(kind):
 
 
 def test_onecycle_moves_adams_momentum_and_forces_the_other():
-    one = {"type": "OneCycle", "params": {"cycle_min_lr": 1e-3, "cycle_max_lr": 1e-2, "cycle_first_step_size": 2, "cycle_min_mom": 0.7, "cycle_max_mom": 0.95}}
-    config = {"train_batch_size": 24, "optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}, "scheduler": one, "gradient_clipping": 0}
+    one = {
+        "type": "OneCycle",
+        "params": {
+            "cycle_min_lr": 1e-3,
+            "cycle_max_lr": 1e-2,
+            "cycle_first_step_size": 2,
+            "cycle_min_mom": 0.7,
+            "cycle_max_mom": 0.95,
+        },
+    }
+    config = {
+        "train_batch_size": 24,
+        "optimizer": {"type": "AdamW", "params": {"eps": 1e-6}},
+        "scheduler": one,
+        "gradient_clipping": 0,
+    }
     chain, c = fz.from_deepspeed(config, zoo.loss_plain, world=1)
     got = zoo.train(chain, **c.arguments, updates=3)[0]
     lr, beta = fz.schedules.one_cycle(1e-3, 1e-2, 2), fz.schedules.one_cycle_momentum(0.7, 0.95, 2)
-    want = zoo.train(fz.zero(fz.value_and_grad(zoo.loss_plain, batch=fz.P("data")), fz.adamw(lr, beta, 0.99, 1e-6, 0.0), stage=0), {"data": 1}, updates=3)[0]
+    want = zoo.train(
+        fz.zero(fz.value_and_grad(zoo.loss_plain, batch=fz.P("data")), fz.adamw(lr, beta, 0.99, 1e-6, 0.0), stage=0),
+        {"data": 1},
+        updates=3,
+    )[0]
     assert tree_hash(got) == tree_hash(want)
 
 
 # --- the loss scale ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("case", [c for c in SCALER if "raise_error_at_min_scale" not in c["params"]], ids=lambda c: c["note"])
+@pytest.mark.parametrize(
+    "case", [c for c in SCALER if "raise_error_at_min_scale" not in c["params"]], ids=lambda c: c["note"]
+)
 @pytest.mark.parametrize("stage", [0, 2])
 def test_fp16_keys_are_the_golden_machine_through_a_whole_chain(case, stage):
     """Stage 0 too, where DeepSpeed has another machine. raise_error_at_min_scale is no key of the file."""
@@ -153,7 +191,12 @@ def test_fp16_keys_are_the_golden_machine_through_a_whole_chain(case, stage):
     chain, c = fz.from_deepspeed(config, linear, world=1)
     step = fz.train_step(*chain, **c.arguments)
     state = step.init({"w": torch.zeros(2)})
-    state = state._replace(chain={**state.chain, "scale_loss": state.chain["scale_loss"]._replace(weight=torch.tensor(8.0, dtype=torch.float64))})
+    state = state._replace(
+        chain={
+            **state.chain,
+            "scale_loss": state.chain["scale_loss"]._replace(weight=torch.tensor(8.0, dtype=torch.float64)),
+        }
+    )
     for overflow, want in zip(case["overflow"], case["after"], strict=False):
         state, m = step(state, {"x": torch.full((8,), torch.inf if overflow else 1e-4)})
         assert m.ok.item() == (not overflow)
@@ -171,10 +214,17 @@ def test_fp16_keys_are_the_golden_machine_through_a_whole_chain(case, stage):
 def test_the_update_on_which_the_scale_doubles_is_whole(stage):
     """There it is halved, because the new scale divides a gradient that the old one multiplied."""
     steps, log, _ = run(
-        {**SGD, "fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1}, "zero_optimization": {"stage": stage}}, xs=[0.5] * 5
+        {
+            **SGD,
+            "fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1},
+            "zero_optimization": {"stage": stage},
+        },
+        xs=[0.5] * 5,
     )
     assert [m.scale.item() for m in log] == [16, 16, 32, 64, 128]
-    assert all(s.tolist() == steps[0].tolist() for s in steps[1:2]) and all(s.tolist() == pytest.approx((0.5 * GRADIENT).tolist(), rel=2e-3) for s in steps)
+    assert all(s.tolist() == steps[0].tolist() for s in steps[1:2]) and all(
+        s.tolist() == pytest.approx((0.5 * GRADIENT).tolist(), rel=2e-3) for s in steps
+    )
     assert [m.grad_norm.item() for m in log] == pytest.approx([0.25] * 5, rel=2e-3)
 
 
@@ -186,8 +236,15 @@ def test_fp16_at_stage_zero_scales_the_loss(scale):
 
 
 def test_a_static_scale_stands_still_and_overflows_skip():
-    steps, log, _ = run({**SGD, "fp16": {"enabled": True, "loss_scale": 128}, "zero_optimization": {"stage": 1}}, xs=[1.0, torch.inf, 1.0])
-    assert [m.scale.item() for m in log] == [128] * 3 and [m.ok.item() for m in log] == [True, False, True] and steps[1].tolist() == [0, 0]
+    steps, log, _ = run(
+        {**SGD, "fp16": {"enabled": True, "loss_scale": 128}, "zero_optimization": {"stage": 1}},
+        xs=[1.0, torch.inf, 1.0],
+    )
+    assert (
+        [m.scale.item() for m in log] == [128] * 3
+        and [m.ok.item() for m in log] == [True, False, True]
+        and steps[1].tolist() == [0, 0]
+    )
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
@@ -198,7 +255,11 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
 
 def test_qgz_with_its_wrong_mean_is_refused_by_name():
     with pytest.raises(
-        ds.ConfigError, match="zero_optimization.zero_quantized_gradients: true would change the training: a quantised wire does not exist here yet"
+        ds.ConfigError,
+        match=(
+            "zero_optimization.zero_quantized_gradients: true would change the training: a quantised wire does not"
+            " exist here yet"
+        ),
     ):
         run({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}})
 
@@ -235,7 +296,9 @@ def test_the_rate_is_the_schedule_at_the_applied_updates(kind, optimizer, stage,
         "train_batch_size": 8, "gradient_accumulation_steps": k, "zero_optimization": {"stage": stage}, "optimizer": {"type": optimizer, "params": {"lr": 0.01}},
         "scheduler": {"type": kind, "params": KINDS[kind]},
     }  # fmt: skip
-    make = lambda: (lambda built: (fz.train_step(*built[0], **built[1].arguments), ds.rates_of(built[1]).lr))(fz.from_deepspeed(config, linear, world=1))
+    make = lambda: (lambda built: (fz.train_step(*built[0], **built[1].arguments), ds.rates_of(built[1]).lr))(
+        fz.from_deepspeed(config, linear, world=1)
+    )
     step, schedule = make()
     state, updates = step.init({"w": torch.zeros(2)}), 0
     for t, ok in enumerate(applied):
@@ -269,7 +332,9 @@ def faces(world_rows=8, k=2):
             }
             hashes = []
             for pullback in (False, True):
-                chain, c = fz.from_deepspeed(config, *(() if pullback else (mean_loss,)), pullback=pullback, weight=float(k * world_size()))
+                chain, c = fz.from_deepspeed(
+                    config, *(() if pullback else (mean_loss,)), pullback=pullback, weight=float(k * world_size())
+                )
                 step = fz.train_step(*chain, **c.arguments)
                 state = step.init({"w": torch.linspace(-1, 1, 6)})
                 for b in data:
@@ -294,7 +359,9 @@ def test_a_pullback_gives_the_bits_of_the_functional_chain(run_world, world):
 
 
 def test_the_scale_of_a_streamed_window_is_seeded_as_deepspeeds():
-    chain, c = fz.from_deepspeed({**PAGE, "train_batch_size": 24, "gradient_accumulation_steps": 3}, pullback=True, world=1)
+    chain, c = fz.from_deepspeed(
+        {**PAGE, "train_batch_size": 24, "gradient_accumulation_steps": 3}, pullback=True, world=1
+    )
     state = fz.train_step(*chain, **c.arguments).init({"w": torch.zeros(2)})
     assert state.chain["scale_loss"].weight == 4 and c.triad.steps == 3  # a power of two near the three mean losses
 
@@ -302,9 +369,14 @@ def test_the_scale_of_a_streamed_window_is_seeded_as_deepspeeds():
 def test_an_optimizer_of_the_call_comes_first():
     warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 0.5, "warmup_type": "linear"}}
     names = lambda **kw: (
-        fz.train_step(*(built := fz.from_deepspeed({"train_batch_size": 8, **kw.pop("keys", {})}, linear, world=1, **kw))[0], **built[1].arguments).grad.names
+        fz.train_step(
+            *(built := fz.from_deepspeed({"train_batch_size": 8, **kw.pop("keys", {})}, linear, world=1, **kw))[0],
+            **built[1].arguments,
+        ).grad.names
     )
-    assert "sgd" in names(optimizer=fz.sgd(0.1)) and "sgd" in names(optimizer=fz.sgd(0.1), keys={"optimizer": {"type": "Adam"}})
+    assert "sgd" in names(optimizer=fz.sgd(0.1)) and "sgd" in names(
+        optimizer=fz.sgd(0.1), keys={"optimizer": {"type": "Adam"}}
+    )
     assert "lion" in names(optimizer=lambda lr: fz.lion(lr), keys={"scheduler": warmup})
     assert "lion" in names(optimizer=fz.lion, keys={"optimizer": {"type": "Adam", "params": {"lr": 0.25}}})
 
@@ -317,14 +389,24 @@ def test_what_only_an_engine_reads_is_said_of_a_chain_without_one():
         "checkpoint": {"tag_validation": "FAIL"},
         "dataloader_drop_last": False,
     }
-    said = ("steps_per_print is an engine's, and this chain has none", "checkpoint.tag_validation is an engine's, and this chain has none")
+    said = (
+        "steps_per_print is an engine's, and this chain has none",
+        "checkpoint.tag_validation is an engine's, and this chain has none",
+    )
     assert fz.from_deepspeed(config, linear, world=1)[1].notes == said
     assert fz.from_deepspeed(config, pullback=True, world=1)[1].notes == ()
 
 
 def test_leaves_up_to_the_threshold_stay_whole():
     """There, numel <= threshold."""
-    config = {"train_batch_size": 8, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 6}, "optimizer": {"type": "Adam"}}
+    config = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 6},
+        "optimizer": {"type": "Adam"},
+    }
     chain, c = fz.from_deepspeed(config, linear, world=2)
     specs = fz.train_step(*chain, **c.arguments).specs({"six": torch.zeros(6), "seven": torch.zeros(7)})
-    assert fz.tree.map(str, specs["params"], is_leaf=lambda x: isinstance(x, fz.P)) == {"six": "P()", "seven": "P('data')"}
+    assert fz.tree.map(str, specs["params"], is_leaf=lambda x: isinstance(x, fz.P)) == {
+        "six": "P()",
+        "seven": "P('data')",
+    }

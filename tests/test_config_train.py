@@ -1,4 +1,5 @@
 """The page's config, and bf16 ZeRO-2 with accumulation, clipping and WarmupDecayLR: the training script's losses are plain torch's."""
+
 from __future__ import annotations
 
 import json
@@ -28,9 +29,20 @@ BF16 = {
 
 def start(text, name, *flags, config=None):
     (text / f"{name}.json").write_text(json.dumps(config))
-    small = [f"--{k}={v}" for k, v in SIZES.items()] + [f"--length={LENGTH}", f"--steps={STEPS}", "--eval_every=100", "--eval_batches=1", "--sample=0"]
+    small = [f"--{k}={v}" for k, v in SIZES.items()] + [
+        f"--length={LENGTH}",
+        f"--steps={STEPS}",
+        "--eval_every=100",
+        "--eval_batches=1",
+        "--sample=0",
+    ]
     own = [f"--deepspeed_config={text}/{name}.json", f"--nproc={WORLD}", f"--data={text}", f"--out={text}/{name}"]
-    return subprocess.Popen([sys.executable, EXPERIMENTS / "train_gpt.py", *small, *own, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, EXPERIMENTS / "train_gpt.py", *small, *own, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def losses(text, name, run):
@@ -61,7 +73,9 @@ def plain(gpt, text, batch_size, micros, dtype, clip, lr, scale=0.0, **adamw):
         while len(sums) > 1:
             sums = [[x + y for x, y in zip(a, b, strict=True)] for a, b in zip(sums[::2], sums[1::2], strict=True)]
         grads = sums[0]
-        norm = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt() / (weight * (scale / n if scale else 1.0))
+        norm = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt() / (
+            weight * (scale / n if scale else 1.0)
+        )
         log.append((total / weight, lr(updates), bool(norm.isfinite())))
         if not norm.isfinite():
             hysteresis, scale = (hysteresis - 1, scale) if hysteresis > 1 else (1, scale / 2)
@@ -93,7 +107,13 @@ def test_both_configs_train_to_plain_torchs_losses(text, gpt):
         assert [r["ok"] for r in got] == [ok for *_, ok in want[name]] and sum(r["ok"] for r in got) > STEPS // 2
         assert [r["lr"] for r in got] == pytest.approx([lr for _, lr, _ in want[name]], rel=1e-12)
         assert [r["loss"] for r in got] == pytest.approx([loss for loss, *_ in want[name]], rel=2e-6)
-        print(name, max(abs(r["loss"] - loss) for r, (loss, *_) in zip(got, want[name])), [r["ok"] for r in got], got[0]["loss"], got[-1]["loss"])
+        print(
+            name,
+            max(abs(r["loss"] - loss) for r, (loss, *_) in zip(got, want[name])),
+            [r["ok"] for r in got],
+            got[0]["loss"],
+            got[-1]["loss"],
+        )
     assert got[-1]["loss"] < 0.8 * got[0]["loss"]
 
 

@@ -1,4 +1,5 @@
 """Cuts as values: parts that join to the leaf, the rules that choose them, and kinds and rules of a user's own."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

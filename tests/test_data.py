@@ -30,7 +30,9 @@ def whole(corpus):
 def test_a_folder_is_its_sources_in_order(folder):
     files = data.text_files([folder])
     names = [piece.name for piece in files]
-    assert len(names) == 60 and names == sorted(names) and all(piece.stop == piece.path.stat().st_size for piece in files)
+    assert (
+        len(names) == 60 and names == sorted(names) and all(piece.stop == piece.path.stat().st_size for piece in files)
+    )
 
 
 def test_a_file_is_taken_whatever_its_suffix_and_only_once(folder):
@@ -72,7 +74,9 @@ def test_a_lone_file_gives_its_tail(tmp_path):
 
 def test_python_itself_is_the_default():
     train, held_out = data.load()
-    assert len(train) > 10 * len(held_out) > 1e6 and all("site-packages" not in piece.path.parts for piece in train.pieces)
+    assert len(train) > 10 * len(held_out) > 1e6 and all(
+        "site-packages" not in piece.path.parts for piece in train.pieces
+    )
     assert 4 < data.unigram_entropy(held_out) < 5.5
 
 
@@ -81,7 +85,11 @@ def test_batches_are_pure_functions_of_seed_and_step(folder):
     torch.manual_seed(0)
     state = torch.get_rng_state()
     one, same, step, seed = (data.batch(train, *at, 4, 16) for at in ((0, 7), (0, 7), (0, 8), (1, 7)))
-    assert torch.equal(one["x"], same["x"]) and torch.equal(one["y"], same["y"]) and torch.equal(torch.get_rng_state(), state)
+    assert (
+        torch.equal(one["x"], same["x"])
+        and torch.equal(one["y"], same["y"])
+        and torch.equal(torch.get_rng_state(), state)
+    )
     assert not torch.equal(one["x"], step["x"]) and not torch.equal(one["x"], seed["x"])
     assert one["x"].shape == one["y"].shape == (4, 16) and one["x"].dtype == one["y"].dtype == torch.int64
     assert torch.equal(one["x"][:, 1:], one["y"][:, :-1]) and one["x"].is_contiguous() and one["y"].is_contiguous()
@@ -137,5 +145,7 @@ def test_errors_name_the_path_and_the_remedy(tmp_path):
         data.load([tmp_path / "sub"])
     with pytest.raises(ValueError, match=r"byte.txt' holds one byte, .*; give more text"):
         data.load([tmp_path / "byte.txt"])
-    with pytest.raises(ValueError, match=r"short.txt' on holds 8 bytes, but a window is 9; give more text or a shorter length"):
+    with pytest.raises(
+        ValueError, match=r"short.txt' on holds 8 bytes, but a window is 9; give more text or a shorter length"
+    ):
         data.batch(data.load([tmp_path / "short.txt"])[0], 0, 0, 2, 8)

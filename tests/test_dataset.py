@@ -1,4 +1,5 @@
 """Batches of a dataset are a function of (seed, step): for any world, any worker, and a run that is resumed anywhere."""
+
 from __future__ import annotations
 
 import itertools
@@ -17,13 +18,18 @@ from funczero.testing import tree_hash
 
 SIZES = st.integers(1, 40), st.integers(1, 12)  # items, rows
 g = fz.value_and_grad(lambda p, b: ((b["x"] @ p["w"] * b["weight"]).sum(), b["weight"].sum()), batch=fz.P("data"))
-nested = fz.value_and_grad(lambda p, b: ((b["x"] @ p["w"] * b["weight"]).sum(), b["weight"].sum()), batch=fz.P(("node", "local")))
+nested = fz.value_and_grad(
+    lambda p, b: ((b["x"] @ p["w"] * b["weight"]).sum(), b["weight"].sum()), batch=fz.P(("node", "local"))
+)
 sgd = fz.sgd(0.1)
 CHAINS = {
     "flat": ([g, fz.shard("data", sgd)], {"data": -1}),
     "time first": ([g, fz.accumulate(3), fz.shard("data", sgd)], {"data": -1}),
     "ranks first": ([fz.shard("data", g, fz.accumulate(3), sgd)], {"data": -1}),
-    "nested": ([fz.shard("node", fz.shard("local", nested, fz.accumulate(2), fz.accumulate(3), sgd))], {"node": -1, "local": 2}),
+    "nested": (
+        [fz.shard("node", fz.shard("local", nested, fz.accumulate(2), fz.accumulate(3), sgd))],
+        {"node": -1, "local": 2},
+    ),
     "streamed": ([fz.shard("data", g, fz.accumulate(2), fz.accumulate(3, stream=True), sgd)], {"data": -1}),
 }
 
@@ -39,7 +45,11 @@ class Noisy(Dataset):
 
     def __getitem__(self, row):
         noise = torch.rand(3, generator=fz.rng.generator(row.key))
-        return {"x": torch.full((3,), float(row)) + noise, "item": torch.tensor(row), "weight": torch.tensor(row.weight)}
+        return {
+            "x": torch.full((3,), float(row)) + noise,
+            "item": torch.tensor(row),
+            "weight": torch.tensor(row.weight),
+        }
 
 
 def collated(dataset, rows):
@@ -78,7 +88,11 @@ def test_an_epoch_visits_every_item_once(items, rows, epoch, shuffle):
 
 def test_padding_is_real_items_of_no_weight():
     batches = Batches(3, 8, last="pad")
-    assert set(batches[4]) == {0, 1, 2} and batches.weights(4).tolist() == [1.0] * 3 + [0.0] * 5 and batches.weights(4).dtype == torch.float32
+    assert (
+        set(batches[4]) == {0, 1, 2}
+        and batches.weights(4).tolist() == [1.0] * 3 + [0.0] * 5
+        and batches.weights(4).dtype == torch.float32
+    )
     assert Batches(3, 8, last="short").weights(1).tolist() == [1.0] * 3
 
 
@@ -122,14 +136,20 @@ def test_workers_that_fetched_ahead_do_not_move_the_position():
     endless = iter(DataLoader(dataset, batch_sampler=batches, num_workers=2, prefetch_factor=4))
     first = [next(endless) for _ in range(3)]
     resumed = next(iter(DataLoader(dataset, batch_sampler=batches.at(3), num_workers=2)))
-    assert same(first[2], collated(dataset, batches[2])) and same(resumed, collated(dataset, batches[3])) and same(resumed, next(endless))
+    assert (
+        same(first[2], collated(dataset, batches[2]))
+        and same(resumed, collated(dataset, batches[3]))
+        and same(resumed, next(endless))
+    )
 
 
 def test_a_dataset_that_knows_nothing_of_rows():
     x = torch.arange(10.0)
     batches = Batches(10, 4, last="pad")
     for step, (loaded,) in enumerate(DataLoader(TensorDataset(x), batch_sampler=batches.at(0, stop=3))):
-        assert loaded.tolist() == [float(row) for row in batches[step]] and batches.weights(step).sum() == (4, 4, 2)[step]
+        assert (
+            loaded.tolist() == [float(row) for row in batches[step]] and batches.weights(step).sum() == (4, 4, 2)[step]
+        )
 
 
 def dealt_as_the_global_batch(name, last):
@@ -148,7 +168,9 @@ def dealt_as_the_global_batch(name, last):
 
 
 @pytest.mark.parametrize("last", ["drop", "pad", "short"])
-@pytest.mark.parametrize("world, name", [(world, name) for world in (1, 2, 4) for name in CHAINS if (world, name) != (1, "nested")])
+@pytest.mark.parametrize(
+    "world, name", [(world, name) for world in (1, 2, 4) for name in CHAINS if (world, name) != (1, "nested")]
+)
 def test_a_rank_loads_its_rows_alone(run_world, world, name, last):
     got = run_world(world, dealt_as_the_global_batch, name, last)
     assert sorted(row for rows in got for row in rows) == sorted(map(int, Batches(120, 48, seed=2, last=last)[0]))
@@ -156,7 +178,10 @@ def test_a_rank_loads_its_rows_alone(run_world, world, name, last):
 
 def trained(steps, resume, stream):
     """In a rank: the parameters after `steps` updates of four micro-batches, with a fresh loader at every step in `resume`."""
-    step = fz.train_step(fz.shard("data", g, fz.accumulate(4 // torch.distributed.get_world_size(), stream=stream), sgd), mesh={"data": -1})
+    step = fz.train_step(
+        fz.shard("data", g, fz.accumulate(4 // torch.distributed.get_world_size(), stream=stream), sgd),
+        mesh={"data": -1},
+    )
     state, dataset = step.init({"w": torch.ones(3)}), Noisy(21)
     batches = Batches(21, 8, last="pad").local(step)
     while (now := int(state.step)) < steps:
@@ -170,7 +195,9 @@ def trained(steps, resume, stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_training_is_the_same_on_any_world_and_resumed_anywhere(run_world, stream):
-    hashes = [set(run_world(world, trained, 7, resume, stream)) for world in (1, 2) for resume in ((), (1, 2, 5), (3, 6))]
+    hashes = [
+        set(run_world(world, trained, 7, resume, stream)) for world in (1, 2) for resume in ((), (1, 2, 5), (3, 6))
+    ]
     assert len(set().union(*hashes)) == 1
 
 
@@ -184,7 +211,9 @@ def test_a_streamed_window_resumes_within():
     for taken, rows in enumerate(calls[:3]):
         assert list(local.at(state, stop=2)) == calls[taken:] and len(local.at(state, stop=2)) == 6 - taken
         state, _ = step(state, collated(dataset, rows))
-    with pytest.raises(ValueError, match=r"3 micro-batches into its update, .*; write batches.local\(step\).at\(state\)"):
+    with pytest.raises(
+        ValueError, match=r"3 micro-batches into its update, .*; write batches.local\(step\).at\(state\)"
+    ):
         batches.at(state)
     assert list(local.at(state, stop=2)) == calls[3:]  # a full window: the next micro-batch is the next step's
     state, _ = step(state, None)
@@ -193,17 +222,26 @@ def test_a_streamed_window_resumes_within():
 
 WRONG = {
     "Batches: the dataset is empty (items=0); give one that holds at least one item": lambda: Batches(0, 4),
-    "Batches: 3 items are fewer than one batch of 8 rows, and last='drop' would drop them all; write last='pad' or last='short', or at most rows=3":
-        lambda: Batches(3, 8),
-    "Batches: last='keep' is none of 'drop', 'pad', 'short'; 'drop' leaves an epoch's last short batch out": lambda: Batches(9, 8, last="keep"),
+    "Batches: 3 items are fewer than one batch of 8 rows, and last='drop' would drop them all; write last='pad' or last='short', or at most rows=3": lambda: Batches(
+        3, 8
+    ),
+    "Batches: last='keep' is none of 'drop', 'pad', 'short'; 'drop' leaves an epoch's last short batch out": (
+        lambda: Batches(9, 8, last="keep")
+    ),
     "Batches: items=[1, 2] is not a whole number of at least 0; write len(dataset)": lambda: Batches([1, 2], 8),
     "Batches: rows=0 is not a whole number of at least 1; write an int such as 2": lambda: Batches(9, 0),
     "Batches: rows=4.0 is not a whole number of at least 1; write an int such as 2": lambda: Batches(9, 4.0),
     "Batches: seed=None is not an int; write seed=0, or int(seed)": lambda: Batches(9, 4, seed=None),
-    "Batches: start=-1 is not a whole number of at least 0; write batches.at(state), or a step as an int": lambda: Batches(9, 4).at(-1),
-    "Batches: stop=-1 is not a whole number of at least 0; write an int such as 1": lambda: Batches(9, 4).at(0, stop=-1),
+    "Batches: start=-1 is not a whole number of at least 0; write batches.at(state), or a step as an int": (
+        lambda: Batches(9, 4).at(-1)
+    ),
+    "Batches: stop=-1 is not a whole number of at least 0; write an int such as 1": (
+        lambda: Batches(9, 4).at(0, stop=-1)
+    ),
     "Batches: step=-2 is not a whole number of at least 0; write an int such as 1": lambda: Batches(9, 4)[-2],
-    "Batches: these go on without end; write batches.at(state, stop=steps) for some with a length": lambda: len(Batches(9, 4)),
+    "Batches: these go on without end; write batches.at(state, stop=steps) for some with a length": lambda: len(
+        Batches(9, 4)
+    ),
 }
 
 
@@ -216,13 +254,26 @@ def test_wrong_arguments(message):
 
 def test_rows_that_do_not_divide_and_states_that_are_gone():
     step = fz.train_step(fz.shard("data", g, fz.accumulate(4), sgd), mesh={"data": 1})
-    with pytest.raises(ValueError, match=r"a batch of rows=6 does not divide into 4 micro-batches \(data 1 x accumulate 4\); write a multiple of 4"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"a batch of rows=6 does not divide into 4 micro-batches \(data 1 x accumulate 4\); write a multiple of 4"
+        ),
+    ):
         Batches(20, 6).local(step)
-    with pytest.raises(ValueError, match=r"last batch of an epoch has 2 rows, which do not divide into 4 micro-batches \(data 1 x accumulate 4\); write last='pad' or last='drop'"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"last batch of an epoch has 2 rows, which do not divide into 4 micro-batches \(data 1 x accumulate 4\);"
+            r" write last='pad' or last='drop'"
+        ),
+    ):
         Batches(18, 8, last="short").local(step)
     assert Batches(20, 8, last="short").local(step).parts == 4
     donating = fz.donate(step)
     state = donating.init({"w": torch.ones(3)})
     donating(state, {"x": torch.ones(8, 3), "weight": torch.ones(8)})
-    with pytest.raises(RuntimeError, match=r"Batches.at: this state was donated at step 0; give the state that step\(...\) returned"):
+    with pytest.raises(
+        RuntimeError, match=r"Batches.at: this state was donated at step 0; give the state that step\(...\) returned"
+    ):
         Batches(20, 8).at(state)

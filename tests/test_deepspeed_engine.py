@@ -1,4 +1,5 @@
 """The engine is the chain: bit for bit at every stage; and its moments, windows and refusals."""
+
 from __future__ import annotations
 
 import pytest
@@ -15,8 +16,14 @@ from funczero.layout.mesh import world_size
 from funczero.testing import tree_hash
 
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}}
-WARM = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-2, "warmup_min_lr": 1e-3}}}
-PRECISIONS = {"fp32": {}, "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}}, "bf16": {"bf16": {"enabled": True}}}
+WARM = {
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-2, "warmup_min_lr": 1e-3}}
+}
+PRECISIONS = {
+    "fp32": {},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}},
+    "bf16": {"bf16": {"enabled": True}},
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -47,7 +54,14 @@ class Net(nn.Module):
 
 def config(stage=0, k=1, precision="fp32", micro=4, **more):
     zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10}}
-    return {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": k, **zero, **PRECISIONS[precision], **({} if "optimizer" in more else ADAM), **more}
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": k,
+        **zero,
+        **PRECISIONS[precision],
+        **({} if "optimizer" in more else ADAM),
+        **more,
+    }
 
 
 def rows(n, updates, k, dtype, bad=()):
@@ -81,8 +95,12 @@ def through_the_chain(stage, k, precision, updates=6, bad=(), edit=None):
     frozen = "last.bias"
     make = None
     if edit is not None:
+
         def make(lr):
-            return fz.adamw(lambda u: torch.where(u == edit, torch.tensor(0.05, dtype=torch.float64), lr(u)), weight_decay=0.1)
+            return fz.adamw(
+                lambda u: torch.where(u == edit, torch.tensor(0.05, dtype=torch.float64), lr(u)), weight_decay=0.1
+            )
+
     chain, resolved = fz.from_deepspeed(c, pullback=True, optimizer=make, trainable=lambda path: path != frozen)
     step = fz.train_step(*chain, **resolved.arguments)
     state = step.init({n: p.detach() for n, p in net.named_parameters()})
@@ -103,11 +121,18 @@ def same(stage, k, precision, bad=(), edit=None):
     mine, theirs = engine.train_step.params(engine.state), step.params(state)
     assert tree_hash(mine) == tree_hash(theirs)
     assert tree_hash([m[:8] for m, *_ in seen]) == tree_hash([m[:8] for m in metrics])
-    assert engine.skipped_steps == len(bad) and int(engine.state.updates) == int(state.updates) and engine.global_steps == int(state.step)
+    assert (
+        engine.skipped_steps == len(bad)
+        and int(engine.state.updates) == int(state.updates)
+        and engine.global_steps == int(state.step)
+    )
     if precision == "fp16":
         assert tree_hash(engine.state.chain["scale_loss"]) == tree_hash(state.chain["scale_loss"])
     mu = engine.state.chain["adamw"]
-    assert tree_hash((mu.count, mu.mu.buffers)) == tree_hash((state.chain["adamw"].count, state.chain["adamw"].mu.buffers)) or stage == 3
+    assert (
+        tree_hash((mu.count, mu.mu.buffers)) == tree_hash((state.chain["adamw"].count, state.chain["adamw"].mu.buffers))
+        or stage == 3
+    )
     current = {n: x for n, x in engine.module.state_dict().items()}
     assert all(torch.equal(current[n], x.to(DTYPES[precision])) for n, x in mine.items())
     return tree_hash(mine)
@@ -124,13 +149,19 @@ CASES = [(1, "fp32", (), None), (3, "fp32", (1,), None), (2, "fp16", (1, 3), Non
 @pytest.mark.parametrize("k,precision,bad,edit", CASES)
 def test_the_engine_and_the_step_of_its_config_give_the_same_bits(run_world, world, k, precision, bad, edit):
     hashes = zoo.everywhere(run_world, world, law, k, precision, bad, edit)
-    assert len(set(hashes)) == 1 or (k == 3 and world == 2)  # ranks before time, or time before ranks: the same tree for powers of two
+    assert len(set(hashes)) == 1 or (
+        k == 3 and world == 2
+    )  # ranks before time, or time before ranks: the same tree for powers of two
 
 
 def leaving(stage, k=2):
     """The engine's run, and the same from its fourth micro-batch on with its step and state alone."""
     engine, *_ = deepspeed.initialize(model=Net(), config=config(stage, k, "bf16", **WARM))
-    micros = [m for b in rows(4 * k * world_size(), 4, k, torch.bfloat16) for m in zoo.split(engine.train_step.local_rows(b), k)]
+    micros = [
+        m
+        for b in rows(4 * k * world_size(), 4, k, torch.bfloat16)
+        for m in zoo.split(engine.train_step.local_rows(b), k)
+    ]
     net, step, state = Net().bfloat16(), engine.train_step, None
     for j, m in enumerate(micros):
         if j == 5:
@@ -143,7 +174,11 @@ def leaving(stage, k=2):
         state, _ = step(state, (fz.pull(loss, views), loss, 1.0))
         if j % k == k - 1:
             state, _ = step(state, None)
-    return tree_hash(step.params(engine.state)), tree_hash(step.params(state)), engine.get_lr() == state.chain["param_groups"]["lr"].tolist()
+    return (
+        tree_hash(step.params(engine.state)),
+        tree_hash(step.params(state)),
+        engine.get_lr() == state.chain["param_groups"]["lr"].tolist(),
+    )
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -211,7 +246,9 @@ def test_a_short_last_group_is_divided_as_a_full_one(stage):
     engine = make(stage, k=4)
     for i, (x, y) in enumerate((a, b, c)):
         engine.set_gradient_accumulation_boundary(i == 2)
-        assert engine.backward(F.cross_entropy(engine(x), y)).item() == pytest.approx(F.cross_entropy(Net()(x), y).item() / 4)
+        assert engine.backward(F.cross_entropy(engine(x), y)).item() == pytest.approx(
+            F.cross_entropy(Net()(x), y).item() / 4
+        )
         engine.step()
     close(moved(engine), gradient((1 / 4, a), (1 / 4, b), (1 / 4, c)))
     engine.set_gradient_accumulation_boundary(False)
@@ -270,11 +307,19 @@ def test_at_stage_3_the_users_module_is_the_engines_and_is_closed_outside_of_its
     want, shapes = {n: x.clone() for n, x in net.state_dict().items()}, {n: p.shape for n, p in net.named_parameters()}
     engine = make(3, model=net)
     assert engine.module is net
-    assert all(p.device == engine.device and p.shape == shapes[n] for n, p in net.named_parameters()) and not net.last.bias.requires_grad
+    assert (
+        all(p.device == engine.device and p.shape == shapes[n] for n, p in net.named_parameters())
+        and not net.last.bias.requires_grad
+    )
     assert sum(p.numel() for p in engine.parameters()) == sum(x.numel() for x in want.values())
-    assert list(engine.state_dict()) == [f"module.{n}" for n in want] and all(torch.equal(engine.module.state_dict()[n], x) for n, x in want.items())
+    assert list(engine.state_dict()) == [f"module.{n}" for n in want] and all(
+        torch.equal(engine.module.state_dict()[n], x) for n, x in want.items()
+    )
     assert torch.equal(engine.module(a[0]), Net()(a[0])) and torch.equal(engine.module.forward(a[0]), Net()(a[0]))
-    with pytest.raises(RuntimeError, match=r"parameter 'first.weight' is sharded \(stage 3\) and has no values here; call engine\(...\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"parameter 'first.weight' is sharded \(stage 3\) and has no values here; call engine\(...\)",
+    ):
         F.linear(a[0], net.first.weight)
     with pytest.raises(RuntimeError, match="'scale' is sharded"):
         net.scale + 1
@@ -301,7 +346,10 @@ def test_buffers_are_state_and_dropout_draws_as_in_plain_torch(stage):
     got = [engine(a[0]).detach() for _ in range(2)]
     torch.manual_seed(7)
     assert all(torch.equal(x, plain(a[0]).detach()) for x in got)
-    assert all(torch.equal(x, y) for x, y in zip(engine.module.buffers(), plain.buffers(), strict=True)) and net.layers[0][1].num_batches_tracked == 2
+    assert (
+        all(torch.equal(x, y) for x, y in zip(engine.module.buffers(), plain.buffers(), strict=True))
+        and net.layers[0][1].num_batches_tracked == 2
+    )
     assert torch.equal(engine.eval()(a[0]), plain.eval()(a[0])) and engine.train() is engine
 
 
@@ -310,10 +358,22 @@ def test_buffers_are_state_and_dropout_draws_as_in_plain_torch(stage):
 def test_misuse_gets_one_sentence(stage):
     engine = make(stage)
     old, older = F.cross_entropy(engine(a[0]), a[1]), F.cross_entropy(engine(a[0]), a[1])
-    with pytest.raises(RuntimeError, match=r"^engine.step: engine.backward\(loss\) was not called since the last engine.step\(\); call it for every micro-batch, before step$"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            r"^engine.step: engine.backward\(loss\) was not called since the last engine.step\(\); call it for every"
+            r" micro-batch, before step$"
+        ),
+    ):
         engine.step()
     F.cross_entropy(engine(a[0]), a[1]).backward()
-    with pytest.raises(RuntimeError, match=r"^engine.step: parameter '.*' has a .grad, so loss.backward\(\) was called directly .*; write engine.backward\(loss\) instead$"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            r"^engine.step: parameter '.*' has a .grad, so loss.backward\(\) was called directly .*; write"
+            r" engine.backward\(loss\) instead$"
+        ),
+    ):
         engine.step()
     with pytest.raises(RuntimeError, match="^optimizer.step: parameter"):
         engine.optimizer.step()
@@ -324,17 +384,42 @@ def test_misuse_gets_one_sentence(stage):
         nn.utils.clip_grad_norm_(engine.parameters(), 1.0)
     engine.step()
     for x in older, F.cross_entropy(engine(a[0]), a[1]) + old:
-        with pytest.raises(RuntimeError, match="^backward: this loss comes from a forward before the last update, and the parameters have moved since; run engine.batch. again"):
+        with pytest.raises(
+            RuntimeError,
+            match=(
+                "^backward: this loss comes from a forward before the last update, and the parameters have moved since;"
+                " run engine.batch. again"
+            ),
+        ):
             engine.backward(x)
-    with pytest.raises(RuntimeError, match="^engine.backward: this loss depends on no parameter of this engine that is trained; compute it from what engine.batch. returns"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            "^engine.backward: this loss depends on no parameter of this engine that is trained; compute it from what"
+            " engine.batch. returns"
+        ),
+    ):
         engine.backward(torch.ones((), requires_grad=True) * 2)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="this loss needs no gradient; was the forward under torch.no_grad"):
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="this loss needs no gradient; was the forward under torch.no_grad"),
+    ):
         engine.backward(engine(a[0]).sum())
-    with pytest.raises(TypeError, match=r"^engine.backward: the loss is a tensor of shape \(4, 3\) and torch.float32; give one floating 0-d tensor"):
+    with pytest.raises(
+        TypeError,
+        match=(
+            r"^engine.backward: the loss is a tensor of shape \(4, 3\) and torch.float32; give one floating 0-d tensor"
+        ),
+    ):
         engine.backward(engine(a[0]))
     assert engine.optimizer.zero_grad() is None and engine.zero_grad() is None and engine.optimizer.step() is None
     if stage > 1:
-        with pytest.raises(RuntimeError, match=f"^engine.no_sync: at stage {stage} gradients are sharded as they are born"), engine.no_sync():
+        with (
+            pytest.raises(
+                RuntimeError, match=f"^engine.no_sync: at stage {stage} gradients are sharded as they are born"
+            ),
+            engine.no_sync(),
+        ):
             pass
     else:
         with engine.no_sync():
@@ -346,16 +431,23 @@ def test_a_graph_used_twice_an_unknown_attribute_and_a_write_behind_the_engine()
     engine = make()
     loss = F.cross_entropy(engine(a[0]), a[1])
     engine.backward(loss)
-    with pytest.raises(RuntimeError, match="this graph was used up by a backward before; write engine.backward.loss, retain_graph=True"):
+    with pytest.raises(
+        RuntimeError, match="this graph was used up by a backward before; write engine.backward.loss, retain_graph=True"
+    ):
         engine.backward(loss)
     with pytest.raises(AttributeError, match="^engine.get_learning_rate: it does not exist here; "):
         engine.get_learning_rate()
-    with pytest.raises(AttributeError, match="^engine.offload_states: it does not exist here; offload does not exist here yet"):
+    with pytest.raises(
+        AttributeError, match="^engine.offload_states: it does not exist here; offload does not exist here yet"
+    ):
         engine.offload_states()
     assert engine.first is engine.module.first
     with torch.no_grad():
         engine.module.first.weight.clamp_(-0.01, 0.01)
-    with pytest.raises(RuntimeError, match="^engine.step: parameter 'first.weight' was written to since the last update, .*zero.GatheredParameters"):
+    with pytest.raises(
+        RuntimeError,
+        match="^engine.step: parameter 'first.weight' was written to since the last update, .*zero.GatheredParameters",
+    ):
         engine.step()
 
 

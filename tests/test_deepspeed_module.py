@@ -1,4 +1,5 @@
 """At stage 3 the engine runs the user's own module: what a user sets on it counts, and what is closed says so."""
+
 from __future__ import annotations
 
 import copy
@@ -131,21 +132,40 @@ def reading():
     assert torch.equal(model.layers[1](torch.ones(2, 8)), plain.layers[1](torch.ones(2, 8)))  # a unit by itself
     assert torch.equal(model.encode(ids), plain.encode(ids))  # a method that calls submodules
     torch.testing.assert_close(engine.penalty(), plain.penalty())  # one that reads parameters
-    with pytest.raises(RuntimeError, match=r"^parameter 'embed.weight' is sharded \(stage 3\) and has no values here; .* engine.method\(...\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^parameter 'embed.weight' is sharded \(stage 3\) and has no values here; .* engine.method\(...\)",
+    ):
         model.penalty()
     mine, theirs = model.state_dict(), plain.state_dict()
     assert list(mine) == list(theirs) and all(torch.equal(mine[n], theirs[n]) for n in theirs)
     with pytest.raises(TypeError, match="write engine.load_module_state_dict"):
         model.load_state_dict(theirs)
-    for value in (lambda p: p.T, lambda p: p.data, lambda p: p.detach(), lambda p: p + 1, lambda p: p.sum(), lambda p: p[0], lambda p: p.tolist()):
+    for value in (
+        lambda p: p.T,
+        lambda p: p.data,
+        lambda p: p.detach(),
+        lambda p: p + 1,
+        lambda p: p.sum(),
+        lambda p: p[0],
+        lambda p: p.tolist(),
+    ):
         with pytest.raises(RuntimeError, match="is sharded"):
             value(model.embed.weight)
     p = model.layers[0].lin.weight
     assert (p.ds_shape, p.ds_numel, p.ds_status, p.device) == ((8, 8), 64, ZeroParamStatus.NOT_AVAILABLE, engine.device)
-    assert p.ds_id == p.ds_id != model.head.bias.ds_id and 0 < p.ds_tensor.numel() <= 64 and repr(p).startswith("<sharded parameter")
+    assert (
+        p.ds_id == p.ds_id != model.head.bias.ds_id
+        and 0 < p.ds_tensor.numel() <= 64
+        and repr(p).startswith("<sharded parameter")
+    )
     number = p.ds_id
     with deepspeed.zero.GatheredParameters(p):
-        assert p.ds_status is ZeroParamStatus.AVAILABLE and p.ds_id == number and torch.equal(p, plain.layers[0].lin.weight)
+        assert (
+            p.ds_status is ZeroParamStatus.AVAILABLE
+            and p.ds_id == number
+            and torch.equal(p, plain.layers[0].lin.weight)
+        )
     assert p.ds_status is ZeroParamStatus.NOT_AVAILABLE and p.ds_id == number
     return True
 
@@ -178,7 +198,12 @@ def test_parameters_that_were_replaced_are_told():
     model = Net()
     engine, *_ = deepspeed.initialize(model=model, config=config(3, 1, **SGD))
     x = torch.ones(2, 4)
-    with pytest.raises(RuntimeError, match=r"^engine: parameter 'scale' was replaced after initialize \(an assignment, or torch.func.functional_call\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            r"^engine: parameter 'scale' was replaced after initialize \(an assignment, or torch.func.functional_call\)"
+        ),
+    ):
         torch.func.functional_call(model, {"scale": torch.ones(())}, (x,))
     assert torch.equal(model(x), Net()(x))
 
@@ -201,7 +226,9 @@ def checkpointed(stage, on):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_gradient_checkpointing_switched_on_later_changes_no_bit(run_world, world):
-    assert zoo.everywhere(run_world, world, checkpointed, 3, True) == zoo.everywhere(run_world, world, checkpointed, 3, False)
+    assert zoo.everywhere(run_world, world, checkpointed, 3, True) == zoo.everywhere(
+        run_world, world, checkpointed, 3, False
+    )
 
 
 def test_an_error_in_a_forward_leaves_the_module_closed_and_usable():

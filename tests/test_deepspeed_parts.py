@@ -1,4 +1,5 @@
 """What stands around an engine: client optimizers and schedulers, groups, the loader, and DeepSpeed's smaller names."""
+
 from __future__ import annotations
 
 import argparse
@@ -16,7 +17,13 @@ import funczero.deepspeed as deepspeed
 from funczero.deepspeed import comm
 from funczero.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from funczero.deepspeed.runtime.lr_schedules import OneCycle, WarmupLR
-from funczero.deepspeed.utils import RepeatingLoader, safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_fp32_param
+from funczero.deepspeed.utils import (
+    RepeatingLoader,
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+)
 
 BARE = {"gradient_clipping": 0.1, "optimizer": None}
 
@@ -45,7 +52,9 @@ CLIENTS = {
 
 def data(updates, rows):
     g = torch.Generator().manual_seed(11)
-    return [{"x": torch.randn(rows, 4, generator=g), "y": torch.randint(3, (rows,), generator=g)} for _ in range(updates)]
+    return [
+        {"x": torch.randn(rows, 4, generator=g), "y": torch.randint(3, (rows,), generator=g)} for _ in range(updates)
+    ]
 
 
 def against_torch(name, stage, updates=5, k=2):
@@ -53,7 +62,9 @@ def against_torch(name, stage, updates=5, k=2):
     net, plain = Net(), Net()
     mine, theirs = CLIENTS[name](two_groups(net)), CLIENTS[name](two_groups(plain))
     decay = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1 / (1 + n))
-    engine, face, _, scheduler = deepspeed.initialize(model=net, optimizer=mine, lr_scheduler=decay(mine), config=bare(stage, k))
+    engine, face, _, scheduler = deepspeed.initialize(
+        model=net, optimizer=mine, lr_scheduler=decay(mine), config=bare(stage, k)
+    )
     other = decay(theirs)
     for batch in data(updates, 4 * k * comm.get_world_size()):
         for micro in zoo.split(engine.train_step.local_rows(batch), k):
@@ -124,7 +135,10 @@ def unknown_classes():
 
 def test_an_unknown_class_is_tried_on_rows_of_leaves(run_world):
     ok, said = zoo.everywhere(run_world, 2, unknown_classes)
-    assert ok and said.startswith("signed: it needs whole leaves (elementwise=False), but they are cut over ['data'] here; write a chain without shard (stage 0)")
+    assert ok and said.startswith(
+        "signed: it needs whole leaves (elementwise=False), but they are cut over ['data'] here; write a chain without"
+        " shard (stage 0)"
+    )
 
 
 @pytest.mark.parametrize("lr", [float("nan"), -1.0])
@@ -132,7 +146,11 @@ def test_an_unknown_class_is_tried_on_rows_of_leaves(run_world):
 def test_a_rate_that_somebody_writes_into_a_group_is_read_before_it_counts(lr, mine):
     net = Net()
     ps = [p for p in net.parameters() if p.requires_grad]
-    made = {"optimizer": torch.optim.AdamW(ps), "config": bare(0)} if mine else {"model_parameters": ps, "config": config(0)}
+    made = (
+        {"optimizer": torch.optim.AdamW(ps), "config": bare(0)}
+        if mine
+        else {"model_parameters": ps, "config": config(0)}
+    )
     engine, face, *_ = deepspeed.initialize(model=net, **made)
     face.param_groups[0]["lr"] = lr
     engine.backward(engine(a[0]).sum())
@@ -144,7 +162,11 @@ def test_groups_of_the_configs_optimizer_are_leaves_and_edits_count():
     net, plain = Net(), Net()
     engine, face, _, _ = deepspeed.initialize(model=net, model_parameters=two_groups(net), config=config(1))
     other = torch.optim.AdamW(two_groups(plain))
-    assert isinstance(face, torch.optim.Optimizer) and engine.get_lr() == [3e-3, 1e-2] and engine.get_mom() == [(0.9, 0.999)] * 2
+    assert (
+        isinstance(face, torch.optim.Optimizer)
+        and engine.get_lr() == [3e-3, 1e-2]
+        and engine.get_mom() == [(0.9, 0.999)] * 2
+    )
     for u in range(4):
         if u == 2:
             for groups in (face.param_groups, other.param_groups):
@@ -164,7 +186,9 @@ def test_groups_of_the_configs_optimizer_are_leaves_and_edits_count():
         face.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(deepspeed.ConfigError, match="group 0 has 'momentum', which AdamW does not take by group"):
         fresh = Net()
-        deepspeed.initialize(model=fresh, model_parameters=[{"params": list(fresh.parameters()), "momentum": 0.9}], config=config(0))
+        deepspeed.initialize(
+            model=fresh, model_parameters=[{"params": list(fresh.parameters()), "momentum": 0.9}], config=config(0)
+        )
 
 
 def test_parameters_that_are_not_named_stay_where_they_are():
@@ -179,13 +203,20 @@ def test_parameters_that_are_not_named_stay_where_they_are():
 def test_two_schedulers_are_one_too_many_and_deepspeeds_own_classes():
     with pytest.raises(deepspeed.ConfigError, match="scheduler.type: the call gives lr_scheduler=, too"):
         deepspeed.initialize(model=Net(), lr_scheduler=lambda o: None, config=config(0, scheduler={"type": "WarmupLR"}))
-    engine, face, _, scheduler = deepspeed.initialize(model=Net(), lr_scheduler=lambda o: WarmupLR(o, warmup_max_lr=0.5, warmup_num_steps=3), config=config(0))
+    engine, face, _, scheduler = deepspeed.initialize(
+        model=Net(), lr_scheduler=lambda o: WarmupLR(o, warmup_max_lr=0.5, warmup_num_steps=3), config=config(0)
+    )
     seen = []
     for _ in range(5):
         seen.append(face.param_groups[0]["lr"])
         engine.backward(F.cross_entropy(engine(a[0]), a[1]))
         engine.step()
-    assert seen[:2] == [0, 0] and 0 < seen[2] < 0.5 and seen[4] == 0.5 and scheduler.state_dict() == {"last_batch_iteration": 4}
+    assert (
+        seen[:2] == [0, 0]
+        and 0 < seen[2] < 0.5
+        and seen[4] == 0.5
+        and scheduler.state_dict() == {"last_batch_iteration": 4}
+    )
     with pytest.raises(TypeError, match="OneCycle: 'cycle_min_lr' is missing"):
         OneCycle(face)
 
@@ -196,7 +227,9 @@ def epochs(stage, stop, resume, directory):
     set_ = TensorDataset(torch.arange(22.0)[:, None].expand(22, 4).clone(), torch.zeros(22, dtype=torch.long))
 
     def build():
-        return deepspeed.initialize(model=Net(), config=config(stage, 2, micro=2, dataloader_drop_last=True), training_data=set_)
+        return deepspeed.initialize(
+            model=Net(), config=config(stage, 2, micro=2, dataloader_drop_last=True), training_data=set_
+        )
 
     engine, _, loader, _ = build()
     seen = []
@@ -241,9 +274,17 @@ def test_a_loader_without_end_and_a_dataset_without_length():
 def test_a_loader_of_ones_own():
     engine = make(1, 2)
     items = TensorDataset(torch.arange(16.0)[:, None].expand(16, 4).clone(), torch.zeros(16, dtype=torch.long))
-    assert len(engine.deepspeed_io(items)) == 4 and [len(x) for x, _ in engine.deepspeed_io(items, batch_size=6, route="eval")] == [6, 6, 4]
+    assert len(engine.deepspeed_io(items)) == 4 and [
+        len(x) for x, _ in engine.deepspeed_io(items, batch_size=6, route="eval")
+    ] == [6, 6, 4]
     assert (engine.get_data_parallel_rank(), engine.get_tensor_parallel_rank(), engine.destroy()) == (0, 0, None)
-    with pytest.raises(AttributeError, match="^engine.set_train_batch_size: it does not exist here; the batch is the config's; initialize with another one"):
+    with pytest.raises(
+        AttributeError,
+        match=(
+            "^engine.set_train_batch_size: it does not exist here; the batch is the config's; initialize with"
+            " another one"
+        ),
+    ):
         engine.set_train_batch_size(64)
 
 
@@ -262,7 +303,9 @@ def whole_values(stage):
     torch.testing.assert_close(safe_get_full_optimizer_state(mine, "exp_avg"), 0.1 * theirs.grad, rtol=1e-4, atol=1e-7)
     assert safe_get_full_optimizer_state(mine, "exp_avg_sq").shape == theirs.shape
     safe_set_full_fp32_param(mine, torch.full_like(theirs, 0.5))
-    assert bool((safe_get_full_fp32_param(mine) == 0.5).all()) and bool((engine.module.state_dict()["blocks.1.a.weight"] == 0.5).all())
+    assert bool((safe_get_full_fp32_param(mine) == 0.5).all()) and bool(
+        (engine.module.state_dict()["blocks.1.a.weight"] == 0.5).all()
+    )
     with pytest.raises(KeyError, match="this optimizer keeps no 'momentum'; it keeps"):
         safe_get_full_optimizer_state(mine, "momentum")
     return True
@@ -274,7 +317,9 @@ def test_whole_gradients_moments_and_masters(run_world, stage):
 
 
 def test_names_that_are_here_and_names_that_are_not():
-    args = deepspeed.add_config_arguments(argparse.ArgumentParser()).parse_args(["--deepspeed", "--deepspeed_config", "x.json"])
+    args = deepspeed.add_config_arguments(argparse.ArgumentParser()).parse_args(
+        ["--deepspeed", "--deepspeed_config", "x.json"]
+    )
     assert args.deepspeed and args.deepspeed_config == "x.json"
     with pytest.raises(deepspeed.ConfigError, match="x.json"):
         deepspeed.initialize(args=args, model=Net())
@@ -282,15 +327,33 @@ def test_names_that_are_here_and_names_that_are_not():
     assert here.is_available() and here.device_count() >= 1 and here.communication_backend_name() in ("gloo", "nccl")
     assert deepspeed.checkpointing.checkpoint(torch.sin, torch.ones(1, requires_grad=True)).requires_grad
     deepspeed.utils.logger.debug("quiet")
-    for name, said in (("init_inference", "no inference engine"), ("moe", "no experts"), ("pipe", "no pipeline"), ("nothing", "does not exist here")):
+    for name, said in (
+        ("init_inference", "no inference engine"),
+        ("moe", "no experts"),
+        ("pipe", "no pipeline"),
+        ("nothing", "does not exist here"),
+    ):
         with pytest.raises(AttributeError, match=f"^deepspeed.{name}: .*{said}"):
             getattr(deepspeed, name)
 
 
 def test_a_fixed_scale_and_the_engines_small_questions():
     engine = make(0, 2, fp16={"enabled": True, "initial_scale_power": 4})
-    assert (engine.optimizer.cur_scale, engine.dynamic_loss_scale(), engine.loss_scale(), engine.fp16_enabled()) == (16, True, 0, True)
+    assert (engine.optimizer.cur_scale, engine.dynamic_loss_scale(), engine.loss_scale(), engine.fp16_enabled()) == (
+        16,
+        True,
+        0,
+        True,
+    )
     engine.optimizer.override_loss_scale(8)
-    assert engine.optimizer.loss_scale == 8 and engine.get_batch_info() == (8, 4, 2) == (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps())
-    assert engine.get_global_grad_norm() is None and not engine.was_step_applied() and engine.config["fp16.enabled"] is True
+    assert engine.optimizer.loss_scale == 8 and engine.get_batch_info() == (8, 4, 2) == (
+        engine.train_batch_size(),
+        engine.train_micro_batch_size_per_gpu(),
+        engine.gradient_accumulation_steps(),
+    )
+    assert (
+        engine.get_global_grad_norm() is None
+        and not engine.was_step_applied()
+        and engine.config["fp16.enabled"] is True
+    )
     assert os.environ.get("LOCAL_RANK") == str(engine.local_rank)

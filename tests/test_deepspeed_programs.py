@@ -1,4 +1,5 @@
 """Five programs as a new user writes them, at stages 0 to 3 on two processes, against plain torch on the same rows without sharding."""
+
 from __future__ import annotations
 
 import copy
@@ -20,7 +21,14 @@ STAGES = range(4)
 def config(stage, micro=4, k=1, lr=1e-2, **more):
     optimizer = {"optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.01}}}
     zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 20}}
-    return {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": k, "gradient_clipping": 1.0, **optimizer, **zero, **more}
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": k,
+        "gradient_clipping": 1.0,
+        **optimizer,
+        **zero,
+        **more,
+    }
 
 
 def mine(x, k=1):
@@ -57,7 +65,13 @@ def conv(i, o):
 
 def classifier_net():
     torch.manual_seed(0)
-    return nn.Sequential(conv(3, 8), nn.Sequential(*(conv(8, 8) for _ in range(3))), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    return nn.Sequential(
+        conv(3, 8),
+        nn.Sequential(*(conv(8, 8) for _ in range(3))),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
 
 
 def classifier(stage):
@@ -77,7 +91,11 @@ def classifier(stage):
             engine.eval()
             engine(images)
             engine.train()
-        averaged(nets, [criterion(n(a), b) for n, a, b in zip(nets, x.chunk(len(nets)), y.chunk(len(nets)), strict=True)], plain)
+        averaged(
+            nets,
+            [criterion(n(a), b) for n, a, b in zip(nets, x.chunk(len(nets)), y.chunk(len(nets)), strict=True)],
+            plain,
+        )
     return gap(engine, nets[comm.get_rank()])
 
 
@@ -87,7 +105,9 @@ class Masked(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(30, 16)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(2))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(2)
+        )
         self.head = nn.Linear(16, 30)
         self.head.weight = self.embed.weight
 
@@ -127,7 +147,12 @@ def masked(stage, k=4):
 # --- 3: a GAN ---------------------------------------------------------------------------------------------------------------
 def mlp(i, h, o, seed):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(i, h), nn.Tanh(), nn.Sequential(*(nn.Sequential(nn.Linear(h, h), nn.Tanh()) for _ in range(2))), nn.Linear(h, o))
+    return nn.Sequential(
+        nn.Linear(i, h),
+        nn.Tanh(),
+        nn.Sequential(*(nn.Sequential(nn.Linear(h, h), nn.Tanh()) for _ in range(2))),
+        nn.Linear(h, o),
+    )
 
 
 def gan(stage):
@@ -160,15 +185,21 @@ def gan(stage):
 # --- 4: a client optimizer with a schedule of the kind of Hugging Face -----------------------------------------------------
 def scheduled(stage, k=2):
     def linear(optimizer, warmup, total):
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: n / warmup if n < warmup else max(0.0, (total - n) / (total - warmup)))
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda n: n / warmup if n < warmup else max(0.0, (total - n) / (total - warmup))
+        )
 
     model, net = mlp(4, 8, 3, 4), mlp(4, 8, 3, 4)
     optimizer, plain = (torch.optim.AdamW(m.parameters(), lr=2e-2, betas=(0.9, 0.98)) for m in (model, net))
     c = {key: x for key, x in config(stage, 2, k).items() if key != "optimizer"}
-    engine, face, _, scheduler = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=linear(optimizer, 2, 8), config=c)
+    engine, face, _, scheduler = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=linear(optimizer, 2, 8), config=c
+    )
     other, g = linear(plain, 2, 8), torch.Generator().manual_seed(5)
     for _ in range(6):
-        x, y = torch.randn(4 * comm.get_world_size(), 4, generator=g), torch.randint(3, (4 * comm.get_world_size(),), generator=g)
+        x, y = torch.randn(4 * comm.get_world_size(), 4, generator=g), torch.randint(
+            3, (4 * comm.get_world_size(),), generator=g
+        )
         for a, b in zip(mine(x, k), mine(y, k), strict=True):
             loss = F.cross_entropy(engine(a), b)
             engine.backward(loss)
@@ -200,7 +231,10 @@ def gathered(stage):
         model = Deep()
     torch.manual_seed(6)
     net = Deep()
-    assert all(p.device == q.device and p.stride() == (0,) * p.dim() and p.shape == q.shape for p, q in zip(model.parameters(), net.parameters(), strict=True))
+    assert all(
+        p.device == q.device and p.stride() == (0,) * p.dim() and p.shape == q.shape
+        for p, q in zip(model.parameters(), net.parameters(), strict=True)
+    )
     held = sum(p.part.numel() for p in model.parameters())
     assert held <= sum(q.numel() for q in net.parameters()) / comm.get_world_size() + 9 * 9
     with pytest.raises(RuntimeError, match="is sharded"):
@@ -209,7 +243,10 @@ def gathered(stage):
         if comm.get_rank() == 0:
             nn.init.zeros_(model.last.bias)
     nn.init.zeros_(net.last.bias)
-    with pytest.raises(RuntimeError, match="'weight' was written to on this rank alone; write modifier_rank=0"), deepspeed.zero.GatheredParameters(model.last.weight):
+    with (
+        pytest.raises(RuntimeError, match="'weight' was written to on this rank alone; write modifier_rank=0"),
+        deepspeed.zero.GatheredParameters(model.last.weight),
+    ):
         nn.init.zeros_(model.last.weight)
     with torch.no_grad():
         net.last.weight.zero_()
@@ -234,7 +271,11 @@ def gathered(stage):
                 net.gain.add_(1)
             with deepspeed.zero.GatheredParameters(model):
                 assert sum(p.detach().sum() for p in model.parameters()).isfinite()
-            with pytest.raises(RuntimeError, match="'gain' was written to, and would be lost; write modifier_rank=0"), deepspeed.zero.GatheredParameters([model.gain]), torch.no_grad():
+            with (
+                pytest.raises(RuntimeError, match="'gain' was written to, and would be lost; write modifier_rank=0"),
+                deepspeed.zero.GatheredParameters([model.gain]),
+                torch.no_grad(),
+            ):
                 model.gain.zero_()
     return gap(engine, net)
 
@@ -254,7 +295,9 @@ def hugging_face(stage, checkpointing):
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=3, n_head=2, pad_token_id=0))
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=3, n_head=2, pad_token_id=0)
+    )
     if checkpointing:
         model.gradient_checkpointing_enable()
     engine, _, _, _ = deepspeed.initialize(model=model, config=config(stage, 2, 2, bf16={"enabled": True}))
@@ -269,13 +312,17 @@ def hugging_face(stage, checkpointing):
         losses.append(loss.item())
     engine.eval()
     with torch.no_grad():
-        said = engine.module.generate(ids[:, :4], attention_mask=torch.ones_like(ids[:, :4]), max_new_tokens=4, do_sample=False)
+        said = engine.module.generate(
+            ids[:, :4], attention_mask=torch.ones_like(ids[:, :4]), max_new_tokens=4, do_sample=False
+        )
     return losses, engine.get_global_grad_norm(), said.tolist(), engine.module.config.n_layer
 
 
 def test_a_hugging_face_model_with_dropout_and_checkpointing_is_the_same_at_every_stage(run_world):
     pytest.importorskip("transformers")
-    results = [run_world(2, hugging_face, stage, again) for stage, again in ((0, False), (2, True), (3, False), (3, True))]
+    results = [
+        run_world(2, hugging_face, stage, again) for stage, again in ((0, False), (2, True), (3, False), (3, True))
+    ]
     assert all(r == results[0] for r in results) and results[0][0][0][-1] < results[0][0][0][0]
 
 
@@ -288,7 +335,9 @@ class Watched(nn.Linear):
     def __init__(self, *args):
         super().__init__(*args)
         Watched.built.append(self)
-        Watched.seen.append(sum((p.part if hasattr(p, "part") else p).numel() for m in Watched.built for p in m.parameters()))
+        Watched.seen.append(
+            sum((p.part if hasattr(p, "part") else p).numel() for m in Watched.built for p in m.parameters())
+        )
 
 
 class Pair(nn.Module):
@@ -303,7 +352,10 @@ def built_in_pieces():
     with deepspeed.zero.Init():
         nn.ModuleList(Pair() for _ in range(6))
     total, largest = 6 * (2 * 16 * 64 + 80), 16 * 64 + 64
-    return max(Watched.seen) <= total / comm.get_world_size() + largest and sum(p.part.numel() for m in Watched.built for p in m.parameters()) == total / comm.get_world_size()
+    return (
+        max(Watched.seen) <= total / comm.get_world_size() + largest
+        and sum(p.part.numel() for m in Watched.built for p in m.parameters()) == total / comm.get_world_size()
+    )
 
 
 def test_a_rank_holds_its_share_and_one_module_while_a_model_is_built(run_world):
@@ -330,9 +382,20 @@ print("went on")
 @pytest.mark.slow
 def test_an_evaluation_of_rank_0_alone_ends_with_rank_call_and_remedy(tmp_path):
     (tmp_path / "alone.py").write_text(ALONE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "alone.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(tmp_path / "alone.py"),
+    ]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "went on" not in done.stdout and time.monotonic() - start < 25
     said = next(line for line in done.stderr.splitlines() if line.startswith("funczero: "))
-    assert "rank 0 launched all_gather" in said and "in engine(batch) under no_grad" in said and "every rank must make the same calls: engine(batch) on all ranks or on none" in said
+    assert (
+        "rank 0 launched all_gather" in said
+        and "in engine(batch) under no_grad" in said
+        and "every rank must make the same calls: engine(batch) on all ranks or on none" in said
+    )

@@ -1,4 +1,5 @@
 """Checkpoints of an engine: resumed anywhere with the same bits, named as a loop names them, and refused in one sentence."""
+
 from __future__ import annotations
 
 import time
@@ -25,7 +26,9 @@ def micros():
 
 
 def built(stage, precision="fp32", k=None, **more):
-    return deepspeed.initialize(model=Net(), config=config(stage, micros() if k is None else k, precision, **WARM, **more))
+    return deepspeed.initialize(
+        model=Net(), config=config(stage, micros() if k is None else k, precision, **WARM, **more)
+    )
 
 
 def go(engine, first, last, precision="fp32"):
@@ -73,7 +76,9 @@ def test_another_world_and_stage_goes_on_with_the_same_bits(run_world, tmp_path,
 def left_out(directory, stage):
     engine, *_ = built(stage)
     engine.load_checkpoint(directory, 1.25)
-    assert (engine.global_steps, engine.micro_steps) == (2, 2 * micros()) and not engine.state.chain["accumulate"].partial
+    assert (engine.global_steps, engine.micro_steps) == (2, 2 * micros()) and not engine.state.chain[
+        "accumulate"
+    ].partial
     return True
 
 
@@ -86,7 +91,9 @@ def test_latest_as_text_replaced_tags_and_a_fresh_start(tmp_path):
     engine = make(1)
     with pytest.raises(fz.CheckpointError, match="there is no complete checkpoint in '.*'; the folder does not exist"):
         engine.load_checkpoint(tmp_path / "nothing")
-    assert engine.load_checkpoint(None) == (None, {}) and engine.load_checkpoint(tmp_path / "nothing", missing_ok=True) == (None, {})
+    assert engine.load_checkpoint(None) == (None, {}) and engine.load_checkpoint(
+        tmp_path / "nothing", missing_ok=True
+    ) == (None, {})
     assert engine.save_checkpoint(tmp_path)
     go(engine, 0, 1)
     engine.save_checkpoint(tmp_path, "good", client_state=[1])
@@ -94,12 +101,20 @@ def test_latest_as_text_replaced_tags_and_a_fresh_start(tmp_path):
     go(engine, 1, 2)
     engine.save_checkpoint(tmp_path, "good", client_state=[2], save_latest=False)
     second = whole(engine)
-    assert (tmp_path / "latest").read_text() == "good" and sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["global_step0", "good", "latest"]
+    assert (tmp_path / "latest").read_text() == "good" and sorted(
+        p.name for p in tmp_path.iterdir() if p.name[0] != "."
+    ) == ["global_step0", "good", "latest"]
     assert engine.load_checkpoint(tmp_path)[1] == [2] and whole(engine) == second != first
-    assert engine.load_checkpoint(tmp_path, "global_step0") == (str(tmp_path / "global_step0"), {}) and engine.global_steps == 0
+    assert (
+        engine.load_checkpoint(tmp_path, "global_step0") == (str(tmp_path / "global_step0"), {})
+        and engine.global_steps == 0
+    )
     with pytest.raises(fz.CheckpointError, match="there is no checkpoint 'wrong' in .*; found complete: .*good"):
         engine.load_checkpoint(tmp_path, "wrong")
-    for wrong, said in ((dict(save_dir=""), "save_dir is empty"), (dict(save_dir=tmp_path, client_state=1, client_sd=2), "two names of one argument")):
+    for wrong, said in (
+        (dict(save_dir=""), "save_dir is empty"),
+        (dict(save_dir=tmp_path, client_state=1, client_sd=2), "two names of one argument"),
+    ):
         with pytest.raises((ValueError, TypeError), match=said):
             engine.save_checkpoint(**wrong)
 
@@ -122,7 +137,9 @@ def test_the_module_alone_or_without_the_optimizers_state(tmp_path, stage):
 def test_buffers_a_clients_scheduler_and_an_edited_lr_come_back(tmp_path, stage):
     def build():
         c = config(stage, 1)
-        return deepspeed.initialize(model=Norm(), config=c, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5))
+        return deepspeed.initialize(
+            model=Norm(), config=c, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5)
+        )
 
     engine, optimizer, _, scheduler = build()
     for _ in range(3):
@@ -147,12 +164,20 @@ def test_a_plain_chains_checkpoint_and_deepspeeds_own(tmp_path):
     with fz.Checkpointer(tmp_path / "plain", step=step) as ck:
         ck.save(state, 7, client_state={"mine": 1})
     engine, *_ = built(3, k=K)
-    assert engine.load_checkpoint(tmp_path / "plain")[1] == {"mine": 1} and whole(engine) == tree_hash(step.params(state))
-    assert engine.get_lr() == [pytest.approx(float(fz.schedules.warmup_lr(1e-2, 4, 1e-3)(torch.tensor(2))))] and engine.micro_steps == 4
+    assert engine.load_checkpoint(tmp_path / "plain")[1] == {"mine": 1} and whole(engine) == tree_hash(
+        step.params(state)
+    )
+    assert (
+        engine.get_lr() == [pytest.approx(float(fz.schedules.warmup_lr(1e-2, 4, 1e-3)(torch.tensor(2))))]
+        and engine.micro_steps == 4
+    )
     theirs = tmp_path / "ds" / "global_step3"
     theirs.mkdir(parents=True)
     (theirs / "mp_rank_00_model_states.pt").touch()
-    with pytest.raises(fz.CheckpointError, match=r"is DeepSpeed's, .*`python .*zero_to_fp32.py .* OUT --safe_serialization` and `funczero import OUT NEW`"):
+    with pytest.raises(
+        fz.CheckpointError,
+        match=r"is DeepSpeed's, .*`python .*zero_to_fp32.py .* OUT --safe_serialization` and `funczero import OUT NEW`",
+    ):
         engine.load_checkpoint(tmp_path / "ds")
 
 
@@ -186,7 +211,11 @@ def tags(directory, validation):
 def test_rank_0s_tag_counts_when_ranks_name_different_ones(run_world, tmp_path):
     assert run_world(2, tags, tmp_path / "warn", "Warn")[0] == ["0.5"]
     for said in run_world(2, tags, tmp_path / "fail", "Fail"):
-        assert said == "save_checkpoint: the tag is '0.5' on rank 0 and '1.5' on rank 1; name it alike, or write tag_validation: Warn"
+        assert (
+            said
+            == "save_checkpoint: the tag is '0.5' on rank 0 and '1.5' on rank 1; name it alike, or write"
+            " tag_validation: Warn"
+        )
 
 
 def alone(directory):
@@ -208,4 +237,7 @@ def test_a_save_of_rank_0_alone_ends_in_ten_seconds(tmp_path):
     pool = WorkerPool(2)
     said, seconds = pool.run(alone, tmp_path)[0]
     pool.close()
-    assert said.startswith("save: rank 1 did not come within 10 s, while rank 0 waits; every rank calls save") and seconds < 10.5
+    assert (
+        said.startswith("save: rank 1 did not come within 10 s, while rank 0 waits; every rank calls save")
+        and seconds < 10.5
+    )

@@ -1,4 +1,5 @@
 """Whatever calls of backward and step make a window, its gradient is DeepSpeed's: the sum of its losses over gradient_accumulation_steps."""
+
 from __future__ import annotations
 
 import pytest
@@ -26,12 +27,27 @@ def patterns(k):
     found = {
         "backward and step": (sum((both(i) for i in every), []), {i: 1 / k for i in every}),
         "flags by hand, a step each": (sum(([i == k - 1, *both(i)] for i in every), []), {i: 1 / k for i in every}),
-        "Accelerate: flags, k backwards, one step": (sum(([i == k - 1, ("b", i, True)] for i in every), []) + ["s"], {i: 1 / k for i in every}),
+        "Accelerate: flags, k backwards, one step": (
+            sum(([i == k - 1, ("b", i, True)] for i in every), []) + ["s"],
+            {i: 1 / k for i in every},
+        ),
         "k backwards, a flag, one step": ([("b", i, True) for i in every] + [True, "s"], {i: 1 / k for i in every}),
-        "short by flag": ([False, *both(0), True, *both(1)] if k > 2 else [True, *both(0)], {0: 1 / k, 1: 1 / k} if k > 2 else {0: 1 / k}),
-        "long by flag": ([False] + sum((both(i) for i in range(k)), []) + [True, *both(k)], {i: 1 / k for i in range(k + 1)}),
-        "several losses a micro-batch": (sum(([("b", i, True), ("b", i + 1, True), "s"] for i in every), []), {i: ((i > 0) + (i < k)) / k for i in range(k + 1)}),
-        "Hugging Face: not averaged": (sum(([i == k - 1, ("b", i, False), "s"] for i in every), []), {i: 1.0 for i in every}),
+        "short by flag": (
+            [False, *both(0), True, *both(1)] if k > 2 else [True, *both(0)],
+            {0: 1 / k, 1: 1 / k} if k > 2 else {0: 1 / k},
+        ),
+        "long by flag": (
+            [False] + sum((both(i) for i in range(k)), []) + [True, *both(k)],
+            {i: 1 / k for i in range(k + 1)},
+        ),
+        "several losses a micro-batch": (
+            sum(([("b", i, True), ("b", i + 1, True), "s"] for i in every), []),
+            {i: ((i > 0) + (i < k)) / k for i in range(k + 1)},
+        ),
+        "Hugging Face: not averaged": (
+            sum(([i == k - 1, ("b", i, False), "s"] for i in every), []),
+            {i: 1.0 for i in every},
+        ),
         "not averaged, one step": ([False] + [("b", i, False) for i in every] + [True, "s"], {i: 1.0 for i in every}),
         "both kinds": (sum(([b, ("b", 1, False), "s"] for _ in every), []), {0: 1.0, 1: float(k)}),
     }
@@ -47,7 +63,10 @@ def windows(stage, k, precision):
     """By pattern: largest gap between what the second of two windows took away, with lr 1, and plain torch's gradient at the same weights."""
     gaps, dtype = {}, DTYPES[precision]
     for name, (calls, weights) in patterns(k).items():
-        engine, *_ = deepspeed.initialize(model=Net(), config=config(stage, k, precision, optimizer={"type": "SGD", "params": {"lr": 1.0}}, gradient_clipping=0))
+        engine, *_ = deepspeed.initialize(
+            model=Net(),
+            config=config(stage, k, precision, optimizer={"type": "SGD", "params": {"lr": 1.0}}, gradient_clipping=0),
+        )
         mine = batches(comm.get_rank())
         for _ in range(2):
             before = engine.train_step.params(engine.state)
@@ -69,10 +88,17 @@ def windows(stage, k, precision):
         for rank in range(size):
             for i, weight in weights.items():
                 x, y = batches(rank)[i]
-                grads = torch.autograd.grad(F.cross_entropy(net(x.to(dtype)).float(), y), [p for p in net.parameters() if p.requires_grad])
-                for t, g in zip((t for t, p in zip(total, net.parameters(), strict=True) if p.requires_grad), grads, strict=True):
+                grads = torch.autograd.grad(
+                    F.cross_entropy(net(x.to(dtype)).float(), y), [p for p in net.parameters() if p.requires_grad]
+                )
+                for t, g in zip(
+                    (t for t, p in zip(total, net.parameters(), strict=True) if p.requires_grad), grads, strict=True
+                ):
                     t += weight / size * g.float()
-        gaps[name] = max((before[n] - after[n] - t).abs().max().item() for (n, _), t in zip(net.named_parameters(), total, strict=True))
+        gaps[name] = max(
+            (before[n] - after[n] - t).abs().max().item()
+            for (n, _), t in zip(net.named_parameters(), total, strict=True)
+        )
         engine.destroy()
     return gaps
 
@@ -115,13 +141,24 @@ def test_accelerates_loop_has_the_bits_of_deepspeeds(run_world, stage):
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_no_sync_adds_up_and_is_left_before_a_step(stage):
-    engine, *_ = deepspeed.initialize(model=Net(), config=config(stage, 2, optimizer={"type": "SGD", "params": {"lr": 1.0}}))
+    engine, *_ = deepspeed.initialize(
+        model=Net(), config=config(stage, 2, optimizer={"type": "SGD", "params": {"lr": 1.0}})
+    )
     (x, y), (x2, y2) = batches(0)[:2]
     with engine.no_sync():
         engine.backward(F.cross_entropy(engine(x), y))
-        with pytest.raises(RuntimeError, match=r"^engine.step: it is called inside engine.no_sync\(\), where nothing is reduced; leave the context first$"):
+        with pytest.raises(
+            RuntimeError,
+            match=(
+                r"^engine.step: it is called inside engine.no_sync\(\), where nothing is reduced; leave the context"
+                r" first$"
+            ),
+        ):
             engine.step()
-        with pytest.raises(RuntimeError, match="^engine.no_sync: it is open already; leave the inner one out$"), engine.no_sync():
+        with (
+            pytest.raises(RuntimeError, match="^engine.no_sync: it is open already; leave the inner one out$"),
+            engine.no_sync(),
+        ):
             pass
     engine.step()
     with engine.coalesce_grad_reduction():

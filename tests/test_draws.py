@@ -1,4 +1,5 @@
 """What a loss draws comes from its key alone, at every stage, with units and without, for functions and modules, on simulated ranks too; or it is refused."""
+
 from __future__ import annotations
 
 import random
@@ -24,7 +25,9 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.drop, self.blocks = nn.Dropout(0.3), nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(3))
+        self.drop, self.blocks = nn.Dropout(0.3), nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(3)
+        )
 
     def forward(self, x):
         x = self.drop(x)
@@ -72,7 +75,9 @@ def update(draw, rng):
     def loss_fn(params, x, key=None):
         return (params["w"] * x).sum() * (1 + draw()), torch.tensor(1.0)
 
-    step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data"), rng=rng), fz.shard("data", fz.sgd(0.1)), mesh={"data": 1})
+    step = fz.train_step(
+        fz.value_and_grad(loss_fn, batch=P("data"), rng=rng), fz.shard("data", fz.sgd(0.1)), mesh={"data": 1}
+    )
     return step(step.init({"w": torch.ones(2)}, key=1), torch.ones(2))[1].loss.item()
 
 
@@ -128,7 +133,9 @@ def test_a_thread_that_draws_beside_the_loss_is_named():
 
     thread = threading.Thread(target=beside, name="loader")
     thread.start()
-    with pytest.raises(RuntimeError, match="draws from numpy's global generator.*other threads drew meanwhile: .*loader"):
+    with pytest.raises(
+        RuntimeError, match="draws from numpy's global generator.*other threads drew meanwhile: .*loader"
+    ):
         try:
             update(draw, rng=False)
         finally:

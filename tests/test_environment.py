@@ -1,4 +1,5 @@
 """Recorded environments of launchers, read as torchrun would have written them."""
+
 from __future__ import annotations
 
 import json
@@ -38,7 +39,24 @@ def test_nobody_described_a_world():
 @pytest.mark.slow
 def test_mpi4py_is_never_needed():
     """Two ranks that say only what OpenMPI says find each other."""
-    code = "import funczero as fz, torch.distributed as dist, torch; w = fz.init_distributed(); x = torch.ones(1); dist.all_reduce(x); print(w.rank, int(x))"
-    base = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_PORT": "29517", "PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": "/usr/bin:/bin"}
-    ranks = [subprocess.Popen([sys.executable, "-c", code], env=base | {"OMPI_COMM_WORLD_RANK": str(r), "OMPI_COMM_WORLD_LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in (0, 1)]
+    code = (
+        "import funczero as fz, torch.distributed as dist, torch; w = fz.init_distributed(); x = torch.ones(1);"
+        " dist.all_reduce(x); print(w.rank, int(x))"
+    )
+    base = {
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "MASTER_PORT": "29517",
+        "PYTHONPATH": ":".join(p for p in sys.path if p),
+        "PATH": "/usr/bin:/bin",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=base | {"OMPI_COMM_WORLD_RANK": str(r), "OMPI_COMM_WORLD_LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for r in (0, 1)
+    ]
     assert [p.communicate(timeout=60)[0] for p in ranks] == ["0 2\n", "1 2\n"]

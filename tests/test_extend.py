@@ -2,6 +2,7 @@
 
 Each addition is a function of at most fifteen lines; `test_each_is_short` counts them.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -75,7 +76,9 @@ def chain(what, stage, k):
         "partition": (fz.clip_by_global_norm(1.0), partition()),
     }.get(what, (fz.clip_by_global_norm(1.0), fz.adamw(1e-2)))
     if what != "rules" or stage == 0:
-        return fz.zero(zoo.source(), *right, stage=stage, accumulate=k, **({"scatter": wire()} if what == "wire" else {}))
+        return fz.zero(
+            zoo.source(), *right, stage=stage, accumulate=k, **({"scatter": wire()} if what == "wire" else {})
+        )
     parts = [zoo.source(), fz.accumulate(k), *right]
     outside = 3 - stage
     return (*parts[:outside], fz.shard("data", *parts[outside:], rules=rules))

@@ -1,4 +1,5 @@
 """Which states a step takes: its own, in any copy; none of another stage, chain or policy; and views are always those of the masters."""
+
 from __future__ import annotations
 
 import copy
@@ -41,7 +42,12 @@ def pairs():
         for b in range(4):
             state, step = make(a).init(zoo.params()), make(b)
             rows = step.local_rows(zoo.batch(0))
-            calls = [(step, state, rows), (step.eval(zoo.loss_plain), state, rows), (step.view, state), (step.params, state)]
+            calls = [
+                (step, state, rows),
+                (step.eval(zoo.loss_plain), state, rows),
+                (step.view, state),
+                (step.params, state),
+            ]
             out[a, b] = [said(*c) for c in (calls if a != b else calls[:1])]
     return out
 
@@ -52,7 +58,10 @@ def test_a_state_of_another_stage_is_refused(run_world, world):
     for found in run_world(world, pairs):
         for (a, b), words in found.items():
             same = a == b or {a, b} == {1, 2}
-            assert all(w == "" if same else w.startswith(f"ValueError: {OTHER}") and "step.init(other.params(state))" in w for w in words), (a, b, words)
+            assert all(
+                w == "" if same else w.startswith(f"ValueError: {OTHER}") and "step.init(other.params(state))" in w
+                for w in words
+            ), (a, b, words)
 
 
 def handed_on():
@@ -74,17 +83,32 @@ def test_a_state_that_fits_may_change_hands(run_world):
 
 CHAINS = {
     "another optimizer": (lambda: make(2, (fz.sgd(0.1),)), "its chain keeps ['sgd'], but this step's keeps ['adamw']"),
-    "a loss scale": (lambda: make(2, (fz.scale_loss(), *zoo.tx())), "its chain keeps ['adamw', 'scale_loss'], but this step's keeps ['adamw']"),
-    "a frozen leaf": (lambda: make(2, (fz.freeze("embed"), *zoo.tx())), "parameter 'embed' has unit 'none, frozen' in it, but 'none' in this step"),
-    "other units": (lambda: make(2, units=()), "parameter 'blocks/0/w' has unit 'none' in it, but 'blocks/0' in this step"),
-    "another policy": (lambda: make(2, policy="compute=bfloat16"), "its views are bfloat16, but this step keeps them in float32"),
+    "a loss scale": (
+        lambda: make(2, (fz.scale_loss(), *zoo.tx())),
+        "its chain keeps ['adamw', 'scale_loss'], but this step's keeps ['adamw']",
+    ),
+    "a frozen leaf": (
+        lambda: make(2, (fz.freeze("embed"), *zoo.tx())),
+        "parameter 'embed' has unit 'none, frozen' in it, but 'none' in this step",
+    ),
+    "other units": (
+        lambda: make(2, units=()),
+        "parameter 'blocks/0/w' has unit 'none' in it, but 'blocks/0' in this step",
+    ),
+    "another policy": (
+        lambda: make(2, policy="compute=bfloat16"),
+        "its views are bfloat16, but this step keeps them in float32",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_state_of_another_chain_is_refused(name):
     other, words = CHAINS[name]
-    remedy = "begin with step.init(other.params(state)), or take the moments along with Checkpointer(...).restore(like=(step, params))"
+    remedy = (
+        "begin with step.init(other.params(state)), or take the moments along with"
+        " Checkpointer(...).restore(like=(step, params))"
+    )
     assert said(lambda: make(2)(other().init(zoo.params()), zoo.batch(0))) == f"ValueError: {OTHER}{words}; {remedy}"
 
 
@@ -92,9 +116,13 @@ def test_parts_of_two_states_are_refused():
     """The chain of a state whose moments lie elsewhere, and masters in another dtype."""
     step, other = make(2), make(0)
     mine, theirs = step.init(zoo.params()), other.init(zoo.params())
-    assert said(lambda: step(mine._replace(chain=theirs.chain), zoo.batch(0))).startswith(f"ValueError: {OTHER}the state of 'adamw' lies whole on every rank, but this step's lies cut")
+    assert said(lambda: step(mine._replace(chain=theirs.chain), zoo.batch(0))).startswith(
+        f"ValueError: {OTHER}the state of 'adamw' lies whole on every rank, but this step's lies cut"
+    )
     half = mine._replace(params=mine.params.map(lambda b: b.bfloat16()))
-    assert said(lambda: step(half, zoo.batch(0))).startswith(f"ValueError: {OTHER}its params are bfloat16, but this step keeps them in float32")
+    assert said(lambda: step(half, zoo.batch(0))).startswith(
+        f"ValueError: {OTHER}its params are bfloat16, but this step keeps them in float32"
+    )
     short = mine._replace(params=mine.params.map(lambda b: b[:-1]))
     assert said(lambda: step(short, zoo.batch(0))).startswith(f"ValueError: {OTHER}its params have [")
 
@@ -103,7 +131,13 @@ def accepted(stage, donate):
     """Bits after an update of a state, and of its copies."""
     step = make(stage)
     state, _ = step(step.init(zoo.params()), step.local_rows(zoo.batch(0)))
-    copies = [state, copy.deepcopy(state), pickle.loads(pickle.dumps(state)), tree_map(lambda x: x * 1, state), tree_map(lambda x: x, state)]
+    copies = [
+        state,
+        copy.deepcopy(state),
+        pickle.loads(pickle.dumps(state)),
+        tree_map(lambda x: x * 1, state),
+        tree_map(lambda x: x, state),
+    ]
     rows, run = step.local_rows(zoo.batch(1)), fz.donate(step) if donate else step
     return {tree_hash(step.params(run(copy.deepcopy(s) if donate else s, rows)[0])) for s in copies}
 
@@ -136,13 +170,19 @@ def test_a_restored_state_is_taken_as_it_is(run_world, tmp_path):
 def test_without_views_a_tree_map_meets_tensors_alone():
     state = make(3).init(zoo.params())
     assert state.views is None and all(isinstance(x, torch.Tensor) for x in tree.leaves(state))
-    assert tree_map(lambda x: x + 0, state).views is None and state._replace(views=None).views is None and state._asdict().keys() == set(state._fields)
+    assert (
+        tree_map(lambda x: x + 0, state).views is None
+        and state._replace(views=None).views is None
+        and state._asdict().keys() == set(state._fields)
+    )
 
 
 # --- row 3: masters that were replaced --------------------------------------------------------------------------------
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), *(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2)), nn.Linear(6, 1))
+    return nn.Sequential(
+        nn.Linear(4, 6), *(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2)), nn.Linear(6, 1)
+    )
 
 
 def module_loss(model, b):
@@ -173,7 +213,9 @@ def averaged(stage, kind, policy):
                 b.mul_(0.5)
             ema = state
         else:
-            ema = state._replace(params=state.params.map(half) if how == "new buffers" else tree_map(half, state.params))
+            ema = state._replace(
+                params=state.params.map(half) if how == "new buffers" else tree_map(half, state.params)
+            )
         right = step.init(step.params(ema))._replace(chain=state.chain, step=state.step, updates=state.updates)
         losses = [step.eval(loss_fn)(s, rows).loss.item() for s in (ema, right)]
         views = [tree_hash(step.view(s)) for s in (ema, right)]
@@ -239,17 +281,27 @@ def test_a_derivative_through_a_step_is_refused():
         step = make(stage, (fz.sgd(0.5, momentum=0.9),), source=fz.value_and_grad(loss, batch=P("data")))
         state, b = step.init({"w": torch.full((1, 1), 0.3)}), torch.ones(4, 1)
         graph = state._replace(params=state.params.map(lambda x: x.clone().requires_grad_()))
-        words = "requires grad, but what the step returns would carry a wrong derivative, because a step is not differentiable yet"
+        words = (
+            "requires grad, but what the step returns would carry a wrong derivative, because a step is not"
+            " differentiable yet"
+        )
         for call in ((step, graph, b), (step.eval(loss), graph, b), (step.view, graph), (step.params, graph)):
             assert said(*call).startswith(f"RuntimeError: step: 'params/buffers/0' of its state {words}")
         moments = state.chain["sgd"]._replace(count=state.chain["sgd"].count.clone().requires_grad_())
         assert "'chain/sgd/count' of its state requires grad" in said(step, state._replace(chain={"sgd": moments}), b)
         state.params.buffers[0].requires_grad_()
         assert words in said(step, state, b)
-        assert words in said(torch.func.grad(lambda x, step=step, b=b, s=graph: step(s._replace(params=s.params.map(lambda _: x)), b)[1].loss), torch.ones(16))
+        assert words in said(
+            torch.func.grad(
+                lambda x, step=step, b=b, s=graph: step(s._replace(params=s.params.map(lambda _: x)), b)[1].loss
+            ),
+            torch.ones(16),
+        )
         assert said(step, tree_map(torch.detach, graph), b) == ""
 
 
 def test_worlds_of_one_are_not_alike_by_chance():
     """At W = 1 a whole leaf and a cut one have the same shape; they are told apart all the same, so that a program means the same on any world."""
-    assert world_size() == 1 and said(lambda: make(0)(make(3).init(zoo.params()), zoo.batch(0))).startswith(f"ValueError: {OTHER}its parameters lie cut (part 1 of 1 over 'data')")
+    assert world_size() == 1 and said(lambda: make(0)(make(3).init(zoo.params()), zoo.batch(0))).startswith(
+        f"ValueError: {OTHER}its parameters lie cut (part 1 of 1 over 'data')"
+    )

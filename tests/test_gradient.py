@@ -1,4 +1,5 @@
 """Where gradients come from: a loss, or somebody else's forward; aux sums, keys, rows, and what is trained."""
+
 from __future__ import annotations
 
 import pytest
@@ -22,7 +23,13 @@ def auxes(k):
     """Aux by stage."""
     out = []
     for stage in range(4):
-        _, log, _, _ = zoo.train(fz.zero(zoo.source(loss_fn=moments, has_aux=True), *zoo.tx(), stage=stage, accumulate=zoo.MICROS // world_size()), MESH, updates=2)
+        _, log, _, _ = zoo.train(
+            fz.zero(
+                zoo.source(loss_fn=moments, has_aux=True), *zoo.tx(), stage=stage, accumulate=zoo.MICROS // world_size()
+            ),
+            MESH,
+            updates=2,
+        )
         out.append([[x.item() for x in tree.leaves(m.aux)] for m in log])
     return out
 
@@ -37,13 +44,24 @@ def test_aux_is_summed_in_the_gradients_order(run_world, world):
 
 
 def test_aux_keeps_its_tree_and_stays_out_of_the_gradient():
-    (with_aux, log, *_), (without, *_) = (zoo.train(fz.zero(zoo.source(**kw), *zoo.tx(), stage=3), {"data": 1}, updates=2) for kw in (dict(loss_fn=moments, has_aux=True), {}))
+    (with_aux, log, *_), (without, *_) = (
+        zoo.train(fz.zero(zoo.source(**kw), *zoo.tx(), stage=3), {"data": 1}, updates=2)
+        for kw in (dict(loss_fn=moments, has_aux=True), {})
+    )
     assert zoo.tree_hash(with_aux) == zoo.tree_hash(without)
     assert set(log[0].aux) == {"sum", "rows", "square"} and log[0].aux["sum"].dtype == torch.float64
 
 
 def test_aux_is_summed_over_a_stream_too():
-    runs = [zoo.train((fz.shard("data", zoo.source(loss_fn=moments, has_aux=True), fz.accumulate(4, stream=s), *zoo.tx()),), {"data": 1}, 4 if s else 0, updates=2) for s in (False, True)]
+    runs = [
+        zoo.train(
+            (fz.shard("data", zoo.source(loss_fn=moments, has_aux=True), fz.accumulate(4, stream=s), *zoo.tx()),),
+            {"data": 1},
+            4 if s else 0,
+            updates=2,
+        )
+        for s in (False, True)
+    ]
     assert zoo.bits(runs[0]) == zoo.bits(runs[1])
 
 
@@ -62,7 +80,9 @@ def test_a_mean_over_rows_keeps_its_key_and_its_units():
     loss.units = ("blocks",)
     assert fz.per_row(loss)({"w": torch.ones(())}, {"x": torch.ones(2)}, 3)[0] == 6
     assert fz.value_and_grad(fz.per_row(loss)).units == ("blocks",) == fz.value_and_grad(loss).units
-    assert fz.value_and_grad(loss, units=()).units == () and fz.value_and_grad(loss, units="layers").units == ("layers",)
+    assert fz.value_and_grad(loss, units=()).units == () and fz.value_and_grad(loss, units="layers").units == (
+        "layers",
+    )
 
 
 def keys(k, chain):
@@ -97,7 +117,12 @@ def test_a_key_belongs_to_a_step_and_a_micro_batch(run_world):
 
 
 def test_a_skipped_update_does_not_repeat_its_keys():
-    g = fz.value_and_grad(lambda p, b, key: (p["w"].sum() * b["x"].sum(), torch.ones(()), torch.tensor(float(key % 2**20))), batch=P("data"), rng=True, has_aux=True)
+    g = fz.value_and_grad(
+        lambda p, b, key: (p["w"].sum() * b["x"].sum(), torch.ones(()), torch.tensor(float(key % 2**20))),
+        batch=P("data"),
+        rng=True,
+        has_aux=True,
+    )
     step = fz.train_step(g, fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
     state = step.init({"w": torch.ones(2)})
     state, first = step(state, {"x": torch.tensor([torch.nan])})
@@ -109,10 +134,16 @@ def test_a_skipped_update_does_not_repeat_its_keys():
 def test_trainable_is_the_rest_of_frozen(trainable):
     runs = [
         zoo.train(fz.zero(zoo.source(trainable=trainable), *zoo.tx(), stage=2), {"data": 1}, updates=2)[0],
-        zoo.train(fz.zero(zoo.source(), fz.freeze(lambda path: not path.startswith(("head", "norm"))), *zoo.tx(), stage=2), {"data": 1}, updates=2)[0],
+        zoo.train(
+            fz.zero(zoo.source(), fz.freeze(lambda path: not path.startswith(("head", "norm"))), *zoo.tx(), stage=2),
+            {"data": 1},
+            updates=2,
+        )[0],
     ]
     assert zoo.tree_hash(runs[0]) == zoo.tree_hash(runs[1])
-    assert torch.equal(runs[0]["embed"], zoo.params()["embed"]) and not torch.equal(runs[0]["head"]["w"], zoo.params()["head"]["w"])
+    assert torch.equal(runs[0]["embed"], zoo.params()["embed"]) and not torch.equal(
+        runs[0]["head"]["w"], zoo.params()["head"]["w"]
+    )
 
 
 def unlearned(weight):
@@ -124,7 +155,10 @@ def unlearned(weight):
 
 def test_a_loss_without_a_gradient_is_refused_as_torch_does():
     step, state, b = unlearned(1.0)
-    with pytest.raises(RuntimeError, match="the loss has no gradient, because it depends on no parameter that learns; compute it from `params`"):
+    with pytest.raises(
+        RuntimeError,
+        match="the loss has no gradient, because it depends on no parameter that learns; compute it from `params`",
+    ):
         step(state, b)
 
 
@@ -138,9 +172,17 @@ def test_a_micro_batch_of_no_weight_may_need_no_parameter():
 @pytest.mark.parametrize("stage", range(4))
 def test_a_step_under_no_grad_is_refused(stage, off):
     loss = lambda p, b: ((b["x"] * p["w"]).sum(), torch.ones(()))
-    step = fz.train_step(*fz.zero(fz.value_and_grad(loss, batch=P("data")), fz.adamw(0.1), stage=stage), mesh={"data": 1})
+    step = fz.train_step(
+        *fz.zero(fz.value_and_grad(loss, batch=P("data")), fz.adamw(0.1), stage=stage), mesh={"data": 1}
+    )
     state = step.init({"w": torch.ones(2)})
-    with off(), pytest.raises(RuntimeError, match="no gradient, because the step is called under torch.no_grad or inference_mode; call it outside"):
+    with (
+        off(),
+        pytest.raises(
+            RuntimeError,
+            match="no gradient, because the step is called under torch.no_grad or inference_mode; call it outside",
+        ),
+    ):
         step(state, {"x": torch.ones(3, 2)})
 
 
@@ -197,7 +239,10 @@ def test_a_pulled_gradient_is_the_losses_gradient_bit_for_bit(run_world, world, 
 
 def test_a_pulled_mean_loss_weighs_one():
     """`weight` 1 a micro-batch: the mean of means."""
-    step = fz.train_step(fz.shard("data", fz.pullback(P("data")), fz.accumulate(2, stream=True), fz.scale_loss(weight=1), fz.sgd(1.0)), mesh={"data": 1})
+    step = fz.train_step(
+        fz.shard("data", fz.pullback(P("data")), fz.accumulate(2, stream=True), fz.scale_loss(weight=1), fz.sgd(1.0)),
+        mesh={"data": 1},
+    )
     state = step.init({"w": torch.zeros(2)})
     views = step.view(state)
     for x in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 4.0])):
@@ -215,6 +260,8 @@ def test_pull_gives_none_where_nothing_depends_and_one_gradient_for_a_tied_leaf(
 
 
 def test_frozen_views_want_no_gradient():
-    step = fz.train_step(fz.shard("data", fz.pullback(P("data"), trainable="head"), fz.freeze("head/b"), fz.sgd(1.0)), mesh={"data": 1})
+    step = fz.train_step(
+        fz.shard("data", fz.pullback(P("data"), trainable="head"), fz.freeze("head/b"), fz.sgd(1.0)), mesh={"data": 1}
+    )
     views = dict(tree.paths(step.view(step.init(zoo.params()))))
     assert {n for n, x in views.items() if x.requires_grad} == {"head/w", "head/scale", "norm"}  # one leaf of two names

@@ -1,4 +1,5 @@
 """What `import funczero` brings with it."""
+
 from __future__ import annotations
 
 import subprocess

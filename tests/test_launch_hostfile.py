@@ -1,4 +1,5 @@
 """Hostfiles and filters against recorded cases; where DeepSpeed is careless, the difference has a name."""
+
 from __future__ import annotations
 
 import json
@@ -21,7 +22,9 @@ REFUSED_HERE = {  # DeepSpeed takes these
 def told(case):
     """The resources as recorded, or None for a refusal."""
     try:
-        chosen = choose(parse_hostfile(case["text"]), case["include"], case["exclude"], case["num_nodes"], case["num_gpus"])
+        chosen = choose(
+            parse_hostfile(case["text"]), case["include"], case["exclude"], case["num_nodes"], case["num_gpus"]
+        )
     except ValueError:
         return None
     return [[host, list(slots)] for host, slots in chosen.items()]
@@ -57,7 +60,9 @@ def test_include_and_exclude_are_complements(hosts, data):
     chosen, rest = choose(hosts, include=text), choose(hosts, exclude=text)
     both = [{(host, slot) for host, slots in part.items() for slot in slots} for part in (chosen, rest)]
     assert both[0] == set(some) and both[0] | both[1] == set(pairs) and not both[0] & both[1]
-    assert list(chosen) == [host for host in hosts if host in chosen] and all(list(s) == sorted(s) for s in chosen.values())
+    assert list(chosen) == [host for host in hosts if host in chosen] and all(
+        list(s) == sorted(s) for s in chosen.values()
+    )
 
 
 @given(st.dictionaries(NAMES, st.integers(0, 64), min_size=1, max_size=6))

@@ -1,4 +1,5 @@
 """A short form of the campaign: every hostile hostfile, config and message to a store, judged as the campaign judges them."""
+
 from __future__ import annotations
 
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 SCRIPT = Path(__file__).parent / "campaign" / "hostile.py"
 
 
-@pytest.mark.parametrize("part", [pytest.param("config", marks=pytest.mark.slow), "hostfile", pytest.param("store", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "part", [pytest.param("config", marks=pytest.mark.slow), "hostfile", pytest.param("store", marks=pytest.mark.slow)]
+)
 def test_no_hostile_input_does_harm(part):
     done = subprocess.run([sys.executable, str(SCRIPT), f"--only={part}"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,7 +40,10 @@ def test_the_harness_sees_what_it_looks_for(monkeypatch):
 
     run = lambda attempt: hostile.run(hostile.Case("x", attempt, (ValueError,)), 5.0, 64.0).verdict
     assert run(raising(ValueError("one line"))) == "told"
-    assert run(raising(KeyError("x"))) == "KeyError is no error of ours" and run(raising(ValueError("a\nb"))) == "its message is not one short line"
+    assert (
+        run(raising(KeyError("x"))) == "KeyError is no error of ours"
+        and run(raising(ValueError("a\nb"))) == "its message is not one short line"
+    )
     assert "it writes" in run(writing) and "it left its folder" in run(writing)
     assert run(starting).startswith("it runs subprocess.Popen") and run(lambda _: None) == "it was accepted"
     assert run(lambda _: os._exit(3)).startswith("ended without a word") and " MB" in run(lambda _: bytearray(1 << 28))

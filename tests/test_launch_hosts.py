@@ -1,4 +1,5 @@
 """The launcher on real hosts: namespaces with sshd, pdsh, OpenMPI, MPICH and SLURM. `make test-launch` runs it; what is not installed is skipped by name."""
+
 from __future__ import annotations
 
 import json
@@ -12,15 +13,40 @@ from pathlib import Path
 import hosts as machines
 import pytest
 
-pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.skipif(bool(machines.missing()), reason=machines.missing())]
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(machines.missing()), reason=machines.missing()),
+]
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "tests" / "launched.py")
 LAUNCH = [sys.executable, "-m", "funczero.cli", "launch"]
-MODEL = ["--batch=8", "--length=32", "--layers=2", "--width=32", "--heads=2", "--sample=0", "--eval_every=1000", "--eval_batches=1", "--warmup=2"]
+MODEL = [
+    "--batch=8",
+    "--length=32",
+    "--layers=2",
+    "--width=32",
+    "--heads=2",
+    "--sample=0",
+    "--eval_every=1000",
+    "--eval_batches=1",
+    "--warmup=2",
+]
 SMALL = ["--steps=4", *MODEL]
 LONG = ["--steps=60", "--save_every=5", "--resume=auto", *MODEL]
-ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
-TOOLS = {"ssh": (), "pdsh": ("pdsh",), "openmpi": ("mpirun.openmpi",), "mpich": ("mpiexec.hydra",), "slurm": ("srun", "slurmctld", "slurmd", "munged")}
+ENV = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMP_NUM_THREADS": "1",
+}
+TOOLS = {
+    "ssh": (),
+    "pdsh": ("pdsh",),
+    "openmpi": ("mpirun.openmpi",),
+    "mpich": ("mpiexec.hydra",),
+    "slurm": ("srun", "slurmctld", "slurmd", "munged"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +97,11 @@ def wait_for(process, word, times):
 
 
 def left(hosts):
-    return {name: words for name, host in hosts.items() if (words := {p: w for p, w in host.processes().items() if "slurm" not in w and "munge" not in w})}
+    return {
+        name: words
+        for name, host in hosts.items()
+        if (words := {p: w for p, w in host.processes().items() if "slurm" not in w and "munge" not in w})
+    }
 
 
 def until_nothing_is_left(hosts, seconds):
@@ -91,7 +121,14 @@ def losses(folder):
 def alone(tmp_path_factory):
     """The losses of the same run on this machine, two processes, without a launcher."""
     out = tmp_path_factory.mktemp("alone")
-    subprocess.run([sys.executable, "experiments/train_gpt.py", *SMALL, "--nproc=2", f"--out={out}"], cwd=ROOT, env=ENV, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "experiments/train_gpt.py", *SMALL, "--nproc=2", f"--out={out}"],
+        cwd=ROOT,
+        env=ENV,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     return losses(out)
 
 
@@ -119,7 +156,9 @@ def test_without_the_launcher_the_same_program_is_reached(request, hosts, tmp_pa
     tool = command.split()[0]
     if absent := machines.missing(*(TOOLS["slurm"] if tool == "srun" else (tool,))):
         pytest.skip(absent)
-    words = hosts["worker-0"].enter([*command.split(), sys.executable, str(ROOT / "experiments/train_gpt.py"), *SMALL, f"--out={tmp_path}"])
+    words = hosts["worker-0"].enter(
+        [*command.split(), sys.executable, str(ROOT / "experiments/train_gpt.py"), *SMALL, f"--out={tmp_path}"]
+    )
     env = ENV | (request.getfixturevalue("slurm") if tool == "srun" else {})
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -136,7 +175,11 @@ def test_preflight_is_one_table(hosts, hostfile, tmp_path):
     assert code == 0 and out.count("ready") == 2
     (tmp_path / "hosts").write_text("worker-1 slots=1\nnobody slots=1\n")
     code, out, _ = launch(hosts, f"--hostfile={tmp_path / 'hosts'}", "--preflight", "no_script.py")
-    assert code == 1 and "no script no_script.py" in out and "not reached: ssh: Could not resolve hostname nobody" in " ".join(out.split())
+    assert (
+        code == 1
+        and "no script no_script.py" in out
+        and "not reached: ssh: Could not resolve hostname nobody" in " ".join(out.split())
+    )
 
 
 @pytest.mark.parametrize("transport", ["ssh", "pdsh"])
@@ -145,7 +188,11 @@ def test_a_dying_rank_ends_all_hosts(hosts, hostfile, transport):
         pytest.skip(absent)
     process = start(hosts, f"--launcher={transport}", hostfile, SCRIPT, "daemon")
     wait_for(process, "ready", 2)
-    victim = next(pid for pid, words in hosts["worker-2"].processes().items() if SCRIPT in words and "launch" not in words.split(SCRIPT)[0] and "node" not in words)
+    victim = next(
+        pid
+        for pid, words in hosts["worker-2"].processes().items()
+        if SCRIPT in words and "launch" not in words.split(SCRIPT)[0] and "node" not in words
+    )
     since = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     _, err = process.communicate(timeout=20)
@@ -154,7 +201,10 @@ def test_a_dying_rank_ends_all_hosts(hosts, hostfile, transport):
     until_nothing_is_left(hosts, 5)
 
 
-DEATHS = {"openmpi": (7,), "slurm": (7, 143)}  # srun's code is the largest one; mpiexec.hydra waits for ranks that never call MPI_Init
+DEATHS = {
+    "openmpi": (7,),
+    "slurm": (7, 143),
+}  # srun's code is the largest one; mpiexec.hydra waits for ranks that never call MPI_Init
 
 
 @pytest.mark.parametrize("transport", DEATHS)
@@ -162,7 +212,16 @@ def test_a_dying_rank_ends_the_others_where_mpi_starts_them(request, hosts, host
     if absent := machines.missing(*TOOLS[transport]):
         pytest.skip(absent)
     since = time.monotonic()
-    code, _, err = launch(hosts, f"--launcher={transport}", hostfile, SCRIPT, "exit", "1", "7", env=request.getfixturevalue("slurm") if transport == "slurm" else None)
+    code, _, err = launch(
+        hosts,
+        f"--launcher={transport}",
+        hostfile,
+        SCRIPT,
+        "exit",
+        "1",
+        "7",
+        env=request.getfixturevalue("slurm") if transport == "slurm" else None,
+    )
     assert code in DEATHS[transport] and time.monotonic() - since < 20, err
     until_nothing_is_left(hosts, 5)
 
@@ -200,7 +259,9 @@ def test_a_pulled_cable_ends_both_sides(hostfile):
 def test_a_killed_launcher_leaves_nothing(hosts, hostfile, transport):
     if absent := machines.missing(*TOOLS[transport]):
         pytest.skip(absent)
-    mode = ("daemon",) if transport in ("ssh", "pdsh") else ("die", "none")  # a daemon of a rank's own is out of MPI's reach
+    mode = (
+        ("daemon",) if transport in ("ssh", "pdsh") else ("die", "none")
+    )  # a daemon of a rank's own is out of MPI's reach
     process = start(hosts, f"--launcher={transport}", hostfile, SCRIPT, *mode)
     wait_for(process, "ready", 2)
     os.kill(inner(process), signal.SIGKILL)
@@ -234,7 +295,14 @@ def test_a_notice_is_passed_on(hosts, hostfile, transport, number):
 def uninterrupted(tmp_path_factory):
     """The losses of a longer run that nobody disturbs, in one process."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    subprocess.run([sys.executable, "tests/elastic.py", *LONG, "--nproc=1", f"--out={out}"], cwd=ROOT, env=ENV, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "tests/elastic.py", *LONG, "--nproc=1", f"--out={out}"],
+        cwd=ROOT,
+        env=ENV,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     return losses(out)
 
 
@@ -250,7 +318,9 @@ def until_updates(process, folder, number):
 @pytest.mark.parametrize("what", ["rank 0", "rank 1", "worker-1", "worker-2"])
 def test_what_is_lost_is_made_again_with_the_same_bits(hostfile, tmp_path, uninterrupted, what):
     with machines.cluster() as hosts:
-        process = start(hosts, hostfile, "--max_restarts=1", "--lost_after=5", "tests/elastic.py", *LONG, f"--out={tmp_path}")
+        process = start(
+            hosts, hostfile, "--max_restarts=1", "--lost_after=5", "tests/elastic.py", *LONG, f"--out={tmp_path}"
+        )
         until_updates(process, tmp_path, 12)
         if what in hosts:
             hosts[what].kill()
@@ -275,16 +345,35 @@ def test_a_notice_saves_and_the_run_goes_on_elsewhere(hosts, hostfile, tmp_path,
 
 
 def test_a_start_takes_little_longer_than_torchruns(hosts, hostfile, capsys):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-addr=worker-1", "--master-port=29511"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--master-addr=worker-1",
+        "--master-port=29511",
+    ]
     times = {}
     for name in ("torchrun", "funczero launch") * 2:
         since = time.monotonic()
         if name == "torchrun":
-            both = [subprocess.Popen(hosts[f"worker-{n + 1}"].enter([*torchrun, f"--node-rank={n}", SCRIPT]), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for n in (0, 1)]
+            both = [
+                subprocess.Popen(
+                    hosts[f"worker-{n + 1}"].enter([*torchrun, f"--node-rank={n}", SCRIPT]),
+                    env=ENV,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+                for n in (0, 1)
+            ]
             assert [process.wait(60) for process in both] == [0, 0]
         else:
             assert launch(hosts, hostfile, SCRIPT)[0] == 0
         times[name] = min(time.monotonic() - since, times.get(name, 1e9))
     with capsys.disabled():
-        print("\nfrom command to end on two hosts: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items()))
+        print(
+            "\nfrom command to end on two hosts: "
+            + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())
+        )
     assert times["funczero launch"] < times["torchrun"] + 10

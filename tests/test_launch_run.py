@@ -1,4 +1,5 @@
 """The launcher at work on this machine: `ssh` is a program that really hands its last words to a shell, as sshd does."""
+
 from __future__ import annotations
 
 import contextlib
@@ -47,15 +48,23 @@ def world(tmp_path):
     ssh.write_text(FAKE_SSH)
     ssh.chmod(0o755)
     (tmp_path / "hosts").write_text("127.0.0.2 slots=1\n127.0.0.3 slots=1\n")
-    mark = f"FUNCZERO_MARK={tmp_path}"  # what ranks and their children are known by: others may run the same script on this machine
+    mark = (  # what ranks and their children are known by: others may run the same script on this machine
+        f"FUNCZERO_MARK={tmp_path}"
+    )
     own = {"FUNCZERO_MARK": str(tmp_path), "FAKE_PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
     own |= {"PATH": f"{ssh.parent}:{os.environ['PATH']}", "SSH_LOG": str(tmp_path / "ssh.log"), "PYTHONPATH": str(ROOT)}
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")}
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
+    }
 
     started = []
 
     def start(*words, env=None, cwd=tmp_path, hostfile=True, port=None):
-        front = [f"--hostfile={tmp_path / 'hosts'}", "--master_addr=127.0.0.2", f"--master_port={port or free_port()}"] if hostfile else []
+        front = (
+            [f"--hostfile={tmp_path / 'hosts'}", "--master_addr=127.0.0.2", f"--master_port={port or free_port()}"]
+            if hostfile
+            else []
+        )
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen([*LAUNCH, *front, *words], env=clean | own | (env or {}), cwd=cwd, **pipes))
         return started[-1]
@@ -111,7 +120,10 @@ def marked(mark):
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             if mark.encode() in Path(f"/proc/{name}/environ").read_bytes():
-                found[int(name)] = (ancestors(int(name))[0], Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+                found[int(name)] = (
+                    ancestors(int(name))[0],
+                    Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(),
+                )
         except OSError:
             pass
     return found
@@ -123,9 +135,61 @@ def shown(out):
     return sorted(found, key=lambda line: line["env"]["RANK"])
 
 
-PIECES = ["; touch pwned", "$(touch pwned)", "`touch pwned`", "|touch pwned", "&& touch pwned", '"; touch pwned; "', "> pwned", "< /dev/null"]
-PIECES += ["'", '"', "''", "\n", "a\nb", "a\\nb", "\\", "-", "--", "-rf", "--hostfile=x", "$HOME", "${PATH}", "~", "*", "?", "[a]", "{a,b}", "!!", "#"]
-PIECES += ["%h", "%n", "%s", "a b", "  ", "\t", "", "ä", "日本", "\u202e", "😀", "\x01", "\x1b[31m", "\x1e{}", "\r", "\udcff", ":", "=", "a=b", "@", "^C"]
+PIECES = [
+    "; touch pwned",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "|touch pwned",
+    "&& touch pwned",
+    '"; touch pwned; "',
+    "> pwned",
+    "< /dev/null",
+]
+PIECES += [
+    "'",
+    '"',
+    "''",
+    "\n",
+    "a\nb",
+    "a\\nb",
+    "\\",
+    "-",
+    "--",
+    "-rf",
+    "--hostfile=x",
+    "$HOME",
+    "${PATH}",
+    "~",
+    "*",
+    "?",
+    "[a]",
+    "{a,b}",
+    "!!",
+    "#",
+]
+PIECES += [
+    "%h",
+    "%n",
+    "%s",
+    "a b",
+    "  ",
+    "\t",
+    "",
+    "ä",
+    "日本",
+    "\u202e",
+    "😀",
+    "\x01",
+    "\x1b[31m",
+    "\x1e{}",
+    "\r",
+    "\udcff",
+    ":",
+    "=",
+    "a=b",
+    "@",
+    "^C",
+]
 HOSTILE = [*PIECES, *(f"{p}{q}" for p, q in zip(PIECES, PIECES[1:])), "x" * 5000, *(f"--opt={p}" for p in PIECES)][:130]
 
 
@@ -137,16 +201,23 @@ def test_a_hundred_hostile_strings_arrive_as_they_are(world, tmp_path):
     script.write_text(Path(SCRIPT).read_text())
     env = {f"FUNCZERO_{i}": value for i, value in enumerate(HOSTILE)}
     written = {f"FUNCZERO_F{i}": value for i, value in enumerate(HOSTILE) if "\n" not in value and "\r" not in value}
-    (folder / ".deepspeed_env").write_bytes(b"".join(os.fsencode(f"{name}={value}\n") for name, value in written.items()))
+    (folder / ".deepspeed_env").write_bytes(
+        b"".join(os.fsencode(f"{name}={value}\n") for name, value in written.items())
+    )
     code, out, err = finish(world(script.name, "show", *HOSTILE, env=env, cwd=folder))
     assert code == 0, err
     assert len(HOSTILE) > 100 and len(shown(out)) == 2
     for rank in shown(out):
         assert rank["argv"] == ["show", *HOSTILE] and rank["cwd"] == str(folder)
-        assert {name: value for name, value in rank["env"].items() if name[9:10].isdigit() or name[9:10] == "F"} == env | written
+        assert {
+            name: value for name, value in rank["env"].items() if name[9:10].isdigit() or name[9:10] == "F"
+        } == env | written
     assert not list(tmp_path.rglob("pwned")) and not Path("/pwned").exists()
     said = (tmp_path / "ssh.log").read_text().splitlines()
-    assert sorted(said) == [f"-T -o BatchMode=yes -o ConnectTimeout=10 -- {host} {sys.executable} -m funczero.launch.node" for host in ("127.0.0.2", "127.0.0.3")]
+    assert sorted(said) == [
+        f"-T -o BatchMode=yes -o ConnectTimeout=10 -- {host} {sys.executable} -m funczero.launch.node"
+        for host in ("127.0.0.2", "127.0.0.3")
+    ]
 
 
 @pytest.mark.parametrize("text", HOSTILE[:60])
@@ -170,7 +241,11 @@ def test_a_dying_rank_ends_all_with_its_code_and_its_traceback_last(world):
     lines = err.splitlines()
     assert "funczero launch: rank 1 on 127.0.0.3 failed with exit code 1" in lines, err
     at = lines.index("funczero launch: rank 1 on 127.0.0.3 failed with exit code 1")
-    assert lines[at + 1] == "Traceback (most recent call last):" and lines[-1] == "RuntimeError: rank 1 is unwell" and err.count("Traceback") == 1
+    assert (
+        lines[at + 1] == "Traceback (most recent call last):"
+        and lines[-1] == "RuntimeError: rank 1 is unwell"
+        and err.count("Traceback") == 1
+    )
     assert world.left() == {}
 
 
@@ -201,7 +276,11 @@ def test_a_rank_that_sigterm_does_not_end_is_killed_after_three_seconds(world):
 def test_a_host_that_is_down_is_named(world, tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.2 slots=1\ndown-1 slots=1\n")
     code, _, err = finish(world(SCRIPT, "daemon"))
-    assert code == 255 and err.splitlines()[-1] == "funczero launch: host down-1 could not run its part: ssh: connect to host down-1 port 22: No route to host"
+    assert (
+        code == 255
+        and err.splitlines()[-1]
+        == "funczero launch: host down-1 could not run its part: ssh: connect to host down-1 port 22: No route to host"
+    )
     assert world.left() == {}
 
 
@@ -221,15 +300,34 @@ def test_the_end_of_the_launcher_ends_everything(world, number, code):
 def roles(launcher, mark):
     """The processes of a run on one host, by what they are there for. A program that was just started has no words for a moment, so it may take a few looks."""
     until(lambda: len(marked(mark)) == 8 and all(words for _, words in marked(mark).values()), 10)
-    found, below = marked(mark), lambda pid, word: [p for p, (parent, words) in sorted(found.items()) if parent == pid and word in words]
+    found, below = marked(mark), lambda pid, word: [
+        p for p, (parent, words) in sorted(found.items()) if parent == pid and word in words
+    ]
     (keeper,) = below(launcher, "funczero.launch.node")
     (guard,) = below(keeper, "funczero.launch.node")
     (agent,) = below(guard, "funczero.launch.node")
     ranks = below(agent, "launched.py")
-    return {"launcher": launcher, "keeper": keeper, "guard": guard, "agent": agent, "rank 0": ranks[0], "rank 1": ranks[1], "a rank's child": below(ranks[0], "sleep")[0]}
+    return {
+        "launcher": launcher,
+        "keeper": keeper,
+        "guard": guard,
+        "agent": agent,
+        "rank 0": ranks[0],
+        "rank 1": ranks[1],
+        "a rank's child": below(ranks[0], "sleep")[0],
+    }
 
 
-@pytest.mark.parametrize("who", ["guard", *(pytest.param(who, marks=pytest.mark.slow) for who in ("launcher", "keeper", "agent", "rank 0", "a rank's child"))])
+@pytest.mark.parametrize(
+    "who",
+    [
+        "guard",
+        *(
+            pytest.param(who, marks=pytest.mark.slow)
+            for who in ("launcher", "keeper", "agent", "rank 0", "a rank's child")
+        ),
+    ],
+)
 def test_whoever_is_killed_nothing_is_left(world, tmp_path, who):
     """Neither the ranks, nor their children that left the session, nor a folder; and the launcher says that it was not well."""
     mark = f"FUNCZERO_MARK={tmp_path}"
@@ -268,24 +366,42 @@ def test_a_notice_reaches_every_rank(world, number):
 def test_torchrun_restarts_ranks(world):
     code, out, err = finish(world("--max_restarts=1", SCRIPT, "once"))
     assert code == 0, err
-    assert [rank["env"]["RANK"] for rank in shown(out)] == ["0", "0", "1", "1"] and "rank 0 on 127.0.0.2 ended with code 7; torchrun starts the ranks again" in err
+    assert [rank["env"]["RANK"] for rank in shown(out)] == [
+        "0",
+        "0",
+        "1",
+        "1",
+    ] and "rank 0 on 127.0.0.2 ended with code 7; torchrun starts the ranks again" in err
     assert finish(world("--max_restarts=1", "--num_gpus=2", SCRIPT, "exit", "0", "5", hostfile=False))[0] == 5
 
 
 @pytest.mark.slow
 def test_one_host_without_a_hostfile(world):
     env = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
-    code, out, err = finish(world("--include=localhost:0,2", "--pass_local_rank", SCRIPT, "--deepspeed", env=env, hostfile=False))
+    code, out, err = finish(
+        world("--include=localhost:0,2", "--pass_local_rank", SCRIPT, "--deepspeed", env=env, hostfile=False)
+    )
     assert code == 0, err
     assert [r["argv"] for r in shown(out)] == [["--local_rank=0", "--deepspeed"], ["--local_rank=1", "--deepspeed"]]
-    want = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2", "CROSS_RANK": "0", "CROSS_SIZE": "1", "CUDA_VISIBLE_DEVICES": "4,6"}
+    want = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "LOCAL_SIZE": "2",
+        "CROSS_RANK": "0",
+        "CROSS_SIZE": "1",
+        "CUDA_VISIBLE_DEVICES": "4,6",
+    }
     assert all(r["env"].items() >= want.items() for r in shown(out))
 
 
 @pytest.mark.slow
 def test_output_is_prefixed_or_written_down(world, tmp_path):
     code, out, err = finish(world("--num_gpus=2", SCRIPT, "shrug", hostfile=False))
-    assert code == 0 and sorted(out.splitlines()) == ["[rank 0] and on", "[rank 1] and on"] and err.count("ValueError: a small matter") == 2
+    assert (
+        code == 0
+        and sorted(out.splitlines()) == ["[rank 0] and on", "[rank 1] and on"]
+        and err.count("ValueError: a small matter") == 2
+    )
     code, out, err = finish(world("--num_gpus=2", "--log_dir=logs", SCRIPT, "shrug", hostfile=False))
     assert (code, out, err) == (0, "", "") and "and on" in (tmp_path / "logs" / "rank1.log").read_text()
 
@@ -294,8 +410,14 @@ def test_output_is_prefixed_or_written_down(world, tmp_path):
 @pytest.mark.parametrize("script", ["absl", "argparse"])
 def test_scripts_keep_their_flags(world, tmp_path, script):
     body = {
-        "absl": "from absl import app, flags\nflags.DEFINE_float('lr', 0, 'rate')\napp.run(lambda argv: print('ready', flags.FLAGS.lr, argv[1:]))\n",
-        "argparse": "import argparse\np = argparse.ArgumentParser()\np.add_argument('--lr', type=float)\np.add_argument('rest', nargs='*')\na = p.parse_args()\nprint('ready', a.lr, a.rest)\n",
+        "absl": (
+            "from absl import app, flags\nflags.DEFINE_float('lr', 0, 'rate')\napp.run(lambda argv: print('ready',"
+            " flags.FLAGS.lr, argv[1:]))\n"
+        ),
+        "argparse": (
+            "import argparse\np = argparse.ArgumentParser()\np.add_argument('--lr', type=float)\np.add_argument('rest',"
+            " nargs='*')\na = p.parse_args()\nprint('ready', a.lr, a.rest)\n"
+        ),
     }
     (tmp_path / "script.py").write_text(body[script])
     code, out, err = finish(world("--num_gpus=2", "script.py", "--lr=0.5", "x", hostfile=False))

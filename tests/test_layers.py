@@ -1,4 +1,5 @@
 """The seam: closed parameters, blocks one by one, at most two units open, and the plain loop's bits."""
+
 from __future__ import annotations
 
 import pytest
@@ -17,7 +18,10 @@ BLOCKS = 5
 
 def params(n=BLOCKS):
     g = torch.Generator().manual_seed(0)
-    return {"in": torch.randn(4, 6, generator=g) / 2, "blocks": [{"w": torch.randn(6, 6, generator=g) / 2, "b": torch.randn(6, generator=g)} for _ in range(n)]}
+    return {
+        "in": torch.randn(4, 6, generator=g) / 2,
+        "blocks": [{"w": torch.randn(6, 6, generator=g) / 2, "b": torch.randn(6, generator=g)} for _ in range(n)],
+    }
 
 
 def block(p, x, scale=1.0, key=None):
@@ -39,7 +43,9 @@ def test_open_blocks_run_in_turn():
     x = want = rows()["x"] @ p["in"]
     for b in p["blocks"]:
         want = block(b, want, 0.5)
-    assert torch.equal(fz.layers(block, p["blocks"], x, 0.5), want) and torch.equal(fz.layers(block, p["blocks"], x, 0.5, remat=True), want)
+    assert torch.equal(fz.layers(block, p["blocks"], x, 0.5), want) and torch.equal(
+        fz.layers(block, p["blocks"], x, 0.5, remat=True), want
+    )
     assert fz.layers(block, [], x) is x
 
 
@@ -85,7 +91,10 @@ class Watched(Tape):
 def seen_by(loss, units=("blocks",), stage=3, monkeypatch=None, p=None):
     """The tape of one update."""
     monkeypatch.setattr(gradient, "Tape", Watched)
-    step = fz.train_step(*fz.zero(fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1), stage=stage), mesh={"data": world_size()})
+    step = fz.train_step(
+        *fz.zero(fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1), stage=stage),
+        mesh={"data": world_size()},
+    )
     step(step.init(p or params()), rows(8 // world_size()))
     return Watched.last
 
@@ -106,7 +115,9 @@ def test_at_most_two_blocks_are_gathered_at_once(run_world, remat):
     """The one that computes and the one that travels, however many there are; and nothing is left open."""
     names = [f"blocks/{i}" for i in range(BLOCKS)]
     order, peak, live, left, flying = zoo.everywhere(run_world, 2, opened, remat)
-    back = names[::-1] if order.count(names[-1]) == 2 else names[-2::-1]  # the last block may stay open for the backward
+    back = (
+        names[::-1] if order.count(names[-1]) == 2 else names[-2::-1]
+    )  # the last block may stay open for the backward
     assert order == ["", *names, *back] and peak <= 2 and (live, left, flying) == (0, 0, 0)
 
 
@@ -115,12 +126,28 @@ def test_a_closed_parameter_has_a_shape_and_no_values():
         ref = p["blocks"][1]["w"]
         assert isinstance(ref, Ref) and ref.shape == (6, 6) and ref.dtype == torch.bfloat16
         assert repr(ref) == "<closed parameter 'blocks/1/w' (6, 6) torch.bfloat16>" and not hasattr(ref, "__array__")
-        for use in (lambda: ref.sum(), lambda: torch.exp(ref), lambda: ref[0], lambda: ref.grad, lambda: torch.stack([b["x"], ref])):
-            with pytest.raises(TypeError, match=r"parameter 'blocks/1/w' is inside a unit that is not open; run its blocks with fz.layers|not subscriptable"):
+        for use in (
+            lambda: ref.sum(),
+            lambda: torch.exp(ref),
+            lambda: ref[0],
+            lambda: ref.grad,
+            lambda: torch.stack([b["x"], ref]),
+        ):
+            with pytest.raises(
+                TypeError,
+                match=(
+                    r"parameter 'blocks/1/w' is inside a unit that is not open; run its blocks with fz.layers|not"
+                    r" subscriptable"
+                ),
+            ):
                 use()
         return stack(False)(p, {"x": b["x"].bfloat16()})
 
-    step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units="blocks"), fz.sgd(0.1)), mesh={"data": 1}, policy="compute=bfloat16")
+    step = fz.train_step(
+        fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units="blocks"), fz.sgd(0.1)),
+        mesh={"data": 1},
+        policy="compute=bfloat16",
+    )
     step(step.init(params()), rows())
 
 
@@ -140,9 +167,17 @@ def opening(stage):
         return total(h)
 
     out = []
-    for loss, units in ((by_hand, "blocks"), (at_once, "blocks"), (stack(False), "blocks"), (stack(True), "blocks"), (stack(False), ())):
+    for loss, units in (
+        (by_hand, "blocks"),
+        (at_once, "blocks"),
+        (stack(False), "blocks"),
+        (stack(True), "blocks"),
+        (stack(False), ()),
+    ):
         g = fz.value_and_grad(loss, batch=P("data"), units=units)
-        step = fz.train_step(*fz.zero(g, fz.sgd(0.1, momentum=0.9), stage=stage, accumulate=4 // world_size()), mesh={"data": -1})
+        step = fz.train_step(
+            *fz.zero(g, fz.sgd(0.1, momentum=0.9), stage=stage, accumulate=4 // world_size()), mesh={"data": -1}
+        )
         state = step.init(params())
         for _ in range(2):
             state, _ = step(state, step.local_rows(rows()))
@@ -171,7 +206,9 @@ def shared_inputs(remat):
 
     out = []
     for units in ((), ("blocks",)):
-        step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1)), mesh={"data": -1})
+        step = fz.train_step(
+            fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1)), mesh={"data": -1}
+        )
         state = step.init(params() | {"bias": torch.zeros(6), "half": torch.tensor(0.5)})
         state, _ = step(state, step.local_rows(rows()))
         got = step.params(state)
@@ -215,7 +252,13 @@ def odd_uses():
     for loss in (backwards, some, twice, none, mixed, detour):
         for ice in ("^$", r"blocks/\d/w", "blocks/[13]"):
             for units in ((), ("blocks",)):
-                g = fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.freeze(ice), fz.accumulate(2), fz.sgd(0.1))
+                g = fz.shard(
+                    "data",
+                    fz.value_and_grad(loss, batch=P("data"), units=units),
+                    fz.freeze(ice),
+                    fz.accumulate(2),
+                    fz.sgd(0.1),
+                )
                 step = fz.train_step(g, mesh={"data": -1})
                 state = step.init(params())
                 for _ in range(2):
@@ -234,7 +277,10 @@ def two_lists():
     """An encoder and a decoder: units of two lists, of other shapes, one inside a subtree."""
     g = torch.Generator().manual_seed(2)
     draw = lambda *s: torch.randn(s, generator=g) / 2
-    p = {"enc": {"blocks": [{"w": draw(4, 4), "b": draw(4)} for _ in range(3)]}, "dec": [{"w": draw(4, 4), "b": draw(4), "n": {"s": draw(4)}} for _ in range(2)]}
+    p = {
+        "enc": {"blocks": [{"w": draw(4, 4), "b": draw(4)} for _ in range(3)]},
+        "dec": [{"w": draw(4, 4), "b": draw(4), "n": {"s": draw(4)}} for _ in range(2)],
+    }
 
     def loss(p, b):
         memory = fz.layers(block, p["enc"]["blocks"], b["x"])
@@ -242,7 +288,9 @@ def two_lists():
 
     out = []
     for units in ((), ("dec",), ("enc/blocks", "dec"), ("enc", "dec")):
-        step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1)), mesh={"data": -1})
+        step = fz.train_step(
+            fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1)), mesh={"data": -1}
+        )
         state, m = step(step.init(p), step.local_rows(rows()))
         out.append(zoo.tree_hash([step.params(state), m]))
     return out
@@ -263,7 +311,9 @@ def second_order():
 
     out = []
     for units in ((), ("blocks",)):
-        step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.01)), mesh={"data": -1})
+        step = fz.train_step(
+            fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.01)), mesh={"data": -1}
+        )
         state, m = step(step.init(params()), step.local_rows(rows()))
         out.append((zoo.tree_hash(step.params(state)), m.grad_norm.item()))
     return out
@@ -284,7 +334,9 @@ def aborted():
             raise ArithmeticError("a bad batch")
         return total(fz.layers(block, p["blocks"][3:], h))
 
-    step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units="blocks"), fz.sgd(0.1)), mesh={"data": -1})
+    step = fz.train_step(
+        fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units="blocks"), fz.sgd(0.1)), mesh={"data": -1}
+    )
     state = step.init(params())
     with pytest.raises(ArithmeticError):
         step(state, step.local_rows(rows()))
@@ -294,7 +346,10 @@ def aborted():
 
 
 def clean():
-    step = fz.train_step(fz.shard("data", fz.value_and_grad(stack(False), batch=P("data"), units="blocks"), fz.sgd(0.1)), mesh={"data": -1})
+    step = fz.train_step(
+        fz.shard("data", fz.value_and_grad(stack(False), batch=P("data"), units="blocks"), fz.sgd(0.1)),
+        mesh={"data": -1},
+    )
     state, _ = step(step.init(params()), step.local_rows(rows()))
     return zoo.tree_hash(step.params(state))
 

@@ -1,4 +1,5 @@
 """Whole parameters that are read part by part: ties by identity and by name, shapes without memory."""
+
 from __future__ import annotations
 
 import pytest

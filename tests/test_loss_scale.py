@@ -1,4 +1,5 @@
 """Loss scaling is a seed: DeepSpeed's state machine, the unscaled gradient's bits, and a skip that touches nothing else."""
+
 from __future__ import annotations
 
 import json
@@ -19,14 +20,24 @@ FP16 = "params=float32,compute=float16,accumulate=float32"
 
 def machine(scale, hysteresis, iteration=0, last=-1, weight=1.0):
     i = torch.int64
-    return ScaleLoss(torch.tensor(float(scale), dtype=torch.float64), *(torch.tensor(x, dtype=i) for x in (hysteresis, iteration, last)), torch.tensor(weight), torch.tensor([-1, -1]))
+    return ScaleLoss(
+        torch.tensor(float(scale), dtype=torch.float64),
+        *(torch.tensor(x, dtype=i) for x in (hysteresis, iteration, last)),
+        torch.tensor(weight),
+        torch.tensor([-1, -1]),
+    )
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda c: c["note"])
 def test_the_state_machine_is_deepspeeds_state_by_state(case):
     p = case["params"]
     s = machine(p["init_scale"], p["delayed_shift"])
-    rules = dict(window=p["scale_window"], hysteresis=p["delayed_shift"], floor=p["min_scale"], consecutive=p["consecutive_hysteresis"])
+    rules = dict(
+        window=p["scale_window"],
+        hysteresis=p["delayed_shift"],
+        floor=p["min_scale"],
+        consecutive=p["consecutive_hysteresis"],
+    )
     for overflow, want in zip(case["overflow"], case["after"], strict=False):
         dead = bool(overflow) and s.scale <= rules["floor"] and s.hysteresis <= 1
         new = update_scale(s, torch.tensor(bool(overflow)), **rules)
@@ -41,13 +52,19 @@ def test_the_state_machine_is_deepspeeds_state_by_state(case):
 
 # --- one linear leaf a rank can spoil ---------------------------------------------------------------------------------
 def params():
-    return {"a": torch.linspace(-1, 1, 12).view(4, 3), "blocks": [{"w": torch.linspace(0, 1, 9).view(3, 3)} for _ in range(2)], "spike": torch.ones(5)}
+    return {
+        "a": torch.linspace(-1, 1, 12).view(4, 3),
+        "blocks": [{"w": torch.linspace(0, 1, 9).view(3, 3)} for _ in range(2)],
+        "spike": torch.ones(5),
+    }
 
 
 def loss(p, b):
     """`spike` alone meets b["spike"], whose gradient is not finite where that is not."""
     x = fz.layers(lambda q, x: torch.tanh(x @ q["w"]), p["blocks"], (b["x"].to(p["a"].dtype) @ p["a"]))
-    return (x.square().sum(1).to(b["w"].dtype) * b["w"]).sum() + (p["spike"][3].to(b["w"].dtype) * b["spike"]).sum(), b["w"].sum()
+    return (x.square().sum(1).to(b["w"].dtype) * b["w"]).sum() + (p["spike"][3].to(b["w"].dtype) * b["spike"]).sum(), b[
+        "w"
+    ].sum()
 
 
 def batch(bad=None, weight=1.0, n=8):
@@ -61,7 +78,12 @@ def batch(bad=None, weight=1.0, n=8):
 
 def make(stage, *left, tx=None, k=2, policy=None, units=("blocks",), **kw):
     g = fz.value_and_grad(loss, batch=P("data"), units=units)
-    return fz.train_step(*fz.zero(g, *left, *(tx or (fz.clip_by_global_norm(1.0), fz.adamw(1e-2))), stage=stage, accumulate=k), mesh={"data": -1}, policy=policy, **kw)
+    return fz.train_step(
+        *fz.zero(g, *left, *(tx or (fz.clip_by_global_norm(1.0), fz.adamw(1e-2))), stage=stage, accumulate=k),
+        mesh={"data": -1},
+        policy=policy,
+        **kw,
+    )
 
 
 def counters(state):
@@ -73,13 +95,40 @@ def overflow_on_rank_one():
     out = []
     for stage in range(4):
         step = make(stage, fz.scale_loss(init=8.0, weight=8, hysteresis=2))
-        micro = 4 if stage in (0, 1) else 2  # ranks' rows: whole halves where time is summed first, else every other micro-batch
+        micro = (
+            4 if stage in (0, 1) else 2
+        )  # ranks' rows: whole halves where time is summed first, else every other micro-batch
         state, m0 = step(step.init(params()), step.local_rows(batch()))
-        before = {"params": state.params, "views": state.views, "adamw": state.chain["adamw"], "updates": state.updates, "key": state.key}
+        before = {
+            "params": state.params,
+            "views": state.views,
+            "adamw": state.chain["adamw"],
+            "updates": state.updates,
+            "key": state.key,
+        }
         new, m = step(state, step.local_rows(batch(bad=micro)))
-        after = {"params": new.params, "views": new.views, "adamw": new.chain["adamw"], "updates": new.updates, "key": new.key}
+        after = {
+            "params": new.params,
+            "views": new.views,
+            "adamw": new.chain["adamw"],
+            "updates": new.updates,
+            "key": new.key,
+        }
         third, m3 = step(new, step.local_rows(batch(bad=micro)))
-        out.append((m0.ok.item(), m.ok.item(), m.empty.item(), m.scale.item(), tree_hash(before) == tree_hash(after), int(new.step), int(new.updates), counters(new), m3.scale.item(), counters(third)))
+        out.append(
+            (
+                m0.ok.item(),
+                m.ok.item(),
+                m.empty.item(),
+                m.scale.item(),
+                tree_hash(before) == tree_hash(after),
+                int(new.step),
+                int(new.updates),
+                counters(new),
+                m3.scale.item(),
+                counters(third),
+            )
+        )
     return out
 
 
@@ -103,15 +152,20 @@ def stuck():
 
 def test_at_the_floor_the_next_call_names_the_leaf_and_the_rank_on_every_rank(run_world):
     said = (
-        "scale_loss: the gradient overflowed at the smallest loss scale (1); the first non-finite leaf was 'spike' on rank 1: "
-        "look at the data and the learning rate there, or write scale_loss(floor=...) smaller"
+        "scale_loss: the gradient overflowed at the smallest loss scale (1); the first non-finite leaf was 'spike' on"
+        " rank 1: look at the data and the learning rate there, or write scale_loss(floor=...) smaller"
     )
     assert zoo.everywhere(run_world, 2, stuck) == [(False, said)] * 4
 
 
 def test_a_stream_at_the_floor_names_the_leaf_too():
     g = fz.value_and_grad(loss, batch=P("data"), units=("blocks",))
-    step = fz.train_step(fz.shard("data", g, fz.accumulate(2, stream=True), fz.scale_loss(init=1.0, weight=4, hysteresis=1), fz.adamw(1e-2)), mesh={"data": 1})
+    step = fz.train_step(
+        fz.shard(
+            "data", g, fz.accumulate(2, stream=True), fz.scale_loss(init=1.0, weight=4, hysteresis=1), fz.adamw(1e-2)
+        ),
+        mesh={"data": 1},
+    )
     state = step.init(params())
     for b in (batch(bad=1, n=2), batch(n=2), None):
         state, m = step(state, b)
@@ -137,7 +191,11 @@ def trained(stage, *left, updates=5, tx=None):
     for _ in range(updates):
         state, m = step(state, step.local_rows(batch()))
         log.append(m)
-    return tree_hash([step.params(state), [m.loss for m in log]]), [m.grad_norm.item() for m in log], [m.scale.item() for m in log]
+    return (
+        tree_hash([step.params(state), [m.loss for m in log]]),
+        [m.grad_norm.item() for m in log],
+        [m.scale.item() for m in log],
+    )
 
 
 @pytest.mark.parametrize("tx", [(fz.adamw(1e-2),), (fz.sgd(0.5, momentum=0.9),)], ids=["adamw", "sgd"])
@@ -153,7 +211,9 @@ def test_the_scale_leaves_no_trace_in_fp32_not_even_when_it_doubles(stage, tx):
 def test_the_doubling_update_moves_as_far_as_the_one_before():
     """A linear loss under SGD: every update is the same step."""
     g = fz.value_and_grad(lambda p, b: ((p["w"] * b["x"]).sum(), torch.tensor(4.0)), batch=P("data"))
-    step = fz.train_step(fz.shard("data", g, fz.scale_loss(init=4.0, weight=4, window=1), fz.sgd(1.0)), mesh={"data": 1})
+    step = fz.train_step(
+        fz.shard("data", g, fz.scale_loss(init=4.0, weight=4, window=1), fz.sgd(1.0)), mesh={"data": 1}
+    )
     state, at, scales = step.init({"w": torch.zeros(2)}), [torch.zeros(2)], []
     for _ in range(4):
         state, m = step(state, {"x": torch.ones(4, 2)})
@@ -185,7 +245,11 @@ def given():
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_weight_is_measured_once_as_a_power_of_two(run_world, world):
     seen, bits = zoo.everywhere(run_world, world, measured)
-    assert seen == [(0.0, 0.0, False), (32.0, 24.0, True), (32.0, 40.0, True)]  # 24 is nearer to 32 than to 16, in octaves
+    assert seen == [
+        (0.0, 0.0, False),
+        (32.0, 24.0, True),
+        (32.0, 40.0, True),
+    ]  # 24 is nearer to 32 than to 16, in octaves
     assert bits == zoo.everywhere(run_world, world, given)
 
 
@@ -201,7 +265,10 @@ def test_an_update_that_weighs_nothing_is_skipped_without_touching_the_scale(wei
 
 def halves(*left):
     """A gradient of 2**-26 in fp16, where nothing below 2**-24 exists."""
-    g = fz.value_and_grad(lambda p, b: ((p["w"] * b["x"].half()).float().sum() * 2.0**-26, torch.tensor(float(len(b["x"])))), batch=P("data"))
+    g = fz.value_and_grad(
+        lambda p, b: ((p["w"] * b["x"].half()).float().sum() * 2.0**-26, torch.tensor(float(len(b["x"])))),
+        batch=P("data"),
+    )
     step = fz.train_step(*fz.zero(g, *left, fz.sgd(2.0**26), stage=3), mesh={"data": -1}, policy=FP16)
     state, m = step(step.init({"w": torch.zeros(3)}), step.local_rows({"x": torch.ones(4, 3)}))
     return step.params(state)["w"].tolist(), m.ok.item(), m.grad_norm.item()
@@ -232,4 +299,9 @@ def test_without_a_scale_a_gradient_that_is_not_finite_is_skipped_too():
     step = make(3)
     state = step.init(params())
     new, m = step(state, step.local_rows(batch(bad=0)))
-    assert not m.ok and m.grad_norm == torch.inf and tree_hash(new.params) == tree_hash(state.params) and int(new.updates) == 0
+    assert (
+        not m.ok
+        and m.grad_norm == torch.inf
+        and tree_hash(new.params) == tree_hash(state.params)
+        and int(new.updates) == 0
+    )

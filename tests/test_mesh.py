@@ -1,4 +1,5 @@
 """Named processes: specs, sizes, worlds and groups."""
+
 from __future__ import annotations
 
 import subprocess
@@ -27,14 +28,18 @@ def alone(monkeypatch):
 
 def test_a_spec_names_axes_by_dim():
     spec = P("data", None, ("node", "local"))
-    assert repr(spec) == "P('data', None, ('node', 'local'))" and spec == P("data", None, ("node", "local")) != P("data")
+    assert repr(spec) == "P('data', None, ('node', 'local'))" and spec == P("data", None, ("node", "local")) != P(
+        "data"
+    )
     assert spec.axes() == (("data", 0), ("node", 2), ("local", 2)) and P().axes() == ()
     assert len({P("a"), P("a"), P(None, "a")}) == 2
 
 
 @pytest.mark.parametrize("dims", [(0,), (["data"],), (("data", 1),), (b"data",)])
 def test_a_spec_takes_names_only(dims):
-    with pytest.raises(TypeError, match="is not a mesh axis; write a name, a tuple of names or None for every tensor dim"):
+    with pytest.raises(
+        TypeError, match="is not a mesh axis; write a name, a tuple of names or None for every tensor dim"
+    ):
         P(*dims)
 
 
@@ -51,17 +56,39 @@ def test_the_world_size_is_known_before_it_is_joined(alone, monkeypatch):
 def test_torchruns_environment_is_joined_once():
     """In a process of its own: a world of one that torchrun describes."""
     code = (
-        "import os, funczero as fz, torch.distributed as dist\n"
-        "from funczero.layout.mesh import connect, plan_mesh\n"
-        "print(fz.init_distributed(), dist.is_initialized(), fz.init_distributed(), connect(plan_mesh({'data': -1})).sizes(), fz.make_mesh({'data': -1}))"
+        "import os, funczero as fz, torch.distributed as dist\nfrom funczero.layout.mesh import connect,"
+        " plan_mesh\nprint(fz.init_distributed(), dist.is_initialized(), fz.init_distributed(),"
+        " connect(plan_mesh({'data': -1})).sizes(), fz.make_mesh({'data': -1}))"
     )
-    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env | {"PYTHONPATH": ":".join(p for p in sys.path if p)})
+    env = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+        "PATH": "/usr/bin:/bin",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=env | {"PYTHONPATH": ":".join(p for p in sys.path if p)},
+    )
     world = "World(rank=0, size=1, local_rank=0)"
     assert done.stdout.startswith(f"{world} True {world} {{'data': 1}} DeviceMesh"), done.stderr
 
 
-@pytest.mark.parametrize(("sizes", "want"), [(None, {}), ({}, {}), ({"data": 4}, {"data": 4}), ({"data": -1}, {"data": 1}), ({"node": 1, "local": -1}, {"node": 1, "local": 1})])
+@pytest.mark.parametrize(
+    ("sizes", "want"),
+    [
+        (None, {}),
+        ({}, {}),
+        ({"data": 4}, {"data": 4}),
+        ({"data": -1}, {"data": 1}),
+        ({"node": 1, "local": -1}, {"node": 1, "local": 1}),
+    ],
+)
 def test_a_plan_needs_no_processes(alone, sizes, want):
     mesh = plan_mesh(sizes)
     assert mesh.sizes() == want and not mesh.connected and all(mesh.index(a) == 0 for a in want)
@@ -78,20 +105,32 @@ def places(sizes):
     """This rank's place, its groups' members, and whether a second connection is the first one."""
     mesh = connect(plan_mesh(sizes))
     members = {a: sorted(gathered(mesh, a)) for a in sizes if sizes[a] > 1}
-    return [mesh.index(a) for a in sizes], members, connect(mesh) is mesh, bool(mesh.world_group), {a: mesh.axes[a].group == "" for a in sizes}
+    return (
+        [mesh.index(a) for a in sizes],
+        members,
+        connect(mesh) is mesh,
+        bool(mesh.world_group),
+        {a: mesh.axes[a].group == "" for a in sizes},
+    )
 
 
 def gathered(mesh, axis):
     """The ranks that share an axis with this one."""
-    out = torch.ops._c10d_functional.all_gather_into_tensor(torch.tensor([dist.get_rank()]), mesh.axes[axis].size, mesh.axes[axis].group)
+    out = torch.ops._c10d_functional.all_gather_into_tensor(
+        torch.tensor([dist.get_rank()]), mesh.axes[axis].size, mesh.axes[axis].group
+    )
     return torch.ops._c10d_functional.wait_tensor(out).tolist()
 
 
 def test_ranks_lie_in_rows_of_the_last_axis(run_world):
     found = run_world(4, places, {"node": 2, "one": 1, "local": 2})
     assert [at for at, *_ in found] == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
-    assert [m for _, m, *_ in found] == [{"node": [r % 2, r % 2 + 2], "local": [r // 2 * 2, r // 2 * 2 + 1]} for r in range(4)]
-    assert all(same and whole and alone == {"node": False, "one": True, "local": False} for *_, same, whole, alone in found)
+    assert [m for _, m, *_ in found] == [
+        {"node": [r % 2, r % 2 + 2], "local": [r // 2 * 2, r // 2 * 2 + 1]} for r in range(4)
+    ]
+    assert all(
+        same and whole and alone == {"node": False, "one": True, "local": False} for *_, same, whole, alone in found
+    )
 
 
 def meshes_given():
@@ -119,8 +158,16 @@ def test_a_place_is_known_before_the_world_is_joined(alone, monkeypatch, rank, w
 def test_nobody_has_a_place_on_a_plan_for_another_world(alone):
     step = fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=3), mesh={"data": 4})
     assert step.mesh.sizes() == {"data": 4} and str(step.mesh) == "data=4" and step.mesh.device.type
-    words = "mesh: no process has a place on this axis of size 4 before the world is joined; call step.init or fz.init_distributed first, in a world that has the mesh's size"
-    for ask in (lambda m: m.index("data"), lambda m: m.axes["data"].index, lambda m: m.rank(("data",)), lambda m: m.coords(("data",))):
+    words = (
+        "mesh: no process has a place on this axis of size 4 before the world is joined; call step.init or"
+        " fz.init_distributed first, in a world that has the mesh's size"
+    )
+    for ask in (
+        lambda m: m.index("data"),
+        lambda m: m.axes["data"].index,
+        lambda m: m.rank(("data",)),
+        lambda m: m.coords(("data",)),
+    ):
         with pytest.raises(RuntimeError) as e:
             ask(step.mesh)
         assert str(e.value) == words
@@ -134,7 +181,11 @@ def indices():
     before = step.mesh.index("data"), step.mesh.rank(("data",))
     step.init(zoo.params())
     live = step.running().env.mesh
-    return before == (step.mesh.index("data"), step.mesh.rank(("data",))) == (live.index("data"), live.rank(("data",))), before[0], step.mesh.sent is live.sent
+    return (
+        before == (step.mesh.index("data"), step.mesh.rank(("data",))) == (live.index("data"), live.rank(("data",))),
+        before[0],
+        step.mesh.sent is live.sent,
+    )
 
 
 def test_a_step_by_sizes_says_each_rank_its_own_place(run_world):

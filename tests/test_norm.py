@@ -1,4 +1,5 @@
 """Exact sums of squares: the same integers however leaves are cut, and the norm to 2**-32."""
+
 from __future__ import annotations
 
 import math
@@ -23,10 +24,19 @@ def wild(seed, n, dtype, spread):
     """Values over many binary orders."""
     g = torch.Generator().manual_seed(seed)
     limit = {torch.float16: 4, torch.float64: spread}.get(dtype, min(spread, 15))
-    return (torch.randn(n, generator=g, dtype=torch.float64) * 10.0 ** (torch.rand(n, generator=g, dtype=torch.float64) * 2 * limit - limit)).to(dtype)
+    return (
+        torch.randn(n, generator=g, dtype=torch.float64)
+        * 10.0 ** (torch.rand(n, generator=g, dtype=torch.float64) * 2 * limit - limit)
+    ).to(dtype)
 
 
-@given(st.integers(0, 10**6), st.sampled_from(DTYPES), st.integers(0, 200), st.lists(st.integers(0, 200), max_size=4), st.sampled_from([0, 3, 15, 60]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(DTYPES),
+    st.integers(0, 200),
+    st.lists(st.integers(0, 200), max_size=4),
+    st.sampled_from([0, 3, 15, 60]),
+)
 @settings(max_examples=80)
 def test_any_cut_and_any_order_give_the_same_norm(seed, dtype, n, cuts, spread):
     x = wild(seed, n, dtype, spread)
@@ -35,7 +45,9 @@ def test_any_cut_and_any_order_give_the_same_norm(seed, dtype, n, cuts, spread):
     parts = sum((square_bins(x[a:b]) for a, b in zip(edges, edges[1:])), torch.zeros(1 + BINS, dtype=torch.int64))
     shuffled = square_bins(x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))])
     assert norm_of(parts, folds(dtype)) == norm_of(shuffled, folds(dtype)) == whole
-    assert whole.dtype == torch.float64 and whole.item() == pytest.approx(exact(x), rel=2**-32 if dtype != torch.float64 else 2**-52)
+    assert whole.dtype == torch.float64 and whole.item() == pytest.approx(
+        exact(x), rel=2**-32 if dtype != torch.float64 else 2**-52
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

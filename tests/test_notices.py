@@ -1,4 +1,5 @@
 """What is seldom meant is said once, on one rank, and only where it is so."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,15 +12,20 @@ from funczero import P
 
 MESH = {"data": -1}
 ROWS = (
-    "train_step: in the first 3 updates all ranks had the same losses and weights, as if each were given the same rows, "
-    "so that each row counts once a rank; give every rank its own with step.local_rows(batch)"
+    "train_step: in the first 3 updates all ranks had the same losses and weights, as if each were given the same rows,"
+    " so that each row counts once a rank; give every rank its own with step.local_rows(batch)"
 )
 
 
 def params(dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=g).to(dtype)
-    return {"w": draw(4, 3), "blocks": [{"v": draw(3, 3), "idle": draw(3)} for _ in range(2)], "unused": draw(7), "zero": torch.zeros(3)}
+    return {
+        "w": draw(4, 3),
+        "blocks": [{"v": draw(3, 3), "idle": draw(3)} for _ in range(2)],
+        "unused": draw(7),
+        "zero": torch.zeros(3),
+    }
 
 
 def loss(p, b):
@@ -38,7 +44,9 @@ def batch(t, n=8):
 
 def make(stage, tx=None, units=("blocks",), k=1, loss_fn=loss, policy=None, source=None):
     g = source or fz.value_and_grad(loss_fn, batch=P("data"), units=units)
-    return fz.train_step(*fz.zero(g, *(tx or (fz.adamw(1e-2, weight_decay=0.1),)), stage=stage, accumulate=k), mesh=MESH, policy=policy)
+    return fz.train_step(
+        *fz.zero(g, *(tx or (fz.adamw(1e-2, weight_decay=0.1),)), stage=stage, accumulate=k), mesh=MESH, policy=policy
+    )
 
 
 def said(stage, give, updates=5, donate=False, **kw):
@@ -88,8 +96,8 @@ def test_one_rank_has_all_rows():
 
 # --- unused parameters ------------------------------------------------------------------------------------------------
 DECAYED = (
-    "train_step: the loss did not use 'blocks/0/idle', 'blocks/1/idle', 'unused', and weight decay shrinks what has no gradient, "
-    "where torch leaves it; write fz.freeze(...) for it"
+    "train_step: the loss did not use 'blocks/0/idle', 'blocks/1/idle', 'unused', and weight decay shrinks what has no"
+    " gradient, where torch leaves it; write fz.freeze(...) for it"
 )
 
 
@@ -108,7 +116,10 @@ def test_unused_parameters_that_decay_are_named_once(run_world, world):
     assert found[0] == [[DECAYED]] * 16 and found[1:] == [[[]] * 16] * (world - 1)
 
 
-@pytest.mark.parametrize("tx", [(fz.adamw(1e-2, weight_decay=0.0),), (fz.freeze("unused|idle"), fz.adamw(1e-2, weight_decay=0.1)), (fz.sgd(0.1),)])
+@pytest.mark.parametrize(
+    "tx",
+    [(fz.adamw(1e-2, weight_decay=0.0),), (fz.freeze("unused|idle"), fz.adamw(1e-2, weight_decay=0.1)), (fz.sgd(0.1),)],
+)
 def test_unused_parameters_that_stand_still_are_not(tx):
     assert said(3, dealt, tx=tx) == []
 
@@ -134,7 +145,10 @@ def test_what_another_rank_uses_is_not_unused(run_world):
 
 # --- at init ----------------------------------------------------------------------------------------------------------
 def test_a_narrow_model_in_a_wide_policy_is_said():
-    words = "init: parameter 'w'{} came in bfloat16, but the policy computes in float32; write policy='compute=bfloat16' to compute as the model did"
+    words = (
+        "init: parameter 'w'{} came in bfloat16, but the policy computes in float32; write policy='compute=bfloat16' to"
+        " compute as the model did"
+    )
     for policy, want in ((None, [words.format(" and 5 more")]), ("compute=bfloat16", [])):
         step = make(1, policy=policy)
         with lines() as out:
@@ -149,7 +163,12 @@ def test_a_list_of_lists_of_blocks_is_said():
     )
     stages = {"w": torch.ones(4, 3), "blocks": [[{"v": torch.ones(3, 3)} for _ in range(2)] for _ in range(2)]}
     pairs = {"w": torch.ones(4, 3), "blocks": [[torch.ones(3, 3), torch.ones(3)] for _ in range(2)]}
-    for p, units, want in ((stages, "blocks", [words]), (stages, ("blocks/0", "blocks/1"), []), (pairs, "blocks", []), (params(), "blocks", [])):
+    for p, units, want in (
+        (stages, "blocks", [words]),
+        (stages, ("blocks/0", "blocks/1"), []),
+        (pairs, "blocks", []),
+        (params(), "blocks", []),
+    ):
         with lines() as out:
             state = make(3, units=units).init(p)
         assert out == want

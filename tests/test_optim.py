@@ -1,4 +1,5 @@
 """Optimizers: torch's own, an oracle in plain arithmetic, rates by rule, tree and schedule, and optax's pair by hand."""
+
 from __future__ import annotations
 
 import math
@@ -24,7 +25,11 @@ def test_an_optimizer_is_torchs(name):
     want = torchs(make)
     close(masters(tx, dtype=F64)[0], want, 1e-13)
     if name not in SIGNS:
-        close(masters(tx)[0], {n: x.float() for n, x in want.items()}, 2e-6 if name in ("sgd", "momentum", "nesterov, decay") else 2e-5)
+        close(
+            masters(tx)[0],
+            {n: x.float() for n, x in want.items()},
+            2e-6 if name in ("sgd", "momentum", "nesterov, decay") else 2e-5,
+        )
 
 
 SINGLE = [name for name in PAIRS if name != "a partition"]
@@ -93,7 +98,13 @@ def test_rates_are_exact_doubles():
     for n in range(60):
         assert rates.at("adamw", "lr", get_lr, torch.tensor(float(n))) == get_lr(n)
     table = [0.1, 0.3]
-    for schedule, want in [(lambda u: 0.1, 0.1), (lambda u: table[u], 0.3), (lambda u: u / 3, 1 / 3), (lambda u: torch.cos(u) ** 2, math.cos(1) ** 2), (lambda u: u, 1.0)]:
+    for schedule, want in [
+        (lambda u: 0.1, 0.1),
+        (lambda u: table[u], 0.3),
+        (lambda u: u / 3, 1 / 3),
+        (lambda u: torch.cos(u) ** 2, math.cos(1) ** 2),
+        (lambda u: u, 1.0),
+    ]:
         assert masters(fz.sgd(schedule), updates=2)[1][1].lr.item() == want
 
 
@@ -131,7 +142,10 @@ def test_a_schedule_that_gives_nonsense_stops_the_step_before_it_writes(name, ki
 
 
 def test_a_beta_that_leaves_its_range_is_told():
-    with pytest.raises(ValueError, match=r"adamw: after 1 applied updates the schedule's value: b1=1.0 is not below 1; write a number in \[0, 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"adamw: after 1 applied updates the schedule's value: b1=1.0 is not below 1; write a number in \[0, 1\)",
+    ):
         masters(fz.adamw(1e-2, b1=lambda u: 0.9 + 0.1 * u), updates=2)
 
 
@@ -142,7 +156,11 @@ def test_a_count_at_its_end_is_told():
 
 def test_a_class_of_torch_has_its_own_defaults():
     for name in ("AdamW", "RMSprop", "Adadelta", "NAdam"):
-        close(masters(fz.from_torch(name), dtype=F64)[0], torchs(lambda p, name=name: getattr(torch.optim, name)(p, foreach=False)), 1e-13)
+        close(
+            masters(fz.from_torch(name), dtype=F64)[0],
+            torchs(lambda p, name=name: getattr(torch.optim, name)(p, foreach=False)),
+            1e-13,
+        )
     moved = masters(fz.from_torch("AdamW", 0.5), updates=1)[0]["unused"] / zoo.params()["unused"]
     torch.testing.assert_close(moved, torch.full((4,), 1 - 0.5 * 0.01))
 
@@ -171,7 +189,10 @@ def lifted(dtype):
     """By stage: the pair's masters as a list, and their distance from the fused AdamW's."""
     out = []
     for stage in range(4):
-        hand, fused = (masters(tx, stage, dtype)[0] for tx in (fz.lift((by_hand_init, by_hand_update), elementwise=True), fz.adamw(**zoo.TX)))
+        hand, fused = (
+            masters(tx, stage, dtype)[0]
+            for tx in (fz.lift((by_hand_init, by_hand_update), elementwise=True), fz.adamw(**zoo.TX))
+        )
         out.append((max((hand[n] - fused[n]).abs().max().item() for n in hand if hand[n].numel()), zoo.tree_hash(hand)))
     return out
 
@@ -185,7 +206,9 @@ def test_a_pair_by_hand_is_adamw_at_every_stage(run_world, dtype, atol):
 
 def test_an_integer_in_a_lifted_state_may_stay_one():
     """It does not count a skipped update, so that what follows is still AdamW."""
-    hand, _, state = masters(fz.lift((by_hand_init, by_hand_update), name="mine", elementwise=True), dtype=F64, updates=6)
+    hand, _, state = masters(
+        fz.lift((by_hand_init, by_hand_update), name="mine", elementwise=True), dtype=F64, updates=6
+    )
     assert state.chain["mine"].count == 5 == int(state.updates) and [*state.chain] == ["mine"]
     close(hand, masters(fz.adamw(**zoo.TX), dtype=F64, updates=6)[0], 1e-13)
 
@@ -226,7 +249,9 @@ def test_a_pair_that_does_not_return_updates_is_refused(name, behind):
 
 
 def test_a_name_that_would_break_paths_is_refused():
-    with pytest.raises(ValueError, match="lift: name='a/b' would not tell leaves of the state apart on disk; write a word without"):
+    with pytest.raises(
+        ValueError, match="lift: name='a/b' would not tell leaves of the state apart on disk; write a word without"
+    ):
         fz.lift((by_hand_init, by_hand_update), "a/b")
 
 
@@ -237,7 +262,9 @@ def test_a_lifted_pair_is_not_run_before_the_step_and_says_what_it_was_told():
     for told in (None, True, False):
         tx = fz.lift((init, lambda u, s, p: (u, s)), name="descend", elementwise=told)
         assert (tx.name, tx.elementwise) == ("descend", told)
-    assert fz.lift(fz.adamw(0.1)).elementwise is True and fz.lift(fz.adamw(0.1), elementwise=False).elementwise is False  # an optimizer says it of itself
+    assert (
+        fz.lift(fz.adamw(0.1)).elementwise is True and fz.lift(fz.adamw(0.1), elementwise=False).elementwise is False
+    )  # an optimizer says it of itself
 
 
 class LateTrust(NamedTuple):
@@ -246,7 +273,10 @@ class LateTrust(NamedTuple):
     n: Any
 
 
-LATE = (lambda params: LateTrust(0), lambda g, s, p: (tree.map(lambda x: -x / (x.square().sum().sqrt() + 1) if s.n >= 3 else -x, g), LateTrust(s.n + 1)))
+LATE = (
+    lambda params: LateTrust(0),
+    lambda g, s, p: (tree.map(lambda x: -x / (x.square().sum().sqrt() + 1) if s.n >= 3 else -x, g), LateTrust(s.n + 1)),
+)
 
 
 def big_leaves_update(g, state, params):
@@ -254,11 +284,15 @@ def big_leaves_update(g, state, params):
     return tree.map(lambda x: -x / (x.square().mean().sqrt() + 1) if x.numel() >= 128 else -x, g), state
 
 
-@pytest.mark.parametrize("pair", [LATE, (lambda params: (), big_leaves_update)], ids=["a trust ratio that starts late", "a size threshold"])
+@pytest.mark.parametrize(
+    "pair", [LATE, (lambda params: (), big_leaves_update)], ids=["a trust ratio that starts late", "a size threshold"]
+)
 def test_a_pair_that_a_probe_would_trust_is_refused_in_a_bracket(pair):
     for told in (None, False):
         for stage in (1, 2, 3):
-            with pytest.raises(fz.ChainError, match="lift: (nothing says that it works value by value|it needs whole leaves)"):
+            with pytest.raises(
+                fz.ChainError, match="lift: (nothing says that it works value by value|it needs whole leaves)"
+            ):
                 fz.train_step(*fz.zero(zoo.source(), fz.lift(pair, elementwise=told), stage=stage), mesh={"data": 2})
         fz.train_step(*fz.zero(zoo.source(), fz.lift(pair, elementwise=told), stage=0), mesh={"data": 2})
     fz.train_step(*fz.zero(zoo.source(), fz.lift(pair, elementwise=True), stage=3), mesh={"data": 2})  # promised
@@ -277,13 +311,20 @@ DECAYS = [(r"/b$|norm|gain", 0.0), ("", 0.2)]
 def rated(kind):
     """Runs with rates by rule, by tree, and by hand."""
     lr = RULES if kind == "rules" else by_path(lambda n: tree.rule(RULES, "norm" if n == "head/scale" else n, None))
-    decay = DECAYS if kind == "rules" else by_path(lambda n: tree.rule(DECAYS, "norm" if n == "head/scale" else n, None))
-    return {make.__name__: [zoo.tree_hash(masters(make(lr, weight_decay=decay), stage, F64)[0]) for stage in range(4)] for make in (fz.adamw, fz.sgd)}
+    decay = (
+        DECAYS if kind == "rules" else by_path(lambda n: tree.rule(DECAYS, "norm" if n == "head/scale" else n, None))
+    )
+    return {
+        make.__name__: [zoo.tree_hash(masters(make(lr, weight_decay=decay), stage, F64)[0]) for stage in range(4)]
+        for make in (fz.adamw, fz.sgd)
+    }
 
 
 def test_rules_and_trees_of_rates_are_one_thing(run_world):
     rules = rated("rules")
-    assert rules == rated("tree") == zoo.everywhere(run_world, 2, rated, "rules") and all(len(set(h)) == 1 for h in rules.values())
+    assert rules == rated("tree") == zoo.everywhere(run_world, 2, rated, "rules") and all(
+        len(set(h)) == 1 for h in rules.values()
+    )
 
 
 class Scheduled(torch.optim.AdamW):
@@ -292,7 +333,12 @@ class Scheduled(torch.optim.AdamW):
     def __init__(self, leaves):
         names = [n for n, _ in tree.paths(zoo.params()) if n != "head/scale"]  # tied: named by its first path
         rate = lambda rules, n: tree.rule(rules, n, None)
-        super().__init__([{"params": [x], "weight_decay": rate(DECAYS, n), "rate": rate(RULES, n)} for n, x in zip(names, leaves, strict=True)])
+        super().__init__(
+            [
+                {"params": [x], "weight_decay": rate(DECAYS, n), "rate": rate(RULES, n)}
+                for n, x in zip(names, leaves, strict=True)
+            ]
+        )
         self.steps = 0
 
     def step(self, closure=None):
@@ -310,11 +356,15 @@ def test_each_leaf_has_its_own_rate():
 def test_a_rate_follows_applied_updates_and_is_reported():
     schedule = fz.schedules.warmup_cosine(1e-2, 4, 10)
     _, log, _ = masters(fz.adamw(schedule), updates=6)
-    assert [m.lr.item() for m in log] == pytest.approx([schedule(torch.tensor(u)).item() for u in (0, 1, 2, 3, 3, 4)])  # update 3 was skipped
+    assert [m.lr.item() for m in log] == pytest.approx(
+        [schedule(torch.tensor(u)).item() for u in (0, 1, 2, 3, 3, 4)]
+    )  # update 3 was skipped
     assert [int(m.updates) for m in log] == [1, 2, 3, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("lr", "shown"), [(0.25, 0.25), (RULES, 1e-2), (lambda u: torch.tensor(0.5), 0.5), ([("", 0.125)], 0.125)])
+@pytest.mark.parametrize(
+    ("lr", "shown"), [(0.25, 0.25), (RULES, 1e-2), (lambda u: torch.tensor(0.5), 0.5), ([("", 0.125)], 0.125)]
+)
 def test_the_rate_shown_is_the_number_or_the_default(lr, shown):
     for make in (fz.adamw, fz.sgd):
         assert masters(make(lr), updates=1)[1][0].lr.item() == shown
@@ -329,14 +379,34 @@ def test_a_tree_of_rates_is_shown_as_nan():
     [
         ([("blocks", 1.0)], ValueError, "lr: no rule matches parameter 'embed'; end the rules with"),
         ({"embed": 1.0}, TypeError, "lr: dict is neither a number, a schedule, rules"),
-        ([("blocks", 1.0), ("haed", 2.0), ("", 0.1)], ValueError, "adamw: lr: the rule 'haed' is found in no parameter's path; correct it or leave it out"),
-        ([("", 0.1), ("conv", 0.0)], ValueError, "adamw: lr: the rule 'conv' never counts, because a rule before it takes 'conv' and all else that it matches; put it first"),
-        (by_path(lambda n: 0.5 if n == "head/scale" else 1.0), ValueError, "adamw: lr: the tree says two things of one tied parameter, norm = head/scale; write the same"),
+        (
+            [("blocks", 1.0), ("haed", 2.0), ("", 0.1)],
+            ValueError,
+            "adamw: lr: the rule 'haed' is found in no parameter's path; correct it or leave it out",
+        ),
+        (
+            [("", 0.1), ("conv", 0.0)],
+            ValueError,
+            (
+                "adamw: lr: the rule 'conv' never counts, because a rule before it takes 'conv' and all else that it"
+                " matches; put it first"
+            ),
+        ),
+        (
+            by_path(lambda n: 0.5 if n == "head/scale" else 1.0),
+            ValueError,
+            "adamw: lr: the tree says two things of one tied parameter, norm = head/scale; write the same",
+        ),
     ],
 )
 def test_rates_that_fit_no_leaf_are_named_at_init(lr, error, words):
     """In the fused form and in the plain one, as rate and as decay, alike."""
-    for tx in (fz.adamw(lr), fz.lift((fz.adamw(lr).init, fz.adamw(lr).update), elementwise=True), fz.adamw(0.1, weight_decay=lr), fz.from_torch("RMSprop", 0.1, lr)):
+    for tx in (
+        fz.adamw(lr),
+        fz.lift((fz.adamw(lr).init, fz.adamw(lr).update), elementwise=True),
+        fz.adamw(0.1, weight_decay=lr),
+        fz.from_torch("RMSprop", 0.1, lr),
+    ):
         step = fz.train_step(*fz.zero(zoo.source(), tx, stage=1), mesh={"data": 1})
         with pytest.raises(error) as caught:
             step.init(zoo.params())
@@ -346,7 +416,11 @@ def test_rates_that_fit_no_leaf_are_named_at_init(lr, error, words):
 def test_a_rule_may_name_a_tied_leaf_by_any_of_its_paths():
     for dtype in (F32, F64):
         by_first, by_second = ([(path, 0.0), ("", 0.1)] for path in ("^norm$", "^head/scale$"))
-        runs = [masters(tx, dtype=dtype)[0] for r in (by_first, by_second) for tx in (fz.sgd(r), fz.lift((fz.sgd(r).init, fz.sgd(r).update), elementwise=True))]
+        runs = [
+            masters(tx, dtype=dtype)[0]
+            for r in (by_first, by_second)
+            for tx in (fz.sgd(r), fz.lift((fz.sgd(r).init, fz.sgd(r).update), elementwise=True))
+        ]
         assert all(torch.equal(run[n], zoo.params(dtype)["norm"]) for run in runs for n in ("norm", "head/scale"))
         assert all(not torch.equal(run["gain"], zoo.params(dtype)["gain"]) for run in runs)
 
@@ -383,12 +457,19 @@ def test_masters_and_moments_live_in_the_params_dtype(policy):
 
 def test_moments_are_one_hash_however_leaves_are_rated():
     """Rules that say the same for every leaf go slot by slot, and one number by whole buffers: the same bits."""
-    runs = [masters(make, dtype=F32)[0] for make in (fz.adamw(1e-2, weight_decay=0.1), fz.adamw([("w", 1e-2), ("", 1e-2)], weight_decay=[("", 0.1)]))]
+    runs = [
+        masters(make, dtype=F32)[0]
+        for make in (fz.adamw(1e-2, weight_decay=0.1), fz.adamw([("w", 1e-2), ("", 1e-2)], weight_decay=[("", 0.1)]))
+    ]
     assert zoo.tree_hash(runs[0]) == zoo.tree_hash(runs[1])
 
 
 def test_adamw_counts_in_its_own_state():
-    step = fz.train_step(fz.value_and_grad(lambda p, b: ((p * b["x"]).sum(), torch.ones(())), batch=P("data")), fz.shard("data", fz.adamw(0.1)), mesh={"data": 1})
+    step = fz.train_step(
+        fz.value_and_grad(lambda p, b: ((p * b["x"]).sum(), torch.ones(())), batch=P("data")),
+        fz.shard("data", fz.adamw(0.1)),
+        mesh={"data": 1},
+    )
     state = step.init(torch.zeros(3))
     for x in (1.0, torch.nan, 1.0):
         state, _ = step(state, {"x": torch.tensor([x])})

@@ -1,4 +1,5 @@
 """The order of sums: every micro-batch once, the same tree over time and over ranks."""
+
 from __future__ import annotations
 
 from math import prod
@@ -66,7 +67,9 @@ def test_a_counter_over_time_is_the_tree_over_ranks(n):
         counter = order.push(counter, j, x, torch.add)
         assert len(counter) == (j + 1).bit_count()
     assert torch.equal(order.close(counter, torch.add), order.tree_sum(values(n))) or n & (n - 1)
-    torch.testing.assert_close(order.close(counter, torch.add).double(), values(n).double().sum(0), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        order.close(counter, torch.add).double(), values(n).double().sum(0), rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(("k", "w"), [(4, 2), (2, 4), (8, 2), (2, 2)])

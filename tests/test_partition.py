@@ -1,4 +1,5 @@
 """Several optimizers in one place: every leaf moves as under its own alone, at every stage and world, and its state is kept by name."""
+
 from __future__ import annotations
 
 import copy
@@ -65,7 +66,11 @@ def both(name, which=FIRST):
 
 def hashes(name):
     """By stage and form: one hash of the masters."""
-    variants = [{"stage": s} for s in range(4)] + [{"stage": 1, "donate": True}, {"stage": 3, "donate": True}, {"units": ()}]
+    variants = [{"stage": s} for s in range(4)] + [
+        {"stage": 1, "donate": True},
+        {"stage": 3, "donate": True},
+        {"units": ()},
+    ]
     return [tree_hash(masters(both(name), **kw)) for kw in variants]
 
 
@@ -87,7 +92,9 @@ def test_the_first_update_of_every_leaf_is_its_own_optimizers_bit_for_bit(name):
 
 
 def test_the_same_optimizer_twice_is_that_optimizer():
-    assert tree_hash(masters(fz.partition([(FIRST, fz.adamw(1e-2)), ("", fz.adamw(1e-2))]))) == tree_hash(masters(fz.adamw(1e-2)))
+    assert tree_hash(masters(fz.partition([(FIRST, fz.adamw(1e-2)), ("", fz.adamw(1e-2))]))) == tree_hash(
+        masters(fz.adamw(1e-2))
+    )
 
 
 def test_one_part_that_has_all_is_the_optimizer_with_its_state():
@@ -96,7 +103,10 @@ def test_one_part_that_has_all_is_the_optimizer_with_its_state():
 
 
 def step_free(state):
-    return [state.params.buffers, {k: (v.count, v.mu.buffers[: len(state.params.buffers)], v.rates) for k, v in state.chain.items()}]
+    return [
+        state.params.buffers,
+        {k: (v.count, v.mu.buffers[: len(state.params.buffers)], v.rates) for k, v in state.chain.items()},
+    ]
 
 
 def test_torchs_groups_are_the_reference():
@@ -117,7 +127,9 @@ def test_torchs_groups_are_the_reference():
         torch.testing.assert_close(got[n], x.detach(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("which", [FIRST, lambda path: re.search(FIRST, path) is not None, MASK], ids=["regex", "predicate", "mask"])
+@pytest.mark.parametrize(
+    "which", [FIRST, lambda path: re.search(FIRST, path) is not None, MASK], ids=["regex", "predicate", "mask"]
+)
 def test_a_regex_a_predicate_and_a_mask_are_one_thing(which):
     assert tree_hash(masters(both("adamw and sgd", which))) == tree_hash(masters(both("adamw and sgd")))
 
@@ -136,10 +148,18 @@ def test_every_part_keeps_its_own_leaves_rates_and_count_by_name():
     assert [*state.chain] == ["adamw", "adamw#2", "rest"]
     assert state.chain["adamw"].rates["lr"] == 1e-2 and state.chain["adamw#2"].rates["lr"] == 2e-2 and log[-1].lr == 0.1
     assert state.chain["adamw"].count == state.chain["rest"].count == 4  # one of five was skipped
-    sizes = [sum(b.numel() for b in x.buffers) for x in (state.chain["adamw"].mu, state.chain["adamw#2"].mu, state.chain["rest"].trace)]
+    sizes = [
+        sum(b.numel() for b in x.buffers)
+        for x in (state.chain["adamw"].mu, state.chain["adamw#2"].mu, state.chain["rest"].trace)
+    ]
     assert sum(sizes) == sum(b.numel() for b in state.params.buffers)  # nobody holds another's moments
     names = set(checkpoint.names.named(state).parts)
-    assert "adamw/mu/embed" in names and "adamw#2/nu/blocks/0/w" in names and "rest/trace/conv" in names and "rest/rates/momentum" in names
+    assert (
+        "adamw/mu/embed" in names
+        and "adamw#2/nu/blocks/0/w" in names
+        and "rest/trace/conv" in names
+        and "rest/rates/momentum" in names
+    )
     assert not {"adamw/mu/conv", "rest/trace/embed", "adamw/nu/blocks/0/w"} & names
     assert "adamw('embed')" in str(step) and "rest('')" in str(step)
 
@@ -149,14 +169,18 @@ def test_an_edit_of_one_parts_rate_moves_its_leaves_alone():
     state.chain["sgd"].rates["lr"].fill_(0.0)
     after, _ = step(state, step.local_rows(zoo.batch(0)))
     pairs = zip(tree.paths(step.params(state)), tree.paths(step.params(after)), strict=True)
-    assert {n for (n, x), (_, y) in pairs if not torch.equal(x, y)} == {n for n in NAMES if re.search(FIRST, n) or n == "head/scale"}
+    assert {n for (n, x), (_, y) in pairs if not torch.equal(x, y)} == {
+        n for n in NAMES if re.search(FIRST, n) or n == "head/scale"
+    }
 
 
 def test_a_pure_step_leaves_its_state_alone_and_a_skip_moves_nothing():
     step, state, _ = trained(both("adamw and sgd"), stage=1, updates=2)
     before = tree_hash(state._asdict())
     first, _ = step(state, step.local_rows(zoo.batch(0)))
-    assert tree_hash(state._asdict()) == before and tree_hash(step(state, step.local_rows(zoo.batch(0)))[0]._asdict()) == tree_hash(first._asdict())
+    assert tree_hash(state._asdict()) == before and tree_hash(
+        step(state, step.local_rows(zoo.batch(0)))[0]._asdict()
+    ) == tree_hash(first._asdict())
     skipped, m = step(state, step.local_rows(zoo.batch(zoo.BAD)))
     assert not m.ok and tree_hash([skipped.params, skipped.chain]) == tree_hash([state.params, state.chain])
 
@@ -164,19 +188,28 @@ def test_a_pure_step_leaves_its_state_alone_and_a_skip_moves_nothing():
 def test_a_copy_of_a_state_is_as_good():
     step, state, _ = trained(both("adamw and sgd"), stage=1)
     want = tree_hash(step(state, step.local_rows(zoo.batch(0)))[0]._asdict())
-    for other in (copy.deepcopy(state), pickle.loads(pickle.dumps(state)), torch.utils._pytree.tree_map(lambda x: x * 1, state)):
+    for other in (
+        copy.deepcopy(state),
+        pickle.loads(pickle.dumps(state)),
+        torch.utils._pytree.tree_map(lambda x: x * 1, state),
+    ):
         assert tree_hash(step(other, step.local_rows(zoo.batch(0)))[0]._asdict()) == want
 
 
 def test_frozen_leaves_need_no_part_and_stay():
-    got = masters(fz.partition([("blocks", fz.adamw(1e-2)), ("embed|conv", fz.sgd(0.1))]), frozen="^(?!blocks|embed|conv)")
+    got = masters(
+        fz.partition([("blocks", fz.adamw(1e-2)), ("embed|conv", fz.sgd(0.1))]), frozen="^(?!blocks|embed|conv)"
+    )
     assert all(torch.equal(got[n], x) for n, x in tree.paths(zoo.params()) if not re.match("blocks|embed|conv", n))
     got = masters(both("adamw and sgd"), frozen="blocks/1|gain")
     assert torch.equal(got["gain"], zoo.params()["gain"]) and not torch.equal(got["embed"], zoo.params()["embed"])
 
 
 def test_a_partition_that_is_not_the_last_rewrites_the_gradient():
-    half, double = (fz.lift((lambda p: (), lambda g, s, p, k=k: (tree.map(lambda x: k * x, g), s)), n, elementwise=True) for k, n in ((0.5, "half"), (2.0, "double")))
+    half, double = (
+        fz.lift((lambda p: (), lambda g, s, p, k=k: (tree.map(lambda x: k * x, g), s)), n, elementwise=True)
+        for k, n in ((0.5, "half"), (2.0, "double"))
+    )
     got = masters(fz.sgd(0.1), left=(fz.partition([(FIRST, half), ("", double)]),), updates=1)
     want = masters(fz.sgd([(FIRST, 0.05), ("", 0.2)]), updates=1)
     assert tree_hash(got) == tree_hash(want)
@@ -194,7 +227,9 @@ def save_at(stage, directory):
 
 
 def _step(stage, name="rules inside"):
-    return fz.train_step(*fz.zero(zoo.source(), both(name), stage=stage, accumulate=zoo.MICROS // world_size()), mesh={"data": -1})
+    return fz.train_step(
+        *fz.zero(zoo.source(), both(name), stage=stage, accumulate=zoo.MICROS // world_size()), mesh={"data": -1}
+    )
 
 
 def resume_at(stages, directory):
@@ -219,7 +254,9 @@ def test_a_pair_by_hand_in_a_partition_is_restored(tmp_path):
     with checkpoint.Checkpointer(tmp_path) as ck:
         ck.save(state, 1)
     got = checkpoint.Checkpointer(tmp_path).restore(like=(step, zoo.params()))
-    assert {n for n in checkpoint.names.named(got.state).parts if n.startswith("momentum/")} == {f"momentum/{n}" for n in NAMES if not re.search(FIRST, n) and n != "head/scale"}
+    assert {n for n in checkpoint.names.named(got.state).parts if n.startswith("momentum/")} == {
+        f"momentum/{n}" for n in NAMES if not re.search(FIRST, n) and n != "head/scale"
+    }
     steps = (step, got.state), (_step(3, "a pair by hand"), state)
     assert len({tree_hash(s.params(s(x, s.local_rows(zoo.batch(5)))[0])) for s, x in steps}) == 1
 

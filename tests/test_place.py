@@ -1,4 +1,5 @@
 """Places: a part of where leaves lie; views are kept where they differ, and a restore keeps them."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """A policy is one readable string."""
+
 from __future__ import annotations
 
 import pytest

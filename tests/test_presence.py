@@ -1,4 +1,5 @@
 """Who has ended is known by proof, and a store that is lost is found out in seconds."""
+
 from __future__ import annotations
 
 import os
@@ -30,7 +31,13 @@ def test_a_process_has_ended_when_it_has():
     assert presence.ended(who)  # though nobody has waited for it
     child.wait()
     assert presence.ended(who)
-    for other in ("", "x", who.replace(who.split()[0], "elsewhere"), " ".join([*who.split()[:2], "x", "1"]), " ".join([*who.split()[:2], "9" * 30, "1"])):
+    for other in (
+        "",
+        "x",
+        who.replace(who.split()[0], "elsewhere"),
+        " ".join([*who.split()[:2], "x", "1"]),
+        " ".join([*who.split()[:2], "9" * 30, "1"]),
+    ):
         assert not presence.ended(other)  # nothing is known
 
 
@@ -38,7 +45,13 @@ class Dying:
     """A store whose server is lost, or stopped, right after it has answered."""
 
     def __init__(self, store, end):
-        self.store, self.end, self.timeout, self.set_timeout, self.clone = store, end, store.timeout, store.set_timeout, store.clone
+        self.store, self.end, self.timeout, self.set_timeout, self.clone = (
+            store,
+            end,
+            store.timeout,
+            store.set_timeout,
+            store.clone,
+        )
 
     def check(self, keys):
         self.store.check(keys)
@@ -52,12 +65,18 @@ def test_a_lost_store_is_found_out_in_seconds(how):
         store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), 1, is_master=False, wait_for_workers=False)
         presence.connection(store).set("x", "1")
         before = store.timeout
-        end = {"kill": lambda: (server.kill(), server.wait()), "stop": lambda: os.kill(server.pid, 19), "killed before": lambda: None}[how]
+        end = {
+            "kill": lambda: (server.kill(), server.wait()),
+            "stop": lambda: os.kill(server.pid, 19),
+            "killed before": lambda: None,
+        }[how]
         if how == "killed before":
             server.kill()
             server.wait()
         start = time.monotonic()
-        with pytest.raises(RuntimeError, match="rank 0 cannot reach the world's store, so rank 0, or who holds it, is gone"):
+        with pytest.raises(
+            RuntimeError, match="rank 0 cannot reach the world's store, so rank 0, or who holds it, is gone"
+        ):
             presence.connection(Dying(store, end), seconds=2.0)
         assert time.monotonic() - start < 8
         while how != "stop" and store.timeout != before:  # the attempt may still be at its end

@@ -1,4 +1,5 @@
 """The README's example, as a new user runs it: alone and under torchrun, unchanged, to the same last digit."""
+
 from __future__ import annotations
 
 import os
@@ -11,7 +12,9 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def run(*command: str, cwd: Path) -> str:
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")} | {"OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -23,6 +26,14 @@ def test_example_runs_alone_and_under_torchrun(tmp_path):
     script.write_text(first + checkpoints + "\nlr = 3e-4\n" + stages)  # the four stages build, too
     (tmp_path / "both").mkdir()
     alone = run(sys.executable, str(script), cwd=tmp_path)
-    both = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), cwd=(tmp_path / "both"))
+    both = run(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        cwd=(tmp_path / "both"),
+    )
     assert re.fullmatch(r"loss 0\.\d+ after 100 updates\n", alone), alone
     assert re.findall(r"loss 0\.\d+ after 100 updates", both) == [alone.strip()] * 2  # two ranks may share a line

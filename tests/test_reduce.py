@@ -1,4 +1,5 @@
 """Sums over ranks, as transforms: whole, scattered and joined again; what they say of themselves."""
+
 from __future__ import annotations
 
 import torch
@@ -35,7 +36,12 @@ def sums():
     mesh, out = {"data": 4}, {}
     tree = {"w": torch.zeros(6, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
     g = fz.value_and_grad(lambda p, b: ((p["w"].sum() + p["b"]) * b["x"].sum(), torch.ones(())), batch=P("data"))
-    for name, parts in {"none": (g,), "ar": (g, fz.all_reduce("data")), "rs": (g, fz.reduce_scatter("data")), "rs ag": (g, fz.reduce_scatter("data"), fz.all_gather("data"))}.items():
+    for name, parts in {
+        "none": (g,),
+        "ar": (g, fz.all_reduce("data")),
+        "rs": (g, fz.reduce_scatter("data")),
+        "rs ag": (g, fz.reduce_scatter("data"), fz.all_gather("data")),
+    }.items():
         s = zoo.Sums(*parts, mesh=mesh, tree=tree)
         w, b = s({"x": torch.tensor([s.mesh.index("data") + 1.0], dtype=torch.float64)}).grads.leaves()
         out[name] = w.tolist(), b.item()
@@ -51,7 +57,15 @@ def test_what_every_rank_holds_after_each(run_world):
 
 def test_reductions_are_shown_at_their_arrows():
     g2 = fz.value_and_grad(zoo.loss_plain, batch=P(("node", "local")))
-    step = fz.train_step(g2, fz.reduce_scatter("local"), fz.accumulate(2), fz.all_reduce("node"), fz.sgd(1.0), fz.all_gather("local"), mesh={"node": 2, "local": 4})
+    step = fz.train_step(
+        g2,
+        fz.reduce_scatter("local"),
+        fz.accumulate(2),
+        fz.all_reduce("node"),
+        fz.sgd(1.0),
+        fz.all_gather("local"),
+        mesh={"node": 2, "local": 4},
+    )
     assert [a.describe() for a in step.grad.arrows] == [
         "sum, unreduced over ['node', 'local']",
         "sum, unreduced over ['node'], sharded over ['local'], of 4 micro-batches",

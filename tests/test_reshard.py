@@ -1,4 +1,5 @@
 """A state handed to another step in memory goes on with the bits it would have had."""
+
 from __future__ import annotations
 
 import pytest
@@ -78,7 +79,9 @@ def frozen_and_back():
     over = fz.reshard(state, second)
     on = run(second, over, 2, 3)
     back = run(first, fz.reshard(on, first), 4, 5)
-    given, held, now, kept = (s.params(x)["embed"] for s, x in ((first, state), (second, over), (second, on), (first, back)))
+    given, held, now, kept = (
+        s.params(x)["embed"] for s, x in ((first, state), (second, over), (second, on), (first, back))
+    )
     return torch.equal(given, held), not torch.equal(held, now), torch.equal(now, kept)
 
 
@@ -91,7 +94,9 @@ def test_what_cannot_be_handed_over_is_refused():
     with pytest.raises(TypeError, match="reshard: it takes a TrainState, but this is a dict"):
         fz.reshard({}, step)
     state = step.init(zoo.params())
-    stream = fz.train_step(zoo.source(), fz.accumulate(2, stream=True), fz.all_reduce("data"), fz.adamw(0.1), mesh={"data": 1})
+    stream = fz.train_step(
+        zoo.source(), fz.accumulate(2, stream=True), fz.all_reduce("data"), fz.adamw(0.1), mesh={"data": 1}
+    )
     open_, _ = stream(stream.init(zoo.params()), zoo.split(zoo.batch(0, micros=2), 1)[0])
     with pytest.raises(ValueError, match="reshard: 'accumulate' holds an open window"):
         fz.reshard(open_, step)

@@ -1,4 +1,5 @@
 """Keys as values."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,7 +9,16 @@ from funczero import rng
 
 
 def test_a_key_is_63_bits_and_depends_on_every_use():
-    keys = [rng.fold(0), rng.fold(1), rng.fold(0, 0), rng.fold(0, 1), rng.fold(0, "1"), rng.fold(0, 0, 1), rng.fold(0, 1, 0), rng.fold(rng.fold(0, 1), 0)]
+    keys = [
+        rng.fold(0),
+        rng.fold(1),
+        rng.fold(0, 0),
+        rng.fold(0, 1),
+        rng.fold(0, "1"),
+        rng.fold(0, 0, 1),
+        rng.fold(0, 1, 0),
+        rng.fold(rng.fold(0, 1), 0),
+    ]
     assert len(set(keys)) == len(keys) and all(0 <= k < 2**63 for k in keys)
     assert rng.fold(7, 3, "dropout") == rng.fold(7, 3, "dropout") == 2537153570302045991
 
@@ -35,7 +45,11 @@ def test_dropout_passes_gradients_through_what_it_kept():
 
 def test_normal_values_are_scaled_and_repeatable():
     x = rng.normal(5, (200, 50), std=0.1, dtype=torch.float64)
-    assert torch.equal(x, rng.normal(5, (200, 50), std=0.1, dtype=torch.float64)) and abs(x.std() - 0.1) < 2e-3 and abs(x.mean()) < 2e-3
+    assert (
+        torch.equal(x, rng.normal(5, (200, 50), std=0.1, dtype=torch.float64))
+        and abs(x.std() - 0.1) < 2e-3
+        and abs(x.mean()) < 2e-3
+    )
 
 
 def test_torchs_own_state_is_neither_read_nor_moved():
@@ -44,4 +58,6 @@ def test_torchs_own_state_is_neither_read_nor_moved():
     x = rng.dropout(torch.ones(9), 0.5, 1), rng.normal(1, (3,))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(x, (rng.dropout(torch.ones(9), 0.5, 1), rng.normal(1, (3,))), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(x, (rng.dropout(torch.ones(9), 0.5, 1), rng.normal(1, (3,))), strict=True)
+    )

@@ -1,4 +1,5 @@
 """Learning rates as functions of applied updates: their formulas, and the traces of DeepSpeed 0.19.8."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +12,13 @@ import torch
 from funczero import schedules
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/lr_schedules.json").read_text())["cases"]
-WARMUP = {"warmup_min_lr": "start", "warmup_max_lr": "peak", "warmup_num_steps": "warmup", "warmup_type": "kind", "total_num_steps": "total"}
+WARMUP = {
+    "warmup_min_lr": "start",
+    "warmup_max_lr": "peak",
+    "warmup_num_steps": "warmup",
+    "warmup_type": "kind",
+    "total_num_steps": "total",
+}
 CYCLE = {
     "cycle_first_step_size": "first", "cycle_second_step_size": "second", "cycle_first_stair_count": "first_stairs",
     "cycle_second_stair_count": "second_stairs", "decay_step_size": "decay_steps",
@@ -19,13 +26,25 @@ CYCLE = {
 NAMES = {
     "LRRangeTest": (
         schedules.lr_range_test,
-        {"lr_range_test_" + a: b for a, b in {"min_lr": "start", "step_size": "steps", "step_rate": "rate", "staircase": "staircase"}.items()},
+        {
+            "lr_range_test_" + a: b
+            for a, b in {"min_lr": "start", "step_size": "steps", "step_rate": "rate", "staircase": "staircase"}.items()
+        },
     ),
     "WarmupLR": (schedules.warmup_lr, WARMUP),
     "WarmupDecayLR": (schedules.warmup_decay_lr, WARMUP),
-    "WarmupCosineLR": (schedules.warmup_cosine_lr, {**WARMUP, "warmup_min_ratio": "start_ratio", "cos_min_ratio": "end_ratio"}),
-    "OneCycle": (schedules.one_cycle, {**CYCLE, "cycle_min_lr": "low", "cycle_max_lr": "high", "decay_lr_rate": "decay_rate"}),
-    "OneCycle momentum": (schedules.one_cycle_momentum, {**CYCLE, "cycle_min_mom": "low", "cycle_max_mom": "high", "decay_mom_rate": "decay_rate"}),
+    "WarmupCosineLR": (
+        schedules.warmup_cosine_lr,
+        {**WARMUP, "warmup_min_ratio": "start_ratio", "cos_min_ratio": "end_ratio"},
+    ),
+    "OneCycle": (
+        schedules.one_cycle,
+        {**CYCLE, "cycle_min_lr": "low", "cycle_max_lr": "high", "decay_lr_rate": "decay_rate"},
+    ),
+    "OneCycle momentum": (
+        schedules.one_cycle_momentum,
+        {**CYCLE, "cycle_min_mom": "low", "cycle_max_mom": "high", "decay_mom_rate": "decay_rate"},
+    ),
 }
 UNKNOWN_KIND = {"warmup_max_lr": 0.001, "warmup_num_steps": 6, "warmup_type": "exp"}  # there: a warning, and log
 
@@ -61,7 +80,11 @@ def test_a_schedule_is_deepspeeds_trace(case):
         params = {**params, "warmup_type": "log"}
     for i, group in enumerate(groups):
         f = made(name, params, group, len(groups), i)
-        g = made("OneCycle momentum", params, group, len(groups), i) if "betas" in case["trace"][0] and params.get("cycle_momentum", True) else None
+        g = (
+            made("OneCycle momentum", params, group, len(groups), i)
+            if "betas" in case["trace"][0] and params.get("cycle_momentum", True)
+            else None
+        )
         for row in case["trace"]:
             assert at(f, row["calls"]) == pytest.approx([row["lr"][i]], rel=1e-12, abs=1e-18)
             if g:
@@ -92,7 +115,9 @@ def test_a_constant_is_constant():
     assert at(schedules.constant(0.3), 0, 1, 10**9) == [0.3] * 3
 
 
-@pytest.mark.parametrize(("peak", "warmup", "total", "end"), [(1.0, 10, 110, 0.0), (3e-4, 0, 7, 1e-5), (1.0, 5, 5, 0.5), (2.0, 0, 0, 1.0)])
+@pytest.mark.parametrize(
+    ("peak", "warmup", "total", "end"), [(1.0, 10, 110, 0.0), (3e-4, 0, 7, 1e-5), (1.0, 5, 5, 0.5), (2.0, 0, 0, 1.0)]
+)
 def test_warmup_cosine_is_its_formula(peak, warmup, total, end):
     def formula(u):
         if u < warmup:
@@ -101,7 +126,9 @@ def test_warmup_cosine_is_its_formula(peak, warmup, total, end):
         return end + (peak - end) * (1 + math.cos(math.pi * done)) / 2
 
     points = range(0, total + 20)
-    assert at(schedules.warmup_cosine(peak, warmup, total, end), *points) == pytest.approx([formula(u) for u in points], rel=1e-12, abs=1e-15)
+    assert at(schedules.warmup_cosine(peak, warmup, total, end), *points) == pytest.approx(
+        [formula(u) for u in points], rel=1e-12, abs=1e-15
+    )
 
 
 def test_the_last_update_has_the_last_value():
@@ -134,22 +161,43 @@ def test_values_are_finite_float64_without_dims_whatever_counts(name, dtype):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: schedules.warmup_lr(1.0, 0), "warmup_lr: warmup=0 is not a positive whole number of updates; write an int of at least 1"),
+        (
+            lambda: schedules.warmup_lr(1.0, 0),
+            "warmup_lr: warmup=0 is not a positive whole number of updates; write an int of at least 1",
+        ),
         (lambda: schedules.warmup_decay_lr(1.0, 6.0), "warmup_decay_lr: total=6.0 is not a positive whole number"),
         (lambda: schedules.lr_range_test(steps=True), "lr_range_test: steps=True is not a positive whole number"),
-        (lambda: schedules.one_cycle([1.0, 2.0], 3.0), r"one_cycle: low=\[1.0, 2.0\] is not a number; make one schedule for every group"),
+        (
+            lambda: schedules.one_cycle([1.0, 2.0], 3.0),
+            r"one_cycle: low=\[1.0, 2.0\] is not a number; make one schedule for every group",
+        ),
         (lambda: schedules.constant("0.1"), "constant: value='0.1' is a string and no number; write a finite number"),
         (lambda: schedules.constant(float("nan")), "constant: value=nan is not finite; write a finite number"),
-        (lambda: schedules.warmup_cosine(torch.tensor(1.0), 1, 2), r"warmup_cosine: peak=tensor\(1.\) is a tensor and no number"),
+        (
+            lambda: schedules.warmup_cosine(torch.tensor(1.0), 1, 2),
+            r"warmup_cosine: peak=tensor\(1.\) is a tensor and no number",
+        ),
         (lambda: schedules.warmup_cosine(1.0, 1, float("inf")), "warmup_cosine: total=inf is not finite"),
         (lambda: schedules.warmup_lr(float("inf"), 3), "warmup_lr: peak=inf is not finite"),
         (lambda: schedules.warmup_lr(True, 3), "warmup_lr: peak=True is a bool and no number"),
-        (lambda: schedules.one_cycle(1.0, 2.0, 3, first_stairs=-1), "one_cycle: first_stairs=-1 is below 0; write an int of at least 0"),
-        (lambda: schedules.one_cycle(1.0, 2.0, 3, decay_steps=-1), "one_cycle: decay_steps=-1 is below 0; write a finite number of at least 0"),
-        (lambda: schedules.lr_range_test(staircase="yes"), "lr_range_test: staircase='yes' is a string and neither True nor False"),
+        (
+            lambda: schedules.one_cycle(1.0, 2.0, 3, first_stairs=-1),
+            "one_cycle: first_stairs=-1 is below 0; write an int of at least 0",
+        ),
+        (
+            lambda: schedules.one_cycle(1.0, 2.0, 3, decay_steps=-1),
+            "one_cycle: decay_steps=-1 is below 0; write a finite number of at least 0",
+        ),
+        (
+            lambda: schedules.lr_range_test(staircase="yes"),
+            "lr_range_test: staircase='yes' is a string and neither True nor False",
+        ),
         (lambda: schedules.from_torch("StepLR", "1", step_size=2), "from_torch: lr='1' is a string and no number"),
         (lambda: schedules.from_torch("StepLR", -1, step_size=2), "from_torch: lr=-1 is below 0"),
-        (lambda: schedules.one_cycle(1.0, 2.0, 3, -1), "one_cycle: first=3 must be positive and second=-1 not negative"),
+        (
+            lambda: schedules.one_cycle(1.0, 2.0, 3, -1),
+            "one_cycle: first=3 must be positive and second=-1 not negative",
+        ),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(make, words):

@@ -1,4 +1,5 @@
 """Simulated ranks compute what one process computes, and end together."""
+
 from __future__ import annotations
 
 import threading
@@ -28,10 +29,14 @@ def alone():
 
 @pytest.mark.parametrize("name", ["0 grad acc ar", "1 grad acc [", "2 grad [acc", "3 [grad acc", "3 stream"])
 def test_eight_ranks_have_the_bits_of_one_process(alone, name):
-    assert set(simulate({"data": 8})(run, zoo.flat_chains, ("data",), 1, name, {"data": 8}, name.startswith("3"))) == {alone}
+    assert set(simulate({"data": 8})(run, zoo.flat_chains, ("data",), 1, name, {"data": 8}, name.startswith("3"))) == {
+        alone
+    }
 
 
-NESTED = [(n, (2, 4)) for n in ("DDP", "ZeRO-1", "HSDP-1", "ZeRO-2", "MiCS", "ZeRO-3", "hpZ", "hpZ once", "hpZ outwards")] + [(n, (4, 2)) for n in ("MiCS", "ZeRO-3", "hpZ")]
+NESTED = [
+    (n, (2, 4)) for n in ("DDP", "ZeRO-1", "HSDP-1", "ZeRO-2", "MiCS", "ZeRO-3", "hpZ", "hpZ once", "hpZ outwards")
+] + [(n, (4, 2)) for n in ("MiCS", "ZeRO-3", "hpZ")]
 
 
 @pytest.mark.parametrize(("name", "sizes"), NESTED)
@@ -43,10 +48,17 @@ def test_nested_brackets_have_the_bits_of_one_process(alone, name, sizes):
 def test_a_step_alone_names_its_world():
     def places(b):
         step = fz.train_step(zoo.source(), fz.shard("data", fz.adamw(1e-2)), mesh={"data": -1})
-        return fz.init_distributed()[:2], step.local_rows(b)["x"].shape[0], str(step).splitlines()[0].split(",")[0], torch.get_num_threads()
+        return (
+            fz.init_distributed()[:2],
+            step.local_rows(b)["x"].shape[0],
+            str(step).splitlines()[0].split(",")[0],
+            torch.get_num_threads(),
+        )
 
     before = dist.is_initialized()
-    assert simulate({"data": 3})(places, zoo.batch(0, micros=3)) == [((r, 3), zoo.ROWS, "train_step on data=3 (cpu)", 1) for r in range(3)]
+    assert simulate({"data": 3})(places, zoo.batch(0, micros=3)) == [
+        ((r, 3), zoo.ROWS, "train_step on data=3 (cpu)", 1) for r in range(3)
+    ]
     assert dist.is_initialized() == before
 
 
@@ -70,7 +82,13 @@ def test_a_rank_that_returns_early_does_not_hang_the_others():
         if dist.get_rank() != 1:
             dist.barrier()
 
-    with pytest.raises(RuntimeError, match=r"ranks \[0, 2\] wait for ranks \[1\], which have returned; every rank must make the same calls\nrank 0:(.|\n)*in early"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            r"ranks \[0, 2\] wait for ranks \[1\], which have returned; every rank must make the same calls\nrank"
+            r" 0:(.|\n)*in early"
+        ),
+    ):
         simulate({"data": 3})(early)
 
 
@@ -88,7 +106,10 @@ def test_a_rank_that_is_long_is_named():
         if dist.get_rank() == 1:
             time.sleep(1)
 
-    with pytest.raises(TimeoutError, match=r"ranks \[1\] of 2 did not return within 0.2 s; this is where they are\nrank 1:(.|\n)*time.sleep\(1\)"):
+    with pytest.raises(
+        TimeoutError,
+        match=r"ranks \[1\] of 2 did not return within 0.2 s; this is where they are\nrank 1:(.|\n)*time.sleep\(1\)",
+    ):
         simulate({"data": 2}, timeout=0.2)(long)
 
 

@@ -1,4 +1,5 @@
 """Updates that are not finite are skipped with a word: at the first, then ever more rarely, with leaf and rank, and too many in a row end the run."""
+
 from __future__ import annotations
 
 import contextlib
@@ -30,7 +31,11 @@ def lines():
 
 
 def params():
-    return {"a": torch.linspace(-1, 1, 12).view(4, 3), "blocks": [{"w": torch.linspace(0, 1, 9).view(3, 3)} for _ in range(2)], "spike": torch.ones(5)}
+    return {
+        "a": torch.linspace(-1, 1, 12).view(4, 3),
+        "blocks": [{"w": torch.linspace(0, 1, 9).view(3, 3)} for _ in range(2)],
+        "spike": torch.ones(5),
+    }
 
 
 def loss(p, b):
@@ -40,7 +45,11 @@ def loss(p, b):
 
 def batch(bad=None, weight=1.0):
     """Eight rows, of which one may spoil the gradient of `spike`."""
-    b = {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(3)), "w": torch.full((8,), weight), "spike": torch.zeros(8)}
+    b = {
+        "x": torch.randn(8, 4, generator=torch.Generator().manual_seed(3)),
+        "w": torch.full((8,), weight),
+        "spike": torch.zeros(8),
+    }
     if bad is not None:
         b["spike"][bad] = torch.inf
     return b
@@ -48,7 +57,9 @@ def batch(bad=None, weight=1.0):
 
 def make(stage, *left, units=("blocks",), k=1, **kw):
     g = fz.value_and_grad(loss, batch=P("data"), units=units)
-    return fz.train_step(*fz.zero(g, *left, fz.clip_by_global_norm(1.0), fz.adamw(1e-2), stage=stage, accumulate=k), mesh=MESH, **kw)
+    return fz.train_step(
+        *fz.zero(g, *left, fz.clip_by_global_norm(1.0), fz.adamw(1e-2), stage=stage, accumulate=k), mesh=MESH, **kw
+    )
 
 
 def told(stage, units, donate, bad, n):
@@ -71,7 +82,10 @@ def test_the_first_skip_is_said_with_leaf_and_rank_and_then_ever_fewer(run_world
         for stage in range(4):
             found = run_world(world, told, stage, units, donate, bad, 9)
             where = f"the gradient of 'spike' is not finite on rank {world - 1}; the update is skipped"
-            want = [f"step {t}: {where}{f' ({n} in a row, {n} in all)' if n > 1 else ''}; the loss is inf" for t, n in ((1, 1), (2, 2), (4, 4), (8, 8))]
+            want = [
+                f"step {t}: {where}{f' ({n} in a row, {n} in all)' if n > 1 else ''}; the loss is inf"
+                for t, n in ((1, 1), (2, 2), (4, 4), (8, 8))
+            ]
             assert found == [(want, True)] + [([], True)] * (world - 1)
 
 
@@ -93,9 +107,10 @@ def ended(stage, donate):
 def test_all_ranks_raise_after_so_many_skips_in_a_row(run_world, donate):
     for stage in range(4):
         words, ok, updates = zoo.everywhere(run_world, 2, ended, stage, donate)
-        assert words == (
-            "step: the last 3 updates were not finite and were skipped, the gradient of 'spike' is not finite on rank 1; "
-            "look at the data and the learning rate, or write train_step(..., patience=...) larger"
+        assert (
+            words
+            == "step: the last 3 updates were not finite and were skipped, the gradient of 'spike' is not finite on"
+            " rank 1; look at the data and the learning rate, or write train_step(..., patience=...) larger"
         )
         assert ok and updates == 2
 
@@ -166,7 +181,12 @@ def test_two_runs_of_one_step_do_not_mix_their_skips():
 
 def streamed():
     """Micro-batches of a window cannot be run again: the leaf is named at the second skip."""
-    step = fz.train_step(fz.value_and_grad(loss, batch=P("data"), units=("blocks",)), fz.accumulate(2, stream=True), fz.shard("data", fz.adamw(1e-2)), mesh=MESH)
+    step = fz.train_step(
+        fz.value_and_grad(loss, batch=P("data"), units=("blocks",)),
+        fz.accumulate(2, stream=True),
+        fz.shard("data", fz.adamw(1e-2)),
+        mesh=MESH,
+    )
     state = step.init(params())
     with lines() as said:
         for _ in range(2):
@@ -178,8 +198,16 @@ def streamed():
 
 def test_a_window_names_the_leaf_when_it_happens_again(run_world):
     first, second = run_world(2, streamed)[0]
-    assert first == "step 0: the gradient is not finite (debug=True names the leaf and the rank); the update is skipped; the loss is inf"
-    assert second == "step 1: the gradient of 'spike' is not finite on rank 1; the update is skipped (2 in a row, 2 in all); the loss is inf"
+    assert (
+        first
+        == "step 0: the gradient is not finite (debug=True names the leaf and the rank); the update is skipped; the"
+        " loss is inf"
+    )
+    assert (
+        second
+        == "step 1: the gradient of 'spike' is not finite on rank 1; the update is skipped (2 in a row, 2 in all); the"
+        " loss is inf"
+    )
 
 
 def negative():
@@ -192,8 +220,10 @@ def negative():
 
 def test_a_negative_weight_is_refused_on_all_ranks(run_world):
     for world in (1, 2):
-        assert zoo.everywhere(run_world, world, negative) == (
-            "value_and_grad: the weights of update 0 add up to -8, but a weight counts examples and is not negative; "
+        assert (
+            zoo.everywhere(run_world, world, negative)
+            == "value_and_grad: the weights of update 0 add up to -8, but a weight counts examples and is not"
+            " negative; "
             "return (sum of losses, sum of weights) with a weight above 0, or 0 where nothing counts"
         )
 

@@ -1,4 +1,5 @@
 """Buffers: a pytree of one tensor a unit, packed from leaves and seen as leaves."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """Modules as pure losses: the values of the plain module at every stage and world, and the module as it was."""
+
 from __future__ import annotations
 
 import gc
@@ -25,7 +26,12 @@ class Block(nn.Module):
 
     def __init__(self, p=0.0, functional=False):
         super().__init__()
-        self.norm, self.up, self.down, self.drop = nn.LayerNorm(DIM), nn.Linear(DIM, 9), nn.Linear(9, DIM, bias=False), nn.Dropout(p)
+        self.norm, self.up, self.down, self.drop = (
+            nn.LayerNorm(DIM),
+            nn.Linear(DIM, 9),
+            nn.Linear(9, DIM, bias=False),
+            nn.Dropout(p),
+        )
         self.gain, self.functional, self.calls = nn.Parameter(torch.tensor(0.5)), functional, []
 
     def forward(self, x, shift, *, scale=1.0):
@@ -80,7 +86,9 @@ def loss(model, b):
 def hf_loss(model, b):
     """Every row weighs one."""
     out = model(**{k: v for k, v in b.items() if k != "labels"}).logits
-    return F.cross_entropy(out.flatten(0, 1), b["labels"].flatten(), reduction="none").sum(), torch.tensor(float(b["labels"].numel()))
+    return F.cross_entropy(out.flatten(0, 1), b["labels"].flatten(), reduction="none").sum(), torch.tensor(
+        float(b["labels"].numel())
+    )
 
 
 def want(module, loss, b):
@@ -89,14 +97,20 @@ def want(module, loss, b):
     named = dict(module.named_parameters())
     live = {n: p for n, p in named.items() if p.requires_grad}
     grads = torch.autograd.grad(total / weight, list(live.values()), allow_unused=True)
-    return (total / weight).item(), {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(live.items(), grads, strict=True)}
+    return (total / weight).item(), {
+        n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(live.items(), grads, strict=True)
+    }
 
 
 def got(loss_fn, params, b, stage, **kw):
     """The same from one step of gradient descent: (loss, gradients)."""
     dtype = str(next(iter(params.values())).dtype).removeprefix("torch.")
     policy = f"params={dtype},compute={dtype},accumulate={dtype}"
-    step = fz.train_step(*fz.zero(fz.value_and_grad(loss_fn, batch=P("data"), **kw), fz.sgd(1.0), stage=stage), mesh={"data": -1}, policy=policy)
+    step = fz.train_step(
+        *fz.zero(fz.value_and_grad(loss_fn, batch=P("data"), **kw), fz.sgd(1.0), stage=stage),
+        mesh={"data": -1},
+        policy=policy,
+    )
     state = step.init(params)
     new, m = step(state, step.local_rows(b))
     old, new = step.params(state), step.params(new)
@@ -116,7 +130,9 @@ def _gradients(stages):
         net = build(Net, torch.float64)
         loss_fn, params = stateless(net, loss, remat=remat)
         for stage in stages:
-            out[remat, stage] = far(net, loss, batch(dtype=torch.float64), got(loss_fn, params, batch(dtype=torch.float64), stage))
+            out[remat, stage] = far(
+                net, loss, batch(dtype=torch.float64), got(loss_fn, params, batch(dtype=torch.float64), stage)
+            )
     return out
 
 
@@ -133,7 +149,10 @@ def _hashes(world, p, functional, stages):
             net = build(Net, p=p, functional=functional)
             loss_fn, params = stateless(net, loss, remat=remat)
             grad = fz.value_and_grad(loss_fn, batch=P("data"), rng=p > 0)
-            step = fz.train_step(*fz.zero(grad, fz.clip_by_global_norm(0.5), fz.adamw(1e-2), stage=stage, accumulate=MICROS // world), mesh={"data": -1})
+            step = fz.train_step(
+                *fz.zero(grad, fz.clip_by_global_norm(0.5), fz.adamw(1e-2), stage=stage, accumulate=MICROS // world),
+                mesh={"data": -1},
+            )
             state, before = step.init(params, key=5), torch.get_rng_state()
             for t in range(3):
                 state, m = step(state, step.local_rows(batch(t)))
@@ -142,7 +161,9 @@ def _hashes(world, p, functional, stages):
     return out
 
 
-@pytest.mark.parametrize(("p", "functional"), [(0.0, False), (0.3, False), (0.3, True)], ids=["plain", "dropout", "functional dropout"])
+@pytest.mark.parametrize(
+    ("p", "functional"), [(0.0, False), (0.3, False), (0.3, True)], ids=["plain", "dropout", "functional dropout"]
+)
 def test_the_same_bits_at_every_stage_and_world_in_both_forms(run_world, p, functional):
     found = {}
     for world, stages in {1: (0, 3), 2: (0, 1, 2, 3), 4: (3,)}.items():
@@ -162,7 +183,9 @@ def _zoo():
 
     lstm = nn.LSTM(DIM, DIM, num_layers=2, batch_first=True)
     norm = nn.utils.parametrizations.weight_norm(nn.Linear(DIM, DIM))
-    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(DIM, 2, 8, dropout=0.0, batch_first=True), 3, enable_nested_tensor=False)
+    stack = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(DIM, 2, 8, dropout=0.0, batch_first=True), 3, enable_nested_tensor=False
+    )
     return {
         "lstm": (lstm, sums, x, {}), "parametrized": (nn.Sequential(norm, nn.ReLU()), sums, x, {}), "encoder": (stack, sums, x, {}),
         "encoder remat": (stack, sums, x, {"remat": True}), "named units": (Walk(), sums, x, {"units": "steps"}),
@@ -206,7 +229,9 @@ class Wrapped(nn.Module):
 def test_odd_modules(run_world):
     for result in run_world(2, _zoo_gradients):
         assert max(d for _, d in result.values()) < 1e-12, result
-        assert result["encoder"][0] == ("layers",) and result["named units"][0] == ("steps",) and result["lstm"][0] == ()
+        assert (
+            result["encoder"][0] == ("layers",) and result["named units"][0] == ("steps",) and result["lstm"][0] == ()
+        )
 
 
 def _frozen():
@@ -220,7 +245,9 @@ def _frozen():
         for stage in (0, 2, 3):
             b = batch(dtype=torch.float64)
             result = got(loss_fn, params, b, stage, trainable=loss_fn.trainable)
-            still = all(not result[1][n].any() for n, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad)
+            still = all(
+                not result[1][n].any() for n, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad
+            )
             out[remat, stage] = still, far(net, loss, b, result)
     return out
 
@@ -292,7 +319,9 @@ def _peaks():
             return loss_fn(params, batch)
 
         spied.units = loss_fn.units
-        step = fz.train_step(*fz.zero(fz.value_and_grad(spied, batch=P("data")), fz.sgd(1.0), stage=3), mesh={"data": -1})
+        step = fz.train_step(
+            *fz.zero(fz.value_and_grad(spied, batch=P("data")), fz.sgd(1.0), stage=3), mesh={"data": -1}
+        )
         state = step.init(params)
         most.clear()
         gc.disable()
@@ -312,7 +341,11 @@ class Plain(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.blocks, self.head = nn.Embedding(VOCAB, DIM), nn.ModuleList(Block() for _ in range(6)), nn.Linear(DIM, VOCAB)
+        self.embed, self.blocks, self.head = (
+            nn.Embedding(VOCAB, DIM),
+            nn.ModuleList(Block() for _ in range(6)),
+            nn.Linear(DIM, VOCAB),
+        )
 
     def forward(self, x):
         h = self.embed(x)
@@ -330,9 +363,20 @@ def test_two_units_at_a_time_and_nothing_is_left(run_world):
 # --- the module is not touched ----------------------------------------------------------------------------------------
 def _look(module):
     """Everything that could have been touched."""
-    attributes = [{k: (id(v), len(v) if isinstance(v, (dict, list)) else None) for k, v in m.__dict__.items()} for m in module.modules()]
-    tensors = [(id(p), p.data_ptr(), p._version, p.grad is None, p.requires_grad) for p in [*module.parameters(), *module.buffers()]]
-    return attributes, tensors, tree_hash(dict(module.state_dict())), [m.__dict__.get("forward") for m in module.modules()]
+    attributes = [
+        {k: (id(v), len(v) if isinstance(v, (dict, list)) else None) for k, v in m.__dict__.items()}
+        for m in module.modules()
+    ]
+    tensors = [
+        (id(p), p.data_ptr(), p._version, p.grad is None, p.requires_grad)
+        for p in [*module.parameters(), *module.buffers()]
+    ]
+    return (
+        attributes,
+        tensors,
+        tree_hash(dict(module.state_dict())),
+        [m.__dict__.get("forward") for m in module.modules()],
+    )
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -344,7 +388,10 @@ def test_the_module_is_untouched(remat):
     live = {n: p.clone().requires_grad_() for n, p in params.items()}
     loss_fn(live, batch(), 3)[0].backward()
     assert _look(net) == before and all(p.grad is None for p in net.parameters())
-    assert params["embed.weight"] is params["head.weight"] and params["blocks.0.norm.weight"] is params["blocks.2.norm.weight"]
+    assert (
+        params["embed.weight"] is params["head.weight"]
+        and params["blocks.0.norm.weight"] is params["blocks.2.norm.weight"]
+    )
     assert params["shift"].data_ptr() == net.shift.data_ptr() and not params["shift"].requires_grad
 
 
@@ -377,7 +424,9 @@ def test_a_key_decides_and_the_global_generator_stays():
     assert values[0] == values[1] != values[2]
 
 
-@pytest.mark.parametrize(("functional", "who"), [(False, "'drop' (Dropout, p=0.3)"), (True, "the forward of 'blocks.0'")])
+@pytest.mark.parametrize(
+    ("functional", "who"), [(False, "'drop' (Dropout, p=0.3)"), (True, "the forward of 'blocks.0'")]
+)
 def test_drawing_without_a_key_is_refused(functional, who):
     net = build(Net, p=0.3, functional=functional)
     net.drop.p = 0.0 if functional else 0.3
@@ -408,7 +457,9 @@ def test_units_are_found():
             super().__init__()
             self.layers = stage(n)
 
-    deep = nn.ModuleDict({"stages": nn.ModuleList([Stage(2), Stage(6)]), "heads": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
+    deep = nn.ModuleDict(
+        {"stages": nn.ModuleList([Stage(2), Stage(6)]), "heads": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}
+    )
     assert stateless(Net(), loss)[0].units == ("blocks",)
     assert stateless(deep, loss)[0].units == ("stages.0.layers", "stages.1.layers")
     assert stateless(deep, loss, units=["heads"])[0].units == ("heads",)
@@ -479,7 +530,11 @@ class Stray(nn.Module):
         if self.kind == "closure":
             return self.hidden(x)
         for b in self.blocks:
-            x = b(x, {"outside": self.outer.weight, "in place": None, "object": Odd()}.get(self.kind), self.outer if self.kind == "outside" else None)
+            x = b(
+                x,
+                {"outside": self.outer.weight, "in place": None, "object": Odd()}.get(self.kind),
+                self.outer if self.kind == "outside" else None,
+            )
         return self.blocks[0].lin.weight.sum() + x if self.kind == "peek" else x
 
 
@@ -503,16 +558,49 @@ class Strange(nn.Module):
 @pytest.mark.parametrize(
     ("make", "kw", "error", "says"),
     [
-        (lambda: Norm(), {}, RuntimeError, "changes buffer 'norm.num_batches_tracked', but a pure loss has nowhere to keep it; write fz.stateless\\(module.eval"),
+        (
+            lambda: Norm(),
+            {},
+            RuntimeError,
+            (
+                "changes buffer 'norm.num_batches_tracked', but a pure loss has nowhere to keep it; write"
+                " fz.stateless\\(module.eval"
+            ),
+        ),
         (lambda: Cached(True), {}, RuntimeError, "changes buffer 'table'"),
         (lambda: nn.Linear(2, 2, device="meta"), {}, ValueError, "'weight' is on the meta device and has no values"),
-        (lambda: Net(), {"units": "layers"}, ValueError, "units='layers' names no list of blocks in Net; its repeated lists are \\['blocks'\\]"),
+        (
+            lambda: Net(),
+            {"units": "layers"},
+            ValueError,
+            "units='layers' names no list of blocks in Net; its repeated lists are \\['blocks'\\]",
+        ),
         (lambda: Net(), {"units": "embed"}, ValueError, "units='embed' names no list of blocks"),
-        (lambda: Stray("closure"), {}, TypeError, "the forward reads parameter 'outer.weight' of the module that stateless was given, and not of its copy"),
-        (lambda: Stray("outside"), {"remat": True}, TypeError, "unit 'blocks.0', which runs again in the backward \\(remat\\), reads a tensor of shape"),
-        (lambda: Stray("in place"), {"remat": True}, RuntimeError, "unit 'blocks.0' runs again .* changes an input in place"),
+        (
+            lambda: Stray("closure"),
+            {},
+            TypeError,
+            "the forward reads parameter 'outer.weight' of the module that stateless was given, and not of its copy",
+        ),
+        (
+            lambda: Stray("outside"),
+            {"remat": True},
+            TypeError,
+            "unit 'blocks.0', which runs again in the backward \\(remat\\), reads a tensor of shape",
+        ),
+        (
+            lambda: Stray("in place"),
+            {"remat": True},
+            RuntimeError,
+            "unit 'blocks.0' runs again .* changes an input in place",
+        ),
         (lambda: Stray("object"), {"remat": True}, TypeError, "unit 'blocks.0' runs again .* it is handed a Odd"),
-        (lambda: Net().requires_grad_(False), {}, TypeError, "is frozen in the module .* write value_and_grad\\(loss_fn, trainable=loss_fn.trainable"),
+        (
+            lambda: Net().requires_grad_(False),
+            {},
+            TypeError,
+            "is frozen in the module .* write value_and_grad\\(loss_fn, trainable=loss_fn.trainable",
+        ),
     ],
 )
 def test_what_cannot_be_pure_is_refused(make, kw, error, says):
@@ -520,7 +608,16 @@ def test_what_cannot_be_pure_is_refused(make, kw, error, says):
         _call(make(), **kw)
 
 
-@pytest.mark.parametrize("make", [lambda: Norm().eval(), lambda: Norm(track_running_stats=False), lambda: Cached(False), lambda: Stray("outside"), lambda: Stray("object")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Norm().eval(),
+        lambda: Norm(track_running_stats=False),
+        lambda: Cached(False),
+        lambda: Stray("outside"),
+        lambda: Stray("object"),
+    ],
+)
 def test_what_is_pure_is_not(make):
     _call(make())
 
@@ -535,7 +632,13 @@ def test_parameters_by_their_names():
 
 def _peek():
     loss_fn, params = stateless(Stray("peek"), lambda model, b: (model(b).sum(), torch.tensor(float(len(b)))))
-    with pytest.raises(TypeError, match="parameter 'blocks.0.lin.weight' is inside a unit that is not open; a module may read it only inside that block's forward"):
+    with pytest.raises(
+        TypeError,
+        match=(
+            "parameter 'blocks.0.lin.weight' is inside a unit that is not open; a module may read it only inside that"
+            " block's forward"
+        ),
+    ):
         got(loss_fn, params, torch.randn(4, DIM), 3)
 
 
@@ -549,13 +652,34 @@ def _models():
     small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=32)
     tokens = torch.randint(1, 32, (4, 8), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(8) < torch.tensor([8, 5, 7, 3])[:, None]).long()
-    plain, masked = {"input_ids": tokens, "labels": tokens}, {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
+    plain, masked = {"input_ids": tokens, "labels": tokens}, {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "labels": tokens,
+    }
     off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     return {
-        "gpt2": (t.GPT2LMHeadModel, t.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0, **off), plain, 1),
+        "gpt2": (
+            t.GPT2LMHeadModel,
+            t.GPT2Config(
+                n_embd=16, n_layer=3, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0, **off
+            ),
+            plain,
+            1,
+        ),
         "llama": (t.LlamaForCausalLM, t.LlamaConfig(**small, num_key_value_heads=1), masked, 1),
-        "bert": (t.BertForMaskedLM, t.BertConfig(**small, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), masked, 1),
-        "t5": (t.T5ForConditionalGeneration, t.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=32, dropout_rate=0.0), {**masked, "decoder_input_ids": tokens}, 2),
+        "bert": (
+            t.BertForMaskedLM,
+            t.BertConfig(**small, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+            masked,
+            1,
+        ),
+        "t5": (
+            t.T5ForConditionalGeneration,
+            t.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=32, dropout_rate=0.0),
+            {**masked, "decoder_input_ids": tokens},
+            2,
+        ),
     }
 
 

@@ -1,4 +1,5 @@
 """What an unmodified forward may do beside computing: hooks, caches, counters, settings, leaves of its own, compiled blocks, mixed blocks."""
+
 from __future__ import annotations
 
 from collections import deque
@@ -97,7 +98,9 @@ def hooked_gradients():
     out = []
     for remat in (False, True):
         loss_fn, params = fz.stateless(build(Hooking), loss, remat=remat)
-        step = fz.train_step(*fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1), stage=3), mesh={"data": -1})
+        step = fz.train_step(
+            *fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1), stage=3), mesh={"data": -1}
+        )
         state, m = step(step.init(params), step.local_rows(X))
         out.append(zoo.tree_hash([step.params(state), m.grad_norm]))
     return out
@@ -137,7 +140,13 @@ class Stateful(Net):
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("counter", "the forward changes 'seen' \\(from 1 to 2\\), but a pure loss has nowhere to keep it; hand it in with the batch, or return it as aux"),
+        (
+            "counter",
+            (
+                "the forward changes 'seen' \\(from 1 to 2\\), but a pure loss has nowhere to keep it; hand it in with"
+                " the batch, or return it as aux"
+            ),
+        ),
         ("tensor", "changes tensor 'average', but a pure loss has nowhere to keep it"),
         ("deque", "changes 'recent' \\(a deque of 0 values, now 1, which all calls share\\)"),
     ],
@@ -158,7 +167,9 @@ def test_a_setting_is_kept_and_said(caplog):
     net = build(Stateful, "setting")
     plain = build(Stateful, "setting")
     assert set(calls(net)) == {loss(plain, X)[0].item()} and net.width == 9
-    assert [r.getMessage() for r in caplog.records] == ["stateless: the forward sets 'width' from 9 to 4, which is kept; should it move again, it is refused"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "stateless: the forward sets 'width' from 9 to 4, which is kept; should it move again, it is refused"
+    ]
 
 
 # --- leaves, closures, compiled modules ---------------------------------------------------------------------------------
@@ -173,7 +184,9 @@ def test_a_leaf_that_the_forward_makes_is_its_own(stage):
     net = build(Net)
     want = torch.autograd.grad(penalty(net, X)[0] / len(X), list(net.parameters()))
     loss_fn, params = fz.stateless(net, penalty)
-    step = fz.train_step(*fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(1.0), stage=stage), mesh={"data": 1})
+    step = fz.train_step(
+        *fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(1.0), stage=stage), mesh={"data": 1}
+    )
     new = step.params(step(step.init(params), X)[0])
     for g, (name, p) in zip(want, params.items(), strict=True):
         torch.testing.assert_close(p - new[name], g, rtol=1e-4, atol=1e-5)
@@ -181,7 +194,12 @@ def test_a_leaf_that_the_forward_makes_is_its_own(stage):
 
 def test_what_a_loss_captures_is_refused():
     scale = torch.ones((), requires_grad=True)
-    with pytest.raises(TypeError, match="the loss captures a tensor of shape \\(\\) that needs a gradient, which nobody would hear of; register it"):
+    with pytest.raises(
+        TypeError,
+        match=(
+            "the loss captures a tensor of shape \\(\\) that needs a gradient, which nobody would hear of; register it"
+        ),
+    ):
         fz.stateless(build(Net), lambda model, x: (model(x).sum() * scale, torch.ones(())))
 
 
@@ -207,9 +225,17 @@ def test_numpy_in_a_block_that_runs_again_is_refused():
     def one(p, x):
         return x * p["w"] * float(np.random.rand() > 2)
 
-    g = fz.value_and_grad(lambda p, b, key: (fz.layers(one, p["blocks"], b, remat=True).sum(), torch.ones(())), batch=P("data"), rng=True)
+    g = fz.value_and_grad(
+        lambda p, b, key: (fz.layers(one, p["blocks"], b, remat=True).sum(), torch.ones(())), batch=P("data"), rng=True
+    )
     step = fz.train_step(g, fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
-    with pytest.raises(RuntimeError, match="runs again in the backward \\(remat\\) draws from numpy's global generator, and would draw other numbers then"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            "runs again in the backward \\(remat\\) draws from numpy's global generator, and would draw other numbers"
+            " then"
+        ),
+    ):
         step(step.init({"blocks": [{"w": torch.ones(DIM)}]}), X)
 
 
@@ -248,7 +274,9 @@ class Watched(Tape):
 def peaks():
     """Units gathered at once, by update."""
     loss_fn, params = fz.stateless(build(Towers), loss)
-    step = fz.train_step(fz.shard("data", fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1)), mesh={"data": world_size()})
+    step = fz.train_step(
+        fz.shard("data", fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1)), mesh={"data": world_size()}
+    )
     state, out = step.init(params), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradient, "Tape", Watched)
@@ -273,7 +301,9 @@ def rechecked():
     loss_fn, params = fz.stateless(build(Net, (Rechecking,) * 3), loss)
     said = []
     for stage in range(4):
-        step = fz.train_step(*fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1), stage=stage), mesh={"data": -1})
+        step = fz.train_step(
+            *fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1), stage=stage), mesh={"data": -1}
+        )
         with pytest.raises(TypeError) as error:
             step(step.init(params), step.local_rows(X))
         said.append(str(error.value))
@@ -283,4 +313,8 @@ def rechecked():
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_checkpoint_inside_a_unit_says_remat(run_world, world):
     for said in zoo.everywhere(run_world, world, rechecked):
-        assert "is read again in the backward, as torch.utils.checkpoint does inside a unit; leave that out, and write remat=True" in said
+        assert (
+            "is read again in the backward, as torch.utils.checkpoint does inside a unit; leave that out, and write"
+            " remat=True"
+            in said
+        )

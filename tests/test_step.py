@@ -1,4 +1,5 @@
 """The train step: states, views, specs, losses, counters, and what it prints."""
+
 from __future__ import annotations
 
 import pytest
@@ -16,7 +17,12 @@ MESH = {"data": -1}
 
 
 def make(stage, *, units=("blocks",), k=1, mesh=None, policy=None, tx=None, **kw):
-    return fz.train_step(*fz.zero(zoo.source(units=units), *(tx or zoo.tx()), stage=stage, accumulate=k), mesh=mesh or MESH, policy=policy, **kw)
+    return fz.train_step(
+        *fz.zero(zoo.source(units=units), *(tx or zoo.tx()), stage=stage, accumulate=k),
+        mesh=mesh or MESH,
+        policy=policy,
+        **kw,
+    )
 
 
 # --- states -----------------------------------------------------------------------------------------------------------
@@ -25,7 +31,14 @@ def held(stage, policy):
     step = make(stage, policy=policy)
     state = step.init(zoo.params(), key=11)
     kind = None if state.views is None else str(state.views.buffers[0].dtype)
-    return kind, str(state.params.buffers[0].dtype), int(state.step), int(state.updates), int(state.key), tree_hash(step.params(state)) == tree_hash(zoo.params())
+    return (
+        kind,
+        str(state.params.buffers[0].dtype),
+        int(state.step),
+        int(state.updates),
+        int(state.key),
+        tree_hash(step.params(state)) == tree_hash(zoo.params()),
+    )
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -41,16 +54,28 @@ def test_parameters_are_copied_and_cast_to_the_policy():
     g = fz.value_and_grad(lambda p, b: ((p["w"].sum() + p["v"].sum()) * b["x"].sum(), torch.ones(())), batch=P("data"))
     step = fz.donate(fz.train_step(g, fz.all_reduce("data"), fz.sgd(1.0), mesh=MESH))
     state, _ = step(step.init(params), {"x": torch.ones(1)})
-    assert params["w"].dtype == torch.bfloat16 and params["w"].tolist() == [1.0] * 3 and step.params(state)["w"].dtype == torch.float32
+    assert (
+        params["w"].dtype == torch.bfloat16
+        and params["w"].tolist() == [1.0] * 3
+        and step.params(state)["w"].dtype == torch.float32
+    )
     assert step.params(state)["w"].tolist() == [0.0] * 3
 
 
 def test_any_tree_of_parameters_comes_back_as_it_was():
-    for params in (torch.ones(2), [torch.ones(2), (torch.ones(1), {"a": torch.ones(())})], {"x": {"y": [torch.ones(3)]}}):
-        g = fz.value_and_grad(lambda p, b: (sum(x.sum() for x in tree.leaves(p)) * b["x"].sum(), torch.ones(())), batch=P("data"))
+    for params in (
+        torch.ones(2),
+        [torch.ones(2), (torch.ones(1), {"a": torch.ones(())})],
+        {"x": {"y": [torch.ones(3)]}},
+    ):
+        g = fz.value_and_grad(
+            lambda p, b: (sum(x.sum() for x in tree.leaves(p)) * b["x"].sum(), torch.ones(())), batch=P("data")
+        )
         step = fz.train_step(fz.shard("data", g, fz.sgd(1.0)), mesh=MESH)
         state, _ = step(step.init(params), {"x": torch.ones(1)})
-        assert tree.flatten(step.params(state))[1] == tree.flatten(params)[1] and all((x == 0).all() for x in tree.leaves(step.params(state)))
+        assert tree.flatten(step.params(state))[1] == tree.flatten(params)[1] and all(
+            (x == 0).all() for x in tree.leaves(step.params(state))
+        )
 
 
 def found(stage):
@@ -61,7 +86,13 @@ def found(stage):
     more = step.with_state(state, own._replace(scale=own.scale * 2))
     same = own is state.chain["scale_loss"] and step.state_of(state, Accumulate) is None
     whole = tree_hash(step.whole_views(state).where.structure.unflatten(step.whole_views(state).leaves()))
-    return same, float(more.chain["scale_loss"].scale), float(own.scale), step.mesh.index("data"), whole == tree_hash(zoo.params())
+    return (
+        same,
+        float(more.chain["scale_loss"].scale),
+        float(own.scale),
+        step.mesh.index("data"),
+        whole == tree_hash(zoo.params()),
+    )
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -87,7 +118,16 @@ def test_counters_count_calls_and_applied_updates():
 def test_metrics_are_tensors_without_dims():
     _, m = make(2)(make(2).init(zoo.params()), zoo.batch(0))
     assert all(x.shape == () for x in m[:-1]) and m.aux is None
-    assert [str(x.dtype).removeprefix("torch.") for x in m[:-1]] == ["float64", "float64", "float64", "bool", "bool", "float64", "float64", "int64"]
+    assert [str(x.dtype).removeprefix("torch.") for x in m[:-1]] == [
+        "float64",
+        "float64",
+        "float64",
+        "bool",
+        "bool",
+        "float64",
+        "float64",
+        "int64",
+    ]
     assert m.scale == 1 and m.lr == zoo.LR and m.weight == zoo.batch(0)["mask"].sum()
 
 
@@ -102,7 +142,11 @@ def evaluated(stage, policy):
     out = step.eval(zoo.loss_plain)(state, mine)
     p = tree.map(lambda x: x.to(step.grad.env.policy.compute), step.params(state))
     loss, weight = zoo.loss_plain(p, b)
-    return out.loss.item() == pytest.approx((loss / weight).item(), rel=1e-6 if policy is None else 1e-2), out.weight.item() == weight.item(), out.loss.item()
+    return (
+        out.loss.item() == pytest.approx((loss / weight).item(), rel=1e-6 if policy is None else 1e-2),
+        out.weight.item() == weight.item(),
+        out.loss.item(),
+    )
 
 
 def evaluations(policy):
@@ -125,7 +169,10 @@ def test_eval_neither_moves_a_state_nor_needs_a_gradient():
         assert not torch.is_grad_enabled()
         return zoo.forward(p, b, remat=True)
 
-    assert step.eval(loss)(state, zoo.batch(0)).weight == zoo.batch(0)["mask"].sum() and tree_hash(state._asdict()) == before
+    assert (
+        step.eval(loss)(state, zoo.batch(0)).weight == zoo.batch(0)["mask"].sum()
+        and tree_hash(state._asdict()) == before
+    )
 
 
 def views_of(stage):
@@ -133,7 +180,11 @@ def views_of(stage):
     state, _ = step(step.init(zoo.params()), step.local_rows(zoo.batch(0)))
     views, masters = step.view(state), step.params(state)
     fresh = [x for x in tree.leaves(views) if x.requires_grad and x.is_leaf and x.dtype == torch.bfloat16]
-    return len(fresh), all(torch.equal(v, m.bfloat16()) for v, m in zip(tree.leaves(views), tree.leaves(masters), strict=True)), views["norm"] is views["head"]["scale"]
+    return (
+        len(fresh),
+        all(torch.equal(v, m.bfloat16()) for v, m in zip(tree.leaves(views), tree.leaves(masters), strict=True)),
+        views["norm"] is views["head"]["scale"],
+    )
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -170,33 +221,45 @@ def test_specs_mirror_the_state():
     specs = step.specs(meta)
     assert set(specs) == {"params", "views", "grads", "scale_loss", "adamw"}
     for part in (specs["params"], specs["views"], specs["grads"], specs["adamw"].mu):
-        assert [n for n, _ in tree.paths(zoo.params())] == [n for n, _ in tree.paths(tree.map(lambda x: 0, part, is_leaf=lambda x: isinstance(x, P)))]
-    assert specs["views"]["embed"] == P() and specs["adamw"].nu["embed"] == P("data") and specs["scale_loss"].scale == P() == specs["adamw"].count
+        assert [n for n, _ in tree.paths(zoo.params())] == [
+            n for n, _ in tree.paths(tree.map(lambda x: 0, part, is_leaf=lambda x: isinstance(x, P)))
+        ]
+    assert (
+        specs["views"]["embed"] == P()
+        and specs["adamw"].nu["embed"] == P("data")
+        and specs["scale_loss"].scale == P() == specs["adamw"].count
+    )
 
 
 PRINTED = {
-    0: """
+    0: (
+        """
       value_and_grad(batch=P('data'))  -> sum, unreduced over ['data']
       accumulate(2)                    -> sum, unreduced over ['data'], of 2 micro-batches
       all_reduce('data')               -> sum, of 8 micro-batches
       mean                             -> mean, of 8 micro-batches
       sgd                              -> new parameters, of 8 micro-batches
-    """,
-    1: """
+    """
+    ),
+    1: (
+        """
       value_and_grad(batch=P('data'))  -> sum, unreduced over ['data']
       accumulate(2)                    -> sum, unreduced over ['data'], of 2 micro-batches
       shard('data',                    -> sum, sharded over ['data'], of 8 micro-batches
         mean                           -> mean, sharded over ['data'], of 8 micro-batches
         sgd                            -> new parameters, sharded over ['data'], of 8 micro-batches
       )                                -> new parameters, of 8 micro-batches
-    """,
-    3: """
+    """
+    ),
+    3: (
+        """
       shard('data',
         value_and_grad(batch=P('data'))  -> sum, sharded over ['data'], of 4 micro-batches
         accumulate(2)                    -> sum, sharded over ['data'], of 8 micro-batches
         mean                             -> mean, sharded over ['data'], of 8 micro-batches
         sgd                              -> new parameters, sharded over ['data'], of 8 micro-batches
-    """,
+    """
+    ),
 }
 
 
@@ -225,8 +288,15 @@ def three(k):
 def test_three_ranks_have_the_bits_that_the_note_says(k, kinds):
     """The same at every run; with micro-batches to add as well, stages 2 and 3 add ranks first and have others than 0 and 1."""
     bits = simulate({"data": 3})(three, k)[0]
-    assert bits == simulate({"data": 3})(three, k)[0] and bits[0] == bits[1] and bits[2] == bits[3] and len(set(bits)) == kinds
-    note = "  note: {'data': 3} is no power of two: the same bits at every run of this world, other bits in other worlds"
+    assert (
+        bits == simulate({"data": 3})(three, k)[0]
+        and bits[0] == bits[1]
+        and bits[2] == bits[3]
+        and len(set(bits)) == kinds
+    )
+    note = (
+        "  note: {'data': 3} is no power of two: the same bits at every run of this world, other bits in other worlds"
+    )
     more = ", and in other orders of these sums (stages 2 and 3 against 0 and 1)"
     assert str(make(1, k=k, mesh={"data": 3})).splitlines()[-1] == note + more * (kinds - 1)
 
@@ -235,13 +305,18 @@ def test_three_ranks_have_the_bits_that_the_note_says(k, kinds):
 def test_without_a_mesh_all_processes_are_on_the_batchs_axis():
     parts = fz.zero(zoo.source(), *zoo.tx(), stage=2)
     assert fz.train_step(*parts).mesh.sizes() == {"data": 1}
-    with pytest.raises(fz.ChainError, match=r"the batch is split over \['node', 'local'\]; write their sizes, as mesh=\{'node': 2, 'local': 2\}"):
+    with pytest.raises(
+        fz.ChainError,
+        match=r"the batch is split over \['node', 'local'\]; write their sizes, as mesh=\{'node': 2, 'local': 2\}",
+    ):
         fz.train_step(zoo.source(("node", "local")), fz.all_reduce("node"), fz.all_reduce("local"), *zoo.tx())
 
 
 def unsplit():
     """A batch that is not split, on purpose: every rank sees all rows, and no gradient is sent."""
-    step = fz.train_step(fz.value_and_grad(zoo.loss_plain, replicated=("data",)), fz.accumulate(8), *zoo.tx(), mesh=MESH)
+    step = fz.train_step(
+        fz.value_and_grad(zoo.loss_plain, replicated=("data",)), fz.accumulate(8), *zoo.tx(), mesh=MESH
+    )
     state = step.init(zoo.params())
     with fz.count_bytes(step) as sent:
         state, m = step(state, step.local_rows(zoo.batch(0)))

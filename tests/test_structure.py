@@ -1,4 +1,5 @@
 """The static half: which leaves there are, what is opened together, and which dim an axis cuts."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """The pool of workers: results by rank, errors that name the rank, and no test that hangs."""
+
 from __future__ import annotations
 
 import os
@@ -179,7 +180,10 @@ def test_workers_are_started_afresh_after_so_many_runs():
 
 
 def test_workers_end_with_the_process_that_holds_them():
-    code = "from funczero.testing import WorkerPool; import os, sys; print(*WorkerPool(2).run(os.getpid), flush=True); os.kill(os.getpid(), 9)"
+    code = (
+        "from funczero.testing import WorkerPool; import os, sys; print(*WorkerPool(2).run(os.getpid), flush=True);"
+        " os.kill(os.getpid(), 9)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
     pids = [int(pid) for pid in out.split()]
     deadline = time.monotonic() + 10
@@ -196,10 +200,18 @@ def test_a_world_has_a_process():
 def test_a_hash_is_of_bits_paths_and_types():
     tree = {"w": torch.zeros(2, 3), "b": [torch.ones(1), 3]}
     assert tree_hash(tree) == tree_hash({"b": [torch.ones(1), 3], "w": torch.zeros(3, 2).T})
-    others = [{"w": -torch.zeros(2, 3)}, {"w": torch.zeros(3, 2)}, {"w": torch.zeros(2, 3, dtype=torch.int32)}, {"v": tree["w"]}, {"b": [torch.ones(1), 4]}]
+    others = [
+        {"w": -torch.zeros(2, 3)},
+        {"w": torch.zeros(3, 2)},
+        {"w": torch.zeros(2, 3, dtype=torch.int32)},
+        {"v": tree["w"]},
+        {"b": [torch.ones(1), 4]},
+    ]
     hashes = {tree_hash(tree), *(tree_hash(tree | other) for other in others)}
     assert len(hashes) == 1 + len(others)
-    assert tree_hash([torch.zeros(0, dtype=torch.bfloat16), torch.tensor(True)]) != tree_hash([torch.zeros(0), torch.tensor(True)])
+    assert tree_hash([torch.zeros(0, dtype=torch.bfloat16), torch.tensor(True)]) != tree_hash(
+        [torch.zeros(0), torch.tensor(True)]
+    )
 
 
 def _alive(pid: int) -> bool:

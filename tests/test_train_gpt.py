@@ -16,7 +16,12 @@ SMALL = ["--layers=2", "--width=32", "--heads=2", "--length=16", "--batch=8", "-
 
 
 def start(*flags):
-    return subprocess.Popen([sys.executable, EXPERIMENTS / "train_gpt.py", *SMALL, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, EXPERIMENTS / "train_gpt.py", *SMALL, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process):
@@ -25,7 +30,17 @@ def finish(process):
 
 
 def test_stages_train_alike_and_report(text):
-    runs = {stage: start(f"--stage={stage}", "--steps=8", "--eval_every=4", "--sample=20", f"--data={text}", f"--out={text}/out{stage}") for stage in (0, 3)}
+    runs = {
+        stage: start(
+            f"--stage={stage}",
+            "--steps=8",
+            "--eval_every=4",
+            "--sample=20",
+            f"--data={text}",
+            f"--out={text}/out{stage}",
+        )
+        for stage in (0, 3)
+    }
     losses, sent = {}, {}
     for stage, run in runs.items():
         status, out, err = finish(run)
@@ -33,7 +48,10 @@ def test_stages_train_alike_and_report(text):
         records = [json.loads(line) for line in (text / f"out{stage}" / "metrics.jsonl").read_text().splitlines()]
         updates, held_out = ([r for r in records if name in r] for name in ("loss", "held_out_bits_per_byte"))
         assert [r["step"] for r in updates] == list(range(1, 9)) and [r["step"] for r in held_out] == [0, 4, 8]
-        assert abs(held_out[0]["held_out_bits_per_byte"] - 8) < 0.2 and held_out[2]["held_out_bits_per_byte"] < held_out[0]["held_out_bits_per_byte"]
+        assert (
+            abs(held_out[0]["held_out_bits_per_byte"] - 8) < 0.2
+            and held_out[2]["held_out_bits_per_byte"] < held_out[0]["held_out_bits_per_byte"]
+        )
         assert all(math.isclose(r["bits_per_byte"], r["loss"] / math.log(2)) and r["ok"] for r in updates)
         assert out.count("single bytes") == 3 and (text / f"out{stage}" / "loss.png").stat().st_size > 1000
         losses[stage], sent[stage] = torch.tensor([r["loss"] for r in updates]), updates[-1]["bytes_sent"]
@@ -44,7 +62,10 @@ def test_stages_train_alike_and_report(text):
 def test_a_wrong_command_line_ends_with_one_sentence(tmp_path):
     wrong = {
         f"--data={tmp_path}/missing": f"train_gpt: data: there is no file or folder '{tmp_path}/missing'; give",
-        "--batch=9": "train_gpt: --batch=9 windows do not divide into 2 micro-batches (processes x --accumulate=1); write --batch=10",
+        "--batch=9": (
+            "train_gpt: --batch=9 windows do not divide into 2 micro-batches (processes x --accumulate=1); write"
+            " --batch=10"
+        ),
     }
     for run, sentence in [(start(flag, f"--out={tmp_path}/out"), sentence) for flag, sentence in wrong.items()]:
         status, out, err = finish(run)
@@ -86,7 +107,9 @@ def test_gpt_positions_are_relative(gpt):
 
 def test_gpt_samples_are_a_function_of_the_generator(gpt):
     params = gpt.init(0, gpt.Sizes(layers=1, width=16, heads=2))
-    once, again, other = (gpt.sample(params, 2, b"def ", 20, 8, 1.0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    once, again, other = (
+        gpt.sample(params, 2, b"def ", 20, 8, 1.0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
     assert once == again != other and len(once) == 24 and once.startswith(b"def ")
 
 
@@ -114,9 +137,13 @@ def test_a_notice_ends_a_run_cleanly_and_it_goes_on_elsewhere_with_the_same_bits
     assert status == 0 and "stopped by SIGTERM after update" in out, (out, err)
     stopped = int(out.split("after update ")[1].split(";")[0])
     assert (text / "run" / "checkpoints" / str(stopped)).exists() and len(losses(text / "run")) == stopped
-    status, out, err = finish(start(*flags, "--nproc=4", "--stage=1", "--save_every=5", "--resume=auto", f"--out={text}/run"))
+    status, out, err = finish(
+        start(*flags, "--nproc=4", "--stage=1", "--save_every=5", "--resume=auto", f"--out={text}/run")
+    )
     assert status == 0, err
-    assert finish(whole)[0] == 0 and losses(text / "run") == losses(text / "whole") and len(losses(text / "whole")) == 24
+    assert (
+        finish(whole)[0] == 0 and losses(text / "run") == losses(text / "whole") and len(losses(text / "whole")) == 24
+    )
     status, _, err = finish(start(*flags, "--save_every=5", f"--out={text}/run"))
     assert status == 2 and "holds checkpoints of another run" in err
     status, _, err = finish(start(*flags, "--resume=7", f"--out={text}/run"))

@@ -1,4 +1,5 @@
 """Pytrees: paths, maps, rows and rules."""
+
 from __future__ import annotations
 
 import copy
@@ -61,8 +62,16 @@ def test_no_rows_split_into_parts_of_none():
 @pytest.mark.parametrize(
     ("batch", "error", "words"),
     [
-        ({"x": ones(5)}, ValueError, "here: a batch of 5 rows does not divide into 2 equal parts; give a multiple of 2 rows"),
-        ({"x": ones(4), "y": ones(2)}, ValueError, r"here: the tensors of a batch disagree on their rows \(dim 0\): \[2, 4\]"),
+        (
+            {"x": ones(5)},
+            ValueError,
+            "here: a batch of 5 rows does not divide into 2 equal parts; give a multiple of 2 rows",
+        ),
+        (
+            {"x": ones(4), "y": ones(2)},
+            ValueError,
+            r"here: the tensors of a batch disagree on their rows \(dim 0\): \[2, 4\]",
+        ),
         ({"x": ones(())}, TypeError, "one is Tensor without dims"),
         ({"x": "text"}, TypeError, "one is str"),
     ],
@@ -86,15 +95,24 @@ def test_a_matcher_is_a_regex_a_predicate_or_nothing(which, hits):
 def test_a_path_with_other_names_is_its_first():
     path = tree.Path("embed", "head")
     for same in (path, copy.deepcopy(path), pickle.loads(pickle.dumps(path))):
-        assert same == "embed" and hash(same) == hash("embed") and f"{same!r} {same}" == "'embed' embed" and tree.names(same) == ("embed", "head")
+        assert (
+            same == "embed"
+            and hash(same) == hash("embed")
+            and f"{same!r} {same}" == "'embed' embed"
+            and tree.names(same) == ("embed", "head")
+        )
     assert tree.rule([("head", 1), ("", 2)], path, None) == 1 and tree.rule([("head", 1), ("", 2)], "embed", None) == 2
-    assert tree.unmatched("head", [path, "norm"]) == tree.unmatched("^$", [path]) == "" and "the regex 'tail' matches no parameter" in tree.unmatched("tail", [path])
+    assert tree.unmatched("head", [path, "norm"]) == tree.unmatched(
+        "^$", [path]
+    ) == "" and "the regex 'tail' matches no parameter" in tree.unmatched("tail", [path])
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_none_in_a_batch_stays_none_in_every_part(n):
     parts = tree.split_rows({"x": ones(4, 2), "mask": None, "deep": [None, ones(4)]}, n, "here")
-    assert len(parts) == n and all(p["mask"] is None and p["deep"][0] is None and len(p["x"]) == len(p["deep"][1]) == 4 // n for p in parts)
+    assert len(parts) == n and all(
+        p["mask"] is None and p["deep"][0] is None and len(p["x"]) == len(p["deep"][1]) == 4 // n for p in parts
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -1,16 +1,30 @@
 """The types: what a layout says of itself, and the order of fields that people unpack."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
-from funczero.core.types import ChainError, GradientTransformation, Layout, Metrics, Seed, Sum, TrainState, Updated, Value
+from funczero.core.types import (
+    ChainError,
+    GradientTransformation,
+    Layout,
+    Metrics,
+    Seed,
+    Sum,
+    TrainState,
+    Updated,
+    Value,
+)
 
 LAYOUTS = {
     "sum": Layout(),
     "sum, unreduced over ['node', 'local']": Layout(batch=("node", "local"), unreduced=frozenset({"local", "node"})),
     "sum, unreduced over ['local'], sharded over ['node'], of 8 micro-batches": Layout(
-        batch=("node", "local"), unreduced=frozenset({"local"}), sharded=("node",), order=(("accumulate", 4), ("node", 2))
+        batch=("node", "local"),
+        unreduced=frozenset({"local"}),
+        sharded=("node",),
+        order=(("accumulate", 4), ("node", 2)),
     ),
     "mean, sharded over ['data']": Layout(batch=("data",), sharded=("data",), rest=("data",), phase="value"),
     "new parameters": Layout(batch=("data",), phase="updated"),
@@ -48,6 +62,8 @@ def test_a_chain_error_is_a_type_error():
 
 def test_a_sum_has_no_value_and_new_parameters_have_no_gradient():
     total = Sum(torch.zeros(1), torch.ones(1), None, None)
-    assert total.bad is None and not {"factor", "norm", "ok", "logs"} & set(Sum._fields) and "grads" not in Updated._fields
+    assert (
+        total.bad is None and not {"factor", "norm", "ok", "logs"} & set(Sum._fields) and "grads" not in Updated._fields
+    )
     assert [Layout(phase=p).mean for p in ("sum", "value", "updated")] == [False, True, True]
     assert [Layout(phase=p).applied for p in ("sum", "value", "updated")] == [False, False, True]

@@ -1,4 +1,5 @@
 """The driver of formulas, and rates as leaves of the state: schedules write them, hands edit them, checkpoints keep them, ranks compare them."""
+
 from __future__ import annotations
 
 import math
@@ -25,7 +26,9 @@ RULES = [("blocks/1", 1e-2), ("embed", fz.schedules.warmup_cosine(1e-2, 2, 8)), 
 
 
 def made(tx, stage=3, donate=False, dtype="float32"):
-    step = fz.train_step(*fz.zero(zoo.source(), tx, stage=stage, accumulate=zoo.MICROS // world_size()), mesh={"data": -1}, policy=dtype)
+    step = fz.train_step(
+        *fz.zero(zoo.source(), tx, stage=stage, accumulate=zoo.MICROS // world_size()), mesh={"data": -1}, policy=dtype
+    )
     return fz.donate(step) if donate else step
 
 
@@ -60,7 +63,15 @@ def test_a_formula_gives_the_same_bits_on_any_pieces(name):
         for seed in (1, 2):
             read = tx.formula.read(state, p, ok, False)
             groups = [Group(read.groups[0].rates, leaves) for leaves in cut]
-            state = run(tx.formula, Reading(groups, read.rates, read.lr), p, slots(seed).trainable(), torch.tensor(0.5, dtype=F64), state, ok)
+            state = run(
+                tx.formula,
+                Reading(groups, read.rates, read.lr),
+                p,
+                slots(seed).trainable(),
+                torch.tensor(0.5, dtype=F64),
+                state,
+                ok,
+            )
         found.add(tree_hash([p, state]))
     assert len(found) == 1
 
@@ -71,7 +82,11 @@ def test_whole_units_are_one_piece_and_padding_goes_along():
     (whole,) = pieces((x,), first)
     assert whole[0] is x.buffers[1] and len(whole) == 1
     (cut,) = pieces((x,), first[:1])
-    assert cut[0].data_ptr() == x.buffers[1].data_ptr() and cut[0].numel() == where.slots[first[0]].length and isinstance(x, Slots)
+    assert (
+        cut[0].data_ptr() == x.buffers[1].data_ptr()
+        and cut[0].numel() == where.slots[first[0]].length
+        and isinstance(x, Slots)
+    )
 
 
 # --- rates are leaves -------------------------------------------------------------------------------------------------
@@ -83,7 +98,9 @@ def test_rates_are_float64_leaves_that_a_number_keeps_and_a_schedule_writes(name
     assert math.isnan(leaves(state, name)["lr"]) and leaves(state, name)["weight_decay"] == 0.1
     for t, updates in [(0, 0), (1, 1), (2, 2), (zoo.BAD, 2), (4, 3)]:
         state, m = updated(step, state, [t])
-        assert leaves(state, name)["lr"] == schedule(torch.tensor(updates)) and leaves(state, name)["weight_decay"] == 0.1  # of the last applied update
+        assert (
+            leaves(state, name)["lr"] == schedule(torch.tensor(updates)) and leaves(state, name)["weight_decay"] == 0.1
+        )  # of the last applied update
     for x in leaves(state, name).values():
         assert x.dtype == F64 and x.dim() == 0 and x.device.type == "cpu"
 
@@ -94,7 +111,16 @@ def test_an_edited_number_counts_from_the_next_update(name, donate):
     """It is the run of an optimizer that was built with it."""
     first, second = (made(MAKERS[name](lr, weight_decay=d), donate=donate) for lr, d in ((1e-2, 0.1), (3e-2, 0.0)))
     state, _ = updated(first, first.init(zoo.params()), [0])
-    want, _ = updated(second, tree.clone(state)._replace(chain={k: v._replace(rates=second.init(zoo.params()).chain[k].rates) for k, v in tree.clone(state).chain.items()}), [1])
+    want, _ = updated(
+        second,
+        tree.clone(state)._replace(
+            chain={
+                k: v._replace(rates=second.init(zoo.params()).chain[k].rates)
+                for k, v in tree.clone(state).chain.items()
+            }
+        ),
+        [1],
+    )
     leaves(state, name)["lr"].fill_(3e-2)
     leaves(state, name)["weight_decay"].fill_(0.0)
     got, m = updated(first, state, [1])
@@ -122,11 +148,18 @@ def test_rules_and_trees_are_leaves_by_regex_and_by_path():
     step = made(fz.adamw(RULES, weight_decay=tree.map(lambda x: 0.1, zoo.params())))
     state, m = updated(step, step.init(zoo.params()), [0, 1])
     assert leaves(state, "adamw")["lr/blocks/1"] == 1e-2 and leaves(state, "adamw")["lr/"] == 3e-2 == m.lr
-    assert leaves(state, "adamw")["lr/embed"] == RULES[1][1](torch.tensor(1)) and leaves(state, "adamw")["weight_decay/blocks/0/w"] == 0.1
+    assert (
+        leaves(state, "adamw")["lr/embed"] == RULES[1][1](torch.tensor(1))
+        and leaves(state, "adamw")["weight_decay/blocks/0/w"] == 0.1
+    )
     state.chain["adamw"].rates["lr"][""].fill_(0.0)
     state.chain["adamw"].rates["weight_decay"]["conv"].fill_(0.0)
     after, _ = updated(step, state, [2])
-    same = {n for (n, a), (_, b) in zip(tree.paths(step.params(state)), tree.paths(step.params(after)), strict=True) if torch.equal(a, b)}
+    same = {
+        n
+        for (n, a), (_, b) in zip(tree.paths(step.params(state)), tree.paths(step.params(after)), strict=True)
+        if torch.equal(a, b)
+    }
     assert {"conv", "gain", "norm"} <= same and not {"embed"} & same
 
 
@@ -156,7 +189,12 @@ def test_a_tied_leaf_that_is_edited_at_one_path_is_refused():
     step = made(fz.adamw(tree.map(lambda x: 0.1, zoo.params())))
     state = step.init(zoo.params())
     state.chain["adamw"].rates["lr"]["norm"].fill_(0.2)
-    with pytest.raises(ValueError, match="adamw: lr: in its state the tree says two things of one tied parameter, norm = head/scale; write the same"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "adamw: lr: in its state the tree says two things of one tied parameter, norm = head/scale; write the same"
+        ),
+    ):
         step(state, step.local_rows(zoo.batch(1)))
 
 
@@ -175,7 +213,10 @@ def edited_alone():
 
 def test_an_edit_on_one_rank_alone_is_told(run_world):
     for said in run_world(2, edited_alone):
-        assert "has 0.5 as adamw.rates.lr.blocks in step(state, batch) at step 1, while rank 0 has 0.01" in said and "hold the same state and rates" in said
+        assert (
+            "has 0.5 as adamw.rates.lr.blocks in step(state, batch) at step 1, while rank 0 has 0.01" in said
+            and "hold the same state and rates" in said
+        )
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -198,8 +239,14 @@ def test_a_checkpoint_keeps_rates_and_its_value_counts(tmp_path):
     _, got = restored(tmp_path, fz.adamw([(RULES[0][0], 0.7), *RULES[1:]]))
     assert tree_hash(got.state._asdict()) == tree_hash(state._asdict())
     assert got.notes == (
-        "'adamw/rates/lr/blocks%2F1' is 0.01 in the checkpoint, which counts, and 0.7 in the script; write another value into the restored state",
-        "'adamw/rates/b2' is 0.5 in the checkpoint, which counts, and 0.999 in the script; write another value into the restored state",
+        (
+            "'adamw/rates/lr/blocks%2F1' is 0.01 in the checkpoint, which counts, and 0.7 in the script; write another"
+            " value into the restored state"
+        ),
+        (
+            "'adamw/rates/b2' is 0.5 in the checkpoint, which counts, and 0.999 in the script; write another value into"
+            " the restored state"
+        ),
     )
 
 

@@ -1,4 +1,5 @@
 """Rows and slots: every element in one place, buffers of one length on all ranks, and parts that join to what was cut."""
+
 from __future__ import annotations
 
 from math import prod

@@ -1,4 +1,5 @@
 """Wires of a user's own: at every stage, with units and without, both ways; what they may not do, and what they say of themselves."""
+
 from __future__ import annotations
 
 import pytest
@@ -29,7 +30,10 @@ def bytes_by_slot():
 
     def pack(x, lengths, key):
         tops = [part.abs().amax().view(1) for part in x.float().split(lengths)]
-        whole = [(part / top.clamp(min=1e-30) * 127).round().to(torch.int8) for part, top in zip(x.float().split(lengths), tops)]
+        whole = [
+            (part / top.clamp(min=1e-30) * 127).round().to(torch.int8)
+            for part, top in zip(x.float().split(lengths), tops)
+        ]
         return torch.cat([*(top.view(torch.uint8) for top in tops), *(q.view(torch.uint8) for q in whole)])
 
     def unpack(sent, lengths, dtype):
@@ -47,7 +51,9 @@ def dithered():
         noise = torch.rand(x.shape, generator=fz.rng.generator(key, x.device))
         return (x.float() * 256 + noise).floor()
 
-    return fz.Wire("dithered", pack, lambda sent, lengths, dtype: (sent / 256).to(dtype), lambda lengths, dtype: 4 * sum(lengths))
+    return fz.Wire(
+        "dithered", pack, lambda sent, lengths, dtype: (sent / 256).to(dtype), lambda lengths, dtype: 4 * sum(lengths)
+    )
 
 
 def same():
@@ -55,7 +61,13 @@ def same():
     return as_born._replace(name="same")
 
 
-WIRES = {"upper half": truncated, "int8 by slot": bytes_by_slot, "dithered": dithered, "same": same, "cast": lambda: fz.cast(torch.bfloat16)}
+WIRES = {
+    "upper half": truncated,
+    "int8 by slot": bytes_by_slot,
+    "dithered": dithered,
+    "same": same,
+    "cast": lambda: fz.cast(torch.bfloat16),
+}
 
 
 # --- every stage, with units and without, both ways -------------------------------------------------------------------
@@ -71,7 +83,14 @@ def by_stage(way, name, units, updates=3):
     return out
 
 
-TRIED = [("upper half", ()), ("upper half", ("blocks",)), ("int8 by slot", ("blocks",)), ("dithered", ()), ("dithered", ("blocks",)), ("cast", ("blocks",))]
+TRIED = [
+    ("upper half", ()),
+    ("upper half", ("blocks",)),
+    ("int8 by slot", ("blocks",)),
+    ("dithered", ()),
+    ("dithered", ("blocks",)),
+    ("cast", ("blocks",)),
+]
 
 
 @pytest.mark.parametrize(("name", "units"), TRIED)
@@ -84,7 +103,10 @@ def test_a_wire_gives_the_same_bits_at_every_stage(run_world, way, name, units):
 def plain(**how):
     """Without a wire, and through the identity."""
     parts = lambda **wires: fz.zero(zoo.source(), *zoo.tx(), stage=3, accumulate=2, **wires)
-    return [zoo.bits(zoo.train(parts(**w), TWO, updates=4, micros=4)) for w in ({}, {"gather": same(), "scatter": same()}, {"gather": truncated()})]
+    return [
+        zoo.bits(zoo.train(parts(**w), TWO, updates=4, micros=4))
+        for w in ({}, {"gather": same(), "scatter": same()}, {"gather": truncated()})
+    ]
 
 
 def test_the_identity_is_bitwise_no_wire_and_a_lossy_one_is_not(run_world):
@@ -137,7 +159,9 @@ def by_hand(way, updates, lr=0.5):
 
 def trained(way, stage, updates):
     params, loss, batch = linear()
-    parts = fz.zero(fz.value_and_grad(loss, batch=P("data")), fz.sgd(0.5), stage=stage, **{way: truncated()} if way else {})
+    parts = fz.zero(
+        fz.value_and_grad(loss, batch=P("data")), fz.sgd(0.5), stage=stage, **{way: truncated()} if way else {}
+    )
     step = fz.train_step(*parts, mesh=TWO)
     state = step.init(params)
     for _ in range(updates):
@@ -158,7 +182,13 @@ def test_values_are_those_of_the_loop_by_hand(run_world, way):
 def both_ways(axis_wire):
     """all_reduce with a wire packs the parts and the sum."""
     g = fz.value_and_grad(lambda p, b: ((p["w"] * b["x"][0]).sum(), torch.ones(())), batch=P("data"))
-    sums = zoo.Sums(g, fz.all_reduce("data", wire=truncated()), mesh=TWO, tree={"w": torch.zeros(6, dtype=torch.float32)}, policy="float32")
+    sums = zoo.Sums(
+        g,
+        fz.all_reduce("data", wire=truncated()),
+        mesh=TWO,
+        tree={"w": torch.zeros(6, dtype=torch.float32)},
+        policy="float32",
+    )
     rank = sums.mesh.index("data")
     with fz.count_bytes(sums.mesh) as sent:
         out = sums({"x": torch.full((1, 6), 1.0 + (rank + 1) / 512)})
@@ -166,7 +196,14 @@ def both_ways(axis_wire):
 
 
 def test_an_all_reduce_packs_the_parts_and_the_sum(run_world):
-    half = lambda x: torch.tensor(x).view(torch.int32).bitwise_right_shift(16).bitwise_left_shift(16).view(torch.float32).item()
+    half = (
+        lambda x: torch.tensor(x)
+        .view(torch.int32)
+        .bitwise_right_shift(16)
+        .bitwise_left_shift(16)
+        .view(torch.float32)
+        .item()
+    )
     want = half(half(1 + 1 / 512) + half(1 + 2 / 512))
     for values, sent in run_world(2, both_ways, None):
         assert values == [want] * 6 and want != 2 + 3 / 512
@@ -184,17 +221,27 @@ def counted(stage):
     where, opens = state.params.where, {"": 1, "blocks/0": 2, "blocks/1": 3, "blocks/2": 2}
     gathered, scattered = 0, 0
     for u, members in enumerate(where.structure.members):
-        slots = sorted((where.slots[i].offset, where.slots[i].length, where.structure.leaves[i].cut("data").replicated) for i in members)
+        slots = sorted(
+            (where.slots[i].offset, where.slots[i].length, where.structure.leaves[i].cut("data").replicated)
+            for i in members
+        )
         cut = tuple(n for _, n, whole in slots if n and not whole)
         gathered += w.nbytes(cut, torch.float32) * (opens[where.structure.units[u].name] if stage == 3 else 1)
         scattered += w.nbytes(tuple(n for _, n, _ in slots if n), torch.float32)
-    return {k[1]: n for k, n in sent.items() if k[2] == w.name}, {"all_gather": gathered, "reduce_scatter": scattered}, {k[2] for k in sent}
+    return (
+        {k[1]: n for k, n in sent.items() if k[2] == w.name},
+        {"all_gather": gathered, "reduce_scatter": scattered},
+        {k[2] for k in sent},
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bytes_are_the_wires_own(run_world, stage):
     sent, want, forms = zoo.everywhere(run_world, 2, counted, stage)
-    assert sent == want and forms == {"int8 by slot", "int64"}  # nothing but losses, weights and the norm travels otherwise
+    assert sent == want and forms == {
+        "int8 by slot",
+        "int64",
+    }  # nothing but losses, weights and the norm travels otherwise
 
 
 # --- views and masters ------------------------------------------------------------------------------------------------
@@ -204,7 +251,9 @@ def restored(folder, name):
     parts = lambda stage: fz.zero(zoo.source(), *zoo.tx(), stage=stage, gather=w, scatter=w)
     step = fz.train_step(*parts(1), mesh=TWO)
     state = step.init(zoo.params(), key=7)
-    exact = all(torch.equal(a, b) for a, b in zip(fz.tree.leaves(step.params(state)), fz.tree.leaves(zoo.params()), strict=True))
+    exact = all(
+        torch.equal(a, b) for a, b in zip(fz.tree.leaves(step.params(state)), fz.tree.leaves(zoo.params()), strict=True)
+    )
     for t in range(4):
         if t == 2:
             with fz.Checkpointer(folder) as ck:
@@ -266,19 +315,35 @@ def test_a_wire_that_breaks_a_law_is_refused_where_the_chain_is_built(why, way):
 
 def test_an_axis_has_one_wire_for_each_way():
     a, b = fz.cast("bf16"), truncated()
-    with pytest.raises(fz.ChainError, match=r"the gather over 'data' has a wire already \(cast\(bfloat16\)\), and is given another \(upper half\)"):
+    with pytest.raises(
+        fz.ChainError,
+        match=r"the gather over 'data' has a wire already \(cast\(bfloat16\)\), and is given another \(upper half\)",
+    ):
         fz.train_step(fz.shard("data", zoo.source(), fz.shard("data", *zoo.tx(), gather=b), gather=a), mesh=TWO)
-    with pytest.raises(fz.ChainError, match=r"reduce_scatter\('data', wire=upper half\): the scatter over 'data' has a wire already"):
-        fz.train_step(zoo.source(), fz.all_reduce("data", wire=a), fz.reduce_scatter("data", wire=b), *zoo.tx(), mesh=TWO)
+    with pytest.raises(
+        fz.ChainError, match=r"reduce_scatter\('data', wire=upper half\): the scatter over 'data' has a wire already"
+    ):
+        fz.train_step(
+            zoo.source(), fz.all_reduce("data", wire=a), fz.reduce_scatter("data", wire=b), *zoo.tx(), mesh=TWO
+        )
     with pytest.raises(ValueError, match="the gather over 'x' has a wire already"):
         joined([Edge("x", gather=a), Edge("x", gather=a)])
     assert joined([Edge("x", gather=a), Edge("x", scatter=b)]) == {"x": Edge("x", gather=a, scatter=b)}
 
 
 def test_what_would_not_pack_is_refused():
-    with pytest.raises(fz.ChainError, match="sums='backend' over 'data': the backend adds what is on the wire, and upper half packs it; leave one of them out"):
+    with pytest.raises(
+        fz.ChainError,
+        match=(
+            "sums='backend' over 'data': the backend adds what is on the wire, and upper half packs it; leave one of"
+            " them out"
+        ),
+    ):
         fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=2, scatter=truncated()), mesh=TWO, sums="backend")
-    with pytest.raises(ValueError, match="zero: gather=upper half packs views, and none travels at stage 0; leave it out, or write stage=1"):
+    with pytest.raises(
+        ValueError,
+        match="zero: gather=upper half packs views, and none travels at stage 0; leave it out, or write stage=1",
+    ):
         fz.zero(zoo.source(), *zoo.tx(), stage=0, gather=truncated())
     with pytest.raises(ValueError, match="cast: 'int3' is not a dtype of training"):
         fz.cast("int3")
@@ -286,16 +351,29 @@ def test_what_would_not_pack_is_refused():
 
 def test_wires_are_printed_and_an_axis_of_one_says_that_nothing_travels():
     g, w = zoo.source(("node", "local")), fz.cast("bf16")
-    step = fz.train_step(fz.shard("local", g, fz.all_reduce("node", wire=w), *zoo.tx(), gather=truncated()), mesh={"node": 1, "local": 2})
+    step = fz.train_step(
+        fz.shard("local", g, fz.all_reduce("node", wire=w), *zoo.tx(), gather=truncated()), mesh={"node": 1, "local": 2}
+    )
     text = str(step)
     assert "shard('local', gather=upper half,\n" in text and "all_reduce('node', wire=cast(bfloat16))" in text
-    assert "note: what travels over 'local' is packed (gather=upper half): all ranks read the same, and other bits than those of the chain without wires" in text
-    assert "note: nothing travels over 'node', whose size is 1, so gather=cast(bfloat16), scatter=cast(bfloat16) packs nothing there" in text
+    assert (
+        "note: what travels over 'local' is packed (gather=upper half): all ranks read the same, and other bits than"
+        " those of the chain without wires"
+        in text
+    )
+    assert (
+        "note: nothing travels over 'node', whose size is 1, so gather=cast(bfloat16), scatter=cast(bfloat16) packs"
+        " nothing there"
+        in text
+    )
     assert "wire" not in str(fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=3), mesh=TWO))
 
 
 def test_over_one_rank_a_wire_is_the_identity():
-    hashes = {zoo.bits(zoo.train(fz.zero(zoo.source(), *zoo.tx(), stage=3, **w), {"data": 1}, updates=2)) for w in ({}, {"gather": truncated(), "scatter": truncated()})}
+    hashes = {
+        zoo.bits(zoo.train(fz.zero(zoo.source(), *zoo.tx(), stage=3, **w), {"data": 1}, updates=2))
+        for w in ({}, {"gather": truncated(), "scatter": truncated()})
+    }
     assert len(hashes) == 1
 
 
@@ -303,7 +381,9 @@ def test_a_cast_counts_its_own_bytes():
     w = fz.cast("bfloat16")
     x = torch.linspace(-1, 1, 48)
     sent = w.pack(x, (16, 32), 0)
-    assert sent.nbytes == w.nbytes((16, 32), torch.float32) == 96 and torch.equal(w.unpack(sent, (16, 32), torch.float32), x.bfloat16().float())
+    assert sent.nbytes == w.nbytes((16, 32), torch.float32) == 96 and torch.equal(
+        w.unpack(sent, (16, 32), torch.float32), x.bfloat16().float()
+    )
 
 
 def handed_over(name):

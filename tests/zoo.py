@@ -1,4 +1,5 @@
 """Odd parameters, a ragged loss, the chains of every stage, and a reference by hand: what the laws are tried on."""
+
 from __future__ import annotations
 
 from functools import reduce
@@ -112,7 +113,10 @@ def reference(updates=UPDATES, micros=MICROS, loss_fn=loss_plain, skip=(), froze
         losses.append((loss / weight).item())
         if t in skip:
             continue
-        g = [torch.zeros_like(x) if y is None else y for x, y in zip(q, torch.autograd.grad(loss / weight, q, allow_unused=True))]
+        g = [
+            torch.zeros_like(x) if y is None else y
+            for x, y in zip(q, torch.autograd.grad(loss / weight, q, allow_unused=True))
+        ]
         g = [x * 0 if id(u) in still else x for x, u in zip(g, unique)]
         norm = sum((x * x).sum() for x in g).sqrt()
         norms.append(norm.item())
@@ -199,7 +203,17 @@ def bits(run):
     masters, log, state, step = run
     mesh, own = step.running().env.mesh, dict(state.chain)
     moments = [(x.count, whole(x.mu, mesh), whole(x.nu, mesh)) for x in [own.pop("adamw")]]
-    return tree_hash([masters, moments, {n: x for n, x in own.items() if n == "scale_loss"}, state.step, state.updates, state.key, log])
+    return tree_hash(
+        [
+            masters,
+            moments,
+            {n: x for n, x in own.items() if n == "scale_loss"},
+            state.step,
+            state.updates,
+            state.key,
+            log,
+        ]
+    )
 
 
 class Sums:
@@ -210,8 +224,16 @@ class Sums:
         flat = fz.chain(*parts)
         self.grad = build(flat, Env(connect(plan_mesh(mesh)), fz.Policy.parse(policy), {}))
         self.mesh = self.grad.env.mesh
-        params_ = lazy(params(torch.float64) if tree is None else tree, flat[0].units, self.grad.env.rules, frozen, self.mesh.device)
-        at = lambda axes: params_.at(tuple((a, self.mesh.axes[a].size, self.mesh.index(a)) for a in axes), self.grad.env.policy.compute)
+        params_ = lazy(
+            params(torch.float64) if tree is None else tree,
+            flat[0].units,
+            self.grad.env.rules,
+            frozen,
+            self.mesh.device,
+        )
+        at = lambda axes: params_.at(
+            tuple((a, self.mesh.axes[a].size, self.mesh.index(a)) for a in axes), self.grad.env.policy.compute
+        )
         self.views, self.state = at(self.grad.layout.rest), self.grad.init(params_)
 
     def __call__(self, batch):

@@ -2,6 +2,7 @@
 
 It prints `apart` with the time when it goes apart, and `end` with its last loss where it comes to its end.
 """
+
 from __future__ import annotations
 
 import os
@@ -15,8 +16,28 @@ from funczero import P
 
 ROWS, AFTER = 4, 6  # rows a rank and update; updates after the one at which a rank goes apart
 RIGHT = ("none", "rows")  # what is right at every stage
-STAGES = {"unit": (0, 1, 2), "order": (0, 1, 2), "count": (0, 1, 2)}  # where these are right, too: nothing is gathered unit by unit
-KINDS = ("none", "unit", "order", "count", "rows", "dtype", "params", "key", "rate", "chain", "step", "eval", "save", "fewer", "error")
+STAGES = {
+    "unit": (0, 1, 2),
+    "order": (0, 1, 2),
+    "count": (0, 1, 2),
+}  # where these are right, too: nothing is gathered unit by unit
+KINDS = (
+    "none",
+    "unit",
+    "order",
+    "count",
+    "rows",
+    "dtype",
+    "params",
+    "key",
+    "rate",
+    "chain",
+    "step",
+    "eval",
+    "save",
+    "fewer",
+    "error",
+)
 
 
 def block(p, x):
@@ -37,7 +58,10 @@ def loss_fn(params, batch):
 def params():
     """The same on every rank."""
     g = torch.Generator().manual_seed(0)
-    return {"w1": torch.randn(8, 8, generator=g) / 3, "experts": [{"w": torch.randn(8, 8, generator=g) / 3} for _ in range(3)]}
+    return {
+        "w1": torch.randn(8, 8, generator=g) / 3,
+        "experts": [{"w": torch.randn(8, 8, generator=g) / 3} for _ in range(3)],
+    }
 
 
 def batch(t, rank, kind, at):
@@ -54,7 +78,12 @@ def batch(t, rank, kind, at):
 def make(stage, check, lr=1e-2, limit=1.0, policy=None, loss=loss_fn, mesh=None):
     """A step."""
     grad = fz.value_and_grad(loss, batch=P("data"), units=("experts",))
-    return fz.train_step(*fz.zero(grad, fz.clip_by_global_norm(limit), fz.adamw(lr), stage=stage), mesh=mesh or {"data": -1}, policy=policy, check=check)
+    return fz.train_step(
+        *fz.zero(grad, fz.clip_by_global_norm(limit), fz.adamw(lr), stage=stage),
+        mesh=mesh or {"data": -1},
+        policy=policy,
+        check=check,
+    )
 
 
 def reference(kind, at):
@@ -82,7 +111,12 @@ def main(kind, stage, at, check, said=print):
         if t == at:
             said("apart", time.time(), flush=True)
         if t == at and odd and kind in ("chain", "dtype"):
-            step = make(stage, check, limit=2.0 if kind == "chain" else 1.0, policy="compute=bfloat16" if kind == "dtype" else None)
+            step = make(
+                stage,
+                check,
+                limit=2.0 if kind == "chain" else 1.0,
+                policy="compute=bfloat16" if kind == "dtype" else None,
+            )
             step.running()
         if t == at and kind == "params":
             state = step.init(fz.tree.map(lambda x: x + odd, params()))

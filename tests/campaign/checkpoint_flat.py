@@ -3,6 +3,7 @@
 Run: `python tests/campaign/checkpoint_flat.py --updates=2000 --every=5 --ranks=2` (about ten minutes on two cores).
 Expect: descriptors, sockets, Python threads and files in /dev/shm the same after the first tenth and at the end, resident memory within 1 %.
 """
+
 from __future__ import annotations
 
 import gc
@@ -69,7 +70,14 @@ def main(_):
         port = s.getsockname()[1]
     for rank in range(f.ranks):
         if os.fork() == 0:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(f.ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+            os.environ.update(
+                RANK=str(rank),
+                WORLD_SIZE=str(f.ranks),
+                LOCAL_RANK=str(rank),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+                GLOO_SOCKET_IFNAME="lo",
+            )
             rank_of(place / "run", place / f"rank{rank}.json")
             sys.exit(0)  # to the interpreter's own end
     codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(f.ranks)]
@@ -80,7 +88,10 @@ def main(_):
             print("  ".join(f"{x:14}" for x in row.values()))
         first, last = rows[0], rows[-1]
         same = all(first[k] == last[k] for k in ("descriptors", "sockets", "python threads", "shm"))
-        print(f"rank {rank}: {'flat' if same else 'NOT FLAT'}; resident memory {100 * (last['rss MiB'] / first['rss MiB'] - 1):+.2f} % since the first tenth")
+        print(
+            f"rank {rank}: {'flat' if same else 'NOT FLAT'}; resident memory"
+            f" {100 * (last['rss MiB'] / first['rss MiB'] - 1):+.2f} % since the first tenth"
+        )
     print(f"exit codes {codes}")
 
 

@@ -5,6 +5,7 @@ Expect: a table, every verdict "told"; the exit code is 1 otherwise.
 
 A part is a module `hostile_NAME.py` beside this one with `CASES`, a list of `Case`. Every case runs in a fork of this process, alone, with an audit hook.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,8 +27,33 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-RUNS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn", "pickle.find_class", "ctypes.dlopen", "code.__new__")
-WRITES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.chown", "os.truncate", "shutil.rmtree", "shutil.move", "shutil.copyfile")
+RUNS = (
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+    "pickle.find_class",
+    "ctypes.dlopen",
+    "code.__new__",
+)
+WRITES = (
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.chmod",
+    "os.chown",
+    "os.truncate",
+    "shutil.rmtree",
+    "shutil.move",
+    "shutil.copyfile",
+)
 
 
 class Case(NamedTuple):
@@ -132,13 +158,25 @@ def _judged(event: str, args: tuple[Any, ...], folder: Path) -> list[str]:
     if event in RUNS:
         return [f"it runs {event}"]
     paths: list[Any] = []
-    if event == "open" and isinstance(args[0], (str, bytes)) and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    if (
+        event == "open"
+        and isinstance(args[0], (str, bytes))
+        and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    ):
         paths = [args[0]]
     elif event in WRITES:
-        touched = args[1:2] if event == "os.symlink" else args[:2] if event in ("os.rename", "os.link", "shutil.move") else args[:1]
+        touched = (
+            args[1:2]
+            if event == "os.symlink"
+            else args[:2] if event in ("os.rename", "os.link", "shutil.move") else args[:1]
+        )
         paths = [x for x in touched if isinstance(x, (str, bytes))]
     here = os.path.realpath(folder)
-    return [f"it writes {os.fsdecode(p)!r}" for p in paths if not os.path.realpath(os.fsdecode(p)).startswith((here, "/dev/null"))]
+    return [
+        f"it writes {os.fsdecode(p)!r}"
+        for p in paths
+        if not os.path.realpath(os.fsdecode(p)).startswith((here, "/dev/null"))
+    ]
 
 
 def _seen(above: Path, folder: Path) -> list[tuple[str, int, int]]:
@@ -146,7 +184,9 @@ def _seen(above: Path, folder: Path) -> list[tuple[str, int, int]]:
     out = []
     for place, _, files in os.walk(above):
         if not place.startswith(str(folder)):
-            out += [(os.path.join(place, f), (s := os.lstat(os.path.join(place, f))).st_size, s.st_mtime_ns) for f in files]
+            out += [
+                (os.path.join(place, f), (s := os.lstat(os.path.join(place, f))).st_size, s.st_mtime_ns) for f in files
+            ]
     return sorted(out)
 
 
@@ -169,7 +209,11 @@ def main() -> int:
             if r.verdict != "told" or args.verbose:
                 print(f"{part}: {r.name}: {r.verdict} ({r.seconds:.2f} s, {r.megabytes:.0f} MB)\n    {r.said[:300]}")
         wrong = sum(r.verdict != "told" for r in results)
-        print(f"{part:<12} {len(results):>3} inputs, {wrong} not told; slowest {max(r.seconds for r in results):.2f} s, largest {max(r.megabytes for r in results):.0f} MB", flush=True)
+        print(
+            f"{part:<12} {len(results):>3} inputs, {wrong} not told; slowest {max(r.seconds for r in results):.2f} s,"
+            f" largest {max(r.megabytes for r in results):.0f} MB",
+            flush=True,
+        )
         bad, total = bad + wrong, total + len(results)
     print(f"{'in all':<12} {total:>3} inputs, {bad} not told")
     return 1 if bad or not total else 0

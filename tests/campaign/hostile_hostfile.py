@@ -1,4 +1,5 @@
 """Hostfiles, filters and environment files that nobody wrote by hand."""
+
 from __future__ import annotations
 
 import os
@@ -84,7 +85,11 @@ CASES = [
     Case("a link to another file", linked, OURS),
     Case("slots of a filter without an end", words("--include=a:" + "9" * 10**5), OURS),
     Case("a filter of at signs", words("--include=" + "@" * 10**5), OURS),
-    Case("a slot of this machine that fills memory", lambda folder: plan(["--include=localhost:99999999999"], folder), OURS),
+    Case(
+        "a slot of this machine that fills memory",
+        lambda folder: plan(["--include=localhost:99999999999"], folder),
+        OURS,
+    ),
     Case("processes that fill memory", lambda folder: plan(["--num_gpus=99999999999"], folder), OURS),
     Case("an interpreter that is a command", words("--python=a;touch pwned"), OURS),
     Case("options that are a command", words("--launcher_args='"), OURS),

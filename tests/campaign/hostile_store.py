@@ -1,4 +1,5 @@
 """A stranger at the world's store, what launchers say of the world, and what a host says to the launcher."""
+
 from __future__ import annotations
 
 import json
@@ -60,7 +61,9 @@ def elsewhere(_: Path) -> None:
 
 def world(**names: str):
     def attempt(_: Path) -> None:
-        found = environment.read({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | names)
+        found = environment.read(
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | names
+        )
         rendezvous.join(found or {}, {})
 
     return attempt
@@ -88,8 +91,16 @@ rng = random.Random(0)
 CASES = [
     Case("noise", stranger(*(rng.randbytes(4096) for _ in range(20))), (Refused,)),
     Case("a hundred connections", stranger(*[HELLO] * 100), (Refused,)),
-    Case("every question with a length that nobody has", stranger(*(HELLO + bytes([q]) + struct.pack("<Q", 2**62) for q in range(24))), (Refused,)),
-    Case("a value larger than may be", stranger(HELLO + b"\0" + struct.pack("<Q", 1) + b"a" + struct.pack("<Q", 2**33)), (Refused,)),
+    Case(
+        "every question with a length that nobody has",
+        stranger(*(HELLO + bytes([q]) + struct.pack("<Q", 2**62) for q in range(24))),
+        (Refused,),
+    ),
+    Case(
+        "a value larger than may be",
+        stranger(HELLO + b"\0" + struct.pack("<Q", 1) + b"a" + struct.pack("<Q", 2**33)),
+        (Refused,),
+    ),
     Case("another address", elsewhere, (Refused,)),
     Case("a rank of many digits", world(RANK="9" * 5000), (RuntimeError,)),
     Case("a rank of other digits", world(RANK="１"), (RuntimeError,)),

@@ -11,6 +11,7 @@ A life goes on from the latest checkpoint, saves every other update (beside trai
   at the end    right after the last save took the state, when the script ends
 Half of the lives have a store that is rank 0's own, and dies with it.
 """
+
 from __future__ import annotations
 
 import json
@@ -48,13 +49,23 @@ def chains():
 
 def planned(rng):
     """A life: who dies, when, at which stage, with which store."""
-    life = {"victims": rng.choice([[0], [1], [0, 1]]), "chain": rng.choice(chains()), "tcp": rng.random() < 0.5, "quick": False, "when": rng.choice(WHEN)}
+    life = {
+        "victims": rng.choice([[0], [1], [0, 1]]),
+        "chain": rng.choice(chains()),
+        "tcp": rng.random() < 0.5,
+        "quick": False,
+        "when": rng.choice(WHEN),
+    }
     if life["when"] == "by the clock":
         life |= {"clock": rng.uniform(0.0, 1.5), "after": "trains"}
     elif life["when"] == "before":
         life |= {"clock": rng.uniform(0.0, 0.03), "after": "joined"}
     else:
-        life |= {"point": rng.choice(IN_A_SAVE) if life["when"] == "in a save" else "ends", "updates": rng.randrange(1, 6), "goes_on": True}
+        life |= {
+            "point": rng.choice(IN_A_SAVE) if life["when"] == "in a save" else "ends",
+            "updates": rng.randrange(1, 6),
+            "goes_on": True,
+        }
     return life
 
 
@@ -99,7 +110,10 @@ def judged(told, victims):
 
 def table(rows):
     """By when it died: lives, right ones, survivors, those that lasted over 15 s, those whose words name a rank, seconds."""
-    print(f"\n{'when':14} {'lives':>6} {'right':>6} {'wrong':>6} {'lost a save':>12} {'survivors':>10} {'ended':>6} {'finished':>9} {'over 15 s':>10} {'named':>6}   seconds: median, 90 %, most")
+    print(
+        f"\n{'when':14} {'lives':>6} {'right':>6} {'wrong':>6} {'lost a save':>12} {'survivors':>10} {'ended':>6}"
+        f" {'finished':>9} {'over 15 s':>10} {'named':>6}   seconds: median, 90 %, most"
+    )
     for when in (*WHEN, "all"):
         mine = [r for r in rows if when in (r["when"], "all")]
         left = [s for r in mine for s in r["survivors"]]
@@ -137,14 +151,36 @@ def campaign(lives, seed, place, worlds=(1, 2, 4), out=None):
                 at, listing = found[0][0], folder.listing(directory)
                 asked = max([e["step"] for t in told for e in t["events"] if e["what"] == "saves"], default=before)
                 bits = [tree_hash(checkpoints.joined([f[k] for f in found])) for k in (1, 2)]
-                row = {**life, "life": i, "survivors": judged(told, life["victims"]), "step": at, "asked": asked, "lost": at < asked, "world": size, "onto": chain}
+                row = {
+                    **life,
+                    "life": i,
+                    "survivors": judged(told, life["victims"]),
+                    "step": at,
+                    "asked": asked,
+                    "lost": at < asked,
+                    "world": size,
+                    "onto": chain,
+                }
                 row["right"] = bits == [right[at], right[at + 2]] and not listing.damaged and not listing.other
-                row["right"] &= at in (before, asked) if "point" in life else max(before, asked - 2) <= at <= asked  # every save but the last one was waited for
-                row["right"] &= any(told[v]["ended"] == -9 for v in life["victims"])  # the second of two may have heard of the first one's end before its own
-                bad = not row["right"] or any(s["seconds"] > 15 or not (s["names"] or s["finished"]) for s in row["survivors"])
-                said = "; ".join(f"{s['kind']} in {s['seconds']:.2f} s{'' if s['names'] or s['finished'] else ', no rank named'}" for s in row["survivors"])
+                row["right"] &= (
+                    at in (before, asked) if "point" in life else max(before, asked - 2) <= at <= asked
+                )  # every save but the last one was waited for
+                row["right"] &= any(
+                    told[v]["ended"] == -9 for v in life["victims"]
+                )  # the second of two may have heard of the first one's end before its own
+                bad = not row["right"] or any(
+                    s["seconds"] > 15 or not (s["names"] or s["finished"]) for s in row["survivors"]
+                )
+                said = "; ".join(
+                    f"{s['kind']} in {s['seconds']:.2f} s{'' if s['names'] or s['finished'] else ', no rank named'}"
+                    for s in row["survivors"]
+                )
                 verdict = "right" if row["right"] else "WRONG"
-                print(f"{i:4} {life['when']:12} {life.get('point', ''):8} dies {life['victims']} found {at:4} asked {asked:4} as {chain!r} on {size}: {verdict}  {said}", flush=True)
+                print(
+                    f"{i:4} {life['when']:12} {life.get('point', ''):8} dies {life['victims']} found {at:4} asked"
+                    f" {asked:4} as {chain!r} on {size}: {verdict}  {said}",
+                    flush=True,
+                )
                 rows.append(row)
                 if not bad:
                     (folder_ / "run").unlink()

@@ -3,6 +3,7 @@
 Run: python tests/campaign/plain.py --runs=1000 --updates=8 --millions=26 [--stage=1 --keep=FOLDER]
 Expect: all exit codes 0. A run that ends otherwise is reported with its signal, and its stderr is kept (with glibc's and faulthandler's words).
 """
+
 from __future__ import annotations
 
 import os
@@ -45,10 +46,16 @@ def worker(updates: int, millions: float, stage: int) -> None:
         return F.mse_loss(x, b["x"].roll(1, 0), reduction="sum"), torch.tensor(float(len(x)))
 
     grad = fz.value_and_grad(loss_fn, batch=fz.P("data"), units=("blocks",))
-    step = fz.donate(fz.train_step(*fz.zero(grad, fz.clip_by_global_norm(1.0), fz.adamw(1e-3), stage=stage), mesh={"data": -1}, check=0))
+    step = fz.donate(
+        fz.train_step(
+            *fz.zero(grad, fz.clip_by_global_norm(1.0), fz.adamw(1e-3), stage=stage), mesh={"data": -1}, check=0
+        )
+    )
     state = step.init(params)
     for t in range(updates):
-        state, m = step(state, step.local_rows({"x": torch.randn(32, width, generator=torch.Generator().manual_seed(t))}))
+        state, m = step(
+            state, step.local_rows({"x": torch.randn(32, width, generator=torch.Generator().manual_seed(t))})
+        )
     print("end", m.loss.item(), flush=True)
 
 
@@ -57,9 +64,26 @@ def world(command: list[str]) -> tuple[list[int], list[str], list[str]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "LIBC_FATAL_STDERR_": "1", "TORCH_SHOW_CPP_STACKTRACES": "1"}
+    env = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "LIBC_FATAL_STDERR_": "1",
+        "TORCH_SHOW_CPP_STACKTRACES": "1",
+    }
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), env.get("PYTHONPATH", "")])
-    ranks = [subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
     texts = [p.communicate(timeout=600) for p in ranks]
     return [p.returncode for p in ranks], [t[0] for t in texts], [t[1] for t in texts]
 

@@ -3,6 +3,7 @@
 Run: python tests/campaign/told.py --runs=200 --seed=0 [--kind=eval --stage=3 --at=500 --check=1]
 Expect: every run ends on both ranks within LIMIT seconds of going apart, with one sentence or with the right value; 0 silent, 0 raw messages of gloo, 0 aborts, 0 hangs.
 """
+
 from __future__ import annotations
 
 import os
@@ -48,7 +49,15 @@ def run(kind: str, stage: int, at: int, check: int, patience: float = 60.0) -> l
         files = [[open(Path(folder, f"{r}.{name}"), "w+") for name in ("out", "err")] for r in range(2)]
         ranks = []
         for r in range(2):
-            env = {**os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            env = {
+                **os.environ,
+                "RANK": str(r),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(r),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            }
             env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
             command = [sys.executable, apart.__file__, kind, str(stage), str(at), str(check)]
             ranks.append(subprocess.Popen(command, env=env, stdout=files[r][0], stderr=files[r][1], text=True))
@@ -73,7 +82,10 @@ def run(kind: str, stage: int, at: int, check: int, patience: float = 60.0) -> l
             for f in pair:
                 f.close()
     went = [float(m.group(1)) for out, _ in texts if (m := re.search(r"apart ([\d.]+)", out))]
-    return [End(p.returncode, *texts[r], ended.get(r, float("inf")) - max(went) if went else float("nan")) for r, p in enumerate(ranks)]
+    return [
+        End(p.returncode, *texts[r], ended.get(r, float("inf")) - max(went) if went else float("nan"))
+        for r, p in enumerate(ranks)
+    ]
 
 
 def sentence(err: str) -> str:
@@ -94,7 +106,11 @@ def verdict(kind: str, stage: int, at: int, ends: list[End]) -> str:
     if all(e.code == 0 for e in ends):
         want = apart.reference(kind, at)
         right = kind in apart.RIGHT or stage in apart.STAGES.get(kind, ())
-        return "right" if right and len(losses) == 2 and all(abs(x - want) < 1e-4 * abs(want) for x in losses) else "SILENT"
+        return (
+            "right"
+            if right and len(losses) == 2 and all(abs(x - want) < 1e-4 * abs(want) for x in losses)
+            else "SILENT"
+        )
     said = [sentence(e.err) for e in ends]
     own = kind == "error"  # an error of one's own needs no sentence on that rank
     if not all(s or own and "bad sample" in e.err for s, e in zip(said, ends)):
@@ -119,9 +135,16 @@ def main(_: list[str]) -> None:
         table[kind, found] += 1
         if found == "told":
             seconds.append(max(e.seconds for e in ends))
-        print(f"{i:4d} {kind:7s} stage {stage} at {at:3d}: {found:8s} {max(e.seconds for e in ends):5.1f} s  {sentence(ends[0].err)[:150]}", flush=True)
+        print(
+            f"{i:4d} {kind:7s} stage {stage} at {at:3d}: {found:8s} {max(e.seconds for e in ends):5.1f} s "
+            f" {sentence(ends[0].err)[:150]}",
+            flush=True,
+        )
         if found not in ("told", "right"):
-            print("\n".join(f"--- rank {r}: code {e.code}\n{e.out[-300:]}\n{e.err[-3000:]}" for r, e in enumerate(ends)), flush=True)
+            print(
+                "\n".join(f"--- rank {r}: code {e.code}\n{e.out[-300:]}\n{e.err[-3000:]}" for r, e in enumerate(ends)),
+                flush=True,
+            )
     kinds, ways = sorted({k for k, _ in table}), sorted({w for _, w in table})
     print(f"{'':8s}", *(f"{w:>10s}" for w in ways))
     for k in kinds:

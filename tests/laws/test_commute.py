@@ -1,4 +1,5 @@
 """Linear transforms in any order, bracketed in any way, give the same sum; only nonlinear ones have a place."""
+
 from __future__ import annotations
 
 from itertools import permutations
@@ -19,7 +20,10 @@ def orders():
     acc, ar, rs, ag = fz.accumulate, fz.all_reduce, fz.reduce_scatter, fz.all_gather
     parts = {"acc": acc(2), "node": ar("node"), "local": ar("local")}
     g = fz.value_and_grad(zoo.loss_plain, batch=P(("node", "local")), units=("blocks",))
-    return {" ".join(names): (g, *(parts[n] for n in names)) for names in sorted(set(permutations(("acc", "acc", "node", "local"))))} | {
+    return {
+        " ".join(names): (g, *(parts[n] for n in names))
+        for names in sorted(set(permutations(("acc", "acc", "node", "local"))))
+    } | {
         "rs acc ag": (g, rs("node"), acc(2), ag("node"), ar("local"), acc(2)),
         "rs rs acc ag ag": (g, rs("node"), rs("local"), acc(4), ag("local"), ag("node")),
         "acc rs acc ar ag": (g, acc(2), rs("local"), acc(2), ar("node"), ag("local")),

@@ -1,4 +1,5 @@
 """Odd leaves: frozen, tied, unused, empty, 0-d, used twice, cut along other dims or not at all. The reference's values, and one hash."""
+
 from __future__ import annotations
 
 import pytest
@@ -25,7 +26,11 @@ def kinds(k):
         for stage in range(4):
             yield f"{stage} {units}", fz.zero(zoo.source(units=units), ice, *zoo.tx(), stage=stage, accumulate=k), 0
     yield "3 remat", fz.zero(zoo.source(loss_fn=zoo.loss_remat), *zoo.tx(), ice, stage=3, accumulate=k), 0
-    yield "3 trainable", fz.zero(zoo.source(trainable=lambda path: not frozen(path)), *zoo.tx(), stage=3, accumulate=k), 0
+    yield (
+        "3 trainable",
+        fz.zero(zoo.source(trainable=lambda path: not frozen(path)), *zoo.tx(), stage=3, accumulate=k),
+        0,
+    )
     yield "3 stream", (fz.shard("data", zoo.source(), fz.accumulate(k, stream=True), *zoo.tx(), ice),), k
 
 
@@ -33,13 +38,27 @@ def freezing():
     """By chain: the masters, whether frozen bits stayed, moments and gradients held for frozen leaves, and elements scattered a micro-batch."""
     k, out = zoo.MICROS // world_size(), {}
     for i, (name, parts, stream) in enumerate(kinds(k)):
-        masters, log, state, step = zoo.train(parts, {"data": -1}, stream, updates=3, dtype=torch.float64, policy="float64", donate=i % 2 == 1)
+        masters, log, state, step = zoo.train(
+            parts, {"data": -1}, stream, updates=3, dtype=torch.float64, policy="float64", donate=i % 2 == 1
+        )
         start, held = dict(tree.paths(zoo.params(torch.float64))), dict(tree.paths(masters))
         kept = all(torch.equal(start[n], x) for n, x in held.items() if frozen(n))
-        moved = [n for n, x in held.items() if not frozen(n) and n != "unused" and x.numel() and torch.equal(start[n], x)]
+        moved = [
+            n for n, x in held.items() if not frozen(n) and n != "unused" and x.numel() and torch.equal(start[n], x)
+        ]
         mu = state.chain["adamw"].mu
-        ghosts = [leaf.path for leaf, x in zip(mu.where.structure.leaves, mu.leaves(), strict=True) if frozen(leaf.path) != (x is None)]
-        out[name] = torch.cat([x.flatten() for x in held.values()]).tolist(), kept, moved, ghosts, zoo.tree_hash([masters, log])
+        ghosts = [
+            leaf.path
+            for leaf, x in zip(mu.where.structure.leaves, mu.leaves(), strict=True)
+            if frozen(leaf.path) != (x is None)
+        ]
+        out[name] = (
+            torch.cat([x.flatten() for x in held.values()]).tolist(),
+            kept,
+            moved,
+            ghosts,
+            zoo.tree_hash([masters, log]),
+        )
     return out
 
 
@@ -57,8 +76,12 @@ def test_what_is_frozen_keeps_its_bits_and_costs_nothing(run_world, world):
 def frozen_nests():
     """The same in nests, where parameters at rest are wider than their masters."""
     out = {}
-    for i, (name, (parts, _)) in enumerate(zoo.nested_chains(zoo.source(("node", "local")), zoo.MICROS // 4, (fz.freeze(FROZEN), *zoo.tx())).items()):
-        masters, log, _, _ = zoo.train(parts, {"node": 2, "local": 2}, updates=3, dtype=torch.float64, policy="float64", donate=i % 2 == 1)
+    for i, (name, (parts, _)) in enumerate(
+        zoo.nested_chains(zoo.source(("node", "local")), zoo.MICROS // 4, (fz.freeze(FROZEN), *zoo.tx())).items()
+    ):
+        masters, log, _, _ = zoo.train(
+            parts, {"node": 2, "local": 2}, updates=3, dtype=torch.float64, policy="float64", donate=i % 2 == 1
+        )
         out[name] = zoo.tree_hash([masters, log])
     return out
 
@@ -72,7 +95,9 @@ def frozen_bytes():
     """Elements of gradients sent in an update and of parameters gathered; and the closed form of the first."""
     out = []
     for stage in (0, 1, 2, 3):
-        step = fz.train_step(*fz.zero(zoo.source(), fz.freeze(FROZEN), *zoo.tx(), stage=stage, accumulate=2), mesh={"data": -1})
+        step = fz.train_step(
+            *fz.zero(zoo.source(), fz.freeze(FROZEN), *zoo.tx(), stage=stage, accumulate=2), mesh={"data": -1}
+        )
         state = step.init(zoo.params())
         rows = step.local_rows(zoo.batch(0))
         with fz.count_bytes(step) as sent:
@@ -91,14 +116,22 @@ def test_no_gradient_of_a_frozen_leaf_is_sent(run_world):
 
 def test_everything_frozen_moves_nothing():
     for stage in range(4):
-        masters, log, state, _ = zoo.train(fz.zero(zoo.source(), fz.freeze(""), *zoo.tx(), stage=stage, accumulate=2), {"data": 1}, updates=1)
-        assert zoo.tree_hash(masters) == zoo.tree_hash(zoo.params()) and log[0].grad_norm == 0 and sum(b.numel() for b in state.chain["adamw"].mu.buffers) == 0
+        masters, log, state, _ = zoo.train(
+            fz.zero(zoo.source(), fz.freeze(""), *zoo.tx(), stage=stage, accumulate=2), {"data": 1}, updates=1
+        )
+        assert (
+            zoo.tree_hash(masters) == zoo.tree_hash(zoo.params())
+            and log[0].grad_norm == 0
+            and sum(b.numel() for b in state.chain["adamw"].mu.buffers) == 0
+        )
 
 
 # --- tied, unused, cut otherwise --------------------------------------------------------------------------------------
 def test_a_tensor_at_two_paths_is_one_leaf():
     masters, _, state, step = zoo.train(fz.zero(zoo.source(), *zoo.tx(), stage=3), {"data": 1}, updates=1)
-    assert torch.equal(masters["norm"], masters["head"]["scale"]) and not torch.equal(masters["norm"], zoo.params()["norm"])
+    assert torch.equal(masters["norm"], masters["head"]["scale"]) and not torch.equal(
+        masters["norm"], zoo.params()["norm"]
+    )
     paths = [leaf.path for leaf in state.params.where.structure.leaves]
     assert "norm" in paths and "head/scale" not in paths
     assert step.specs(zoo.params())["adamw"].mu["head"]["scale"] == P("data")
@@ -116,8 +149,14 @@ def tied(form):
     """One update by stage, by hand and sharded."""
     out = {}
     for stage in range(4):
-        g = zoo.source(loss_fn=zoo.loss_remat if form == "remat" else zoo.loss_plain, units=() if form == "whole" else ("blocks",))
-        step = fz.train_step(*fz.zero(g, fz.sgd(0.1), stage=stage, accumulate=zoo.MICROS // world_size()), mesh={"data": -1}, policy="float64")
+        g = zoo.source(
+            loss_fn=zoo.loss_remat if form == "remat" else zoo.loss_plain, units=() if form == "whole" else ("blocks",)
+        )
+        step = fz.train_step(
+            *fz.zero(g, fz.sgd(0.1), stage=stage, accumulate=zoo.MICROS // world_size()),
+            mesh={"data": -1},
+            policy="float64",
+        )
         state = step.init(tied_blocks())
         state, m = step(state, step.local_rows(zoo.batch(0, torch.float64)))
         out[stage] = [torch.cat([x.flatten() for x in tree.leaves(step.params(state))]).tolist(), m.grad_norm.item()]
@@ -130,7 +169,9 @@ def test_a_tensor_in_every_block_learns_from_all_of_them(run_world, form):
     unique = list({id(x): x.requires_grad_() for x in tree.leaves(p)}.values())
     loss, weight = zoo.loss_plain(p, zoo.batch(0, torch.float64))
     grads = dict(zip(map(id, unique), torch.autograd.grad(loss / weight, unique, allow_unused=True), strict=True))
-    want = torch.cat([(x - 0.1 * (0 if grads[id(x)] is None else grads[id(x)])).flatten() for x in tree.leaves(p)]).detach()
+    want = torch.cat(
+        [(x - 0.1 * (0 if grads[id(x)] is None else grads[id(x)])).flatten() for x in tree.leaves(p)]
+    ).detach()
     norm = sum(g.square().sum() for g in grads.values() if g is not None).sqrt().item()
     for world in (1, 2):
         found = zoo.everywhere(run_world, world, tied, form)
@@ -141,14 +182,22 @@ def test_a_tensor_in_every_block_learns_from_all_of_them(run_world, form):
 def cuts(world, axes):
     """Chains whose brackets cut columns, keep leaves whole, or keep small ones."""
     g, sh, acc, tx = zoo.source(tuple(axes)), fz.shard, fz.accumulate(zoo.MICROS // world), zoo.tx(scale=True)
-    ways = {"columns": dict(rules=RULES), "small whole": dict(threshold=30), "all whole": dict(threshold=10**9), "both": dict(rules=RULES[:2], threshold=12)}
+    ways = {
+        "columns": dict(rules=RULES),
+        "small whole": dict(threshold=30),
+        "all whole": dict(threshold=10**9),
+        "both": dict(rules=RULES[:2], threshold=12),
+    }
     for name, how in ways.items():
         if "data" in axes:
             yield f"1 {name}", (g, acc, sh("data", *tx, **how))
             yield f"2 {name}", (g, sh("data", acc, *tx, **how))
             yield f"3 {name}", (sh("data", g, acc, *tx, **how),)
         else:
-            outer = {k: [(r, P(*("local" if a == "data" else a for a in p))) for r, p in v] if k == "rules" else v for k, v in how.items()}
+            outer = {
+                k: [(r, P(*("local" if a == "data" else a for a in p))) for r, p in v] if k == "rules" else v
+                for k, v in how.items()
+            }
             yield f"hpZ {name}", (sh("local", g, sh("node", acc, *tx), **outer),)
             yield f"ZeRO-3 {name}", (sh("local", sh("node", g, acc, *tx, threshold=9), **outer),)
             yield f"ZeRO-1 {name}", (g, acc, sh("local", sh("node", *tx), **outer))
@@ -160,14 +209,28 @@ def cut_bits(axes):
 
 @pytest.mark.parametrize("axes", [{"data": 1}, {"data": 2}, {"data": 4}, {"node": 2, "local": 2}], ids=str)
 def test_how_leaves_are_cut_changes_no_bit(run_world, axes):
-    truth = zoo.bits(zoo.train(fz.zero(zoo.source(), *zoo.tx(scale=True), stage=0, accumulate=zoo.MICROS), {"data": 1}, updates=4))
+    truth = zoo.bits(
+        zoo.train(fz.zero(zoo.source(), *zoo.tx(scale=True), stage=0, accumulate=zoo.MICROS), {"data": 1}, updates=4)
+    )
     found = zoo.everywhere(run_world, torch.Size(axes.values()).numel(), cut_bits, axes)
     assert {n: h for n, h in found.items() if h != truth} == {}
 
 
 def test_specs_show_the_cut():
     g = zoo.source()
-    specs = fz.train_step(fz.shard("data", g, *zoo.tx(), rules=RULES, threshold=8), mesh={"data": 4}).specs(zoo.params())
-    want = {"embed": P(None, "data"), "conv": P(None, None, "data"), "norm": P(), "one": P(), "gain": P(), "unused": P(), "empty": P()}
+    specs = fz.train_step(fz.shard("data", g, *zoo.tx(), rules=RULES, threshold=8), mesh={"data": 4}).specs(
+        zoo.params()
+    )
+    want = {
+        "embed": P(None, "data"),
+        "conv": P(None, None, "data"),
+        "norm": P(),
+        "one": P(),
+        "gain": P(),
+        "unused": P(),
+        "empty": P(),
+    }
     assert {n: specs["grads"][n] for n in want} == want == {n: specs["adamw"].nu[n] for n in want}
-    assert specs["views"]["blocks"][2] == {"w": P("data"), "v": P(None, "data"), "b": P()} and specs["adamw"].count == P()
+    assert (
+        specs["views"]["blocks"][2] == {"w": P("data"), "v": P(None, "data"), "b": P()} and specs["adamw"].count == P()
+    )

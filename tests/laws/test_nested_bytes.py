@@ -1,4 +1,5 @@
 """Bytes per mesh axis of every nest, counted in a run, are a closed form of the spec's buffer lengths, to the byte."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -43,7 +44,10 @@ TABLE = {
 def clean_params():
     """Leaves that every mesh of four divides into full slots."""
     g = torch.Generator().manual_seed(0)
-    return {"embed": torch.randn(64, 64, generator=g), "blocks": [{"w": torch.randn(64, 64, generator=g) / 8} for _ in range(3)]}
+    return {
+        "embed": torch.randn(64, 64, generator=g),
+        "blocks": [{"w": torch.randn(64, 64, generator=g) / 8} for _ in range(3)],
+    }
 
 
 def clean_loss(p, b):
@@ -56,8 +60,18 @@ def clean_batch(n):
 
 
 MODELS = {
-    "clean": (clean_params, clean_loss, lambda: clean_batch(4 * K), {"": 1, "blocks/0": 2, "blocks/1": 2, "blocks/2": 1}),
-    "odd": (zoo.params, zoo.loss_plain, lambda: zoo.batch(0, micros=4 * K), {"": 1, "blocks/0": 2, "blocks/1": 3, "blocks/2": 2}),
+    "clean": (
+        clean_params,
+        clean_loss,
+        lambda: clean_batch(4 * K),
+        {"": 1, "blocks/0": 2, "blocks/1": 2, "blocks/2": 1},
+    ),
+    "odd": (
+        zoo.params,
+        zoo.loss_plain,
+        lambda: zoo.batch(0, micros=4 * K),
+        {"": 1, "blocks/0": 2, "blocks/1": 3, "blocks/2": 2},
+    ),
 }
 
 
@@ -72,7 +86,12 @@ def measured(model, units, policy):
             state, _ = step(state, step.local_rows(batch()))
         held = [sum(b.numel() for b in x.buffers) for x in (state.views or state.params, state.chain["adamw"].mu)]
         structure = state.params.where.structure
-        out[name] = dict(sent), held, sum(Where.whole(structure).lengths), expected(structure, MOVES[name], step.grad.env.policy, opens if units else {})
+        out[name] = (
+            dict(sent),
+            held,
+            sum(Where.whole(structure).lengths),
+            expected(structure, MOVES[name], step.grad.env.policy, opens if units else {}),
+        )
     return out
 
 
@@ -88,12 +107,20 @@ def expected(structure, moves, policy, opens):
             if verb == "S":
                 elements, born = sum(inner.lengths), policy.accumulate
             else:
-                times = [opens.get(structure.units[leaf.unit].name, 1) if verb == "F" else 1 for leaf in structure.leaves]
-                elements = sum(s.length * n for s, n, leaf in zip(inner.slots, times, structure.leaves, strict=True) if not leaf.cut(axis).replicated)
+                times = [
+                    opens.get(structure.units[leaf.unit].name, 1) if verb == "F" else 1 for leaf in structure.leaves
+                ]
+                elements = sum(
+                    s.length * n
+                    for s, n, leaf in zip(inner.slots, times, structure.leaves, strict=True)
+                    if not leaf.cut(axis).replicated
+                )
             key = axis, "reduce_scatter" if verb == "S" else "all_gather", str(dtype).removeprefix("torch.")
             out[key] += elements * dtype.itemsize * (K if many else 1) * (MESH[axis] - 1)
     rows = K * 4
-    out["node+local", "all_reduce", "int64"] += (rows * 2 + 1 + BINS + 4) * 8 * 3  # losses and weights by micro-batch, the norm's bins and all checksums, to three others
+    out["node+local", "all_reduce", "int64"] += (
+        (rows * 2 + 1 + BINS + 4) * 8 * 3
+    )  # losses and weights by micro-batch, the norm's bins and all checksums, to three others
     return dict(out)
 
 
@@ -108,21 +135,32 @@ def test_bytes_are_the_closed_form(run_world, model, units, policy):
 def test_bytes_and_memory_are_the_papers(run_world):
     by_chain = zoo.everywhere(run_world, 4, measured, "clean", (), "float32")
     share = lambda sent, axis, whole: sum(n for (a, *_), n in sent.items() if a == axis) / (4 * whole)
-    assert {n: (share(sent, "node", w), share(sent, "local", w), rest / w, moments / w) for n, (sent, (rest, moments), w, _) in by_chain.items()} == TABLE
+    assert {
+        n: (share(sent, "node", w), share(sent, "local", w), rest / w, moments / w)
+        for n, (sent, (rest, moments), w, _) in by_chain.items()
+    } == TABLE
 
 
 def test_bf16_halves_what_is_gathered_and_what_is_scattered_as_it_is_born(run_world):
-    wide, narrow = (zoo.everywhere(run_world, 4, measured, "odd", ("blocks",), p)["ZeRO-3"][0] for p in ("float32", "compute=bfloat16"))
+    wide, narrow = (
+        zoo.everywhere(run_world, 4, measured, "odd", ("blocks",), p)["ZeRO-3"][0]
+        for p in ("float32", "compute=bfloat16")
+    )
     for axis, verb, factor in (("local", "all_gather", 2), ("node", "all_gather", 2), ("local", "reduce_scatter", 2)):
         assert wide[axis, verb, "float32"] == factor * narrow[axis, verb, "bfloat16"]
-    assert wide["node", "reduce_scatter", "float32"] == narrow["node", "reduce_scatter", "float32"]  # already summed once
+    assert (
+        wide["node", "reduce_scatter", "float32"] == narrow["node", "reduce_scatter", "float32"]
+    )  # already summed once
 
 
 def resting(stage):
     """Elements held on this rank by parameters, masters and each moment; whole; and their number of slots."""
     step = fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=stage, accumulate=2), mesh={"data": 4})
     state = step.init(zoo.params())
-    held = [sum(b.numel() for b in x.buffers) for x in (state.views or state.params, state.params, state.chain["adamw"].mu, state.chain["adamw"].nu)]
+    held = [
+        sum(b.numel() for b in x.buffers)
+        for x in (state.views or state.params, state.params, state.chain["adamw"].mu, state.chain["adamw"].nu)
+    ]
     return held, sum(Where.whole(state.params.where.structure).lengths), len(state.params.where.structure.leaves)
 
 

@@ -1,4 +1,5 @@
 """Every optimizer of the table is torch's own class, at every stage, on any world, with units and without, frozen leaves and skips included."""
+
 from __future__ import annotations
 
 import random
@@ -82,7 +83,9 @@ def test_narrow_masters_round_as_torchs_do(name, dtype):
     got = constant_gradient(tx, target, f"params={str(dtype).removeprefix('torch.')},compute=float32", 9.0)
     want = by_torch(make, target)
     assert got.isfinite().all() and got.dtype == dtype
-    torch.testing.assert_close(got.float(), want.float(), rtol=ulps * torch.finfo(dtype).eps, atol=ulps * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        got.float(), want.float(), rtol=ulps * torch.finfo(dtype).eps, atol=ulps * torch.finfo(dtype).eps
+    )
 
 
 @pytest.mark.parametrize("weight", [1e-40, 1e-30, 1e30, 1e36, 1e38, 1e40])
@@ -97,8 +100,16 @@ def test_a_factor_that_float32_does_not_have_counts(name, weight):
 
 @pytest.mark.parametrize("make", [fz.adamw, fz.adam, fz.adagrad, lambda lr: fz.from_torch("RMSprop", lr)])
 def test_an_eps_that_is_nothing_in_the_masters_dtype_is_refused(make):
-    step = fz.train_step(fz.value_and_grad(lambda p, b: (p["w"].sum(), torch.ones(()))), make(1e-3), mesh={"data": 1}, policy="float16")
-    with pytest.raises(ValueError, match=r"eps=1e-\d+ is 0 in float16, the dtype of the masters; write a larger eps, or policy='params=float32,compute=float16'"):
+    step = fz.train_step(
+        fz.value_and_grad(lambda p, b: (p["w"].sum(), torch.ones(()))), make(1e-3), mesh={"data": 1}, policy="float16"
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"eps=1e-\d+ is 0 in float16, the dtype of the masters; write a larger eps, or"
+            r" policy='params=float32,compute=float16'"
+        ),
+    ):
         step.init({"w": torch.zeros(3, dtype=torch.float16)})
 
 
@@ -110,9 +121,18 @@ def drawn(seed):
     value = lambda: r.choice([0.0, 0.03, late])  # noqa: E731
     names = [n for n, _ in tree.paths(zoo.params())]
     by_path = {n: r.choice([0.01, 0.05, late]) for n in names} | {"head/scale": 0.02, "norm": 0.02}
-    kinds = (value, lambda: [("blocks/1|bias|/b$", value()), ("norm", 0.02), ("", value())], lambda: tree.unflatten([by_path[n] for n in names], tree.flatten(zoo.params())[1]))
+    kinds = (
+        value,
+        lambda: [("blocks/1|bias|/b$", value()), ("norm", 0.02), ("", value())],
+        lambda: tree.unflatten([by_path[n] for n in names], tree.flatten(zoo.params())[1]),
+    )
     lr, decay = r.choice(kinds)(), r.choice(kinds)()
-    b1, momentum, cls, moving = r.choice([0.8, lambda u: 0.7 + 0.05 * u]), r.choice([0.0, 0.9]), r.choice(["RMSprop", "NAdam", "Adadelta"]), r.choice([0.01, late])
+    b1, momentum, cls, moving = (
+        r.choice([0.8, lambda u: 0.7 + 0.05 * u]),
+        r.choice([0.0, 0.9]),
+        r.choice(["RMSprop", "NAdam", "Adadelta"]),
+        r.choice([0.01, late]),
+    )
     tx, oracle = r.choice(
         [
             lambda: (fz.adamw(lr, b1, 0.95, 1e-6, decay), plain_adam(lr, b1, 0.95, 1e-6, decay)),
@@ -124,7 +144,12 @@ def drawn(seed):
             lambda: (fz.from_torch(cls, moving, decay), None),
         ]
     )()
-    left = [fz.scale_loss(2.0**8, weight=64), fz.clip_by_global_norm(0.1), fz.clip_by_value(0.01), fz.lift((tree_of_zeros, halved), "half", True)]
+    left = [
+        fz.scale_loss(2.0**8, weight=64),
+        fz.clip_by_global_norm(0.1),
+        fz.clip_by_value(0.01),
+        fz.lift((tree_of_zeros, halved), "half", True),
+    ]
     return [x for x in left if r.random() < 0.5], tx, oracle, r.randrange(4)
 
 
@@ -143,7 +168,17 @@ def random_chains(seeds):
     for seed in seeds:
         left, tx, oracle, stage = drawn(seed)
         runs = [
-            dict(tree.paths(zoo.train(fz.zero(zoo.source(), *left, t, stage=stage, accumulate=zoo.MICROS // world_size()), {"data": -1}, dtype=F64, policy="float64", updates=5)[0]))
+            dict(
+                tree.paths(
+                    zoo.train(
+                        fz.zero(zoo.source(), *left, t, stage=stage, accumulate=zoo.MICROS // world_size()),
+                        {"data": -1},
+                        dtype=F64,
+                        policy="float64",
+                        updates=5,
+                    )[0]
+                )
+            )
             for t in (tx, fz.lift((tx.init, tx.update), elementwise=True), oracle)
             if t is not None
         ]
@@ -160,7 +195,13 @@ def test_the_plain_form_is_the_fused_one_in_random_chains(run_world, world):
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adagrad", "torch RMSprop"])
 def test_nothing_to_train_is_no_error_and_moves_nothing(name):
     """All leaves frozen, with rates by rule: an optimizer has no leaf at all."""
-    made = {"adamw": fz.adamw, "sgd": fz.sgd, "lion": fz.lion, "adagrad": fz.adagrad, "torch RMSprop": lambda lr, **kw: fz.from_torch("RMSprop", 0.1, **kw)}[name]
+    made = {
+        "adamw": fz.adamw,
+        "sgd": fz.sgd,
+        "lion": fz.lion,
+        "adagrad": fz.adagrad,
+        "torch RMSprop": lambda lr, **kw: fz.from_torch("RMSprop", 0.1, **kw),
+    }[name]
     for kw in ({}, {"weight_decay": [("blocks", 0.1), ("", 0.2)]}):
         got, log, _ = masters(made(0.1, **kw), updates=2, frozen=".*")
         assert all(torch.equal(got[n], x) for n, x in tree.paths(zoo.params())) and log[-1].ok

@@ -1,4 +1,5 @@
 """Off the narrow path (routed experts, loops, autocast, gradients within the loss) every stage, world and form gives plain torch's value and one hash."""
+
 from __future__ import annotations
 
 import pytest
@@ -20,7 +21,9 @@ def draw(*shape, seed=0):
 
 def params(width, dtype=torch.float64):
     blocks = [{"w": draw(width, width, seed=i), "b": draw(width, seed=9 + i)} for i in range(3)]
-    return fz.tree.map(lambda x: x.to(dtype), {"in": draw(6, width, seed=20), "blocks": blocks, "gain": draw(width, seed=21)})
+    return fz.tree.map(
+        lambda x: x.to(dtype), {"in": draw(6, width, seed=20), "blocks": blocks, "gain": draw(width, seed=21)}
+    )
 
 
 def batch():
@@ -151,20 +154,42 @@ def test_values_are_plain_torchs_at_every_stage_in_every_form_on_every_world(run
     for world in (1, 2):
         found, masters = zoo.everywhere(run_world, world, runs, loss.__name__, 6, "float64")
         hashes |= set(found.values())
-        off = max(float((a - torch.tensor(b, dtype=a.dtype)).abs().max() / a.abs().max()) for a, b in zip(want, masters))
-        assert off < (1e-2 if loss is cast else 1e-12)  # autocast rounds to bfloat16, and torch's cache rounds uses together
+        off = max(
+            float((a - torch.tensor(b, dtype=a.dtype)).abs().max() / a.abs().max()) for a, b in zip(want, masters)
+        )
+        assert off < (
+            1e-2 if loss is cast else 1e-12
+        )  # autocast rounds to bfloat16, and torch's cache rounds uses together
     assert len(hashes) == 1
 
 
 @pytest.mark.parametrize("policy", ["float32", pytest.param("params=float32,compute=bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 def test_bits_are_one_hash(run_world, loss, policy):
-    assert len({h for world in (1, 2) for h in zoo.everywhere(run_world, world, runs, loss.__name__, 6, policy)[0].values()}) == 1
+    assert (
+        len(
+            {
+                h
+                for world in (1, 2)
+                for h in zoo.everywhere(run_world, world, runs, loss.__name__, 6, policy)[0].values()
+            }
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("loss", [routed, dropped, looped], ids=lambda f: f.__name__)
 def test_large_units_keep_one_order_of_messages(run_world, loss):
-    assert len({h for world in (1, 2) for h in zoo.everywhere(run_world, world, runs, loss.__name__, WIDE, "float32")[0].values()}) == 1
+    assert (
+        len(
+            {
+                h
+                for world in (1, 2)
+                for h in zoo.everywhere(run_world, world, runs, loss.__name__, WIDE, "float32")[0].values()
+            }
+        )
+        == 1
+    )
 
 
 # --- written parameters -----------------------------------------------------------------------------------------------
@@ -216,15 +241,24 @@ def refusals():
     for stage in range(4):
         for units in (("blocks",), ()):
             for name, (loss, path) in table.items():
-                step = fz.train_step(*fz.zero(fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1), stage=stage), mesh={"data": -1}, debug="hidden" in name)
+                step = fz.train_step(
+                    *fz.zero(fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1), stage=stage),
+                    mesh={"data": -1},
+                    debug="hidden" in name,
+                )
                 state = step.init(params(6, torch.float32))
                 with pytest.raises(RuntimeError) as caught:
                     step(state, step.local_rows(batch()))
                 out[stage, units, name] = f"parameter {path!r} in place" in str(caught.value) or str(caught.value)
         loss_fn, p = fz.stateless(module_with_max_norm(), lambda m, b: (m(b["route"]).square().sum(), torch.ones(())))
-        step = fz.train_step(*fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1), stage=stage), mesh={"data": -1})
+        step = fz.train_step(
+            *fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1), stage=stage), mesh={"data": -1}
+        )
         state = step.init(p)
-        with pytest.raises(RuntimeError, match="writes into parameter '0.weight' in place, but a pure loss may read its parameters alone"):
+        with pytest.raises(
+            RuntimeError,
+            match="writes into parameter '0.weight' in place, but a pure loss may read its parameters alone",
+        ):
             step(state, step.local_rows(batch()))
     return {k: v for k, v in out.items() if v is not True}
 

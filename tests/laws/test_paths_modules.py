@@ -1,4 +1,5 @@
 """The same for modules: loops, experts, autocast and inner gradients within an unmodified forward, through fz.stateless."""
+
 from __future__ import annotations
 
 import pytest
@@ -27,7 +28,11 @@ class Net(nn.Module):
 
     def __init__(self, width=6):
         super().__init__()
-        self.embed, self.blocks, self.head = nn.Linear(6, width), nn.ModuleList(Block(width) for _ in range(3)), nn.Linear(width, 3)
+        self.embed, self.blocks, self.head = (
+            nn.Linear(6, width),
+            nn.ModuleList(Block(width) for _ in range(3)),
+            nn.Linear(width, 3),
+        )
 
     def order(self, route):
         return range(3)
@@ -76,7 +81,14 @@ def penalty(model, b):
     return out.square().sum() + g.square().sum(), torch.tensor(float(len(x)))
 
 
-CASES = {"looped": (Looped, plain), "routed": (Routed, plain), "cast": (Cast, plain), "attack": (Net, attack), "penalty": (Net, penalty), "loop attack": (Looped, attack)}
+CASES = {
+    "looped": (Looped, plain),
+    "routed": (Routed, plain),
+    "cast": (Cast, plain),
+    "attack": (Net, attack),
+    "penalty": (Net, penalty),
+    "loop attack": (Looped, attack),
+}
 
 
 def model_of(cls):
@@ -96,7 +108,9 @@ def runs(name):
     for stage in range(3 if cls is Routed and world_size() > 1 else 4):
         for units, remat in ((None, False), (None, True), ((), False)):
             loss_fn, p = fz.stateless(model_of(cls), loss, units=units, remat=remat)
-            parts = fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(LR), stage=stage, accumulate=MICROS // world_size())
+            parts = fz.zero(
+                fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(LR), stage=stage, accumulate=MICROS // world_size()
+            )
             step = fz.train_step(*parts, mesh={"data": -1}, policy="float64")
             state = step.init(p)
             if loss is penalty and remat and stage > 1 and world_size() > 1:

@@ -1,4 +1,5 @@
 """step is pure: the same inputs give the same bits and are left as they were; only donate uses its state up."""
+
 from __future__ import annotations
 
 import pytest
@@ -14,7 +15,9 @@ EXTRA = {
     "clip_by_value": (fz.clip_by_value(0.01), fz.clip_by_global_norm(0.1), fz.adamw(1e-2)),
     "momentum": (fz.sgd(1e-2, momentum=0.9, nesterov=True),),
     "two optimizers": (fz.adamw(1.0), fz.sgd(1e-2)),
-    "rules of rates": (fz.adamw([("blocks", 1e-2), ("", fz.schedules.constant(1e-3))], weight_decay=[("b$", 0.0), ("", 0.1)]),),
+    "rules of rates": (
+        fz.adamw([("blocks", 1e-2), ("", fz.schedules.constant(1e-3))], weight_decay=[("b$", 0.0), ("", 0.1)]),
+    ),
 }
 
 
@@ -43,7 +46,11 @@ def called_twice(chains):
 def chains_of_all_transforms(world):
     k = zoo.MICROS // world
     g = zoo.source(loss_fn=zoo.loss_random, rng=True)
-    more = {f"{n} {stage}": (fz.zero(g, *tx, stage=stage, accumulate=k), 0) for n, tx in EXTRA.items() for stage in (0, 1, 3)}
+    more = {
+        f"{n} {stage}": (fz.zero(g, *tx, stage=stage, accumulate=k), 0)
+        for n, tx in EXTRA.items()
+        for stage in (0, 1, 3)
+    }
     return zoo.flat_chains(g, k, zoo.tx(scale=True)) | more
 
 
@@ -81,7 +88,11 @@ def donated():
             rows = step.local_rows(zoo.batch(t))
             before, memory = tree_hash(rows), [x.data_ptr() for x in b.params.buffers]
             (a, m), (b, n) = pure(a, rows), step(b, rows)
-            out[stage, t] = bits(a, m) == bits(b, n), [x.data_ptr() for x in b.params.buffers] == memory, tree_hash(rows) == before
+            out[stage, t] = (
+                bits(a, m) == bits(b, n),
+                [x.data_ptr() for x in b.params.buffers] == memory,
+                tree_hash(rows) == before,
+            )
     return out
 
 

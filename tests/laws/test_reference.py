@@ -1,4 +1,5 @@
 """Every stage is the reference: AdamW by hand on whole leaves in float64, with a clip, ragged weights and a skipped overflow."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,7 +8,11 @@ import zoo
 
 from funczero.layout.mesh import world_size
 
-FORMS = {"whole": dict(units=()), "keep": dict(units=("blocks",)), "remat": dict(units=("blocks",), loss_fn=zoo.loss_remat)}
+FORMS = {
+    "whole": dict(units=()),
+    "keep": dict(units=("blocks",)),
+    "remat": dict(units=("blocks",), loss_fn=zoo.loss_remat),
+}
 
 
 def distance(run, truth):
@@ -25,7 +30,12 @@ def runs(table, axes, k, **form):
     truth, out = zoo.reference(micros=micros, skip=(zoo.BAD,)), {}
     for name, (parts, stream) in table(zoo.source(tuple(axes), **form), k, zoo.tx(scale=True)).items():
         run = zoo.train(parts, axes, stream, dtype=torch.float64, policy="float64", micros=micros)
-        out[name] = distance(run, truth), [bool(m.ok) for m in run[1]], torch.isfinite(run[1][zoo.BAD].loss).item(), zoo.bits(run)
+        out[name] = (
+            distance(run, truth),
+            [bool(m.ok) for m in run[1]],
+            torch.isfinite(run[1][zoo.BAD].loss).item(),
+            zoo.bits(run),
+        )
     return out
 
 

@@ -1,4 +1,5 @@
 """Law: a state that was saved is restored bit for bit on any world, mesh and stage, and training on gives the bits of the uninterrupted run."""
+
 from __future__ import annotations
 
 import checkpoints
@@ -30,14 +31,22 @@ def restored(directory, chain, size, policy=None):
     assert found.client_state == {"rank 0's": [1, (2, 3)]} and found.name == str(HALF)
     first = checkpoints.parts(found.state)
     on = zoo.MICROS % size == 0
-    return first, found.notes, checkpoints.parts(checkpoints.train(step, found.state, int(found.state.step), zoo.UPDATES)) if on else None
+    return (
+        first,
+        found.notes,
+        checkpoints.parts(checkpoints.train(step, found.state, int(found.state.step), zoo.UPDATES)) if on else None,
+    )
 
 
 @pytest.mark.parametrize(("size", "chain"), SAVED)
 def test_from_any_mesh_to_any_mesh(run_world, tmp_path, size, chain):
-    before = checkpoints.joined(run_world(size, saved, tmp_path, chain, size) if size > 1 else [saved(tmp_path, chain, 1)])
+    before = checkpoints.joined(
+        run_world(size, saved, tmp_path, chain, size) if size > 1 else [saved(tmp_path, chain, 1)]
+    )
     whole = checkpoints.make("0 grad acc ar", 1)
-    end = checkpoints.joined([checkpoints.parts(checkpoints.train(whole, whole.init(zoo.params(), key=7), 0, zoo.UPDATES))])
+    end = checkpoints.joined(
+        [checkpoints.parts(checkpoints.train(whole, whole.init(zoo.params(), key=7), 0, zoo.UPDATES))]
+    )
     for world, chains in ((1, STAGES), (2, STAGES), (3, STAGES), (4, NESTED)):
         for other in chains if size == 2 else chains[-1:]:
             got = run_world(world, restored, tmp_path, other, world) if world > 1 else [restored(tmp_path, other, 1)]
@@ -54,7 +63,11 @@ def test_views_in_another_dtype_are_made_again(run_world, tmp_path):
     before = checkpoints.joined(run_world(2, saved, tmp_path, "3 [grad acc", 2, MIXED))
     ends = []
     for size, chain in ((1, "0 grad acc ar"), (2, "1 grad acc ["), (4, "hpZ"), (4, "ZeRO-1")):
-        got = run_world(size, restored, tmp_path, chain, size, MIXED) if size > 1 else [restored(tmp_path, chain, 1, MIXED)]
+        got = (
+            run_world(size, restored, tmp_path, chain, size, MIXED)
+            if size > 1
+            else [restored(tmp_path, chain, 1, MIXED)]
+        )
         assert not checkpoints.same(before, checkpoints.joined([g[0] for g in got]))
         ends.append(checkpoints.joined([g[2] for g in got]))
     assert not any(checkpoints.same(ends[0], end) for end in ends[1:])

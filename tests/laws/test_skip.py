@@ -1,4 +1,5 @@
 """With ok false every leaf but the scale's own state, the step and reset stream accumulators is unchanged, in every chain."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,7 +11,13 @@ from funczero import tree
 from funczero.layout.mesh import world_size
 from funczero.testing import tree_hash
 
-MOVES = {"step", "chain/scale_loss/scale", "chain/scale_loss/hysteresis", "chain/scale_loss/iteration", "chain/scale_loss/last_overflow"}
+MOVES = {
+    "step",
+    "chain/scale_loss/scale",
+    "chain/scale_loss/hysteresis",
+    "chain/scale_loss/iteration",
+    "chain/scale_loss/last_overflow",
+}
 
 
 def leaves(state):
@@ -43,7 +50,9 @@ def moved(make, donate, scaled):
 @pytest.mark.parametrize(("world", "donate"), [(1, False), (1, True), (2, False), (2, True)])
 def test_an_overflow_moves_the_scale_alone(run_world, world, donate):
     found = zoo.everywhere(run_world, world, moved, zoo.batch, donate, True)
-    assert {n: (ok, paths - MOVES) for n, (ok, paths) in found.items() if ok or paths - MOVES or "step" not in paths} == {}
+    assert {
+        n: (ok, paths - MOVES) for n, (ok, paths) in found.items() if ok or paths - MOVES or "step" not in paths
+    } == {}
 
 
 @pytest.mark.parametrize("make", [zoo.batch, weightless])

@@ -1,4 +1,5 @@
 """Apply on a batch is the sum of apply on any split of it: ragged weights, empty micro-batches and micro-batches without rows included."""
+
 from __future__ import annotations
 
 import hypothesis.strategies as st
@@ -28,8 +29,12 @@ def pieces(batch, cuts):
 @given(cuts=st.lists(st.integers(0, ROWS), max_size=5), t=st.integers(0, 3))
 @settings(max_examples=15)
 def test_a_batch_is_the_sum_of_its_parts(units, cuts, t):
-    sums, batch = zoo.Sums(zoo.source(units=units), mesh={"data": 1}), zoo.batch(t + zoo.BAD + 1, torch.float64, ROWS // zoo.ROWS)
-    torch.testing.assert_close(total([sums(b) for b in pieces(batch, cuts)]), total([sums(batch)]), rtol=1e-12, atol=1e-12)
+    sums, batch = zoo.Sums(zoo.source(units=units), mesh={"data": 1}), zoo.batch(
+        t + zoo.BAD + 1, torch.float64, ROWS // zoo.ROWS
+    )
+    torch.testing.assert_close(
+        total([sums(b) for b in pieces(batch, cuts)]), total([sums(batch)]), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 6, 12])
@@ -39,7 +44,9 @@ def test_accumulate_is_that_sum_with_its_micro_batches_in_order(k):
     out = zoo.Sums(zoo.source(), fz.accumulate(k), mesh={"data": 1})(batch)
     parts = [one(b) for b in zoo.split(batch, k)]
     torch.testing.assert_close(total([out]), total(parts), rtol=1e-12, atol=1e-12)
-    assert torch.equal(out.loss, torch.cat([p.loss for p in parts])) and torch.equal(out.weight, torch.cat([p.weight for p in parts]))
+    assert torch.equal(out.loss, torch.cat([p.loss for p in parts])) and torch.equal(
+        out.weight, torch.cat([p.weight for p in parts])
+    )
 
 
 def over_ranks(k, way):
@@ -47,7 +54,9 @@ def over_ranks(k, way):
     sums = zoo.Sums(zoo.source(), *way(k), mesh={"data": -1})
     batch = zoo.batch(0, torch.float64, sums.grad.layout.stride)
     out = sums(order.deal(batch, sums.grad.layout, sums.mesh.index))
-    alone = zoo.Sums(fz.value_and_grad(zoo.loss_plain, units=("blocks",), replicated=("data",)), mesh={"data": -1})(batch)
+    alone = zoo.Sums(fz.value_and_grad(zoo.loss_plain, units=("blocks",), replicated=("data",)), mesh={"data": -1})(
+        batch
+    )
     return (total([out])[2:] - total([alone])[2:]).abs().max().item()
 
 

@@ -1,4 +1,5 @@
 """A tie is a fact of the model, not of the tree that its values come in; a batch's None is a fact of the batch, not of the world."""
+
 from __future__ import annotations
 
 import pytest
@@ -55,13 +56,20 @@ def trained(stage, units, remat, *configure):
     for name, way in WAYS.items():
         module = Tied()
         loss_fn, params = fz.stateless(module, module_loss, units=None if units else (), remat=remat)
-        step = fz.train_step(*fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), *configure, fz.adamw(1e-2), stage=stage), mesh=MESH)
+        step = fz.train_step(
+            *fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), *configure, fz.adamw(1e-2), stage=stage), mesh=MESH
+        )
         state = step.init(way(module, params))
         for t in range(2):
             state, m = step(state, step.local_rows(batch(t)))
         whole = step.params(state)
         stood = sorted(n for n in whole if torch.equal(whole[n], params[n]))
-        out[name] = tree_hash(whole), len(state.params.where.structure.leaves), whole["head.weight"] is whole["embed.weight"], stood
+        out[name] = (
+            tree_hash(whole),
+            len(state.params.where.structure.leaves),
+            whole["head.weight"] is whole["embed.weight"],
+            stood,
+        )
     return out
 
 
@@ -98,7 +106,9 @@ def test_a_loss_by_row_keeps_its_ties():
         return (b["x"].float() @ p["a"] @ p["b"].T).mean()
 
     rows.ties = {"b": "a"}
-    step = fz.train_step(fz.value_and_grad(fz.per_row(rows), batch=P("data")), fz.all_reduce("data"), fz.sgd(0.1), mesh=MESH)
+    step = fz.train_step(
+        fz.value_and_grad(fz.per_row(rows), batch=P("data")), fz.all_reduce("data"), fz.sgd(0.1), mesh=MESH
+    )
     assert len(step.init({"a": torch.ones(5, 2), "b": torch.ones(5, 2)}).params.where.structure.leaves) == 1
 
 
@@ -106,7 +116,10 @@ def test_names_of_one_parameter_with_two_values_are_refused():
     module = Tied()
     loss_fn, params = fz.stateless(module, module_loss)
     step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data")), fz.all_reduce("data"), fz.sgd(0.1), mesh=MESH)
-    with pytest.raises(ValueError, match=r"init: 'embed.weight' and 'head.weight' are one parameter of the module, but here they differ"):
+    with pytest.raises(
+        ValueError,
+        match=r"init: 'embed.weight' and 'head.weight' are one parameter of the module, but here they differ",
+    ):
         step.init(params | {"head.weight": params["head.weight"] + 1})
 
 
@@ -114,12 +127,20 @@ def nones(micros):
     """Losses of a batch with a None, and of one without, in as many micro-batches on any world."""
     out, k = [], micros // world_size()
     for stage in range(4):
-        g = fz.value_and_grad(lambda p, b: ((b["x"] @ p["w"]).square().sum() if b.get("mask") is None else None, torch.tensor(float(len(b["x"])))), batch=P("data"))
+        g = fz.value_and_grad(
+            lambda p, b: (
+                (b["x"] @ p["w"]).square().sum() if b.get("mask") is None else None,
+                torch.tensor(float(len(b["x"]))),
+            ),
+            batch=P("data"),
+        )
         step = fz.train_step(*fz.zero(g, fz.sgd(0.1), stage=stage, accumulate=k), mesh=MESH)
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
         state = step.init({"w": torch.ones(4, 3)})
         out += [step(state, step.local_rows(b))[1].loss.item() for b in ({"x": x, "mask": None}, {"x": x})]
-        with pytest.raises(TypeError, match="local_rows: every leaf of a batch is a tensor with rows in dim 0, but one is str"):
+        with pytest.raises(
+            TypeError, match="local_rows: every leaf of a batch is a tensor with rows in dim 0, but one is str"
+        ):
             step.local_rows({"x": x, "mode": "text"})
     return out
 

@@ -1,4 +1,5 @@
 """Ranks that differ in one thing hear of it, all of them, before anything is applied: at the third update and at the five hundredth, with and without the thread."""
+
 from __future__ import annotations
 
 import os
@@ -15,13 +16,27 @@ from funczero.world.ledger import DivergenceError
 
 LATE = 500
 PAIRED = {  # what differs while every rank launches as many collectives of the same sizes: the sum is reached, and tells
-    "unit": r"rank 1 launched all_gather of 'experts/2' over 'data' of .*, while rank 0 launched all_gather of 'experts/1' over .* must open the same units",
-    "order": r"rank 1 launched all_gather of 'experts/1' over 'data' of .*, while rank 0 launched all_gather of 'experts/0' over ",
+    "unit": (
+        r"rank 1 launched all_gather of 'experts/2' over 'data' of .*, while rank 0 launched all_gather of 'experts/1'"
+        r" over .* must open the same units"
+    ),
+    "order": (
+        r"rank 1 launched all_gather of 'experts/1' over 'data' of .*, while rank 0 launched all_gather of 'experts/0'"
+        r" over "
+    ),
     "params": r"rank 1 begins with another value of 'w1' than rank 0; every rank must begin alike",
-    "key": r"rank 1 has 1 as the key in step\(state, batch\) at step \d+, while rank 0 has 0; every rank must hold the same state",
+    "key": (
+        r"rank 1 has 1 as the key in step\(state, batch\) at step \d+, while rank 0 has 0; every rank must hold the"
+        r" same state"
+    ),
     "rate": r"rank 1 has 0.02 as (?:adamw|sgd)\.rates\.lr in .*, while rank 0 has 0.01; ",
-    "chain": r"rank 1 launched .* one has ['\"]clip_by_global_norm\(2\) -> .* where others have ['\"]clip_by_global_norm\(1\) -> ",
-    "step": r"rank 1 launched .* at step \d+, while rank 0 launched .* at step \d+; every rank must hold the same state",
+    "chain": (
+        r"rank 1 launched .* one has ['\"]clip_by_global_norm\(2\) -> .* where others have"
+        r" ['\"]clip_by_global_norm\(1\) -> "
+    ),
+    "step": (
+        r"rank 1 launched .* at step \d+, while rank 0 launched .* at step \d+; every rank must hold the same state"
+    ),
 }
 
 
@@ -60,20 +75,40 @@ def test_what_is_right_is_left_alone(run_world, stage):
 
 @pytest.mark.parametrize(
     ("kind", "stage", "at"),
-    [("eval", 1, 3), ("eval", 3, LATE), ("count", 3, 3), ("save", 2, 3), ("fewer", 3, 3), ("error", 1, 3), ("dtype", 2, 3)]
-    + [pytest.param(k, s, LATE, marks=pytest.mark.slow) for k in ("eval", "count", "save", "fewer", "error", "dtype") for s in (0, 1, 2, 3)],
+    [
+        ("eval", 1, 3),
+        ("eval", 3, LATE),
+        ("count", 3, 3),
+        ("save", 2, 3),
+        ("fewer", 3, 3),
+        ("error", 1, 3),
+        ("dtype", 2, 3),
+    ]
+    + [
+        pytest.param(k, s, LATE, marks=pytest.mark.slow)
+        for k in ("eval", "count", "save", "fewer", "error", "dtype")
+        for s in (0, 1, 2, 3)
+    ],
 )
 def test_what_is_launched_more_or_less_often_is_told_by_the_log(kind, stage, at):
     ends = told.run(kind, stage, at, 1)
     found = told.verdict(kind, stage, at, ends)
-    assert found == "told" or found == "right" and (kind in apart.RIGHT or stage in apart.STAGES.get(kind, ())), (found, ends)
+    assert found == "told" or found == "right" and (kind in apart.RIGHT or stage in apart.STAGES.get(kind, ())), (
+        found,
+        ends,
+    )
 
 
 def simulated(kind):
     """A rank of three that goes apart."""
     rank = torch.distributed.get_rank()
     params, rows = {"w": torch.ones(8) + (kind == "params") * (rank == 2)}, torch.ones(3, 8)
-    step = fz.train_step(*fz.zero(fz.value_and_grad(lambda p, b: ((p["w"] * b).sum(), torch.ones(())), batch=P("data")), fz.sgd(0.1), stage=3), mesh={"data": 3})
+    step = fz.train_step(
+        *fz.zero(
+            fz.value_and_grad(lambda p, b: ((p["w"] * b).sum(), torch.ones(())), batch=P("data")), fz.sgd(0.1), stage=3
+        ),
+        mesh={"data": 3},
+    )
     state = step.init(params, key=int(kind == "key" and rank == 0))
     for t in range(3):
         if t == 1 and rank == 1 and kind == "step":
@@ -86,7 +121,13 @@ def simulated(kind):
     [
         ("params", "rank 2 begins with another value of 'w' than ranks 0, 1; "),
         ("key", "rank 0 begins with another value of key than ranks 1, 2: 1 instead of 0; "),
-        ("step", r"rank 1 launched all_gather over 'data' of .* at step 6, while ranks 0, 2 launched .* at step 1; every rank must hold the same state"),
+        (
+            "step",
+            (
+                r"rank 1 launched all_gather over 'data' of .* at step 6, while ranks 0, 2 launched .* at step 1; every"
+                r" rank must hold the same state"
+            ),
+        ),
     ],
 )
 def test_simulated_ranks_are_told_too(kind, want):
@@ -97,20 +138,39 @@ def test_simulated_ranks_are_told_too(kind, want):
 # --- axes over which nothing is summed ------------------------------------------------------------------------------------
 def test_an_axis_over_which_nothing_is_summed_is_refused():
     loss = lambda p, b: (p["w"].sum() * b.sum(), torch.ones(()))
-    with pytest.raises(fz.ChainError, match=r"value_and_grad: nothing is split or summed over the mesh axis 'data' of size 2, .* write batch=P\('data'\), or .*replicated=\('data',\)"):
+    with pytest.raises(
+        fz.ChainError,
+        match=(
+            r"value_and_grad: nothing is split or summed over the mesh axis 'data' of size 2, .* write"
+            r" batch=P\('data'\), or .*replicated=\('data',\)"
+        ),
+    ):
         fz.train_step(fz.value_and_grad(loss), fz.sgd(0.1), mesh={"data": 2})
     with pytest.raises(fz.ChainError, match=r"axis 'tp' of size 2, .* write batch=P\(\('data', 'tp'\)\)"):
-        fz.train_step(*fz.zero(fz.value_and_grad(loss, batch=P("data")), fz.sgd(0.1), stage=1), mesh={"data": 2, "tp": 2})
+        fz.train_step(
+            *fz.zero(fz.value_and_grad(loss, batch=P("data")), fz.sgd(0.1), stage=1), mesh={"data": 2, "tp": 2}
+        )
     with pytest.raises(fz.ChainError, match="replicated names 'tpp', which is not an axis of the mesh"):
-        fz.train_step(*fz.zero(fz.value_and_grad(loss, batch=P("data"), replicated="tpp"), fz.sgd(0.1), stage=1), mesh={"data": 2})
+        fz.train_step(
+            *fz.zero(fz.value_and_grad(loss, batch=P("data"), replicated="tpp"), fz.sgd(0.1), stage=1), mesh={"data": 2}
+        )
     with pytest.raises(fz.ChainError, match="the batch is split over 'data', so its ranks are not given the same rows"):
-        fz.train_step(*fz.zero(fz.value_and_grad(loss, batch=P("data"), replicated=("data",)), fz.sgd(0.1), stage=1), mesh={"data": 2})
+        fz.train_step(
+            *fz.zero(fz.value_and_grad(loss, batch=P("data"), replicated=("data",)), fz.sgd(0.1), stage=1),
+            mesh={"data": 2},
+        )
 
 
 def replicas(stage, differ, check):
     """Four ranks, two of them on an axis whose ranks are given the same rows; at update 2 one of them is not."""
-    grad = fz.value_and_grad(lambda p, b: ((b["x"] @ p["w"]).square().sum(), torch.tensor(float(len(b["x"])))), batch=P("data"), replicated=("tp",))
-    step = fz.train_step(*fz.zero(grad, fz.clip_by_global_norm(1.0), fz.adamw(1e-2), stage=stage), mesh={"data": 2, "tp": 2}, check=check)
+    grad = fz.value_and_grad(
+        lambda p, b: ((b["x"] @ p["w"]).square().sum(), torch.tensor(float(len(b["x"])))),
+        batch=P("data"),
+        replicated=("tp",),
+    )
+    step = fz.train_step(
+        *fz.zero(grad, fz.clip_by_global_norm(1.0), fz.adamw(1e-2), stage=stage), mesh={"data": 2, "tp": 2}, check=check
+    )
     state = step.init({"w": torch.arange(12.0).view(4, 3)})
     try:
         for t in range(4):
@@ -120,19 +180,29 @@ def replicas(stage, differ, check):
             state, m = step(state, rows)
     except DivergenceError as error:
         return str(error)
-    return step.eval(lambda p, b: ((b["x"] @ p["w"]).sum(), torch.tensor(float(len(b["x"])))))(state, rows).loss.item(), m.loss.item(), m.grad_norm.item()
+    return (
+        step.eval(lambda p, b: ((b["x"] @ p["w"]).sum(), torch.tensor(float(len(b["x"])))))(state, rows).loss.item(),
+        m.loss.item(),
+        m.grad_norm.item(),
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_replicas_count_once_and_their_rows_are_compared(run_world, stage):
     first, *others = run_world(4, replicas, stage, False, 0)
     assert all(x == first for x in others)
-    grad = fz.value_and_grad(lambda p, b: ((b["x"] @ p["w"]).square().sum(), torch.tensor(float(len(b["x"])))), batch=P("data"))
-    step = fz.train_step(*fz.zero(grad, fz.clip_by_global_norm(1.0), fz.adamw(1e-2), stage=stage, accumulate=2), mesh={"data": 1})
+    grad = fz.value_and_grad(
+        lambda p, b: ((b["x"] @ p["w"]).square().sum(), torch.tensor(float(len(b["x"])))), batch=P("data")
+    )
+    step = fz.train_step(
+        *fz.zero(grad, fz.clip_by_global_norm(1.0), fz.adamw(1e-2), stage=stage, accumulate=2), mesh={"data": 1}
+    )
     state = step.init({"w": torch.arange(12.0).view(4, 3)})
     for t in range(4):
         rows = {"x": torch.randn(4, 4, generator=torch.Generator().manual_seed(t))}
         state, m = step(state, rows)
     assert first[1:] == (m.loss.item(), m.grad_norm.item())
     said = run_world(4, replicas, stage, True, 0)
-    assert len(set(said)) == 1 and said[0].startswith("rank 3 was given other rows than rank 2 at step 2, but the batch is not split over ['tp']; "), said
+    assert len(set(said)) == 1 and said[0].startswith(
+        "rank 3 was given other rows than rank 2 at step 2, but the batch is not split over ['tp']; "
+    ), said

@@ -1,4 +1,5 @@
 """<gather x, y> = <x, reduce_scatter y>, exactly, over every cut: odd leaves, other dims, leaves that stay whole, nested axes."""
+
 from __future__ import annotations
 
 import pytest
@@ -30,13 +31,21 @@ def renamed(rules, axis):
 def integers(where, seed):
     """Small whole numbers in every slot: their products and sums are exact."""
     g = torch.Generator().manual_seed(seed)
-    return Slots.pack(where, [torch.randint(-8, 9, s.shape, generator=g).double() for s in where.slots], torch.float64, torch.device("cpu"))
+    return Slots.pack(
+        where,
+        [torch.randint(-8, 9, s.shape, generator=g).double() for s in where.slots],
+        torch.float64,
+        torch.device("cpu"),
+    )
 
 
 def inner_product(x, y, mesh):
     """Over all ranks; what an axis does not cut lies on each of its ranks and counts once."""
     first = [all(mesh.index(a) == 0 for a in x.where.replicas(i)) for i in range(len(x.leaves()))]
-    mine = sum(((a * b).sum() for a, b, f in zip(x.leaves(), y.leaves(), first, strict=True) if f), torch.zeros((), dtype=torch.float64))
+    mine = sum(
+        ((a * b).sum() for a, b, f in zip(x.leaves(), y.leaves(), first, strict=True) if f),
+        torch.zeros((), dtype=torch.float64),
+    )
     return int(sum_integers(mine.long().view(1), tuple(mesh.axes), mesh))
 
 
@@ -50,9 +59,15 @@ def products(sizes, cut):
     for outer, axis in places:
         here = Where(structure, tuple((a, mesh.axes[a].size, mesh.index(a)) for a in outer))
         y = integers(here, 1 + rank)  # another one on every rank: a partial sum
-        x = collectives.cut(integers(Where.whole(structure), 0), outer[0], mesh) if outer else integers(Where.whole(structure), 0)
+        x = (
+            collectives.cut(integers(Where.whole(structure), 0), outer[0], mesh)
+            if outer
+            else integers(Where.whole(structure), 0)
+        )
         x = collectives.cut(x, axis, mesh)  # the same wherever it is replicated
-        gathered, scattered = collectives.all_gather(x, axis, mesh), collectives.reduce_scatter(y, Edge(axis, adds=torch.float64), mesh)
+        gathered, scattered = collectives.all_gather(x, axis, mesh), collectives.reduce_scatter(
+            y, Edge(axis, adds=torch.float64), mesh
+        )
         out.append((inner_product(gathered, y, mesh), inner_product(x, scattered, mesh)))
         again = collectives.all_gather(collectives.cut(gathered, axis, mesh), axis, mesh)
         assert all(torch.equal(a, b) for a, b in zip(again.buffers, gathered.buffers, strict=True))

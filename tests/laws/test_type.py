@@ -1,4 +1,5 @@
 """A chain is accepted if and only if it runs to the reference's value: random chains, judged by a specification of ten lines."""
+
 from __future__ import annotations
 
 import random
@@ -13,13 +14,24 @@ import funczero as fz
 from funczero import P
 
 AXES = ("a", "b")
-WORDS = ("acc", *(f"{verb} {axis}" for verb in ("ar", "rs", "ag", "[") for axis in AXES), "]", "mean", "clip", "value", "sgd")
+WORDS = (
+    "acc",
+    *(f"{verb} {axis}" for verb in ("ar", "rs", "ag", "[") for axis in AXES),
+    "]",
+    "mean",
+    "clip",
+    "value",
+    "sgd",
+)
 LR, CLIP, LIMIT, UPDATES = 0.1, 0.5, 0.05, 2
 
 
 def params():
     g = torch.Generator().manual_seed(0)
-    return {"w": torch.randn(5, 3, generator=g, dtype=torch.float64), "b": torch.randn(3, generator=g, dtype=torch.float64)}
+    return {
+        "w": torch.randn(5, 3, generator=g, dtype=torch.float64),
+        "b": torch.randn(3, generator=g, dtype=torch.float64),
+    }
 
 
 def loss(p, b):
@@ -28,7 +40,10 @@ def loss(p, b):
 
 def batch(t, n):
     g = torch.Generator().manual_seed(t)
-    return {"x": torch.randn(n, 5, generator=g, dtype=torch.float64), "m": torch.randint(0, 3, (n,), generator=g).double()}
+    return {
+        "x": torch.randn(n, 5, generator=g, dtype=torch.float64),
+        "m": torch.randint(0, 3, (n,), generator=g).double(),
+    }
 
 
 # --- words -> parts, whether they mean something, and the value they mean ----------------------------------------------
@@ -55,7 +70,9 @@ def parts(nested):
         "clip": lambda: fz.clip_by_global_norm(CLIP), "value": lambda: fz.clip_by_value(LIMIT), "sgd": lambda: fz.sgd(LR),
         "ar": fz.all_reduce, "rs": fz.reduce_scatter, "ag": fz.all_gather,
     }  # fmt: skip
-    return [fz.shard(x[0], *parts(x[1:])) if isinstance(x, list) else make[x.split()[0]](*x.split()[1:]) for x in nested]
+    return [
+        fz.shard(x[0], *parts(x[1:])) if isinstance(x, list) else make[x.split()[0]](*x.split()[1:]) for x in nested
+    ]
 
 
 def meaningful(words):
@@ -132,7 +149,9 @@ def random_words(rng):
     words += ["]" if x.startswith("[") else f"ag {x[3:]}" for x in reversed(open_) if x]
     opens = [i for i, w in enumerate(words) if w.startswith("[")]
     for i in opens[: rng.randint(0, len(opens))]:  # move opening edges left of the gradient
-        if all(w.startswith("[") or w == "grad" for w in words[: words.index("grad")]) and not any(w.startswith(("ar", "rs")) for w in words[:i]):
+        if all(w.startswith("[") or w == "grad" for w in words[: words.index("grad")]) and not any(
+            w.startswith(("ar", "rs")) for w in words[:i]
+        ):
             words.insert(words.index("grad"), words.pop(i))
     for _ in range(rng.choice((0, 0, 0, 1, 2))):
         i = rng.randrange(len(words))
@@ -191,4 +210,8 @@ def test_accepted_chains_run_to_their_meaning_on_many_ranks(run_world, mesh):
 def test_the_sample_is_not_dull():
     chains = sample(24)
     assert len({tuple(w for w in c if w.startswith(("[", "ar", "rs", "grad"))) for c in chains}) > 12
-    assert sum(c[0] == "grad" for c in chains) > 4 and sum(c[0] != "grad" for c in chains) > 4 and any(c.count("sgd") > 1 for c in chains)
+    assert (
+        sum(c[0] == "grad" for c in chains) > 4
+        and sum(c[0] != "grad" for c in chains) > 4
+        and any(c.count("sgd") > 1 for c in chains)
+    )

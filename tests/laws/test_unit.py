@@ -1,4 +1,5 @@
 """accumulate(1), and reductions or brackets over an axis of size 1, are the identity: the same tensors, no bytes, nothing allocated."""
+
 from __future__ import annotations
 
 import pytest
@@ -23,7 +24,9 @@ def test_accumulating_one_is_the_gradient_itself():
 
 def test_a_stream_of_one_is_no_identity():
     """It waits for the call that hands over."""
-    step = fz.train_step(zoo.source(), fz.accumulate(1, stream=True), fz.all_reduce("data"), *zoo.tx(), mesh={"data": 1})
+    step = fz.train_step(
+        zoo.source(), fz.accumulate(1, stream=True), fz.all_reduce("data"), *zoo.tx(), mesh={"data": 1}
+    )
     state, m = step(step.init(zoo.params()), zoo.batch(0))
     assert m is None and int(state.step) == 0
     assert int(step(state, None)[1].updates) == 1
@@ -49,7 +52,13 @@ def gradients():
     """Chains of linear transforms over axes of size 1; the gradient alone first."""
     g = zoo.source(tuple(ONE))
     ar, rs, ag, sh = fz.all_reduce, fz.reduce_scatter, fz.all_gather, fz.shard
-    return [(g,), (g, ar("node"), ar("local")), (g, rs("local"), rs("node"), ag("node"), ag("local")), (sh("local", sh("node", g)),), (sh("node", g, ar("local")),)]
+    return [
+        (g,),
+        (g, ar("node"), ar("local")),
+        (g, rs("local"), rs("node"), ag("node"), ag("local")),
+        (sh("local", sh("node", g)),),
+        (sh("node", g, ar("local")),),
+    ]
 
 
 def test_reductions_and_brackets_over_one_rank_allocate_nothing():
@@ -74,13 +83,23 @@ def test_views_at_rest_over_one_rank_are_the_masters():
 
 def test_axes_of_one_change_no_bit():
     """A flat world and one with idle axes around it."""
-    hashes = {zoo.bits(zoo.train(parts, {"data": 1}, s)) for parts, s in zoo.flat_chains(zoo.source(), 4, zoo.tx()).values()}
-    hashes |= {zoo.bits(zoo.train(parts, ONE, s)) for parts, s in zoo.nested_chains(zoo.source(tuple(ONE)), 4, zoo.tx()).values()}
+    hashes = {
+        zoo.bits(zoo.train(parts, {"data": 1}, s)) for parts, s in zoo.flat_chains(zoo.source(), 4, zoo.tx()).values()
+    }
+    hashes |= {
+        zoo.bits(zoo.train(parts, ONE, s))
+        for parts, s in zoo.nested_chains(zoo.source(tuple(ONE)), 4, zoo.tx()).values()
+    }
     assert len(hashes) == 1
 
 
 def test_a_seed_of_one_is_the_gradient():
     """The backward of S * loss and S in place of one are the same bits, S a power of two."""
-    sums, batch = zoo.Sums(fz.value_and_grad(zoo.loss_plain, batch=P("data")), mesh={"data": 1}), zoo.batch(0, torch.float64)
-    one, many = (sums.grad.apply(sums.views, {}, batch, Seed(torch.tensor(s, dtype=torch.float64), 0))[0].grads.buffers for s in (1.0, 2.0**20))
+    sums, batch = zoo.Sums(fz.value_and_grad(zoo.loss_plain, batch=P("data")), mesh={"data": 1}), zoo.batch(
+        0, torch.float64
+    )
+    one, many = (
+        sums.grad.apply(sums.views, {}, batch, Seed(torch.tensor(s, dtype=torch.float64), 0))[0].grads.buffers
+        for s in (1.0, 2.0**20)
+    )
     assert all(torch.equal(a * 2.0**20, b) for a, b in zip(one, many, strict=True))

@@ -1,4 +1,5 @@
 """Weights, moments, metrics and scale are bitwise the same on any world, at every stage, in any nest, streamed or not, in place or pure."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -33,7 +34,10 @@ def hashes(policy, axes, form, donated):
     """The bits of every chain on a mesh, in every rank; `donated` says whether in place: always, never, or every other chain."""
     k, table = zoo.MICROS // world_size(), zoo.flat_chains if len(axes) == 1 else zoo.nested_chains
     chains = table(source(axes, form), k, zoo.tx(scale=True)).items()
-    return {n: zoo.bits(zoo.train(parts, axes, s, policy=POLICIES[policy], donate=(i + donated) % 2 == 1)) for i, (n, (parts, s)) in enumerate(chains)}
+    return {
+        n: zoo.bits(zoo.train(parts, axes, s, policy=POLICIES[policy], donate=(i + donated) % 2 == 1))
+        for i, (n, (parts, s)) in enumerate(chains)
+    }
 
 
 def others(found, policy):
@@ -74,7 +78,10 @@ def odd_nests(k):
 
 def odd_hashes():
     chains = odd_nests(zoo.MICROS // 4).items()
-    return {n: zoo.bits(zoo.train(parts, mesh, s, policy="float32", donate=i % 2 == 1)) for i, (n, (parts, s, mesh)) in enumerate(chains)}
+    return {
+        n: zoo.bits(zoo.train(parts, mesh, s, policy="float32", donate=i % 2 == 1))
+        for i, (n, (parts, s, mesh)) in enumerate(chains)
+    }
 
 
 def test_one_hash_in_odd_nests(run_world):
@@ -124,6 +131,9 @@ def dealt(places):
 
 def test_rows_dealt_otherwise_agree_to_rounding_and_not_in_bits(run_world):
     """The negative control: with another tree of sums the same loss gives other bits, so the hashes above can fail."""
-    ours, theirs = (torch.tensor(zoo.everywhere(run_world, 2, dealt, p)) for p in ([[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 1, 2, 3], [4, 5, 6, 7]]))
+    ours, theirs = (
+        torch.tensor(zoo.everywhere(run_world, 2, dealt, p))
+        for p in ([[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 1, 2, 3], [4, 5, 6, 7]])
+    )
     assert not torch.equal(ours, theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

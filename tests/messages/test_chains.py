@@ -1,4 +1,5 @@
 """Chains that cannot mean what they say are refused where they are written, without any process, in one sentence with the correction."""
+
 from __future__ import annotations
 
 import pytest
@@ -325,14 +326,23 @@ def no_processes(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a chain was built with processes")
 
-    for where, name in ((dist, "init_process_group"), (dist, "new_group"), (mesh_module, "init_distributed"), (mesh_module, "init_device_mesh")):
+    for where, name in (
+        (dist, "init_process_group"),
+        (dist, "new_group"),
+        (mesh_module, "init_distributed"),
+        (mesh_module, "init_device_mesh"),
+    ):
         monkeypatch.setattr(where, name, refuse)
 
 
 def says(message, error):
     """The whole message, but for what an ellipsis leaves open."""
     begin, *end = message.split("...") if message.startswith("...") or message.endswith("...") else (message,)
-    return str(error) == message if not end else all(part in str(error) for part in (begin, *end)) and str(error).startswith(begin)
+    return (
+        str(error) == message
+        if not end
+        else all(part in str(error) for part in (begin, *end)) and str(error).startswith(begin)
+    )
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -353,8 +363,14 @@ def test_a_wrong_part_is_refused_by_its_maker(name):
 
 @pytest.mark.parametrize("mesh", [FLAT, NEST, {"data": 1}], ids=str)
 def test_right_chains_are_built_and_printed_without_processes(mesh):
-    tables = (zoo.flat_chains, zoo.source(("data",))) if "data" in mesh else (zoo.nested_chains, zoo.source(tuple(mesh)))
+    tables = (
+        (zoo.flat_chains, zoo.source(("data",))) if "data" in mesh else (zoo.nested_chains, zoo.source(tuple(mesh)))
+    )
     for parts, _ in tables[0](tables[1], 4, zoo.tx(scale=True)).values():
         step = fz.train_step(*parts, mesh=mesh)
-        assert str(step).splitlines()[0] == f"train_step on {', '.join(f'{a}={n}' for a, n in mesh.items())} ({mesh_module.default_device().type}), params=float32,compute=float32,accumulate=float32"
+        assert (
+            str(step).splitlines()[0]
+            == f"train_step on {', '.join(f'{a}={n}' for a, n in mesh.items())} ({mesh_module.default_device().type}),"
+            " params=float32,compute=float32,accumulate=float32"
+        )
         assert step.specs(zoo.params())["grads"]["gain"] == P()

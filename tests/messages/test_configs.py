@@ -1,4 +1,5 @@
 """What a wrong ds_config.json is told: the key's path, the file's line, what is wrong, what to write instead; word for word."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +18,10 @@ def loss(params, batch):
     raise NotImplementedError
 
 
-TRIAD = "(train_batch_size={}, train_micro_batch_size_per_gpu={}, gradient_accumulation_steps={}, world size {}: the argument world)"
+TRIAD = (
+    "(train_batch_size={}, train_micro_batch_size_per_gpu={}, gradient_accumulation_steps={}, world size {}: the"
+    " argument world)"
+)
 
 # config, world, message
 SAYS = {
@@ -163,11 +167,18 @@ def test_a_call_that_cannot_be_is_told():
     with pytest.raises(TypeError, match="a chain has one gradient; write from_deepspeed\\(config, loss_fn\\), or"):
         fz.from_deepspeed(B, world=1)
     warm = {**B, "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 5}}}
-    with pytest.raises(ds.ConfigError, match="scheduler.type: the optimizer of the call has its own rate; write optimizer=lambda lr: fz.adamw"):
+    with pytest.raises(
+        ds.ConfigError,
+        match="scheduler.type: the optimizer of the call has its own rate; write optimizer=lambda lr: fz.adamw",
+    ):
         fz.from_deepspeed(warm, loss, world=1, optimizer=fz.sgd(0.1))
-    with pytest.raises(ds.ConfigError, match="it starts from the optimizer's lr, and there is none; add optimizer.params.lr"):
+    with pytest.raises(
+        ds.ConfigError, match="it starts from the optimizer's lr, and there is none; add optimizer.params.lr"
+    ):
         fz.from_deepspeed(warm, loss, world=1, optimizer=lambda lr: fz.sgd(lr))
-    with pytest.raises(ds.ConfigError, match="optimizer= is a function of the learning rate, but the config gives none"):
+    with pytest.raises(
+        ds.ConfigError, match="optimizer= is a function of the learning rate, but the config gives none"
+    ):
         fz.from_deepspeed(B, loss, world=1, optimizer=lambda lr: fz.sgd(lr))
 
 
@@ -198,8 +209,10 @@ def test_the_command_resolves_and_compares(tmp_path, capsys):
     ]  # fmt: skip
     assert main(["config", "diff", str(a), str(a), "--world=8", auto]) == 0
     assert main(["config", "resolve", str(a), "--world=8"]) == 2
-    assert capsys.readouterr().err == (
-        "funczero: a.json: nobody filled in \"auto\" of optimizer.params.lr (line 7); write values, or hand them over as auto={'optimizer.params.lr': ...}\n"
+    assert (
+        capsys.readouterr().err
+        == "funczero: a.json: nobody filled in \"auto\" of optimizer.params.lr (line 7); write values, or hand them"
+        " over as auto={'optimizer.params.lr': ...}\n"
     )
 
 
@@ -214,7 +227,11 @@ def test_memory_is_what_a_state_holds(tmp_path):
         }
         chain, c = fz.from_deepspeed(config, loss, world=1)
         state = fz.train_step(*chain, **c.arguments).init({"w": torch.zeros(160)})
-        held = {"masters": [state.params], "views": [state.views], "moments": [state.chain["adamw"].mu, state.chain["adamw"].nu]}
+        held = {
+            "masters": [state.params],
+            "views": [state.views],
+            "moments": [state.chain["adamw"].mu, state.chain["adamw"].nu],
+        }
         from funczero.deepspeed.config.explain import memory
 
         said = {row.what: row.each for row in memory(c, ds.optimizer_of(c))}

@@ -1,4 +1,5 @@
 """Bad input is refused in one sentence that names it: meshes, batches, losses, parameters, units, states, environments."""
+
 from __future__ import annotations
 
 import logging
@@ -64,7 +65,9 @@ def sparse_blocks(p, b):
 
 
 def named_rule(regex):
-    return fz.train_step(fz.value_and_grad(plain, batch=P("data")), fz.shard("data", adamw, rules=[(regex, P())]), mesh={"data": 2}).specs(params())
+    return fz.train_step(
+        fz.value_and_grad(plain, batch=P("data")), fz.shard("data", adamw, rules=[(regex, P())]), mesh={"data": 2}
+    ).specs(params())
 
 
 def tied_loss():
@@ -110,18 +113,27 @@ def second_order(p, b):
 
 
 def rule(spec, **kw):
-    return fz.train_step(fz.value_and_grad(plain, batch=P("data")), fz.shard("data", adamw, rules=[("^w$", spec)]), mesh={"data": 2}, **kw).specs(params())
+    return fz.train_step(
+        fz.value_and_grad(plain, batch=P("data")),
+        fz.shard("data", adamw, rules=[("^w$", spec)]),
+        mesh={"data": 2},
+        **kw,
+    ).specs(params())
 
 
 def conflict():
     g = fz.value_and_grad(plain, batch=P(("node", "local")))
     inner = fz.shard("node", adamw, rules=[("^w$", P("node"))])
-    return fz.train_step(g, fz.shard("local", inner, rules=[("^w$", P("local", "node"))]), mesh={"node": 2, "local": 2}).specs(params())
+    return fz.train_step(
+        g, fz.shard("local", inner, rules=[("^w$", P("local", "node"))]), mesh={"node": 2, "local": 2}
+    ).specs(params())
 
 
 def nameless_mesh():
     fz.make_mesh({"data": 1})
-    return fz.train_step(fz.value_and_grad(plain, batch=P("data")), fz.all_reduce("data"), adamw, mesh=init_device_mesh("cpu", (1,)))
+    return fz.train_step(
+        fz.value_and_grad(plain, batch=P("data")), fz.all_reduce("data"), adamw, mesh=init_device_mesh("cpu", (1,))
+    )
 
 
 def pulls_nothing():
@@ -130,7 +142,10 @@ def pulls_nothing():
 
 
 WANT = "(sum of losses, sum of weights)"
-DONATED = "step: this state was donated at step 0 and its memory is in use; go on with the state that step(...) returned, or leave fz.donate out"
+DONATED = (
+    "step: this state was donated at step 0 and its memory is in use; go on with the state that step(...) returned, or"
+    " leave fz.donate out"
+)
 INPUTS = {
     "a mesh of another world": (
         lambda: run(step(mesh={"data": 4})), ValueError,
@@ -363,22 +378,33 @@ def second_orders():
 
 def test_every_rank_says_which_world_it_is_in(run_world):
     assert zoo.everywhere(run_world, 2, wrong_meshes) == [
-        "ValueError: mesh {'data': 4} needs 4 processes, but this world has 2; start torchrun --nproc-per-node=4, or write {'data': -1}",
-        "ValueError: mesh {'data': 1} needs 1 processes, but this world has 2; start torchrun --nproc-per-node=1, or write {'data': -1}",
+        (
+            "ValueError: mesh {'data': 4} needs 4 processes, but this world has 2; start torchrun --nproc-per-node=4,"
+            " or write {'data': -1}"
+        ),
+        (
+            "ValueError: mesh {'data': 1} needs 1 processes, but this world has 2; start torchrun --nproc-per-node=1,"
+            " or write {'data': -1}"
+        ),
     ]
 
 
 def test_a_sparse_gradient_is_refused_on_every_rank(run_world):
-    words = "TypeError: value_and_grad: the gradient of {} is sparse, but gradients are added and cut as dense rows; write sparse=False in its embedding"
+    words = (
+        "TypeError: value_and_grad: the gradient of {} is sparse, but gradients are added and cut as dense rows; write"
+        " sparse=False in its embedding"
+    )
     assert zoo.everywhere(run_world, 2, sparse_units) == [words.format("a parameter"), words.format("'blocks/1/v'")]
 
 
 def test_a_second_derivative_through_blocks_that_run_again_is_refused(run_world):
     said = zoo.everywhere(run_world, 2, second_orders)
-    assert said == (
-            "RuntimeError: value_and_grad(units=...): a block that runs again in the backward (remat) is first-order only, "
-            "but create_graph=True asks for a second derivative; leave remat out for this loss"
-        )
+    assert (
+        said
+        == "RuntimeError: value_and_grad(units=...): a block that runs again in the backward (remat) is first-order"
+        " only, "
+        "but create_graph=True asks for a second derivative; leave remat out for this loss"
+    )
 
 
 HALVES = {

@@ -1,4 +1,5 @@
 """The launcher refuses in one sentence: what is wrong, where, what to write instead."""
+
 from __future__ import annotations
 
 import socket
@@ -33,16 +34,37 @@ def test_hostfiles(text):
 
 
 FILTERS = {
-    "both": ({"include": "worker-1", "exclude": "worker-2"}, "--include and --exclude: only one of them can be given; --include names all that take part"),
+    "both": (
+        {"include": "worker-1", "exclude": "worker-2"},
+        "--include and --exclude: only one of them can be given; --include names all that take part",
+    ),
     "numbers too": (
         {"include": "worker-1", "num_nodes": 1},
-        "--num_nodes and --num_gpus count from the first slot, so they go with neither --include nor --exclude; name the slots, for example worker-1:0,1",
+        (
+            "--num_nodes and --num_gpus count from the first slot, so they go with neither --include nor --exclude;"
+            " name the slots, for example worker-1:0,1"
+        ),
     ),
-    "a host of nobody's": ({"include": "nope:0"}, "--include=nope:0: no host 'nope' in the hostfile; it lists worker-1, worker-2"),
-    "a slot it lacks": ({"exclude": "worker-2:2"}, "--exclude=worker-2:2: worker-2 has no slot 2; the hostfile gives it slots=2, counted from 0"),
-    "a range": ({"include": "worker-1:0-2"}, "--include=worker-1:0-2: '0-2' is no slot of worker-1; write numbers with commas, for example worker-1:0,2"),
-    "too many hosts": ({"num_nodes": 3}, "--num_nodes=3: the hostfile has 2 hosts; write at most that many, or list more hosts"),
-    "too many slots": ({"num_gpus": 3}, "--num_gpus=3: worker-2 has slots=2; write at most that many, or more slots in the hostfile"),
+    "a host of nobody's": (
+        {"include": "nope:0"},
+        "--include=nope:0: no host 'nope' in the hostfile; it lists worker-1, worker-2",
+    ),
+    "a slot it lacks": (
+        {"exclude": "worker-2:2"},
+        "--exclude=worker-2:2: worker-2 has no slot 2; the hostfile gives it slots=2, counted from 0",
+    ),
+    "a range": (
+        {"include": "worker-1:0-2"},
+        "--include=worker-1:0-2: '0-2' is no slot of worker-1; write numbers with commas, for example worker-1:0,2",
+    ),
+    "too many hosts": (
+        {"num_nodes": 3},
+        "--num_nodes=3: the hostfile has 2 hosts; write at most that many, or list more hosts",
+    ),
+    "too many slots": (
+        {"num_gpus": 3},
+        "--num_gpus=3: worker-2 has slots=2; write at most that many, or more slots in the hostfile",
+    ),
 }
 
 
@@ -111,7 +133,10 @@ def test_command_lines(tmp_path, name):
 
 def test_a_hostfile_that_was_named_is_there(capsys):
     assert main(["--hostfile=/no/hosts", "x.py"]) == 2
-    said = "--hostfile=/no/hosts: cannot be read (No such file or directory); name a file of lines such as worker-1 slots=4, or leave --hostfile out for this machine alone"
+    said = (
+        "--hostfile=/no/hosts: cannot be read (No such file or directory); name a file of lines such as worker-1"
+        " slots=4, or leave --hostfile out for this machine alone"
+    )
     assert capsys.readouterr().err == f"funczero launch: {said}\n"
 
 
@@ -119,19 +144,35 @@ def test_a_tool_that_is_not_installed(monkeypatch, capsys, tmp_path):
     (tmp_path / "hosts").write_text(TWO)
     monkeypatch.setenv("PATH", "")
     assert main([f"--hostfile={tmp_path / 'hosts'}", "--launcher=slurm", "--num_gpus=2", "x.py"]) == 2
-    assert capsys.readouterr().err == "funczero launch: srun is not installed on this machine; install it, or choose another --launcher\n"
+    assert (
+        capsys.readouterr().err
+        == "funczero launch: srun is not installed on this machine; install it, or choose another --launcher\n"
+    )
 
 
 def test_an_environment_file(tmp_path):
     (tmp_path / ".deepspeed_env").write_text("A=1\nexport B=2\n")
     with pytest.raises(ValueError) as caught:
         jobs.env_file({}, str(tmp_path))
-    assert str(caught.value) == f"{tmp_path}/.deepspeed_env, line 2: 'export B=2' is no setting; write NAME=VALUE, without export and without quotes"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}/.deepspeed_env, line 2: 'export B=2' is no setting; write NAME=VALUE, without export and"
+        " without quotes"
+    )
 
 
 def test_a_node_says_why_it_cannot_start(tmp_path, monkeypatch):
     orders = {"max_restarts": 0, "cwd": str(tmp_path / "none")}
-    orders |= {"script": "x.py", "module": False, "no_python": False, "slots": [0], "env": {}, "node_rank": 1, "master_addr": "no host", "master_port": 1}
+    orders |= {
+        "script": "x.py",
+        "module": False,
+        "no_python": False,
+        "slots": [0],
+        "env": {},
+        "node_rank": 1,
+        "master_addr": "no host",
+        "master_port": 1,
+    }
     monkeypatch.chdir(tmp_path)
 
     def said(**changed):
@@ -139,30 +180,50 @@ def test_a_node_says_why_it_cannot_start(tmp_path, monkeypatch):
             prepare(orders | changed)
         return str(caught.value)
 
-    assert said() == f"the working folder '{tmp_path}/none' is not there (No such file or directory); every host needs it, so start from a shared one"
+    assert (
+        said()
+        == f"the working folder '{tmp_path}/none' is not there (No such file or directory); every host needs it, so"
+        " start from a shared one"
+    )
     assert said(cwd=str(tmp_path)) == f"the script 'x.py' is not in {tmp_path}; every host needs it at the same place"
     with monkeypatch.context() as m:
         m.setattr("os.environ", {})
         for rank in (0, 1):  # rank 0's own host resolves it as well: nobody retries a name in silence
             told = said(cwd=str(tmp_path), module=True, node_rank=rank, master_addr="nosuch.invalid", nodes=2)
             here = f"means nothing on {socket.gethostname()} ("
-            assert told.startswith(f"the address of rank 0's host, 'nosuch.invalid', {here}") and told.endswith("); add --master_addr=ADDRESS that all hosts know")
+            assert told.startswith(f"the address of rank 0's host, 'nosuch.invalid', {here}") and told.endswith(
+                "); add --master_addr=ADDRESS that all hosts know"
+            )
 
 
 def test_devices_that_are_not_shown():
     with pytest.raises(ValueError) as caught:
         devices([0, 2], "4,5")
-    assert str(caught.value) == "slot 2 is asked for, but CUDA_VISIBLE_DEVICES='4,5' shows 2 devices here; use slots below 2"
+    assert (
+        str(caught.value)
+        == "slot 2 is asked for, but CUDA_VISIBLE_DEVICES='4,5' shows 2 devices here; use slots below 2"
+    )
 
 
 WORLDS = {
     "hosts without an address": (
-        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
-        "init_distributed: OpenMPI started 4 processes on more than one host and says no address of rank 0's; add -x MASTER_ADDR=HOST to mpirun, HOST being the host of rank 0 as the others reach it",
+        {
+            "OMPI_COMM_WORLD_RANK": "0",
+            "OMPI_COMM_WORLD_SIZE": "4",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        },
+        (
+            "init_distributed: OpenMPI started 4 processes on more than one host and says no address of rank 0's; add"
+            " -x MASTER_ADDR=HOST to mpirun, HOST being the host of rank 0 as the others reach it"
+        ),
     ),
     "a rank outside": (
         {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"},
-        "init_distributed: SLURM_PROCID='4' and SLURM_STEP_NUM_TASKS='4' are not a rank below a world size; start with SLURM",
+        (
+            "init_distributed: SLURM_PROCID='4' and SLURM_STEP_NUM_TASKS='4' are not a rank below a world size; start"
+            " with SLURM"
+        ),
     ),
 }
 

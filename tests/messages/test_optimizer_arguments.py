@@ -1,4 +1,5 @@
 """Whatever an optimizer is given is refused when it is built, in one sentence with optimizer, argument and value."""
+
 from __future__ import annotations
 
 import pytest
@@ -36,7 +37,16 @@ def test_an_optimizer_that_cannot_be_is_refused(name):
         make()
 
 
-NONSENSE = {"a string": "1e-3", "a bool": True, "negative": -1, "nan": float("nan"), "inf": float("inf"), "too large": 10**400, "None": None, "a tensor": torch.tensor(0.1)}
+NONSENSE = {
+    "a string": "1e-3",
+    "a bool": True,
+    "negative": -1,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "too large": 10**400,
+    "None": None,
+    "a tensor": torch.tensor(0.1),
+}
 ARGUMENTS = {
     "adamw": {"lr", "b1", "b2", "eps", "weight_decay"}, "adam": {"lr", "b1", "b2", "eps", "weight_decay"}, "lion": {"lr", "b1", "b2", "weight_decay"},
     "adagrad": {"lr", "eps", "weight_decay"}, "sgd": {"lr", "momentum", "weight_decay"},
@@ -52,10 +62,15 @@ def test_every_number_of_every_optimizer_is_refused_when_built(name, kind):
         if name == "from_torch" and bad is None:
             continue  # the class's default
         make = (lambda **kw: fz.from_torch("RMSprop", **kw)) if name == "from_torch" else getattr(fz, name)
-        for value, where in [(bad, ""), *([([("", bad)], "the rule '' of"), ({"w": bad}, "at 'w'")] if what in ("lr", "weight_decay") else [])]:
+        for value, where in [
+            (bad, ""),
+            *([([("", bad)], "the rule '' of"), ({"w": bad}, "at 'w'")] if what in ("lr", "weight_decay") else []),
+        ]:
             if name == "from_torch" and what == "lr" and where:
                 continue
             with pytest.raises((TypeError, ValueError)) as caught:
                 make(**{"lr": 1e-3, what: value})
             said = str(caught.value)
-            assert said.startswith(name) and f"{what}=" in said and where in said and "write " in said and "\n" not in said
+            assert (
+                said.startswith(name) and f"{what}=" in said and where in said and "write " in said and "\n" not in said
+            )
