@@ -117,14 +117,14 @@ def from_torch(
     betas = given.get("betas", defaults.get("betas", ()))
     moving = dict(zip(("b1", "b2"), betas, strict=False))
     own = Kind(who, cls, options, "weight_decay" in defaults, bool(betas))
+    decay = {"weight_decay": defaults["weight_decay"] if weight_decay is None else weight_decay} if own.decays else {}
+    rate = rates.Rates(who, lr=lr, **decay, **moving)
     try:
         own.build([torch.zeros(1)], {"lr": 0.0 if callable(lr) else lr, "weight_decay": 0.0, **moving})
     except (ValueError, TypeError, RuntimeError) as e:
         raise ValueError(
             f"{who}: torch.optim.{name} refuses its arguments ({e}); correct {', '.join(given) or 'lr'}"
         ) from None
-    decay = {"weight_decay": defaults["weight_decay"] if weight_decay is None else weight_decay} if own.decays else {}
-    rate = rates.Rates(who, lr=lr, **decay, **moving)
     eps = float(options.get("eps", defaults.get("eps", 0.0)) or 0.0)
 
     def init(params: Any) -> FromTorch:
