@@ -1,8 +1,10 @@
 """DeepSpeed's configuration file and its engine over the same chain: `import funczero.deepspeed as deepspeed`."""
 
 from funczero.deepspeed import accelerator as accelerator
+from funczero.deepspeed import checkpoint as checkpoint
 from funczero.deepspeed import checkpointing as checkpointing
 from funczero.deepspeed import comm as comm
+from funczero.deepspeed import moe as moe
 from funczero.deepspeed import ops as ops
 from funczero.deepspeed import runtime as runtime
 from funczero.deepspeed import utils as utils
@@ -28,13 +30,17 @@ from funczero.deepspeed.engine.device import get_accelerator as get_accelerator
 from funczero.deepspeed.engine.engine import Engine as Engine
 from funczero.deepspeed.engine.initialize import initialize as initialize
 from funczero.deepspeed.engine.ranks import init_distributed as init_distributed
+from funczero.deepspeed.optim.optimizer import EngineOptimizer
+from funczero.deepspeed.utils import log_dist as log_dist
+from funczero.deepspeed.utils import logger as logger
 
 DeepSpeedEngine = Engine
+DeepSpeedOptimizer = ZeROOptimizer = EngineOptimizer
+__version__ = "0.19.8+funczero"  # of DeepSpeed, whose face this is
 ABSENT = {
     "init_inference": (
         "there is no inference engine here; run engine.eval() under torch.no_grad(), or export the weights"
     ),
-    "moe": "there are no experts over ranks here; a module's own experts train like any other parameters",
     "pipe": "there is no pipeline here; write a torch.nn.Module and stage 3",
     "PipelineModule": "there is no pipeline here; write a torch.nn.Module and stage 3",
     "tp_model_init": "there is no tensor parallelism here; write stage 3",

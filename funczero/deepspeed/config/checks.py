@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from funczero.deepspeed.config.key import NO_OP, REFUSED, ConfigError, Key, switched_off
+from funczero.deepspeed.config.keys import OFFLOADS
 from funczero.deepspeed.config.reading import Document
 from funczero.deepspeed.config.resolved import Config, Setting, dtype_name
 from funczero.deepspeed.config.typed import as_json
+from funczero.layout.mesh import default_device
 
 
 def judged(doc: Document, found: Mapping[str, Setting], table: Mapping[str, Key]) -> list[str]:
@@ -20,6 +22,8 @@ def judged(doc: Document, found: Mapping[str, Setting], table: Mapping[str, Key]
             if not switched_off(value):
                 raise ConfigError(f"{where}it is switched on: {key.say}")
             notes.append(f"{name} is switched off: {key.say}")
+        elif path in OFFLOADS and value != key.default and default_device().type == "cpu":
+            notes.append(f"{name} = {as_json(value)} changes nothing: there is no accelerator, so all is in memory")
         elif key.handling == REFUSED and value not in (key.default, *key.off):
             raise ConfigError(f"{where}{as_json(value)} would change the training: {key.say}")
         elif key.handling == NO_OP and value != key.default:

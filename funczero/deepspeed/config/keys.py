@@ -45,7 +45,7 @@ _TOP: dict[str, Key] = {
     ),
     "zero_force_ds_cpu_optimizer": ignore(True, "there is one implementation of every optimizer"),
     "dataloader_drop_last": honour(False),
-    "steps_per_print": honour(None, "int", 1),
+    "steps_per_print": honour(None, "every", 1),  # inf: never
     "wall_clock_breakdown": ignore(False, LOG),
     "memory_breakdown": ignore(False, LOG),
     "dump_state": ignore(False, LOG),
@@ -69,7 +69,7 @@ _TOP: dict[str, Key] = {
     "data_efficiency": Key("off", None, REFUSED, "order and choice of the data are the batches' own; delete the block"),
     "autotuning": Key("off", None, REFUSED, "nothing here tunes a config; write the values it should have"),
     "tensor_parallel": Key("off", None, REFUSED, "there is no tensor parallelism here; delete the block"),
-    "compile": Key("off", None, REFUSED, "DeepCompile does not exist here; delete the block"),
+    "compile": ignore(None, "DeepCompile schedules the same values, and it does not exist here", "any"),
 }
 _REMOVED = {
     name: Key("off", None, REFUSED, REMOVED)
@@ -125,7 +125,7 @@ _ZERO: dict[str, Key] = {
     "overlap_comm": ignore(None, ORDER, "flag"),
     "compute_grad_norm": ignore(True, "the norm comes with the mean"),
     "ignore_unused_parameters": ignore(True, "an unused parameter has a zero gradient"),
-    "load_from_fp32_weights": refuse(True, "masters are loaded as they were saved; delete the key"),
+    "load_from_fp32_weights": ignore(True, "masters are loaded as they were saved"),
     "legacy_stage1": refuse(False, "delete the key"),
     "sub_group_size": ignore(1_000_000_000, "elementwise optimizers do not see tiles", low=1),
     "stage3_prefetch_bucket_size": ignore(50_000_000, ORDER, low=0),
@@ -154,7 +154,7 @@ _ZERO: dict[str, Key] = {
     "offload_param.max_in_cpu": ignore(1_000_000_000, LAYOUT, low=0),
     "offload_param.pin_memory": ignore(True, LAYOUT),
     "cpu_offload_use_pin_memory": ignore(False, LAYOUT),
-    "zero_hpz_partition_size": refuse(1, "write fz.hpz(...) as the chain, and delete the key", low=1),
+    "zero_hpz_partition_size": ignore(1, "it changes what travels, no value; write fz.hpz(...) as the chain", low=1),
     **{f"zero_quantized_{k}": refuse(False, ZEROPP) for k in ("weights", "gradients", "nontrainable_weights")},
     **{k: ignore(True, "nothing of torch is patched") for k in ("memory_efficient_linear", "override_module_apply")},
     "pipeline_loading_checkpoint": ignore(False, ORDER),
@@ -236,6 +236,11 @@ _REST: dict[str, Key] = {
     "scheduler.type": honour(None, "text"),
 }
 
+OFFLOADS = "zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"
+PASSED_OVER = (  # at the top level; DeepSpeed reads none of them, and configs in use have them
+    "checkpointing", "cuda_visible_devices", "backend", "monitor_config", "comms_config", "train_iters",
+    "zero_quantized_config", "optimizer_params", "comment", "description", "distributed_backend", "local_rank",
+)  # fmt: skip
 KEYS: dict[str, Key] = {
     **_TOP,
     **_REMOVED,

@@ -10,12 +10,13 @@ from typing import Any
 from funczero.deepspeed.config.checks import agree, judged, lossy, unused
 from funczero.deepspeed.config.entries import entries, typed_keys, unknown
 from funczero.deepspeed.config.key import ROWS, ConfigError, Key
-from funczero.deepspeed.config.keys import KEYS, LITERAL_AUTO
+from funczero.deepspeed.config.keys import KEYS, LITERAL_AUTO, PASSED_OVER
 from funczero.deepspeed.config.reading import Document, read
 from funczero.deepspeed.config.resolved import Config, Setting
 from funczero.deepspeed.config.triad import BATCH, MICRO, NAMES, STEPS, WorldSize, derive
 from funczero.deepspeed.config.typed import typed
 from funczero.layout.mesh import world_size
+from funczero.world.plain import plain
 
 _Z = "zero_optimization."
 _BY_WIDTH = {
@@ -47,7 +48,9 @@ def resolve(
     notes: list[str] = []
     table = KEYS | typed_keys(doc)
     found: dict[str, Setting] = {}
-    for path, value, origin, spelled in entries(doc, doc.raw, "", "", table):
+    skipped = [k for k in doc.raw if isinstance(k, str) and (k.startswith("_") or k in PASSED_OVER)]
+    notes += [f"{plain(k, 100)} is passed over, as DeepSpeed does" for k in skipped]
+    for path, value, origin, spelled in entries(doc, _without(doc.raw, skipped), "", "", table):
         if path in found:
             raise ConfigError(
                 f"{doc.where(spelled)}it says the same as {_spelling(found[path], path)}; delete one of the two"
@@ -55,6 +58,8 @@ def resolve(
         found[path] = Setting(value, origin, doc.lines.get(spelled))
         if origin.startswith("alias"):
             notes.append(f"{spelled} is an old spelling of {path}")
+    found, unread = _in_force(found)
+    notes += unread
     found = _filled(doc, found, table, auto or {})
     found = {path: v._replace(value=typed(doc.where(path), table[path], v.value)) for path, v in found.items()}
     notes += judged(doc, found, table)
@@ -73,6 +78,20 @@ def resolve(
     resolved = Config(doc.name, values, size, triad, tuple(notes))
     agree(resolved)
     return resolved._replace(notes=(*notes, *unused(resolved), *lossy(resolved)))
+
+
+def _without(raw: Mapping[Any, Any], keys: list[str]) -> dict[Any, Any]:
+    return {k: v for k, v in raw.items() if k not in keys}
+
+
+def _in_force(found: dict[str, Setting]) -> tuple[dict[str, Setting], list[str]]:
+    """What is read: fp16's other keys only where it is on."""
+    on = found.get("fp16.enabled")
+    others = [path for path in found if path.startswith("fp16.") and path != "fp16.enabled"]
+    if not others or on is not None and on.value is not False:
+        return found, []
+    note = f"fp16 is off, so {', '.join(others)} {'is' if len(others) == 1 else 'are'} not read"
+    return {path: v for path, v in found.items() if path not in others}, [note]
 
 
 def _world(world: int | WorldSize | None) -> WorldSize:

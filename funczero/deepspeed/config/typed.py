@@ -17,9 +17,12 @@ def typed(where: str, key: Key, value: Any) -> Any:
         return typed(where, key, value[0])
     if value is None and (key.default is None or key.kind in ("off", "any")):
         return value
+    if key.kind == "every" and value == math.inf:
+        return None
     pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value))
     want = {
         "int": (_whole(value), "a whole number", int),
+        "every": (_whole(value), "a whole number, or infinite for never", int),
         "number": (_number(value), "a number", float),
         "rate": (_number(value), "one number (a file has one group of parameters)", float),
         "flag": (isinstance(value, bool), "true or false", bool),

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
-from torch import Tensor
 
 from funczero.checkpoint import Checkpointer, CheckpointError
 from funczero.core.types import TrainState
 from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.beside import COUNTS, split
 from funczero.deepspeed.engine.weights import Weights
 from funczero.deepspeed.engine.window import taken
 from funczero.deepspeed.optim.groups import KEY, scheduled
 
 JOIN = 10.0  # seconds in which all ranks must come to a save or a load
-COUNTS = "micro_steps", "global_samples", "_micro", "_backwards"  # of the loop, beside the state's own
 THERE = "mp_rank_*_model_states.pt", "*zero_pp_rank_*_states.pt"  # DeepSpeed's own files
 
 
@@ -105,18 +104,16 @@ class Checkpoints(Weights):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
         custom_load_fn: Any = None,
-        missing_ok: bool = False,
     ) -> tuple[str | None, Any]:
         """(path, client_state) of what save_checkpoint wrote on any world and at any stage; all ranks call it.
 
         Args:
-          load_dir: None: a fresh start, (None, {}).
+          load_dir: one that holds nothing, or None: a fresh start, (None, None), with a warning.
           tag: by default what `latest` says.
           load_module_only: weights and buffers alone.
-          missing_ok: an empty or missing folder is a fresh start, too.
 
         Raises:
-          CheckpointError: there is none; it says what was found.
+          CheckpointError: there is none of that tag; it says what was found.
         """
         if custom_load_fn is not None:
             raise ValueError(
@@ -124,13 +121,14 @@ class Checkpoints(Weights):
                 "write into the module with engine.load_module_state_dict(state_dict)"
             )
         if load_dir is None:
-            return None, {}
+            return None, None
         ck, latest = self._checkpointer(load_dir), Path(load_dir, "latest")
-        if missing_ok and not ck.names():
-            if self.global_rank == 0:
-                logging.warning("load_checkpoint: there is no checkpoint in %r; a fresh start", str(load_dir))
-            return None, {}
         self._refuse_foreign(Path(load_dir))
+        if tag is None and not ck.names():
+            if self.global_rank == 0:
+                what = "there is no checkpoint in %r; training goes on from the weights that the module has"
+                logging.warning("load_checkpoint: " + what, str(load_dir))
+            return None, None
         name = tag if tag is not None else latest.read_text().strip() if latest.is_file() else "latest"
         only: tuple[str, ...] = ()
         if load_module_only:
@@ -140,7 +138,7 @@ class Checkpoints(Weights):
         elif not load_lr_scheduler_states:
             only = (rf"^(?!{KEY}/)",)
         found = ck.restore(name, like=self._state, strict=load_module_strict, only=only)
-        client, beside = _split(found.client_state)
+        client, beside = split(found.client_state)
         self._restored(found.state, beside, load_module_only, load_lr_scheduler_states)
         return str(Path(load_dir, found.name)), client
 
@@ -175,32 +173,3 @@ class Checkpoints(Weights):
                 f"convert it with `python {root}/zero_to_fp32.py {root} OUT --safe_serialization` "
                 "and `funczero import OUT NEW`, then load_checkpoint(NEW, load_module_only=True)"
             )
-
-
-def _split(found: Any) -> tuple[Any, dict[str, Any]]:
-    """The client's part and the engine's; a checkpoint of a plain chain has no engine's.
-
-    Raises:
-      CheckpointError: the engine's part holds what no engine wrote.
-    """
-    if isinstance(found, dict) and found.keys() == {"client", "engine"}:
-        return ({} if found["client"] is None else found["client"]), _checked(found["engine"])
-    return ({} if found is None else found), {}
-
-
-def _checked(beside: Any) -> dict[str, Any]:
-    count = lambda n: type(n) is int and 0 <= n < 1 << 63
-    form = {"counts": dict, "k": int, "taken": int, "buffers": dict}
-    wrong: str | None = "its form"
-    if isinstance(beside, dict):
-        wrong = next((k for k, kind in form.items() if k in beside and type(beside[k]) is not kind), None)
-    if wrong is None:
-        wrong = next((str(n) for n, x in beside.get("counts", {}).items() if n not in COUNTS or not count(x)), None)
-    if wrong is None:
-        wrong = next((str(n) for n, x in beside.get("buffers", {}).items() if not isinstance(x, Tensor)), None)
-    if wrong is not None:
-        raise CheckpointError(
-            f"load_checkpoint: {wrong[:80]!r} in the engine's part of the checkpoint is nothing that an engine "
-            f"writes; it knows the counts {list(COUNTS)}"
-        )
-    return beside

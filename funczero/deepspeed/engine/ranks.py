@@ -67,10 +67,17 @@ def init_distributed(
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
         )
     world = mesh.init_distributed(dist_backend)
+    alone()
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     if verbose and world.rank == 0:
         said = f"the variables of {who}" if who else "no launcher's variables: one process"
         logging.info("init_distributed: %d processes, from %s", world.size, said)
+
+
+def alone() -> None:
+    """A group of one, for programs that ask torch.distributed about the world of a single process."""
+    if not dist.is_initialized() and mesh.world_size() == 1:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def is_initialized() -> bool:
@@ -142,6 +149,5 @@ def __getattr__(name: str) -> Any:
     """torch.distributed's of that name; in a world of one without a group it is made first."""
     if name.startswith("__") or not hasattr(dist, name):
         raise AttributeError(f"deepspeed.comm.{name}: torch.distributed has nothing of that name")
-    if not dist.is_initialized() and mesh.world_size() == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    alone()
     return getattr(dist, name)

@@ -54,3 +54,23 @@ class DeepSpeedCPUAdam(FusedAdam):
         if not fp32_optimizer_states:
             raise ValueError("DeepSpeedCPUAdam: moments are float32; leave fp32_optimizer_states out")
         super().__init__(model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad)
+
+
+class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
+    """Adagrad, for initialize(optimizer=...); on a CPU where the masters are.
+
+    Source: DeepSpeed 0.19.8, DeepSpeedCPUAdagrad.
+    """
+
+    def __init__(
+        self,
+        model_params: Any,
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        if amsgrad or not fp32_optimizer_states:
+            raise ValueError("DeepSpeedCPUAdagrad: amsgrad is not here, and sums are float32; leave both out")
+        super().__init__(model_params, lr, weight_decay=weight_decay, eps=eps)

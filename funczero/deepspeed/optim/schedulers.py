@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -98,3 +99,35 @@ class OneCycle(_Schedule):
 
 class LRRangeTest(_Schedule):
     """fz.schedules.lr_range_test."""
+
+
+def add_tuning_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with --lr_schedule and a flag for every parameter of every schedule; what is not given is the class's.
+
+    Source: DeepSpeed 0.19.8, add_tuning_arguments, whose flags have defaults of their own that its classes refuse.
+    """
+    group = parser.add_argument_group("Convergence Tuning", "Convergence tuning configurations")
+    group.add_argument("--lr_schedule", choices=list(SCHEDULERS), default=None, help="LR schedule for training.")
+    for name, key in {n: k for known in SCHEDULERS.values() for n, k in known.items()}.items():
+        if isinstance(key.default, bool):
+            group.add_argument(f"--{name}", action="store_true", default=None)
+        else:
+            group.add_argument(f"--{name}", type=str if isinstance(key.default, str) else float, default=None)
+    return parser
+
+
+def get_config_from_args(args: Any) -> tuple[dict[str, Any] | None, str | None]:
+    """(the block "scheduler" of a config, None), or (None, why there is none).
+
+    Args:
+      args: parsed by a parser of add_tuning_arguments, or anything with `lr_schedule` and the parameters' names.
+
+    Source: DeepSpeed 0.19.8, get_config_from_args.
+    """
+    kind = getattr(args, "lr_schedule", None)
+    if kind is None:
+        return None, "--lr_schedule not specified on command line"
+    if kind not in SCHEDULERS:
+        return None, f"{kind} is not supported LR schedule"
+    given = {n: getattr(args, n, None) for n in SCHEDULERS[kind]}
+    return {"type": kind, "params": {n: x for n, x in given.items() if x is not None}}, None

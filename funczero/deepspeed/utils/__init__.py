@@ -9,4 +9,10 @@ from funczero.deepspeed.engine.access import safe_get_local_fp32_param as safe_g
 from funczero.deepspeed.engine.access import safe_get_local_optimizer_state as safe_get_local_optimizer_state
 from funczero.deepspeed.engine.access import safe_set_full_fp32_param as safe_set_full_fp32_param
 from funczero.deepspeed.engine.access import safe_set_full_optimizer_state as safe_set_full_optimizer_state
+from funczero.deepspeed.engine.external import set_z3_leaf_modules as set_z3_leaf_modules
+from funczero.deepspeed.engine.external import unset_z3_leaf_modules as unset_z3_leaf_modules
 from funczero.deepspeed.engine.loader import RepeatingLoader as RepeatingLoader
+from funczero.deepspeed.utils import groups as groups
+from funczero.deepspeed.utils import logging as logging
+from funczero.deepspeed.utils import numa as numa
+from funczero.deepspeed.utils import zero_to_fp32 as zero_to_fp32

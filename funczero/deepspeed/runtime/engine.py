@@ -1,0 +1,3 @@
+"""`deepspeed.runtime.engine`: the engine's class."""
+
+from funczero.deepspeed.engine.engine import Engine as DeepSpeedEngine  # noqa: F401
