@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
+from funczero.core.types import Tree
 from funczero.layout.cut import Rules, cuts
 from funczero.layout.mesh import Coords
 from funczero.layout.place import DEVICE, Place
@@ -50,7 +51,7 @@ class Lazy(NamedTuple):
 
 
 def lazy(
-    params: Any,
+    params: Tree,
     units: Sequence[str],
     rules: dict[str, Rules],
     frozen: Callable[[str], bool],
