@@ -26,15 +26,15 @@ class _Gather(torch.autograd.Function):
         return wait(launch_gather(x.contiguous().reshape(-1), axis, mesh)).reshape(-1, *x.shape[1:]).clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
         _, ctx.axis, ctx.mesh = inputs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return _scattered(g, ctx.axis, ctx.mesh), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
         return _over_rows(_gathered, in_dims[0], x, axis, mesh)
 
 
@@ -48,15 +48,15 @@ class _Scatter(torch.autograd.Function):
         return tree_sum(rows).reshape(-1, *x.shape[1:]).clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
         _, ctx.axis, ctx.mesh = inputs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return _gathered(g, ctx.axis, ctx.mesh), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
         return _over_rows(_scattered, in_dims[0], x, axis, mesh)
 
 

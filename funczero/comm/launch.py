@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +18,22 @@ SHORT = 1 << 15  # bytes on all wires under which a message is all latency
 _ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
 
 
+class HasMesh(Protocol):
+    """Whatever sends over a mesh, as a Step does."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh with its count."""
+
+
 @contextmanager
-def count_bytes(step: Any) -> Iterator[Sent]:
+def count_bytes(step: HasMesh | Mesh) -> Iterator[Sent]:
     """Counts what this process sends while it is open: (axis, verb, dtype or wire) -> bytes, payload only.
 
     Args:
       step: a Step or its Mesh.
     """
-    mesh: Mesh = getattr(step, "mesh", step)
+    mesh = step if isinstance(step, Mesh) else step.mesh
     before, counter = Counter(mesh.sent), Sent()
     yield counter
     counter.update(mesh.sent)

@@ -20,7 +20,7 @@ unflatten = pytree.tree_unflatten
 map = pytree.tree_map  # noqa: A001
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: pytree.KeyPath) -> str:
     """One string for a key path: dict keys, list indices and field names, joined by '/'."""
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 

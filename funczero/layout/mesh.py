@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -211,7 +211,7 @@ def _lost(rank: int, error: RuntimeError) -> RuntimeError:
 
 
 @lru_cache(maxsize=16)
-def _shared_mesh(world: Any, sizes: tuple[tuple[str, int], ...], device: str) -> DeviceMesh:
+def _shared_mesh(world: dist.ProcessGroup | None, sizes: tuple[tuple[str, int], ...], device: str) -> DeviceMesh:
     """Steps of one world with the same axes share their process groups: each costs sockets and threads that torch
     never frees.
     """
@@ -231,15 +231,11 @@ def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
         n: Axis(mesh.size(d), place[d], mesh.get_group(d).group_name if mesh.size(d) > 1 else "")
         for d, n in enumerate(names)
     }
-    whole = dist.get_world_size() == mesh.size()
-    device = (
-        torch.device(mesh.device_type)
-        if mesh.device_type == "cpu"
-        else torch.device(mesh.device_type, torch.accelerator.current_device_index())
-    )
-    group: Any = dist.group.WORLD
-    out = Mesh(
-        axes, device, Counter(), ledger or Ledger(), InFlight(), group.group_name if whole else "", connected=True
-    )
+    device = torch.device(mesh.device_type)
+    if device.type != "cpu":
+        device = torch.device(device.type, torch.accelerator.current_device_index())
+    everyone = dist.group.WORLD if dist.get_world_size() == mesh.size() else None
+    group = "" if everyone is None else everyone.group_name
+    out = Mesh(axes, device, Counter(), ledger or Ledger(), InFlight(), group, connected=True)
     out.ledger.joined(*out.rank(tuple(axes)), device)
     return out
