@@ -50,6 +50,14 @@ def run_world() -> Iterator[Callable[..., list[Any]]]:
         pool.close()
 
 
+@pytest.fixture(scope="session")
+def originals(run_world, tmp_path_factory):
+    """The checkpoints that tests damage copies of, as `damage.written_both` says."""
+    import damage
+
+    return damage.written_both(run_world, tmp_path_factory)
+
+
 @pytest.fixture
 def text(tmp_path):
     """A folder of three files of some text."""
