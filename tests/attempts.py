@@ -72,7 +72,9 @@ def whole(directory, *names):
 
 
 def dealt(run_world, directory, fn, *args):
-    """`fn(ck, state, directory, *args)` in both ranks, then a good save by the same checkpointer: (what ranks said, what restores at the end)."""
+    """`fn(ck, state, directory, *args)` in both ranks, then a good save by the same checkpointer: (what ranks said,
+    what restores at the end).
+    """
     results = run_world(2, _dealt, directory, fn, *args)
     assert all(good is None for _, good, _ in results), results
     step = checkpoints.make(CHAIN, 1)

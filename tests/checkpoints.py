@@ -1,4 +1,4 @@
-"""States by name, whole, without a collective: each rank's parts, put together and compared where ranks hold the same."""
+"""States by name, whole, without a collective: each rank's parts, joined and compared where ranks hold the same."""
 
 from __future__ import annotations
 

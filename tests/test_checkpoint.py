@@ -252,12 +252,15 @@ jax.config.update("jax_enable_x64", True)
 ck = ocp.StandardCheckpointer()
 got = ck.restore("{tmp_path}/ck/x/state")
 here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-assert got["params"]["a"].tolist() == [[0, 1, 2], [3, 4, 5]] and str(got["params"]["b"]["c"].dtype) == "float32" and got["client"]["n"].tolist() == [0, 1, 2], got
+assert got["params"]["a"].tolist() == [[0, 1, 2], [3, 4, 5]], got
+assert str(got["params"]["b"]["c"].dtype) == "float32" and got["client"]["n"].tolist() == [0, 1, 2], got
 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), got)
 assert isinstance(ck.restore("{tmp_path}/ck/x/state", like)["params"]["a"], jax.Array)
-t = ts.open({{"driver": "zarr3", "kvstore": {{"driver": "ocdbt", "base": "file://{tmp_path}/ck/x/state/", "path": "adamw.mu.a/"}}}}, open=True).result()
+store = {{"driver": "ocdbt", "base": "file://{tmp_path}/ck/x/state/", "path": "adamw.mu.a/"}}
+t = ts.open({{"driver": "zarr3", "kvstore": store}}, open=True).result()
 assert t.shape == (2, 3) and (t.read().result() == 0).all()
-ck.save("{tmp_path}/stock", {{"params": {{"a": np.arange(6, dtype=np.float32).reshape(2, 3) + 1, "b": {{"c": np.full(4, 7, np.float32)}}}}, "opt": np.zeros(3)}})
+params = {{"a": np.arange(6, dtype=np.float32).reshape(2, 3) + 1, "b": {{"c": np.full(4, 7, np.float32)}}}}
+ck.save("{tmp_path}/stock", {{"params": params, "opt": np.zeros(3)}})
 ck.wait_until_finished()
 assert not {{"torch", "funczero"}} & set(sys.modules)
 """

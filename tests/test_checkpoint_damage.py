@@ -143,7 +143,7 @@ LATE = (folder.manifest.LAST, manifest.STAMPED)  # written by orbax after the se
 
 @pytest.mark.parametrize("part", range(4))
 def test_200_injuries(originals, tmp_path, part):
-    """Either restore names a leaf or a file, or the bits are the saved ones and the full check of the files names it."""
+    """Either restore names a leaf or a file, or the bits are the saved ones and the full check of files names it."""
     originals, right, client = originals
     step, meta, counts = make(1), abstract(), {}
     for i, injure in list(enumerate(KINDS))[part::4]:
@@ -193,7 +193,9 @@ def falls_back(ck, like, right, i, told):
 
 
 def test_every_byte_of_the_seals(originals, tmp_path):
-    """A flipped bit in the checksum's file, or in what orbax says of the checkpoint, is named; but for the digits of the time of the commit."""
+    """A flipped bit in the checksum's file, or in what orbax says of the checkpoint, is named; but for the digits of
+    the time of the commit.
+    """
     checkpoint = copied(originals[0]["small"], tmp_path / "run")
     silent = []
     for name in (SEAL, manifest.STAMPED):

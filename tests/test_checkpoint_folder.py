@@ -1,4 +1,6 @@
-"""What else lies in a folder of checkpoints, what is damaged there, and what is not finite: named, left alone, and never in the way of the next save."""
+"""What else lies in a folder of checkpoints, what is damaged there, and what is not finite: named, left alone, and
+never in the way of the next save.
+"""
 
 from __future__ import annotations
 
@@ -107,8 +109,12 @@ def test_overwriting_replaces_checkpoints_alone(tmp_path, there):
     (tmp_path / "mine" / "file").write_text("mine")
     directory = tmp_path / "run"
     directory.mkdir()
-    {"link": lambda p: os.symlink(tmp_path / "mine", p), "broken link": lambda p: os.symlink("nowhere", p), "file": lambda p: p.write_text("mine"),
-     "folder of other things": lambda p: (tmp_path / "mine").rename(p)}[there](directory / "7")  # fmt: skip
+    {
+        "link": lambda p: os.symlink(tmp_path / "mine", p),
+        "broken link": lambda p: os.symlink("nowhere", p),
+        "file": lambda p: p.write_text("mine"),
+        "folder of other things": lambda p: (tmp_path / "mine").rename(p),
+    }[there](directory / "7")
     ck = Checkpointer(directory)
     for overwrite, why in (
         (False, "is there already"),
@@ -175,8 +181,16 @@ def not_finite(directory, size, stage, where, value):
 
 
 @pytest.mark.parametrize("stage", ["0 grad acc ar", "3 [grad acc"])
-@pytest.mark.parametrize("where, value, said", [("params/embed", float("nan"), True), ("adamw/nu/blocks/1/w", float("nan"), True), ("params/embed", float("-inf"), True),
-                                                ("adamw/nu/blocks/1/w", float("inf"), False), ("params/embed", 3e38, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "where, value, said",
+    [
+        ("params/embed", float("nan"), True),
+        ("adamw/nu/blocks/1/w", float("nan"), True),
+        ("params/embed", float("-inf"), True),
+        ("adamw/nu/blocks/1/w", float("inf"), False),
+        ("params/embed", 3e38, False),
+    ],
+)
 def test_what_is_not_finite_is_saved_with_a_warning_on_all_ranks(run_world, tmp_path, stage, where, value, said):
     """NaN anywhere, infinity among the parameters; large sums of finite values are no sign of either."""
     alone = not_finite(tmp_path / "1", 1, stage, where, value)

@@ -1,4 +1,6 @@
-"""Checkpoints of somebody who means harm: nothing large is allocated, nothing hangs and nothing is imported on the word of a file."""
+"""Checkpoints of somebody who means harm: nothing large is allocated, nothing hangs and nothing is imported on the word
+of a file.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,10 @@ HOSTILE = {
 @pytest.mark.parametrize("sealed_files", [False, True])
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_manifest(originals, tmp_path, case, sealed_files, monkeypatch):
-    """With a checksum that is right. Also where the sizes of files are not looked at first, as by ranks other than 0."""
+    """With a checksum that is right.
+
+    Also where the sizes of files are not looked at first, as by ranks other than 0.
+    """
     checkpoint = copied(originals[0]["large"], tmp_path / "run")
     edit(checkpoint, HOSTILE[case])
     if sealed_files:
@@ -159,7 +164,10 @@ def in_window(directory, saved=None):
 
 
 def test_hostile_window(tmp_path, monkeypatch):
-    """The form of an open window's metrics names trees of JSON alone: no module is imported for it. Sums that do not fit, or are huge, are refused."""
+    """The form of an open window's metrics names trees of JSON alone: no module is imported for it.
+
+    Sums that do not fit, or are huge, are refused.
+    """
     (tmp_path / "hostile_module.py").write_text("class E:\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     step, state = in_window(tmp_path / "original")

@@ -121,7 +121,9 @@ def test_latest_is_the_last_commit_not_the_largest_name(tmp_path):
 
 
 def test_a_rollback_and_saves_anew(tmp_path):
-    """Back to step 2, other data, the same names: keep counts commits, latest is the new one, nothing of the left branch comes back."""
+    """Back to step 2, other data, the same names: keep counts commits, latest is the new one, nothing of the left
+    branch comes back.
+    """
     step, states = steps(4)
     like = (step, checkpoints.abstract())
     with Checkpointer(tmp_path, keep=3, best=("loss", "min")) as ck:

@@ -114,8 +114,13 @@ def test_comments_commas_and_bare_keys_are_read_with_their_lines(tmp_path):
     } and c.name == "ds_config.json"
     lines = {p: v.line for p, v in c.values.items() if v.line}
     assert lines == {
-        "train_batch_size": 3, "gradient_accumulation_steps": 6, "optimizer.type": 7, "optimizer.params.lr": 7, "fp16.enabled": 9, "zero_optimization.stage": 11,
-    }  # fmt: skip
+        "train_batch_size": 3,
+        "gradient_accumulation_steps": 6,
+        "optimizer.type": 7,
+        "optimizer.params.lr": 7,
+        "fp16.enabled": 9,
+        "zero_optimization.stage": 11,
+    }
 
 
 def test_base64_and_dicts_are_read_and_left_alone():
@@ -187,19 +192,38 @@ def test_a_refused_key_stands_at_its_neutral_values_only(path):
 
 
 @pytest.mark.parametrize(
-    "block", [{"amp": {"enabled": False, "opt_level": "O1"}}, {"sparse_gradients": False}, {"curriculum_learning": {}}, {"compile": {"deepcompile": False, "offload": 1}},
-              {"tensor_parallel": {"autotp_size": 1}}, {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}}},
-              {"zero_optimization": {"mics_shard_size": -1}}, {"zero_optimization": {"zenflow": None}}, {"torch_autocast": {"enabled": False}}]
-)  # fmt: skip
+    "block",
+    [
+        {"amp": {"enabled": False, "opt_level": "O1"}},
+        {"sparse_gradients": False},
+        {"curriculum_learning": {}},
+        {"compile": {"deepcompile": False, "offload": 1}},
+        {"tensor_parallel": {"autotp_size": 1}},
+        {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}}},
+        {"zero_optimization": {"mics_shard_size": -1}},
+        {"zero_optimization": {"zenflow": None}},
+        {"torch_autocast": {"enabled": False}},
+    ],
+)
 def test_features_at_their_neutral_value_pass(block):
     c = resolve(**block)
     assert c.notes or next(iter(block)) in ("zero_optimization", "torch_autocast")
 
 
 @pytest.mark.parametrize(
-    "block", [{"amp": {"enabled": True}}, {"amp": {"opt_level": "O1"}}, {"sparse_gradients": True}, {"amp": {"enabled": 0}}, {"amp": "auto"}, {"compile": {"deepcompil": False}},
-              {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}}}, {"tensor_parallel": {"autotp_size": 2}}, {"zero_optimization": {"mics_shard_size": 4}}]
-)  # fmt: skip
+    "block",
+    [
+        {"amp": {"enabled": True}},
+        {"amp": {"opt_level": "O1"}},
+        {"sparse_gradients": True},
+        {"amp": {"enabled": 0}},
+        {"amp": "auto"},
+        {"compile": {"deepcompil": False}},
+        {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}}},
+        {"tensor_parallel": {"autotp_size": 2}},
+        {"zero_optimization": {"mics_shard_size": 4}},
+    ],
+)
 def test_features_that_are_on_are_refused(block):
     with pytest.raises(ds.ConfigError, match="is switched on: |would change the training: "):
         resolve(**block)
@@ -251,10 +275,19 @@ def test_whole_numbers_may_be_floats_and_are_ints():
 
 def test_auto_is_filled_from_arguments_in_one_place():
     keys = {
-        "train_batch_size": "auto", "gradient_clipping": "auto", "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "bf16": {"enabled": "auto"},
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"},
-        "pipeline": {"stages": "auto"}, "data_types": {"keep_in_fp32_modules": "auto"},
-    }  # fmt: skip
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+        },
+        "pipeline": {"stages": "auto"},
+        "data_types": {"keep_in_fp32_modules": "auto"},
+    }
     auto = {
         "train_batch_size": 16,
         "gradient_clipping": 0.5,
@@ -264,9 +297,14 @@ def test_auto_is_filled_from_arguments_in_one_place():
     }
     c = ds.resolve(keys, 2, auto)
     assert {p: v.value for p, v in c.values.items() if v.origin == "auto"} == {
-        "train_batch_size": 16, "gradient_clipping": 0.5, "optimizer.params.lr": 1e-4, "bf16.enabled": True, "zero_optimization.reduce_bucket_size": 10_000,
-        "zero_optimization.stage3_prefetch_bucket_size": 9_000, "zero_optimization.stage3_param_persistence_threshold": 1_000,
-    }  # fmt: skip
+        "train_batch_size": 16,
+        "gradient_clipping": 0.5,
+        "optimizer.params.lr": 1e-4,
+        "bf16.enabled": True,
+        "zero_optimization.reduce_bucket_size": 10_000,
+        "zero_optimization.stage3_prefetch_bucket_size": 9_000,
+        "zero_optimization.stage3_param_persistence_threshold": 1_000,
+    }
     assert (
         ds.resolve(PAGE, 2, {"gradient_clipping": 0.5}).value("gradient_clipping") == 1.0
     )  # only what says auto is filled
@@ -329,11 +367,17 @@ def test_where_deepspeed_does_otherwise_is_said():
 
 # --- ranges -----------------------------------------------------------------------------------------------------------
 NEEDS = {  # what a scheduler type cannot do without
-    "OneCycle": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}, "WarmupDecayLR": {"total_num_steps": 10}, "WarmupCosineLR": {"total_num_steps": 10},
-    "StepLR": {"step_size": 2}, "MultiStepLR": {"milestones": [1, 2]}, "ExponentialLR": {"gamma": 0.9}, "CosineAnnealingLR": {"T_max": 5},
-    "CosineAnnealingWarmRestarts": {"T_0": 2}, "CyclicLR": {"base_lr": 1e-4, "max_lr": 1e-3, "cycle_momentum": False},
+    "OneCycle": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3},
+    "WarmupDecayLR": {"total_num_steps": 10},
+    "WarmupCosineLR": {"total_num_steps": 10},
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [1, 2]},
+    "ExponentialLR": {"gamma": 0.9},
+    "CosineAnnealingLR": {"T_max": 5},
+    "CosineAnnealingWarmRestarts": {"T_0": 2},
+    "CyclicLR": {"base_lr": 1e-4, "max_lr": 1e-3, "cycle_momentum": False},
     "OneCycleLR": {"max_lr": 0.1, "total_steps": 10, "cycle_momentum": False},
-}  # fmt: skip
+}
 ADAM = {"type": "Adam"}
 
 
@@ -364,7 +408,9 @@ def everything():
 
 
 def test_every_number_has_a_range():
-    """Below it, above it, not finite, or with more digits than Python prints: refused by its key; nothing negative but where -1 is a word of DeepSpeed's."""
+    """Below it, above it, not finite, or with more digits than Python prints: refused by its key; nothing negative but
+    where -1 is a word of DeepSpeed's.
+    """
     seen = 0
     for keys, path, key in everything():
         wrap = (lambda x: [x, x]) if key.kind == "pair" else (lambda x: [x]) if key.kind == "counts" else lambda x: x
@@ -383,8 +429,14 @@ def test_every_number_has_a_range():
 
 
 NONSENSE = {
-    "lr": ({"optimizer": {"type": "Adam", "params": {"lr": 9e18}}}, "optimizer.params.lr: 9e+18 is out of range; write at most 10000"),
-    "lr of SGD": ({"optimizer": {"type": "SGD", "params": {"lr": 9e18}}}, "optimizer.params.lr: 9e+18 is out of range; write at most 10000"),
+    "lr": (
+        {"optimizer": {"type": "Adam", "params": {"lr": 9e18}}},
+        "optimizer.params.lr: 9e+18 is out of range; write at most 10000",
+    ),
+    "lr of SGD": (
+        {"optimizer": {"type": "SGD", "params": {"lr": 9e18}}},
+        "optimizer.params.lr: 9e+18 is out of range; write at most 10000",
+    ),
     "a negative cycle": (
         {"optimizer": ADAM, "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": -1e-3, "cycle_max_lr": 1e-3}}},
         "scheduler.params.cycle_min_lr: -0.001 is out of range; write at least 0",
@@ -396,10 +448,19 @@ NONSENSE = {
     "rows": ({"train_batch_size": 2**63}, "train_batch_size: 9223372036854775808 is out of range; write at most 1e+09"),
     "rows of many steps": (
         {"train_batch_size": None, "train_micro_batch_size_per_gpu": 10**6, "gradient_accumulation_steps": 10**6},
-        "train_batch_size: 1000000 * 1000000 * 2 = 2000000000000 rows an update are out of range; write a batch of at most 1e+09",
+        (
+            "train_batch_size: 1000000 * 1000000 * 2 = 2000000000000 rows an update are out of range; write a batch of"
+            " at most 1e+09"
+        ),
     ),
-    "a scale of nothing": ({"fp16": {"enabled": True, "initial_scale_power": -3}}, "fp16.initial_scale_power: -3 is out of range; write at least 0"),
-    "a scale of everything": ({"fp16": {"enabled": True, "initial_scale_power": 1000}}, "fp16.initial_scale_power: 1000 is out of range; write at most 32"),
+    "a scale of nothing": (
+        {"fp16": {"enabled": True, "initial_scale_power": -3}},
+        "fp16.initial_scale_power: -3 is out of range; write at least 0",
+    ),
+    "a scale of everything": (
+        {"fp16": {"enabled": True, "initial_scale_power": 1000}},
+        "fp16.initial_scale_power: 1000 is out of range; write at most 32",
+    ),
     "a floor above": (
         {"fp16": {"enabled": True, "initial_scale_power": 4, "min_loss_scale": 32}},
         "fp16.min_loss_scale: the smallest scale is above the first one, 2^4; write 1, or a larger initial_scale_power",
@@ -412,7 +473,7 @@ NONSENSE = {
         {"optimizer": ADAM, "scheduler": {"type": "MultiStepLR", "params": {"milestones": ["a"]}}},
         'scheduler.params.milestones: ["a"] is not a list of whole numbers; write a list of whole numbers',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NONSENSE)

@@ -187,7 +187,7 @@ def test_leaving_the_engine_in_mid_window_is_one_line(run_world, stage):
     assert mine == theirs and schedule
 
 
-# --- windows ------------------------------------------------------------------------------------------------------------
+# --- windows ----------------------------------------------------------------------------------------------------------
 def make(stage=0, k=1, model=None, **more):
     more = {"gradient_clipping": 0, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}, **more}
     return deepspeed.initialize(model=Net() if model is None else model, config=config(stage, k, **more))[0]
@@ -353,7 +353,7 @@ def test_buffers_are_state_and_dropout_draws_as_in_plain_torch(stage):
     assert torch.equal(engine.eval()(a[0]), plain.eval()(a[0])) and engine.train() is engine
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stage", range(4))
 def test_misuse_gets_one_sentence(stage):
     engine = make(stage)

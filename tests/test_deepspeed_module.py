@@ -32,7 +32,9 @@ class Layer(nn.Module):
 
 
 class Odd(nn.Module):
-    """A tied head read by its parent, a list that is run twice, a recurrent layer, a method that reads parameters, buffers."""
+    """A tied head read by its parent, a list that is run twice, a recurrent layer, a method that reads parameters,
+    buffers.
+    """
 
     def __init__(self):
         super().__init__()

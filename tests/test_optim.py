@@ -1,4 +1,4 @@
-"""Optimizers: torch's own, an oracle in plain arithmetic, rates by rule, tree and schedule, and optax's pair by hand."""
+"""Optimizers: torch's own, an oracle in plain arithmetic, rates by rule, tree, schedule, and optax's pair by hand."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_a_momentum_may_be_a_schedule():
 
 
 def test_rates_are_exact_doubles():
-    """A schedule may return a Python number, which is never rounded to float32; and an unmodified get_lr gives its own numbers."""
+    """A schedule may return a Python number, which is never rounded to float32; and an unmodified get_lr gives its own
+    numbers.
+    """
 
     def get_lr(it, learning_rate=6e-4, warmup_iters=5, lr_decay_iters=50, min_lr=6e-5):
         if it < warmup_iters:
@@ -120,9 +122,14 @@ def test_a_schedule_is_handed_an_int64_count():
 
 
 BAD_VALUES = {
-    "nan": float("nan"), "negative": torch.tensor(-1e-3), "inf": torch.tensor(float("inf"), dtype=F64), "two": torch.zeros(2), "a word": "1e-3", "nothing": None,
+    "nan": float("nan"),
+    "negative": torch.tensor(-1e-3),
+    "inf": torch.tensor(float("inf"), dtype=F64),
+    "two": torch.zeros(2),
+    "a word": "1e-3",
+    "nothing": None,
     "a bool": torch.tensor(True),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD_VALUES)
@@ -224,17 +231,37 @@ def writing(where):
 
 
 ODD_UPDATES = {
-    "writes params": (writing("params"), RuntimeError, "writer: its update writes into the parameters, which stay as they were given; return new tensors"),
-    "writes state": (writing("state"), RuntimeError, "writer: its update writes into its state, which stay as they were given; return new tensors"),
-    "a number": ((lambda p: (), lambda g, s, p: (tree.map(lambda x: 0.0, g), s)), TypeError, "lift: its update of parameter 'embed' is a float; return a tensor of this part's shape"),
+    "writes params": (
+        writing("params"),
+        RuntimeError,
+        "writer: its update writes into the parameters, which stay as they were given; return new tensors",
+    ),
+    "writes state": (
+        writing("state"),
+        RuntimeError,
+        "writer: its update writes into its state, which stay as they were given; return new tensors",
+    ),
+    "a number": (
+        (lambda p: (), lambda g, s, p: (tree.map(lambda x: 0.0, g), s)),
+        TypeError,
+        "lift: its update of parameter 'embed' is a float; return a tensor of this part's shape",
+    ),
     "a scalar that would spread": (
-        (lambda p: (), lambda g, s, p: (tree.map(lambda x: x.sum(), g), s)), TypeError, r"lift: its update of parameter 'embed' is a tensor of shape \(\); return",
+        (lambda p: (), lambda g, s, p: (tree.map(lambda x: x.sum(), g), s)),
+        TypeError,
+        r"lift: its update of parameter 'embed' is a tensor of shape \(\); return",
     ),
-    "another tree": ((lambda p: (), lambda g, s, p: ([], s)), TypeError, "lift: its updates are no tree like the parameters"),
+    "another tree": (
+        (lambda p: (), lambda g, s, p: ([], s)),
+        TypeError,
+        "lift: its updates are no tree like the parameters",
+    ),
     "two updates of a tied leaf": (
-        (lambda p: (), lambda g, s, p: ({**g, "norm": -g["norm"] - 1}, s)), ValueError, "lift: it gives the tied parameter 'norm' one update at each of its paths, and they differ",
+        (lambda p: (), lambda g, s, p: ({**g, "norm": -g["norm"] - 1}, s)),
+        ValueError,
+        "lift: it gives the tied parameter 'norm' one update at each of its paths, and they differ",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("behind", [(), (fz.sgd(1.0),)], ids=["last", "before another"])
@@ -268,7 +295,9 @@ def test_a_lifted_pair_is_not_run_before_the_step_and_says_what_it_was_told():
 
 
 class LateTrust(NamedTuple):
-    """A pair that works value by value for three updates, and then scales each leaf by its own norm: no probe of three updates sees it."""
+    """A pair that works value by value for three updates, and then scales each leaf by its own norm: no probe of three
+    updates sees it.
+    """
 
     n: Any
 

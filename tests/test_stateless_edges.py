@@ -1,4 +1,6 @@
-"""What an unmodified forward may do beside computing: hooks, caches, counters, settings, leaves of its own, compiled blocks, mixed blocks."""
+"""What an unmodified forward may do beside computing: hooks, caches, counters, settings, leaves of its own, compiled
+blocks, mixed blocks.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def calls(net, n=3, **kw):
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
 class Hooking(Net):
-    """Registers a hook at every forward on the head, and once on the first block, as a model that captures outputs does."""
+    """Registers a hook at every forward on the head, and once on the first block, as a model that captures outputs
+    does.
+    """
 
     def __init__(self):
         super().__init__()
@@ -112,7 +116,7 @@ def test_a_hook_of_the_first_run_is_there_in_the_second(run_world, world):
     assert keep == remat
 
 
-# --- state beside the state_dict ---------------------------------------------------------------------------------------
+# --- state beside the state_dict --------------------------------------------------------------------------------------
 class Stateful(Net):
     """Keeps something of the kind that is asked for."""
 
@@ -172,7 +176,7 @@ def test_a_setting_is_kept_and_said(caplog):
     ]
 
 
-# --- leaves, closures, compiled modules ---------------------------------------------------------------------------------
+# --- leaves, closures, compiled modules -------------------------------------------------------------------------------
 @pytest.mark.parametrize("stage", range(4))
 def test_a_leaf_that_the_forward_makes_is_its_own(stage):
     def penalty(model, x):
@@ -220,7 +224,7 @@ def test_compiled_modules_run_uncompiled_in_print(how, caplog):
     assert any("torch.compile is taken off" in r.getMessage() for r in caplog.records)
 
 
-# --- draws within what runs again ---------------------------------------------------------------------------------------
+# --- draws within what runs again -------------------------------------------------------------------------------------
 def test_numpy_in_a_block_that_runs_again_is_refused():
     def one(p, x):
         return x * p["w"] * float(np.random.rand() > 2)

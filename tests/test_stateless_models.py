@@ -35,14 +35,17 @@ def _zoo():
         nn.TransformerEncoderLayer(DIM, 2, 8, dropout=0.0, batch_first=True), 3, enable_nested_tensor=False
     )
     return {
-        "lstm": (lstm, sums, x, {}), "parametrized": (nn.Sequential(norm, nn.ReLU()), sums, x, {}), "encoder": (stack, sums, x, {}),
-        "encoder remat": (stack, sums, x, {"remat": True}), "named units": (Walk(), sums, x, {"units": "steps"}),
+        "lstm": (lstm, sums, x, {}),
+        "parametrized": (nn.Sequential(norm, nn.ReLU()), sums, x, {}),
+        "encoder": (stack, sums, x, {}),
+        "encoder remat": (stack, sums, x, {"remat": True}),
+        "named units": (Walk(), sums, x, {"units": "steps"}),
         "named units remat": (Walk(), sums, x, {"units": "steps", "remat": True}),
-    }  # fmt: skip
+    }
 
 
 class Walk(nn.Module):
-    """A dict of recurrent layers that give tuples; the state of one goes to the next, and a dict is filled on the way."""
+    """A dict of recurrent layers that give tuples; one's state goes to the next, and a dict is filled on the way."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What `stateless` leaves alone: the module, the global generator, and whoever holds them; and which lists are units."""
+"""What `stateless` leaves alone: the module, who holds it, the global generator; and which lists are units."""
 
 from __future__ import annotations
 
