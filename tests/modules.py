@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import funczero as fz
 from funczero import P
+from funczero.gradients.ref import Ref
 from funczero.testing import tree_hash
 
 VOCAB, DIM, TIME, ROWS, MICROS = 11, 6, 5, 2, 4
@@ -74,6 +77,17 @@ def loss(model, b):
     """Sum of masked losses, sum of weights."""
     nll = F.cross_entropy(model(b["x"]).flatten(0, 1), b["y"].flatten(), reduction="none").view(b["y"].shape)
     return (nll * b["mask"]).sum(), b["mask"].sum()
+
+
+def showing(loss_fn, see):
+    """A loss of `stateless` that first shows the tape which it is called on: `see(tape)`."""
+
+    @wraps(loss_fn)
+    def shown(params, *rest):
+        see(next(x.tape for x in params.values() if isinstance(x, Ref)))
+        return loss_fn(params, *rest)
+
+    return shown
 
 
 def want(module, loss, b):
