@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from test_deepspeed_engine import Net, config
+from engines import Net, config
 from torch import nn
 
 import funczero.deepspeed as deepspeed

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from test_deepspeed_engine import ADAM, Net, a, b, config, make
+from engines import ADAM, Net, a, b, config, make
 from torch import nn
 from torch.utils.data import TensorDataset
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from engines import DTYPES, WARM, Net, Norm, a, config, make, rows
 from safetensors.torch import load_file
-from test_deepspeed_engine import DTYPES, WARM, Net, Norm, a, config, make, rows
 
 import funczero as fz
 import funczero.deepspeed as deepspeed
