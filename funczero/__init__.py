@@ -74,8 +74,8 @@ from funczero.optim import lion as lion
 from funczero.optim import schedules as schedules
 from funczero.optim import sgd as sgd
 from funczero.step.step import Step as Step
-from funczero.step.step import donate as donate
-from funczero.step.step import train_step as train_step
+from funczero.step.train_step import donate as donate
+from funczero.step.train_step import train_step as train_step
 from funczero.step.zero import hpz as hpz
 from funczero.step.zero import mics as mics
 from funczero.step.zero import zero as zero

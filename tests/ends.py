@@ -97,6 +97,7 @@ def guardian(life):
                     MASTER_ADDR="127.0.0.1",
                     MASTER_PORT=str(port),
                 )
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             for fd, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(place / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
             return life["script"]

@@ -221,6 +221,7 @@ for t in range(6):
         assert message.endswith("; every rank must make as many calls of step.params"), message
 
 
+@pytest.mark.slow
 def test_another_chain_on_one_rank(tmp_path):
     message = told(start(tmp_path, """
 step = make(accumulate=2 + 2 * RANK)
@@ -239,6 +240,7 @@ for t in range(6):
     ), message
 
 
+@pytest.mark.slow
 def test_another_spec_on_one_rank(tmp_path):
     message = told(start(tmp_path, """
 grad = fz.value_and_grad(loss_fn, batch=P("data"))
@@ -255,6 +257,7 @@ for t in range(6):
     )
 
 
+@pytest.mark.slow
 def test_other_rows_on_one_rank_are_right(tmp_path):
     ends = start(tmp_path, """
 step = make(stage=0, accumulate=1)

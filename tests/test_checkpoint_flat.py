@@ -56,11 +56,9 @@ def test_forty_saves_hold_as_much_as_twenty(tmp_path, size):
             assert told["code"] == 0, told
             half, whole, others = json.loads(told["out"])
             native = [x.pop("threads") for x in (half, whole, others)]  # of pools that grow up to a size
-            assert half == whole == others and half["python's"] == size, (
-                half,
-                whole,
-                others,
-            )  # the main thread, and the pulse
+            held = (half, whole, others)
+            assert all(later[what] <= half[what] for later in held for what in half), held
+            assert half["python's"] == size, held  # the main thread, and the pulse
             assert max(native) - native[0] < 8, native  # and not one a save
     finally:
         ends.close()

@@ -271,13 +271,21 @@ def test_whatever_is_saved_is_restored(tmp_path_factory, params, client):
     }
 
 
-@pytest.mark.parametrize("bad, kind, why", [
-    (dict(client_state=[[[]] * 3_000_000]), CheckpointError, "values, more than .* as tensors or numpy arrays"),
-    (dict(client_state={"x": "y" * (65 << 20)}), CheckpointError, "bytes, more than"),
-    (dict(client_state={"k" * 3000: torch.ones(1)}), ValueError, "name of 3007 characters, more than 2048"),
-    (dict(metrics={"loss": 10**400}), ValueError, "metric 'loss' is an integer beyond float64"),
-    (dict(metrics={"loss": None}), ValueError, "metric 'loss' is None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, kind, why",
+    [
+        pytest.param(
+            dict(client_state=[[[]] * 3_000_000]),
+            CheckpointError,
+            "values, more than .* as tensors or numpy arrays",
+            marks=pytest.mark.slow,
+        ),
+        (dict(client_state={"x": "y" * (65 << 20)}), CheckpointError, "bytes, more than"),
+        (dict(client_state={"k" * 3000: torch.ones(1)}), ValueError, "name of 3007 characters, more than 2048"),
+        (dict(metrics={"loss": 10**400}), ValueError, "metric 'loss' is an integer beyond float64"),
+        (dict(metrics={"loss": None}), ValueError, "metric 'loss' is None"),
+    ],
+)
 def test_what_could_not_be_restored_is_refused_when_it_is_saved(tmp_path, bad, kind, why):
     _, state = checkpoints.tiny(w=torch.ones(3))
     ck = Checkpointer(tmp_path)

@@ -226,8 +226,8 @@ def averaged(stage, kind, policy):
     return out
 
 
-@pytest.mark.parametrize("kind", ["whole", "blocks", "remat", "module"])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", ["whole", "blocks", pytest.param("remat", marks=pytest.mark.slow), "module"])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_replaced_masters_count_everywhere(run_world, world, kind):
     for stage in range(4):
         for policy in (None, "compute=bfloat16"):

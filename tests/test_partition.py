@@ -80,7 +80,9 @@ def hashes(name):
 
 
 # --- the law ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("adamw twice", "rules inside") else n for n in PAIRS]
+)
 def test_a_partition_is_one_hash_at_every_stage_world_and_form(run_world, name):
     found = hashes(name)
     assert len(set(found)) == 1 and zoo.everywhere(run_world, 2, hashes, name) == found

@@ -58,7 +58,7 @@ class Dying:
         self.end()
 
 
-@pytest.mark.parametrize("how", ["kill", "stop", "killed before"])
+@pytest.mark.parametrize("how", ["kill", *(pytest.param(x, marks=pytest.mark.slow) for x in ("stop", "killed before"))])
 def test_a_lost_store_is_found_out_in_seconds(how):
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -27,7 +27,14 @@ def alone():
     return run(zoo.flat_chains, ("data",), zoo.MICROS, "3 [grad acc", {"data": 1})
 
 
-@pytest.mark.parametrize("name", ["0 grad acc ar", "1 grad acc [", "2 grad [acc", "3 [grad acc", "3 stream"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1 grad acc [",
+        "3 stream",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("0 grad acc ar", "2 grad [acc", "3 [grad acc")),
+    ],
+)
 def test_eight_ranks_have_the_bits_of_one_process(alone, name):
     assert set(simulate({"data": 8})(run, zoo.flat_chains, ("data",), 1, name, {"data": 8}, name.startswith("3"))) == {
         alone
@@ -35,8 +42,14 @@ def test_eight_ranks_have_the_bits_of_one_process(alone, name):
 
 
 NESTED = [
-    (n, (2, 4)) for n in ("DDP", "ZeRO-1", "HSDP-1", "ZeRO-2", "MiCS", "ZeRO-3", "hpZ", "hpZ once", "hpZ outwards")
-] + [(n, (4, 2)) for n in ("MiCS", "ZeRO-3", "hpZ")]
+    *((n, (2, 4)) for n in ("ZeRO-2", "MiCS", "hpZ once")),
+    ("ZeRO-3", (4, 2)),
+    *(
+        pytest.param(n, (2, 4), marks=pytest.mark.slow)
+        for n in ("DDP", "ZeRO-1", "HSDP-1", "ZeRO-3", "hpZ", "hpZ outwards")
+    ),
+    *(pytest.param(n, (4, 2), marks=pytest.mark.slow) for n in ("MiCS", "hpZ")),
+]
 
 
 @pytest.mark.parametrize(("name", "sizes"), NESTED)

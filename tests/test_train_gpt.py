@@ -74,6 +74,7 @@ def test_a_wrong_command_line_ends_with_one_sentence(tmp_path):
         assert status == 2 and not out and err.startswith(sentence) and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes_without_a_trace(text):
     run = start("--steps=100000", f"--data={text}", f"--out={text}/out")
     metrics = text / "out" / "metrics.jsonl"
@@ -126,6 +127,7 @@ def losses(out):
     return [[r[k] for k in ("step", "loss", "grad_norm", "lr", "ok")] for r in records if "loss" in r]
 
 
+@pytest.mark.slow
 def test_a_notice_ends_a_run_cleanly_and_it_goes_on_elsewhere_with_the_same_bits(text, tmp_path_factory):
     flags = ["--steps=24", "--eval_every=12", "--sample=0", f"--data={text}"]
     text = tmp_path_factory.mktemp("out")

@@ -134,12 +134,22 @@ def test_an_edited_number_counts_from_the_next_update(name, donate):
 
 
 def test_betas_and_momentum_may_be_edited_as_well():
-    for tx, what in ((fz.adamw(1e-2), "b1"), (fz.lion(1e-2), "b2"), (fz.sgd(1e-2, 0.9), "momentum")):
+    torchs = [(fz.from_torch(kind, 1e-2), what) for kind in ("NAdam", "Adamax") for what in ("b1", "b2")]
+    for tx, what in ((fz.adamw(1e-2), "b1"), (fz.lion(1e-2), "b2"), (fz.sgd(1e-2, 0.9), "momentum"), *torchs):
         step = made(tx)
         state, _ = updated(step, step.init(zoo.params()), [0])
         other = tree.clone(state)
         leaves(other, tx.name)[what].fill_(0.5)
         assert tree_hash(updated(step, state, [1, 2])[0].params) != tree_hash(updated(step, other, [1, 2])[0].params)
+
+
+def test_what_a_class_of_torch_does_not_take_is_no_leaf_that_could_be_edited_in_vain():
+    held = {kind: [*fz.from_torch(kind, 1e-2).init(zoo.params()).rates] for kind in ("Rprop", "RMSprop", "RAdam")}
+    assert held == {
+        "Rprop": ["lr"],
+        "RMSprop": ["lr", "weight_decay"],
+        "RAdam": ["lr", "weight_decay", "b1", "b2"],
+    }
 
 
 def test_an_edit_of_one_state_leaves_others_alone():

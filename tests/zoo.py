@@ -16,7 +16,7 @@ from funczero.layout.mesh import connect, plan_mesh
 from funczero.testing import tree_hash
 from funczero.transforms.chain import build
 
-MICROS, ROWS, TIME, BAD, UPDATES = 8, 3, 6, 3, 6
+MICROS, ROWS, TIME, BAD, UPDATES = 8, 3, 6, 3, 5
 LR, CLIP, B1, B2, EPS, DECAY = 1e-2, 0.15, 0.9, 0.99, 1e-8, 0.01
 TX = dict(lr=LR, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
 

@@ -40,104 +40,38 @@ class Scalars(NamedTuple):
     names: list[str]  # of the moments
 
 
-def from_torch(
-    name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate | None = None, **options: Any
-) -> GradientTransformation:
-    """torch.optim's class of this name, value by value; a skipped update leaves its state alone.
+class Kind(NamedTuple):
+    """A class of torch.optim with those of its arguments that are no leaves of the state."""
 
-    Law: the values of the class's own single-tensor step, on any mesh. What is left out is the class's own default.
+    who: str  # as errors name it
+    cls: Any
+    options: dict[str, Any]
+    decays: bool  # does it take weight_decay?
+    betas: bool  # does it take betas?
 
-    Args:
-      name: one of ELEMENTWISE; sgd, adamw, adam and adagrad of this package are the same formulas, faster.
-      lr: number, or schedule of applied updates.
-      weight_decay: as the class means it; number, schedule, rules or tree.
-      options: the class's other arguments.
+    def build(self, params: list[Tensor], now: dict[str, Any]) -> Any:
+        """The class over these tensors, with the rates as they are in this update."""
+        given: dict[str, Any] = {"weight_decay": float(now["weight_decay"])} if self.decays else {}
+        if self.betas:
+            given["betas"] = (float(now["b1"]), float(now["b2"]))
+        return self.cls(params, lr=float(now["lr"]), foreach=False, **given, **self.options)
 
-    Raises:
-      ChainError: the class reads more of a leaf than one place (Adafactor, Muon, LBFGS, SparseAdam), or does not exist.
-      TypeError, ValueError: the class does not take such an argument.
-
-    >>> from_torch("RMSprop", 1e-3, momentum=0.9).name
-    'rmsprop'
-    """
-    if name not in ELEMENTWISE:
-        shown_name = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
-        asked = (
-            f"; write its name, {shown_name!r}"
-            if shown_name in ELEMENTWISE
-            else f"; write one of {', '.join(ELEMENTWISE)}, or sgd"
-        )
-        why = "is no name" if not isinstance(name, str) else "is not known to work value by value"
-        raise ChainError(f"from_torch: torch.optim.{shown_name} {why}{asked}")
-    cls, who = getattr(torch.optim, name), f"from_torch({name!r})"
-    defaults = {
-        k: p.default
-        for k, p in inspect.signature(cls).parameters.items()
-        if k not in ("params", "foreach", "differentiable")
-    }
-    known = set(defaults) - {"lr"}
-    if not set(options) <= known:
-        raise TypeError(
-            f"from_torch: torch.optim.{name} takes no {sorted(set(options) - known)[0]!r} here; write some of"
-            f" {sorted(known)}"
-        )
-    decays = "weight_decay" in known
-    if not decays and weight_decay not in (None, 0):
-        raise TypeError(
-            f"from_torch: torch.optim.{name} takes no weight_decay; leave weight_decay={described(weight_decay)} out"
-        )
-    lr = defaults["lr"] if lr is None else lr
-    if isinstance(lr, (list, tuple, dict)):
-        raise TypeError(
-            f"from_torch: lr is {kind(lr)}, but these classes keep one number for all leaves; write a number or a"
-            " schedule"
-        )
-    rate = rates.Rates(
-        who, lr=lr, weight_decay=weight_decay if weight_decay is not None else defaults.get("weight_decay", 0.0)
-    )
-    options = {k: _option(who, k, defaults[k], x) for k, x in options.items()}
-
-    def build(params: list[Tensor], now: float, decay: float) -> torch.optim.Optimizer:
-        return cls(params, lr=now, foreach=False, **({"weight_decay": decay} if decays else {}), **options)
-
-    try:
-        build([torch.zeros(1)], 0.0 if callable(lr) else lr, 0.0)
-    except (ValueError, TypeError, RuntimeError) as e:
-        raise ValueError(
-            f"{who}: torch.optim.{name} refuses its arguments ({e}); correct {', '.join(options) or 'lr'}"
-        ) from None
-
-    def fresh(leaf: Tensor) -> dict[str, Tensor]:
+    def fresh(self, leaf: Tensor, now: dict[str, Any]) -> dict[str, Tensor]:
         """The state that the class gives a parameter before its first step."""
         p = leaf.detach().clone()
         p.grad = torch.zeros_like(p)
-        own: Any = build([p], float(rates.at(who, "lr", lr, torch.zeros((), dtype=torch.int64))), 0.0)
+        own = self.build([p], now)
         lists: list[list[Tensor]] = [[] for _ in list(inspect.signature(own._init_group).parameters)[1:]]
         own._init_group(own.param_groups[0], *lists)
         return {k: x for k, x in own.state[p].items() if isinstance(x, Tensor)}
 
-    def init(params: Any) -> FromTorch:
-        kept = rate.init(params)
-        rates.lasting(who, float(options.get("eps", defaults.get("eps", 0.0)) or 0.0), params)
-        probe = fresh(torch.zeros(1, device=next(iter(tree.tensors(params)), torch.zeros(())).device))
-        moments = {k: tree.map(lambda p, k=k: fresh(p)[k], params) for k, x in probe.items() if x.dim()}
-        return FromTorch({k: x for k, x in probe.items() if not x.dim()}, moments, kept)
-
-    def scalars(
-        state: FromTorch, now: list[dict[str, Any]], factor: Tensor, ok: Tensor
-    ) -> tuple[FromTorch, list[Scalars]]:
-        new = {k: x.clone() for k, x in state.scalars.items()}
-        return state._replace(scalars=new), [
-            Scalars(ok, factor, each, state.scalars, new, [*state.moments]) for each in now
-        ]
-
-    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars) -> None:
+    def leaf(self, params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars) -> None:
         """The class steps on clones, which count where ok; one value of its own counts for it, as this rank may hold
         no other.
         """
         counter = [torch.zeros(1, device=s.old["step"].device) for _ in range(2 + len(moments))]
         rows = [[x.detach().clone() for x in xs] for xs in (params, grads, *moments)]
-        own: Any = build([counter[0], *rows[0]], float(s.rates["lr"]), float(s.rates["weight_decay"]))
+        own = self.build([counter[0], *rows[0]], s.rates)
         for g in rows[1]:
             g.mul_(s.factor.to(g.dtype))
         for p, g, *moment in [counter, *zip(*rows, strict=True)]:
@@ -150,10 +84,97 @@ def from_torch(
         for k, x in s.new.items():
             x.copy_(torch.where(s.ok.to(x.device), own.state[counter[0]][k], s.old[k]))
 
-    formula = Formula(
-        rate.reads(lambda state: state.scalars["step"]), lambda state: [*state.moments.values()], scalars, leaf
-    )
-    return optimizer(name.lower(), init, formula)
+
+def from_torch(
+    name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate | None = None, **options: Any
+) -> GradientTransformation:
+    """torch.optim's class of this name, value by value; a skipped update leaves its state alone.
+
+    Law: the values of the class's own single-tensor step, on any mesh. What is left out is the class's own default.
+
+    Args:
+      name: one of ELEMENTWISE; sgd, adamw, adam and adagrad of this package are the same formulas, faster.
+      lr: number, or schedule of applied updates.
+      weight_decay: as the class means it; number, schedule, rules or tree.
+      options: the class's other arguments; betas are leaves of the state (b1, b2), as lr and weight_decay are.
+
+    Raises:
+      ChainError: the class reads more of a leaf than one place (Adafactor, Muon, LBFGS, SparseAdam), or does not exist.
+      TypeError, ValueError: the class does not take such an argument.
+
+    >>> from_torch("RMSprop", 1e-3, momentum=0.9).name
+    'rmsprop'
+    """
+    cls, who = _class(name), f"from_torch({name!r})"
+    defaults = {
+        k: p.default
+        for k, p in inspect.signature(cls).parameters.items()
+        if k not in ("params", "foreach", "differentiable")
+    }
+    lr = defaults["lr"] if lr is None else lr
+    given = _options(who, name, defaults, lr, weight_decay, options)
+    options = {k: x for k, x in given.items() if k != "betas"}
+    betas = given.get("betas", defaults.get("betas", ()))
+    moving = dict(zip(("b1", "b2"), betas, strict=False))
+    own = Kind(who, cls, options, "weight_decay" in defaults, bool(betas))
+    decay = {"weight_decay": defaults["weight_decay"] if weight_decay is None else weight_decay} if own.decays else {}
+    rate = rates.Rates(who, lr=lr, **decay, **moving)
+    try:
+        own.build([torch.zeros(1)], {"lr": 0.0 if callable(lr) else lr, "weight_decay": 0.0, **moving})
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise ValueError(
+            f"{who}: torch.optim.{name} refuses its arguments ({e}); correct {', '.join(given) or 'lr'}"
+        ) from None
+    eps = float(options.get("eps", defaults.get("eps", 0.0)) or 0.0)
+
+    def init(params: Any) -> FromTorch:
+        kept = rate.init(params)
+        rates.lasting(who, eps, params)
+        first = rates.at(who, "lr", lr, torch.zeros((), dtype=torch.int64))
+        now = {"lr": first, "weight_decay": 0.0, **moving}
+        probe = own.fresh(torch.zeros(1, device=next(iter(tree.tensors(params)), torch.zeros(())).device), now)
+        moments = {k: tree.map(lambda p, k=k: own.fresh(p, now)[k], params) for k, x in probe.items() if x.dim()}
+        return FromTorch({k: x for k, x in probe.items() if not x.dim()}, moments, kept)
+
+    def scalars(
+        state: FromTorch, now: list[dict[str, Any]], factor: Tensor, ok: Tensor
+    ) -> tuple[FromTorch, list[Scalars]]:
+        new = {k: x.clone() for k, x in state.scalars.items()}
+        return state._replace(scalars=new), [
+            Scalars(ok, factor, each, state.scalars, new, [*state.moments]) for each in now
+        ]
+
+    reads = rate.reads(lambda state: state.scalars["step"])
+    return optimizer(name.lower(), init, Formula(reads, lambda state: [*state.moments.values()], scalars, own.leaf))
+
+
+def _class(name: Any) -> Any:
+    if name in ELEMENTWISE:
+        return getattr(torch.optim, name)
+    shown = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
+    asked = f"write its name, {shown!r}" if shown in ELEMENTWISE else f"write one of {', '.join(ELEMENTWISE)}, or sgd"
+    why = "is no name" if not isinstance(name, str) else "is not known to work value by value"
+    raise ChainError(f"from_torch: torch.optim.{shown} {why}; {asked}")
+
+
+def _options(
+    who: str, name: str, defaults: dict[str, Any], lr: Any, weight_decay: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The class's other arguments, each of its kind; refuses what the class does not take."""
+    known = set(defaults) - {"lr"}
+    odd = sorted(set(options) - known)
+    if odd:
+        raise TypeError(f"from_torch: torch.optim.{name} takes no {odd[0]!r} here; write some of {sorted(known)}")
+    if "weight_decay" not in known and weight_decay not in (None, 0):
+        raise TypeError(
+            f"from_torch: torch.optim.{name} takes no weight_decay; leave weight_decay={described(weight_decay)} out"
+        )
+    if isinstance(lr, (list, tuple, dict)):
+        raise TypeError(
+            f"from_torch: lr is {kind(lr)}, but these classes keep one number for all leaves; write a number or a"
+            " schedule"
+        )
+    return {k: _option(who, k, defaults[k], x) for k, x in options.items()}
 
 
 def _option(who: str, what: str, default: Any, x: Any) -> Any:

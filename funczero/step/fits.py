@@ -91,14 +91,23 @@ class Fits:
         self.book, self.running, self.lazy = book, running, lazy
         self.forms: list[tuple[Structure, Form]] = []  # those asked for, the last one first
 
-    def look(self, state: TrainState) -> bool:
+    def look(self, state: Any) -> bool:
         """Refuse what this step cannot take; are masters and views of this step's making?
 
         Raises:
-          TypeError: its masters are no Slots, but a tree.
+          TypeError: it is no TrainState, or its masters are no Slots, but a tree.
           ValueError: the state is of another stage, chain, mesh or policy, or its leaves have other shapes.
-          RuntimeError: a leaf requires grad.
+          RuntimeError: it was donated, or a leaf requires grad.
         """
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"step: its first argument is a TrainState from step.init(params), but this is a {type(state).__name__}"
+            )
+        if int(state.step) < 0:
+            raise RuntimeError(
+                f"step: this state was donated at step {-1 - int(state.step)} and its memory is in use; go on with the"
+                " state that step(...) returned, or leave fz.donate out"
+            )
         if not isinstance(state.params, Slots):
             what = (
                 f"its masters are a {type(state.params).__name__}, but a state holds this rank's parts of them (Slots)"

@@ -13,7 +13,8 @@ from funczero.gradients.gradient import value_and_grad
 from funczero.gradients.layers import layers
 from funczero.layout.mesh import P
 from funczero.optim import adamw
-from funczero.step.step import Step, train_step
+from funczero.step.step import Step
+from funczero.step.train_step import train_step
 from funczero.step.zero import zero
 from funczero.transforms.clip import clip_by_global_norm
 

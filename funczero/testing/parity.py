@@ -15,7 +15,7 @@ import torch
 
 from funczero.comm.launch import count_bytes
 from funczero.core import tree
-from funczero.step.step import donate
+from funczero.step.train_step import donate
 from funczero.testing.pool import WorkerPool, tree_hash
 
 

@@ -212,7 +212,11 @@ def cut_bits(axes):
     return {name: zoo.bits(zoo.train(parts, axes, updates=4)) for name, parts in cuts(world_size(), axes)}
 
 
-@pytest.mark.parametrize("axes", [{"data": 1}, {"data": 2}, {"data": 4}, {"node": 2, "local": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [{"data": 1}, {"data": 4}, {"node": 2, "local": 2}, pytest.param({"data": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_how_leaves_are_cut_changes_no_bit(run_world, axes):
     truth = zoo.bits(
         zoo.train(fz.zero(zoo.source(), *zoo.tx(scale=True), stage=0, accumulate=zoo.MICROS), {"data": 1}, updates=4)

@@ -56,8 +56,14 @@ def nested(form, k):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("k", ["one", "all"])
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "k"),
+    [
+        (1, "one"),
+        (2, "all"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, "all"), (2, "one"), (4, "one"), (4, "all"))),
+    ],
+)
 def test_every_stage_is_the_reference(run_world, world, k, form):
     check(zoo.everywhere(run_world, world, flat, form, 1 if k == "one" else zoo.MICROS // world))
 
@@ -67,6 +73,6 @@ def test_three_ranks_are_the_reference_too(run_world):
     check(zoo.everywhere(run_world, 3, flat, "keep", 2), one_hash=False)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["keep", *(pytest.param(x, marks=pytest.mark.slow) for x in ("whole", "remat"))])
 def test_every_nest_is_the_reference(run_world, form):
     check(zoo.everywhere(run_world, 4, nested, form, 2))

@@ -81,14 +81,11 @@ def test_what_is_right_is_left_alone(run_world, stage):
 @pytest.mark.parametrize(
     ("kind", "stage", "at"),
     [
-        ("eval", 1, 3),
         ("eval", 3, LATE),
         ("count", 3, 3),
-        ("save", 2, 3),
-        ("fewer", 3, 3),
-        ("error", 1, 3),
         ("dtype", 2, 3),
     ]
+    + [pytest.param(k, s, 3, marks=pytest.mark.slow) for k, s in (("eval", 1), ("save", 2), ("fewer", 3), ("error", 1))]
     + [
         pytest.param(k, s, LATE, marks=pytest.mark.slow)
         for k in ("eval", "count", "save", "fewer", "error", "dtype")

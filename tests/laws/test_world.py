@@ -48,19 +48,26 @@ def others(found, policy):
     return {name: h for name, h in found.items() if h != truth(policy)}
 
 
-@pytest.mark.parametrize("policy", ["fp32", "bf16"])
-@pytest.mark.parametrize("world", [1, 2, 4])
+SLOW = pytest.mark.slow  # float32 shows a wrong order of sums best; the others repeat its question
+
+
+@pytest.mark.parametrize(
+    ("policy", "world"),
+    [("fp32", 1), ("fp32", 2), ("fp32", 4), ("bf16", 4), *(pytest.param("bf16", n, marks=SLOW) for n in (1, 2))],
+)
 def test_one_hash_on_every_world_and_at_every_stage(run_world, world, policy):
     assert others(zoo.everywhere(run_world, world, hashes, policy, {"data": world}, "keep", 0), policy) == {}
 
 
-@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+@pytest.mark.parametrize("policy", ["fp32", pytest.param("bf16", marks=SLOW)])
 @pytest.mark.parametrize("sizes", [{"node": 2, "local": 2}], ids=str)
 def test_one_hash_in_every_nest(run_world, sizes, policy):
     assert others(zoo.everywhere(run_world, 4, hashes, policy, sizes, "keep", 0), policy) == {}
 
 
-@pytest.mark.parametrize(("policy", "form"), [("fp32", "remat"), ("bf16", "whole"), ("fp16", "keep")])
+@pytest.mark.parametrize(
+    ("policy", "form"), [("fp32", "remat"), ("fp16", "keep"), pytest.param("bf16", "whole", marks=SLOW)]
+)
 def test_one_hash_however_blocks_run_and_whatever_is_donated(run_world, policy, form):
     assert others(zoo.everywhere(run_world, 2, hashes, policy, {"data": 2}, form, 1), policy) == {}
 

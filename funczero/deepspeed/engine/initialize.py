@@ -29,7 +29,8 @@ from funczero.deepspeed.optim.groups import ByGroup, Numbers, config_groups, con
 from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
 from funczero.deepspeed.optim.schedulers import FromConfig
 from funczero.layout.mesh import P, plan_mesh, world_size
-from funczero.step.step import Step, train_step
+from funczero.step.step import Step
+from funczero.step.train_step import train_step
 
 Groups = list[dict[str, Any]]
 

@@ -21,7 +21,8 @@ from funczero.deepspeed.engine.leaf import write_leaf
 from funczero.deepspeed.engine.window import amended, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
 from funczero.layout.mesh import Mesh
-from funczero.step.step import Step, donate
+from funczero.step.step import Step
+from funczero.step.train_step import donate
 
 
 class Loop(nn.Module):

@@ -1,0 +1,208 @@
+"""`train_step`: from the parts of a chain to a step that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from funczero.comm.edge import Edge
+from funczero.core import rng
+from funczero.core.policy import Policy
+from funczero.core.transform import refuse
+from funczero.core.types import ChainError, Env, Grad, Metrics, Seed, TrainState, Updated
+from funczero.layout.mesh import Mesh, connect, plan_mesh
+from funczero.layout.slots import Slots
+from funczero.step.alike import begin
+from funczero.step.calls import recorded, watched
+from funczero.step.fits import Book, Fits, packed
+from funczero.step.initial import check_widening, initial, read_lazily
+from funczero.step.notices import Early, narrow, nested, say
+from funczero.step.step import Step
+from funczero.transforms.chain import Source, build, chain, configured
+from funczero.transforms.skips import Patience, Skipped, unapplied
+from funczero.world.ledger import UPDATE
+
+
+def train_step(
+    *parts: Any,
+    mesh: Mapping[str, int] | DeviceMesh | Mesh | None = None,
+    policy: str | Policy | None = None,
+    sums: str = "tree",
+    prefetch: bool = True,
+    debug: bool = False,
+    check: int | bool = True,
+    patience: int = 20,
+) -> Step:
+    """A step from a chain: a gradient, transforms, and an optimizer that applies the update.
+
+    Args:
+      parts: left to right; see value_and_grad, accumulate, shard, all_reduce, scale_loss, clip_by_global_norm, adamw,
+        zero.
+      mesh: axis sizes by name, outermost first, -1 for all that are left; or a DeviceMesh. A dict builds, prints and
+        plans in any process; the world is joined at the first init. None: all processes on the one axis of the batch.
+      policy: dtypes, as "params=float32,compute=bfloat16,accumulate=float32".
+      sums: how gradients are added over ranks: in the one "tree" (the same bits on any mesh), or by the "backend" as it
+        likes.
+      prefetch: start the next block's gather while one computes: one unit more in memory, the same bits.
+      debug: log the first non-finite leaf of any update, and its rank.
+      check: a thread compares what ranks launch, for ever, where no sum is reached any more: one that differs, left or
+        died ends all with a message instead of a hang or an abort of the backend (watch.py). 0: no such thread; ranks
+        are still compared in every sum (ledger.py).
+      patience: after so many updates in a row that were not finite and were skipped, the next call raises on all ranks;
+        those that a dynamic loss scale skips on its way down do not count. The first is said, with leaf and rank, and
+        then ever fewer.
+
+    Raises:
+      ChainError: the chain cannot mean what it says; the message shows it with the correction.
+    """
+    flat = chain(*parts)
+    if mesh is None and flat and isinstance(flat[0], Source):
+        if len(flat[0].batch) > 1:
+            raise ChainError(
+                f"train_step: the batch is split over {list(flat[0].batch)}; write their sizes, as"
+                f" mesh={{{', '.join(f'{a!r}: 2' for a in flat[0].batch)}}}"
+            )
+        mesh = dict.fromkeys(flat[0].batch, -1)
+    if sums not in ("tree", "backend"):
+        raise ValueError(
+            f"train_step: sums={sums!r} is neither 'tree' nor 'backend'; leave it out for the same bits on any mesh"
+        )
+    planned = plan_mesh(mesh)
+    env = Env(planned, Policy.parse(policy), {a: Edge(a, sums=sums) for a in planned.axes}, prefetch=prefetch)
+    return _make(flat, env, Options(debug, check, patience), donated=False, book=Book())
+
+
+def donate(step: Step) -> Step:
+    """The same step with the same bits, in place: the state it is given is used up, and raises when it is used
+    again.
+    """
+    return step.rebuild(True)
+
+
+class Options(NamedTuple):
+    """How a step watches its run."""
+
+    debug: bool
+    check: int
+    patience: int
+
+
+def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, book: Book) -> Step:
+    planned = _built(parts, env._replace(donate=donated))
+    source = configured(parts)
+    early = Early(source.batch, rows=source.name == "value_and_grad")
+    patience = Patience(options.patience, options.debug, lambda: _speaks(running()))
+
+    @cache
+    def running() -> Grad:
+        return _built(
+            parts,
+            env._replace(
+                mesh=connect(watched(env.mesh, planned, options.check, parts, source.replicated)),
+                donate=donated,
+                early=early,
+            ),
+        )
+
+    @cache
+    def probe() -> Grad:  # the same gradients, and nothing applied
+        return _built(unapplied(parts), env._replace(mesh=running().env.mesh, donate=True))
+
+    def init(params: Any, key: int = 0) -> TrainState:
+        g = running()
+        own = read_lazily(source, g, params, g.env.mesh.device)
+        check_widening(params, g.env.policy)
+        begin(params, own.structure, key, g.env.mesh)
+        if _speaks(g):
+            say(book.said, narrow(params, g.env.policy), nested(params, source.units))
+        state = initial(g, own, key)
+        if state.views is not None and packed(g):  # as every later forward will see them
+            state = state._replace(views=fits.views(state, made=False))
+        book.add(state)
+        return state
+
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
+        g = running()
+        made = fits.look(state)
+        now, seen = int(state.step), _seen(book, state, patience)
+        look = options.debug or seen.row > 0
+        run = int(state.key)
+        seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(run, now), 0, look, (run, now))
+        views, given = fits.views(state, made), {**state.chain, "params": state.params}
+        if early.open:
+            early.before(state.params)
+        out, new = g.apply(views, dict(given), batch, seed)
+        masters = new.pop("params")
+        if out is None:
+            return fits.settled(state, views)._replace(chain=new), None
+        assert isinstance(out, Updated)
+        once_more = lambda: probe().apply(views, given, batch, seed._replace(look=True))[0]
+        again = None if g.streams or source.name != "value_and_grad" else once_more
+        seen = patience.after(seen, out, now, masters.where.structure.leaves, again)
+        if early.open:
+            said = early.after(out, masters, batch, g.layout)
+            say(book.said, *(said if _speaks(g) else ()))
+        wide = None if state.views is None else _renewed(out.params, views)
+        fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
+        book.add(fresh, seen)
+        if donated:
+            state.step.fill_(-1 - now)  # the old value says so when it is used again
+        return fresh, _metrics(out, fresh)
+
+    fits = Fits(book, running, lambda g, meta: read_lazily(source, g, meta, torch.device("meta")))
+    rebuild = lambda donating: _make(parts, env, options, donating, book)
+    return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, fits)
+
+
+def _built(parts: tuple[Any, ...], env: Env) -> Grad:
+    g = build(parts, env)
+    if not g.layout.applied:
+        raise refuse(g, "train_step", "no optimizer applies an update; end the chain with one, as adamw(3e-4)")
+    if g.layout.sharded != g.layout.rest:
+        left = [a for a in g.layout.sharded if a not in g.layout.rest]
+        raise refuse(
+            g,
+            "train_step",
+            f"the new parameters are still split over {left}; write shard({left[-1]!r}, ...) around what reduce_scatter"
+            f" opened, or all_gather({left[-1]!r}) after it",
+        )
+    return g
+
+
+def _renewed(new: Slots, old: Slots) -> Slots:
+    """New views; frozen leaves were not sent and stay."""
+    new = new.to(old.buffers[0].dtype).placed(old.where.place, old.buffers[0].device)
+    return Slots(
+        tuple(
+            o if u.frozen else n for n, o, u in zip(new.buffers, old.buffers, old.where.structure.units, strict=True)
+        ),
+        old.where,
+    )
+
+
+def _metrics(out: Updated, state: TrainState) -> Metrics:
+    device = out.loss.device
+    norm = out.logs.get("grad_norm", out.norm)
+    scale = out.logs.get("scale", torch.ones((), dtype=torch.float64, device=device))
+    lr = out.logs.get("lr", torch.full((), float("nan"), dtype=torch.float64, device=device))
+    return Metrics(out.loss, out.weight, norm, out.ok, out.weight == 0, scale, lr, state.updates, out.aux)
+
+
+def _seen(book: Book, state: TrainState, patience: Patience) -> Skipped:
+    """What this state's line has skipped so far; where that was too much it is told, and counted anew."""
+    line = book.line(state)
+    if line is None or not line.skipped.row:
+        return Skipped() if line is None else line.skipped
+    seen, line.skipped = line.skipped, Skipped()
+    patience.check(seen)
+    line.skipped = seen
+    return seen
+
+
+def _speaks(g: Grad) -> bool:
+    """Is this the rank that says what all ranks know?"""
+    return g.env.mesh.rank(tuple(g.env.mesh.axes))[0] == 0
