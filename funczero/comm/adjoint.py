@@ -7,6 +7,7 @@ counts once. They are exact: no wire of an edge packs what they send.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,16 +26,16 @@ class _Gather(torch.autograd.Function):
         return wait(launch_gather(x.contiguous().reshape(-1), axis, mesh)).reshape(-1, *x.shape[1:]).clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
         _, ctx.axis, ctx.mesh = inputs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return _Scatter.apply(g, ctx.axis, ctx.mesh), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _scattered(g, ctx.axis, ctx.mesh), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
-        return _over_rows(_Gather, in_dims[0], x, axis, mesh)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
+        return _over_rows(_gathered, in_dims[0], x, axis, mesh)
 
 
 class _Scatter(torch.autograd.Function):
@@ -47,23 +48,28 @@ class _Scatter(torch.autograd.Function):
         return tree_sum(rows).reshape(-1, *x.shape[1:]).clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
         _, ctx.axis, ctx.mesh = inputs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return _Gather.apply(g, ctx.axis, ctx.mesh), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered(g, ctx.axis, ctx.mesh), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
-        return _over_rows(_Scatter, in_dims[0], x, axis, mesh)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
+        return _over_rows(_scattered, in_dims[0], x, axis, mesh)
 
 
-def _over_rows(fn: Any, dim: int | None, x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
+Crossing = Callable[[Tensor, str, Mesh], Tensor]
+_gathered: Crossing = _Gather.apply
+_scattered: Crossing = _Scatter.apply
+
+
+def _over_rows(fn: Crossing, dim: int | None, x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
     """A batched call is one call with the batch as dim 1: rows stay dim 0."""
     if dim is None:
-        return fn.apply(x, axis, mesh), None
-    return fn.apply(x.movedim(dim, 1), axis, mesh), 1
+        return fn(x, axis, mesh), None
+    return fn(x.movedim(dim, 1), axis, mesh), 1
 
 
 def gather_rows(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
@@ -71,7 +77,7 @@ def gather_rows(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
 
     Transpose: scatter_rows. Layout: split over axis -> whole. `mesh` is a connected Mesh, as step.live_mesh.
     """
-    return x if mesh.axes[axis].size == 1 else _Gather.apply(x, axis, mesh)
+    return x if mesh.axes[axis].size == 1 else _gathered(x, axis, mesh)
 
 
 def scatter_rows(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
@@ -87,4 +93,4 @@ def scatter_rows(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
         raise ValueError(
             f"scatter_rows: {x.shape[0]} rows do not divide over {axis!r} of size {size}; pad dim 0 to a multiple of it"
         )
-    return x if size == 1 else _Scatter.apply(x, axis, mesh)
+    return x if size == 1 else _scattered(x, axis, mesh)

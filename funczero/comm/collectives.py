@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ MESSAGE = 1 << 22  # bytes of neighbouring units that share one message
 class Travelling(NamedTuple):
     """A collective under way; `wait()` finishes it."""
 
-    wait: Callable[[], Any]
+    wait: Callable[[], list[Tensor]]  # the units' buffers
 
 
 # --- one message of units ---------------------------------------------------------------------------------------------
@@ -48,11 +48,8 @@ def gather_units(
         return Travelling(lambda: list(buffers))
     inner = where.inner(axis, size, index)
     parts = [b.narrow(0, 0, travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
-    if edge.gather is as_born:
-        wire = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), axis, mesh, tuple(units))
-        arrived = lambda: list(wait(wire).split_with_sizes([p.numel() for p in parts], 1))
-    else:
-        arrived = _gather_packed(inner, units, edge, mesh, parts, key)
+    gather = _gather_born if edge.gather is as_born else _gather_packed
+    arrived = gather(inner, units, edge, mesh, parts, key)
 
     def finish() -> list[Tensor]:
         out = []
@@ -94,6 +91,14 @@ def scatter_units(
         return _scatter_packed(inner, units, edge, mesh, columns, key)
     wire = launch_exchange(send, axis, mesh, tuple(units))
     return Travelling(lambda: list(tree_sum(wait(wire).to(edge.adds) if size > 1 else wire).split_with_sizes(lengths)))
+
+
+def _gather_born(
+    inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, parts: list[Tensor], key: Key
+) -> Callable[[], list[Tensor]]:
+    """Start to gather units as they are; the result waits for it: [W, n] by unit."""
+    sent = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), edge.axis, mesh, tuple(units))
+    return lambda: list(wait(sent).split_with_sizes([p.numel() for p in parts], 1))
 
 
 # --- one message of packed units --------------------------------------------------------------------------------------
@@ -176,8 +181,10 @@ def reduce_scatter(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
     inner = x.where.inner(edge.axis, size, index)
     if size == 1:
         return Slots(x.buffers, inner)
-    leaves = lambda units: [x.where.views(u, x.buffers[u]) for u in units]
-    flying = [(us, scatter_units(x.where, us, edge, mesh, leaves(us), key)) for us in _messages(x)]
+    flying = []
+    for us in _messages(x):
+        leaves = [x.where.views(u, x.buffers[u]) for u in us]
+        flying.append((us, scatter_units(x.where, us, edge, mesh, leaves, key)))
     return Slots(_landed(flying, x), inner)
 
 

@@ -7,27 +7,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from funczero.layout.mesh import Mesh
+from funczero.layout.mesh import Mesh, Sent
 
 SHORT = 1 << 15  # bytes on all wires under which a message is all latency
 _ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
 
 
+class HasMesh(Protocol):
+    """Whatever sends over a mesh, as a Step does."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh with its count."""
+
+
 @contextmanager
-def count_bytes(step: Any) -> Iterator[Counter]:
+def count_bytes(step: HasMesh | Mesh) -> Iterator[Sent]:
     """Counts what this process sends while it is open: (axis, verb, dtype or wire) -> bytes, payload only.
 
     Args:
       step: a Step or its Mesh.
     """
-    mesh = getattr(step, "mesh", step)
-    before: Counter = Counter(mesh.sent)
-    counter: Counter = Counter()
+    mesh = step if isinstance(step, Mesh) else step.mesh
+    before, counter = Counter(mesh.sent), Sent()
     yield counter
     counter.update(mesh.sent)
     counter.subtract(before)
@@ -102,7 +109,8 @@ def launch_backend_sum(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
 def wait(x: Tensor) -> Tensor:
     """The tensor of a launched collective, complete."""
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.wait_tensor(x)
+        out: Tensor = _ops.wait_tensor(x)
+    return out
 
 
 def broadcast(x: Tensor, root: int, mesh: Mesh) -> Tensor:
@@ -114,7 +122,9 @@ def broadcast(x: Tensor, root: int, mesh: Mesh) -> Tensor:
     mesh.sent[axes, "broadcast", _name_of(x.dtype)] += nbytes if mesh.ledger.place == root else 0
     mesh.ledger.note("broadcast", axes, _name_of(x.dtype), nbytes)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.wait_tensor(mesh.flight.note(x, _ops.broadcast(x.detach().contiguous(), root, mesh.world_group)))
+        sent = _ops.broadcast(x.detach().contiguous(), root, mesh.world_group)
+        out: Tensor = _ops.wait_tensor(mesh.flight.note(x, sent))
+    return out
 
 
 def sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: bool) -> Tensor:
@@ -133,4 +143,5 @@ def sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: boo
     if short:
         return wait(_gather_rows(x, size, group, mesh)).sum(0)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.wait_tensor(mesh.flight.note(x, _ops.all_reduce(x, "sum", group)))
+        out: Tensor = _ops.wait_tensor(mesh.flight.note(x, _ops.all_reduce(x, "sum", group)))
+    return out

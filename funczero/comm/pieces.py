@@ -57,8 +57,9 @@ Piece = Share | Everywhere | Stretch
 def plan_of(where: Where, unit: int, axis: str, size: int) -> list[list[Piece]]:
     """By member of a unit: how its rows here lie on the wire [W, n] one step inwards. Worked out once."""
     key = (unit, axis, size)
-    if key in where.memo:
-        return where.memo[key]
+    known: list[list[Piece]] | None = where.memo.get(key)
+    if known is not None:
+        return known
     inner = [where.inner(axis, size, q).slots for q in range(size)]
     plan: list[list[Piece]] = []
     for i in where.structure.members[unit]:
@@ -108,7 +109,8 @@ def travels(inner: Where, unit: int, axis: str) -> int:
         leaves, members = inner.structure.leaves, inner.structure.members[unit]
         cut = [inner.slots[i] for i in members if not leaves[i].cut(axis).replicated]
         inner.memo[key] = max((slot.offset + slot.length for slot in cut), default=0)
-    return inner.memo[key]
+    n: int = inner.memo[key]
+    return n
 
 
 def slot_lengths(inner: Where, unit: int, n: int) -> Lengths:
@@ -117,4 +119,5 @@ def slot_lengths(inner: Where, unit: int, n: int) -> Lengths:
     if key not in inner.memo:
         found = sorted((inner.slots[i] for i in inner.structure.members[unit]), key=lambda s: s.offset)
         inner.memo[key] = tuple(s.length for s in found if s.length and s.offset < n)
-    return inner.memo[key]
+    lengths: Lengths = inner.memo[key]
+    return lengths

@@ -9,12 +9,16 @@ whole is not packed where that axis gathers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funczero.core.policy import dtype_of
+from funczero.core.types import Tree
+
+if TYPE_CHECKING:
+    from funczero.layout.where import Where
 
 Lengths = tuple[int, ...]  # of the slots that lie one after another in a buffer, padding included
 Key = tuple[int, ...]  # what the draws of a message are folded from, the same on all ranks of an axis
@@ -48,7 +52,7 @@ class Wire(NamedTuple):
     pack: Callable[[Tensor, Lengths, int], Tensor]
     unpack: Callable[[Tensor, Lengths, torch.dtype], Tensor]
     nbytes: Callable[[Lengths, torch.dtype], int]
-    init: Callable[[Any, int], Any] | None = None
+    init: Callable[[Where, int], Tree] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -148,7 +152,10 @@ def prove(wire: Wire, born: torch.dtype, dtype: torch.dtype, device: torch.devic
     if not torch.equal(_sent(wire, x, TRIED, 0).view(torch.uint8), first.view(torch.uint8)):
         why = "pack gives other bytes for the same values"
         raise ValueError(f"wire {wire.name!r}: {why}; draw from fz.rng.generator(key) alone")
-    again = lambda x: _read(wire, _sent(wire, x, TRIED, 0).view(torch.uint8), first.dtype, TRIED, dtype)
+
+    def again(x: Tensor) -> Tensor:
+        return _read(wire, _sent(wire, x, TRIED, 0).view(torch.uint8), first.dtype, TRIED, dtype)
+
     if not again(x).isfinite().all():
         raise ValueError(f"wire {wire.name!r}: values between -1 and 1 do not read as finite ones")
     ends = torch.tensor(TRIED).cumsum(0).tolist()

@@ -7,13 +7,15 @@ first is the fastest digit. Rows are dealt by it, so the tree over indices is th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.types import Layout
+from funczero.core.types import Layout, Tree
+
+T = TypeVar("T")  # what is summed
 
 
 def indices(layout: Layout, coordinate: Callable[[str], int]) -> list[int]:
@@ -32,7 +34,7 @@ def indices(layout: Layout, coordinate: Callable[[str], int]) -> list[int]:
     return here
 
 
-def deal(batch: Any, layout: Layout, coordinate: Callable[[str], int]) -> Any:
+def deal(batch: Tree, layout: Layout, coordinate: Callable[[str], int]) -> Tree:
     """This rank's rows of a global batch: its micro-batches, in the order of time."""
     micros = tree.split_rows(batch, layout.stride, "local_rows")
     mine = [micros[i] for i in indices(layout, coordinate)]
@@ -45,23 +47,23 @@ def tree_sum(parts: list[Tensor] | Tensor) -> Tensor:
     >>> tree_sum(torch.tensor([1e8, 1.0, -1e8, 1.0], dtype=torch.float64)).item()
     2.0
     """
-    xs = list(parts)
+    xs: list[Tensor] = list(parts)
     while len(xs) > 1:
         xs = [a + b for a, b in zip(xs[::2], xs[1::2], strict=False)] + xs[len(xs) // 2 * 2 :]
     return xs[0]
 
 
-Counter = tuple[Any, ...]  # one partial sum for every set bit of the count, oldest and largest first
+Counter = tuple[T, ...]  # one partial sum for every set bit of the count, oldest and largest first
 
 
-def push(counter: Counter, count: int, item: Any, add: Callable[[Any, Any], Any]) -> Counter:
+def push(counter: Counter[T], count: int, item: T, add: Callable[[T, T], T]) -> Counter[T]:
     """The binary counter of `count` summands takes one more: log2(k) + 1 partial sums, never k."""
     while count & 1:
         counter, item, count = counter[:-1], add(counter[-1], item), count >> 1
     return (*counter, item)
 
 
-def close(counter: Counter, add: Callable[[Any, Any], Any]) -> Any:
+def close(counter: Counter[T], add: Callable[[T, T], T]) -> T:
     """The sum of what a counter holds, right to left, as the tree over the same summands would take it."""
     total = counter[-1]
     for part in reversed(counter[:-1]):

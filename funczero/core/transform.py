@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from funczero.core.types import ChainError, Grad, Layout, Out, Seed
+from funczero.core.types import Apply, ChainError, Grad, Layout, Out, Seed, State, Tree
+
+if TYPE_CHECKING:
+    from funczero.layout.lazy import Lazy
+    from funczero.layout.slots import Slots
+
+In = TypeVar("In", bound=Out)  # what a transform takes of the three
+Carried = TypeVar("Carried")
 
 
 def refuse(g: Grad, name: str, why: str) -> ChainError:
@@ -17,9 +24,9 @@ def after(
     g: Grad,
     name: str,
     layout: Layout,
-    fn: Callable[[Any, dict[str, Any]], tuple[Out, dict[str, Any]]],
-    init: Callable[[Any], dict[str, Any]] | None = None,
-    seed: Callable[[Seed, dict[str, Any]], Seed] | None = None,
+    fn: Callable[[In, State], tuple[Out, State]],
+    init: Callable[[Lazy], State] | None = None,
+    seed: Callable[[Seed, State], Seed] | None = None,
 ) -> Grad:
     """g, then fn; here and in `around` "nothing yet" (None) is passed through, and nowhere else.
 
@@ -30,7 +37,8 @@ def after(
       seed: (seed, state) -> the seed handed to the left.
     """
 
-    def apply(views: Any, state: dict[str, Any], batch: Any, s: Seed) -> tuple[Out | None, dict[str, Any]]:
+    def apply(views: Slots, state: State, batch: Tree, s: Seed) -> tuple[Out | None, State]:
+        out: Any  # an `In`, as the phase of g's layout says
         out, state = g.apply(views, state, batch, s if seed is None else seed(s, state))
         return (None, state) if out is None else fn(out, state)
 
@@ -41,9 +49,9 @@ def around(
     g: Grad,
     name: str,
     layout: Layout,
-    before: Callable[[Seed, dict[str, Any]], tuple[Seed, Any]],
-    fn: Callable[[Any, dict[str, Any], Any], tuple[Out, dict[str, Any]]],
-    init: Callable[[Any], dict[str, Any]] | None = None,
+    before: Callable[[Seed, State], tuple[Seed, Carried]],
+    fn: Callable[[In, State, Carried], tuple[Out, State]],
+    init: Callable[[Lazy], State] | None = None,
 ) -> Grad:
     """As `after`, for a transform whose two halves share a value.
 
@@ -53,17 +61,16 @@ def around(
       init: as after's.
     """
 
-    def apply(views: Any, state: dict[str, Any], batch: Any, s: Seed) -> tuple[Out | None, dict[str, Any]]:
+    def apply(views: Slots, state: State, batch: Tree, s: Seed) -> tuple[Out | None, State]:
         s, carried = before(s, state)
+        out: Any  # an `In`, as the phase of g's layout says
         out, state = g.apply(views, state, batch, s)
         return (None, state) if out is None else fn(out, state, carried)
 
     return _right_of(g, name, layout, apply, init)
 
 
-def _right_of(
-    g: Grad, name: str, layout: Layout, apply: Callable[..., Any], init: Callable[[Any], dict[str, Any]] | None
-) -> Grad:
+def _right_of(g: Grad, name: str, layout: Layout, apply: Apply, init: Callable[[Lazy], State] | None) -> Grad:
     both = g.init if init is None else lambda params: {**g.init(params), **init(params)}
     return g._replace(init=both, apply=apply, layout=layout, names=(*g.names, name), arrows=(*g.arrows, layout))
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+
+from funczero.core.types import Tree
+
+Value = TypeVar("Value")
 
 leaves = pytree.tree_leaves
 flatten = pytree.tree_flatten
@@ -16,12 +20,12 @@ unflatten = pytree.tree_unflatten
 map = pytree.tree_map  # noqa: A001
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: pytree.KeyPath) -> str:
     """One string for a key path: dict keys, list indices and field names, joined by '/'."""
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
-def paths(tree: Any) -> list[tuple[str, Any]]:
+def paths(tree: Tree) -> list[tuple[str, Any]]:
     """Every leaf with its path.
 
     >>> paths({"a": [1, 2], "b": {"c": 3}})
@@ -30,22 +34,22 @@ def paths(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
 
 
-def where(ok: Tensor, new: Any, old: Any) -> Any:
+def where(ok: Tensor, new: Tree, old: Tree) -> Tree:
     """Leaf by leaf `new` where `ok`, else `old`; leaves that are no tensors must agree."""
     return map(lambda n, o: torch.where(ok, n, o) if isinstance(n, Tensor) else n, new, old)
 
 
-def clone(tree: Any) -> Any:
+def clone(tree: Tree) -> Tree:
     """A copy of every tensor of a tree."""
     return map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
 
 
-def tensors(tree: Any) -> list[Tensor]:
+def tensors(tree: Tree) -> list[Tensor]:
     """The tensors among the leaves."""
     return [x for x in leaves(tree) if isinstance(x, Tensor)]
 
 
-def split_rows(batch: Any, n: int, what: str) -> list[Any]:
+def split_rows(batch: Tree, n: int, what: str) -> list[Tree]:
     """A batch cut into n equal parts along dim 0, in order; every tensor has the same rows, and None stays None."""
     flat, treedef = flatten(batch)
     rows = count_rows(flat, what)
@@ -68,7 +72,7 @@ def count_rows(flat: list[Any], what: str) -> int:
                 f"{what}: every leaf of a batch is a tensor with rows in dim 0, but one is"
                 f" {type(x).__name__}{' without dims' * isinstance(x, Tensor)}"
             )
-    sizes = {x.shape[0] for x in flat}
+    sizes: set[int] = {x.shape[0] for x in flat}
     if len(sizes) > 1:
         raise ValueError(f"{what}: the tensors of a batch disagree on their rows (dim 0): {sorted(sizes)}")
     if not sizes:
@@ -101,7 +105,7 @@ def names(path: str) -> tuple[str, ...]:
     return path.names if isinstance(path, Path) else (path,)
 
 
-def rule(rules: Any, path: str, default: Any) -> Any:
+def rule(rules: Iterable[tuple[str, Value]], path: str, default: Value) -> Value:
     """The value of the first `(regex, value)` whose regex is found in the path, by any of its names."""
     return next((value for regex, value in rules if any(re.search(regex, n) for n in names(path))), default)
 

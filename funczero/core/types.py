@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from torch import Tensor
 
+if TYPE_CHECKING:  # floors above this one, of which only the names are needed
+    from torch.utils._pytree import TreeSpec
+
+    from funczero.comm.edge import Edge
+    from funczero.core.policy import Policy
+    from funczero.layout.cut import Rules
+    from funczero.layout.lazy import Lazy
+    from funczero.layout.mesh import Mesh
+    from funczero.layout.slots import Slots
+    from funczero.step.notices import Early
+
 Tree = Any  # a pytree: nested dicts, lists, tuples and NamedTuples of tensors
+State = dict[str, Tree]  # of a whole chain: each transform's own, by its name
 
 
 class ChainError(TypeError):
@@ -21,9 +33,9 @@ class Sum(NamedTuple):
 
     loss: Tensor  # [micro-batches], in the order of time
     weight: Tensor  # [micro-batches]
-    aux: Any  # the user's sums as ([micro-batches, n] float64, their tree); None without has_aux
-    grads: Any  # Slots (slots.py) at this place of the chain
-    bad: Any = None  # [leaves] int64, only while looking for it: values that are not finite
+    aux: tuple[Tensor, TreeSpec] | None  # the user's sums as [micro-batches, n] float64, and the form of their tree
+    grads: Slots  # at this place of the chain
+    bad: Tensor | None = None  # [leaves] int64, only while looking for it: values that are not finite
 
 
 class Value(NamedTuple):
@@ -31,12 +43,12 @@ class Value(NamedTuple):
 
     loss: Tensor  # 0-d, as all that follow but aux and grads: the mean over the update's weight
     weight: Tensor
-    aux: Any  # the user's sums over all micro-batches and ranks, as their tree
-    grads: Any  # Slots at this place of the chain
+    aux: Tree  # the user's sums over all micro-batches and ranks; None without has_aux
+    grads: Slots  # at this place of the chain
     factor: Tensor  # still to be multiplied into grads: mean, unscale and clip touch only this
-    norm: Any  # of factor * grads; None once a transform has rewritten grads
+    norm: Tensor | None  # of factor * grads; None once a transform has rewritten grads
     ok: Tensor  # bool: may this update be applied?
-    bad: Any = None  # [2] int64, only while looking for it: (leaf, rank) of the first value that is not finite
+    bad: Tensor | None = None  # [2] int64, only while looking for it: leaf and rank of the first that is not finite
     logs: dict[str, Tensor] = {}  # scalars for the metrics: scale, lr
 
 
@@ -45,11 +57,11 @@ class Updated(NamedTuple):
 
     loss: Tensor
     weight: Tensor
-    aux: Any
-    params: Any  # Slots at this place of the chain: the masters, and their views once a bracket has closed
-    norm: Any
+    aux: Tree
+    params: Slots  # at this place of the chain: the masters, and their views once a bracket has closed
+    norm: Tensor  # of the mean gradient
     ok: Tensor
-    bad: Any = None
+    bad: Tensor | None = None
     logs: dict[str, Tensor] = {}
 
 
@@ -62,7 +74,7 @@ class Seed(NamedTuple):
 
     cotangent: Tensor  # seed of the backward pass
     key: int  # randomness of this update
-    index: int = 0  # global index of the micro-batch, filled in digit by digit
+    index: int = 0  # type: ignore[assignment]  # global, of the micro-batch; filled in digit by digit
     look: bool = False  # count non-finite values per leaf, to name the first
     at: tuple[int, int] = (0, 0)  # the run's key and the number of this update: what wires of views draw from
 
@@ -111,25 +123,28 @@ class Layout:
 class Env(NamedTuple):
     """Where and how a chain runs; the same for every transform of it."""
 
-    mesh: Any  # Mesh (mesh.py)
-    policy: Any  # Policy (policy.py)
-    edges: dict[str, Any]  # mesh axis -> Edge (edge.py), brackets first and outermost first: how it is crossed
+    mesh: Mesh
+    policy: Policy
+    edges: dict[str, Edge]  # by mesh axis, brackets first and outermost first: how it is crossed
     donate: bool = False  # may the state be updated in place?
     prefetch: bool = True  # does the next block's gather start while one computes?
-    early: Any = None  # what the first updates are looked at for (notices.py)
+    early: Early | None = None  # what the first updates are looked at for
 
     @property
-    def rules(self) -> dict[str, Any]:
+    def rules(self) -> dict[str, Rules]:
         """Mesh axis -> how its bracket cuts leaves, outermost first; axes without a bracket are not named."""
         return {axis: edge.rules for axis, edge in self.edges.items() if edge.rules is not None}
+
+
+Apply = Callable[["Slots", State, Tree, Seed], tuple[Out | None, State]]  # (views at rest, state, batch, seed)
 
 
 class Grad(NamedTuple):
     """A stateful gradient: pure functions, the layout of what they return, and the chain so far."""
 
-    init: Callable[[Any], dict[str, Any]]  # lazy parameters -> state, flat by transform name
-    view: Callable[..., Any]  # (parameters at rest, key of the update) -> whole leaves that a forward may use
-    apply: Callable[[Any, dict[str, Any], Any, Seed], tuple[Out | None, dict[str, Any]]]
+    init: Callable[[Lazy], State]
+    view: Callable[[Slots, tuple[int, ...]], Slots]  # (views at rest, key of the update) -> whole leaves for a forward
+    apply: Apply
     layout: Layout
     names: tuple[str, ...]
     env: Env
@@ -143,7 +158,7 @@ Transform = Callable[[Grad], Grad]  # wraps everything to its left in the chain
 class Group(NamedTuple):
     """Leaves that one set of rates moves in an update."""
 
-    rates: Any  # name -> number, or a float32 tensor where a schedule was read on an accelerator
+    rates: Tree  # name -> number, or a float32 tensor where a schedule was read on an accelerator
     leaves: tuple[int, ...] | None = None  # their numbers; None: all that the optimizer has
 
 
@@ -151,7 +166,7 @@ class Reading(NamedTuple):
     """The rates of one update, read from the state before anything is written."""
 
     groups: list[Group]
-    rates: Any  # what the state keeps of them after the update; None where they are kept elsewhere
+    rates: Tree  # what the state keeps of them after the update; None where they are kept elsewhere
     lr: Tensor  # for the metrics
 
 
@@ -173,10 +188,10 @@ class Formula(NamedTuple):
       by_leaf: are the pieces leaves in their shapes, rather than padded flat buffers?
     """
 
-    read: Callable[[Any, Any, Tensor, bool], Reading]
-    moments: Callable[[Any], list[Any]]
-    scalars: Callable[[Any, list[Any], Tensor, Tensor], tuple[Any, list[Any]]]
-    leaf: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], Any], None]
+    read: Callable[[Tree, Slots | Tree, Tensor, bool], Reading]
+    moments: Callable[[Tree], list[Tree]]
+    scalars: Callable[[Tree, list[Tree], Tensor, Tensor], tuple[Tree, list[Tree]]]
+    leaf: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], Tree], None]
     by_leaf: bool = False
 
 
@@ -188,17 +203,17 @@ class GradientTransformation(NamedTuple):
     buffers; False: it needs whole leaves; None: it does not say.
     """
 
-    init: Callable[[Tree], Any]
-    update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
+    init: Callable[[Tree], Tree]
+    update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
     formula: Formula | None = None
     name: str = "lift"
     elementwise: bool | None = None
 
 
 class _State(NamedTuple):
-    params: Any  # the masters, as Slots: this rank's part, in policy.params
-    views: Any  # wider copies at rest in policy.compute; None where a view is the cast master
-    chain: dict[str, Any]  # state of each transform, by name
+    params: Slots  # the masters: this rank's part, in policy.params
+    views: Slots | tuple[()] | None  # wider copies at rest in policy.compute; none where a view is the cast master
+    chain: State
     step: Tensor  # calls that closed an update, skipped ones included; -1 - n once donated at n
     updates: Tensor  # applied updates
     key: Tensor  # seed of the run's randomness
@@ -213,17 +228,17 @@ class TrainState(_State):
     __slots__ = ()
 
     def __new__(
-        cls, params: Any, views: Any, chain: dict[str, Any], step: Tensor, updates: Tensor, key: Tensor
-    ) -> TrainState:
+        cls, params: Slots, views: Slots | None, chain: State, step: Tensor, updates: Tensor, key: Tensor
+    ) -> Self:
         """As the fields say."""
         return super().__new__(cls, params, () if views is None else views, chain, step, updates, key)
 
     @classmethod
-    def _make(cls, values: Any) -> TrainState:
+    def _make(cls, values: Iterable[Any]) -> Self:  # type: ignore[override]  # it goes through __new__
         return cls(*values)
 
     @property
-    def views(self) -> Any:
+    def views(self) -> Slots | None:
         """Wider copies of the masters at rest; None where a view is the cast master."""
         return self[1] or None
 
@@ -239,4 +254,4 @@ class Metrics(NamedTuple):
     scale: Tensor  # loss scale used; 1 without scale_loss
     lr: Tensor  # learning rate used; nan where the optimizer names none
     updates: Tensor  # applied so far
-    aux: Any = None  # the user's sums
+    aux: Tree = None  # the user's sums

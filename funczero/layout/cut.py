@@ -12,7 +12,7 @@ from math import prod
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from funczero.core import tree
-from funczero.layout.mesh import P
+from funczero.layout.spec import P
 
 
 class Extent(NamedTuple):

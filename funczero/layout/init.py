@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from funczero.core import rng, tree
+from funczero.core.types import Tree
 from funczero.layout.lazy import Fill
 
 
@@ -26,7 +27,7 @@ def leaf(
     return Fill(tuple(shape), dtype, lambda key, shape: torch.full(shape, number, dtype=dtype))
 
 
-def init(what: Any, key: int = 0, init_fn: Callable[[nn.Module], Any] | None = None) -> Any:
+def init(what: Tree | nn.Module, key: int = 0, init_fn: Callable[[nn.Module], Any] | None = None) -> Tree:
     """Parameters for `step.init`, each drawn from its own key when, and where, its rows are needed.
 
     Law: the values depend on (key, path) alone, not on the mesh, the stage or the order of drawing. At most one leaf is

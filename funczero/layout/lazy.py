@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
+from funczero.core.types import Tree
 from funczero.layout.cut import Rules, cuts
 from funczero.layout.mesh import Coords
 from funczero.layout.place import DEVICE, Place
@@ -50,7 +51,7 @@ class Lazy(NamedTuple):
 
 
 def lazy(
-    params: Any,
+    params: Tree,
     units: Sequence[str],
     rules: dict[str, Rules],
     frozen: Callable[[str], bool],
@@ -79,17 +80,11 @@ def lazy(
     kinds: dict[Unit, int] = {Unit("", False, False): 0}
     leaves = []
     for i, p in enumerate(first):
-        path, x = named[p]
-        if not isinstance(x, (Tensor, Fill)) or not x.dtype.is_floating_point:
-            what = f"a {x.dtype} tensor" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise TypeError(
-                f"init: parameter {path!r} is {what}; parameters are floating tensors, "
-                "other values go into the batch or the loss function"
-            )
+        shape = _shape_of(*named[p])
         path = tree.Path(*(named[q][0] for q, leaf in enumerate(places) if leaf == i))
         name = keys[i].pop() if len(keys[i]) == 1 else ""  # a leaf tied across units is gathered with the rest
         unit = kinds.setdefault(Unit(name, bool(name), frozen(path)), len(kinds))
-        leaves.append(Leaf(path, tuple(x.shape), unit, cuts(path, tuple(x.shape), rules)))
+        leaves.append(Leaf(path, shape, unit, cuts(path, shape, rules)))
     for u in units:
         if not any(k.name.startswith(u) for k in kinds):
             raise ValueError(
@@ -103,6 +98,17 @@ def lazy(
         return (x.make() if isinstance(x, Fill) else x.detach())[cut]
 
     return Lazy(Structure(treedef, places, tuple(leaves), tuple(kinds)), read, device)
+
+
+def _shape_of(path: str, x: Any) -> tuple[int, ...]:
+    """The shape of one parameter, or why it is none."""
+    if not isinstance(x, (Tensor, Fill)) or not x.dtype.is_floating_point:
+        what = f"a {x.dtype} tensor" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise TypeError(
+            f"init: parameter {path!r} is {what}; parameters are floating tensors, "
+            "other values go into the batch or the loss function"
+        )
+    return tuple(x.shape)
 
 
 def _tied(named: dict[str, Any], ties: Sequence[tuple[str, str]]) -> dict[int, int]:

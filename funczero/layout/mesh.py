@@ -1,63 +1,30 @@
-"""Named processes: the world, the mesh, and the names of tensor dims' axes."""
+"""Named processes: the axes of a mesh, as a plan or with process groups."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from funczero.world import environment, presence, rendezvous
+from funczero.layout.processes import World as World
+from funczero.layout.processes import default_device as default_device
+from funczero.layout.processes import init_distributed as init_distributed
+from funczero.layout.processes import world_rank
+from funczero.layout.processes import world_size as world_size
+from funczero.layout.spec import P as P
+from funczero.world import presence
 from funczero.world.inflight import InFlight
 from funczero.world.ledger import Ledger
 
-
-class P(tuple):
-    """A PartitionSpec: for every tensor dim the mesh axis (or axes, outermost first) it is split over, or None.
-
-    >>> P("data", None), P(("node", "local")), P()
-    (P('data', None), P(('node', 'local')), P())
-    """
-
-    def __new__(cls, *dims: str | tuple[str, ...] | None) -> P:
-        """One entry a tensor dim; missing ones are None."""
-        for d in dims:
-            names = d if isinstance(d, tuple) else (d,)
-            if not all(n is None or isinstance(n, str) for n in names):
-                raise TypeError(
-                    f"P: {d!r} is not a mesh axis; write a name, a tuple of names or None for every tensor dim"
-                )
-        return super().__new__(cls, dims)
-
-    def __repr__(self) -> str:
-        return f"P({', '.join(map(repr, self))})"
-
-    def axes(self) -> tuple[tuple[str, int], ...]:
-        """Every mesh axis with the tensor dim it splits, in order."""
-        return tuple(
-            (a, d)
-            for d, names in enumerate(self)
-            for a in (names if isinstance(names, tuple) else (names,))
-            if a is not None
-        )
-
-
-class World(NamedTuple):
-    """This process among all processes."""
-
-    rank: int
-    size: int
-    local_rank: int
-
-
+Sent = Counter[tuple[str, str, str]]  # (axis, verb, dtype or wire) -> bytes
 Coords = tuple[tuple[str, int, int], ...]  # (mesh axis, its size, a rank's index on it), outermost first
 
 
@@ -65,7 +32,7 @@ class Axis(NamedTuple):
     """One axis of a mesh as this process sees it."""
 
     size: int
-    index: int  # this process's place on it
+    index: int  # type: ignore[assignment]  # this process's place on it, in place of the tuple's method
     group: str  # name of its process group; "" while none is needed or known
 
 
@@ -75,7 +42,7 @@ class Planned(Axis):
     __slots__ = ()
 
     @property
-    def index(self) -> int:
+    def index(self) -> int:  # type: ignore[override]
         """Not known.
 
         Raises:
@@ -92,17 +59,17 @@ class Mesh(NamedTuple):
 
     axes: dict[str, Axis]
     device: torch.device
-    sent: Counter  # (axis, verb, dtype) -> bytes sent by this process
+    sent: Sent  # by this process
+    ledger: Ledger  # the checksum of all launches, which ranks compare; shared by all copies, as `sent` is
+    flight: InFlight  # what the backend may still hold when the process ends
     world_group: str = ""  # the group of all, where the mesh spans them
     connected: bool = False
-    ledger: Any = None  # the checksum of all launches, which ranks compare; shared by all copies, as `sent` is
-    flight: Any = None  # what the backend may still hold when the process ends (inflight.py)
 
     def sizes(self) -> dict[str, int]:
         """Axis sizes by name."""
         return {name: a.size for name, a in self.axes.items()}
 
-    def index(self, axis: str) -> int:
+    def index(self, axis: str) -> int:  # type: ignore[override]  # in place of the tuple's method
         """This process's place on an axis."""
         return self.axes[axis].index
 
@@ -113,7 +80,8 @@ class Mesh(NamedTuple):
     def rank(self, axes: tuple[str, ...]) -> tuple[int, int]:
         """This process among those along some axes, outermost first, and their number.
 
-        >>> Mesh({"a": Axis(2, 1, ""), "b": Axis(3, 2, "")}, torch.device("cpu"), Counter()).rank(("a", "b"))
+        >>> axes = {"a": Axis(2, 1, ""), "b": Axis(3, 2, "")}
+        >>> Mesh(axes, torch.device("cpu"), Counter(), Ledger(), InFlight()).rank(("a", "b"))
         (5, 6)
         """
         index, size = 0, 1
@@ -123,63 +91,6 @@ class Mesh(NamedTuple):
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={a.size}" for name, a in self.axes.items()) or "no axes"
-
-
-def default_device() -> torch.device:
-    """The device of this process: the accelerator of its local rank, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        return torch.device("cpu")
-    world = _environment()
-    return torch.device(accelerator.type, world.local_rank if world else 0)
-
-
-def _environment() -> World | None:
-    """What a launcher wrote into the environment, whole or not at all."""
-    found = environment.read(os.environ)
-    return None if found is None else World(int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"]))
-
-
-def init_distributed(backend: str | None = None) -> World:
-    """Join the world that torchrun, OpenMPI, MPICH or SLURM describes, or a world of one without them; a second call
-    changes nothing.
-
-    What another launcher than torchrun says is written under torchrun's names as well, so that libraries and scripts
-    find it there.
-
-    Args:
-      backend: a torch backend by name; by default gloo for CPU, the accelerator's own (nccl, rccl) otherwise.
-
-    Raises:
-      RuntimeError: the environment describes half a world, or several hosts without rank 0's address.
-    """
-    if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
-    world = _environment()
-    if world is None:
-        return World(0, 1, 0)
-    found = environment.adopt()
-    device = default_device()
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
-    dist.init_process_group(backend or dist.get_default_backend_for_device(device.type), **rendezvous.join(found or {}))
-    return world
-
-
-def world_size() -> int:
-    """Processes in this world, without joining it."""
-    if dist.is_initialized():
-        return dist.get_world_size()
-    world = _environment()
-    return 1 if world is None else world.size
-
-
-def _world_rank() -> int:
-    """This process among all, without joining them."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    world = _environment()
-    return 0 if world is None else world.rank
 
 
 def _resolve(sizes: Mapping[str, int], world: int) -> dict[str, int]:
@@ -243,14 +154,8 @@ def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | 
         raise TypeError(f"mesh: {mesh!r} is neither a dict of axis sizes nor a DeviceMesh; write mesh={{'data': -1}}")
     sizes = _resolve(mesh or {}, world_size())
     where = torch.device(device) if device else default_device()
-    return Mesh(
-        {name: Axis(n, 0, "") for name, n in sizes.items()},
-        where,
-        Counter(),
-        connected=False,
-        ledger=Ledger(),
-        flight=InFlight(),
-    )
+    axes = {name: Axis(n, 0, "") for name, n in sizes.items()}
+    return Mesh(axes, where, Counter(), Ledger(), InFlight())
 
 
 def located(mesh: Mesh) -> Mesh:
@@ -265,7 +170,7 @@ def located(mesh: Mesh) -> Mesh:
     size, axes = world_size(), {}
     if prod(mesh.sizes().values()) != size:
         return mesh._replace(axes={name: Planned(a.size, 0, "") for name, a in mesh.axes.items()})
-    rank = _world_rank()
+    rank = world_rank()
     for name, a in reversed(mesh.axes.items()):  # ranks lie in rows of the last axis
         axes[name] = a._replace(index=rank % a.size)
         rank //= a.size
@@ -306,7 +211,7 @@ def _lost(rank: int, error: RuntimeError) -> RuntimeError:
 
 
 @lru_cache(maxsize=16)
-def _shared_mesh(world: Any, sizes: tuple[tuple[str, int], ...], device: str) -> DeviceMesh:
+def _shared_mesh(world: dist.ProcessGroup | None, sizes: tuple[tuple[str, int], ...], device: str) -> DeviceMesh:
     """Steps of one world with the same axes share their process groups: each costs sockets and threads that torch
     never frees.
     """
@@ -326,21 +231,11 @@ def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
         n: Axis(mesh.size(d), place[d], mesh.get_group(d).group_name if mesh.size(d) > 1 else "")
         for d, n in enumerate(names)
     }
-    whole = dist.get_world_size() == mesh.size()
-    device = (
-        torch.device(mesh.device_type)
-        if mesh.device_type == "cpu"
-        else torch.device(mesh.device_type, torch.accelerator.current_device_index())
-    )
-    group: Any = dist.group.WORLD
-    out = Mesh(
-        axes,
-        device,
-        Counter(),
-        group.group_name if whole else "",
-        connected=True,
-        ledger=ledger or Ledger(),
-        flight=InFlight(),
-    )
+    device = torch.device(mesh.device_type)
+    if device.type != "cpu":
+        device = torch.device(device.type, torch.accelerator.current_device_index())
+    everyone = dist.group.WORLD if dist.get_world_size() == mesh.size() else None
+    group = "" if everyone is None else everyone.group_name
+    out = Mesh(axes, device, Counter(), ledger or Ledger(), InFlight(), group, connected=True)
     out.ledger.joined(*out.rank(tuple(axes)), device)
     return out

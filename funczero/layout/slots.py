@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from funczero.core.types import Tree
 from funczero.layout.place import Place
 from funczero.layout.where import Where
 
@@ -34,7 +35,7 @@ class Slots(NamedTuple):
                     out[i] = x
         return out
 
-    def tree(self) -> Any:
+    def tree(self) -> Tree:
         """This rank's parts as the tree the user gave; what a gradient does not have (frozen) is an empty tensor."""
         return self.where.structure.unflatten([self.buffers[0].new_empty(0) if x is None else x for x in self.leaves()])
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch.utils._pytree as pytree
 
 from funczero.core import tree
+from funczero.core.types import Tree
 from funczero.layout.cut import Cut, unruled
 
 
@@ -39,7 +40,7 @@ class Unit(NamedTuple):
 class Structure:
     """The static half of a tree of parameters: its form, its leaves (tied ones once) and their units."""
 
-    treedef: Any
+    treedef: pytree.TreeSpec
     places: tuple[int, ...]  # tree position -> leaf
     leaves: tuple[Leaf, ...]
     units: tuple[Unit, ...]
@@ -49,7 +50,7 @@ class Structure:
         """Leaf numbers by unit."""
         return tuple(tuple(i for i, leaf in enumerate(self.leaves) if leaf.unit == u) for u in range(len(self.units)))
 
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
+    def unflatten(self, leaves: Sequence[Any]) -> Tree:
         """The tree with a value a leaf; a tied one is seen at all its paths."""
         return tree.unflatten([leaves[i] for i in self.places], self.treedef)
 

@@ -16,8 +16,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from funczero.layout.cut import Extent
-from funczero.layout.mesh import P
+from funczero.layout.mesh import Coords
 from funczero.layout.place import DEVICE, Place
+from funczero.layout.spec import P
 from funczero.layout.structure import Structure
 
 GRAIN = 16  # elements; a slot is a multiple of it, so that no vector kernel meets a tail
@@ -38,7 +39,7 @@ class Where:
     """One rank's part of a structure and the memory it lies in: `coords` are (axis, size, index), outermost first."""
 
     structure: Structure
-    coords: tuple[tuple[str, int, int], ...]
+    coords: Coords
     place: Place = DEVICE
 
     @classmethod
@@ -47,7 +48,8 @@ class Where:
         key = ("whole", place)
         if key not in structure.memo:
             structure.memo[key] = cls(structure, (), place)
-        return structure.memo[key]
+        found: Where = structure.memo[key]
+        return found
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
@@ -64,7 +66,8 @@ class Where:
         key = (axis, size, index)
         if key not in self.memo:
             self.memo[key] = Where(self.structure, (*self.coords, key), self.place)
-        return self.memo[key]
+        found: Where = self.memo[key]
+        return found
 
     @cached_property
     def outer(self) -> Where:
@@ -144,7 +147,7 @@ class Where:
         """The PartitionSpec of one leaf's part here."""
         info = self.structure.leaves[leaf]
         names = [tuple(a for a in self.axes if info.cut(a).dim == d) for d in range(len(info.shape))]
-        entries: list[Any] = [None if not n else n[0] if len(n) == 1 else n for n in names]
+        entries: list[str | tuple[str, ...] | None] = [None if not n else n[0] if len(n) == 1 else n for n in names]
         while entries and entries[-1] is None:
             entries.pop()
         return P(*entries)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from funczero.core import order, tree
 from funczero.core.transform import refuse, slot_name
-from funczero.core.types import Grad, Seed, Sum, Transform
+from funczero.core.types import Apply, Grad, Seed, State, Sum, Transform, Tree
 from funczero.layout.slots import Slots
 
 
 class Accumulate(NamedTuple):
     """A streaming accumulate's state: micro-batches taken, and one partial sum for every set bit of their number."""
 
-    count: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]  # in place of the tuple's method
     partial: tuple[Sum, ...]
 
     def total(self, wide: torch.dtype) -> Sum:
@@ -44,63 +44,68 @@ def accumulate(k: int, stream: bool = False) -> Transform:
         if g.layout.mean:
             raise refuse(g, name, "it adds up sums, but the mean is already taken; put it further left")
         if g.streams:
-            raise refuse(
-                g,
-                name,
-                "an accumulate left of it streams, and only the last one of a chain may; write stream=True here"
-                " instead",
-            )
-        layout, stride = replace(g.layout, order=(*g.layout.order, ("accumulate", k))), g.layout.stride
-        wide = g.env.policy.accumulate
+            why = "an accumulate left of it streams, and only the last one of a chain may"
+            raise refuse(g, name, f"{why}; write stream=True here instead")
+        layout = replace(g.layout, order=(*g.layout.order, ("accumulate", k)))
+        names, arrows = (*g.names, name), (*g.arrows, layout)
+        wider = g._replace(layout=layout, names=names, arrows=arrows)
+        if not stream:
+            return wider._replace(apply=_loop(g, k, name))
         key = slot_name(g, "accumulate")
-
-        def one(views: Any, state: dict[str, Any], micro: Any, seed: Seed, j: int) -> tuple[Sum, dict[str, Any]]:
-            out, state = g.apply(views, state, micro, seed._replace(index=seed.index + j * stride))
-            assert isinstance(out, Sum)
-            return out, state
-
-        def loop(views: Any, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Sum, dict[str, Any]]:
-            counter: order.Counter = ()
-            for j, micro in enumerate(tree.split_rows(batch, k, name)):
-                out, state = one(views, state, micro, seed, j)
-                counter = order.push(counter, j, out, lambda a, b: _add(a, b, wide, reuse=True))
-            return order.close(counter, lambda a, b: _add(a, b, wide, reuse=True)), state
-
-        def streamed(views: Any, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Sum | None, dict[str, Any]]:
-            own: Accumulate = state[key]
-            j = int(own.count)
-            if batch is None:
-                if j == 0:
-                    raise ValueError(
-                        f"{name}: there is nothing to hand over, because no micro-batch came since the last update;"
-                        " call step(state, micro_batch) first"
-                    )
-                out = own.total(wide)
-                # the state's own tensor otherwise
-                fresh = out._replace(grads=out.grads.map(torch.clone)) if j & (j - 1) == 0 else out
-                return fresh, {**state, key: _empty()}
-            if j == k:
-                raise ValueError(
-                    f"{name}: the window already holds {k} micro-batches; call step(state, None) to update"
-                )
-            out, state = one(views, state, batch, seed, j)
-            return None, {
-                **state,
-                key: Accumulate(own.count + 1, order.push(own.partial, j, out, lambda a, b: _add(a, b, wide))),
-            }
-
-        init = (lambda params: {**g.init(params), key: _empty()}) if stream else g.init
-        return g._replace(
-            init=init,
-            apply=streamed if stream else loop,
-            layout=layout,
-            names=(*g.names, name),
-            arrows=(*g.arrows, layout),
-            streams=stream,
-        )
+        init = lambda params: {**g.init(params), key: _empty()}
+        return wider._replace(init=init, apply=_window(g, k, name, key), streams=True)
 
     transform.__name__ = name
     return transform
+
+
+def _loop(g: Grad, k: int, name: str) -> Apply:
+    """g on k parts of a batch, one after another."""
+    stride, wide = g.layout.stride, g.env.policy.accumulate
+
+    def add(a: Sum, b: Sum) -> Sum:
+        return _add(a, b, wide, reuse=True)
+
+    def apply(views: Slots, state: State, batch: Tree, seed: Seed) -> tuple[Sum, State]:
+        counter: order.Counter[Sum] = ()
+        for j, micro in enumerate(tree.split_rows(batch, k, name)):
+            out, state = g.apply(views, state, micro, seed._replace(index=seed.index + j * stride))
+            assert isinstance(out, Sum)
+            counter = order.push(counter, j, out, add)
+        return order.close(counter, add), state
+
+    return apply
+
+
+def _window(g: Grad, k: int, name: str, key: str) -> Apply:
+    """g on one micro-batch a call, in a window of at most k; a batch of None closes it."""
+    stride, wide = g.layout.stride, g.env.policy.accumulate
+
+    def apply(views: Slots, state: State, batch: Tree, seed: Seed) -> tuple[Sum | None, State]:
+        window: Accumulate = state[key]
+        j = int(window.count)
+        if batch is None:
+            return _handed_over(window, wide, name), {**state, key: _empty()}
+        if j == k:
+            raise ValueError(f"{name}: the window already holds {k} micro-batches; call step(state, None) to update")
+        out, state = g.apply(views, state, batch, seed._replace(index=seed.index + j * stride))
+        assert isinstance(out, Sum)
+        partial = order.push(window.partial, j, out, lambda a, b: _add(a, b, wide))
+        return None, {**state, key: Accumulate(window.count + 1, partial)}
+
+    return apply
+
+
+def _handed_over(window: Accumulate, wide: torch.dtype, name: str) -> Sum:
+    """The sum of a window, in memory that is not the state's."""
+    count = int(window.count)
+    if count == 0:
+        why = "there is nothing to hand over, because no micro-batch came since the last update"
+        raise ValueError(f"{name}: {why}; call step(state, micro_batch) first")
+    out = window.total(wide)
+    if count & (count - 1) == 0:  # one partial sum, which is the state's tensor
+        return out._replace(grads=out.grads.map(torch.clone))
+    return out
 
 
 def _empty() -> Accumulate:
@@ -119,6 +124,9 @@ def _add(a: Sum, b: Sum, wide: torch.dtype, reuse: bool = False) -> Sum:
         grads = Slots(
             tuple(x.to(wide) + y.to(wide) for x, y in zip(a.grads.buffers, b.grads.buffers, strict=True)), a.grads.where
         )
-    aux = None if a.aux is None else (torch.cat([a.aux[0], b.aux[0]]), a.aux[1])
+    aux = a.aux
+    if aux is not None:
+        assert b.aux is not None
+        aux = torch.cat([aux[0], b.aux[0]]), aux[1]
     bad = None if a.bad is None or b.bad is None else a.bad + b.bad
     return Sum(torch.cat([a.loss, b.loss]), torch.cat([a.weight, b.weight]), aux, grads, bad=bad)

@@ -158,8 +158,8 @@ def _flatten(parts: Sequence[Any]) -> tuple[Any, ...]:
 
 def configured(parts: Sequence[Any]) -> Source:
     """The Source as the parts that change it (freeze) leave it."""
-    source, *rest = parts
-    for configure in _configures(_flatten((*source.transforms, *rest))):
+    source: Source = parts[0]
+    for configure in _configures(_flatten((*source.transforms, *parts[1:]))):
         source = configure.source(source)
     return source
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from funczero.core.number import number
 from funczero.core.transform import after
-from funczero.core.types import Grad, Transform, Value
+from funczero.core.types import Grad, State, Transform, Value
 from funczero.transforms.mean import global_norm, pointwise, value
 
 
@@ -34,7 +33,7 @@ def clip_by_global_norm(limit: float, eps: float = 0.0) -> Transform:
     def transform(g: Grad) -> Grad:
         g = value(g, name)
 
-        def fn(out: Value, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
+        def fn(out: Value, state: State) -> tuple[Value, State]:
             norm = global_norm(out.grads, out.factor, g.layout, g.env) if out.norm is None else out.norm
             shrink = (limit / (norm + eps)).clamp(max=1)
             return (

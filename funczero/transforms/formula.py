@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.types import Formula, GradientTransformation, Reading
+from funczero.core.types import Formula, GradientTransformation, Reading, Tree
 from funczero.layout.slots import Slots
 
 
@@ -19,10 +18,10 @@ def run(
     params: Slots,
     grads: Slots,
     factor: Tensor,
-    own: Any,
+    own: Tree,
     ok: Tensor,
     held: tuple[int, ...] | None = None,
-) -> Any:
+) -> Tree:
     """A formula on all pieces, in place on params, grads and the state's moments; returns the new state.
 
     Args:
@@ -77,21 +76,20 @@ def pieces(trees: Sequence[Slots], leaves: tuple[int, ...] | None, by_leaf: bool
 
 
 def optimizer(
-    name: str, init: Callable[[Any], Any], formula: Formula, elementwise: bool = True
+    name: str, init: Callable[[Tree], Tree], formula: Formula, elementwise: bool = True
 ) -> GradientTransformation:
     """The pair of a formula: `update` is the formula in float64 on copies, and its updates are the differences,
     rounded once.
     """
 
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        wide = lambda t: [x.detach().to(torch.float64, copy=True) for x in tree.leaves(t)]  # noqa: E731
+    def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
         (flat, treedef), held = tree.flatten(params), formula.moments(state)
         ok = torch.ones((), dtype=torch.bool, device=flat[0].device if flat else "cpu")
         read = formula.read(state, params, ok, False)
         state, scalars = formula.scalars(
             state, [group.rates for group in read.groups], torch.ones((), dtype=torch.float64, device=ok.device), ok
         )
-        columns = [wide(t) for t in (params, grads, *held)]
+        columns = [[x.detach().to(torch.float64, copy=True) for x in tree.leaves(t)] for t in (params, grads, *held)]
         for group, own in zip(read.groups, scalars, strict=True):
             ps, gs, *moments = (
                 columns if group.leaves is None else [[column[i] for i in group.leaves] for column in columns]

@@ -5,14 +5,15 @@ touched.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funczero.core.number import flag, number, whole
 from funczero.core.transform import after, refuse, slot_name
-from funczero.core.types import Grad, Out, Seed, Transform, Value
+from funczero.core.types import Apply, Grad, Seed, State, Transform, Tree, Value
+from funczero.layout.slots import Slots
 from funczero.transforms.mean import value
 
 
@@ -50,6 +51,61 @@ def update_scale(
     )
 
 
+class Settings(NamedTuple):
+    """The arguments of scale_loss."""
+
+    init: float
+    weight: float | None
+    dynamic: bool
+    window: int
+    hysteresis: int
+    floor: float
+    consecutive: bool
+
+    def check(self) -> None:
+        """Refuse what is no positive number, or no bool, by its name."""
+        for what, x in (("init", self.init), ("floor", self.floor), ("weight", self.weight)):
+            if what != "weight" or x is not None:
+                number("scale_loss", what, x, low=-math.inf)
+        for what, n in (("window", self.window), ("hysteresis", self.hysteresis)):
+            whole("scale_loss", what, n, low=0)
+        for what, yes in (("dynamic", self.dynamic), ("consecutive", self.consecutive)):
+            flag("scale_loss", what, yes)
+        numbers = {what: getattr(self, what) for what in ("init", "weight", "window", "hysteresis", "floor")}
+        if not all(x is None or x > 0 for x in numbers.values()):
+            given = ", ".join(f"{what}={x}" for what, x in numbers.items())
+            raise ValueError(f"scale_loss: {given} must all be positive")
+
+    def start(self, device: torch.device) -> ScaleLoss:
+        """The state before the first update."""
+
+        def leaf(x: float, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(x, dtype=dtype, device=device)
+
+        scale, weight = leaf(self.init, torch.float64), leaf(self.weight or 0.0, torch.float64)
+        left, iteration, overflow = (leaf(n, torch.int64) for n in (self.hysteresis, 0, -1))
+        stuck = torch.full((2,), -1, dtype=torch.int64, device=device)
+        return ScaleLoss(scale, left, iteration, overflow, weight, stuck)
+
+    def at_floor(self, scaler: ScaleLoss) -> bool:
+        """Has an overflow nothing left to give?"""
+        return self.dynamic and float(scaler.scale) <= self.floor and int(scaler.hysteresis) <= 1
+
+    def after(self, scaler: ScaleLoss, out: Value) -> tuple[ScaleLoss, dict[str, Tensor]]:
+        """The state after an update, and what the metrics show of it."""
+        logs = {"scale": scaler.scale}
+        if not self.dynamic:
+            return scaler, logs
+        counts = out.weight > 0  # an update of weight 0 is skipped without touching the scale
+        overflow = ~out.ok & counts
+        moved = update_scale(scaler, overflow, self.window, self.hysteresis, self.floor, self.consecutive)
+        dead = overflow & (scaler.scale <= self.floor) & (scaler.hysteresis <= 1)
+        logs["searching"] = overflow & ~dead  # on its way down: such skips are the search, not a failure
+        if out.bad is not None:
+            moved = moved._replace(stuck=torch.where(dead, out.bad, scaler.stuck))
+        return ScaleLoss(*(torch.where(counts, a, b) for a, b in zip(moved, scaler, strict=True))), logs
+
+
 def scale_loss(
     init: float = 2.0**16,
     weight: float | None = None,
@@ -77,98 +133,63 @@ def scale_loss(
     Raises:
       FloatingPointError: at the call after an overflow at the floor; it names the first non-finite leaf and its rank.
     """
-    for what, x in {"init": init, "floor": floor, **({} if weight is None else {"weight": weight})}.items():
-        number("scale_loss", what, x, low=-math.inf)
-    for what, n in (("window", window), ("hysteresis", hysteresis)):
-        whole("scale_loss", what, n, low=0)
-    for what, yes in (("dynamic", dynamic), ("consecutive", consecutive)):
-        flag("scale_loss", what, yes)
-    if not init > 0 or window < 1 or hysteresis < 1 or not floor > 0 or (weight is not None and not weight > 0):
-        raise ValueError(
-            f"scale_loss: init={init}, weight={weight}, window={window}, hysteresis={hysteresis}, floor={floor} must"
-            " all be positive"
-        )
+    settings = Settings(init, weight, dynamic, window, hysteresis, floor, consecutive)
+    settings.check()
 
     def transform(g: Grad) -> Grad:
         if g.layout.mean:
-            raise refuse(
-                g, "scale_loss", "a nonlinear transform left of it would see scaled gradients; put scale_loss first"
-            )
+            why = "a nonlinear transform left of it would see scaled gradients"
+            raise refuse(g, "scale_loss", f"{why}; put scale_loss first")
         if g.streams and weight is None:
-            raise refuse(
-                g,
-                "scale_loss",
-                "a streamed window cannot measure its weight beforehand; write scale_loss(weight=n), n near the weight"
-                " of an update (1 for a mean loss)",
-            )
+            why = "a streamed window cannot measure its weight beforehand"
+            remedy = "write scale_loss(weight=n), n near the weight of an update (1 for a mean loss)"
+            raise refuse(g, "scale_loss", f"{why}; {remedy}")
         g, key = value(g, "scale_loss"), slot_name(g, "scale_loss")
-        summed = g
-
-        def start(params: Any) -> dict[str, Any]:
-            def leaf(x: float, dtype: torch.dtype) -> Tensor:
-                return torch.tensor(x, dtype=dtype, device=params.device)
-
-            i = torch.int64
-            none = torch.full((2,), -1, dtype=i, device=params.device)
-            return {
-                key: ScaleLoss(
-                    leaf(init, torch.float64),
-                    leaf(hysteresis, i),
-                    leaf(0, i),
-                    leaf(-1, i),
-                    leaf(weight or 0.0, torch.float64),
-                    none,
-                )
-            }
-
-        def apply(views: Any, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Out | None, dict[str, Any]]:
-            own: ScaleLoss = state[key]
-            if dynamic and int(own.stuck[0]) >= 0:
-                raise FloatingPointError(_stuck(own, state))
-            if weight is None and float(own.weight) == 0:
-                own = own._replace(weight=_measure(summed, views, state, batch, seed))
-            factor = own.scale / own.weight
-            at_floor = dynamic and batch is not None and float(own.scale) <= floor and int(own.hysteresis) <= 1
-            seeded = seed._replace(cotangent=seed.cotangent * factor, look=seed.look or at_floor)
-            out, state = g.apply(views, {**state, key: own}, batch, seeded)
-            if out is None:
-                return None, state
-            assert isinstance(out, Value)
-            return close(out, state, own, factor)
-
-        def close(out: Value, state: dict[str, Any], own: ScaleLoss, factor: Tensor) -> tuple[Value, dict[str, Any]]:
-            counts = out.weight > 0  # an update of weight 0 is skipped without touching the scale
-            overflow = ~out.ok & counts
-            new, logs = own, {**out.logs, "scale": own.scale}
-            if dynamic:
-                moved = update_scale(own, overflow, window, hysteresis, floor, consecutive)
-                dead = overflow & (own.scale <= floor) & (own.hysteresis <= 1)
-                logs["searching"] = overflow & ~dead  # on its way down: such skips are the search, not a failure
-                if out.bad is not None:
-                    moved = moved._replace(stuck=torch.where(dead, out.bad, own.stuck))
-                new = ScaleLoss(*(torch.where(counts, a, b) for a, b in zip(moved, own, strict=True)))
-            return out._replace(factor=out.factor / factor, norm=out.norm / factor, logs=logs), {**state, key: new}
-
-        return after(g, "scale_loss", g.layout, lambda out, state: (out, state), start)._replace(apply=apply)
+        start = lambda params: {key: settings.start(params.device)}
+        named = after(g, "scale_loss", g.layout, lambda out, state: (out, state), start)
+        return named._replace(apply=_scaled(g, key, settings))
 
     transform.__name__ = "scale_loss"
     return transform
 
 
-def _measure(g: Grad, views: Any, state: dict[str, Any], batch: Any, seed: Seed) -> Tensor:
+def _scaled(g: Grad, key: str, settings: Settings) -> Apply:
+    """g, with the seed multiplied by scale / n and the gradient's factor divided by it."""
+
+    def apply(views: Slots, state: State, batch: Tree, seed: Seed) -> tuple[Value | None, State]:
+        scaler: ScaleLoss = state[key]
+        if settings.dynamic and int(scaler.stuck[0]) >= 0:
+            raise FloatingPointError(_stuck(scaler, state))
+        if settings.weight is None and float(scaler.weight) == 0:
+            scaler = scaler._replace(weight=_measure(g, views, state, batch, seed))
+        factor = scaler.scale / scaler.weight
+        look = seed.look or batch is not None and settings.at_floor(scaler)
+        seeded = seed._replace(cotangent=seed.cotangent * factor, look=look)
+        out, state = g.apply(views, {**state, key: scaler}, batch, seeded)
+        if out is None:
+            return None, state
+        assert isinstance(out, Value) and out.norm is not None  # the mean's
+        new, logs = settings.after(scaler, out)
+        unscaled = out._replace(factor=out.factor / factor, norm=out.norm / factor, logs={**out.logs, **logs})
+        return unscaled, {**state, key: new}
+
+    return apply
+
+
+def _measure(g: Grad, views: Slots, state: State, batch: Tree, seed: Seed) -> Tensor:
     """A power of two near the weight of this update, the same on every rank."""
     out, _ = g.apply(views, state, batch, seed._replace(cotangent=seed.cotangent * 0))
-    assert out is not None
+    assert isinstance(out, Value)
     return torch.where(out.weight > 0, torch.exp2(torch.round(torch.log2(out.weight.clamp(min=1e-300)))), 0.0).clamp(
         min=0.0
     )
 
 
-def _stuck(own: ScaleLoss, state: dict[str, Any]) -> str:
-    leaf, rank = (int(x) for x in own.stuck)
+def _stuck(scaler: ScaleLoss, state: State) -> str:
+    leaf, rank = (int(x) for x in scaler.stuck)
     path = state["params"].where.structure.leaves[leaf].path
     return (
-        f"scale_loss: the gradient overflowed at the smallest loss scale ({float(own.scale):g}); the first non-finite"
-        f" leaf was {path!r} on rank {rank}: look at the data and the learning rate there, or write"
+        f"scale_loss: the gradient overflowed at the smallest loss scale ({float(scaler.scale):g}); the first"
+        f" non-finite leaf was {path!r} on rank {rank}: look at the data and the learning rate there, or write"
         " scale_loss(floor=...) smaller"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from funczero.comm.integers import sum_and_compare
 from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
 from funczero.core import order, tree
 from funczero.core.transform import after, refuse
-from funczero.core.types import Env, Grad, Layout, Sum, Transform, Value
+from funczero.core.types import Env, Grad, Layout, State, Sum, Transform, Value
 from funczero.layout.slots import Slots
 
 
@@ -36,7 +35,7 @@ def mean(g: Grad) -> Grad:
 
     places = torch.tensor(order.indices(lay, env.mesh.index), device=env.mesh.device)
 
-    def fn(out: Sum, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
+    def fn(out: Sum, state: State) -> tuple[Value, State]:
         columns = [out.loss[:, None].double(), out.weight[:, None].double()] + ([] if out.aux is None else [out.aux[0]])
         rows = torch.cat(columns, 1)
         bits = torch.zeros(lay.stride, rows.shape[1], dtype=torch.int64, device=rows.device)
@@ -128,12 +127,11 @@ def pointwise(name: str, fn: Callable[[Tensor, Tensor], Tensor]) -> Transform:
 
     def transform(g: Grad) -> Grad:
         g = value(g, name)
-        return after(
-            g,
-            name,
-            g.layout,
-            lambda out, state: (rewritten(out, out.grads.map(lambda b: fn(b, out.factor.to(b.dtype)))), state),
-        )
+
+        def rewrite(out: Value, state: State) -> tuple[Value, State]:
+            return rewritten(out, out.grads.map(lambda b: fn(b, out.factor.to(b.dtype)))), state
+
+        return after(g, name, g.layout, rewrite)
 
     transform.__name__ = name
     return transform

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import kind, shown
-from funczero.core.types import GradientTransformation
+from funczero.core.types import GradientTransformation, Tree
 from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure, Unit
 from funczero.layout.where import Where
 
-Which = str | Callable[[str], bool] | Any  # a regex, a predicate on paths, or a tree of bools like the parameters
+Which = str | Callable[[str], bool] | Tree  # a regex, a predicate on paths, or a tree of bools like the parameters
 OTHERS = Unit("(of other optimizers)", False, True)  # where a subset's structure puts the leaves that it does not hold
 SUBSETS = "subsets"
 
@@ -40,7 +40,7 @@ class Partition(NamedTuple):
     name: str = "partition"
 
 
-def partition(parts: Sequence[tuple[Any, ...]]) -> Partition:
+def partition(parts: Sequence[tuple[Which, Any] | tuple[Which, Any, str]]) -> Partition:
     """Several optimizers in one place, each with leaves, rates and a state of its own.
 
     Law: every leaf moves as under its optimizer alone, bit for bit. The state of each is kept under its name: adamw,

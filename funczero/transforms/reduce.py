@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from funczero.comm import collectives
 from funczero.comm.edge import Edge
 from funczero.comm.wire import Key, Wire, as_born
 from funczero.core.transform import around, refuse
-from funczero.core.types import Grad, Out, Seed, Sum, Transform, Updated
+from funczero.core.types import Grad, Out, Seed, State, Sum, Transform, Updated
+from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 
 
@@ -33,7 +33,7 @@ def with_wires(g: Grad, name: str, edge: Edge) -> Grad:
 
 
 def summed(
-    g: Grad, edge: Edge, name: str, fn: Callable[[Slots, Edge, Any, Key], Slots], sharded: tuple[str, ...]
+    g: Grad, edge: Edge, name: str, fn: Callable[[Slots, Edge, Mesh, Key], Slots], sharded: tuple[str, ...]
 ) -> Grad:
     """g with the partial sum over one axis taken; the axis is the next digit of the order of sums.
 
@@ -53,10 +53,10 @@ def summed(
     layout = replace(lay, unreduced=lay.unreduced - {axis}, sharded=(*lay.sharded, *sharded), order=order)
     offset = mesh.index(axis) * lay.stride
 
-    def before(s: Seed, state: dict[str, Any]) -> tuple[Seed, Key]:
+    def before(s: Seed, state: State) -> tuple[Seed, Key]:
         return s._replace(index=s.index + offset), (s.key, s.index)
 
-    def after(out: Sum, state: dict[str, Any], key: Key) -> tuple[Sum, dict[str, Any]]:
+    def after(out: Sum, state: State, key: Key) -> tuple[Sum, State]:
         return out._replace(grads=fn(out.grads, edge, mesh, key)), state
 
     return around(g, name, layout, before, after)
@@ -133,11 +133,11 @@ def closed(g: Grad, axis: str, name: str) -> Grad:
     """g with its innermost bracket closed: what is joined are new views, or a gradient."""
     lay, mesh, edge, compute = g.layout, g.env.mesh, g.env.edges[axis], g.env.policy.compute
 
-    def before(s: Seed, state: dict[str, Any]) -> tuple[Seed, Key]:
+    def before(s: Seed, state: State) -> tuple[Seed, Key]:
         run, now = s.at
         return s, (run, now + 1) if lay.applied else (s.key, s.index)  # views are the next update's
 
-    def after(out: Out, state: dict[str, Any], key: Key) -> tuple[Out, dict[str, Any]]:
+    def after(out: Out, state: State, key: Key) -> tuple[Out, State]:
         if isinstance(out, Updated):
             views = out.params.trainable().to(compute)
             return out._replace(params=collectives.all_gather(views, edge, mesh, key)), state

@@ -11,7 +11,7 @@ from funczero.comm.wire import Wire, as_born
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Grad
 from funczero.layout.cut import CutRule, Rules
-from funczero.layout.mesh import P
+from funczero.layout.spec import P
 from funczero.transforms.chain import Bracket, Source, chain, fold, opening
 from funczero.transforms.reduce import closed, summed
 

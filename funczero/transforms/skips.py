@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from absl import logging
 from torch import Tensor
 
-from funczero.core.types import Formula, GradientTransformation, Reading, Updated
+from funczero.core.types import Formula, GradientTransformation, Out, Reading, Updated
+from funczero.layout.structure import Leaf
 from funczero.transforms.chain import Bracket, Configure, Lift, Source
 from funczero.transforms.partition import Partition
 
@@ -64,7 +65,7 @@ class Patience:
             )
 
     def after(
-        self, seen: Skipped, out: Updated, now: int, leaves: Sequence[Any], again: Callable[[], Any] | None
+        self, seen: Skipped, out: Updated, now: int, leaves: Sequence[Leaf], again: Callable[[], Out | None] | None
     ) -> Skipped:
         """One update more.
 
@@ -79,7 +80,9 @@ class Patience:
             seen = self._read(seen, one, leaves, None if late else again)
         return seen._replace(unread=unread[-1:] if late else ())
 
-    def _read(self, seen: Skipped, one: Unread, leaves: Sequence[Any], again: Callable[[], Any] | None) -> Skipped:
+    def _read(
+        self, seen: Skipped, one: Unread, leaves: Sequence[Leaf], again: Callable[[], Out | None] | None
+    ) -> Skipped:
         if bool(one.ok):
             return seen._replace(row=0) if seen.row else seen
         weight = float(one.weight)
@@ -106,7 +109,7 @@ class Patience:
         return Skipped(row, total, words) if counts else seen
 
 
-def _words(bad: Tensor | None, one: Unread, leaves: Sequence[Any]) -> str:
+def _words(bad: Tensor | None, one: Unread, leaves: Sequence[Leaf]) -> str:
     if one.weight != one.weight:
         return f"the weight is {float(one.weight)}"
     if bad is None:

@@ -6,21 +6,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.transform import after, refuse, slot_name
-from funczero.core.types import Grad, GradientTransformation, Reading, Updated, Value
+from funczero.core.types import Grad, GradientTransformation, Reading, State, Tree, Updated, Value
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
 from funczero.transforms.formula import run
 from funczero.transforms.mean import rewritten, value
 from funczero.transforms.partition import Part, Partition, owners, put, subset, taken
 
+if TYPE_CHECKING:
+    from funczero.layout.lazy import Lazy
+
 Optimizer = GradientTransformation | Partition
+Elsewhere = Callable[[State, Slots], Reading]  # the rates of an update, which another part of the state keeps
 
 
 def foreign(part: Any) -> str | None:
@@ -95,9 +99,23 @@ class Entry(NamedTuple):
     tx: GradientTransformation
     part: int | None = None  # of a partition; None: it has all leaves
 
-    def init(self, params: Slots) -> Any:
+    def init(self, params: Slots) -> Tree:
         """Its state, for its own leaves."""
         return self.tx.init(params if self.tx.formula is not None else params.tree())
+
+    def read(
+        self, state: State, params: Slots, where: Where, ok: Tensor, donate: bool, elsewhere: Elsewhere | None
+    ) -> Reading | None:
+        """The rates of this update, for its leaves at `where`; None where it has no formula."""
+        if self.tx.formula is None:
+            return None
+        if elsewhere is not None:
+            return elsewhere(state, params)
+        return self.tx.formula.read(state[self.key], Slots(params.buffers, where), ok, donate)
+
+
+# one optimizer, the place of its leaves, and their numbers; None for all
+Holding = tuple[Entry, Where, tuple[int, ...] | None]
 
 
 class Shares(NamedTuple):
@@ -105,21 +123,21 @@ class Shares(NamedTuple):
 
     entries: tuple[Entry, ...]
     parts: tuple[Part, ...]
-    known: list[Any]  # what was worked out for the last places
+    known: list[tuple[Where, list[Holding]]]  # what was worked out for the last places
 
-    def of(self, where: Where) -> list[tuple[Entry, Where, tuple[int, ...] | None]]:
-        """(optimizer, the place of its leaves, their numbers; None for all)."""
+    def of(self, where: Where) -> list[Holding]:
+        """What each optimizer has of the leaves at a place."""
         if not self.parts:
             return [(self.entries[0], where, None)]
         for known, found in self.known:
             if known is where:
                 return found
         held = owners(self.parts, where.structure)
-        found = [(e, subset(where, mine), mine) for e, mine in zip(self.entries, held, strict=True)]
-        self.known[:] = [(where, found), *self.known[:7]]
-        return found
+        having: list[Holding] = [(e, subset(where, own), own) for e, own in zip(self.entries, held, strict=True)]
+        self.known[:] = [(where, having), *self.known[:7]]
+        return having
 
-    def init(self, params: Slots) -> dict[str, Any]:
+    def init(self, params: Slots) -> State:
         """Every optimizer's state by its key."""
         return {
             e.key: e.init(params if held is None else taken(params, where)) for e, where, held in self.of(params.where)
@@ -147,30 +165,27 @@ def rewrite(g: Grad, tx: Optimizer) -> Grad:
     g, name, shares = _shares(g, tx)
     dtype = g.env.policy.params
 
-    def init(params: Any) -> dict[str, Any]:
+    def init(params: Lazy) -> State:
         mine = params.at(g.env.mesh.coords(g.layout.sharded), dtype).trainable()
         return {
             e.key: e.tx.init((mine if held is None else taken(mine, where)).tree())
             for e, where, held in shares.of(mine.where)
         }
 
-    def fn(out: Value, state: dict[str, Any]) -> tuple[Value, dict[str, Any]]:
+    def fn(out: Value, state: State) -> tuple[Value, State]:
         mine, (grads, factor) = state["params"].trainable(), _ready(out, dtype)
         grads = grads.map(lambda b: b * factor.to(b.dtype))
         new = grads if not shares.parts else grads.map(torch.zeros_like)
         for e, where, held in shares.of(mine.where):
             updates, own = _plainly(e.tx, grads, out.ok, state[e.key], mine, None if held is None else where)
             state = {**state, e.key: own}
-            if held is None:
-                new = updates
-            else:
-                put(new, updates)
+            new = _with(new, updates, held)
         return rewritten(out, new), state
 
     return after(g, name, g.layout, fn, init)
 
 
-def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Slots], Reading] | None = None) -> Grad:
+def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> Grad:
     """The last optimizer: the masters are read and written only here. Right of it grads are new parameters.
 
     Args:
@@ -179,24 +194,17 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Sl
     g, name, shares = _shares(g, tx)
     dtype, donate = g.env.policy.params, g.env.donate
 
-    def init(params: Any) -> dict[str, Any]:
+    def init(params: Lazy) -> State:
         masters = params.at(g.env.mesh.coords(g.layout.sharded), dtype)
         own = shares.init(masters.trainable())
         return {"params": masters, **(own if elsewhere is None else {k: x._replace(rates=()) for k, x in own.items()})}
 
-    def read(e: Entry, where: Where, state: dict[str, Any], mine: Slots, ok: Tensor) -> Reading | None:
-        if e.tx.formula is None:
-            return None
-        return (
-            e.tx.formula.read(state[e.key], Slots(mine.buffers, where), ok, donate)
-            if elsewhere is None
-            else elsewhere(state, mine)
-        )
-
-    def fn(out: Value, state: dict[str, Any]) -> tuple[Updated, dict[str, Any]]:
-        old, own, logs = state["params"].trainable(), dict[str, Any](), out.logs
+    def fn(out: Value, state: State) -> tuple[Updated, State]:
+        masters: Slots = state["params"]
+        old, own, logs = masters.trainable(), State(), out.logs
         having = shares.of(old.where)
-        reads = [read(e, where, state, old, out.ok) for e, where, _ in having]  # all, before anything is written
+        # all, before anything is written
+        reads = [e.read(state, old, where, out.ok, donate, elsewhere) for e, where, _ in having]
         in_place = shares.parts or having[0][0].tx.formula is not None
         new = old if donate or not in_place else tree.clone(old)  # the same formula, on clones
         grads, factor = _ready(out, dtype)
@@ -204,39 +212,52 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Callable[[dict[str, Any], Sl
         for (e, where, held), reading in zip(having, reads, strict=True):
             if reading is None:
                 updates, own[e.key] = _plainly(e.tx, plain, out.ok, state[e.key], old, None if held is None else where)
-                here = old if held is None else taken(old, where)
-                moved = tree.where(out.ok, here.map(torch.add, updates), here)
-                if held is None:
-                    new = moved
-                else:
-                    put(new, moved)
+                before = old if held is None else taken(old, where)
+                moved = tree.where(out.ok, before.map(torch.add, updates), before)
+                new = _with(new, moved, held)
             else:
                 mine = state[e.key] if donate else _cloned(state[e.key])
                 assert e.tx.formula is not None
                 own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held)
                 logs = {**logs, "lr": reading.lr.to(out.ok.device)}
-        units = new.where.structure.units
-        params = Slots(
-            tuple(x if u.frozen else b for b, x, u in zip(new.buffers, state["params"].buffers, units, strict=True)),
-            new.where,
-        )
-        return Updated(out.loss, out.weight, out.aux, params, out.norm, out.ok, out.bad, logs), {
-            **state,
-            **own,
-            "params": params,
-        }
+        params = _with_frozen(new, masters)
+        updated = Updated(out.loss, out.weight, out.aux, params, _norm_of(out), out.ok, out.bad, logs)
+        return updated, {**state, **own, "params": params}
 
     return after(g, name, replace(g.layout, phase="updated"), fn, init)
 
 
-def _cloned(own: Any) -> Any:
+def _with(whole: Slots, part: Slots, held: tuple[int, ...] | None) -> Slots:
+    """The whole with one optimizer's leaves in it, in place; where it has all of them, these."""
+    if held is None:
+        return part
+    put(whole, part)
+    return whole
+
+
+def _with_frozen(new: Slots, old: Slots) -> Slots:
+    """The new masters, with the old ones' frozen units."""
+    units = new.where.structure.units
+    return Slots(
+        tuple(x if u.frozen else b for b, x, u in zip(new.buffers, old.buffers, units, strict=True)), new.where
+    )
+
+
+def _norm_of(out: Value) -> Tensor:
+    """The norm for the metrics: as it was before a transform rewrote the gradient, nan where none remembers it."""
+    if out.norm is not None:
+        return out.norm
+    return out.logs["grad_norm"] if "grad_norm" in out.logs else torch.full_like(out.loss, torch.nan)
+
+
+def _cloned(own: Tree) -> Tree:
     """A state whose moments may be written; rates are made anew by whoever reads them."""
     return tree.clone(own._replace(rates=()))._replace(rates=own.rates)
 
 
 def _plainly(
-    tx: GradientTransformation, grads: Slots, ok: Tensor, own: Any, mine: Slots, where: Where | None
-) -> tuple[Slots, Any]:
+    tx: GradientTransformation, grads: Slots, ok: Tensor, own: Tree, mine: Slots, where: Where | None
+) -> tuple[Slots, Tree]:
     """The updates of the plain form on the leaves at `where` (None: all), and its new state: the old one, numbers
     included, where the update is skipped.
 
@@ -260,7 +281,7 @@ def _plainly(
     return _packed(tx.name, updates, mine), state
 
 
-def _packed(name: str, updates: Any, like: Slots) -> Slots:
+def _packed(name: str, updates: Tree, like: Slots) -> Slots:
     """A tree of this rank's leaves back in buffers.
 
     Raises:

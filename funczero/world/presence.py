@@ -59,14 +59,14 @@ def number(other: str) -> str:
 def announce() -> None:
     """Tell the other ranks which process this one is; a world of one has none."""
     if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake":
-        store: Any = dist.distributed_c10d._get_default_store()
+        store = dist.distributed_c10d._get_default_store()
         store.set(f"{KEY}/{dist.get_rank()}", identity())
 
 
 def ranks_that_ended() -> list[int]:
     """Ranks of this world that have provably ended; none where its store does not answer."""
     try:
-        store: Any = dist.distributed_c10d._get_default_store()
+        store = dist.distributed_c10d._get_default_store()
         keys = {r: f"{KEY}/{r}" for r in range(dist.get_world_size())}
         return [r for r, key in keys.items() if store.check([key]) and ended(store.get(key).decode())]
     except RuntimeError:

@@ -43,7 +43,8 @@ class Listener(NamedTuple):
     @property
     def port(self) -> int:
         """The port it has."""
-        return self.socket.getsockname()[1]
+        port: int = self.socket.getsockname()[1]
+        return port
 
 
 def resolve(address: str, port: int, patience: float = 0.0) -> list[Any]:

@@ -13,7 +13,7 @@ from absl import logging
 
 from funczero.comm.wire import as_born, cast
 from funczero.core.transform import after
-from funczero.core.types import Grad, GradientTransformation, Transform
+from funczero.core.types import Grad, GradientTransformation, State, Sum, Transform
 from funczero.deepspeed.config.key import ConfigError
 from funczero.deepspeed.config.keys import ENGINE, KEYS
 from funczero.deepspeed.config.optimizers import GivenOptimizer, optimizer_of
@@ -167,7 +167,10 @@ def rounded(dtype: torch.dtype) -> Transform:
     name = f"rounded({str(dtype).removeprefix('torch.')!r})"
 
     def transform(g: Grad) -> Grad:
-        return after(g, name, g.layout, lambda out, state: (out._replace(grads=out.grads.to(dtype)), state))
+        def narrowed(out: Sum, state: State) -> tuple[Sum, State]:
+            return out._replace(grads=out.grads.to(dtype)), state
+
+        return after(g, name, g.layout, narrowed)
 
     transform.__name__ = name
     return transform
