@@ -4,11 +4,13 @@ Run:
     python experiments/bench_check.py
     python experiments/bench_check.py --stage=1 --rounds=40
 
-How: two gloo processes, one thread each, hold the same step twice: check=0 and check=True. A round visits both for a few steps, in turns, and the ratio is taken
-within a round; `cpu` is the process's, the comparing thread included. Then rank 1 evaluates once more than rank 0, and the time to each process's end is taken.
+How: two gloo processes, one thread each, hold the same step twice: check=0 and check=True. A round visits both for a
+few steps, in turns, and the ratio is taken within a round; `cpu` is the process's, the comparing thread included. Then
+rank 1 evaluates once more than rank 0, and the time to each process's end is taken.
 
 Expect:
-    Less than 1 % of a step of a tiny model (2 ms): a tuple a collective, and a look twice a second. Told within 3 periods of 0.5 s, ended one second later.
+    Less than 1 % of a step of a tiny model (2 ms): a tuple a collective, and a look twice a second. Told within 3
+    periods of 0.5 s, ended one second later.
 
 Found:
     Not taken yet on a quiet machine.

@@ -1,18 +1,21 @@
 """What do saving and restoring a run cost, against torch.distributed.checkpoint (DCP), sync and async?
 
 Run:
-    python experiments/bench_checkpoint.py                                   # 400 MB and 1200 MB of state on two processes
+    python experiments/bench_checkpoint.py                          # 400 MB and 1200 MB of state on two processes
     python experiments/bench_checkpoint.py --megabytes=20 --rounds=3 --contenders=dcp,dcp-async,copy
 
-How: float32 parameters and AdamW's two moments of a transformer, whose bytes are the same for all: a TrainState of a stage-3 chain, or DTensors in Shard(0).
-Two gloo processes of one thread save; both restore, then a third restores alone what two have written. A round visits everyone in a new order; `sync` comes
-before each part, and every restored bit is compared. `stall`: save() returns; `total`: committed, on disk; `read 2`, `read 1`: a restore by two processes and
-by one, from a warm page cache (funczero and `dcp` into tensors that are there, `dcp-async` and `funczero-new` into new ones). All times are the slower rank's. `disk`: bytes
-stored. `+save`, `+read`: the most by which a rank's memory grew in any round, the first included, so that buffers kept from then on count. `copy` is one
-copy of the rank's state into memory that is there, `clone` into new memory: what a stall is measured by.
+How: float32 parameters and AdamW's two moments of a transformer, whose bytes are the same for all: a TrainState of a
+stage-3 chain, or DTensors in Shard(0). Two gloo processes of one thread save; both restore, then a third restores alone
+what two have written. A round visits everyone in a new order; `sync` comes before each part, and every restored bit is
+compared. `stall`: save() returns; `total`: committed, on disk; `read 2`, `read 1`: a restore by two processes and by
+one, from a warm page cache (funczero and `dcp` into tensors that are there, `dcp-async` and `funczero-new` into new
+ones). All times are the slower rank's. `disk`: bytes stored. `+save`, `+read`: the most by which a rank's memory grew
+in any round, the first included, so that buffers kept from then on count. `copy` is one copy of the rank's state into
+memory that is there, `clone` into new memory: what a stall is measured by.
 
 Expect:
-    funczero stalls for no more than one copy, and saves and restores no slower than DCP; DCP async stalls for about half of its sync save.
+    funczero stalls for no more than one copy, and saves and restores no slower than DCP; DCP async stalls for about
+    half of its sync save.
 
 Found (two cores, a virtual disk; ms, median of 9 and 7 rounds and range; MB):
                  stall            total            read 2           read 1           disk  +save  +read
@@ -27,9 +30,10 @@ Found (two cores, a virtual disk; ms, median of 9 and 7 rounds and range; MB):
     dcp         623 (550-1370)    624 (550-1370)   205 (176-233)    359 (298-525)   1190      3     25
     dcp-async   478 (299-1087)   1727 (1031-2029)  259 (193-327)   1757 (1217-2773) 1190   1117    240
     copy         74 (57-96)
-    The stall is 1.3 to 1.5 copies: one copy, and some milliseconds in which the ranks agree; a quarter of what DCP's async save blocks. A whole save takes 1.03 and 1.34
-    of DCP's sync, half of its async time. One process restores in DCP's time (1.04, 1.07), checksums included. Short of the aim: two processes restore in twice
-    DCP's time, because decoding and checking keep both cores busy from one process on, where DCP, which checks nothing, uses one a process.
+    The stall is 1.3 to 1.5 copies: one copy, and some milliseconds in which the ranks agree; a quarter of what DCP's
+    async save blocks. A whole save takes 1.03 and 1.34 of DCP's sync, half of its async time. One process restores in
+    DCP's time (1.04, 1.07), checksums included. Short of the aim: two processes restore in twice DCP's time, because
+    decoding and checking keep both cores busy from one process on, where DCP, which checks nothing, uses one a process.
     New memory costs more than reading: into a fresh state one process takes 476 ms instead of 142.
 """
 
@@ -105,7 +109,10 @@ def zero_state(tree: dict[str, Any]) -> Any:
 
 
 def zero_contender(tree: dict[str, Any], folder: Path, reader: bool, new: bool) -> Contender:
-    """funczero's checkpointer, kept over the rounds as a run keeps it; the reader opens one only while nobody writes. `new`: restores into new memory."""
+    """funczero's checkpointer, kept over the rounds as a run keeps it; the reader opens one only while nobody writes.
+
+    `new`: restores into new memory.
+    """
     import funczero as fz
 
     state = zero_state(tree)
@@ -127,7 +134,10 @@ def zero_contender(tree: dict[str, Any], folder: Path, reader: bool, new: bool) 
 
 
 def torch_contenders(tree: dict[str, Any]) -> dict[str, Contender]:
-    """torch's checkpointer with its own defaults, and bare copies of as many bytes. Asynchronous saves talk in a group of their own, as torch asks."""
+    """torch's checkpointer with its own defaults, and bare copies of as many bytes.
+
+    Asynchronous saves talk in a group of their own, as torch asks.
+    """
     mesh, group, pending = init_device_mesh("cpu", (dist.get_world_size(),)), dist.new_group(), []
     leaves = {f"{i}/{name}": x for i, block in enumerate(tree["blocks"]) for name, x in block.items()}
     named = {
@@ -167,7 +177,9 @@ def memory(field: str) -> int:
 
 
 def timed(barrier: Callable[[], Any], *parts: Callable[[], Any]) -> tuple[list[float], int, Any]:
-    """Seconds from the start until each part is done, the growth of memory, and what the last returned; the disk is quiet before."""
+    """Seconds from the start until each part is done, the growth of memory, and what the last returned; the disk is
+    quiet before.
+    """
     os.sync()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before, ends, got = memory("VmRSS"), [], None
@@ -230,7 +242,9 @@ def worker(index: int, folder: str, o: dict, all_three: Barrier) -> None:
 
 
 def table(megabytes: str, names: list[str], processes: list[list[Costs]]) -> None:
-    """A line for everyone: medians over the rounds of the slowest process, and in brackets the range; memory is the most of all rounds."""
+    """A line for everyone: medians over the rounds of the slowest process, and in brackets the range; memory is the
+    most of all rounds.
+    """
     count = 12 * sum(x.numel() for block in whole_tree(int(megabytes))["blocks"] for x in block.values())
     print(f"\n{count / 1e6:.0f} MB of state, {len(processes[0]) - 1} rounds; ms and MB")
     print(f"{'':10}" + "".join(f"{c:>19}" for c in TIMES) + "".join(f"{c:>7}" for c in BYTES))

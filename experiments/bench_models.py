@@ -1,4 +1,6 @@
-"""One byte-level GPT as a pure function and as an nn.Module around the very same function, with torch's own train steps for it: half of `bench_step.py`."""
+"""One byte-level GPT as a pure function and as an nn.Module around the very same function, with torch's own train steps
+for it: half of `bench_step.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,20 +1,25 @@
 """What does a train step of ZeRO stages 0-3 cost, in time and in bytes, against plain torch, DDP and FSDP2?
 
 Run:
-    python experiments/bench_step.py                                     # all sizes, all contenders
+    python experiments/bench_step.py                                 # all sizes, all contenders
     python experiments/bench_step.py --sizes=tiny --rounds=5 --contenders=ddp,fsdp,stage3 --clip=1.0
-    python experiments/bench_step.py --sizes=tiny --profile=stage3       # where one contender's time goes (--profiler=torch for operators)
+    python experiments/bench_step.py --sizes=tiny --profile=stage3   # where its time goes (--profiler=torch: operators)
 
-How: two gloo processes of one thread hold every contender of a size. A round visits each for a few steps (the first not counted), so noise hits all alike and
-ratios to DDP are taken within a round. `plain` runs on rank 0 alone with two threads, `plain-1t` with one. All have the same parameters, batches
-and function: first losses must agree to float32 rounding. funczero returns the global loss, weight and norm, the peers a local loss. `sent` is what
-a rank wrote (/proc/self/io: gloo's sockets) and `counted` what `fz.count_bytes` says, in bytes a parameter; `cpu` is the sum of both ranks.
+How: two gloo processes of one thread hold every contender of a size. A round visits each for a few steps (the first not
+counted), so noise hits all alike and ratios to DDP are taken within a round. `plain` runs on rank 0 alone with two
+threads, `plain-1t` with one. All have the same parameters, batches and function: first losses must agree to float32
+rounding. funczero returns the global loss, weight and norm, the peers a local loss. `sent` is what a rank wrote
+(/proc/self/io: gloo's sockets) and `counted` what `fz.count_bytes` says, in bytes a parameter; `cpu` is the sum of both
+ranks.
 
 Expect:
-    tiny: below FSDP2 at every stage, within a small factor of DDP. small, medium: stages 0-2 within 5 % of DDP, stage 3 below FSDP2.
-    Bytes a parameter and step on 2 ranks in float32: stages 0-2: 4; stage 3: 6 (two gathers and a scatter of half of all); FSDP2: 8.
+    tiny: below FSDP2 at every stage, within a small factor of DDP. small, medium: stages 0-2 within 5 % of DDP, stage 3
+    below FSDP2.
+    Bytes a parameter and step on 2 ranks in float32: stages 0-2: 4; stage 3: 6 (two gathers and a scatter of half of
+    all); FSDP2: 8.
 
-Found (two shared cores; median ms a step, ratio to DDP within a round and its spread over rounds; first losses within 1e-6):
+Found (two shared cores; median ms a step, ratio to DDP within a round and its spread over rounds; first losses within
+1e-6):
               tiny                    small, 3.5 M             medium, 25.9 M           sent, B/param
     plain      1.1 (0.29)             352 (1.01)               1128 (0.95)              0
     ddp        4.2                    353                      1193                     4.00
@@ -23,9 +28,10 @@ Found (two shared cores; median ms a step, ratio to DDP within a round and its s
     stage 1    6.0 (1.48, 1.0-2.6)    352 (1.00, 0.93-1.10)    1412 (1.17, 1.11-1.28)   4.00
     stage 2    5.8 (1.47, 1.0-2.7)    351 (1.00, 0.89-1.13)    1241 (1.04, 0.99-1.17)   4.00
     stage 3    7.1 (1.85, 1.4-3.3)    365 (1.03, 0.93-1.21)    1312 (1.11, 1.05-1.39)   4.06, 5.36, 5.71
-    Short of the aim: stage 3 is 3 % and 11 % slower than DDP (FSDP2: 23 % and 33 %), and stage 1 equals DDP at 3.5 M without being faster. With one micro-batch
-    stages 1 and 2 are the same chain, so what they differ by is noise. The tiny step is not under 2 ms: with no other contender in the process its best is
-    2.3 (DDP 1.2), of which plain torch is 0.9, Python of the chain 0.4, and three short messages with their copies the rest.
+    Short of the aim: stage 3 is 3 % and 11 % slower than DDP (FSDP2: 23 % and 33 %), and stage 1 equals DDP at 3.5 M
+    without being faster. With one micro-batch stages 1 and 2 are the same chain, so what they differ by is noise. The
+    tiny step is not under 2 ms: with no other contender in the process its best is 2.3 (DDP 1.2), of which plain torch
+    is 0.9, Python of the chain 0.4, and three short messages with their copies the rest.
 """
 
 from __future__ import annotations
@@ -63,7 +69,9 @@ flags.DEFINE_enum("profiler", "python", ["python", "torch"], "What `profile` run
 
 
 class Contender(NamedTuple):
-    """A train step, how it takes its rows out of the global batch, and (funczero) a counter of the bytes that one step sends."""
+    """A train step, how it takes its rows out of the global batch, and (funczero) a counter of the bytes that one step
+    sends.
+    """
 
     step: TrainStep
     deal: Callable[[Batch], Batch]
@@ -162,7 +170,9 @@ def profile(c: Contender, batches: list[Batch], steps: int, profiler: str) -> No
 
 
 def row(name: str, costs: torch.Tensor, ddp: torch.Tensor, counted: float, count: int) -> str:
-    """One line of the table; costs, ddp: [rank, round, field of Visit]. wall is the slower rank's, cpu the ranks' sum, sent the larger."""
+    """One line of the table; costs, ddp: [rank, round, field of Visit]. wall is the slower rank's, cpu the ranks' sum,
+    sent the larger.
+    """
     (ms, over), (cpu, over_cpu) = (
         (f(costs), f(costs) / f(ddp)) for f in (lambda c: c[..., 0].amax(0), lambda c: c[..., 1].sum(0))
     )

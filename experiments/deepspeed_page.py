@@ -1,13 +1,19 @@
-"""Does the program of DeepSpeed's first page run as it is written, and does a run that was killed go on with the same losses?
+"""Does the program of DeepSpeed's first page run as it is written, and does a run that was killed go on with the same
+losses?
 
 Run:
-    python experiments/deepspeed_page.py                       # fp16 as on the page and bf16 at ZeRO-2, each three times on two processes: whole, killed, resumed
-    torchrun --nproc-per-node=2 experiments/deepspeed_page.py --deepspeed_config ds_config.json --save_dir runs/page    # the program by itself
+    # fp16 as on the page and bf16 at ZeRO-2, each three times on two processes: whole, killed, resumed
+    python experiments/deepspeed_page.py
+    # the program by itself
+    torchrun --nproc-per-node=2 experiments/deepspeed_page.py --deepspeed_config ds_config.json --save_dir runs/page
 Expect:
-    The losses after the resume are those of the run that nobody killed, bit for bit, and they fall. `funczero.deepspeed` instead of `deepspeed` is the only change.
+    The losses after the resume are those of the run that nobody killed, bit for bit, and they fall.
+    `funczero.deepspeed` instead of `deepspeed` is the only change.
 Found:
-    fp16, ZeRO-1, as on the page: 48 micro-batches, 46 updates applied, loss 5.7559 -> 5.1858; killed at 27, resumed at 21: same losses, bit for bit
-    bf16, ZeRO-2, two micro-batches an update: 24 updates, loss 5.7551 -> 3.1919; killed at 27, resumed at 21, in mid-window: same losses, bit for bit
+    fp16, ZeRO-1, as on the page: 48 micro-batches, 46 updates applied, loss 5.7559 -> 5.1858; killed at 27, resumed at
+    21: same losses, bit for bit
+    bf16, ZeRO-2, two micro-batches an update: 24 updates, loss 5.7551 -> 3.1919; killed at 27, resumed at 21, in
+    mid-window: same losses, bit for bit
 """
 
 import argparse
@@ -31,9 +37,13 @@ PAGE = {
     "fp16": {"enabled": True}, "zero_optimization": True,
 }  # fmt: skip
 BF16 = {
-    "train_batch_size": 16, "gradient_accumulation_steps": 2, "optimizer": {"type": "AdamW", "params": {"lr": 3e-3}}, "gradient_clipping": 1.0,
-    "bf16": {"enabled": True}, "zero_optimization": {"stage": 2},
-}  # fmt: skip
+    "train_batch_size": 16,
+    "gradient_accumulation_steps": 2,
+    "optimizer": {"type": "AdamW", "params": {"lr": 3e-3}},
+    "gradient_clipping": 1.0,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 2},
+}
 LENGTH, STEPS, INTERVAL, KILLED = 32, 48, 10, 27
 
 
@@ -58,7 +68,9 @@ class Net(nn.Module):
 
 
 def windows(rows: int, first: int):
-    """This rank's micro-batches of Python's own library, from micro-batch `first` on; what dropout draws follows from the position, too."""
+    """This rank's micro-batches of Python's own library, from micro-batch `first` on; what dropout draws follows from
+    the position, too.
+    """
     corpus, _ = fz.data.load()
     world, rank = deepspeed.comm.get_world_size(), deepspeed.comm.get_rank()
     for step in range(first, STEPS):

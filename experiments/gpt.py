@@ -1,4 +1,5 @@
-"""A GPT over bytes as pure functions: parameters are a dict, a block is a function, and the only seam that ZeRO needs is `fz.layers`.
+"""A GPT over bytes as pure functions: parameters are a dict, a block is a function, and the only seam that ZeRO needs
+is `fz.layers`.
 
 Pre-norm blocks with rotary positions, causal attention and a GELU MLP; no biases.
 """
@@ -25,7 +26,9 @@ class Sizes(NamedTuple):
 
 
 def init(seed: int, sizes: Sizes) -> dict:
-    """Float32 parameters, normal; what writes to the residual stream is divided by the root of how many do, so that its variance does not grow with depth."""
+    """Float32 parameters, normal; what writes to the residual stream is divided by the root of how many do, so that its
+    variance does not grow with depth.
+    """
     layers, width, heads = sizes
     head = width // heads
     if heads * head != width or head % 2:
@@ -99,7 +102,9 @@ def loss_fn(params: dict, batch: dict, heads: int, remat: bool = False) -> tuple
 def sample(
     params: dict, heads: int, prompt: bytes, n: int, length: int, temperature: float, generator: torch.Generator
 ) -> bytes:
-    """The prompt and `n` bytes drawn after it, each from the `length` bytes before it; `params` are whole plain tensors."""
+    """The prompt and `n` bytes drawn after it, each from the `length` bytes before it; `params` are whole plain
+    tensors.
+    """
     text = list(prompt)
     for _ in range(n):
         window = torch.tensor([text[-length:]], device=params["embed"].device)

@@ -4,16 +4,19 @@ Run:
     python experiments/same_bits.py                      # worlds 1, 2, 4, 8; some minutes on two cores
     python experiments/same_bits.py --worlds=1,2 --updates=5
 
-How: the same global batches of 8 micro-batches, with dropout, clip, AdamW, dynamic loss scaling and one update that overflows and
-is skipped, on 1 to 8 gloo processes; each chain once in float32 (bfloat16 hides a wrong tree: its gradients add almost exactly) and
-once with bfloat16 compute. sha256 of the weights, and of the losses, weights, norms and decisions of all updates.
+How: the same global batches of 8 micro-batches, with dropout, clip, AdamW, dynamic loss scaling and one update that
+overflows and is skipped, on 1 to 8 gloo processes; each chain once in float32 (bfloat16 hides a wrong tree: its
+gradients add almost exactly) and once with bfloat16 compute. sha256 of the weights, and of the losses, weights, norms
+and decisions of all updates.
 
 Expect:
-    one hash of weights and one of logs in float32, one of each in bfloat16; in place and pure, keep and remat, streamed, every nesting.
+    one hash of weights and one of logs in float32, one of each in bfloat16; in place and pure, keep and remat,
+    streamed, every nesting.
 
 Found (2 cores, torch 2.13, one thread a process):
-    20 updates, worlds 1, 2, 4, 8, 57 chains: in float32 one hash of weights (2f2f2f2e059d) and one of logs, in bfloat16 compute one of
-    each (00ea69305053); one update skipped in every run; four minutes. Bytes differ by up to nine times, bits by none.
+    20 updates, worlds 1, 2, 4, 8, 57 chains: in float32 one hash of weights (2f2f2f2e059d) and one of logs, in bfloat16
+    compute one of each (00ea69305053); one update skipped in every run; four minutes. Bytes differ by up to nine times,
+    bits by none.
 """
 
 import sys

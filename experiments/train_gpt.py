@@ -1,20 +1,29 @@
-"""Does a GPT train under ZeRO from one command on a bare machine, and does the stage change anything but bytes and memory?
+"""Does a GPT train under ZeRO from one command on a bare machine, and does the stage change anything but bytes and
+memory?
 
 Run:
-    python experiments/train_gpt.py                                        # two processes, ZeRO-3, Python's own library as text
+    # two processes, ZeRO-3, Python's own library as text
+    python experiments/train_gpt.py
     python experiments/train_gpt.py --stage=1 --accumulate=2 --data=my/notes,my/book.txt
-    python experiments/train_gpt.py --mesh=node=2,local=2                  # four processes
-    torchrun --nproc-per-node=4 experiments/train_gpt.py --stage=2         # processes that somebody else starts
-    python experiments/train_gpt.py --save_every=100 --resume=auto         # goes on where it was ended, on any number of processes and at any stage
-    python experiments/train_gpt.py --deepspeed_config=ds_config.json      # batch, precision, stage, optimizer and schedule as DeepSpeed's file says
+    # four processes
+    python experiments/train_gpt.py --mesh=node=2,local=2
+    # processes that somebody else starts
+    torchrun --nproc-per-node=4 experiments/train_gpt.py --stage=2
+    # goes on where it was ended, on any number of processes and at any stage
+    python experiments/train_gpt.py --save_every=100 --resume=auto
+    # batch, precision, stage, optimizer and schedule as DeepSpeed's file says
+    python experiments/train_gpt.py --deepspeed_config=ds_config.json
 Expect:
-    Two minutes on two cores. Held-out bits per byte fall from 8 to well below the entropy of single bytes (4.6), which no model without context can pass.
-    The losses of all stages agree to float32 rounding. Bytes sent are the ZeRO paper's: stage 3 is 1.5 times stages 0 to 2.
+    Two minutes on two cores. Held-out bits per byte fall from 8 to well below the entropy of single bytes (4.6), which
+    no model without context can pass. The losses of all stages agree to float32 rounding. Bytes sent are the ZeRO
+    paper's: stage 3 is 1.5 times stages 0 to 2.
 Found:
-    2 min 9 s on two cores, stage 3, two processes: held-out bits per byte 8.03 at the start, 2.55 after 200 updates, 1.896 after 800; single bytes: 4.639.
-    The 800 losses of stage 0 are those of stage 3, bit for bit. 4.59 MB a step are sent at stage 3, 3.41 at stage 0: two gathers of all blocks but the last, which
-    stays open from the forward to the backward, and a scatter.
-    --deepspeed_config, a tiny model on two processes: the losses of fp16 ZeRO-1 and of bf16 ZeRO-2 (4 micro-batches, clip, WarmupDecayLR) are unsharded torch's, bit for bit.
+    2 min 9 s on two cores, stage 3, two processes: held-out bits per byte 8.03 at the start, 2.55 after 200 updates,
+    1.896 after 800; single bytes: 4.639. The 800 losses of stage 0 are those of stage 3, bit for bit. 4.59 MB a step
+    are sent at stage 3, 3.41 at stage 0: two gathers of all blocks but the last, which stays open from the forward to
+    the backward, and a scatter.
+    --deepspeed_config, a tiny model on two processes: the losses of fp16 ZeRO-1 and of bf16 ZeRO-2 (4 micro-batches,
+    clip, WarmupDecayLR) are unsharded torch's, bit for bit.
 """
 
 import signal
@@ -239,7 +248,9 @@ def mesh_sizes() -> dict[str, int]:
 
 
 def launch(world: int) -> int:
-    """Run this command line in `world` processes, as torchrun would; when one ends badly all end, and its log is shown. Returns the exit status."""
+    """Run this command line in `world` processes, as torchrun would; when one ends badly all end, and its log is shown.
+    Returns the exit status.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shared = {
@@ -285,7 +296,10 @@ def launch(world: int) -> int:
 
 
 class Report:
-    """What rank 0 tells: metrics.jsonl, one bar on a terminal or a plain line now and then elsewhere, and loss.png. The other ranks are silent."""
+    """What rank 0 tells: metrics.jsonl, one bar on a terminal or a plain line now and then elsewhere, and loss.png.
+
+    The other ranks are silent.
+    """
 
     def __init__(self, speaks: bool, start: int) -> None:
         self.speaks, self.records, self.rate, self.then = speaks, [], 0.0, time.perf_counter()

@@ -4,15 +4,17 @@ Run:
     python experiments/tree_cost.py                    # 3.5 M parameters, worlds 2 and 4
     python experiments/tree_cost.py --size=medium --worlds=2 --rounds=6
 
-How: one pair (or four) of gloo processes holds the same chain twice, sums="tree" and sums="backend"; rounds visit both in turn, and
-the ratio is taken within a round. Memory is the peak resident size of fresh processes, one chain each.
+How: one pair (or four) of gloo processes holds the same chain twice, sums="tree" and sums="backend"; rounds visit both
+in turn, and the ratio is taken within a round. Memory is the peak resident size of fresh processes, one chain each.
 
 Expect:
-    at most 2 % slower; on gloo faster, because its reduce_scatter sends what an all_reduce sends and an exchange sends half.
+    at most 2 % slower; on gloo faster, because its reduce_scatter sends what an all_reduce sends and an exchange sends
+    half.
 
 Found (`--worlds=2 --rounds=5`, two shared cores, torch 2.13, one thread a process; world 4 not taken):
-    wall ratio 1.013, 0.968, 0.965, 0.975 at stages 0 to 3 (a round's ratio lies between 0.85 and 1.10), CPU 1.03, 0.98, 1.00, 0.97; peak memory within 3 %.
-    The counted bytes are the logical ones and equal; on the wire gloo's own reduce-scatter sends twice as much.
+    wall ratio 1.013, 0.968, 0.965, 0.975 at stages 0 to 3 (a round's ratio lies between 0.85 and 1.10), CPU 1.03, 0.98,
+    1.00, 0.97; peak memory within 3 %. The counted bytes are the logical ones and equal; on the wire gloo's own
+    reduce-scatter sends twice as much.
 """
 
 import resource

@@ -1,4 +1,4 @@
-"""States by name, whole, without a collective: each rank's parts, put together and compared where ranks hold the same."""
+"""States by name, whole, without a collective: each rank's parts, joined and compared where ranks hold the same."""
 
 from __future__ import annotations
 
@@ -58,3 +58,11 @@ def train(step, state, start, stop):
     for t in range(start, stop):
         state, _ = step(state, step.local_rows(zoo.batch(t)))
     return state
+
+
+def tiny(**params):
+    """A step and a state of these parameters."""
+    step = fz.train_step(
+        fz.value_and_grad(lambda p, b: (sum(x.sum() for x in fz.tree.leaves(p)) * b.sum(), b.sum())), fz.adamw(0.1)
+    )
+    return step, step.init(params)

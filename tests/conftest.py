@@ -36,7 +36,9 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 @pytest.fixture(scope="session")
 def run_world() -> Iterator[Callable[..., list[Any]]]:
-    """`run_world(4, fn, *args, timeout=60)`: a module-level function in every rank of a gloo world of 4; its results by rank."""
+    """`run_world(4, fn, *args, timeout=60)`: a module-level function in every rank of a gloo world of 4; its results by
+    rank.
+    """
     pools: dict[int, WorkerPool] = {}
 
     def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -48,6 +50,14 @@ def run_world() -> Iterator[Callable[..., list[Any]]]:
     yield run
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def originals(run_world, tmp_path_factory):
+    """The checkpoints that tests damage copies of, as `damage.written_both` says."""
+    import damage
+
+    return damage.written_both(run_world, tmp_path_factory)
 
 
 @pytest.fixture

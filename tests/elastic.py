@@ -1,4 +1,6 @@
-"""train_gpt with as many micro-batches an update whatever the world, so that its bits do not depend on how many hosts are left."""
+"""train_gpt with as many micro-batches an update whatever the world, so that its bits do not depend on how many hosts
+are left.
+"""
 
 import os
 import sys

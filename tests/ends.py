@@ -1,7 +1,9 @@
-"""Scripts that come to their end in every way Python has, as ranks of a world with a store of its own. They are forked from one process that has imported everything.
+"""Scripts that come to their end in every way Python has, as ranks of a world with a store of its own. They are forked
+from one process that has imported everything.
 
-`python ends.py` reads a life as a line of JSON, {"place", "size", "script"}, runs the script in every rank to the very end of its interpreter, and leaves in
-`<place>/told.json` by rank the exit code, what was printed, and the seconds it took. A rank without RANK in its environment is a world of one.
+`python ends.py` reads a life as a line of JSON, {"place", "size", "script"}, runs the script in every rank to the very
+end of its interpreter, and leaves in `<place>/told.json` by rank the exit code, what was printed, and the seconds it
+took. A rank without RANK in its environment is a world of one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Hosts to test a launcher on: namespaces of this machine with a name, a network, processes and a real sshd of their own. Needs root and Linux."""
+"""Hosts to test a launcher on: namespaces of this machine with a name, a network, processes and a real sshd of their
+own. Needs root and Linux.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ os.makedirs("/root/.ssh", exist_ok=True)
 for source, target in ((f"{folder}/hosts", "/etc/hosts"), (f"{folder}/ssh", "/root/.ssh")):
     subprocess.run(["mount", "--bind", source, target], check=True)
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-sshd = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", f"{folder}/sshd_config"], stderr=open(f"{folder}/{name}.sshd", "w"))
+log = open(f"{folder}/{name}.sshd", "w")
+sshd = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", f"{folder}/sshd_config"], stderr=log)
 while True:  # the first process of a process namespace collects everybody's children
     try:
         os.wait()
@@ -58,7 +61,9 @@ class Host(NamedTuple):
         return ["nsenter", "--all", f"--wd={os.getcwd()}", "-t", str(self.init), "--", *words]
 
     def processes(self) -> dict[int, str]:
-        """Command lines of what runs here besides the first process and the listening sshd, by process id as seen from outside."""
+        """Command lines of what runs here besides the first process and the listening sshd, by process id as seen from
+        outside.
+        """
         return {
             pid: words
             for pid, words in _everything(self).items()
@@ -210,7 +215,9 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 @contextlib.contextmanager
 def slurm(hosts: dict[str, Host]) -> Iterator[dict[str, str]]:
-    """SLURM over all hosts, the first one its controller; yields the environment its commands need. Its daemons end with it."""
+    """SLURM over all hosts, the first one its controller; yields the environment its commands need. Its daemons end
+    with it.
+    """
     folder, names = Path(tempfile.mkdtemp(prefix="funczero-slurm-")), list(hosts)
     (folder / "key").write_bytes(os.urandom(128))
     (folder / "key").chmod(0o400)

@@ -1,6 +1,8 @@
-"""Inputs that somebody wrote who means harm: checkpoints with a seal that is right, trees of orbax, safetensors. `INPUTS[name](folder)` makes one and returns its path.
+"""Inputs that somebody wrote who means harm: checkpoints with a seal that is right, trees of orbax, safetensors.
+`INPUTS[name](folder)` makes one and returns its path.
 
-`python hostile.py` reads {"place", "names"} as a line of JSON and tries each in turn in one process; a line of JSON for each: seconds, memory, and what was raised.
+`python injuries.py` reads {"place", "names"} as a line of JSON and tries each in turn in one process; a line of JSON
+for each: seconds, memory, and what was raised.
 """
 
 from __future__ import annotations
@@ -181,8 +183,16 @@ def huge_client(folder):
     """An array of the client's that no template bounds."""
     path = checkpoint(folder)
     n = 1 << 38
-    zarr_json = {"zarr_format": 3, "node_type": "array", "shape": [n], "data_type": "float32", "chunk_grid": grid(n), "chunk_key_encoding": {"name": "default"},
-                 "fill_value": 0.0, "codecs": arrays.CODECS}  # fmt: skip
+    zarr_json = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [n],
+        "data_type": "float32",
+        "chunk_grid": grid(n),
+        "chunk_key_encoding": {"name": "default"},
+        "fill_value": 0.0,
+        "codecs": arrays.CODECS,
+    }
     stored(path, **{"client.seen__zarr.json": json.dumps(zarr_json).encode(), "client.seen__c__0": b"\0\0\0\0"})
     huge = path / "state" / "d" / "huge"
     with huge.open("wb") as f:
@@ -219,8 +229,20 @@ def orbax_tree(change=lambda root: None, **arrays_):
         import tensorstore as ts
 
         folder.mkdir(parents=True)
-        (folder / "_METADATA").write_text(json.dumps({"use_zarr3": True, "store_array_data_equal_to_fill_value": True, "tree_metadata": {
-            f"('params', '{n}')": {"key_metadata": [{"key": "params", "key_type": 2}, {"key": n, "key_type": 2}]} for n in ("a", "b")}}))  # fmt: skip
+        (folder / "_METADATA").write_text(
+            json.dumps(
+                {
+                    "use_zarr3": True,
+                    "store_array_data_equal_to_fill_value": True,
+                    "tree_metadata": {
+                        f"('params', '{n}')": {
+                            "key_metadata": [{"key": "params", "key_type": 2}, {"key": n, "key_type": 2}]
+                        }
+                        for n in ("a", "b")
+                    },
+                }
+            )
+        )
         for n, shape in {"a": (6, 4), "b": (3,)}.items():
             spec = {
                 "driver": "zarr3",
@@ -341,7 +363,7 @@ INPUTS = MANIFESTS | TREES | TENSORS
 
 
 def tried(name, path, place):
-    """How each use of an input ends: restore, inspect, verify and export of a checkpoint, the import of anything else."""
+    """How each use of an input ends: restore, inspect, verify and export of a checkpoint, import of anything else."""
     step, params = step_of()
     out = place / "out"
     if name in MANIFESTS:

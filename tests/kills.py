@@ -1,6 +1,8 @@
-"""Worlds of two ranks that train, save and are killed. They are forked from one process that has imported everything; a world takes tenths of a second.
+"""Worlds of two ranks that train, save and are killed. They are forked from one process that has imported everything; a
+world takes tenths of a second.
 
-`python kills.py` reads a life as a line of JSON and leaves what its ranks told in `<life>/told.json`. Kills come from patched functions of the save, or from a clock.
+`python kills.py` reads a life as a line of JSON and leaves what its ranks told in `<life>/told.json`. Kills come from
+patched functions of the save, or from a clock.
 """
 
 from __future__ import annotations
@@ -173,7 +175,9 @@ def one(rank, life, store):
 
 
 def at_point(rank, life, say):
-    """Two updates, a good save, two more, the save in which somebody dies, and one more; or so many updates from the latest save on."""
+    """Two updates, a good save, two more, the save in which somebody dies, and one more; or so many updates from the
+    latest save on.
+    """
     import checkpoints
     import torch.distributed as dist
     import zoo

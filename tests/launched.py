@@ -1,4 +1,7 @@
-"""What tests launch: it shows what it was given, and ends as it is told. Standard library alone, so that it starts at once."""
+"""What tests launch: it shows what it was given, and ends as it is told.
+
+Standard library alone, so that it starts at once.
+"""
 
 import json
 import os

@@ -62,7 +62,7 @@ class Lion(torch.optim.Optimizer):
                 p.sub_(lr * move)
 
 
-# --- the oracle: each formula in plain arithmetic, as somebody writes it against optax ------------------------------------
+# --- the oracle: each formula in plain arithmetic, as somebody writes it against optax --------------------------------
 class Plain(NamedTuple):
     """The number of applied updates, and trees like the parameters."""
 
@@ -71,7 +71,9 @@ class Plain(NamedTuple):
 
 
 def by_leaf(rate, params, count):
-    """A tree of numbers from a number, a schedule, rules or a tree, at a count; a tied leaf has the first of its names that is ruled."""
+    """A tree of numbers from a number, a schedule, rules or a tree, at a count; a tied leaf has the first of its names
+    that is ruled.
+    """
     now = lambda r: float(r(count.double())) if callable(r) else float(r)  # noqa: E731
     if callable(rate) or isinstance(rate, float):
         return tree.map(lambda p: now(rate), params)
@@ -156,10 +158,15 @@ class Both:
 
 
 ORACLES = {
-    "adamw": plain_adam(1e-2, 0.8, 0.95, 1e-6, 0.1), "adamw, no decay": plain_adam(1e-2), "sgd": plain_sgd(0.5), "momentum": plain_sgd(0.5, 0.9),
-    "adam": plain_adam(1e-2, 0.8, 0.95, 1e-6, 0.1, decoupled=False), "adagrad": plain_adagrad(1e-2, weight_decay=0.1),
-    "lion": plain_lion(1e-2, 0.8, 0.95, 0.1), "nesterov, decay": plain_sgd(0.5, 0.9, True, 0.1),
-}  # fmt: skip
+    "adamw": plain_adam(1e-2, 0.8, 0.95, 1e-6, 0.1),
+    "adamw, no decay": plain_adam(1e-2),
+    "sgd": plain_sgd(0.5),
+    "momentum": plain_sgd(0.5, 0.9),
+    "adam": plain_adam(1e-2, 0.8, 0.95, 1e-6, 0.1, decoupled=False),
+    "adagrad": plain_adagrad(1e-2, weight_decay=0.1),
+    "lion": plain_lion(1e-2, 0.8, 0.95, 0.1),
+    "nesterov, decay": plain_sgd(0.5, 0.9, True, 0.1),
+}
 
 PAIRS = {
     "adamw": (

@@ -177,7 +177,7 @@ def test_a_second_optimizer_applies_alone():
     assert one(source(), fz.all_reduce("data"), fz.sgd(1.0), fz.sgd(1.0))[0] == [2.0, -1.0]  # p - (-g)
 
 
-# --- transforms of one's own --------------------------------------------------------------------------------------------
+# --- transforms of one's own ------------------------------------------------------------------------------------------
 def test_a_function_from_grad_to_grad_is_a_transform():
     """Doubles sums left of the mean: after() keeps names and layouts, and passes None through."""
 

@@ -1,4 +1,7 @@
-"""Ranks that go apart are told so, all of them, within seconds; ranks that do not are left alone. Every case is a script, run as real processes."""
+"""Ranks that go apart are told so, all of them, within seconds; ranks that do not are left alone.
+
+Every case is a script, run as real processes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def loss_fn(params, batch):
 
 def make(stage=3, accumulate=2, **kw):
     grad = fz.value_and_grad(loss_fn, batch=P("data"))
-    return fz.train_step(*fz.zero(grad, fz.clip_by_global_norm(1.0), fz.adamw(1e-2), stage=stage, accumulate=accumulate), mesh={"data": -1}, **kw)
+    tx = fz.clip_by_global_norm(1.0), fz.adamw(1e-2)
+    return fz.train_step(*fz.zero(grad, *tx, stage=stage, accumulate=accumulate), mesh={"data": -1}, **kw)
 
 def apart():
     print("apart", time.time(), flush=True)

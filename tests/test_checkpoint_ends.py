@@ -1,4 +1,6 @@
-"""However a process ends, what `save` took is on disk, or its exit code and one sentence say that it is not; whoever holds the store leaves last; nobody is alone by mistake."""
+"""However a process ends, what `save` took is on disk, or its exit code and one sentence say that it is not; whoever
+holds the store leaves last; nobody is alone by mistake.
+"""
 
 from __future__ import annotations
 
@@ -98,8 +100,13 @@ saving.write = slow
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_what_is_lost_is_said_by_one_sentence_and_the_exit_code(ends, tmp_path, size):
-    scripts = {"end": SAVED, "sys.exit(0)": SAVED + "sys.exit(0)", "later": SAVED + "time.sleep(1.5)", "with": WITH.replace("{inside}", "raise ValueError('mine')"),
-               "child": ENDS["a child of multiprocessing"][0]}  # fmt: skip
+    scripts = {
+        "end": SAVED,
+        "sys.exit(0)": SAVED + "sys.exit(0)",
+        "later": SAVED + "time.sleep(1.5)",
+        "with": WITH.replace("{inside}", "raise ValueError('mine')"),
+        "child": ENDS["a child of multiprocessing"][0],
+    }
     for how, script in scripts.items():
         ends.start(
             tmp_path / how,
@@ -163,7 +170,9 @@ def test_the_one_who_holds_the_store_leaves_last(ends, tmp_path):
 
 
 def test_the_readme_resumes_under_torchrun(ends, tmp_path):
-    """Its lines as they stand: a first run saves, a second one restores before anything has joined the world, and saves again."""
+    """Its lines as they stand: a first run saves, a second one restores before anything has joined the world, and saves
+    again.
+    """
     first, _, lines = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[:3]
     built, trained = first.split("state = step.init(params)")
     saves, restores = [next(x for x in lines.splitlines() if f".{verb}(" in x) for verb in ("save", "restore")]
@@ -198,8 +207,12 @@ print(ck._peers.size)
 
 def test_peers_are_counted_when_the_world_has_been_joined(ends, tmp_path):
     """By every call that has a step to join through; a tool that inherits RANK joins nothing."""
-    calls = {"restore": ("", "ck.restore(like=(step, checkpoints.abstract()))"), "names": ("step=step", "ck.names()"), "tool": ("", "ck.names()"),
-             "later": ("", "ck.names(); ck.restore(like=(step, checkpoints.abstract())); ck.names()")}  # fmt: skip
+    calls = {
+        "restore": ("", "ck.restore(like=(step, checkpoints.abstract()))"),
+        "names": ("step=step", "ck.names()"),
+        "tool": ("", "ck.names()"),
+        "later": ("", "ck.names(); ck.restore(like=(step, checkpoints.abstract())); ck.names()"),
+    }
     told = ends.run(tmp_path / "saved", (SAVED + "ck.wait()").replace("{directory!r}", repr(str(tmp_path / "run"))), 2)
     assert [t["code"] for t in told] == [0, 0], told
     for how, (step, call) in calls.items():

@@ -1,4 +1,6 @@
-"""Saving leaks nothing: descriptors, threads and connections are made once, whatever the number of saves, checkpointers and restores."""
+"""Saving leaks nothing: descriptors, threads and connections are made once, whatever the number of saves, checkpointers
+and restores.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def held():
             links.append(os.readlink(f"/proc/self/fd/{fd}").split(":")[0])
         except OSError:  # the listing's own
             continue
-    return {"sockets": links.count("socket"), "descriptors": len(links), "threads": len(os.listdir("/proc/self/task")), "python's": threading.active_count()}
+    threads = {"threads": len(os.listdir("/proc/self/task")), "python's": threading.active_count()}
+    return {"sockets": links.count("socket"), "descriptors": len(links), **threads}
 
 step = checkpoints.make("3 [grad acc", SIZE, check=0)
 state, out = step.init(zoo.params(), key=7), []

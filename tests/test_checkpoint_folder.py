@@ -1,4 +1,6 @@
-"""What else lies in a folder of checkpoints, what is damaged there, and what is not finite: named, left alone, and never in the way of the next save."""
+"""What else lies in a folder of checkpoints, what is damaged there, and what is not finite: named, left alone, and
+never in the way of the next save.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,9 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import funczero as fz
 from funczero.checkpoint import Checkpointer, CheckpointError, folder
 from funczero.checkpoint.names import escape, named, unescape
 from funczero.checkpoint.tools import inspect
-
-
-def tiny(**params):
-    """A step and a state of these parameters."""
-    step = fz.train_step(
-        fz.value_and_grad(lambda p, b: (sum(x.sum() for x in fz.tree.leaves(p)) * b.sum(), b.sum())), fz.adamw(0.1)
-    )
-    return step, step.init(params)
 
 
 class Lines(logging.Handler):
@@ -79,7 +72,7 @@ STRANGE = {
 @pytest.mark.parametrize("strange", STRANGE)
 def test_what_is_not_ours_is_left_alone_and_named_and_saves_go_on(tmp_path, strange):
     directory = tmp_path / "run"
-    step, state = tiny(w=torch.ones(3))
+    step, state = checkpoints.tiny(w=torch.ones(3))
     with Lines() as lines, Checkpointer(directory, keep=2) as ck:
         ck.save(state, 1)
         ck.wait()
@@ -102,13 +95,17 @@ def test_what_is_not_ours_is_left_alone_and_named_and_saves_go_on(tmp_path, stra
 
 @pytest.mark.parametrize("there", ["link", "broken link", "file", "folder of other things"])
 def test_overwriting_replaces_checkpoints_alone(tmp_path, there):
-    step, state = tiny(w=torch.ones(3))
+    step, state = checkpoints.tiny(w=torch.ones(3))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     directory = tmp_path / "run"
     directory.mkdir()
-    {"link": lambda p: os.symlink(tmp_path / "mine", p), "broken link": lambda p: os.symlink("nowhere", p), "file": lambda p: p.write_text("mine"),
-     "folder of other things": lambda p: (tmp_path / "mine").rename(p)}[there](directory / "7")  # fmt: skip
+    {
+        "link": lambda p: os.symlink(tmp_path / "mine", p),
+        "broken link": lambda p: os.symlink("nowhere", p),
+        "file": lambda p: p.write_text("mine"),
+        "folder of other things": lambda p: (tmp_path / "mine").rename(p),
+    }[there](directory / "7")
     ck = Checkpointer(directory)
     for overwrite, why in (
         (False, "is there already"),
@@ -131,7 +128,7 @@ def damage(path):
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_keep_counts_whole_checkpoints_and_never_takes_the_last_good_one(tmp_path, keep):
-    step, state = tiny(w=torch.ones(300))
+    step, state = checkpoints.tiny(w=torch.ones(300))
     with Lines() as lines, Checkpointer(tmp_path, keep=keep) as ck:
         for name in (1, 2, 3):
             ck.save(state, name)
@@ -175,8 +172,16 @@ def not_finite(directory, size, stage, where, value):
 
 
 @pytest.mark.parametrize("stage", ["0 grad acc ar", "3 [grad acc"])
-@pytest.mark.parametrize("where, value, said", [("params/embed", float("nan"), True), ("adamw/nu/blocks/1/w", float("nan"), True), ("params/embed", float("-inf"), True),
-                                                ("adamw/nu/blocks/1/w", float("inf"), False), ("params/embed", 3e38, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "where, value, said",
+    [
+        ("params/embed", float("nan"), True),
+        ("adamw/nu/blocks/1/w", float("nan"), True),
+        ("params/embed", float("-inf"), True),
+        ("adamw/nu/blocks/1/w", float("inf"), False),
+        ("params/embed", 3e38, False),
+    ],
+)
 def test_what_is_not_finite_is_saved_with_a_warning_on_all_ranks(run_world, tmp_path, stage, where, value, said):
     """NaN anywhere, infinity among the parameters; large sums of finite values are no sign of either."""
     alone = not_finite(tmp_path / "1", 1, stage, where, value)
@@ -250,7 +255,7 @@ def test_whatever_is_saved_is_restored(tmp_path_factory, params, client):
     client = {k: torch.arange(n) for k, n in client.items()} | {
         "deep": {"..": [torch.ones(1), {"\\": b"x" * 5000, "n": 7**2000}]}
     }
-    step, _ = tiny(x=torch.zeros(1))
+    step, _ = checkpoints.tiny(x=torch.zeros(1))
     state = step.init(params)
     with Checkpointer(directory) as ck:
         try:
@@ -266,15 +271,23 @@ def test_whatever_is_saved_is_restored(tmp_path_factory, params, client):
     }
 
 
-@pytest.mark.parametrize("bad, kind, why", [
-    pytest.param(dict(client_state=[[[]] * 3_000_000]), CheckpointError, "values, more than .* as tensors or numpy arrays", marks=pytest.mark.slow),
-    (dict(client_state={"x": "y" * (65 << 20)}), CheckpointError, "bytes, more than"),
-    (dict(client_state={"k" * 3000: torch.ones(1)}), ValueError, "name of 3007 characters, more than 2048"),
-    (dict(metrics={"loss": 10**400}), ValueError, "metric 'loss' is an integer beyond float64"),
-    (dict(metrics={"loss": None}), ValueError, "metric 'loss' is None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, kind, why",
+    [
+        pytest.param(
+            dict(client_state=[[[]] * 3_000_000]),
+            CheckpointError,
+            "values, more than .* as tensors or numpy arrays",
+            marks=pytest.mark.slow,
+        ),
+        (dict(client_state={"x": "y" * (65 << 20)}), CheckpointError, "bytes, more than"),
+        (dict(client_state={"k" * 3000: torch.ones(1)}), ValueError, "name of 3007 characters, more than 2048"),
+        (dict(metrics={"loss": 10**400}), ValueError, "metric 'loss' is an integer beyond float64"),
+        (dict(metrics={"loss": None}), ValueError, "metric 'loss' is None"),
+    ],
+)
 def test_what_could_not_be_restored_is_refused_when_it_is_saved(tmp_path, bad, kind, why):
-    _, state = tiny(w=torch.ones(3))
+    _, state = checkpoints.tiny(w=torch.ones(3))
     ck = Checkpointer(tmp_path)
     with pytest.raises(kind, match=why):
         ck.save(state, 1, **bad)
@@ -285,7 +298,7 @@ def test_what_could_not_be_restored_is_refused_when_it_is_saved(tmp_path, bad, k
 
 
 def test_a_client_state_that_is_too_deep_is_refused_by_its_path(tmp_path):
-    _, state = tiny(w=torch.ones(3))
+    _, state = checkpoints.tiny(w=torch.ones(3))
     deep = []
     for _ in range(2000):
         deep = [deep]

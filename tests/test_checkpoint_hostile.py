@@ -1,4 +1,6 @@
-"""Inputs of somebody who means harm, checkpoints with a right seal among them: each is refused in one sentence, without memory, without time, without code."""
+"""Inputs of somebody who means harm, checkpoints with a right seal among them: each is refused in one sentence, without
+memory, without time, without code.
+"""
 
 from __future__ import annotations
 
@@ -73,10 +75,22 @@ def test_a_missing_chunk_of_an_imported_tree_is_named(tried):
     assert "'params.a'" in text and "{1, 1}" in text and "missing" in text, text
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"counts": {"train_step": 3}}, "train_step"), ({"counts": {"__class__": 1}}, "__class__"), ({"counts": {"micro_steps": "3"}}, "micro_steps"), ({"counts": {"micro_steps": -1}}, "micro_steps"),
-    ({"counts": [1]}, "counts"), ({"buffers": {"running": 3}}, "running"), ({"buffers": [1]}, "buffers"), ({"k": "2"}, "k"), ({"taken": None}, "taken"), (None, "its form"), ([1], "its form"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"counts": {"train_step": 3}}, "train_step"),
+        ({"counts": {"__class__": 1}}, "__class__"),
+        ({"counts": {"micro_steps": "3"}}, "micro_steps"),
+        ({"counts": {"micro_steps": -1}}, "micro_steps"),
+        ({"counts": [1]}, "counts"),
+        ({"buffers": {"running": 3}}, "running"),
+        ({"buffers": [1]}, "buffers"),
+        ({"k": "2"}, "k"),
+        ({"taken": None}, "taken"),
+        (None, "its form"),
+        ([1], "its form"),
+    ],
+)
 def test_load_checkpoint_sets_what_an_engine_knows_alone(tmp_path, change, named):
     engine, *_ = deepspeed.initialize(
         model=torch.nn.Linear(3, 2),

@@ -1,4 +1,6 @@
-"""Ranks that are killed: what is on disk then is the checkpoint before or the new one, whole, and the run goes on with the same bits."""
+"""Ranks that are killed: what is on disk then is the checkpoint before or the new one, whole, and the run goes on with
+the same bits.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ from funczero.testing import tree_hash
 
 OLD, NEW = 2, 4
 BOTH, REPLACED, PRUNED = {"2": OLD, "4": NEW}, {"2": NEW}, {"4": NEW}
-# The point, who dies, what is found (name: step), and how the world is. `tcp`: its store dies with rank 0. Without `quick` the pulse is the product's own.
-# `poll`: the others ask at step boundaries instead of waiting.
-# `signal`: how a rank falls silent. "absent" has died before the others save, "unread" before they restore: their patience for one that is late is 60 s.
+# The point, who dies, what is found (name: step), and how the world is. `tcp`: its store dies with rank 0. Without
+# `quick` the pulse is the product's own. `poll`: the others ask at step boundaries instead of waiting. `signal`: how a
+# rank falls silent. "absent" has died before the others save, "unread" before they restore: their patience for one that
+# is late is 60 s.
 POINTS = [
     ("asked", [0], {"2": OLD}, {"tcp": True}),
     ("asked", [1], {"2": OLD}, {"tcp": True, "quick": False}),
@@ -55,9 +58,8 @@ POINTS = [
 
 def name_of(case):
     point, victims, _, more = case
-    return (
-        f"{point}-{''.join(map(str, victims))}{''.join('-' + k for k in more if k in ('tcp', 'quick', 'poll', 'signal'))}"
-    )
+    world = [k for k in more if k in ("tcp", "quick", "poll", "signal")]
+    return "-".join([point, "".join(map(str, victims)), *world])
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,9 @@ def clean(directory, names):
 
 
 def test_one_that_dies_before_its_first_call_is_missed_at_once(tmp_path):
-    """It joined a world that somebody else made, built its step and nothing more; the others' patience is the product's own 60 s."""
+    """It joined a world that somebody else made, built its step and nothing more; the others' patience is the product's
+    own 60 s.
+    """
     step = checkpoints.make(CHAIN, 1)
     with Checkpointer(tmp_path / "run", step=step) as ck:
         ck.save(step.init(zoo.params(), key=7), 0)

@@ -1,4 +1,6 @@
-"""inspect, verify, diff, export and import, as a new user types them; and a checkpoint of the first version, which stays readable."""
+"""inspect, verify, diff, export and import, as a new user types them; and a checkpoint of the first version, which
+stays readable.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +183,9 @@ def golden_step():
 
 
 def write_golden(directory):
-    """`run_world(2, write_golden, path)` wrote the files under tests/golden/checkpoint with version 0.1.0; they are never written again."""
+    """`run_world(2, write_golden, path)` wrote the files under tests/golden/checkpoint with version 0.1.0; they are
+    never written again.
+    """
     make, params = golden_step()
     step = make(2)
     state = step.init(params, key=3)

@@ -17,51 +17,130 @@ from funczero.deepspeed.config.options import OPTIMIZERS, SCHEDULERS
 COUNT, WORLD = 1000, 2
 BASES = [
     {
-        "train_batch_size": 8, "gradient_accumulation_steps": 1, "optimizer": {"type": "Adam", "params": {"lr": 0.00015}},
-        "fp16": {"enabled": True}, "zero_optimization": {"stage": 1},
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "Adam", "params": {"lr": 0.00015}},
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
     },
     {
-        "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0, "steps_per_print": 10, "wall_clock_breakdown": False,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10,
+        "wall_clock_breakdown": False,
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}},
-        "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 100, "warmup_num_steps": 10, "warmup_max_lr": 3e-4, "warmup_type": "linear"}},
-        "bf16": {"enabled": True}, "communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": True, "contiguous_gradients": True, "offload_optimizer": {"device": "none", "pin_memory": True}},
-        "checkpoint": {"tag_validation": "Fail", "parallel_write": {"pipeline_stage": False}}, "tensorboard": {"enabled": False, "output_path": "logs"},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {"total_num_steps": 100, "warmup_num_steps": 10, "warmup_max_lr": 3e-4, "warmup_type": "linear"},
+        },
+        "bf16": {"enabled": True},
+        "communication_data_type": "bf16",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": 5e8,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "offload_optimizer": {"device": "none", "pin_memory": True},
+        },
+        "checkpoint": {"tag_validation": "Fail", "parallel_write": {"pipeline_stage": False}},
+        "tensorboard": {"enabled": False, "output_path": "logs"},
     },
     {
-        "train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4, "prescale_gradients": False, "gradient_allreduce_op": "mean",
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 4,
+        "prescale_gradients": False,
+        "gradient_allreduce_op": "mean",
         "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "nesterov": True}},
-        "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3, "cycle_first_step_size": 100, "cycle_momentum": False}},
+        "scheduler": {
+            "type": "OneCycle",
+            "params": {
+                "cycle_min_lr": 1e-4,
+                "cycle_max_lr": 1e-3,
+                "cycle_first_step_size": 100,
+                "cycle_momentum": False,
+            },
+        },
         "fp16": {"enabled": False, "loss_scale": 0, "initial_scale_power": 12, "hysteresis": 2, "min_loss_scale": 1},
-        "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 1e9, "stage3_param_persistence_threshold": 1e4, "sub_group_size": 1e9},
-        "activation_checkpointing": {"partition_activations": False, "profile": False}, "timers": {"throughput": {"enabled": True}},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_max_live_parameters": 1e9,
+            "stage3_param_persistence_threshold": 1e4,
+            "sub_group_size": 1e9,
+        },
+        "activation_checkpointing": {"partition_activations": False, "profile": False},
+        "timers": {"throughput": {"enabled": True}},
     },
     {
-        "train_batch_size": 4, "optimizer": {"type": "RMSprop", "params": {"alpha": 0.9, "centered": True}}, "scheduler": {"type": "StepLR", "params": {"step_size": 10, "gamma": 0.5}},
-        "comms_logger": {"enabled": False, "prof_ops": []}, "aio": {"block_size": 1048576, "queue_depth": 8}, "flops_profiler": {"enabled": False, "module_depth": -1},
+        "train_batch_size": 4,
+        "optimizer": {"type": "RMSprop", "params": {"alpha": 0.9, "centered": True}},
+        "scheduler": {"type": "StepLR", "params": {"step_size": 10, "gamma": 0.5}},
+        "comms_logger": {"enabled": False, "prof_ops": []},
+        "aio": {"block_size": 1048576, "queue_depth": 8},
+        "flops_profiler": {"enabled": False, "module_depth": -1},
     },
-]  # fmt: skip
+]
 WRONG = {
-    "flag": ["yes", "true", 1, [], {}, None], "int": ["3", 2.5, True, [], {}, "many"], "number": ["0.1", True, [], {}, "1e-4x"], "text": [3, True, [], {}],
-    "pair": [0.9, [0.9], ["a", "b"], [0.9, True], {}], "list": [3, "x", True], "rate": ["0.1", True, [0.1, 0.2], {}], "off": [True, {"enabled": True}, "on", 1],
-}  # fmt: skip
+    "flag": ["yes", "true", 1, [], {}, None],
+    "int": ["3", 2.5, True, [], {}, "many"],
+    "number": ["0.1", True, [], {}, "1e-4x"],
+    "text": [3, True, [], {}],
+    "pair": [0.9, [0.9], ["a", "b"], [0.9, True], {}],
+    "list": [3, "x", True],
+    "rate": ["0.1", True, [0.1, 0.2], {}],
+    "off": [True, {"enabled": True}, "on", 1],
+}
 PAIRS = [  # contradictions and values that fit nowhere: what to write, the path that the message names
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "bf16.enabled"),
     ({"bf16": {"enabled": True}, "bfloat16": {"enabled": True}}, "bfloat16"),
     ({"zero_optimization": {"stage": 3}, "gradient_allreduce_op": "sum"}, "gradient_allreduce_op"),
-    ({"bf16": {"enabled": True}, "fp16": {"enabled": False}, "data_types": {"param_dtype": "fp16"}}, "data_types.param_dtype"),
-    ({"zero_optimization": {"stage": 2, "cpu_offload": False, "offload_optimizer": {"device": "none"}}}, "zero_optimization.offload_optimizer.device"),
-    ({"zero_optimization": {"stage": 3, "param_persistence_threshold": 10, "stage3_param_persistence_threshold": 10}}, "zero_optimization.stage3_param_persistence_threshold"),
+    (
+        {"bf16": {"enabled": True}, "fp16": {"enabled": False}, "data_types": {"param_dtype": "fp16"}},
+        "data_types.param_dtype",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "cpu_offload": False, "offload_optimizer": {"device": "none"}}},
+        "zero_optimization.offload_optimizer.device",
+    ),
+    (
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "param_persistence_threshold": 10,
+                "stage3_param_persistence_threshold": 10,
+            }
+        },
+        "zero_optimization.stage3_param_persistence_threshold",
+    ),
     ({"data_parallel_size": 3}, "data_parallel_size"),
     ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1.0}}}, "optimizer.params.max_grad_norm"),
-    ({"fp16": {"enabled": False}, "bf16": {"enabled": False}, "zero_optimization": {"stage": 3}, "communication_data_type": "fp16"}, "communication_data_type"),
-    ({"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}, "train_batch_size"),
+    (
+        {
+            "fp16": {"enabled": False},
+            "bf16": {"enabled": False},
+            "zero_optimization": {"stage": 3},
+            "communication_data_type": "fp16",
+        },
+        "communication_data_type",
+    ),
+    (
+        {"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2},
+        "train_batch_size",
+    ),
     ({"zero_optimization": {"stage": 5}}, "zero_optimization.stage"),
     ({"gradient_clipping": -1.0}, "gradient_clipping"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "exp"}}}, "scheduler.params.warmup_type"),
-    ({"scheduler": {"type": "OneCycleLR", "params": {"max_lr": 1.0, "total_steps": 10}}, "optimizer": {"type": "SGD"}}, "scheduler.type"),
+    (
+        {
+            "scheduler": {"type": "OneCycleLR", "params": {"max_lr": 1.0, "total_steps": 10}},
+            "optimizer": {"type": "SGD"},
+        },
+        "scheduler.type",
+    ),
     ({"optimizer": {"type": "Adam", "params": {"betas": [0.9, 1.0]}}}, "optimizer.params.betas"),
-]  # fmt: skip
+]
 
 
 def loss(params, batch):
@@ -250,26 +329,65 @@ def test_no_broken_config_is_accepted(tmp_path, part):
 N = 20_000
 DEEP = "it does not parse: blocks are nested more than 32 deep; write JSON (comments and trailing commas may stay)"
 FILES = {  # text, what is said
-    "keys that are escaped": ("{" + ",".join(f'"\\u0078{i}": 1' for i in range(N)) + "}", "c.json:1: x0: there is no such key in the top level; delete it, or write one of "),
-    "keys that are not": ("{" + ",".join(f'"x{i}": 1' for i in range(N)) + "}", "c.json:1: x0: there is no such key in the top level; delete it, or write one of "),
-    "the same key": ("{" + ",".join('"fp16": {}' for _ in range(N)) + "}", "c.json:1: fp16: it stands twice, here and on line 1; delete one of the two"),
+    "keys that are escaped": (
+        "{" + ",".join(f'"\\u0078{i}": 1' for i in range(N)) + "}",
+        "c.json:1: x0: there is no such key in the top level; delete it, or write one of ",
+    ),
+    "keys that are not": (
+        "{" + ",".join(f'"x{i}": 1' for i in range(N)) + "}",
+        "c.json:1: x0: there is no such key in the top level; delete it, or write one of ",
+    ),
+    "the same key": (
+        "{" + ",".join('"fp16": {}' for _ in range(N)) + "}",
+        "c.json:1: fp16: it stands twice, here and on line 1; delete one of the two",
+    ),
     "blocks in blocks": ('{"a":' * N + "1" + "}" * N, f"c.json:1: {DEEP}"),
     "blocks without an end": ('{"a":' * N, f"c.json:1: {DEEP}"),
     "lists in lists": ('{"a":' + "[" * N + "]" * N + "}", f"c.json:1: {DEEP}"),
-    "a key without an end": ('{"' + "x" * 10**6 + '": 1}', "c.json:1: it does not parse: a key of 1000000 characters; write JSON"),
-    "a value without an end": ('{"a": n' + "," * 10**6, "c.json:1: it does not parse: a value without quotes of more than 4096 characters; write JSON"),
-    "digits without an end": ('{"train_batch_size": ' + "9" * 10**6 + "}", "c.json:1: it does not parse: a value without quotes of more than 4096 characters; write JSON"),
+    "a key without an end": (
+        '{"' + "x" * 10**6 + '": 1}',
+        "c.json:1: it does not parse: a key of 1000000 characters; write JSON",
+    ),
+    "a value without an end": (
+        '{"a": n' + "," * 10**6,
+        "c.json:1: it does not parse: a value without quotes of more than 4096 characters; write JSON",
+    ),
+    "digits without an end": (
+        '{"train_batch_size": ' + "9" * 10**6 + "}",
+        "c.json:1: it does not parse: a value without quotes of more than 4096 characters; write JSON",
+    ),
     "many digits": ('{"train_batch_size": ' + "9" * 4000 + "}", "c.json:1: train_batch_size: 99999"),
-    "an exponent": ('{"train_batch_size": 1e999}', "c.json:1: it does not parse: a number that is too large; write JSON"),
-    "comments without an end": ('{"train_batch_size": 8}' + "/* x" * 10**5, "c.json: it does not parse: it ends within a comment or a text; close it"),
-    "a text without an end": ("{a:\n'''" + "x" * 10**6, "c.json:2: it does not parse: Bad multiline string; write JSON"),
+    "an exponent": (
+        '{"train_batch_size": 1e999}',
+        "c.json:1: it does not parse: a number that is too large; write JSON",
+    ),
+    "comments without an end": (
+        '{"train_batch_size": 8}' + "/* x" * 10**5,
+        "c.json: it does not parse: it ends within a comment or a text; close it",
+    ),
+    "a text without an end": (
+        "{a:\n'''" + "x" * 10**6,
+        "c.json:2: it does not parse: Bad multiline string; write JSON",
+    ),
     "texts on lines": ("{" + "a:'''x'''\n" * N + "}", "c.json:2: a: it stands twice"),
-    "texts on a long line": ("{" + "".join(f"a{i}:'''x''' " for i in range(N)), "c.json:1: it does not parse: a text in three quotes behind more than 256 characters of its line"),
-    "more than a megabyte": ("{" + " " * (1 << 20) + "}", "c.json: it has more than 1048576 bytes, and no config is so long; write the path of a ds_config.json"),
-    "what a terminal obeys": ('{"train_batch_size": 8, "\\u001b]0;x\\u0007\\u202e\\ud800": 1}', "c.json:1: \\x1b]0;x\\x07\\u202e\\ud800: there is no such key"),
-    "a value that a terminal obeys": ('{"train_batch_size": "\\u001b[31m"}', 'c.json:1: train_batch_size: "\\u001b[31m" is not a whole number'),
+    "texts on a long line": (
+        "{" + "".join(f"a{i}:'''x''' " for i in range(N)),
+        "c.json:1: it does not parse: a text in three quotes behind more than 256 characters of its line",
+    ),
+    "more than a megabyte": (
+        "{" + " " * (1 << 20) + "}",
+        "c.json: it has more than 1048576 bytes, and no config is so long; write the path of a ds_config.json",
+    ),
+    "what a terminal obeys": (
+        '{"train_batch_size": 8, "\\u001b]0;x\\u0007\\u202e\\ud800": 1}',
+        "c.json:1: \\x1b]0;x\\x07\\u202e\\ud800: there is no such key",
+    ),
+    "a value that a terminal obeys": (
+        '{"train_batch_size": "\\u001b[31m"}',
+        'c.json:1: train_batch_size: "\\u001b[31m" is not a whole number',
+    ),
     "what hjson places behind itself": ("{ab:'''x\n''' }", "c.json:1: ab: there is no such key"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)

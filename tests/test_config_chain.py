@@ -124,9 +124,16 @@ def test_sums_in_a_narrow_dtype_are_asked_for_and_said():
 
 
 TYPES = {
-    "Adam": ({}, "adamw"), "adam": ({"adam_w_mode": False}, "adam"), "ADAMW": ({"adam_w_mode": False}, "adamw"), "Lion": ({}, "lion"), "Adagrad": ({}, "adagrad"),
-    "SGD": ({"momentum": 0.9, "nesterov": True}, "sgd"), "RMSprop": ({"alpha": 0.9}, "rmsprop"), "NAdam": ({"betas": [0.8, 0.9]}, "nadam"), "Rprop": ({"etas": [0.4, 1.1]}, "rprop"),
-}  # fmt: skip
+    "Adam": ({}, "adamw"),
+    "adam": ({"adam_w_mode": False}, "adam"),
+    "ADAMW": ({"adam_w_mode": False}, "adamw"),
+    "Lion": ({}, "lion"),
+    "Adagrad": ({}, "adagrad"),
+    "SGD": ({"momentum": 0.9, "nesterov": True}, "sgd"),
+    "RMSprop": ({"alpha": 0.9}, "rmsprop"),
+    "NAdam": ({"betas": [0.8, 0.9]}, "nadam"),
+    "Rprop": ({"etas": [0.4, 1.1]}, "rprop"),
+}
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -184,9 +191,13 @@ def test_fp16_keys_are_the_golden_machine_through_a_whole_chain(case, stage):
     """Stage 0 too, where DeepSpeed has another machine. raise_error_at_min_scale is no key of the file."""
     p = case["params"]
     fp16 = {
-        "enabled": True, "initial_scale_power": p["init_scale"].bit_length() - 1, "loss_scale_window": p["scale_window"], "min_loss_scale": p["min_scale"],
-        "hysteresis": p["delayed_shift"], "consecutive_hysteresis": p["consecutive_hysteresis"],
-    }  # fmt: skip
+        "enabled": True,
+        "initial_scale_power": p["init_scale"].bit_length() - 1,
+        "loss_scale_window": p["scale_window"],
+        "min_loss_scale": p["min_scale"],
+        "hysteresis": p["delayed_shift"],
+        "consecutive_hysteresis": p["consecutive_hysteresis"],
+    }
     config = {"train_batch_size": 8, **SGD, "fp16": fp16, "zero_optimization": {"stage": stage}}
     chain, c = fz.from_deepspeed(config, linear, world=1)
     step = fz.train_step(*chain, **c.arguments)
@@ -278,24 +289,42 @@ def test_every_offload_and_zeropp_key_is_refused_by_name():
 
 # --- lr == schedule(updates) ------------------------------------------------------------------------------------------
 KINDS = {
-    "WarmupLR": {"warmup_num_steps": 4, "warmup_min_lr": 1e-4}, "WarmupDecayLR": {"warmup_num_steps": 3, "total_num_steps": 7, "warmup_type": "linear"},
-    "WarmupCosineLR": {"warmup_num_steps": 3, "total_num_steps": 7}, "OneCycle": {"cycle_min_lr": 1e-3, "cycle_max_lr": 1e-2, "cycle_first_step_size": 2, "decay_step_size": 2, "decay_lr_rate": 0.5},
-    "LRRangeTest": {"lr_range_test_step_size": 3, "lr_range_test_staircase": True}, "StepLR": {"step_size": 2}, "CosineAnnealingLR": {"T_max": 5},
-    "CyclicLR": {"base_lr": 1e-3, "max_lr": 1e-2, "step_size_up": 2, "cycle_momentum": False}, "MultiStepLR": {"milestones": [1, 4]},
-}  # fmt: skip
+    "WarmupLR": {"warmup_num_steps": 4, "warmup_min_lr": 1e-4},
+    "WarmupDecayLR": {"warmup_num_steps": 3, "total_num_steps": 7, "warmup_type": "linear"},
+    "WarmupCosineLR": {"warmup_num_steps": 3, "total_num_steps": 7},
+    "OneCycle": {
+        "cycle_min_lr": 1e-3,
+        "cycle_max_lr": 1e-2,
+        "cycle_first_step_size": 2,
+        "decay_step_size": 2,
+        "decay_lr_rate": 0.5,
+    },
+    "LRRangeTest": {"lr_range_test_step_size": 3, "lr_range_test_staircase": True},
+    "StepLR": {"step_size": 2},
+    "CosineAnnealingLR": {"T_max": 5},
+    "CyclicLR": {"base_lr": 1e-3, "max_lr": 1e-2, "step_size_up": 2, "cycle_momentum": False},
+    "MultiStepLR": {"milestones": [1, 4]},
+}
 
 
 @settings(max_examples=40)
 @given(
-    kind=st.sampled_from(sorted(KINDS)), optimizer=st.sampled_from(["Adam", "SGD", "Lion", "RMSprop"]), stage=st.integers(0, 3), k=st.sampled_from([1, 2, 4]),
-    applied=st.lists(st.booleans(), min_size=1, max_size=9), resume=st.integers(0, 9),
-)  # fmt: skip
+    kind=st.sampled_from(sorted(KINDS)),
+    optimizer=st.sampled_from(["Adam", "SGD", "Lion", "RMSprop"]),
+    stage=st.integers(0, 3),
+    k=st.sampled_from([1, 2, 4]),
+    applied=st.lists(st.booleans(), min_size=1, max_size=9),
+    resume=st.integers(0, 9),
+)
 def test_the_rate_is_the_schedule_at_the_applied_updates(kind, optimizer, stage, k, applied, resume):
     """Whatever is accumulated, skipped, and resumed in a step built anew from the state alone."""
     config = {
-        "train_batch_size": 8, "gradient_accumulation_steps": k, "zero_optimization": {"stage": stage}, "optimizer": {"type": optimizer, "params": {"lr": 0.01}},
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": k,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": optimizer, "params": {"lr": 0.01}},
         "scheduler": {"type": kind, "params": KINDS[kind]},
-    }  # fmt: skip
+    }
     make = lambda: (lambda built: (fz.train_step(*built[0], **built[1].arguments), ds.rates_of(built[1]).lr))(
         fz.from_deepspeed(config, linear, world=1)
     )
@@ -317,7 +346,9 @@ def mean_loss(params, batch):
 
 
 def faces(world_rows=8, k=2):
-    """By stage and precision: one hash of the functional chain, one of the pullback's, which takes a micro-batch a call."""
+    """By stage and precision: one hash of the functional chain, one of the pullback's, which takes a micro-batch a
+    call.
+    """
     out = []
     g = torch.Generator().manual_seed(0)
     data = [{"x": torch.randn(world_rows, 6, generator=g), "y": torch.randn(world_rows, generator=g)} for _ in range(3)]

@@ -1,4 +1,6 @@
-"""The page's config, and bf16 ZeRO-2 with accumulation, clipping and WarmupDecayLR: the training script's losses are plain torch's."""
+"""The page's config, and bf16 ZeRO-2 with accumulation, clipping and WarmupDecayLR: the training script's losses are
+plain torch's.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,17 @@ PAGE = {
     "fp16": {"enabled": True}, "zero_optimization": True,
 }  # fmt: skip
 BF16 = {
-    "train_batch_size": 16, "gradient_accumulation_steps": 4, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "weight_decay": 0.1}},
-    "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 14, "warmup_num_steps": 4, "warmup_max_lr": 1e-2}},
-    "gradient_clipping": 0.5, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2},
-}  # fmt: skip
+    "train_batch_size": 16,
+    "gradient_accumulation_steps": 4,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {"total_num_steps": 14, "warmup_num_steps": 4, "warmup_max_lr": 1e-2},
+    },
+    "gradient_clipping": 0.5,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 2},
+}
 
 
 def start(text, name, *flags, config=None):
@@ -52,9 +61,11 @@ def losses(text, name, run):
 
 
 def plain(gpt, text, batch_size, micros, dtype, clip, lr, scale=0.0, **adamw):
-    """Unsharded torch: float32 masters, autograd in dtype, torch's AdamW with its grad_scale; (loss, lr, applied) of every update.
+    """Unsharded torch: float32 masters, autograd in dtype, torch's AdamW with its grad_scale; (loss, lr, applied) of
+    every update.
 
-    Micro-batches are added in pairs: a sum rounded otherwise in float32 tips a 16-bit weight now and then, and the loss by 1e-5.
+    Micro-batches are added in pairs: a sum rounded otherwise in float32 tips a 16-bit weight now and then, and the loss
+    by 1e-5.
     """
     corpus, _ = fz.data.load([str(text)])
     flat, spec = torch.utils._pytree.tree_flatten(gpt.init(0, gpt.Sizes(**SIZES)))

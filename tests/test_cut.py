@@ -137,12 +137,14 @@ def test_a_threshold_holds_where_a_function_says_nothing():
 
 
 REFUSED = {
-    "shard('data'): rules=rule gave 'data' for parameter 'w' of shape (4, 3); return a P, as P('data'), or None for the default": (TypeError, "data", {}),
-    "shard('data'): Rows(dim=2) cuts dim 2, but parameter 'w' has shape (4, 3); write a dim it has": (ValueError, Rows(2), {}),
-    "shard('data'): Rows(dim=-1) cuts dim -1, but parameter 'w' has shape (4, 3); write a dim it has": (ValueError, Rows(-1), {}),
-    "shard('data'): rule Rows(dim=0) cuts dim 0 of 'w' over 'data', but an outer bracket's rule says otherwise; change one of them": (
-        ValueError, Rows(0), {"node": Rules((("w", P("node", "data")),))},
-    ),
+    "shard('data'): rules=rule gave 'data' for parameter 'w' of shape (4, 3);"
+    " return a P, as P('data'), or None for the default": (TypeError, "data", {}),
+    "shard('data'): Rows(dim=2) cuts dim 2, but parameter 'w' has shape (4, 3);"
+    " write a dim it has": (ValueError, Rows(2), {}),
+    "shard('data'): Rows(dim=-1) cuts dim -1, but parameter 'w' has shape (4, 3);"
+    " write a dim it has": (ValueError, Rows(-1), {}),
+    "shard('data'): rule Rows(dim=0) cuts dim 0 of 'w' over 'data', but an outer bracket's rule says otherwise;"
+    " change one of them": (ValueError, Rows(0), {"node": Rules((("w", P("node", "data")),))}),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Batches of a dataset are a function of (seed, step): for any world, any worker, and a run that is resumed anywhere."""
+"""Batches of a dataset are a function of (seed, step): for any world, any worker, and a run resumed anywhere."""
 
 from __future__ import annotations
 
@@ -120,7 +120,10 @@ def test_a_row_is_an_int_that_travels():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_resumes_on_the_exact_next_batch(workers):
-    """Thirteen items in fours: steps 0-3 are the first epoch, 4-7 the second. Every position, mid-epoch and at its end."""
+    """Thirteen items in fours: steps 0-3 are the first epoch, 4-7 the second.
+
+    Every position, mid-epoch and at its end.
+    """
     dataset, batches = Noisy(13), Batches(13, 4, seed=1, last="short")
     whole = [collated(dataset, batches[step]) for step in range(9)]
     for step in range(9) if not workers else (0, 2, 4, 7):
@@ -177,7 +180,9 @@ def test_a_rank_loads_its_rows_alone(run_world, world, name, last):
 
 
 def trained(steps, resume, stream):
-    """In a rank: the parameters after `steps` updates of four micro-batches, with a fresh loader at every step in `resume`."""
+    """In a rank: the parameters after `steps` updates of four micro-batches, with a fresh loader at every step in
+    `resume`.
+    """
     step = fz.train_step(
         fz.shard("data", g, fz.accumulate(4 // torch.distributed.get_world_size(), stream=stream), sgd),
         mesh={"data": -1},
@@ -222,9 +227,8 @@ def test_a_streamed_window_resumes_within():
 
 WRONG = {
     "Batches: the dataset is empty (items=0); give one that holds at least one item": lambda: Batches(0, 4),
-    "Batches: 3 items are fewer than one batch of 8 rows, and last='drop' would drop them all; write last='pad' or last='short', or at most rows=3": lambda: Batches(
-        3, 8
-    ),
+    "Batches: 3 items are fewer than one batch of 8 rows, and last='drop' would drop them all;"
+    " write last='pad' or last='short', or at most rows=3": lambda: Batches(3, 8),
     "Batches: last='keep' is none of 'drop', 'pad', 'short'; 'drop' leaves an epoch's last short batch out": (
         lambda: Batches(9, 8, last="keep")
     ),
@@ -239,10 +243,10 @@ WRONG = {
         lambda: Batches(9, 4).at(0, stop=-1)
     ),
     "Batches: step=-2 is not a whole number of at least 0; write an int such as 1": lambda: Batches(9, 4)[-2],
-    "Batches: these go on without end; write batches.at(state, stop=steps) for some with a length": lambda: len(
-        Batches(9, 4)
+    "Batches: these go on without end; write batches.at(state, stop=steps) for some with a length": (
+        lambda: len(Batches(9, 4))
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", WRONG)

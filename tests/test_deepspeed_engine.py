@@ -1,4 +1,4 @@
-"""The engine is the chain: bit for bit at every stage; and its moments, windows and refusals."""
+"""The engine is the chain: bit for bit at every stage; and its windows, and the user's module in it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from torch import nn
+from engines import DTYPES, WARM, Net, Norm, a, b, c, close, config, gradient, make, moved, rows
 from torch.func import functional_call
 
 import funczero as fz
@@ -14,66 +14,6 @@ import funczero.deepspeed as deepspeed
 from funczero import tree
 from funczero.layout.mesh import world_size
 from funczero.testing import tree_hash
-
-ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}}
-WARM = {
-    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-2, "warmup_min_lr": 1e-3}}
-}
-PRECISIONS = {
-    "fp32": {},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}},
-    "bf16": {"bf16": {"enabled": True}},
-}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
-
-    def forward(self, x):
-        return x + torch.tanh(self.b(torch.tanh(self.a(x))))
-
-
-class Net(nn.Module):
-    def __init__(self, blocks=3, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
-        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
-        self.scale = nn.Parameter(torch.ones(()))
-        self.last.bias.requires_grad_(False)
-
-    def forward(self, x):
-        x = self.first(x)
-        for b in self.blocks:
-            x = b(x)
-        return self.last(x) * self.scale
-
-
-def config(stage=0, k=1, precision="fp32", micro=4, **more):
-    zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10}}
-    return {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": k,
-        **zero,
-        **PRECISIONS[precision],
-        **({} if "optimizer" in more else ADAM),
-        **more,
-    }
-
-
-def rows(n, updates, k, dtype, bad=()):
-    """Micro-batches of every update for this rank: of one global batch, dealt by hand."""
-    g = torch.Generator().manual_seed(5)
-    out = []
-    for u in range(updates):
-        x, y = torch.randn(n, 4, generator=g), torch.randint(3, (n,), generator=g)
-        if u in bad:
-            x[0, 0] = torch.inf
-        out.append({"x": x.to(dtype), "y": y})
-    return out
 
 
 def through_the_engine(stage, k, precision, updates=6, bad=(), edit=None):
@@ -187,38 +127,7 @@ def test_leaving_the_engine_in_mid_window_is_one_line(run_world, stage):
     assert mine == theirs and schedule
 
 
-# --- windows ------------------------------------------------------------------------------------------------------------
-def make(stage=0, k=1, model=None, **more):
-    more = {"gradient_clipping": 0, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}, **more}
-    return deepspeed.initialize(model=Net() if model is None else model, config=config(stage, k, **more))[0]
-
-
-def data(n=4, seed=3):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 4, generator=g), torch.randint(3, (n,), generator=g)
-
-
-def gradient(*weighted):
-    """Plain torch's gradient of a weighted sum of losses, by name."""
-    net = Net()
-    sum(w * F.cross_entropy(net(x), y) for w, (x, y) in weighted).backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
-
-
-def moved(engine):
-    """What the update took away, with lr 1: the gradient."""
-    start = dict(Net().named_parameters())
-    return {n: start[n].detach() - x for n, x in engine.module.state_dict().items()}
-
-
-def close(a, b):
-    for n in b:
-        torch.testing.assert_close(a[n], b[n], rtol=1e-5, atol=1e-6)
-
-
-a, b, c = data(seed=1), data(seed=2), data(seed=3)
-
-
+# --- windows ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stage", range(4))
 def test_two_backwards_before_one_step_add_up(stage):
     engine = make(stage)
@@ -325,19 +234,6 @@ def test_at_stage_3_the_users_module_is_the_engines_and_is_closed_outside_of_its
         net.scale + 1
 
 
-class Norm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2))
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, x):
-        for f in self.layers:
-            x = self.drop(f(x))
-        return x
-
-
 @pytest.mark.parametrize("stage", range(4))
 def test_buffers_are_state_and_dropout_draws_as_in_plain_torch(stage):
     net, plain = Norm(), Norm()
@@ -351,119 +247,3 @@ def test_buffers_are_state_and_dropout_draws_as_in_plain_torch(stage):
         and net.layers[0][1].num_batches_tracked == 2
     )
     assert torch.equal(engine.eval()(a[0]), plain.eval()(a[0])) and engine.train() is engine
-
-
-# --- refusals -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", range(4))
-def test_misuse_gets_one_sentence(stage):
-    engine = make(stage)
-    old, older = F.cross_entropy(engine(a[0]), a[1]), F.cross_entropy(engine(a[0]), a[1])
-    with pytest.raises(
-        RuntimeError,
-        match=(
-            r"^engine.step: engine.backward\(loss\) was not called since the last engine.step\(\); call it for every"
-            r" micro-batch, before step$"
-        ),
-    ):
-        engine.step()
-    F.cross_entropy(engine(a[0]), a[1]).backward()
-    with pytest.raises(
-        RuntimeError,
-        match=(
-            r"^engine.step: parameter '.*' has a .grad, so loss.backward\(\) was called directly .*; write"
-            r" engine.backward\(loss\) instead$"
-        ),
-    ):
-        engine.step()
-    with pytest.raises(RuntimeError, match="^optimizer.step: parameter"):
-        engine.optimizer.step()
-    for p in engine.parameters():
-        p.grad = None
-    engine.backward(F.cross_entropy(engine(a[0]), a[1]))
-    with pytest.raises(RuntimeError, match='^clip_grad_norm_: .*; write "gradient_clipping" in the config'):
-        nn.utils.clip_grad_norm_(engine.parameters(), 1.0)
-    engine.step()
-    for x in older, F.cross_entropy(engine(a[0]), a[1]) + old:
-        with pytest.raises(
-            RuntimeError,
-            match=(
-                "^backward: this loss comes from a forward before the last update, and the parameters have moved since;"
-                " run engine.batch. again"
-            ),
-        ):
-            engine.backward(x)
-    with pytest.raises(
-        RuntimeError,
-        match=(
-            "^engine.backward: this loss depends on no parameter of this engine that is trained; compute it from what"
-            " engine.batch. returns"
-        ),
-    ):
-        engine.backward(torch.ones((), requires_grad=True) * 2)
-    with (
-        torch.no_grad(),
-        pytest.raises(RuntimeError, match="this loss needs no gradient; was the forward under torch.no_grad"),
-    ):
-        engine.backward(engine(a[0]).sum())
-    with pytest.raises(
-        TypeError,
-        match=(
-            r"^engine.backward: the loss is a tensor of shape \(4, 3\) and torch.float32; give one floating 0-d tensor"
-        ),
-    ):
-        engine.backward(engine(a[0]))
-    assert engine.optimizer.zero_grad() is None and engine.zero_grad() is None and engine.optimizer.step() is None
-    if stage > 1:
-        with (
-            pytest.raises(
-                RuntimeError, match=f"^engine.no_sync: at stage {stage} gradients are sharded as they are born"
-            ),
-            engine.no_sync(),
-        ):
-            pass
-    else:
-        with engine.no_sync():
-            engine.backward(F.cross_entropy(engine(a[0]), a[1]))
-        engine.step()
-
-
-def test_a_graph_used_twice_an_unknown_attribute_and_a_write_behind_the_engine():
-    engine = make()
-    loss = F.cross_entropy(engine(a[0]), a[1])
-    engine.backward(loss)
-    with pytest.raises(
-        RuntimeError, match="this graph was used up by a backward before; write engine.backward.loss, retain_graph=True"
-    ):
-        engine.backward(loss)
-    with pytest.raises(AttributeError, match="^engine.get_learning_rate: it does not exist here; "):
-        engine.get_learning_rate()
-    with pytest.raises(
-        AttributeError, match="^engine.offload_states: it does not exist here; offload does not exist here yet"
-    ):
-        engine.offload_states()
-    assert engine.first is engine.module.first
-    with torch.no_grad():
-        engine.module.first.weight.clamp_(-0.01, 0.01)
-    with pytest.raises(
-        RuntimeError,
-        match="^engine.step: parameter 'first.weight' was written to since the last update, .*zero.GatheredParameters",
-    ):
-        engine.step()
-
-
-def test_what_initialize_cannot_honour_is_refused_by_name():
-    for kwargs, said in (
-        (dict(model=None), "it needs a model"),
-        (dict(mpu=object()), "mpu= asks for model parallelism"),
-        (dict(config=None), "no config; write config="),
-        (dict(config_params={}), "config= and config_params= both name a config"),
-        (dict(model_parameters=[nn.Parameter(torch.ones(2))]), "of shape \\(2,\\), is not one of the model's"),
-        (dict(model=make()), "this model is an engine already"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=said):
-            deepspeed.initialize(**{"model": Net(), "config": config(), **kwargs})
-    net = Net()
-    engine = make(model=net)
-    with pytest.raises(RuntimeError, match="belongs to another engine already"):
-        make(model=net)
-    assert engine.global_steps == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from test_deepspeed_engine import Net, config
+from engines import Net, config
 from torch import nn
 
 import funczero.deepspeed as deepspeed
@@ -32,7 +32,9 @@ class Layer(nn.Module):
 
 
 class Odd(nn.Module):
-    """A tied head read by its parent, a list that is run twice, a recurrent layer, a method that reads parameters, buffers."""
+    """A tied head read by its parent, a list that is run twice, a recurrent layer, a method that reads parameters,
+    buffers.
+    """
 
     def __init__(self):
         super().__init__()

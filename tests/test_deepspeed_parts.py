@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from test_deepspeed_engine import ADAM, Net, a, b, config, make
+from engines import ADAM, Net, a, b, config, make
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -58,7 +58,9 @@ def data(updates, rows):
 
 
 def against_torch(name, stage, updates=5, k=2):
-    """The engine with a client's optimizer and a scheduler, and plain torch on the whole batch: the largest difference of a parameter."""
+    """The engine with a client's optimizer and a scheduler, and plain torch on the whole batch: the largest difference
+    of a parameter.
+    """
     net, plain = Net(), Net()
     mine, theirs = CLIENTS[name](two_groups(net)), CLIENTS[name](two_groups(plain))
     decay = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1 / (1 + n))
@@ -221,7 +223,7 @@ def test_two_schedulers_are_one_too_many_and_deepspeeds_own_classes():
         OneCycle(face)
 
 
-# --- the loader ---------------------------------------------------------------------------------------------------------
+# --- the loader -------------------------------------------------------------------------------------------------------
 def epochs(stage, stop, resume, directory):
     """Items that this rank sees in two epochs, saved and loaded in between at micro-batch `stop`."""
     set_ = TensorDataset(torch.arange(22.0)[:, None].expand(22, 4).clone(), torch.zeros(22, dtype=torch.long))
@@ -288,7 +290,7 @@ def test_a_loader_of_ones_own():
         engine.set_train_batch_size(64)
 
 
-# --- smaller names ------------------------------------------------------------------------------------------------------
+# --- smaller names ----------------------------------------------------------------------------------------------------
 def whole_values(stage):
     net, plain = Net(), Net()
     engine, *_ = deepspeed.initialize(model=net, config=config(stage, 2, **{**ADAM, "gradient_clipping": 0}))

@@ -1,4 +1,6 @@
-"""Five programs as a new user writes them, at stages 0 to 3 on two processes, against plain torch on the same rows without sharding."""
+"""Five programs as a new user writes them, at stages 0 to 3 on two processes, against plain torch on the same rows
+without sharding.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ def gap(engine, net):
     return max((whole[n].double() - x.double()).abs().max().item() for n, x in net.state_dict().items())
 
 
-# --- 1: an image classifier -----------------------------------------------------------------------------------------------
+# --- 1: an image classifier -------------------------------------------------------------------------------------------
 def conv(i, o):
     return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 
@@ -99,7 +101,7 @@ def classifier(stage):
     return gap(engine, nets[comm.get_rank()])
 
 
-# --- 2: a masked-language model -------------------------------------------------------------------------------------------
+# --- 2: a masked-language model ---------------------------------------------------------------------------------------
 class Masked(nn.Module):
     def __init__(self):
         super().__init__()
@@ -144,7 +146,7 @@ def masked(stage, k=4):
     return max((masters[n] - p.detach()).abs().max().item() for n, p in net.named_parameters())
 
 
-# --- 3: a GAN ---------------------------------------------------------------------------------------------------------------
+# --- 3: a GAN ---------------------------------------------------------------------------------------------------------
 def mlp(i, h, o, seed):
     torch.manual_seed(seed)
     return nn.Sequential(
@@ -182,7 +184,7 @@ def gan(stage):
     return max(gap(d_engine, d), gap(g_engine, g))
 
 
-# --- 4: a client optimizer with a schedule of the kind of Hugging Face -----------------------------------------------------
+# --- 4: a client optimizer with a schedule of the kind of Hugging Face ------------------------------------------------
 def scheduled(stage, k=2):
     def linear(optimizer, warmup, total):
         return torch.optim.lr_scheduler.LambdaLR(
@@ -211,7 +213,7 @@ def scheduled(stage, k=2):
     return gap(engine, net)
 
 
-# --- 5: zero.Init and GatheredParameters -----------------------------------------------------------------------------------
+# --- 5: zero.Init and GatheredParameters ------------------------------------------------------------------------------
 class Deep(nn.Module):
     def __init__(self):
         super().__init__()
@@ -367,7 +369,8 @@ import torch, torch.nn.functional as F
 import funczero.deepspeed as deepspeed
 from torch import nn
 net = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
-engine, *_ = deepspeed.initialize(model=net, config={"train_batch_size": 8, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3, "param_persistence_threshold": 0}})
+zero = {"zero_optimization": {"stage": 3, "param_persistence_threshold": 0}}
+engine, *_ = deepspeed.initialize(model=net, config={"train_batch_size": 8, "optimizer": {"type": "Adam"}, **zero})
 x = torch.ones(4, 8)
 for step in range(4):
     engine.backward(engine(x).square().mean())

@@ -1,4 +1,6 @@
-"""Checkpoints of an engine: resumed anywhere with the same bits, named as a loop names them, and refused in one sentence."""
+"""Checkpoints of an engine: resumed anywhere with the same bits, named as a loop names them, and refused in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from engines import DTYPES, WARM, Net, Norm, a, config, make, rows
 from safetensors.torch import load_file
-from test_deepspeed_engine import DTYPES, WARM, Net, Norm, a, config, make, rows
 
 import funczero as fz
 import funczero.deepspeed as deepspeed
@@ -64,9 +66,16 @@ def load_run(directory, stage, updates, mid, end, precision):
     return whole(engine)
 
 
-@pytest.mark.parametrize("one,other,mid,precision", [
-    ((1, 0), (2, 3), 0, "fp32"), ((2, 3), (1, 1), 0, "bf16"), ((2, 2), (2, 2), 1, "fp16"), ((2, 3), (2, 3), 1, "fp32"), ((1, 0), (1, 0), 3, "bf16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "one,other,mid,precision",
+    [
+        ((1, 0), (2, 3), 0, "fp32"),
+        ((2, 3), (1, 1), 0, "bf16"),
+        ((2, 2), (2, 2), 1, "fp16"),
+        ((2, 3), (2, 3), 1, "fp32"),
+        ((1, 0), (1, 0), 3, "bf16"),
+    ],
+)
 def test_another_world_and_stage_goes_on_with_the_same_bits(run_world, tmp_path, one, other, mid, precision):
     there = run_world(one[0], save_run, tmp_path, one[1], 2, mid, 5, precision)
     here = run_world(other[0], load_run, tmp_path, other[1], 2, mid, 5, precision)

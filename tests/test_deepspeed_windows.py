@@ -1,4 +1,6 @@
-"""Whatever calls of backward and step make a window, its gradient is DeepSpeed's: the sum of its losses over gradient_accumulation_steps."""
+"""Whatever calls of backward and step make a window, its gradient is DeepSpeed's: the sum of its losses over
+gradient_accumulation_steps.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from test_deepspeed_engine import Net, config
+from engines import Net, config
 from torch import nn
 
 import funczero.deepspeed as deepspeed
@@ -16,7 +18,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOSSES = 6
 
 
-# A pattern is a list of calls: ("b", i, averaged) is a backward of micro-batch i, "s" a step, True and False are boundary flags.
+# A pattern is a list of calls: ("b", i, averaged) is a backward of micro-batch i, "s" a step, True and False are
+# boundary flags.
 def both(i):
     return [("b", i, True), "s"]
 
@@ -60,7 +63,9 @@ def batches(rank):
 
 
 def windows(stage, k, precision):
-    """By pattern: largest gap between what the second of two windows took away, with lr 1, and plain torch's gradient at the same weights."""
+    """By pattern: largest gap between what the second of two windows took away, with lr 1, and plain torch's gradient
+    at the same weights.
+    """
     gaps, dtype = {}, DTYPES[precision]
     for name, (calls, weights) in patterns(k).items():
         engine, *_ = deepspeed.initialize(

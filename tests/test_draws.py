@@ -1,4 +1,6 @@
-"""What a loss draws comes from its key alone, at every stage, with units and without, for functions and modules, on simulated ranks too; or it is refused."""
+"""What a loss draws comes from its key alone, at every stage, with units and without, for functions and modules, on
+simulated ranks too; or it is refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which states a step takes: its own, in any copy; none of another stage, chain or policy; and views are always those of the masters."""
+"""Which states a step takes: its own, in any copy; none of another stage, chain or policy; and views are always those
+of the masters.
+"""
 
 from __future__ import annotations
 
@@ -301,7 +303,9 @@ def test_a_derivative_through_a_step_is_refused():
 
 
 def test_worlds_of_one_are_not_alike_by_chance():
-    """At W = 1 a whole leaf and a cut one have the same shape; they are told apart all the same, so that a program means the same on any world."""
+    """At W = 1 a whole leaf and a cut one have the same shape; they are told apart all the same, so that a program
+    means the same on any world.
+    """
     assert world_size() == 1 and said(lambda: make(0)(make(3).init(zoo.params()), zoo.batch(0))).startswith(
         f"ValueError: {OTHER}its parameters lie cut (part 1 of 1 over 'data')"
     )

@@ -193,14 +193,16 @@ def test_batches_are_any_tree_of_tensors():
     assert m.loss == 6 and m.weight == 2 and step.params(state) == -1
 
 
-# --- pullback: the same chain with its leaf turned inside out -----------------------------------------------------------
+# --- pullback: the same chain with its leaf turned inside out ---------------------------------------------------------
 def mine(b, views):
     """A forward that the chain does not see; as the zoo's loss wants its leaves."""
     return zoo.loss_plain(views, b)
 
 
 def pulled(chain, k, policy):
-    """A run in which the caller computes every loss at step.view(state); k: micro-batches of a streamed window, 0 without one."""
+    """A run in which the caller computes every loss at step.view(state); k: micro-batches of a streamed window, 0
+    without one.
+    """
     step = fz.train_step(*chain, mesh=MESH, policy=policy)
     state, log = step.init(zoo.params(), key=7), []
     for t in range(zoo.UPDATES):

@@ -1,4 +1,6 @@
-"""A short form of the campaign: every hostile hostfile, config and message to a store, judged as the campaign judges them."""
+"""A short form of the campaign: every hostile hostfile, config and message to a store, judged as the campaign judges
+them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def test_no_hostile_input_does_harm(part):
 
 
 def test_the_harness_sees_what_it_looks_for(monkeypatch):
-    """A case that writes elsewhere, starts something, is accepted, raises what is not ours, or dies without a word is not "told"."""
+    """A case that writes elsewhere, starts something, is accepted, raises what is not ours, or dies without a word is
+    not "told".
+    """
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import hostile
 

@@ -1,4 +1,7 @@
-"""The launcher on real hosts: namespaces with sshd, pdsh, OpenMPI, MPICH and SLURM. `make test-launch` runs it; what is not installed is skipped by name."""
+"""The launcher on real hosts: namespaces with sshd, pdsh, OpenMPI, MPICH and SLURM.
+
+`make test-launch` runs it; what is not installed is skipped by name.
+"""
 
 from __future__ import annotations
 

@@ -149,10 +149,19 @@ def test_pdsh_gets_letters_and_digits(plan):
 
 
 COMMANDS = {
-    "openmpi": "mpirun -n 4 --host worker-1:2,worker-2:2 -wdir CWD --tag-output -x PYTHONPATH -x MASTER_ADDR -x MASTER_PORT --bind-to none python3 -u train.py a",
-    "mpich": "mpirun -n 4 -ppn 2 -hosts worker-1,worker-2 -wdir CWD -prepend-rank -genvlist PYTHONPATH,MASTER_ADDR,MASTER_PORT --bind-to none python3 -u train.py a",
-    "slurm": "srun --kill-on-bad-exit=1 --export=ALL --chdir=CWD --label --ntasks=4 --nodes=2 --ntasks-per-node=2 --nodelist=worker-1,worker-2 --bind-to none python3 -u train.py a",
-}  # fmt: skip
+    "openmpi": (
+        "mpirun -n 4 --host worker-1:2,worker-2:2 -wdir CWD --tag-output -x PYTHONPATH -x MASTER_ADDR -x MASTER_PORT"
+        " --bind-to none python3 -u train.py a"
+    ),
+    "mpich": (
+        "mpirun -n 4 -ppn 2 -hosts worker-1,worker-2 -wdir CWD -prepend-rank -genvlist"
+        " PYTHONPATH,MASTER_ADDR,MASTER_PORT --bind-to none python3 -u train.py a"
+    ),
+    "slurm": (
+        "srun --kill-on-bad-exit=1 --export=ALL --chdir=CWD --label --ntasks=4 --nodes=2 --ntasks-per-node=2"
+        " --nodelist=worker-1,worker-2 --bind-to none python3 -u train.py a"
+    ),
+}
 
 
 @pytest.mark.parametrize("launcher", COMMANDS)

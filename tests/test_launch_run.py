@@ -1,4 +1,4 @@
-"""The launcher at work on this machine: `ssh` is a program that really hands its last words to a shell, as sshd does."""
+"""The launcher at work on this machine: `ssh` is a program that hands its last words to a shell, as sshd does."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ echo "$@" >> "$SSH_LOG"
 while [ "$1" != "--" ]; do shift; done
 host="$2"; shift 2
 case "$host" in down*) echo "ssh: connect to host $host port 22: No route to host" >&2; exit 255;; esac
-cd /; exec env -i PATH="$PATH" HOME=/nowhere PYTHONPATH="$FAKE_PYTHONPATH" TMPDIR="$TMPDIR" CUDA_VISIBLE_DEVICES="" sh -c "$*"
+cd /; exec env -i PATH="$PATH" HOME=/nowhere PYTHONPATH="$FAKE_PYTHONPATH" TMPDIR="$TMPDIR" CUDA_VISIBLE_DEVICES="" \
+    sh -c "$*"
 """
 
 
 def free_port():
-    """A port that nobody has; below the range from which the system gives them to whoever connects, so that nobody gets it before the launch does."""
+    """A port that nobody has; below the range from which the system gives them to whoever connects, so that nobody gets
+    it before the launch does.
+    """
     for port in random.sample(range(20000, 32000), 100):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -115,7 +118,9 @@ def ancestors(pid):
 
 
 def marked(mark):
-    """Parents and command lines of everything that was started with a mark in its environment, by process id: seen from outside, whoever adopted it."""
+    """Parents and command lines of everything that was started with a mark in its environment, by process id: seen from
+    outside, whoever adopted it.
+    """
     found = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -195,7 +200,9 @@ HOSTILE = [*PIECES, *(f"{p}{q}" for p, q in zip(PIECES, PIECES[1:])), "x" * 5000
 
 @pytest.mark.slow
 def test_a_hundred_hostile_strings_arrive_as_they_are(world, tmp_path):
-    """Through arguments, environment, the environment file, the folder's and the script's name; the shell behind ssh sees none of them."""
+    """Through arguments, environment, the environment file, the folder's and the script's name; the shell behind ssh
+    sees none of them.
+    """
     folder = tmp_path / "a b'; touch pwned; $(touch pwned)\n\"ä"
     folder.mkdir()
     script = folder / "$(touch pwned) -x.py"
@@ -298,7 +305,10 @@ def test_the_end_of_the_launcher_ends_everything(world, number, code):
 
 
 def roles(launcher, mark):
-    """The processes of a run on one host, by what they are there for. A program that was just started has no words for a moment, so it may take a few looks."""
+    """The processes of a run on one host, by what they are there for.
+
+    A program that was just started has no words for a moment, so it may take a few looks.
+    """
     until(lambda: len(marked(mark)) == 8 and all(words for _, words in marked(mark).values()), 10)
     found, below = marked(mark), lambda pid, word: [
         p for p, (parent, words) in sorted(found.items()) if parent == pid and word in words
@@ -329,7 +339,9 @@ def roles(launcher, mark):
     ],
 )
 def test_whoever_is_killed_nothing_is_left(world, tmp_path, who):
-    """Neither the ranks, nor their children that left the session, nor a folder; and the launcher says that it was not well."""
+    """Neither the ranks, nor their children that left the session, nor a folder; and the launcher says that it was not
+    well.
+    """
     mark = f"FUNCZERO_MARK={tmp_path}"
     process = world("--num_gpus=2", SCRIPT, "daemon", hostfile=False)
     ready(process, 2)

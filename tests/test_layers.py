@@ -37,7 +37,7 @@ def total(h):
     return h.square().sum(), torch.full((), float(len(h)))
 
 
-# --- the plain loop -----------------------------------------------------------------------------------------------------
+# --- the plain loop ---------------------------------------------------------------------------------------------------
 def test_open_blocks_run_in_turn():
     p = params()
     x = want = rows()["x"] @ p["in"]
@@ -73,7 +73,7 @@ def test_x_may_be_a_tree():
     assert got["a"] == 2 and got["b"] == 4
 
 
-# --- closed parameters --------------------------------------------------------------------------------------------------
+# --- closed parameters ------------------------------------------------------------------------------------------------
 class Watched(Tape):
     """A tape that remembers itself, and which units were open in the order they were opened."""
 
@@ -224,7 +224,9 @@ def test_what_blocks_share_learns_from_all_of_them(run_world, remat):
 
 
 def odd_uses():
-    """Blocks used in another order, in part, twice, or not at all; frozen in part; a loss that opens some and reads one leaf of another."""
+    """Blocks used in another order, in part, twice, or not at all; frozen in part; a loss that opens some and reads one
+    leaf of another.
+    """
 
     def backwards(p, b):
         return total(fz.layers(block, p["blocks"][::-1], b["x"] @ p["in"]))

@@ -1,4 +1,6 @@
-"""Loss scaling is a seed: DeepSpeed's state machine, the unscaled gradient's bits, and a skip that touches nothing else."""
+"""Loss scaling is a seed: DeepSpeed's state machine, the unscaled gradient's bits, and a skip that touches nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,9 @@ def counters(state):
 
 
 def overflow_on_rank_one():
-    """By stage: what the metrics, the scaler and all other leaves say of an overflow on rank 1 alone, after one good update."""
+    """By stage: what the metrics, the scaler and all other leaves say of an overflow on rank 1 alone, after one good
+    update.
+    """
     out = []
     for stage in range(4):
         step = make(stage, fz.scale_loss(init=8.0, weight=8, hysteresis=2))
@@ -183,7 +187,7 @@ def test_a_static_scale_skips_and_never_falls_nor_raises():
     assert seen == [(False, 4.0), (False, 4.0), (True, 4.0)] and int(state.updates) == 1 and int(state.step) == 3
 
 
-# --- the unscaled gradient ----------------------------------------------------------------------------------------------
+# --- the unscaled gradient --------------------------------------------------------------------------------------------
 def trained(stage, *left, updates=5, tx=None):
     """Masters' bits, the norms, and the scales that were used."""
     step = make(stage, *left, tx=tx)
@@ -201,7 +205,9 @@ def trained(stage, *left, updates=5, tx=None):
 @pytest.mark.parametrize("tx", [(fz.adamw(1e-2),), (fz.sgd(0.5, momentum=0.9),)], ids=["adamw", "sgd"])
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_scale_leaves_no_trace_in_fp32_not_even_when_it_doubles(stage, tx):
-    """Bit for bit the weights without it (norms to their 33 bits); DeepSpeed halves the update on which its scale doubles."""
+    """Bit for bit the weights without it (norms to their 33 bits); DeepSpeed halves the update on which its scale
+    doubles.
+    """
     plain, norms, ones = trained(stage, tx=tx)
     scaled, theirs, scales = trained(stage, fz.scale_loss(init=2.0**15, window=2), tx=tx)
     assert scales == [2.0**15] * 3 + [2.0**16] * 2 and ones == [1.0] * 5

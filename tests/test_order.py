@@ -74,7 +74,9 @@ def test_a_counter_over_time_is_the_tree_over_ranks(n):
 
 @pytest.mark.parametrize(("k", "w"), [(4, 2), (2, 4), (8, 2), (2, 2)])
 def test_a_tree_of_trees_is_the_tree(k, w):
-    """k in time, then w over ranks, and the other way round: the bits of k * w at once, when the rows are dealt by index."""
+    """k in time, then w over ranks, and the other way round: the bits of k * w at once, when the rows are dealt by
+    index.
+    """
     xs = values(k * w)
     time_first = order.tree_sum(torch.stack([order.tree_sum(xs[r * k : (r + 1) * k]) for r in range(w)]))
     ranks_first = order.tree_sum(torch.stack([order.tree_sum(xs[j * w : (j + 1) * w]) for j in range(k)]))

@@ -1,4 +1,6 @@
-"""Several optimizers in one place: every leaf moves as under its own alone, at every stage and world, and its state is kept by name."""
+"""Several optimizers in one place: every leaf moves as under its own alone, at every stage and world, and its state is
+kept by name.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,13 @@ def momentum(b=0.9):
 PAIRS = {
     "adamw and sgd": lambda: (fz.adamw(1e-2, weight_decay=0.1), fz.sgd(0.1, 0.9)),
     "adamw twice": lambda: (fz.adamw(1e-2), fz.adamw(fz.schedules.warmup_cosine(3e-2, 2, 8), b1=0.5)),
-    "rules inside": lambda: (fz.adamw([("embed", 1e-3), ("", 1e-2)], weight_decay=[("w$", 0.1), ("", 0.0)]), fz.lion(1e-3)),
+    "rules inside": lambda: (
+        fz.adamw([("embed", 1e-3), ("", 1e-2)], weight_decay=[("w$", 0.1), ("", 0.0)]),
+        fz.lion(1e-3),
+    ),
     "a class of torch": lambda: (fz.from_torch("RMSprop", 1e-2), fz.adagrad(1e-2)),
     "a pair by hand": lambda: (fz.adamw(1e-2), momentum()),
-}  # fmt: skip
+}
 
 
 def trained(tx, stage=3, updates=5, donate=False, dtype="float32", units=("blocks",), left=(), frozen=None):
@@ -74,7 +79,7 @@ def hashes(name):
     return [tree_hash(masters(both(name), **kw)) for kw in variants]
 
 
-# --- the law ------------------------------------------------------------------------------------------------------------
+# --- the law ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("adamw twice", "rules inside") else n for n in PAIRS]
 )
@@ -143,7 +148,7 @@ def test_the_first_part_that_takes_a_leaf_has_it():
     assert moved == {"conv"}
 
 
-# --- state --------------------------------------------------------------------------------------------------------------
+# --- state ------------------------------------------------------------------------------------------------------------
 def test_every_part_keeps_its_own_leaves_rates_and_count_by_name():
     tx = fz.partition([("embed", fz.adamw(1e-2)), ("blocks", fz.adamw(2e-2)), ("", fz.sgd(0.1, 0.9), "rest")])
     step, state, log = trained(tx)
@@ -219,7 +224,7 @@ def test_a_partition_that_is_not_the_last_rewrites_the_gradient():
     assert [*state.chain] == ["adamw", "half", "adamw#2"]
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 def save_at(stage, directory):
     _, state, _ = trained(both("rules inside"), stage)
     step = _step(stage)
@@ -263,21 +268,53 @@ def test_a_pair_by_hand_in_a_partition_is_restored(tmp_path):
     assert len({tree_hash(s.params(s(x, s.local_rows(zoo.batch(5)))[0])) for s, x in steps}) == 1
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 SGD = fz.sgd(0.1)
 AT_INIT = {
-    "a leaf without a part": ([("blocks", SGD)], ValueError, r"partition: no part takes parameter 'embed'; end the parts with \('', optimizer\), or freeze it: fz.freeze\('embed'\)"),
-    "a regex that finds nothing": ([("haed", SGD), ("", SGD)], ValueError, "partition: sgd\\('haed'\\): the regex 'haed' matches no parameter; their paths begin with"),
-    "a predicate that finds nothing": ([(lambda p: False, SGD), ("", SGD)], ValueError, "partition: .* it takes no parameter; correct it"),
-    "a part behind one that takes its leaves": ([("", SGD), ("embed", SGD)], ValueError, "partition: sgd\\('embed'\\) has nothing, because a part before it takes 'embed'"),
-    "another tree": ([({"embed": True}, SGD), ("", SGD)], TypeError, "partition: the mask of sgd is no tree like the parameters"),
+    "a leaf without a part": (
+        [("blocks", SGD)],
+        ValueError,
+        (
+            r"partition: no part takes parameter 'embed'; end the parts with \('', optimizer\), or freeze it:"
+            r" fz.freeze\('embed'\)"
+        ),
+    ),
+    "a regex that finds nothing": (
+        [("haed", SGD), ("", SGD)],
+        ValueError,
+        "partition: sgd\\('haed'\\): the regex 'haed' matches no parameter; their paths begin with",
+    ),
+    "a predicate that finds nothing": (
+        [(lambda p: False, SGD), ("", SGD)],
+        ValueError,
+        "partition: .* it takes no parameter; correct it",
+    ),
+    "a part behind one that takes its leaves": (
+        [("", SGD), ("embed", SGD)],
+        ValueError,
+        "partition: sgd\\('embed'\\) has nothing, because a part before it takes 'embed'",
+    ),
+    "another tree": (
+        [({"embed": True}, SGD), ("", SGD)],
+        TypeError,
+        "partition: the mask of sgd is no tree like the parameters",
+    ),
     "a tied leaf twice": (
-        [(tree.unflatten([n != "head/scale" for n in NAMES], tree.flatten(zoo.params())[1]), SGD), ("", SGD)], ValueError,
+        [(tree.unflatten([n != "head/scale" for n in NAMES], tree.flatten(zoo.params())[1]), SGD), ("", SGD)],
+        ValueError,
         "partition: the mask of sgd says two things of one tied parameter, norm = head/scale; write the same",
     ),
-    "a rule of a rate that is another part's": ([("embed", fz.sgd([("conv", 0.1), ("", 0.2)])), ("", SGD)], ValueError, "sgd: lr: the rule 'conv' is found in no parameter's path"),
-    "a rate that misses a leaf of its part": ([("embed|conv", fz.sgd([("conv", 0.1)])), ("", SGD)], ValueError, "sgd: lr: no rule matches parameter 'embed'"),
-}  # fmt: skip
+    "a rule of a rate that is another part's": (
+        [("embed", fz.sgd([("conv", 0.1), ("", 0.2)])), ("", SGD)],
+        ValueError,
+        "sgd: lr: the rule 'conv' is found in no parameter's path",
+    ),
+    "a rate that misses a leaf of its part": (
+        [("embed|conv", fz.sgd([("conv", 0.1)])), ("", SGD)],
+        ValueError,
+        "sgd: lr: no rule matches parameter 'embed'",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", AT_INIT)
@@ -294,11 +331,17 @@ BUILT = {
     "a word": (lambda: fz.partition(["embed"]), "part 0 is a string; write"),
     "no optimizer": (lambda: fz.partition([("embed", 0.1)]), "part 0 has 0.1 where its optimizer stands"),
     "a factory": (lambda: fz.partition([("embed", fz.adamw)]), "part 0 has .* where its optimizer stands"),
-    "a partition": (lambda: fz.partition([("", fz.partition([("", SGD)]))]), "part 0 is a partition itself; write its parts into this one"),
+    "a partition": (
+        lambda: fz.partition([("", fz.partition([("", SGD)]))]),
+        "part 0 is a partition itself; write its parts into this one",
+    ),
     "no regex": (lambda: fz.partition([("(", SGD)]), r"'\(' is no regex"),
-    "a name with a slash": (lambda: fz.partition([("", SGD, "a/b")]), "name='a/b' would not tell leaves of the state apart"),
+    "a name with a slash": (
+        lambda: fz.partition([("", SGD, "a/b")]),
+        "name='a/b' would not tell leaves of the state apart",
+    ),
     "a mask of numbers": (lambda: fz.partition([({"w": 1}, SGD)]), "part 0 says .* which holds no bool at 'w'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BUILT)

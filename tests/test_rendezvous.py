@@ -1,4 +1,4 @@
-"""Where ranks meet: what listens, who is told that a name means nothing, and that the holder of the store leaves last."""
+"""Where ranks meet: what listens, who is told that a name means nothing, and that the store's holder leaves last."""
 
 from __future__ import annotations
 

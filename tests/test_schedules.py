@@ -99,7 +99,9 @@ def test_what_deepspeed_refuses_is_refused(case):
 
 @pytest.mark.parametrize("case", [c for c in GOLDEN if "resume_at" in c], ids=lambda c: c["schedule"])
 def test_a_resumed_schedule_goes_on(case):
-    """Right after loading DeepSpeed shows the constructor's rate until its next step; here it is schedule(updates) at once."""
+    """Right after loading DeepSpeed shows the constructor's rate until its next step; here it is schedule(updates) at
+    once.
+    """
     f = made(case["schedule"], case["params"], {}, 1, 0)
     n = case["resume_at"]
     assert at(f, *range(n + 1, n + 5)) == pytest.approx([lr for (lr,) in case["lr_after_next_steps"]], rel=1e-12)

@@ -1,4 +1,6 @@
-"""Updates that are not finite are skipped with a word: at the first, then ever more rarely, with leaf and rank, and too many in a row end the run."""
+"""Updates that are not finite are skipped with a word: at the first, then ever more rarely, with leaf and rank, and too
+many in a row end the run.
+"""
 
 from __future__ import annotations
 

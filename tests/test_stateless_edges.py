@@ -1,4 +1,6 @@
-"""What an unmodified forward may do beside computing: hooks, caches, counters, settings, leaves of its own, compiled blocks, mixed blocks."""
+"""What an unmodified forward may do beside computing: hooks, caches, counters, settings, leaves of its own, compiled
+blocks, mixed blocks.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from modules import showing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import funczero as fz
 from funczero import P
-from funczero.gradients import gradient
-from funczero.gradients.tape import Tape
 from funczero.gradients.units import find_units
 from funczero.layout.mesh import world_size
 
@@ -65,7 +66,9 @@ def calls(net, n=3, **kw):
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
 class Hooking(Net):
-    """Registers a hook at every forward on the head, and once on the first block, as a model that captures outputs does."""
+    """Registers a hook at every forward on the head, and once on the first block, as a model that captures outputs
+    does.
+    """
 
     def __init__(self):
         super().__init__()
@@ -112,7 +115,7 @@ def test_a_hook_of_the_first_run_is_there_in_the_second(run_world, world):
     assert keep == remat
 
 
-# --- state beside the state_dict ---------------------------------------------------------------------------------------
+# --- state beside the state_dict --------------------------------------------------------------------------------------
 class Stateful(Net):
     """Keeps something of the kind that is asked for."""
 
@@ -172,7 +175,7 @@ def test_a_setting_is_kept_and_said(caplog):
     ]
 
 
-# --- leaves, closures, compiled modules ---------------------------------------------------------------------------------
+# --- leaves, closures, compiled modules -------------------------------------------------------------------------------
 @pytest.mark.parametrize("stage", range(4))
 def test_a_leaf_that_the_forward_makes_is_its_own(stage):
     def penalty(model, x):
@@ -220,7 +223,7 @@ def test_compiled_modules_run_uncompiled_in_print(how, caplog):
     assert any("torch.compile is taken off" in r.getMessage() for r in caplog.records)
 
 
-# --- draws within what runs again ---------------------------------------------------------------------------------------
+# --- draws within what runs again -------------------------------------------------------------------------------------
 def test_numpy_in_a_block_that_runs_again_is_refused():
     def one(p, x):
         return x * p["w"] * float(np.random.rand() > 2)
@@ -261,28 +264,16 @@ class Towers(nn.Module):
         return x + y
 
 
-class Watched(Tape):
-    """A tape that remembers itself."""
-
-    last: Watched
-
-    def __init__(self, *args, **kw):
-        super().__init__(*args, **kw)
-        Watched.last = self
-
-
 def peaks():
     """Units gathered at once, by update."""
     loss_fn, params = fz.stateless(build(Towers), loss)
-    step = fz.train_step(
-        fz.shard("data", fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1)), mesh={"data": world_size()}
-    )
-    state, out = step.init(params), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradient, "Tape", Watched)
-        for _ in range(3):
-            state, _ = step(state, step.local_rows(X))
-            out.append(Watched.last.peak)
+    tapes, out = [], []
+    grad = fz.value_and_grad(showing(loss_fn, tapes.append), batch=P("data"))
+    step = fz.train_step(fz.shard("data", grad, fz.sgd(0.1)), mesh={"data": world_size()})
+    state = step.init(params)
+    for _ in range(3):
+        state, _ = step(state, step.local_rows(X))
+        out.append(tapes.pop().peak)
     return out
 
 

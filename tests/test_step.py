@@ -131,7 +131,7 @@ def test_metrics_are_tensors_without_dims():
     assert m.scale == 1 and m.lr == zoo.LR and m.weight == zoo.batch(0)["mask"].sum()
 
 
-# --- views and losses ---------------------------------------------------------------------------------------------------
+# --- views and losses -------------------------------------------------------------------------------------------------
 def evaluated(stage, policy):
     """A loss over all rows, by the step and by hand."""
     step = make(stage, policy=policy)
@@ -214,7 +214,7 @@ def test_one_rank_and_one_micro_batch_are_given_what_they_gave():
     assert make(3).local_rows(batch) is batch
 
 
-# --- specs and print ------------------------------------------------------------------------------------------------------
+# --- specs and print --------------------------------------------------------------------------------------------------
 def test_specs_mirror_the_state():
     meta = tree.map(lambda x: torch.empty_like(x, device="meta"), zoo.params())
     step = make(1, mesh={"data": 4}, tx=(fz.scale_loss(), *zoo.tx()))
@@ -286,7 +286,9 @@ def three(k):
 
 @pytest.mark.parametrize(("k", "kinds"), [(1, 1), (2, 2)])
 def test_three_ranks_have_the_bits_that_the_note_says(k, kinds):
-    """The same at every run; with micro-batches to add as well, stages 2 and 3 add ranks first and have others than 0 and 1."""
+    """The same at every run; with micro-batches to add as well, stages 2 and 3 add ranks first and have others than 0
+    and 1.
+    """
     bits = simulate({"data": 3})(three, k)[0]
     assert (
         bits == simulate({"data": 3})(three, k)[0]
@@ -301,7 +303,7 @@ def test_three_ranks_have_the_bits_that_the_note_says(k, kinds):
     assert str(make(1, k=k, mesh={"data": 3})).splitlines()[-1] == note + more * (kinds - 1)
 
 
-# --- meshes, checks, purposes ---------------------------------------------------------------------------------------------
+# --- meshes, checks, purposes -----------------------------------------------------------------------------------------
 def test_without_a_mesh_all_processes_are_on_the_batchs_axis():
     parts = fz.zero(zoo.source(), *zoo.tx(), stage=2)
     assert fz.train_step(*parts).mesh.sizes() == {"data": 1}

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from funczero.testing import WorkerPool, tree_hash
-from funczero.testing import pool as testing
 
 
 class OddError(Exception):
@@ -88,6 +87,13 @@ def pool():
         yield pool
 
 
+@pytest.fixture
+def hasty():
+    """Once a rank has raised, the other one has little time."""
+    with WorkerPool(2, grace=0.3) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_results_come_by_rank(run_world, size):
     found = run_world(size, pid_and_rank)
@@ -130,17 +136,16 @@ def test_a_local_function_is_refused(run_world):
         run_world(2, unpicklable)
 
 
-def test_an_exception_names_the_rank_and_the_pool_goes_on(pool, monkeypatch):
-    monkeypatch.setattr(testing, "GRACE", 0.3)
+def test_an_exception_names_the_rank_and_the_pool_goes_on(hasty):
     begin = time.monotonic()
     with pytest.raises(ValueError, match="a bad leaf at rank 1") as caught:
-        pool.run(raise_at, 1)
+        hasty.run(raise_at, 1)
     assert time.monotonic() - begin < 20  # rank 0 hangs in its barrier and is not waited for
     (note,) = caught.value.__notes__
     assert note.startswith("raise_at: rank 1 of 2 raised first; ranks [0] had not answered 0.3 s later and were ended")
     assert "Traceback" in note and 'raise ValueError(f"a bad leaf at rank {rank}")' in note
     assert "rank 0:" in note and "in barrier" in note
-    assert pool.run(add, 1, 2) == [3, 3]
+    assert hasty.run(add, 1, 2) == [3, 3]
 
 
 def test_an_exception_in_every_rank_is_raised_once(pool):
@@ -165,12 +170,11 @@ def test_a_hang_is_ended_and_names_the_rank(pool):
     assert not any(_alive(pid) for pid, _ in before)
 
 
-def test_a_worker_that_dies_is_named(pool, monkeypatch):
-    monkeypatch.setattr(testing, "GRACE", 0.3)
+def test_a_worker_that_dies_is_named(hasty):
     with pytest.raises(RuntimeError, match="the process ended by itself, with exit code -9") as caught:
-        pool.run(die_at, 0)
+        hasty.run(die_at, 0)
     assert "die_at: rank 0 of 2 raised first" in caught.value.__notes__[0]
-    assert pool.run(add, 1, 2) == [3, 3]
+    assert hasty.run(add, 1, 2) == [3, 3]
 
 
 def test_workers_are_started_afresh_after_so_many_runs():

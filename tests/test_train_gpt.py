@@ -1,4 +1,6 @@
-"""The training script from one command: same losses at every stage, one sentence for a wrong command line, and a clean end by ctrl-c."""
+"""The training script from one command: same losses at every stage, one sentence for a wrong command line, and a clean
+end by ctrl-c.
+"""
 
 import json
 import math

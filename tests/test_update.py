@@ -1,4 +1,6 @@
-"""The driver of formulas, and rates as leaves of the state: schedules write them, hands edit them, checkpoints keep them, ranks compare them."""
+"""The driver of formulas, and rates as leaves of the state: schedules write them, hands edit them, checkpoints keep
+them, ranks compare them.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,13 @@ from funczero.testing import tree_hash
 from funczero.transforms.formula import pieces, run
 
 MAKERS = {
-    "adamw": fz.adamw, "adam": fz.adam, "sgd": lambda lr, **kw: fz.sgd(lr, 0.9, **kw), "lion": fz.lion, "adagrad": fz.adagrad,
+    "adamw": fz.adamw,
+    "adam": fz.adam,
+    "sgd": lambda lr, **kw: fz.sgd(lr, 0.9, **kw),
+    "lion": fz.lion,
+    "adagrad": fz.adagrad,
     "rmsprop": lambda lr, **kw: fz.from_torch("RMSprop", lr, **kw),
-}  # fmt: skip
+}
 RULES = [("blocks/1", 1e-2), ("embed", fz.schedules.warmup_cosine(1e-2, 2, 8)), ("", 3e-2)]
 
 
@@ -174,13 +180,37 @@ def test_rules_and_trees_are_leaves_by_regex_and_by_path():
 
 
 ODD = {
-    "negative": (lambda r: r["lr"].fill_(-1.0), ValueError, "adamw: in its state: lr=-1.0 is below 0; write a finite number"),
-    "nan": (lambda r: r["weight_decay"].fill_(math.nan), ValueError, "adamw: in its state: weight_decay=nan is not finite"),
-    "a beta of one": (lambda r: r["b1"].fill_(1.0), ValueError, r"adamw: in its state: b1=1.0 is not below 1; write a number in \[0, 1\)"),
-    "a float": (lambda r: r.update(lr=0.1), TypeError, r"adamw: rates\['lr'\] of its state is a float; write it in place, as rates\['lr'\].fill_\(x\)"),
-    "a float32 tensor": (lambda r: r.update(lr=torch.tensor(0.1)), TypeError, r"is a float32 tensor of shape \(\); write it in place"),
-    "none": (lambda r: r.pop("lr"), TypeError, "adamw: the rates of its state have another form than it was built with"),
-}  # fmt: skip
+    "negative": (
+        lambda r: r["lr"].fill_(-1.0),
+        ValueError,
+        "adamw: in its state: lr=-1.0 is below 0; write a finite number",
+    ),
+    "nan": (
+        lambda r: r["weight_decay"].fill_(math.nan),
+        ValueError,
+        "adamw: in its state: weight_decay=nan is not finite",
+    ),
+    "a beta of one": (
+        lambda r: r["b1"].fill_(1.0),
+        ValueError,
+        r"adamw: in its state: b1=1.0 is not below 1; write a number in \[0, 1\)",
+    ),
+    "a float": (
+        lambda r: r.update(lr=0.1),
+        TypeError,
+        r"adamw: rates\['lr'\] of its state is a float; write it in place, as rates\['lr'\].fill_\(x\)",
+    ),
+    "a float32 tensor": (
+        lambda r: r.update(lr=torch.tensor(0.1)),
+        TypeError,
+        r"is a float32 tensor of shape \(\); write it in place",
+    ),
+    "none": (
+        lambda r: r.pop("lr"),
+        TypeError,
+        "adamw: the rates of its state have another form than it was built with",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", ODD)

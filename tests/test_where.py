@@ -1,4 +1,4 @@
-"""Rows and slots: every element in one place, buffers of one length on all ranks, and parts that join to what was cut."""
+"""Rows and slots: every element in one place, buffers of one length on all ranks, parts that join to what was cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Wires of a user's own: at every stage, with units and without, both ways; what they may not do, and what they say of themselves."""
+"""Wires of a user's own: at every stage, with units and without, both ways; what they may not do, and what they say of
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -288,20 +290,32 @@ def memo():
 
 BAD = {
     "torch.bfloat16 is no wire; write a Wire, as fz.cast('bfloat16')": lambda: torch.bfloat16,
-    "wire 'w' has memory (init), and no edge keeps one yet; write a wire without init": lambda: wired(init=lambda where, unit: 0),
-    "pack gives 192 bytes as (96,) for slots of (48, 16, 32), but nbytes says 96; give one flat buffer of as many bytes": lambda: wired(nbytes=lambda n, d: sum(n)),
-    "pack gives other bytes for the same values; draw from fz.rng.generator(key) alone": lambda: fz.cast("fp16")._replace(pack=memo()),
-    "pack writes into the values that it is given; return new ones": lambda: fz.cast("fp16")._replace(pack=lambda x, n, k: x.mul_(2).half()),
-    "unpack gives (96,) of torch.bfloat16, but it was asked for (96,) of torch.float32; read what was sent in that dtype": lambda: fz.cast("bf16")._replace(
-        unpack=lambda sent, n, d: sent
+    "wire 'w' has memory (init), and no edge keeps one yet; write a wire without init": (
+        lambda: wired(init=lambda where, unit: 0)
     ),
-    "a leaf's values depend on its neighbours', so replicas of a leaf that is not cut would differ; pack every slot by itself": lambda: fz.cast("fp16")._replace(
-        pack=lambda x, n, k: (x / x.abs().max()).half()
+    "pack gives 192 bytes as (96,) for slots of (48, 16, 32), but nbytes says 96;"
+    " give one flat buffer of as many bytes": lambda: wired(nbytes=lambda n, d: sum(n)),
+    "pack gives other bytes for the same values; draw from fz.rng.generator(key) alone": (
+        lambda: fz.cast("fp16")._replace(pack=memo())
     ),
-    "zeros do not read as zeros, and a leaf that the loss does not use is all zeros; where a scale is taken, divide by at least a smallest one": lambda: fz.cast(
-        "fp16"
-    )._replace(pack=lambda x, n, k: torch.cat([p / p.abs().max() for p in x.split(n)]).half()),
-    "nan reads as a finite value, so an overflow would be applied; let its block read as nan": lambda: fz.cast("fp16")._replace(pack=lambda x, n, k: x.nan_to_num().half()),
+    "pack writes into the values that it is given; return new ones": (
+        lambda: fz.cast("fp16")._replace(pack=lambda x, n, k: x.mul_(2).half())
+    ),
+    "unpack gives (96,) of torch.bfloat16, but it was asked for (96,) of torch.float32;"
+    " read what was sent in that dtype": (
+        lambda: fz.cast("bf16")._replace(unpack=lambda sent, n, d: sent)
+    ),
+    "a leaf's values depend on its neighbours', so replicas of a leaf that is not cut would differ;"
+    " pack every slot by itself": (
+        lambda: fz.cast("fp16")._replace(pack=lambda x, n, k: (x / x.abs().max()).half())
+    ),
+    "zeros do not read as zeros, and a leaf that the loss does not use is all zeros;"
+    " where a scale is taken, divide by at least a smallest one": (
+        lambda: fz.cast("fp16")._replace(pack=lambda x, n, k: torch.cat([p / p.abs().max() for p in x.split(n)]).half())
+    ),
+    "nan reads as a finite value, so an overflow would be applied; let its block read as nan": (
+        lambda: fz.cast("fp16")._replace(pack=lambda x, n, k: x.nan_to_num().half())
+    ),
 }  # fmt: skip
 
 

@@ -31,9 +31,16 @@ def params(dtype=torch.float32):
     shared = draw(5)
     blocks = [{"w": draw(5, 7), "v": draw(7, 5), "b": draw(7)} for _ in range(3)]
     return {
-        "embed": draw(11, 5), "norm": shared, "conv": draw(3, 4, 5), "empty": draw(0, 5), "unused": draw(4), "gain": draw(),
-        "blocks": blocks, "head": {"w": draw(7, 5), "scale": shared, "b": draw(7)}, "one": draw(1),
-    }  # fmt: skip
+        "embed": draw(11, 5),
+        "norm": shared,
+        "conv": draw(3, 4, 5),
+        "empty": draw(0, 5),
+        "unused": draw(4),
+        "gain": draw(),
+        "blocks": blocks,
+        "head": {"w": draw(7, 5), "scale": shared, "b": draw(7)},
+        "one": draw(1),
+    }
 
 
 def batch(t, dtype=torch.float32, micros=MICROS):
@@ -41,9 +48,11 @@ def batch(t, dtype=torch.float32, micros=MICROS):
     g = torch.Generator().manual_seed(100 + t)
     n = micros * ROWS
     b = {
-        "x": torch.randint(11, (n, TIME), generator=g), "y": torch.randint(7, (n, TIME), generator=g),
-        "mask": (torch.arange(TIME) < torch.randint(0, TIME + 1, (n, 1), generator=g)).to(dtype), "boost": torch.ones(n, dtype=dtype),
-    }  # fmt: skip
+        "x": torch.randint(11, (n, TIME), generator=g),
+        "y": torch.randint(7, (n, TIME), generator=g),
+        "mask": (torch.arange(TIME) < torch.randint(0, TIME + 1, (n, 1), generator=g)).to(dtype),
+        "boost": torch.ones(n, dtype=dtype),
+    }
     b["mask"][0, 0] = 1
     b["mask"][2 * ROWS : 3 * ROWS] = 0
     if t == BAD:

@@ -89,13 +89,13 @@ class WorkerPool:
     ['0', '1']
     """
 
-    def __init__(self, size: int, preload: Iterable[str] = (), runs: int = 50) -> None:
+    def __init__(self, size: int, preload: Iterable[str] = (), runs: int = 50, grace: float = GRACE) -> None:
         """A pool of `size` ranks; `preload` names modules to import before the fork, where this is the first pool to
-        start.
+        start; `grace` is how many seconds the other ranks have once one has raised.
         """
         if size < 1:
             raise ValueError(f"WorkerPool: a world has at least one process, but size is {size}; write a positive size")
-        self.size, self.runs, self._preload = size, runs, tuple(preload)
+        self.size, self.runs, self.grace, self._preload = size, runs, grace, tuple(preload)
         self._workers: list[_Worker] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._left = 0
@@ -115,7 +115,7 @@ class WorkerPool:
 
         Raises:
           the exception of the rank that raised first, with a note that names the rank and shows its traceback; the
-          others are given 5 seconds to answer.
+          others are given `grace` seconds to answer.
           RuntimeError: a worker ended by itself.
           TimeoutError: names the ranks that did not answer, and shows where they were.
         """
@@ -175,7 +175,7 @@ class WorkerPool:
                     rank = waiting.pop(pipe)
                     replies[rank] = _receive(self._workers[rank])
                     if replies[rank].error is not None:
-                        deadline = min(deadline, time.monotonic() + GRACE)
+                        deadline = min(deadline, time.monotonic() + self.grace)
             if len(replies) < self.size or any(r.error is not None for r in replies.values()):
                 raise self._explain(replies, timeout, what)
         except BaseException:
@@ -200,7 +200,7 @@ class WorkerPool:
         assert error is not None
         note = f"{what}: rank {first} of {self.size} raised first"
         note += f"; so did ranks {others}" if others else ""
-        note += f"; ranks {silent} had not answered {GRACE:g} s later and were ended" if silent else ""
+        note += f"; ranks {silent} had not answered {self.grace:g} s later and were ended" if silent else ""
         error.add_note(f"{note}\n{replies[first].text}{where}")
         return error
 

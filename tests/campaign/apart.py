@@ -1,4 +1,5 @@
-"""One rank of a small world in which, from some update on, the last rank does one thing otherwise: `apart.py KIND STAGE AT CHECK`.
+"""One rank of a small world in which, from some update on, the last rank does one thing otherwise: `apart.py KIND STAGE
+AT CHECK`.
 
 It prints `apart` with the time when it goes apart, and `end` with its last loss where it comes to its end.
 """

@@ -1,7 +1,8 @@
 """Two thousand updates with four hundred saves: does a rank hold more at the end than at the start?
 
 Run: `python tests/campaign/checkpoint_flat.py --updates=2000 --every=5 --ranks=2` (about ten minutes on two cores).
-Expect: descriptors, sockets, Python threads and files in /dev/shm the same after the first tenth and at the end, resident memory within 1 %.
+Expect: descriptors, sockets, Python threads and files in /dev/shm the same after the first tenth and at the end,
+resident memory within 1 %.
 """
 
 from __future__ import annotations
@@ -37,8 +38,14 @@ def held():
         except OSError:  # the listing's own
             continue
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return {"descriptors": len(links), "sockets": sum(x.startswith("socket") for x in links), "python threads": threading.active_count(), "threads": int(status["Threads"]),
-            "shm": len(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else 0, "rss MiB": round(int(status["VmRSS"].split()[0]) / 1024, 1)}  # fmt: skip
+    return {
+        "descriptors": len(links),
+        "sockets": sum(x.startswith("socket") for x in links),
+        "python threads": threading.active_count(),
+        "threads": int(status["Threads"]),
+        "shm": len(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else 0,
+        "rss MiB": round(int(status["VmRSS"].split()[0]) / 1024, 1),
+    }
 
 
 def rank_of(directory, out):

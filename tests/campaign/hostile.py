@@ -1,9 +1,11 @@
-"""A hundred hostile inputs: none runs code, leaves its folder, takes more than 256 MB or 5 s, and each ends in the house's own class of errors.
+"""A hundred hostile inputs: none runs code, leaves its folder, takes more than 256 MB or 5 s, and each ends in the
+house's own class of errors.
 
 Run: python tests/campaign/hostile.py [--only=config] [--seconds=5] [--megabytes=256]
 Expect: a table, every verdict "told"; the exit code is 1 otherwise.
 
-A part is a module `hostile_NAME.py` beside this one with `CASES`, a list of `Case`. Every case runs in a fork of this process, alone, with an audit hook.
+A part is a module `hostile_NAME.py` beside this one with `CASES`, a list of `Case`. Every case runs in a fork of this
+process, alone, with an audit hook.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ def parts(only: str = "") -> Iterator[tuple[str, list[Case]]]:
 
 
 def run(case: Case, seconds: float = 5.0, megabytes: float = 256.0) -> Result:
-    """One case in a fork of this process, which has imported what it needs; a folder beside its own must stay as it is."""
+    """One case in a fork of this process, which has imported what it needs; a folder beside its own must stay as is."""
     above = Path(tempfile.mkdtemp(prefix="hostile-"))
     folder, beside = above / "own", above / "beside"
     for each in (folder, beside):

@@ -26,7 +26,9 @@ class Refused(Exception):
 
 
 def stranger(*messages: bytes):
-    """Bytes to the port of a store, each on a connection that is kept open; afterwards its own client must still be served."""
+    """Bytes to the port of a store, each on a connection that is kept open; afterwards its own client must still be
+    served.
+    """
 
     def attempt(_: Path) -> None:
         quiet = os.open(os.devnull, os.O_WRONLY)

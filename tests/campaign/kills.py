@@ -1,10 +1,13 @@
-"""Kills -9 at random: one run that lives through them all, resumed after each at another stage, judged on another world.
+"""Kills -9 at random: one run that lives through them all, resumed after each at another stage, judged on another
+world.
 
-Run: `python tests/campaign/kills.py --lives=300 --seed=0` (some 5 s a life on two cores); `--out=kills.json` keeps every life. A failure keeps its folder, with the stderr of
-its ranks, where each thread stood if one hung among it.
-Expect: every resume has the bits of a run that nobody killed; no survivor lives 15 s after the kill; what a survivor raises, or its stderr, names a dead rank.
+Run: `python tests/campaign/kills.py --lives=300 --seed=0` (some 5 s a life on two cores); `--out=kills.json` keeps
+every life. A failure keeps its folder, with the stderr of its ranks, where each thread stood if one hung among it.
+Expect: every resume has the bits of a run that nobody killed; no survivor lives 15 s after the kill; what a survivor
+raises, or its stderr, names a dead rank.
 
-A life goes on from the latest checkpoint, saves every other update (beside training, overwriting a name every second time), and is killed: any rank or all of them
+A life goes on from the latest checkpoint, saves every other update (beside training, overwriting a name every second
+time), and is killed: any rank or all of them
   by the clock  anywhere, saves under way, steps, restores
   before        after it joined the world and before it restored
   in a save     at a point of rank 0's or of its own save
@@ -103,13 +106,22 @@ def judged(told, victims):
         raised = next((e for e in told[r]["events"] if e["what"] == "raised"), None)
         said = (raised["text"] if raised else "") + "\n" + told[r]["stderr"]
         finished = told[r]["ended"] == 0
-        out.append({"seconds": told[r]["gone"] - died, "kind": raised["kind"] if raised else f"exit {told[r]['ended']}", "finished": finished,
-                    "names": any(f"rank {v}" in said for v in victims), "said": said[-1500:]})  # fmt: skip
+        out.append(
+            {
+                "seconds": told[r]["gone"] - died,
+                "kind": raised["kind"] if raised else f"exit {told[r]['ended']}",
+                "finished": finished,
+                "names": any(f"rank {v}" in said for v in victims),
+                "said": said[-1500:],
+            }
+        )
     return out
 
 
 def table(rows):
-    """By when it died: lives, right ones, survivors, those that lasted over 15 s, those whose words name a rank, seconds."""
+    """By when it died: lives, right ones, survivors, those that lasted over 15 s, those whose words name a rank,
+    seconds.
+    """
     print(
         f"\n{'when':14} {'lives':>6} {'right':>6} {'wrong':>6} {'lost a save':>12} {'survivors':>10} {'ended':>6}"
         f" {'finished':>9} {'over 15 s':>10} {'named':>6}   seconds: median, 90 %, most"
@@ -121,8 +133,11 @@ def table(rows):
         seconds = sorted(s["seconds"] for s in told)
         spread = ", ".join(f"{seconds[int(q * (len(seconds) - 1))]:.2f}" for q in (0.5, 0.9, 1.0)) if seconds else "-"
         late, named = sum(s["seconds"] > 15 for s in left), sum(s["names"] for s in told)
-        print(f"{when:14} {len(mine):6} {sum(r['right'] for r in mine):6} {sum(not r['right'] for r in mine):6} {sum(r['lost'] for r in mine):12} {len(left):10} {len(told):6} "
-              f"{len(left) - len(told):9} {late:10} {named:6}   {spread}")  # fmt: skip
+        print(
+            f"{when:14} {len(mine):6} {sum(r['right'] for r in mine):6} {sum(not r['right'] for r in mine):6}"
+            f" {sum(r['lost'] for r in mine):12} {len(left):10} {len(told):6} {len(left) - len(told):9} {late:10}"
+            f" {named:6}   {spread}"
+        )
     kinds: dict[str, int] = {}
     for r in rows:
         for s in r["survivors"]:

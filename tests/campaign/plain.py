@@ -1,7 +1,9 @@
-"""Does a plain run ever die? Stage 1, two processes, check=0, nothing raised: one of about 100 such runs once ended with SIGABRT in its first steps.
+"""Does a plain run ever die? Stage 1, two processes, check=0, nothing raised: one of about 100 such runs once ended
+with SIGABRT in its first steps.
 
 Run: python tests/campaign/plain.py --runs=1000 --updates=8 --millions=26 [--stage=1 --keep=FOLDER]
-Expect: all exit codes 0. A run that ends otherwise is reported with its signal, and its stderr is kept (with glibc's and faulthandler's words).
+Expect: all exit codes 0. A run that ends otherwise is reported with its signal, and its stderr is kept (with glibc's
+and faulthandler's words).
 """
 
 from __future__ import annotations

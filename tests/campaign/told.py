@@ -1,7 +1,9 @@
-"""Do ranks that go apart always hear of it? Random pairs of ranks that differ in one thing, at random updates and stages.
+"""Do ranks that go apart always hear of it? Random pairs of ranks that differ in one thing, at random updates and
+stages.
 
 Run: python tests/campaign/told.py --runs=200 --seed=0 [--kind=eval --stage=3 --at=500 --check=1]
-Expect: every run ends on both ranks within LIMIT seconds of going apart, with one sentence or with the right value; 0 silent, 0 raw messages of gloo, 0 aborts, 0 hangs.
+Expect: every run ends on both ranks within LIMIT seconds of going apart, with one sentence or with the right value; 0
+silent, 0 raw messages of gloo, 0 aborts, 0 hangs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Odd leaves: frozen, tied, unused, empty, 0-d, used twice, cut along other dims or not at all. The reference's values, and one hash."""
+"""Odd leaves: frozen, tied, unused, empty, 0-d, used twice, cut along other dims or not at all.
+
+The reference's values, and one hash.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,9 @@ def kinds(k):
 
 
 def freezing():
-    """By chain: the masters, whether frozen bits stayed, moments and gradients held for frozen leaves, and elements scattered a micro-batch."""
+    """By chain: the masters, whether frozen bits stayed, moments and gradients held for frozen leaves, and elements
+    scattered a micro-batch.
+    """
     k, out = zoo.MICROS // world_size(), {}
     for i, (name, parts, stream) in enumerate(kinds(k)):
         masters, log, state, step = zoo.train(

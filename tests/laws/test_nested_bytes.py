@@ -14,8 +14,9 @@ from funczero.comm.norm import BINS
 from funczero.layout.where import GRAIN, Where
 
 MESH, K = {"node": 2, "local": 2}, 4
-# Moves by name: what happens for every micro-batch, then once an update. F: gather parameters for a forward (as often as a unit is opened), S: scatter a
-# gradient, R: gather a summed gradient, G: gather new parameters; over an axis, at the place where its outer side is.
+# Moves by name: what happens for every micro-batch, then once an update. F: gather parameters for a forward (as often
+# as a unit is opened), S: scatter a gradient, R: gather a summed gradient, G: gather new parameters; over an axis, at
+# the place where its outer side is.
 MOVES = {
     "DDP": ("", "S local, R local, S node, R node"),
     "ZeRO-1": ("", "S local, S node @local, G node @local, G local"),
@@ -76,7 +77,9 @@ MODELS = {
 
 
 def measured(model, units, policy):
-    """By chain: bytes sent in one update by (axis, verb, dtype); elements of parameters and moments at rest, whole, and by the closed form."""
+    """By chain: bytes sent in one update by (axis, verb, dtype); elements of parameters and moments at rest, whole, and
+    by the closed form.
+    """
     make, loss_fn, batch, opens = MODELS[model]
     g, out = fz.value_and_grad(loss_fn, batch=P(tuple(MESH)), units=units), {}
     for name, (parts, _) in zoo.nested_chains(g, K, zoo.tx()).items():
@@ -96,7 +99,9 @@ def measured(model, units, policy):
 
 
 def expected(structure, moves, policy, opens):
-    """The closed form: what travels is what an axis cuts, or whole slots where it scatters; sums travel in the dtype they were born in."""
+    """The closed form: what travels is what an axis cuts, or whole slots where it scatters; sums travel in the dtype
+    they were born in.
+    """
     out = Counter()
     for many, line in zip((True, False), moves, strict=True):
         born = policy.compute if many else policy.accumulate

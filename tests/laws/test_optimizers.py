@@ -1,4 +1,6 @@
-"""Every optimizer of the table is torch's own class, at every stage, on any world, with units and without, frozen leaves and skips included."""
+"""Every optimizer of the table is torch's own class, at every stage, on any world, with units and without, frozen
+leaves and skips included.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ VARIANTS = {"plain": {}, "donated": {"donate": True}, "no units": {"units": ()},
 
 
 def gaps(names, dtype, stages):
-    """By optimizer, stage and variant: the largest distance from torch's class after five updates, of which the fourth is skipped."""
+    """By optimizer, stage and variant: the largest distance from torch's class after five updates, of which the fourth
+    is skipped.
+    """
     out = {}
     for name in names:
         tx, make = PAIRS[name]
@@ -39,17 +43,25 @@ def test_an_optimizer_is_torchs_class_at_every_stage(run_world, world, stages):
     assert len(found) == (3 + len(stages)) * len(PAIRS) and {k: d for k, d in found.items() if not d <= 1e-12} == {}
 
 
-# --- narrow and extreme numbers ----------------------------------------------------------------------------------------
+# --- narrow and extreme numbers ---------------------------------------------------------------------------------------
 NARROW = {
     "adamw": (fz.adamw(1e-2, eps=1e-3), lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-3, fused=True), 0),
-    "adam": (fz.adam(1e-2, eps=1e-3, weight_decay=0.1), lambda p: torch.optim.Adam(p, 1e-2, eps=1e-3, weight_decay=0.1, fused=True), 0),
+    "adam": (
+        fz.adam(1e-2, eps=1e-3, weight_decay=0.1),
+        lambda p: torch.optim.Adam(p, 1e-2, eps=1e-3, weight_decay=0.1, fused=True),
+        0,
+    ),
     "sgd": (fz.sgd(1e-2, weight_decay=0.1), lambda p: torch.optim.SGD(p, 1e-2, weight_decay=0.1), 2),
     "momentum": (fz.sgd(1e-2, 0.9), lambda p: torch.optim.SGD(p, 1e-2, 0.9), 2),
     "adagrad": (fz.adagrad(1e-2, eps=1e-3), lambda p: torch.optim.Adagrad(p, 1e-2, eps=1e-3), 2),
     "lion": (fz.lion(1e-2, 0.8, 0.95), lambda p: Lion(p, 1e-2, (0.8, 0.95), 0.0), 2),
     "from_torch": (fz.from_torch("RMSprop", 1e-2, eps=1e-3), lambda p: torch.optim.RMSprop(p, 1e-2, eps=1e-3), 0),
-    "lifted": (fz.lift((fz.sgd(1e-2, 0.9).init, fz.sgd(1e-2, 0.9).update), elementwise=True), lambda p: torch.optim.SGD(p, 1e-2, 0.9), 2),
-}  # fmt: skip
+    "lifted": (
+        fz.lift((fz.sgd(1e-2, 0.9).init, fz.sgd(1e-2, 0.9).update), elementwise=True),
+        lambda p: torch.optim.SGD(p, 1e-2, 0.9),
+        2,
+    ),
+}
 
 
 def constant_gradient(tx, target, policy, weight, updates=3):
@@ -76,7 +88,9 @@ def by_torch(make, target, updates=3):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NARROW)
 def test_narrow_masters_round_as_torchs_do(name, dtype):
-    """A factor of a ninth has 8 bits in bfloat16, and the sum that it divides overflows float16: it is multiplied before the cast."""
+    """A factor of a ninth has 8 bits in bfloat16, and the sum that it divides overflows float16: it is multiplied
+    before the cast.
+    """
     tx, make, ulps = NARROW[name]
     target = (torch.linspace(-1, 1, 50) * 30_000 / (1 if dtype == torch.float16 else 30_000)).to(dtype)
     if dtype == torch.float16 and name in ("adagrad", "adamw", "adam", "from_torch"):
@@ -94,7 +108,9 @@ def test_narrow_masters_round_as_torchs_do(name, dtype):
 @pytest.mark.parametrize("weight", [1e-40, 1e-30, 1e30, 1e36, 1e38, 1e40])
 @pytest.mark.parametrize("name", NARROW)
 def test_a_factor_that_float32_does_not_have_counts(name, weight):
-    """Mean gradients are the same whatever was summed and divided; 1 / factor used to overflow, and the factor to vanish."""
+    """Mean gradients are the same whatever was summed and divided; 1 / factor used to overflow, and the factor to
+    vanish.
+    """
     tx, make, _ = NARROW[name]
     target = torch.linspace(-1, 1, 50) if weight > 1 else torch.linspace(-1, 1, 50) * 1e6
     got = constant_gradient(tx, target, "compute=float64,accumulate=float64", weight)
@@ -116,7 +132,7 @@ def test_an_eps_that_is_nothing_in_the_masters_dtype_is_refused(make):
         step.init({"w": torch.zeros(3, dtype=torch.float16)})
 
 
-# --- the plain form is the oracle of the fused one, in any chain ---------------------------------------------------------
+# --- the plain form is the oracle of the fused one, in any chain ------------------------------------------------------
 def drawn(seed):
     """An optimizer with arguments of any kind, what stands left of it, and a stage."""
     r = random.Random(seed)

@@ -1,4 +1,6 @@
-"""Off the narrow path (routed experts, loops, autocast, gradients within the loss) every stage, world and form gives plain torch's value and one hash."""
+"""Off the narrow path (routed experts, loops, autocast, gradients within the loss) every stage, world and form gives
+plain torch's value and one hash.
+"""
 
 from __future__ import annotations
 
@@ -111,8 +113,8 @@ LOSSES = (routed, dropped, looped, by_hand, cast, attack, kept, backwards, penal
 
 
 def runs(name, width, policy):
-    """One hash by (stage, units, remat), and the masters. A second derivative of what runs again is refused, and checked here;
-    that ranks gather different units at stage 3 is told, which is another law's."""
+    """One hash by (stage, units, remat), and the masters. A second derivative of what runs again is refused, and
+    checked here; that ranks gather different units at stage 3 is told, which is another law's."""
     loss, found, masters, exact = globals()[name], {}, None, policy == "float64"
     for stage in range(3 if loss in (routed, dropped) and world_size() > 1 else 4):
         for units, remat in ((("blocks",), False), (("blocks",), True), ((), False), ((), True)):
@@ -236,8 +238,14 @@ def module_with_max_norm():
 def refusals():
     """What is said at every stage, by kind of write."""
     out = {}
-    table = {"clamped": (clamped, "in"), "inside": (clamped_inside, "blocks/0/w"), "again": (lambda p, b: clamped_inside(p, b, True), "blocks/0/w"),
-             "open": (clamped_open, "blocks/2/w"), "hidden": (hidden, "in"), "hidden inside": (hidden_inside, "blocks/0/w")}  # fmt: skip
+    table = {
+        "clamped": (clamped, "in"),
+        "inside": (clamped_inside, "blocks/0/w"),
+        "again": (lambda p, b: clamped_inside(p, b, True), "blocks/0/w"),
+        "open": (clamped_open, "blocks/2/w"),
+        "hidden": (hidden, "in"),
+        "hidden inside": (hidden_inside, "blocks/0/w"),
+    }
     for stage in range(4):
         for units in (("blocks",), ()):
             for name, (loss, path) in table.items():

@@ -1,4 +1,6 @@
-"""The same for modules: loops, experts, autocast and inner gradients within an unmodified forward, through fz.stateless."""
+"""The same for modules: loops, experts, autocast and inner gradients within an unmodified forward, through
+fz.stateless.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every stage is the reference: AdamW by hand on whole leaves in float64, with a clip, ragged weights and a skipped overflow."""
+"""Every stage is the reference: AdamW by hand on whole leaves in float64, with a clip, ragged weights and a skipped
+overflow.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Law: a state that was saved is restored bit for bit on any world, mesh and stage, and training on gives the bits of the uninterrupted run."""
+"""Law: a state that was saved is restored bit for bit on any world, mesh and stage, and training on gives the bits of
+the uninterrupted run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""With ok false every leaf but the scale's own state, the step and reset stream accumulators is unchanged, in every chain."""
+"""With ok false every leaf but the scale's own state, the step and reset stream accumulators is unchanged, in every
+chain.
+"""
 
 from __future__ import annotations
 

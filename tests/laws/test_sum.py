@@ -1,4 +1,6 @@
-"""Apply on a batch is the sum of apply on any split of it: ragged weights, empty micro-batches and micro-batches without rows included."""
+"""Apply on a batch is the sum of apply on any split of it: ragged weights, empty micro-batches and micro-batches
+without rows included.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A tie is a fact of the model, not of the tree that its values come in; a batch's None is a fact of the batch, not of the world."""
+"""A tie is a fact of the model, not of the tree that its values come in; a batch's None is a fact of the batch, not of
+the world.
+"""
 
 from __future__ import annotations
 

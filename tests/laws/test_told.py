@@ -1,4 +1,6 @@
-"""Ranks that differ in one thing hear of it, all of them, before anything is applied: at the third update and at the five hundredth, with and without the thread."""
+"""Ranks that differ in one thing hear of it, all of them, before anything is applied: at the third update and at the
+five hundredth, with and without the thread.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from funczero.testing.simulate import simulate
 from funczero.world.ledger import DivergenceError
 
 LATE = 500
-PAIRED = {  # what differs while every rank launches as many collectives of the same sizes: the sum is reached, and tells
+# What differs while every rank launches as many collectives of the same sizes: the sum is reached, and tells.
+PAIRED = {
     "unit": (
         r"rank 1 launched all_gather of 'experts/2' over 'data' of .*, while rank 0 launched all_gather of 'experts/1'"
         r" over .* must open the same units"
@@ -41,7 +44,9 @@ PAIRED = {  # what differs while every rank launches as many collectives of the 
 
 
 def tell(kinds, stage, at, check):
-    """By kind: the sentence that this rank raises, or its last loss; all in one world, since a told rank may go on with another step."""
+    """By kind: the sentence that this rank raises, or its last loss; all in one world, since a told rank may go on with
+    another step.
+    """
     out = {}
     for kind in kinds:
         try:
@@ -132,7 +137,7 @@ def test_simulated_ranks_are_told_too(kind, want):
         simulate({"data": 3})(simulated, kind)
 
 
-# --- axes over which nothing is summed ------------------------------------------------------------------------------------
+# --- axes over which nothing is summed --------------------------------------------------------------------------------
 def test_an_axis_over_which_nothing_is_summed_is_refused():
     loss = lambda p, b: (p["w"].sum() * b.sum(), torch.ones(()))
     with pytest.raises(

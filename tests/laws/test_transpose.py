@@ -1,4 +1,6 @@
-"""<gather x, y> = <x, reduce_scatter y>, exactly, over every cut: odd leaves, other dims, leaves that stay whole, nested axes."""
+"""<gather x, y> = <x, reduce_scatter y>, exactly, over every cut: odd leaves, other dims, leaves that stay whole,
+nested axes.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ def inner_product(x, y, mesh):
 
 
 def products(sizes, cut):
-    """For every place an axis may be opened at: both inner products, and whether gathering what was cut gives it back."""
+    """For every place where an axis may open: both inner products, and whether gathering what was cut gives it back."""
     mesh, out = connect(plan_mesh(sizes)), []
     rules = {a: renamed(CUTS[cut], a) for a in sizes}
     structure = lazy(zoo.params(torch.float64), ("blocks",), rules, lambda path: False, mesh.device).structure

@@ -1,4 +1,6 @@
-"""A chain is accepted if and only if it runs to the reference's value: random chains, judged by a specification of ten lines."""
+"""A chain is accepted if and only if it runs to the reference's value: random chains, judged by a specification of ten
+lines.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def batch(t, n):
     }
 
 
-# --- words -> parts, whether they mean something, and the value they mean ----------------------------------------------
+# --- words -> parts, whether they mean something, and the value they mean ---------------------------------------------
 def parse(words):
     """A nested list: brackets as [axis, ...]; "grad" where the Source stands. None where brackets do not match."""
     stack = [[]]
@@ -66,17 +68,25 @@ def parse(words):
 def parts(nested):
     """The same as parts of a chain."""
     make = {
-        "grad": lambda: fz.value_and_grad(loss, batch=P(AXES), units=()), "acc": lambda: fz.accumulate(2), "mean": lambda: fz.mean,
-        "clip": lambda: fz.clip_by_global_norm(CLIP), "value": lambda: fz.clip_by_value(LIMIT), "sgd": lambda: fz.sgd(LR),
-        "ar": fz.all_reduce, "rs": fz.reduce_scatter, "ag": fz.all_gather,
-    }  # fmt: skip
+        "grad": lambda: fz.value_and_grad(loss, batch=P(AXES), units=()),
+        "acc": lambda: fz.accumulate(2),
+        "mean": lambda: fz.mean,
+        "clip": lambda: fz.clip_by_global_norm(CLIP),
+        "value": lambda: fz.clip_by_value(LIMIT),
+        "sgd": lambda: fz.sgd(LR),
+        "ar": fz.all_reduce,
+        "rs": fz.reduce_scatter,
+        "ag": fz.all_gather,
+    }
     return [
         fz.shard(x[0], *parts(x[1:])) if isinstance(x, list) else make[x.split()[0]](*x.split()[1:]) for x in nested
     ]
 
 
 def meaningful(words):
-    """The specification: sums once an axis and before the mean, nonlinear transforms on whole sums, one update, and what opens closes."""
+    """The specification: sums once an axis and before the mean, nonlinear transforms on whole sums, one update, and
+    what opens closes.
+    """
     n = words.index("grad") if "grad" in words else len(words)
     rest = [w[2:] for w in words[:n] if w.startswith("[")]  # brackets around the gradient: at rest
     if len(rest) < n or len(set(rest)) < n or words.count("grad") != 1:
@@ -136,7 +146,7 @@ def meaning(words, n):
 
 # --- random chains ----------------------------------------------------------------------------------------------------
 def random_words(rng):
-    """Mostly sensible: reductions in some order and some bracketing, then nonlinear words; and now and then a mutation."""
+    """Mostly sensible: reductions in some order and some bracketing, then nonlinear words; now and then a mutation."""
     words, open_, todo = ["grad"], [], [*AXES]
     rng.shuffle(todo)
     for axis in todo:

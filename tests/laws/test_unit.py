@@ -1,4 +1,6 @@
-"""accumulate(1), and reductions or brackets over an axis of size 1, are the identity: the same tensors, no bytes, nothing allocated."""
+"""accumulate(1), and reductions or brackets over an axis of size 1, are the identity: the same tensors, no bytes,
+nothing allocated.
+"""
 
 from __future__ import annotations
 

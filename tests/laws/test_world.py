@@ -1,4 +1,6 @@
-"""Weights, moments, metrics and scale are bitwise the same on any world, at every stage, in any nest, streamed or not, in place or pure."""
+"""Weights, moments, metrics and scale are bitwise the same on any world, at every stage, in any nest, streamed or not,
+in place or pure.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def truth(policy):
 
 
 def hashes(policy, axes, form, donated):
-    """The bits of every chain on a mesh, in every rank; `donated` says whether in place: always, never, or every other chain."""
+    """The bits of every chain on a mesh, in every rank; `donated` says whether in place: always, never, or every other
+    chain.
+    """
     k, table = zoo.MICROS // world_size(), zoo.flat_chains if len(axes) == 1 else zoo.nested_chains
     chains = table(source(axes, form), k, zoo.tx(scale=True)).items()
     return {
@@ -69,7 +73,9 @@ def test_one_hash_however_blocks_run_and_whatever_is_donated(run_world, policy, 
 
 
 def odd_nests(k):
-    """Streams in nests, a frozen part, axes named in another order, and an axis that no batch is split over: name -> (parts, stream, mesh)."""
+    """Streams in nests, a frozen part, axes named in another order, and an axis that no batch is split over: name ->
+    (parts, stream, mesh).
+    """
     g, acc, sh, tx = source(("node", "local")), fz.accumulate, fz.shard, zoo.tx(scale=True)
     alike = zoo.source(("data",), rng=True, loss_fn=zoo.loss_random, replicated=("aside",))
     nest, aside = {"node": 2, "local": 2}, {"data": 2, "aside": 2}
