@@ -9,12 +9,22 @@ from torch import Tensor
 
 
 def clone_tensors_for_torch_save(item: Any, device: Any = torch.device("cpu")) -> Any:  # noqa: B008
-    """A value with its tensors cloned on a device, whatever lists, tuples and dicts they are in."""
+    """A value with its tensors cloned on a device, whatever lists, tuples and dicts they are in.
+
+    Tensors that are one stay one, so that tied weights are still found by who saves them.
+    """
+    return _cloned(item, torch.device(device), {})
+
+
+def _cloned(item: Any, device: torch.device, seen: dict[Any, Tensor]) -> Any:
     if isinstance(item, Tensor):
-        return item.detach().clone() if item.device == torch.device(device) else item.detach().to(device)
+        key = item.data_ptr(), item.dtype, item.shape, item.stride(), item.device
+        if key not in seen or not item.numel():
+            seen[key] = item.detach().to(device, copy=True)
+        return seen[key]
     if isinstance(item, dict):
-        return type(item)({k: clone_tensors_for_torch_save(v, device) for k, v in item.items()})
+        return type(item)({k: _cloned(v, device, seen) for k, v in item.items()})
     if isinstance(item, (list, tuple)):
-        parts = [clone_tensors_for_torch_save(v, device) for v in item]
+        parts = [_cloned(v, device, seen) for v in item]
         return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
     return item

@@ -34,6 +34,17 @@ class Config(NamedTuple):
         """The values of one block by their last names."""
         return {path[len(prefix) + 1 :]: v.value for path, v in self.values.items() if path.startswith(prefix + ".")}
 
+    def nested(self) -> dict[str, Any]:
+        """Every value in blocks, as a file has them."""
+        out: dict[str, Any] = {}
+        for path, v in self.values.items():
+            *blocks, last = path.split(".")
+            inside = out
+            for name in blocks:
+                inside = inside.setdefault(name, {})
+            inside[last] = v.value
+        return out
+
     def where(self, path: str) -> str:
         """The beginning of a message about a key."""
         line = self.values[path].line if path in self.values else None

@@ -41,7 +41,8 @@ def home(param: Any) -> tuple[Any, str]:
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The master, whole, on every rank. A collective."""
     engine, name = home(param)
-    return read_leaf(engine.state.params, name, engine.live_mesh)
+    read = lambda: read_leaf(engine.state.params, name, engine.live_mesh)
+    return engine.together("safe_get_full_fp32_param", read)
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -56,7 +57,8 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     None between windows.
     """
     engine, name = home(param)
-    grads = mean_gradient(engine.train_step, engine.state, engine.gradient_accumulation_steps())
+    read = lambda: mean_gradient(engine.train_step, engine.state, engine.gradient_accumulation_steps())
+    grads = engine.together("safe_get_full_grad", read)
     return None if grads is None else grads.leaves()[number(grads.where.structure, name)]
 
 
@@ -66,7 +68,8 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
     None for a frozen parameter.
     """
     engine, name = home(param)
-    return read_leaf(_moment(engine, optim_state_key), name, engine.live_mesh)
+    read = lambda: read_leaf(_moment(engine, optim_state_key), name, engine.live_mesh)
+    return engine.together("safe_get_full_optimizer_state", read)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:

@@ -12,7 +12,6 @@ from funczero.deepspeed.engine.checkpoints import Checkpoints
 from funczero.deepspeed.optim.optimizer import EngineOptimizer
 from funczero.transforms.loss_scale import ScaleLoss
 
-BATCH = "the batch is the config's; initialize with another one and load the checkpoint"
 INSTEAD = {
     "scale": "engine.backward(loss) scales by itself",
     "compile": "compile blocks of the module before initialize",
@@ -22,7 +21,6 @@ INSTEAD = {
     "timers": "read engine.metrics",
     "flops_profiler": "use torch.profiler",
     "allreduce_gradients": "engine.step() reduces",
-    **dict.fromkeys(("set_train_batch_size", "set_train_micro_batch_size"), BATCH),
     "get_sequence_parallel_group": "there is no sequence parallelism here",
     "checkpoint_engine": "call engine.save_checkpoint",
     "set_data_post_process_func": "process the batch in your loop",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from funczero.deepspeed.config.triad import NAMES, Triad
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.loader import Loader
 from funczero.deepspeed.engine.loop import Loop
@@ -23,8 +24,41 @@ class Facts(Loop):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved values by their dotted keys."""
-        return {path: v.value for path, v in self.config_.values.items()}
+        """Every resolved value in blocks, as the file has them: a copy."""
+        return self.config_.nested()
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Another number of micro-batches an update, from the next window on.
+
+        Raises:
+          ValueError: the rows do not divide by those of a micro-batch on all ranks.
+          RuntimeError: a window is open.
+
+        Source: DeepSpeed 0.19.8, set_train_batch_size.
+        """
+        micro, world = self.config_.triad.micro, self.config_.world.size
+        if train_batch_size < 1 or train_batch_size % (micro * world):
+            what = f"{train_batch_size} rows do not divide by {micro} rows a micro-batch on {world} ranks"
+            raise ValueError(f"engine.set_train_batch_size: {what}; write a multiple of {micro * world}")
+        self._set_triad(Triad(train_batch_size, micro, train_batch_size // (micro * world)))
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Other rows in a micro-batch; as many micro-batches an update as before.
+
+        Source: DeepSpeed 0.19.8, set_train_micro_batch_size.
+        """
+        if micro_batch_size < 1:
+            raise ValueError(f"engine.set_train_micro_batch_size: {micro_batch_size} is below 1; write a row or more")
+        steps = self.config_.triad.steps
+        self._set_triad(Triad(micro_batch_size * steps * self.config_.world.size, micro_batch_size, steps))
+
+    def _set_triad(self, triad: Triad) -> None:
+        if self.window_length() or self._backwards:
+            why = "the window of micro-batches is open; call it right after an update"
+            raise RuntimeError(f"engine.set_train_batch_size: {why}")
+        values = {name: self.config_.values[name]._replace(value=x) for name, x in zip(NAMES, triad, strict=True)}
+        self.config_ = self.config_._replace(triad=triad, values={**self.config_.values, **values})
+        self._k = triad.steps
 
     def train_batch_size(self) -> int:
         """Rows of an update."""
@@ -65,6 +99,10 @@ class Facts(Loop):
     def bfloat16_enabled(self) -> bool:
         """In bfloat16?"""
         return self.config_.value("bf16.enabled")
+
+    def wall_clock_breakdown(self) -> bool:
+        """False: no timers are kept, whatever the config says."""
+        return False
 
     def steps_per_print(self) -> int | None:
         """Updates between two printed lines."""

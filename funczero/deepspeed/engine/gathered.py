@@ -63,7 +63,7 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
                 "write right after an update"
             )
     with opened(waiting, rank):
-        values = [read_leaf(p.home[0]().state.params, p.home[1], p.home[0]().live_mesh) for p in inside]
+        values = [_read(p.home[0](), p.home[1]) for p in inside]
         before = [(None if isinstance(p, Closed) else p.data, p.__class__, p.dtype) for p in inside]
         for p, x in zip(inside, values, strict=True):
             assert x is not None
@@ -82,6 +82,15 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
                 e.refresh_parameters()
             if not failed:
                 _back(inside, now, touched, rank)
+
+
+def _read(engine: Any, name: str) -> Tensor | None:
+    read = lambda: read_leaf(engine.state.params, name, engine.live_mesh)
+    return engine.together("GatheredParameters", read)
+
+
+def _written(engine: Any, value: Tensor, rank: int) -> Tensor:
+    return engine.together("the end of GatheredParameters", lambda: broadcast(value, rank, engine.live_mesh))
 
 
 def _show(p: Any, value: Tensor) -> None:
@@ -113,6 +122,6 @@ def _back(params: list[Any], now: Iterable[Tensor], touched: list[str], rank: in
     values: dict[Any, dict[str, Tensor]] = {}
     for p, x in zip(params, now, strict=True):
         engine, name = p.home[0](), p.home[1]
-        values.setdefault(engine, {})[name] = broadcast(x, rank, engine.live_mesh)
+        values.setdefault(engine, {})[name] = _written(engine, x, rank)
     for engine, whole in values.items():
         engine.write_parameters(whole)

@@ -25,7 +25,7 @@ from funczero.deepspeed.engine.sharded import ShardedParameters
 from funczero.deepspeed.engine.whole import WholeParameters
 from funczero.deepspeed.engine.zero_init import reopen
 from funczero.deepspeed.optim.clients import client_groups, client_optimizer
-from funczero.deepspeed.optim.groups import ByGroup, Numbers, config_groups, config_optimizer, group_rates, grouped
+from funczero.deepspeed.optim.groups import STILL, ByGroup, Numbers, config_groups, config_optimizer, group_rates, grouped, still
 from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
 from funczero.deepspeed.optim.schedulers import FromConfig
 from funczero.layout.mesh import P, plan_mesh, world_size
@@ -49,8 +49,10 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
-) -> tuple[Engine, EngineOptimizer, Any, Any]:
+) -> tuple[Engine, EngineOptimizer | None, Any, Any]:
     """(engine, optimizer, training_dataloader, lr_scheduler) over the chain of a config; it takes the module over.
+
+    Without an optimizer in the config and in the call the engine evaluates: it has a forward and no backward.
 
     Law: the engine's run is that of `fz.from_deepspeed(config, pullback=True)`, bit for bit. All ranks start from rank
     0's parameters and buffers.
@@ -82,7 +84,8 @@ def initialize(
     if resolved.notes and ranks.get_rank() == 0:
         logging.warning("%s: %s", resolved.name, "; ".join(resolved.notes))
     _place(model, resolved.value("zero_optimization.stage") == 3)
-    groups = _groups(model, model_parameters)
+    evaluates = optimizer is None and resolved.value("optimizer.type") is None
+    groups = _groups(model, model_parameters, evaluates)
     client = optimizer if optimizer is None or isinstance(optimizer, torch.optim.Optimizer) else optimizer(groups)
     if client is not None:
         groups = [dict(g) for g in client.param_groups]
@@ -91,12 +94,20 @@ def initialize(
     engine = Engine(holder, resolved, step, state, rates)
     take(model, engine, holder.kind)
     holder.attach()
-    engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), client)
+    if evaluates:
+        return engine, None, _loader(engine, training_data, collate_fn), None
+    shown = {} if client is not None else resolved.block("optimizer.params")
+    fixed = {name: x for name, x in shown.items() if name not in numbers[0]}
+    engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), client, fixed)
     engine.optimizer.pull(state)
     engine.lr_scheduler, engine.client_lr_scheduler = _scheduler(engine.optimizer, lr_scheduler, bool(rates))
-    if training_data is not None:
-        engine.training_dataloader = Loader(engine, training_data, collate_fn)
-    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+    return engine, engine.optimizer, _loader(engine, training_data, collate_fn), engine.lr_scheduler
+
+
+def _loader(engine: Engine, data: Any, collate_fn: Any) -> Any:
+    if data is not None:
+        engine.training_dataloader = Loader(engine, data, collate_fn)
+    return engine.training_dataloader
 
 
 def _refuse(model: Any, mpu: Any, mesh_param: Any, dist_init_required: bool | None) -> None:
@@ -155,7 +166,7 @@ def _check_local_rank(args: Any) -> None:
         args.local_rank = local
 
 
-def _groups(model: nn.Module, given: Iterable[Any] | None) -> Groups:
+def _groups(model: nn.Module, given: Iterable[Any] | None, evaluates: bool) -> Groups:
     """Groups of the model's parameters that are trained."""
     if given is None:
         items: list[Any] = [p for p in model.parameters() if p.requires_grad]
@@ -174,7 +185,7 @@ def _groups(model: nn.Module, given: Iterable[Any] | None) -> Groups:
                 raise ValueError(f"{name} stands twice; name it once")
             seen.add(id(p))
         g["params"] = [p for p in params if p.requires_grad]
-    if not any(g["params"] for g in groups):
+    if not any(g["params"] for g in groups) and not evaluates:
         raise ValueError(
             "model_parameters: none of them requires a gradient; write module.requires_grad_() before initialize"
         )
@@ -189,10 +200,9 @@ def _built(
     home = {n: by_id.get(id(p), 0) for n, p in named(model).items()}
     trained = {n for n, p in named(model).items() if id(p) in by_id}
     if client is not None:
-        if config.value("optimizer.type") is not None:
-            raise ConfigError(
-                f"{config.where('optimizer.type')}the call gives an optimizer, too; delete one of the two"
-            )
+        if config.value("optimizer.type") is not None and ranks.get_rank() == 0:
+            kind = type(client).__name__
+            logging.warning("%sit is not read: the call gives an optimizer, a %s", config.where("optimizer.type"), kind)
         known = {id(p) for p in model.parameters()}
         unknown = next((p for g in client.param_groups for p in g["params"] if id(p) not in known), None)
         if unknown is not None:
@@ -202,12 +212,12 @@ def _built(
             )
         name, numbers = type(client).__name__.lower(), client_groups(client)
         make: ByGroup = client_optimizer(client, home)
+    elif config.value("optimizer.type") is None:
+        name, numbers, make = "evaluation", [dict(STILL) for _ in groups], still()
+        if config.value("scheduler.type") is not None or lr_scheduler is not None:
+            why = "there is a scheduler, but neither the config nor the call names an optimizer"
+            raise ConfigError(f'{config.name}: {why}; add "optimizer": {{"type": "Adam"}}, or delete the scheduler')
     else:
-        if config.value("optimizer.type") is None:
-            raise ConfigError(
-                f"{config.name}: neither the config nor the call names an optimizer; "
-                f'add "optimizer": {{"type": "Adam"}}, or write initialize(optimizer=...)'
-            )
         numbers = config_groups(config, groups)
         name, make = config.value("optimizer.type").lower(), config_optimizer(config, home)
     rates = group_rates(config, numbers)

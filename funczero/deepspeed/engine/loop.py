@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from absl import logging
@@ -18,11 +18,16 @@ from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.graphs import stamp
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.leaf import write_leaf
+from funczero.deepspeed.engine.throughput import Throughput
 from funczero.deepspeed.engine.window import amended, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
 from funczero.layout.mesh import Mesh
+from funczero.step.calls import recorded
 from funczero.step.step import Step
 from funczero.step.train_step import donate
+
+
+Found = TypeVar("Found")  # what a call gives
 
 
 class Loop(nn.Module):
@@ -54,6 +59,7 @@ class Loop(nn.Module):
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
         self.client_lr_scheduler = False
+        self.tput_timer = Throughput()
         self.device, self.mp_world_size = step.live_mesh.device, 1
         self.global_rank, self.local_rank = ranks.get_rank(), ranks.get_local_rank()
         self.world_size = self.dp_world_size = ranks.get_world_size()
@@ -84,6 +90,7 @@ class Loop(nn.Module):
             outside of the module.
           scale_wrt_gas: False: this loss is added to the window undivided.
         """
+        self._check_trains("backward")
         _check_loss(loss)
         over = self._k if scale_wrt_gas else 1
         more = self._again or self.window_length() >= self._k
@@ -110,6 +117,7 @@ class Loop(nn.Module):
         Args:
           lr_kwargs: for the step() of a client's scheduler.
         """
+        self._check_trains("step")
         if not self._backwards:
             name = self.stray_gradient()
             if name is not None:
@@ -125,6 +133,11 @@ class Loop(nn.Module):
         if last:
             self._update(lr_kwargs or {})
 
+    def _check_trains(self, call: str) -> None:
+        if self.optimizer is None:
+            why = "neither the config nor the call of initialize names an optimizer, so this engine only evaluates"
+            raise RuntimeError(f'engine.{call}: {why}; add "optimizer": {{"type": "Adam"}} to the config')
+
     def _update(self, lr_kwargs: dict[str, Any]) -> None:
         name = self._holder.written()
         if name is not None:
@@ -136,6 +149,7 @@ class Loop(nn.Module):
         assert m is not None
         self._micro, self._updated = 0, bool(m.ok)
         self.global_samples += self.config_.triad.batch
+        self.tput_timer.updated(self.config_.triad.batch)
         self.optimizer.stepped()
         if self._updated and self.client_lr_scheduler:
             self.lr_scheduler.step(**lr_kwargs)
@@ -175,6 +189,10 @@ class Loop(nn.Module):
     def window_is_open(self, writes: bool) -> bool:
         """Do parameters stand still now? From a backward to its step(), and for who writes until the update."""
         return self._backwards > 0 or writes and self.window_length() > 0
+
+    def together(self, call: str, fn: Callable[[], Found]) -> Found:
+        """fn(), which sends; where a rank makes this call and another does not, all are told."""
+        return recorded(call, lambda state: fn(), self._step.running)(self._state)
 
     def write_parameters(self, values: Mapping[str, Tensor]) -> None:
         """Whole values by name into the masters, which forwards read from now on; every rank gives the same."""

@@ -13,6 +13,8 @@ from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.facts import Facts
 from funczero.deepspeed.engine.values import module_state
 
+GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+
 
 class Weights(Facts):
     """save_16bit_model, module_state_dict and load_module_state_dict."""
@@ -29,11 +31,10 @@ class Weights(Facts):
           ValueError: at stage 3 without stage3_gather_16bit_weights_on_model_save, because the model is whole on every
             rank for a moment.
         """
-        key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-        if self.zero_optimization_stage() == 3 and not self.config_.value(key):
+        if self.zero_optimization_stage() == 3 and not self.config_.value(GATHER):
             raise ValueError(
                 "save_16bit_model: at stage 3 it gathers the whole model on every rank; "
-                f"allow that with {key}: true, or write engine.save_checkpoint and `funczero export`"
+                f"allow that with {GATHER}: true, or write engine.save_checkpoint and `funczero export`"
             )
         whole = self.module_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
         if self.global_rank == 0:
@@ -50,6 +51,28 @@ class Weights(Facts):
         return True
 
     save_fp16_model = save_16bit_model
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """May the whole model be gathered at stage 3?"""
+        return self.config_.value(GATHER)
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, Tensor] | None:
+        """The module's state_dict on rank 0's CPU and None elsewhere; a collective.
+
+        The underscore is DeepSpeed's: Hugging Face calls this very name.
+
+        Raises:
+          ValueError: the config does not allow it.
+        """
+        if not self.config_.value(GATHER):
+            raise ValueError(
+                "Cannot get 16bit model weights: at stage 3 they are gathered whole on every rank; "
+                f"allow that with {GATHER}: true"
+            )
+        whole = self.module_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
+        return {n: x.cpu() for n, x in whole.items()} if self.global_rank == 0 else None
 
     def module_state_dict(
         self,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funczero import optim
 from funczero.core.number import number
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Grad, GradientTransformation, Group, Reading, Transform, Updated
@@ -20,6 +21,7 @@ from funczero.transforms.mean import value
 from funczero.transforms.update import apply_update
 
 KEY = "param_groups"
+STILL = {"lr": 0.0, "weight_decay": 0.0, "momentum": 0.0}
 LR = "optimizer.params.lr"
 Numbers = dict[str, Any]  # a group: name -> number or tuple of numbers
 
@@ -168,6 +170,15 @@ def config_optimizer(config: Config, home: Mapping[str, int]) -> ByGroup:
         return Reading(groups, None, torch.tensor(rows[0]["lr"] if alike else math.nan, dtype=torch.float64))
 
     return ByGroup(tx, read)
+
+
+def still() -> ByGroup:
+    """The optimizer of an engine that only evaluates: nothing moves."""
+
+    def read(rows: list[Numbers], params: Slots) -> Reading:
+        return Reading([Group(STILL)], None, torch.zeros((), dtype=torch.float64))
+
+    return ByGroup(optim.sgd(0.0), read)
 
 
 def _checked(who: str, row: Numbers) -> dict[str, float]:

@@ -24,8 +24,21 @@ class EngineOptimizer(torch.optim.Optimizer):
     `step` and `zero_grad` do nothing, because `engine.step()` updates and a gradient is a value that is used once.
     """
 
-    def __init__(self, engine: Any, groups: list[dict[str, Any]], client: torch.optim.Optimizer | None = None) -> None:
-        """groups: with their parameters; a client's optimizer shares them, so that its schedulers write here."""
+    def __init__(
+        self,
+        engine: Any,
+        groups: list[dict[str, Any]],
+        client: torch.optim.Optimizer | None = None,
+        fixed: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Use initialize.
+
+        Args:
+          groups: with their parameters; a client's optimizer shares them, so that its schedulers write here.
+          fixed: what every group shows beside its numbers, and what no edit can change.
+        """
+        self.fixed = dict(fixed or {})
+        groups = [{**self.fixed, **g} for g in groups]
         super().__init__([{**g} for g in groups], dict(groups[0], params=None) if client is None else client.defaults)
         self._engine = weakref.ref(engine)
         self.client = client
@@ -43,6 +56,10 @@ class EngineOptimizer(torch.optim.Optimizer):
     def push(self, state: TrainState) -> TrainState:
         """The state with the numbers that the groups show now."""
         own = state.chain[KEY]
+        for name, value in self.fixed.items():
+            if any(g[name] is not value and g[name] != value for g in self.param_groups):
+                why = "it is the same for all groups and stands still; write it into the config"
+                raise ValueError(f"param_groups: {name!r} was changed from {value!r}, but {why}")
         names = [n for n in own if n != "updates"]
         shown = [{n: _number(g[n]) for n in names} for g in self.param_groups]
         if shown == numbers(own):
@@ -90,6 +107,15 @@ class EngineOptimizer(torch.optim.Optimizer):
         return 1.0 if own is None else float(own.scale)
 
     loss_scale = cur_scale
+
+    def get_loss_scale(self) -> float:
+        """cur_scale."""
+        return self.cur_scale
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The client's optimizer, whose groups are these; without one this face itself."""
+        return self if self.client is None else self.client
 
     @property
     def overflow(self) -> bool:
