@@ -13,7 +13,8 @@ from funczero.core import tree
 from funczero.core.number import flag, kind, number
 from funczero.core.number import shown as described
 from funczero.core.types import ChainError, Formula, GradientTransformation
-from funczero.optim import rates
+from funczero.optim.rate import Beta, Rate, lasting, value_at
+from funczero.optim.rates import Rates
 from funczero.transforms.formula import optimizer
 
 ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
@@ -41,7 +42,7 @@ class Scalars(NamedTuple):
 
 
 def from_torch(
-    name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate | None = None, **options: Any
+    name: str, lr: Beta | None = None, weight_decay: Rate | None = None, **options: Any
 ) -> GradientTransformation:
     """torch.optim's class of this name, value by value; a skipped update leaves its state alone.
 
@@ -92,7 +93,7 @@ def from_torch(
             f"from_torch: lr is {kind(lr)}, but these classes keep one number for all leaves; write a number or a"
             " schedule"
         )
-    rate = rates.Rates(
+    rate = Rates(
         who, lr=lr, weight_decay=weight_decay if weight_decay is not None else defaults.get("weight_decay", 0.0)
     )
     options = {k: _option(who, k, defaults[k], x) for k, x in options.items()}
@@ -111,14 +112,14 @@ def from_torch(
         """The state that the class gives a parameter before its first step."""
         p = leaf.detach().clone()
         p.grad = torch.zeros_like(p)
-        own: Any = build([p], float(rates.at(who, "lr", lr, torch.zeros((), dtype=torch.int64))), 0.0)
+        own: Any = build([p], float(value_at(who, "lr", lr, torch.zeros((), dtype=torch.int64))), 0.0)
         lists: list[list[Tensor]] = [[] for _ in list(inspect.signature(own._init_group).parameters)[1:]]
         own._init_group(own.param_groups[0], *lists)
         return {k: x for k, x in own.state[p].items() if isinstance(x, Tensor)}
 
     def init(params: Any) -> FromTorch:
         kept = rate.init(params)
-        rates.lasting(who, float(options.get("eps", defaults.get("eps", 0.0)) or 0.0), params)
+        lasting(who, float(options.get("eps", defaults.get("eps", 0.0)) or 0.0), params)
         probe = fresh(torch.zeros(1, device=next(iter(tree.tensors(params)), torch.zeros(())).device))
         moments = {k: tree.map(lambda p, k=k: fresh(p)[k], params) for k, x in probe.items() if x.dim()}
         return FromTorch({k: x for k, x in probe.items() if not x.dim()}, moments, kept)

@@ -10,7 +10,7 @@ from funczero.core.types import GradientTransformation
 from funczero.deepspeed.config.key import ConfigError
 from funczero.deepspeed.config.resolved import Config
 from funczero.optim import schedules
-from funczero.optim.rates import Rate
+from funczero.optim.rate import Rate
 from funczero.optim.schedules import Schedule
 
 GivenOptimizer = GradientTransformation | Callable[[Rate], GradientTransformation]
