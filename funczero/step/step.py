@@ -19,7 +19,7 @@ from funczero.core.policy import Policy
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Env, Grad, Metrics, Seed, TrainState, Updated
 from funczero.gradients.draws import keyed
-from funczero.gradients.gradient import check_loss, drew
+from funczero.gradients.loss import check_loss, drew
 from funczero.gradients.tape import Tape
 from funczero.layout.lazy import Lazy, all_find, lazy
 from funczero.layout.mesh import Mesh, P, connect, located, plan_mesh
@@ -31,7 +31,7 @@ from funczero.step.fits import Book, Fits, at, packed
 from funczero.step.notices import Early, narrow, nested, say
 from funczero.transforms.chain import Source, build, chain, configured
 from funczero.transforms.skips import Patience, Skipped, unapplied
-from funczero.world.ledger import UPDATE
+from funczero.world.entries import UPDATE
 
 Own = TypeVar("Own")  # what a transform keeps
 
