@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from funczero.checkpoint import client, folder, manifest
-from funczero.checkpoint.arrays import CheckpointError
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Deal, deal
 from funczero.checkpoint.manifest import Manifest

@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 from funczero.checkpoint import names
-from funczero.checkpoint.arrays import Array, CheckpointError, dtype_name, torch_dtype
+from funczero.checkpoint.arrays import Array
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import Manifest
+from funczero.checkpoint.memory import dtype_name, torch_dtype
 from funczero.checkpoint.names import Part
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from funczero.checkpoint import client, commit, folder, manifest, window
-from funczero.checkpoint.arrays import CheckpointError
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.names import Names, named, refuse_collisions, whole
 from funczero.checkpoint.peers import Peers

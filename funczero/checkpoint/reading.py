@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from funczero.checkpoint import folder, manifest
-from funczero.checkpoint.arrays import CheckpointError
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.names import listed
 from funczero.checkpoint.peers import Peers

@@ -11,8 +11,8 @@ import torch
 from absl import logging
 from torch import Tensor
 
-from funczero.checkpoint.arrays import dtype_name
 from funczero.checkpoint.layout import Box, Deal, deal
+from funczero.checkpoint.memory import dtype_name
 from funczero.checkpoint.names import Part, is_rate, listed, named
 from funczero.checkpoint.preparing import coords_of
 from funczero.checkpoint.target import roomy, template, views_of

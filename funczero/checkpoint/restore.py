@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from funczero.checkpoint import client, matching, names, window
-from funczero.checkpoint.arrays import Array, CheckpointError, Reader, dtype_name, torch_dtype
+from funczero.checkpoint.arrays import Array, Reader
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.layout import Box
 from funczero.checkpoint.manifest import ARRAYS, FILE, Manifest
+from funczero.checkpoint.memory import dtype_name, torch_dtype
 from funczero.checkpoint.names import Part, named
 from funczero.checkpoint.script_rates import ScriptRates
 from funczero.checkpoint.target import Restorer, Want, roomy, views_of

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero.checkpoint.arrays import nbytes, room
+from funczero.checkpoint.memory import nbytes, room
 from funczero.checkpoint.names import Part
 from funczero.core import tree
 from funczero.core.types import TrainState
