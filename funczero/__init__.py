@@ -52,12 +52,12 @@ from funczero.core.types import Transform as Transform
 from funczero.core.types import Updated as Updated
 from funczero.core.types import Value as Value
 from funczero.gradients.gradient import freeze as freeze
-from funczero.gradients.gradient import per_row as per_row
 from funczero.gradients.gradient import pull as pull
 from funczero.gradients.gradient import pullback as pullback
 from funczero.gradients.gradient import value_and_grad as value_and_grad
 from funczero.gradients.layers import gather as gather
 from funczero.gradients.layers import layers as layers
+from funczero.gradients.loss import per_row as per_row
 from funczero.gradients.stateless import stateless as stateless
 from funczero.layout.init import init as init
 from funczero.layout.init import leaf as leaf

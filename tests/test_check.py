@@ -18,7 +18,7 @@ import torch
 
 import funczero as fz
 from funczero import P
-from funczero.world.ledger import UPDATE, Context, Entry
+from funczero.world.entries import UPDATE, Context, Entry
 
 SAID = re.compile(
     r"(?:\[rank\d+\]: )?funczero(?:\.world\.ledger\.DivergenceError)?: (.*)"

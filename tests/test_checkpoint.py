@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import funczero as fz
 from funczero.checkpoint import Checkpointer, client
-from funczero.checkpoint.arrays import numpy_view
 from funczero.checkpoint.layout import Box, chunk_shape, deal
+from funczero.checkpoint.memory import numpy_view
 from funczero.checkpoint.names import named
 from funczero.layout.lazy import lazy
 from funczero.layout.where import Where

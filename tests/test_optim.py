@@ -9,7 +9,7 @@ from optimizers import F32, F64, ORACLES, PAIRS, close, masters, torchs
 
 import funczero as fz
 from funczero import P, tree
-from funczero.optim import rates
+from funczero.optim.rate import value_at
 
 SIGNS = ("lion", "torch Rprop")  # a sign near zero differs in float32
 
@@ -115,7 +115,7 @@ def test_a_beta_that_leaves_its_range_is_told():
 
 def test_a_count_at_its_end_is_told():
     with pytest.raises(OverflowError, match="sgd: 16777216 applied updates are the end of a float32 count"):
-        rates.at("sgd", "lr", lambda u: 0.1, torch.tensor(2.0**24))
+        value_at("sgd", "lr", lambda u: 0.1, torch.tensor(2.0**24))
 
 
 def test_a_class_of_torch_has_its_own_defaults():

@@ -12,7 +12,8 @@ from optimizers import F32, F64, close, masters, torchs
 import funczero as fz
 from funczero import tree
 from funczero.layout.lazy import lazy
-from funczero.optim import rates
+from funczero.optim.rate import value_at
+from funczero.optim.rates import Rates
 from funczero.transforms.formula import pieces
 
 
@@ -31,7 +32,7 @@ def test_rates_are_exact_doubles():
         return min_lr + coeff * (learning_rate - min_lr)
 
     for n in range(60):
-        assert rates.at("adamw", "lr", get_lr, torch.tensor(float(n))) == get_lr(n)
+        assert value_at("adamw", "lr", get_lr, torch.tensor(float(n))) == get_lr(n)
     table = [0.1, 0.3]
     for schedule, want in [
         (lambda u: 0.1, 0.1),
@@ -190,7 +191,7 @@ def test_leaves_of_one_rate_share_a_kernel_call():
     x = lazy(zoo.params(), ("blocks",), {}, lambda path: False, torch.device("cpu")).at((), F32)
 
     def called(lr, decay):
-        rate = rates.Rates("adamw", lr=lr, weight_decay=decay)
+        rate = Rates("adamw", lr=lr, weight_decay=decay)
         read = rate.read(torch.zeros(()), rate.init(x), x, torch.ones((), dtype=torch.bool), False)
         return [(g.rates["lr"], g.rates["weight_decay"], pieces((x, x, x), g.leaves)) for g in read.groups], read.lr
 

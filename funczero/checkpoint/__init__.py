@@ -2,7 +2,7 @@
 orbax nor tensorstore.
 """
 
-from funczero.checkpoint.arrays import CheckpointError as CheckpointError
 from funczero.checkpoint.checkpointer import Checkpointer as Checkpointer
+from funczero.checkpoint.error import CheckpointError as CheckpointError
 from funczero.checkpoint.notice import Notice as Notice
 from funczero.checkpoint.reading import Restored as Restored

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.layout import Box, touched
+from funczero.checkpoint.memory import nbytes, numpy_view, torch_dtype
 from funczero.checkpoint.names import stored
 
 FLIGHT = 128 << 20  # bytes under way at a time
@@ -31,10 +32,6 @@ FORM: dict[str, tuple[Any, ...]] = {
     "zarr_format": (3,), "node_type": ("array",), "codecs": (CODECS, [{"name": "bytes"}, CODECS[1]]),
     "chunk_key_encoding": ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}}),
 }  # fmt: skip
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is not what it should be, or could not be written."""
 
 
 class Array(NamedTuple):
@@ -49,29 +46,6 @@ class Array(NamedTuple):
 def key_name(key: tuple[int, ...]) -> str:
     """A chunk's key in the store."""
     return "/".join(("c", *map(str, key)))
-
-
-def numpy_view(x: Tensor) -> np.ndarray:
-    """A CPU tensor's memory as numpy sees it, in its true dtype."""
-    name = dtype_name(x.dtype)
-    if name == "bfloat16" or name.startswith("float8"):
-        import ml_dtypes
-
-        return x.view(torch.int16 if name == "bfloat16" else torch.uint8).numpy().view(getattr(ml_dtypes, name))
-    return x.numpy()
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as torch, numpy and zarr call it: float32, bfloat16, float8_e4m3fn."""
-    return str(dtype).removeprefix("torch.")
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name; CheckpointError where torch has none."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"checkpoint: {name!r} is no dtype of this torch")
-    return dtype
 
 
 def _context() -> Any:
@@ -273,20 +247,6 @@ class Reader:
                 future.result()
         ask.done(out)
         return nbytes(out)
-
-
-def nbytes(x: Tensor) -> int:
-    """Bytes of a tensor's values."""
-    return x.numel() * x.element_size()
-
-
-def room(size: int) -> Tensor:
-    """New memory of so many bytes, aligned; numpy asks the system for huge pages, without which the first touch
-    costs more than a copy.
-    """
-    memory = torch.from_numpy(np.empty(size + 64, np.uint8))
-    start = -memory.data_ptr() % 64
-    return memory[start : start + size]
 
 
 @contextlib.contextmanager

@@ -8,19 +8,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from absl import logging
-
 from funczero.checkpoint import client, folder, manifest
-from funczero.checkpoint.arrays import CheckpointError
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Deal, deal
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.names import Names, refuse_collisions
 from funczero.checkpoint.peers import Peers
-from funczero.checkpoint.preparing import Asked, chain_of, coords_of, prepared
-from funczero.checkpoint.reading import Reading, Restored, choices, first_good
-from funczero.checkpoint.restore import Context, Want, template
-from funczero.checkpoint.saving import KINDS, Job, Save, Staging, arrays_of, refuse_taken, sentence, spoken
+from funczero.checkpoint.preparing import Asked, agreed
+from funczero.checkpoint.reading import Reading, Restored, restored
+from funczero.checkpoint.saving import Job, Save, Staging, arrays_of, refuse_taken, sentence, spoken
+from funczero.checkpoint.target import Want
 from funczero.core.types import TrainState
 from funczero.world import ending, presence
 
@@ -151,25 +149,11 @@ class Checkpointer:
         peers = self._joined()
         number, begun = peers.begin(), False
         try:
-            mine, error = self._prepared(
-                Asked(state, name, client_state if peers.rank == 0 else None, metrics, overwrite), peers
-            )
-            peers.put(
-                f"{number}/ready/{peers.rank}", {"coords": coords_of(state) if mine else {}, "error": spoken(error)}
-            )
-            go = self._agreed(peers, number, mine[1].name if mine else "", error)
-            assert mine is not None
-            found, told = mine
-            if go["name"] != told.name:
-                logging.warning(
-                    "save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts",
-                    peers.rank,
-                    told.name,
-                    go["name"],
-                )
-            own = self._staging.dealt(found, go["coords"], peers.rank)
-            values = self._staging.copied(found, own, peers.rank)
-            self._start(number, peers, overwrite, told._replace(name=go["name"]), found, own, values)
+            asked = Asked(state, name, client_state if peers.rank == 0 else None, metrics, overwrite)
+            found, told, coords = agreed(asked, self.directory, peers, number, self._step, self._config, self.join)
+            share = self._staging.dealt(found, coords, peers.rank)
+            values = self._staging.copied(found, share, peers.rank)
+            self._start(number, peers, overwrite, told, found, share, values)
             begun = True
         finally:
             if not begun:
@@ -183,29 +167,19 @@ class Checkpointer:
         refuse_collisions(list(found.parts))
         refuse_taken(self.directory, name, overwrite=False)
         told = Manifest(name, 0, 0, 0, {}, found.ties, {}, None, 1, {}, {"config": self._config}, manifest.versions())
-        own = deal(found.parts, [{}], 0)
-        values = [(p, found.parts[p.name].value.detach().contiguous()[p.box.slices()]) for p in own.pieces]
+        share = deal(found.parts, [{}], 0)
+        values = [(p, found.parts[p.name].value.detach().contiguous()[p.box.slices()]) for p in share.pieces]
         peers = Peers(alone=True)
-        self._start(peers.begin(), peers, False, told, found, own, values)
+        self._start(peers.begin(), peers, False, told, found, share, values)
 
     def _start(
-        self, number: int, peers: Peers, overwrite: bool, told: Manifest, found: Names, own: Deal, values: list[Any]
+        self, number: int, peers: Peers, overwrite: bool, told: Manifest, found: Names, share: Deal, values: list[Any]
     ) -> None:
-        self._saving = Save(
-            Job(
-                number,
-                self.directory,
-                self.keep,
-                self.max_metadata,
-                overwrite,
-                told,
-                arrays_of(found, own),
-                own,
-                values,
-                self._named,
-            ),
-            peers,
+        arrays = arrays_of(found, share)
+        job = Job(
+            number, self.directory, self.keep, self.max_metadata, overwrite, told, arrays, share, values, self._named
         )
+        self._saving = Save(job, peers)
 
     def poll(self) -> str | None:
         """At a step boundary: has the save under way ended? Its name if it is committed now; all ranks are told at the
@@ -251,34 +225,6 @@ class Checkpointer:
             saving.peers.over(saving.job.number)
         saving.result()
         return saving.job.told.name
-
-    def _prepared(self, asked: Asked, peers: Peers) -> tuple[tuple[Names, Manifest] | None, Exception | None]:
-        """What is saved, or the error to tell."""
-        try:
-            return prepared(asked, self.directory, peers, self._step, self._config), None
-        except Exception as e:
-            return None, e
-
-    def _agreed(self, peers: Peers, number: int, name: str, error: BaseException | None) -> dict[str, Any]:
-        """All ranks are here and well: rank 0's name and everybody's coordinates; or one error for all."""
-        if peers.rank == 0:
-            try:
-                all_ready = peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "save", join=self.join)
-                bad = next(((r, a["error"]) for r, a in enumerate(all_ready) if a["error"]), None)
-                go = {"name": name, "coords": [a["coords"] for a in all_ready], "error": bad}
-            except CheckpointError as e:
-                go = {"error": (0, spoken(e))}
-            peers.put(f"{number}/go", go)
-        (go,) = peers.wait([(0, f"{number}/go")], "save", join=self.join + 10)
-        peers.forget(number)  # all are here
-        if go["error"]:
-            rank, (kind, text) = go["error"]
-            if error is not None:
-                raise error
-            raise KINDS.get(kind, CheckpointError)(
-                text if peers.rank == rank or kind == "CheckpointError" else f"{text} (rank {rank})"
-            )
-        return go
 
     def names(self) -> list[str]:
         """The committed checkpoints in order of their commits; rank 0 looks, and all get the same answer."""
@@ -337,53 +283,9 @@ class Checkpointer:
         peers = self._joined(step)
         number = peers.begin()
         try:
-            return self._restored(
-                peers,
-                number,
-                step,
-                like,
-                Want(strict, (only,) if isinstance(only, str) else tuple(only), tuple(rename)),
-                name,
-                fallback,
-                donate and given,
-            )
+            want = Want(strict, (only,) if isinstance(only, str) else tuple(only), tuple(rename))
+            reading = Reading(peers, number, self.directory, self.keep, self.max_metadata, self.join, want)
+            return restored(reading, name, like, step, fallback, donate and given)
         finally:
             with contextlib.suppress(CheckpointError):  # the store may be gone
                 peers.over(number)
-
-    def _restored(
-        self,
-        peers: Peers,
-        number: int,
-        step: Any,
-        like: Any,
-        want: Want,
-        name: int | str | float,
-        fallback: bool,
-        donate: bool,
-    ) -> Restored:
-        error = None
-        try:
-            target, fresh = (like, lambda: like) if isinstance(like, TrainState) else template(*like)
-        except Exception as e:
-            error = e
-        peers.put(
-            f"{number}/ready/{peers.rank}", {"coords": {} if error else coords_of(target), "error": spoken(error)}
-        )
-        paths = (
-            []
-            if error
-            else choices(peers, number, self.directory, name, self.keep, fallback, self.max_metadata, self.join)
-        )
-        ready = peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "restore", join=self.join)
-        if error is not None:
-            raise error
-        if (bad := next(((r, a["error"]) for r, a in enumerate(ready) if a["error"]), None)) is not None:
-            raise KINDS.get(bad[1][0], CheckpointError)(f"{bad[1][1]} (rank {bad[0]})")
-        peers.forget(number)  # all are here
-        coords = [{a: tuple(c) for a, c in r["coords"].items()} for r in ready]
-        device = target.params.buffers[0].device if step is None else step.live_mesh.device
-        context = Context(peers.rank, peers.size, coords, None if step is None else chain_of(step), device, donate)
-        return first_good(
-            Reading(peers, number, self.directory, self.max_metadata, want, context), paths, target, fresh, fallback
-        )

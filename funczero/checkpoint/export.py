@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from funczero.checkpoint import folder, manifest, stock
-from funczero.checkpoint.arrays import CheckpointError, numpy_view, torch_dtype
 from funczero.checkpoint.checkpointer import Checkpointer
+from funczero.checkpoint.error import CheckpointError
+from funczero.checkpoint.memory import numpy_view, torch_dtype
 from funczero.checkpoint.names import Names, escape, unescape, whole
 from funczero.checkpoint.tools import find, progress, tensors
 

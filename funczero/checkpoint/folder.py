@@ -19,7 +19,7 @@ from typing import NamedTuple
 from absl import logging
 
 from funczero.checkpoint import manifest
-from funczero.checkpoint.arrays import CheckpointError
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import LIMIT, Manifest
 
 NEW, DELETED, TEMPORARY = ".funczero-new", ".funczero-deleted", ".orbax-checkpoint-tmp"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from funczero.checkpoint.arrays import CheckpointError
+from funczero.checkpoint.error import CheckpointError
 from funczero.world import presence
 from funczero.world.ending import Guest
 

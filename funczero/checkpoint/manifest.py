@@ -18,7 +18,9 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funczero.checkpoint.arrays import Array, CheckpointError, torch_dtype
+from funczero.checkpoint.arrays import Array
+from funczero.checkpoint.error import CheckpointError
+from funczero.checkpoint.memory import torch_dtype
 from funczero.checkpoint.names import LONGEST
 
 FILE, SEAL, ARRAYS = "funczero.json", "funczero.sha256", "state"
@@ -29,18 +31,11 @@ LIMIT = 64 << 20  # bytes of the JSON file that a reader takes
 VALUE = 24  # bytes of that limit for each value: what Python makes of one takes several times as much
 DIMS = 32  # of an array, as the store has it
 FORM = {
-    "name": str,
-    "sequence": int,
-    "step": int,
-    "updates": int,
-    "arrays": dict,
-    "ties": dict,
-    "metrics": dict,
-    "world": int,
-    "window": dict,
-    "about": dict,
-}
-FORM |= {"versions": dict, "files": dict}
+    "name": str, "sequence": int, "step": int, "updates": int, "arrays": dict, "ties": dict, "metrics": dict,
+    "world": int, "window": dict, "about": dict, "versions": dict, "files": dict,
+}  # fmt: skip
+ABOUT = {"chain": str, "specs": dict, "not finite": list}  # of what it may say there
+RANGES = {"sequence": (0, 1 << 63), "step": (0, 1 << 63), "updates": (0, 1 << 63), "world": (1, 1 << 31)}
 
 
 class Manifest(NamedTuple):
@@ -144,8 +139,8 @@ def _crc(path: Path) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    own = (folder / FILE, folder / SEAL)
-    return [p for p in sorted(folder.rglob("*")) if p not in own and (p.is_symlink() or not p.is_dir())]
+    late = (folder / FILE, folder / SEAL)
+    return [p for p in sorted(folder.rglob("*")) if p not in late and (p.is_symlink() or not p.is_dir())]
 
 
 def load(folder: Path, limit: int = LIMIT) -> Manifest:
@@ -188,28 +183,9 @@ def _parse(body: dict[str, Any], folder: Path) -> Manifest:
             f"checkpoint {str(folder)!r} has format {body['format']!r}, this version reads {FORMAT}; use the funczero"
             f" that wrote it ({body.get('versions')})"
         )
-    wrong = [k for k, kind in FORM.items() if type(body[k]) is not kind]
-    wrong += [
-        k
-        for k, kinds in (("ties", str), ("metrics", (int, float)))
-        if not wrong and not all(isinstance(x, kinds) for x in body[k].values())
-    ]
-    wrong += ["window"] * (not wrong and not all(map(_is_window, body["window"].values())))
-    about = body["about"] if not wrong else {}
-    wrong += [
-        k
-        for k, kind in (("chain", str), ("specs", dict), ("not finite", list))
-        if k in about and type(about[k]) is not kind
-    ]
-    wrong += ["not finite"] * (not wrong and not all(isinstance(x, str) for x in about.get("not finite", ())))
-    if wrong:
+    if wrong := _wrong(body):
         raise TypeError(f"{wrong[0]!r} holds other things than a save writes")
-    for name, (low, high) in {
-        "sequence": (0, 1 << 63),
-        "step": (0, 1 << 63),
-        "updates": (0, 1 << 63),
-        "world": (1, 1 << 31),
-    }.items():
+    for name, (low, high) in RANGES.items():
         if not low <= body[name] < high:
             raise ValueError(f"{name!r} is no number that a save writes")
     strange = next(
@@ -228,6 +204,21 @@ def _parse(body: dict[str, Any], folder: Path) -> Manifest:
     return Manifest(
         **{f: body[f] for f in Manifest._fields if f not in ("arrays", "files")}, arrays=arrays, files=files
     )
+
+
+def _wrong(body: dict[str, Any]) -> list[str]:
+    """The fields that hold values of another kind than a save writes."""
+    wrong = [k for k, kind in FORM.items() if type(body[k]) is not kind]
+    if wrong:
+        return wrong
+    inside = (("ties", str), ("metrics", (int, float)))
+    wrong += [k for k, kinds in inside if not all(isinstance(x, kinds) for x in body[k].values())]
+    wrong += ["window"] * (not wrong and not all(map(_is_window, body["window"].values())))
+    if wrong:
+        return wrong
+    about = body["about"]
+    wrong = [k for k, kind in ABOUT.items() if k in about and type(about[k]) is not kind]
+    return wrong + ["not finite"] * (not wrong and not all(isinstance(x, str) for x in about.get("not finite", ())))
 
 
 def _is_window(w: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from funczero.checkpoint import lines
-from funczero.checkpoint.arrays import CheckpointError
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.lines import SPACE
 from funczero.world import presence
 

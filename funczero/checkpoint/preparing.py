@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funczero.checkpoint import client, commit, folder, manifest
+from absl import logging
+
+from funczero.checkpoint import client, commit, folder, manifest, window
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.names import Names, named, refuse_collisions, whole
 from funczero.checkpoint.peers import Peers
-from funczero.checkpoint.restore import window
-from funczero.checkpoint.saving import refuse_taken
+from funczero.checkpoint.saving import KINDS, refuse_taken, spoken
 from funczero.core import tree
 from funczero.core.types import TrainState
 from funczero.layout.slots import Slots
@@ -27,6 +29,59 @@ class Asked(NamedTuple):
     client_state: Any
     metrics: Mapping[str, float] | None
     overwrite: bool
+
+
+def agreed(
+    asked: Asked, directory: Path, peers: Peers, number: int, step: Any, config: Any, join: float
+) -> tuple[Names, Manifest, list[Any]]:
+    """This rank's leaves, the manifest without its arrays, and everybody's coordinates, once all ranks are here and
+    well.
+
+    Args:
+      number: of the call, the same on all ranks.
+      join: seconds in which all ranks must come.
+
+    Raises:
+      ValueError, TypeError, FileExistsError: on all ranks, where one of them cannot save.
+      CheckpointError: a rank does not come.
+    """
+    ready, error = None, None
+    try:
+        ready = prepared(asked, directory, peers, step, config)
+    except Exception as e:
+        error = e
+    coords = coords_of(asked.state) if ready else {}
+    peers.put(f"{number}/ready/{peers.rank}", {"coords": coords, "error": spoken(error)})
+    go = _go(peers, number, ready[1].name if ready else "", error, join)
+    assert ready is not None
+    found, told = ready
+    if go["name"] != told.name:
+        logging.warning(
+            "save: rank %d named this checkpoint %r, rank 0 %r; rank 0's name counts", peers.rank, told.name, go["name"]
+        )
+    return found, told._replace(name=go["name"]), go["coords"]
+
+
+def _go(peers: Peers, number: int, name: str, error: BaseException | None, join: float) -> dict[str, Any]:
+    """Rank 0's name and everybody's coordinates; or one error for all."""
+    if peers.rank == 0:
+        try:
+            all_ready = peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "save", join=join)
+            bad = next(((r, a["error"]) for r, a in enumerate(all_ready) if a["error"]), None)
+            go = {"name": name, "coords": [a["coords"] for a in all_ready], "error": bad}
+        except CheckpointError as e:
+            go = {"error": (0, spoken(e))}
+        peers.put(f"{number}/go", go)
+    (go,) = peers.wait([(0, f"{number}/go")], "save", join=join + 10)
+    peers.forget(number)  # all are here
+    if go["error"]:
+        rank, (kind, text) = go["error"]
+        if error is not None:
+            raise error
+        raise KINDS.get(kind, CheckpointError)(
+            text if peers.rank == rank or kind == "CheckpointError" else f"{text} (rank {rank})"
+        )
+    return go
 
 
 def prepared(asked: Asked, directory: Path, peers: Peers, step: Any, config: Any) -> tuple[Names, Manifest]:
@@ -63,7 +118,7 @@ def prepared(asked: Asked, directory: Path, peers: Peers, step: Any, config: Any
         numbers,
         encoded,
         peers.size,
-        window(state),
+        window.described(state),
         about,
         manifest.versions(),
     )

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from funczero.checkpoint import folder, manifest
-from funczero.checkpoint.arrays import CheckpointError
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.names import listed
 from funczero.checkpoint.peers import Peers
-from funczero.checkpoint.restore import Context, Want, fill, load_client
+from funczero.checkpoint.preparing import chain_of, coords_of
+from funczero.checkpoint.restore import fill, load_client
 from funczero.checkpoint.saving import KINDS, sentence, spoken
+from funczero.checkpoint.target import Restorer, Want, template
 from funczero.core.types import TrainState
 
 
@@ -30,42 +32,72 @@ class Restored(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One restore, as this rank sees it."""
+    """One restore, as this rank calls it."""
 
     peers: Peers
     number: int  # of the call
     directory: Path
+    keep: Keep
     limit: int  # bytes of a manifest
+    join: float  # seconds in which all ranks must come
     want: Want
-    context: Context
 
 
-def choices(
-    peers: Peers,
-    number: int,
-    directory: Path,
-    name: int | str | float,
-    keep: Keep,
-    fallback: bool,
-    limit: int,
-    join: float,
-) -> list[str]:
+def restored(reading: Reading, name: int | str | float, like: Any, step: Any, fallback: bool, donate: bool) -> Restored:
+    """A state from the checkpoint that a name means, once all ranks are here and well.
+
+    Args:
+      like: a state, or (step, params).
+      step: whose chain and device count; None where `like` alone says where a leaf lies.
+      fallback: pass over damaged checkpoints.
+      donate: fill the memory of `like`.
+
+    Raises:
+      CheckpointError: none can be read, or a rank does not come. On all ranks.
+    """
+    peers, number, error = reading.peers, reading.number, None
+    try:
+        target, fresh = (like, lambda: like) if isinstance(like, TrainState) else template(*like)
+    except Exception as e:
+        error = e
+    peers.put(f"{number}/ready/{peers.rank}", {"coords": {} if error else coords_of(target), "error": spoken(error)})
+    paths = [] if error else _choices(reading, name, fallback)
+    ready = peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "restore", join=reading.join)
+    if error is not None:
+        raise error
+    if (bad := next(((r, a["error"]) for r, a in enumerate(ready) if a["error"]), None)) is not None:
+        raise KINDS.get(bad[1][0], CheckpointError)(f"{bad[1][1]} (rank {bad[0]})")
+    peers.forget(number)  # all are here
+    coords = [{a: tuple(c) for a, c in r["coords"].items()} for r in ready]
+    device = target.params.buffers[0].device if step is None else step.live_mesh.device
+    restorer = Restorer(peers.rank, peers.size, coords, None if step is None else chain_of(step), device, donate)
+    return _first_good(reading, restorer, paths, target, fresh, fallback)
+
+
+def _choices(reading: Reading, name: int | str | float, fallback: bool) -> list[str]:
     """The folders to try, the same on all ranks; rank 0 looks."""
+    peers, key = reading.peers, f"{reading.number}/choice"
     if peers.rank == 0:
         try:
-            answer: Any = [str(e.path) for e in folder.choose(directory, name, keep, fallback, limit)]
+            chosen = folder.choose(reading.directory, name, reading.keep, fallback, reading.limit)
+            answer: Any = [str(e.path) for e in chosen]
         except Exception as e:
             answer = {"error": spoken(e)}
-        peers.put(f"{number}/choice", answer)
-    (answer,) = peers.wait([(0, f"{number}/choice")], "restore", join=join)
+        peers.put(key, answer)
+    (answer,) = peers.wait([(0, key)], "restore", join=reading.join)
     if isinstance(answer, dict):
         kind, text = answer["error"]
         raise KINDS.get(kind, CheckpointError)(text)
     return answer
 
 
-def first_good(
-    reading: Reading, paths: list[str], like: TrainState, fresh: Callable[[], TrainState], fallback: bool
+def _first_good(
+    reading: Reading,
+    restorer: Restorer,
+    paths: list[str],
+    like: TrainState,
+    fresh: Callable[[], TrainState],
+    fallback: bool,
 ) -> Restored:
     """The first of these checkpoints that every rank can read.
 
@@ -74,7 +106,7 @@ def first_good(
     """
     rank, problems = reading.peers.rank, []
     for attempt, path in enumerate(paths):
-        result, problem = _tried(reading, Path(path), like, fresh, f"{reading.number}/read/{attempt}")
+        result, problem = _tried(reading, restorer, Path(path), like, fresh, f"{reading.number}/read/{attempt}")
         if result is not None:
             for note in result.notes if rank == 0 else ():
                 logging.warning("restore %s: %s", result.name, note)
@@ -86,7 +118,7 @@ def first_good(
 
 
 def _tried(
-    reading: Reading, path: Path, like: TrainState, fresh: Callable[[], TrainState], key: str
+    reading: Reading, restorer: Restorer, path: Path, like: TrainState, fresh: Callable[[], TrainState], key: str
 ) -> tuple[Restored | None, str]:
     """One checkpoint on all ranks: all have read it, or none has."""
     mine, done, peers = "", None, reading.peers
@@ -97,7 +129,7 @@ def _tried(
                 f"checkpoint {str(path)!r}:"
                 f" {'; '.join(broken[:3])}{f'; and {len(broken) - 3} more' * (len(broken) > 3)}"
             )
-        state, notes = fill(path, found, like, fresh, reading.want, reading.context)
+        state, notes = fill(path, found, like, fresh, reading.want, restorer)
         odd = found.about.get("not finite")
         notes += [f"of its leaves {listed(odd)} held NaN or infinity when they were saved"] if odd else []
         done = Restored(

@@ -13,10 +13,12 @@ from absl import logging
 from torch import Tensor
 
 from funczero.checkpoint import commit, folder, manifest
-from funczero.checkpoint.arrays import Array, CheckpointError, dtype_name, nbytes, numpy_view, room, torch_dtype, write
+from funczero.checkpoint.arrays import Array, write
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Box, Deal, Piece, deal
 from funczero.checkpoint.manifest import Manifest
+from funczero.checkpoint.memory import dtype_name, nbytes, numpy_view, room, torch_dtype
 from funczero.checkpoint.names import Names, listed
 from funczero.checkpoint.peers import Peers
 from funczero.world.ending import Work

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from funczero.checkpoint import manifest
-from funczero.checkpoint.arrays import CheckpointError, numpy_view, torch_dtype
+from funczero.checkpoint.error import CheckpointError
+from funczero.checkpoint.memory import numpy_view, torch_dtype
 from funczero.checkpoint.names import escape
 from funczero.checkpoint.tools import progress
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from funczero.checkpoint import folder, manifest
-from funczero.checkpoint.arrays import CheckpointError, Reader, torch_dtype
+from funczero.checkpoint.arrays import Reader
+from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import Manifest
+from funczero.checkpoint.memory import torch_dtype
 from funczero.checkpoint.restore import ask_whole
 
 T = TypeVar("T")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.gradients.arrivals import Group
-from funczero.gradients.layers import run_block, run_unit
+from funczero.gradients.keep import run_unit
+from funczero.gradients.layers import run_block
 from funczero.gradients.ref import Ref
 from funczero.gradients.units import neighbours
 

@@ -16,6 +16,7 @@ from funczero.core import order, rng, tree
 from funczero.core.types import ChainError, Env, Grad, Layout, Seed, Sum
 from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
+from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
 from funczero.gradients.tape import Tape
 from funczero.layout.mesh import P
 from funczero.layout.slots import Slots
@@ -145,25 +146,6 @@ def _patterns(who: str, which: Any) -> tuple[tuple[str, str], ...]:
     return ((who, which),) if isinstance(which, str) else ()
 
 
-def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A loss that returns one mean over its rows, as (sum, weight) with weight = the number of rows.
-
-    >>> per_row(lambda params, batch: batch["x"].mean())({}, {"x": torch.ones(3)})
-    (tensor(3.), tensor(3.))
-    """
-
-    def both(params: Any, batch: Any, *key: int) -> tuple[Tensor, Tensor]:
-        loss = loss_fn(params, batch, *key)
-        rows = tree.count_rows(tree.leaves(batch), "per_row")
-        return (loss * rows if rows else loss.nan_to_num() * 0), torch.full(
-            (), rows, dtype=loss.dtype, device=loss.device
-        )
-
-    both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
-    return both
-
-
-# --- one apply --------------------------------------------------------------------------------------------------------
 def _batch_axes(batch: P) -> tuple[str, ...]:
     spec = batch if isinstance(batch, P) else P(batch)
     if any(d != 0 for _, d in spec.axes()):
@@ -174,8 +156,8 @@ def _batch_axes(batch: P) -> tuple[str, ...]:
     return tuple(a for a, _ in spec.axes())
 
 
-def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward: bool = True) -> Grad:
-    axes = (*source.axes, *source.scatter)
+def _refuse_axes(source: Source, axes: tuple[str, ...]) -> None:
+    """Every bracket cuts an axis of the batch, once."""
     for a in axes:
         if a not in source.batch:
             raise ChainError(
@@ -188,6 +170,11 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
             f"shard({axes[-1]!r}): {axes[-1]!r} is bracketed twice; a mesh axis is cut once\n "
             f" {''.join(f'{x}[ ' for x in source.axes)}{source.name}  <- here"
         )
+
+
+def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward: bool = True) -> Grad:
+    axes = (*source.axes, *source.scatter)
+    _refuse_axes(source, axes)
     mesh = env.mesh
     layout = Layout(
         source.batch,
@@ -250,73 +237,12 @@ def _differentiate(
             grads[i] = g
     learning = any(not u.frozen and members for u, members in zip(structure.units, structure.members, strict=True))
     if learning and not tape.arrivals.number and all(g is None for g in grads) and bool(weight != 0):
-        raise RuntimeError(_no_gradient())
+        raise RuntimeError(no_gradient())
     rows = None
     if has_aux:
         flat, spec = tree.flatten(aux)
-        rows = (torch.stack([_aux(path, x, loss.device) for path, x in tree.paths(aux)])[None], spec)
+        rows = (torch.stack([aux_sum(path, x, loss.device) for path, x in tree.paths(aux)])[None], spec)
     return loss, weight.to(loss.device), rows, grads
-
-
-def drew(kind: str) -> RuntimeError:
-    """The error for a loss function that draws without a key."""
-    why = f"the loss function draws from {kind}'s global generator, so it would not be a function of its arguments"
-    remedy = (
-        "write value_and_grad(loss_fn, ..., rng=True): it is called as loss_fn(params, batch, key), and what it draws"
-        " comes from that key"
-    )
-    return RuntimeError(f"value_and_grad: {why}; {remedy}")
-
-
-def _aux(path: str, x: Any, device: torch.device) -> Tensor:
-    """One of the user's sums."""
-    if not isinstance(x, (Tensor, int, float)) or isinstance(x, Tensor) and (x.dim() or x.is_complex()):
-        what = (
-            f"a tensor of shape {tuple(x.shape)} and {str(x.dtype).removeprefix('torch.')}"
-            if isinstance(x, Tensor)
-            else f"a {type(x).__name__}"
-        )
-        where = f"aux {path!r}" if path else "aux"
-        raise TypeError(
-            f"value_and_grad: {where} is {what}, but aux is a tree of 0-d sums, added over micro-batches and ranks;"
-            " write x.sum() for each, or leave it out"
-        )
-    return torch.as_tensor(x, device=device).detach().double()
-
-
-def _no_gradient() -> str:
-    """Why a loss that weighs something has no gradient at all: an update with zeros would only decay the weights."""
-    if not torch.is_grad_enabled():
-        why, remedy = "the step is called under torch.no_grad or inference_mode", "call it outside; it is pure anyway"
-    else:
-        why, remedy = "it depends on no parameter that learns", "compute it from `params`, without detach() or .item()"
-    return f"value_and_grad: the loss has no gradient, because {why}; {remedy}"
-
-
-def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:
-    """(sum, weight, aux) of what a loss function returned, or one sentence."""
-    want = "(sum of losses, sum of weights, aux)" if has_aux else "(sum of losses, sum of weights)"
-    if isinstance(result, Tensor):
-        raise TypeError(
-            f"value_and_grad: the loss function returned one tensor of shape {tuple(result.shape)}, but an update needs"
-            f" {want}; return `nll.sum(), mask.sum()`, or wrap a mean over rows: value_and_grad(fz.per_row(loss_fn),"
-            " ...)"
-        )
-    if not isinstance(result, tuple) or len(result) != 2 + has_aux:
-        raise TypeError(f"value_and_grad: the loss function returned {_shape_of(result)}; return {want}")
-    loss, weight = result[0], torch.as_tensor(result[1])
-    if not isinstance(loss, Tensor) or loss.dim() or weight.dim() or not loss.is_floating_point():
-        raise TypeError(
-            f"value_and_grad: the loss function returned {_shape_of(result)}; both are 0-d: the sum of losses and the"
-            " sum of weights of this micro-batch"
-        )
-    return loss, weight, result[2] if has_aux else None
-
-
-def _shape_of(x: Any) -> str:
-    if isinstance(x, Tensor):
-        return f"a tensor of shape {tuple(x.shape)}"
-    return f"({', '.join(map(_shape_of, x))})" if isinstance(x, tuple) else f"a {type(x).__name__}"
 
 
 def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:

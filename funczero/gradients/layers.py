@@ -10,173 +10,18 @@ the block's inputs are saved).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from funczero.core import rng, tree
 from funczero.gradients.arrivals import Group
-from funczero.gradients.draws import foreseen
+from funczero.gradients.keep import run_unit
 from funczero.gradients.ref import Ref
-from funczero.gradients.surroundings import Uncached, here, restored
-from funczero.gradients.tape import Tape
-
-Run = Callable[[dict[int, Tensor]], Any]  # a block as a function of its open leaves, by leaf number
+from funczero.gradients.remat import Rerun, rerun_resting
 
 
-class _Rerun(torch.autograd.Function):
-    """A block that saves only its inputs: run again in the backward, in the surroundings of its first run.
-
-    Its units' leaves come in as stand-ins (Tape.node), so that a backward that does not ask for the parameters books
-    none.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tape: Tape,
-        group: Group,
-        around: tuple[Group, Group],
-        run: Callable[..., Any],
-        n: int,
-        *tensors: Tensor,
-    ) -> Any:
-        inputs = tensors[n:]
-        ctx.tape, ctx.group, ctx.before, ctx.run, ctx.n, ctx.needs = (
-            tape,
-            group,
-            around[0],
-            run,
-            n,
-            ctx.needs_input_grad[5 + n :],
-        )
-        ctx.surroundings = here(tape.port.device)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
-        opened = {u: tape.take(u) for u in group}
-        tape.ahead(*around[1])
-        # torch chooses kernels by what needs a gradient:
-        with torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):
-            with foreseen(tape.port.device, _drew):
-                # a graph that keeps nothing, so that both runs give the same bits
-                outs, _, _ = _run_fresh(ctx, opened, inputs)
-        tape.count(-len(group))
-        result = tuple(x.detach() if isinstance(x, Tensor) else x for x in outs)
-        ctx.mark_non_differentiable(
-            *(y for x, y in zip(outs, result, strict=True) if isinstance(x, Tensor) and not x.requires_grad)
-        )
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gouts: Tensor | None) -> tuple[Any, ...]:
-        tape = ctx.tape
-        if torch.is_grad_enabled():
-            why = (
-                "a block that runs again in the backward (remat) is first-order only, but create_graph=True asks for a"
-                " second derivative"
-            )
-            raise RuntimeError(f"value_and_grad(units=...): {why}; leave remat out for this loss")
-        with restored(ctx.surroundings):
-            opened = {u: tape.again(u, ctx.group, ctx.before) for u in ctx.group}
-            outs, own, inputs = _run_fresh(ctx, opened, ctx.saved_tensors)
-        pairs = [(o, g) for o, g in zip(outs, gouts, strict=True) if g is not None and o.requires_grad]
-        wanted = [*own, *(x for x in inputs if x.requires_grad)]
-        found: Any = [None] * len(wanted)
-        if pairs:
-            found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-        del opened, outs, pairs
-        for u in ctx.group:
-            tape.drop(u)
-        rest = iter(found[ctx.n :])
-        return (*(None,) * 5, *found[: ctx.n], *(next(rest) if x.requires_grad else None for x in inputs))
-
-
-def _drew(kind: str) -> RuntimeError:
-    why = (
-        f"a block that runs again in the backward (remat) draws from {kind}'s global generator, and would draw other"
-        " numbers then"
-    )
-    return RuntimeError(f"fz.layers: {why}; draw before the block and hand the numbers in, or leave remat out")
-
-
-def _keep_nothing(x: Any) -> Any:
-    return None
-
-
-def _run_fresh(ctx: Any, opened: dict[int, Tensor], saved: Sequence[Tensor]) -> tuple[Any, list[Tensor], list[Tensor]]:
-    """A block as a function of fresh leaves: (its outputs, its units' leaves that learn, its inputs)."""
-    whole, inputs = ctx.tape.whole, [x.detach().requires_grad_(need) for x, need in zip(saved, ctx.needs, strict=True)]
-    leaves = ctx.tape.open_leaves(opened)
-    own = {
-        i: leaves[i].requires_grad_()
-        for u in ctx.group
-        if not whole.structure.units[u].frozen
-        for i in whole.structure.members[u]
-    }
-    before = ctx.tape.copies(leaves)
-    with torch.enable_grad(), Uncached():
-        outs = ctx.run(leaves, inputs)
-    ctx.tape.untouched(leaves, before)
-    return outs, list(own.values()), inputs
-
-
-def _run_open(tape: Tape, leaves: dict[int, Tensor], run: Run) -> Any:
-    """A block on its open leaves."""
-    before = tape.copies(leaves)
-    with Uncached():
-        out = run(leaves)
-    tape.untouched(leaves, before)
-    return out
-
-
-def _run_once(tape: Tape, group: Group, run: Run, after: Group) -> Any:
-    """A forward that nothing will differentiate."""
-    opened = {u: tape.take(u) for u in group}
-    tape.ahead(*after)
-    out = _run_open(tape, tape.open_leaves(opened), run)
-    tape.count(-len(group))
-    return out
-
-
-def run_unit(tape: Tape, group: Group, run: Run, before: Group = (), after: Group = ()) -> Any:
-    """`run(leaves)` on one block, keep form. Gradients reach the tape; gathered buffers live only while they are read.
-
-    Args:
-      before, after: neighbours in the forward, whose gathers start early.
-    """
-    if not tape.seam:
-        return _run_open(tape, tape.resting_leaves(group), run)
-    if not torch.is_grad_enabled() or not tape.differentiate:
-        return _run_once(tape, group, run, after)
-    buffers = {u: tape.take(u) for u in group}
-    tape.ahead(*after)
-    leaves = tape.open_leaves(buffers, track=True)
-    if not tape.rest:
-        return _run_open(tape, leaves, run)
-    memory = {b.untyped_storage()._cdata: u for u, b in buffers.items()}
-    held = {} if after else buffers
-    del buffers
-
-    def pack(t: Tensor) -> Any:
-        unit = memory.get(t.untyped_storage()._cdata)
-        return t if unit is None else (unit, t.shape, t.stride(), t.storage_offset())
-
-    def unpack(saved: Any) -> Tensor:
-        return tape.again(saved[0], group, before).as_strided(*saved[1:]) if type(saved) is tuple else saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        out = _run_open(tape, leaves, run)
-    if held:
-        tape.keep(held)
-    else:
-        tape.count(-len(group))
-    return out
-
-
-# --- what a loss writes -----------------------------------------------------------------------------------------------
 def layers(
     block: Callable[..., Any], blocks: Sequence[Any], x: Any, *shared: Any, key: int | None = None, remat: bool = False
 ) -> Any:
@@ -258,10 +103,10 @@ def run_block(
     outdef: list[Any] = []
 
     def run(leaves: dict[int, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        own = [leaves[v.leaf] if isinstance(v, Ref) else v for v in values]
+        full = [leaves[v.leaf] if isinstance(v, Ref) else v for v in values]
         for i, t in zip(taken, inputs, strict=True):
-            own[i] = t
-        out = block(tree.unflatten(own[: len(refs)], bdef), *tree.unflatten(own[len(refs) :], adef), **kwargs)
+            full[i] = t
+        out = block(tree.unflatten(full[: len(refs)], bdef), *tree.unflatten(full[len(refs) :], adef), **kwargs)
         if isinstance(out, Tensor):
             return (out,)
         outs, spec = tree.flatten(out)
@@ -271,39 +116,15 @@ def run_block(
     inputs = [values[i] for i in taken]
     tape = next((v.tape for v in refs if isinstance(v, Ref)), None)
     if tape is None or remat and not tape.seam:
-        outs = _checkpoint(run, tape, group, inputs)
+        outs = rerun_resting(run, tape, group, inputs)
     elif remat and torch.is_grad_enabled() and tape.differentiate:
         learning = [u for u in group if not tape.whole.structure.units[u].frozen]
         tape.arrivals.use(tuple(learning))
         ports = [x for u in learning for x in tape.node(u)]
-        outs = _Rerun.apply(tape, group, around, run, len(ports), *ports, *inputs)
+        outs = Rerun.apply(tape, group, around, run, len(ports), *ports, *inputs)
     else:
         outs = run_unit(tape, group, lambda leaves: run(leaves, inputs), *around)
     return tree.unflatten(list(outs), outdef[0]) if outdef else outs[0]
-
-
-def _checkpoint(run: Callable[..., Any], tape: Tape | None, group: Group, inputs: list[Tensor]) -> Any:
-    """Remat where nothing is gathered. Views: as in _Rerun, a block's uses of a tensor are summed before those of
-    other blocks are added.
-    """
-    leaves = {} if tape is None else tape.resting_leaves(group)
-    numbers, n = list(leaves), len(inputs)
-    device = inputs[0].device if tape is None and inputs else torch.device("cpu") if tape is None else tape.port.device
-    found = here(device)
-
-    def again(*xs: Tensor) -> Any:
-        with restored(found) if rerun else nullcontext(), Uncached():
-            return run(dict(zip(numbers, xs[n:], strict=True)), xs[:n])
-
-    rerun = False
-    views = [*(x.view_as(x) if x.requires_grad else x for x in inputs), *leaves.values()]
-    before = None if tape is None else tape.copies(leaves)
-    with foreseen(device, _drew):
-        outs = checkpoint(again, *views, use_reentrant=False, preserve_rng_state=False)
-    rerun = True
-    if tape is not None:
-        tape.untouched(leaves, before)
-    return outs
 
 
 def _no_captures(block: Callable[..., Any]) -> None:

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import secrets
 import selectors
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from funczero.launch.agent import fork_agent
+from funczero.launch.events import Speaker
 from funczero.launch.job import rank_command, torchrun_arguments
 from funczero.launch.keeper import keep
 from funczero.launch.meeting import register
@@ -33,39 +32,9 @@ from funczero.launch.orders import prepare, read_orders
 from funczero.launch.processes import Ending, adopt_orphans, exit_status, reap, send
 from funczero.world.rendezvous import Listener
 
-MARK = "\x1e"
 STDIN = ("stdin", "")
 TRACEBACK = "Traceback (most recent call last):"
 FULL = 1000  # messages that wait for a slow launcher before the ranks have to wait, too
-
-
-class Speaker:
-    """Standard output in a thread of its own: a launcher that does not read cannot keep this process from ending its
-    ranks.
-    """
-
-    def __init__(self, node: int) -> None:
-        self.node = node
-        self.waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._write, daemon=True)
-        self.thread.start()
-
-    def say(self, **event: Any) -> None:
-        """One event to the launcher."""
-        self.waiting.put(f"{MARK}{json.dumps({'node': self.node} | event)}\n".encode())
-
-    def close(self) -> None:
-        """Wait a moment until all is said."""
-        self.waiting.put(None)
-        self.thread.join(2.0)
-
-    def _write(self) -> None:
-        while (data := self.waiting.get()) is not None:
-            try:
-                while data:
-                    data = data[os.write(1, data) :]
-            except OSError:
-                data = b""  # nobody listens any more; the ranks' output is still taken, so that they do not block
 
 
 class Node:

@@ -10,7 +10,9 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.number import number
 from funczero.core.types import Formula, GradientTransformation
-from funczero.optim import rates
+from funczero.optim.count import Scalars, counted, zero
+from funczero.optim.rate import Rate, lasting
+from funczero.optim.rates import Rates
 from funczero.transforms.formula import optimizer
 
 
@@ -22,7 +24,7 @@ class Adagrad(NamedTuple):
     rates: Any = ()
 
 
-def adagrad(lr: rates.Rate = 1e-2, eps: float = 1e-10, weight_decay: rates.Rate = 0.0) -> GradientTransformation:
+def adagrad(lr: Rate = 1e-2, eps: float = 1e-10, weight_decay: Rate = 0.0) -> GradientTransformation:
     """p <- p - lr g' / (sqrt(v) + eps), with g' = g + wd p and v <- v + g' g'.
 
     Elementwise: each value depends on its own place alone.
@@ -32,18 +34,18 @@ def adagrad(lr: rates.Rate = 1e-2, eps: float = 1e-10, weight_decay: rates.Rate 
       eps: added to the root; positive.
       weight_decay: added to the gradient (not decoupled); number, schedule, rules or tree.
     """
-    eps, rate = number("adagrad", "eps", eps, above=True), rates.Rates("adagrad", lr=lr, weight_decay=weight_decay)
+    eps, rate = number("adagrad", "eps", eps, above=True), Rates("adagrad", lr=lr, weight_decay=weight_decay)
 
     def init(params: Any) -> Adagrad:
         kept = rate.init(params)
-        rates.lasting("adagrad", eps, params)
-        return Adagrad(rates.zero(params), tree.map(torch.zeros_like, params), kept)
+        lasting("adagrad", eps, params)
+        return Adagrad(zero(params), tree.map(torch.zeros_like, params), kept)
 
-    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: rates.Scalars) -> None:
+    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars) -> None:
         (sums,), (factor, _) = moments, s.of(grads)
         for p, g, v in zip(params, grads, sums, strict=True):
             g = torch.where(s.ok, g.mul_(factor).add_(p * s.rates["weight_decay"]), 0.0)
             v.addcmul_(g, g)
             p.sub_(g.mul_(s.rates["lr"]).div_(v.sqrt().add_(eps)))
 
-    return optimizer("adagrad", init, Formula(rate.reads(), lambda s: [s.nu], rates.counted, leaf))
+    return optimizer("adagrad", init, Formula(rate.reads(), lambda s: [s.nu], counted, leaf))

@@ -12,7 +12,9 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.number import number
 from funczero.core.types import Formula, GradientTransformation
-from funczero.optim import rates
+from funczero.optim.count import zero
+from funczero.optim.rate import Beta, Rate, lasting, one_for_all
+from funczero.optim.rates import Rates
 from funczero.transforms.formula import optimizer
 
 
@@ -38,7 +40,7 @@ class Scalars(NamedTuple):
 
 
 def adamw(
-    lr: rates.Rate, b1: rates.Beta = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: rates.Rate = 0.01
+    lr: Rate, b1: Beta = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: Rate = 0.01
 ) -> GradientTransformation:
     """p <- p (1 - lr wd) - lr m' / (sqrt(v') + eps), with m', v' the bias-corrected moments of the gradient and its
     square.
@@ -55,7 +57,7 @@ def adamw(
 
 
 def adam(
-    lr: rates.Rate, b1: rates.Beta = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: rates.Rate = 0.0
+    lr: Rate, b1: Beta = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: Rate = 0.0
 ) -> GradientTransformation:
     """p <- p - lr m' / (sqrt(v') + eps): as adamw, with wd p added to the gradient before its moments.
 
@@ -64,19 +66,17 @@ def adam(
     return _adam("adam", lr, b1, b2, eps, weight_decay)
 
 
-def _adam(
-    name: str, lr: rates.Rate, b1: rates.Beta, b2: float, eps: float, weight_decay: rates.Rate
-) -> GradientTransformation:
+def _adam(name: str, lr: Rate, b1: Beta, b2: float, eps: float, weight_decay: Rate) -> GradientTransformation:
     eps = number(name, "eps", eps, above=True)
-    b1, b2 = rates.one_for_all(name, "b1", b1), rates.one_for_all(name, "b2", b2, moves=False)
-    rate = rates.Rates(name, lr=lr, weight_decay=weight_decay, b1=b1, b2=b2)
+    b1, b2 = one_for_all(name, "b1", b1), one_for_all(name, "b2", b2, moves=False)
+    rate = Rates(name, lr=lr, weight_decay=weight_decay, b1=b1, b2=b2)
     kernel = torch._fused_adamw_ if name == "adamw" else torch._fused_adam_
 
     def init(params: Any) -> AdamW:
         kept = rate.init(params)
-        rates.lasting(name, eps, params)
+        lasting(name, eps, params)
         mu, nu = (tree.map(torch.zeros_like, params) for _ in range(2))
-        return AdamW(rates.zero(params), mu, nu, kept)
+        return AdamW(zero(params), mu, nu, kept)
 
     def scalars(state: AdamW, now: list[dict[str, Any]], factor: Tensor, ok: Tensor) -> tuple[AdamW, list[Scalars]]:
         n, found, inverse = state.count + ok, (~ok).float(), (1 / factor).float()

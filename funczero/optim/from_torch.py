@@ -13,7 +13,8 @@ from funczero.core import tree
 from funczero.core.number import flag, kind, number
 from funczero.core.number import shown as described
 from funczero.core.types import ChainError, Formula, GradientTransformation
-from funczero.optim import rates
+from funczero.optim.rate import Beta, Rate, lasting, value_at
+from funczero.optim.rates import Rates
 from funczero.transforms.formula import optimizer
 
 ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
@@ -86,7 +87,7 @@ class Kind(NamedTuple):
 
 
 def from_torch(
-    name: str, lr: rates.Beta | None = None, weight_decay: rates.Rate | None = None, **options: Any
+    name: str, lr: Beta | None = None, weight_decay: Rate | None = None, **options: Any
 ) -> GradientTransformation:
     """torch.optim's class of this name, value by value; a skipped update leaves its state alone.
 
@@ -118,7 +119,7 @@ def from_torch(
     moving = dict(zip(("b1", "b2"), betas, strict=False))
     own = Kind(who, cls, options, "weight_decay" in defaults, bool(betas))
     decay = {"weight_decay": defaults["weight_decay"] if weight_decay is None else weight_decay} if own.decays else {}
-    rate = rates.Rates(who, lr=lr, **decay, **moving)
+    rate = Rates(who, lr=lr, **decay, **moving)
     try:
         own.build([torch.zeros(1)], {"lr": 0.0 if callable(lr) else lr, "weight_decay": 0.0, **moving})
     except (ValueError, TypeError, RuntimeError) as e:
@@ -129,8 +130,8 @@ def from_torch(
 
     def init(params: Any) -> FromTorch:
         kept = rate.init(params)
-        rates.lasting(who, eps, params)
-        first = rates.at(who, "lr", lr, torch.zeros((), dtype=torch.int64))
+        lasting(who, eps, params)
+        first = value_at(who, "lr", lr, torch.zeros((), dtype=torch.int64))
         now = {"lr": first, "weight_decay": 0.0, **moving}
         probe = own.fresh(torch.zeros(1, device=next(iter(tree.tensors(params)), torch.zeros(())).device), now)
         moments = {k: tree.map(lambda p, k=k: own.fresh(p, now)[k], params) for k, x in probe.items() if x.dim()}

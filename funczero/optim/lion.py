@@ -9,7 +9,9 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.types import Formula, GradientTransformation
-from funczero.optim import rates
+from funczero.optim.count import Scalars, counted, zero
+from funczero.optim.rate import Beta, Rate, one_for_all
+from funczero.optim.rates import Rates
 from funczero.transforms.formula import optimizer
 
 
@@ -23,9 +25,7 @@ class Lion(NamedTuple):
     rates: Any = ()
 
 
-def lion(
-    lr: rates.Rate, b1: rates.Beta = 0.9, b2: float = 0.99, weight_decay: rates.Rate = 0.0
-) -> GradientTransformation:
+def lion(lr: Rate, b1: Beta = 0.9, b2: float = 0.99, weight_decay: Rate = 0.0) -> GradientTransformation:
     """p <- p - lr (sign(b1 m + (1 - b1) g) + wd p), then m <- b2 m + (1 - b2) g.
 
     Elementwise: each value depends on its own place alone.
@@ -35,13 +35,13 @@ def lion(
       b1, b2: in [0, 1); b1 may be a schedule. DeepSpeed's defaults are (0.9, 0.999), the paper's (0.9, 0.99).
       weight_decay: decoupled; number, schedule, rules or tree.
     """
-    b1, b2 = rates.one_for_all("lion", "b1", b1), rates.one_for_all("lion", "b2", b2, moves=False)
-    rate = rates.Rates("lion", lr=lr, weight_decay=weight_decay, b1=b1, b2=b2)
+    b1, b2 = one_for_all("lion", "b1", b1), one_for_all("lion", "b2", b2, moves=False)
+    rate = Rates("lion", lr=lr, weight_decay=weight_decay, b1=b1, b2=b2)
 
     def init(params: Any) -> Lion:
-        return Lion(rates.zero(params), tree.map(torch.zeros_like, params), rate.init(params))
+        return Lion(zero(params), tree.map(torch.zeros_like, params), rate.init(params))
 
-    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: rates.Scalars) -> None:
+    def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars) -> None:
         (momenta,), (factor, _) = moments, s.of(grads)
         beta1, beta2 = float(s.rates["b1"]), float(s.rates["b2"])
         for p, g, m in zip(params, grads, momenta, strict=True):
@@ -50,4 +50,4 @@ def lion(
             p.sub_(torch.where(s.ok, move, 0.0))
             m.copy_(torch.where(s.ok, torch.lerp(g, m, beta2), m))
 
-    return optimizer("lion", init, Formula(rate.reads(), lambda s: [s.mu], rates.counted, leaf))
+    return optimizer("lion", init, Formula(rate.reads(), lambda s: [s.mu], counted, leaf))

@@ -6,15 +6,14 @@ The five of DeepSpeed give its values at every number of `step()` calls, past th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from funczero.core.number import flag, number, whole
+from funczero.core.number import flag, number
+from funczero.optim.curves import Schedule, check_numbers, check_updates, cycle_of, rise_of
 
-Schedule = Callable[[Tensor], Tensor]  # 0-d int64 count of applied updates -> 0-d float64
 TORCH = (  # the schedules of torch.optim.lr_scheduler that numbers alone describe
     "StepLR",
     "MultiStepLR",
@@ -35,7 +34,7 @@ def constant(value: float) -> Schedule:
     >>> constant(0.1)(torch.tensor(7)).item()
     0.1
     """
-    _numbers("constant", value=value)
+    check_numbers("constant", value=value)
     return lambda updates: torch.full((), value, dtype=torch.float64, device=updates.device)
 
 
@@ -49,7 +48,7 @@ def warmup_cosine(peak: float, warmup: int, total: int, end: float = 0.0) -> Sch
     Raises:
       ValueError: not 0 <= warmup <= total.
     """
-    _numbers("warmup_cosine", peak=peak, warmup=warmup, total=total, end=end)
+    check_numbers("warmup_cosine", peak=peak, warmup=warmup, total=total, end=end)
     if not 0 <= warmup <= total:
         raise ValueError(
             f"warmup_cosine: warmup={warmup} is not within 0 and total={total} updates; write 0 <= warmup <= total"
@@ -80,8 +79,8 @@ def warmup_lr(peak: float, warmup: int = 1000, start: float = 0.0, kind: str = "
     >>> [round(warmup_lr(1.0, 4, kind="linear")(torch.tensor(u)).item(), 6) for u in (0, 1, 2, 5, 99)]
     [0.0, 0.0, 0.25, 1.0, 1.0]
     """
-    _numbers("warmup_lr", peak=peak, start=start)
-    rise = _rise("warmup_lr", warmup, kind)
+    check_numbers("warmup_lr", peak=peak, start=start)
+    rise = rise_of("warmup_lr", warmup, kind)
 
     def schedule(updates: Tensor) -> Tensor:
         return start + (peak - start) * rise(updates.double())
@@ -97,9 +96,9 @@ def warmup_decay_lr(peak: float, total: int, warmup: int = 1000, start: float = 
     >>> [round(warmup_decay_lr(1.0, 12, 4, kind="linear")(torch.tensor(u)).item(), 6) for u in (0, 1, 5, 9, 13, 99)]
     [0.0, 0.0, 1.0, 0.5, 0.0, 0.0]
     """
-    _numbers("warmup_decay_lr", peak=peak, start=start)
-    _whole("warmup_decay_lr", total=total)
-    rise, n = _rise("warmup_decay_lr", warmup, kind), max(2, warmup)
+    check_numbers("warmup_decay_lr", peak=peak, start=start)
+    check_updates("warmup_decay_lr", total=total)
+    rise, n = rise_of("warmup_decay_lr", warmup, kind), max(2, warmup)
 
     def schedule(updates: Tensor) -> Tensor:
         i = updates.double() - 1
@@ -121,9 +120,9 @@ def warmup_cosine_lr(
     >>> [round(warmup_cosine_lr(1.0, 12, 4)(torch.tensor(u)).item(), 6) for u in (0, 1, 4, 8, 12, 99)]
     [0.0, 0.0, 1.0, 0.50005, 0.0001, 0.0001]
     """
-    _numbers("warmup_cosine_lr", peak=peak, start_ratio=start_ratio, end_ratio=end_ratio)
-    _whole("warmup_cosine_lr", total=total)
-    rise, n = _rise("warmup_cosine_lr", warmup, kind), max(2, warmup)
+    check_numbers("warmup_cosine_lr", peak=peak, start_ratio=start_ratio, end_ratio=end_ratio)
+    check_updates("warmup_cosine_lr", total=total)
+    rise, n = rise_of("warmup_cosine_lr", warmup, kind), max(2, warmup)
 
     def schedule(updates: Tensor) -> Tensor:
         i = updates.double() - 1
@@ -160,8 +159,8 @@ def one_cycle(
     >>> [round(one_cycle(1.0, 5.0, 4)(torch.tensor(u)).item(), 6) for u in (0, 1, 4, 6, 8, 99)]
     [1.0, 2.0, 5.0, 3.0, 1.0, 1.0]
     """
-    _numbers("one_cycle", low=low, high=high, decay_rate=decay_rate)
-    c = _cycle("one_cycle", first, second, first_stairs, second_stairs, decay_steps, decay_rate)
+    check_numbers("one_cycle", low=low, high=high, decay_rate=decay_rate)
+    c = cycle_of("one_cycle", first, second, first_stairs, second_stairs, decay_steps, decay_rate)
 
     def schedule(updates: Tensor) -> Tensor:
         n = updates.double()
@@ -188,8 +187,8 @@ def one_cycle_momentum(
     >>> [round(one_cycle_momentum(0.8, 0.9, 4)(torch.tensor(u)).item(), 6) for u in (0, 1, 4, 6, 8, 99)]
     [0.8, 0.875, 0.8, 0.85, 0.9, 0.9]
     """
-    _numbers("one_cycle_momentum", low=low, high=high, decay_rate=decay_rate)
-    c = _cycle("one_cycle_momentum", first, second, first_stairs, second_stairs, decay_steps, decay_rate)
+    check_numbers("one_cycle_momentum", low=low, high=high, decay_rate=decay_rate)
+    c = cycle_of("one_cycle_momentum", first, second, first_stairs, second_stairs, decay_steps, decay_rate)
 
     def schedule(updates: Tensor) -> Tensor:
         n = updates.double()
@@ -207,8 +206,8 @@ def lr_range_test(start: float = 1e-3, steps: int = 2000, rate: float = 1.0, sta
     >>> [round(lr_range_test(0.5, 4)(torch.tensor(u)).item(), 6) for u in (0, 1, 4, 40)]
     [0.5, 0.625, 1.0, 5.5]
     """
-    _numbers("lr_range_test", start=start, rate=rate)
-    _whole("lr_range_test", steps=steps)
+    check_numbers("lr_range_test", start=start, rate=rate)
+    check_updates("lr_range_test", steps=steps)
     flag("lr_range_test", "staircase", staircase)
 
     def schedule(updates: Tensor) -> Tensor:
@@ -253,71 +252,3 @@ def from_torch(name: str, lr: float, **options: Any) -> Schedule:
         return torch.full((), seen[int(updates)], dtype=torch.float64, device=updates.device)
 
     return schedule
-
-
-# --- parts ------------------------------------------------------------------------------------------------------------
-def _rise(who: str, warmup: int, kind: str) -> Schedule:
-    _whole(who, warmup=warmup)
-    if kind not in ("log", "linear"):
-        raise ValueError(f"{who}: kind={kind!r} is neither 'log' nor 'linear'; write one of them")
-    n = max(2, warmup)
-
-    def rise(u: Tensor) -> Tensor:
-        """0 to 1 after u updates; updates 0 and 1 are both at 0."""
-        g = torch.log(u.clamp(min=1)) / math.log(n) if kind == "log" else (u - 1).clamp(min=0) / n
-        return torch.where(u - 1 < n, g, 1.0)
-
-    return rise
-
-
-class _Cycle(NamedTuple):
-    """One cycle and its tail, as functions of applied updates."""
-
-    height: Schedule  # 0 at the ends of the cycle and 1 at its top
-    decay: Schedule  # 1 at the cycle's end, and then 1 + decay_rate a decay_steps
-    end: float
-
-
-def _cycle(
-    who: str,
-    first: float,
-    second: float | None,
-    first_stairs: int,
-    second_stairs: int | None,
-    decay_steps: float,
-    decay_rate: float,
-) -> _Cycle:
-    number(who, "decay_steps", decay_steps)
-    a = float(_numbers(who, first=first))
-    b = a if second is None else float(_numbers(who, second=second))
-    if not a > 0 or b < 0:
-        raise ValueError(f"{who}: first={a:g} must be positive and second={b:g} not negative, in updates")
-    m1, end, r = whole(who, "first_stairs", first_stairs, low=0), a + b, a / (a + b)
-    m2 = m1 if second_stairs is None else whole(who, "second_stairs", second_stairs, low=0)
-
-    def height(n: Tensor) -> Tensor:
-        x, q = 1 + n / end - torch.floor(1 + n / end), torch.remainder(n, end)
-        up = x / r if not m1 else torch.floor(q * m1 / a) / m1
-        if not b:
-            return up
-        down = (x - 1) / (r - 1) if not m2 else torch.floor((end - q) * m2 / b) / m2
-        return torch.where(x <= r, up, down)
-
-    decay = lambda n: 1 + decay_rate * ((n - end) / decay_steps) if decay_steps else torch.ones_like(n)
-    return _Cycle(height, decay, end)
-
-
-def _numbers(who: str, **given: Any) -> Any:
-    for name, x in given.items():
-        if isinstance(x, (list, tuple)):
-            raise TypeError(f"{who}: {name}={x!r} is not a number; make one schedule for every group of parameters")
-        number(who, name, x, low=-math.inf)
-    return x
-
-
-def _whole(who: str, **given: Any) -> None:
-    for name, x in given.items():
-        if isinstance(x, bool) or not isinstance(x, int) or x < 1:
-            raise ValueError(
-                f"{who}: {name}={x!r} is not a positive whole number of updates; write an int of at least 1"
-            )

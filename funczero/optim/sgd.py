@@ -10,7 +10,9 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.number import flag
 from funczero.core.types import Formula, GradientTransformation
-from funczero.optim import rates
+from funczero.optim.count import Scalars, counted, zero
+from funczero.optim.rate import Rate, one_for_all
+from funczero.optim.rates import Rates
 from funczero.transforms.formula import optimizer
 
 
@@ -24,9 +26,7 @@ class SGD(NamedTuple):
     rates: Any = ()
 
 
-def sgd(
-    lr: rates.Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: rates.Rate = 0.0
-) -> GradientTransformation:
+def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: Rate = 0.0) -> GradientTransformation:
     """p <- p - lr u, with g' = g + wd p, t <- momentum t + g', and u = t (or g' + momentum t with nesterov; g' without
     momentum).
 
@@ -37,18 +37,18 @@ def sgd(
       momentum: in [0, 1).
       weight_decay: added to the gradient (not decoupled); number, schedule, rules or tree.
     """
-    momentum = rates.one_for_all("sgd", "momentum", momentum, moves=False)
+    momentum = one_for_all("sgd", "momentum", momentum, moves=False)
     if flag("sgd", "nesterov", nesterov) and not momentum:
         raise ValueError(
             "sgd: momentum=0.0 leaves nesterov=True nothing to look ahead with; write a momentum above 0, or leave"
             " nesterov out"
         )
-    rate = rates.Rates("sgd", lr=lr, weight_decay=weight_decay, **({"momentum": momentum} if momentum else {}))
+    rate = Rates("sgd", lr=lr, weight_decay=weight_decay, **({"momentum": momentum} if momentum else {}))
 
     def init(params: Any) -> SGD:
-        return SGD(rates.zero(params), tree.map(torch.zeros_like, params) if momentum else None, rate.init(params))
+        return SGD(zero(params), tree.map(torch.zeros_like, params) if momentum else None, rate.init(params))
 
-    def leaf(params: list[Tensor], grads: list[Tensor], traces: list[list[Tensor]], s: rates.Scalars) -> None:
+    def leaf(params: list[Tensor], grads: list[Tensor], traces: list[list[Tensor]], s: Scalars) -> None:
         lr, decay, beta = s.rates["lr"], s.rates["weight_decay"], s.rates.get("momentum", 0.0)
         factor, zero = s.of(grads)
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
@@ -60,6 +60,4 @@ def sgd(
                 g = g + beta * t if nesterov else t
             p.sub_(torch.where(s.ok, g * lr, zero))
 
-    return optimizer(
-        "sgd", init, Formula(rate.reads(), lambda s: [] if s.trace is None else [s.trace], rates.counted, leaf)
-    )
+    return optimizer("sgd", init, Formula(rate.reads(), lambda s: [] if s.trace is None else [s.trace], counted, leaf))

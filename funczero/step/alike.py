@@ -16,7 +16,7 @@ from funczero.core.types import GradientTransformation
 from funczero.layout.mesh import Mesh
 from funczero.transforms.chain import Bracket, Source
 from funczero.transforms.partition import Partition
-from funczero.world.ledger import BEGINS, Context
+from funczero.world.entries import BEGINS, Context
 
 WORDS = 1 << 10  # of 8 bytes, in a row of what is summed
 HOME = "funczero."  # only what stands in this package is looked into

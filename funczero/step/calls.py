@@ -17,7 +17,8 @@ from funczero.layout.mesh import Mesh, init_distributed, world_size
 from funczero.layout.slots import Slots
 from funczero.step.alike import checksum, settings
 from funczero.step.watch import Watch, in_words
-from funczero.world.ledger import NAN, Context, Ledger
+from funczero.world.entries import Context
+from funczero.world.ledger import NAN, Ledger
 
 
 def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import json
 import time
 from typing import Any, NamedTuple
 
-from funczero.world.ledger import Context, Entry
+from funczero.world.entries import Context, Entry
 
 
 class Sign(NamedTuple):

@@ -16,7 +16,7 @@ from funczero.core import order, tree
 from funczero.core.policy import Policy
 from funczero.core.types import Grad, Metrics, TrainState
 from funczero.gradients.draws import keyed
-from funczero.gradients.gradient import check_loss, drew
+from funczero.gradients.loss import check_loss, drew
 from funczero.gradients.tape import Tape
 from funczero.layout.mesh import Mesh, P, located
 from funczero.layout.slots import Slots

@@ -24,7 +24,7 @@ from funczero.step.notices import Early, narrow, nested, say
 from funczero.step.step import Step
 from funczero.transforms.chain import Source, build, chain, configured
 from funczero.transforms.skips import Patience, Skipped, unapplied
-from funczero.world.ledger import UPDATE
+from funczero.world.entries import UPDATE
 
 
 def train_step(

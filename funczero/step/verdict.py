@@ -14,7 +14,8 @@ import zlib
 from typing import Any
 
 from funczero.step.signs import Sign, Signs
-from funczero.world.ledger import Entry, Log, ranks_in_words, sentence
+from funczero.world.difference import ranks_in_words, sentence
+from funczero.world.entries import Entry, Log
 from funczero.world.plain import plain, unpack
 
 TAIL = 1 << 10  # entries that a rank publishes on doubt

@@ -26,7 +26,8 @@ from funczero.step.abort import SlowAbort
 from funczero.step.signs import Sign, Signs, farewell
 from funczero.step.verdict import Verdict
 from funczero.world import ending, presence
-from funczero.world.ledger import DivergenceError, Log
+from funczero.world.entries import Log
+from funczero.world.ledger import DivergenceError
 
 PERIOD = 0.5  # seconds between two looks; more in large worlds
 LINGER = 2.0  # seconds that a rank which ends stays, so that the others can compare and hear

@@ -16,7 +16,8 @@ import torch
 from funczero.comm.launch import count_bytes
 from funczero.core import tree
 from funczero.step.train_step import donate
-from funczero.testing.pool import WorkerPool, tree_hash
+from funczero.testing.hashes import tree_hash
+from funczero.testing.pool import WorkerPool
 
 
 class Row(NamedTuple):

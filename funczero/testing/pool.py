@@ -1,72 +1,27 @@
-"""Worlds for tests: pools of processes that stay, so that torch is imported once and not in every test; hashes of
-trees.
-"""
+"""Worlds for tests: pools of processes that stay, so that torch is imported once and not in every test."""
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import hashlib
 import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from funczero.core.tree import paths
+from funczero.testing.worker import Reply, join_world, serve
 
 # imported once, by the server that workers are forked from
 PRELOAD = ("torch.distributed.device_mesh", "funczero.testing.pool")
 GRACE = 5.0  # seconds that the other ranks have once one has raised
 START = 120.0  # seconds for all ranks to join their world, the first import of torch included
-GROUP_TIMEOUT = timedelta(minutes=30)  # of collectives; a run's own timeout is meant to come first
-
-
-def tree_hash(tree: Any) -> str:
-    """sha256 over the paths, dtypes, shapes and bytes of a tree's leaves, in the order of their paths.
-
-    Equal hashes mean equal bits, -0.0 and NaN payloads included; devices, strides and the order of dict keys do not
-    count.
-
-    >>> a = {"w": torch.zeros(2, 3), "b": [torch.ones(1)]}
-    >>> same, other = {"b": [torch.ones(1)], "w": torch.zeros(3, 2).T}, {"w": torch.zeros(3, 2), "b": [torch.ones(1)]}
-    >>> tree_hash(a) == tree_hash(same), tree_hash(a) == tree_hash(other)
-    (True, False)
-    """
-    out = hashlib.sha256()
-    for path, leaf in sorted(paths(tree), key=lambda item: item[0]):
-        if isinstance(leaf, Tensor):
-            out.update(f"{path} {leaf.dtype} {tuple(leaf.shape)}\n".encode())
-            out.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
-            out.update(f"{path} {leaf!r}\n".encode())
-    return out.hexdigest()
-
-
-class _Reply(NamedTuple):
-    """What a rank answered: a value, or what it raised, when (on this machine's monotonic clock) and the traceback's
-    text.
-    """
-
-    error: BaseException | None
-    value: Any
-    when: float
-    text: str
 
 
 class _Worker(NamedTuple):
@@ -150,13 +105,13 @@ class WorkerPool:
         self._folder = tempfile.TemporaryDirectory(prefix="funczero-world-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), name=f"rank{rank}of{self.size}", daemon=True)
+            process = context.Process(target=serve, args=(theirs,), name=f"rank{rank}of{self.size}", daemon=True)
             process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours))
         self._left = self.runs
         self._exchange(
-            [_dump(_join, (rank, self.size, self._folder.name)) for rank in range(self.size)],
+            [_dump(join_world, (rank, self.size, self._folder.name)) for rank in range(self.size)],
             START,
             "starting the workers",
         )
@@ -164,7 +119,7 @@ class WorkerPool:
     def _exchange(self, messages: list[bytes], timeout: float, what: str) -> list[Any]:
         """One message to each rank and one reply from each, or the error that explains why not."""
         __tracebackhide__ = True
-        replies: dict[int, _Reply] = {}
+        replies: dict[int, Reply] = {}
         try:
             deadline = time.monotonic() + timeout
             for worker, message in zip(self._workers, messages, strict=True):
@@ -183,7 +138,7 @@ class WorkerPool:
             raise
         return [replies[rank].value for rank in range(self.size)]
 
-    def _explain(self, replies: dict[int, _Reply], timeout: float, what: str) -> BaseException:
+    def _explain(self, replies: dict[int, Reply], timeout: float, what: str) -> BaseException:
         """The first rank's own exception with its rank and traceback as a note, or a TimeoutError that names the
         silent ranks.
         """
@@ -240,68 +195,14 @@ def _send(pipe: Connection, message: bytes) -> None:
         pipe.send_bytes(message)
 
 
-def _receive(worker: _Worker) -> _Reply:
+def _receive(worker: _Worker) -> Reply:
     """A worker's reply; a worker that ended instead comes before all others, whose errors are likely to follow from
     it.
     """
     try:
-        return _Reply(*pickle.loads(worker.pipe.recv_bytes()))
+        return Reply(*pickle.loads(worker.pipe.recv_bytes()))
     except (EOFError, ConnectionResetError):
         worker.process.join(GRACE)
-        return _Reply(
+        return Reply(
             RuntimeError(f"the process ended by itself, with exit code {worker.process.exitcode}"), None, 0.0, ""
         )
-
-
-def _serve(pipe: Connection) -> None:
-    """A worker's life: answer calls until the pool or the process that holds it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is the caller's
-    threading.Thread(target=_end_with_parent, name="funczero-parent", daemon=True).start()
-    while True:
-        try:
-            message = pipe.recv_bytes()
-        except EOFError:
-            return
-        pipe.send_bytes(_answer(message))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)  # the main thread may be inside a collective that never ends
-
-
-def _answer(message: bytes) -> bytes:
-    """Make the call; the reply as bytes."""
-    try:
-        path, call = pickle.loads(message)
-        sys.path.extend(p for p in path if p not in sys.path)
-        fn, args = pickle.loads(call)
-        return pickle.dumps(_Reply(None, fn(*args), time.monotonic(), "")[:])
-    except BaseException as error:
-        return pickle.dumps(_Reply(_portable(error), None, time.monotonic(), traceback.format_exc())[:])
-
-
-def _portable(error: BaseException) -> BaseException:
-    """The same exception where it survives pickling, else a RuntimeError that says as much."""
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _join(rank: int, size: int, folder: str) -> None:
-    """Become rank `rank`: environment, one thread, stack dumps on SIGUSR1, and the gloo world over the loopback
-    device.
-    """
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1"
-    )
-    torch.set_num_threads(1)
-    faulthandler.register(signal.SIGUSR1, file=os.open(Path(folder, f"stack{rank}"), os.O_CREAT | os.O_WRONLY))
-    store = dist.FileStore(str(Path(folder, "store")), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT)

@@ -8,12 +8,13 @@ be drawn from inside a step.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -97,22 +98,13 @@ def _run(size: int, timeout: float, call: Callable[[], Any]) -> list[Any]:
         return sum(c._count for c in list(group._cur_coll_on_pgs.values()) if c._count < c._world_size)
 
     ranks = [threading.Thread(target=rank_of, args=(r,), name=f"rank{r}of{size}", daemon=True) for r in range(size)]
-    isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
-    torch.random.default_generator = Routed(torch.default_generator)  # type: ignore[assignment]
-    isolate(True)  # before the world is replaced: groups of the same name belong to different ranks
-    threaded._install_threaded_pg()
-    try:
+    with _threaded_world(threaded):
         for rank in ranks:
             rank.start()
         problem = _wait(ranks, timeout, lambda: bool(failures), waiting)
         if problem is not None or failures:
             group.exception_handle(problem or failures[0].error)
             _wait(ranks, GRACE, lambda: False, lambda: 0)
-    finally:
-        threaded._uninstall_threaded_pg()
-        isolate(False)
-        torch.random.default_generator = torch.default_generator
-        group.reset()
     if failures:
         first = failures[0]
         first.error.add_note(
@@ -122,6 +114,22 @@ def _run(size: int, timeout: float, call: Callable[[], Any]) -> list[Any]:
     if problem is not None:
         raise problem
     return [results[r] for r in range(size)]
+
+
+@contextlib.contextmanager
+def _threaded_world(threaded: Any) -> Iterator[None]:
+    """torch's process groups are those of threads, and its default generator is each thread's own; then neither is."""
+    isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+    torch.random.default_generator = Routed(torch.default_generator)  # type: ignore[assignment]
+    isolate(True)  # before the world is replaced: groups of the same name belong to different ranks
+    threaded._install_threaded_pg()
+    try:
+        yield
+    finally:
+        threaded._uninstall_threaded_pg()
+        isolate(False)
+        torch.random.default_generator = torch.default_generator
+        threaded.ProcessLocalGroup.reset()
 
 
 def _others(ranks: list[int]) -> str:

@@ -11,94 +11,27 @@ import json
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from funczero.world.difference import DO_THE_SAME, first_difference, ranks_in_words
+from funczero.world.entries import Context, Entry
 from funczero.world.plain import plain, unpack
 
-UPDATE = "step(state, batch)"
 KEPT = 1 << 12  # launches remembered for words, since the last sum that agreed
 ANSWERS = 1 << 26  # bytes that another rank may say at most
 ANSWER = 5.0  # seconds in which the others say what they launched
-BEGINS = "begins with"
 LISTED = 256  # numbers of a param group that are compared
 NAN = -1.0  # stands for a nan among the scalars, whose hash would be its address
 
 
 class DivergenceError(RuntimeError):
     """Ranks did not do the same; raised on all of them, before anything is applied."""
-
-
-class Context(NamedTuple):
-    """The call that launches, as all ranks must make it."""
-
-    call: str
-    step: int = 0
-    key: int = 0
-    scalars: tuple[Any, ...] = ()  # rates, counters and scales of the state, as far as they lie on the CPU
-    spec: int = 0  # checksum of the chain and the leaves
-    names: tuple[str, ...] = ()  # of scalars; not compared, nor is what follows
-    rows: str = ""  # of the call's batch
-    units: tuple[str, ...] = ()  # their names
-
-
-class Entry(NamedTuple):
-    """One launch with its call; or what a rank began with; or that it left, or raised."""
-
-    context: Context
-    verb: str
-    axis: str = ""
-    dtype: str = ""
-    nbytes: int = 0
-    units: tuple[int, ...] = ()
-    text: str = ""  # not compared
-
-    @property
-    def compared(self) -> tuple[Any, ...]:
-        """What must be the same on all ranks."""
-        return (*self.context[:5], *self[1:6])
-
-    def __str__(self) -> str:
-        c = self.context
-        if self.text:
-            return f"{self.verb} {self.text}"
-        if self.verb == BEGINS:
-            return f"{BEGINS} {self.axis}" + f" of {self.dtype}" * bool(self.dtype)
-        names = [c.units[u] or "the rest" if u < len(c.units) else str(u) for u in self.units[:3]]
-        unit = (
-            f" of {', '.join(map(repr, names))}{' ...' * (len(self.units) > 3)}"
-            if any(c.units[u : u + 1] != ("",) for u in self.units)
-            else ""
-        )
-        size = f" of {self.nbytes} bytes of {self.dtype}" if self.dtype else ""
-        rows = f" with {c.rows} rows" if c.rows else ""
-        return f"launched {self.verb}{unit} over {self.axis!r}{size} in {c.call}{rows} at step {c.step}"
-
-    @classmethod
-    def read(cls, values: Sequence[Any]) -> Entry:
-        """An entry as JSON gives it back."""
-        context: Any = [tuple(x) if isinstance(x, list) else x for x in values[0]]
-        verb, axis, dtype, nbytes, units, text = values[1:]
-        return cls(Context(*context), verb, axis, dtype, nbytes, tuple(units), text)
-
-
-class Log:
-    """All launches of this process, over all meshes: what watch.py compares where no sum is reached any more."""
-
-    def __init__(self, kept: int) -> None:
-        self.count, self.sum = 0, 0
-        self.entries: deque[tuple[int, int, Entry]] = deque(maxlen=kept)  # (number, checksum so far, entry)
-
-    def append(self, entry: Entry, number: int) -> None:
-        """One more launch; `number` is its own checksum. By the main thread alone."""
-        total = hash((self.sum, number))
-        self.entries.append((self.count + 1, total, entry))
-        self.sum, self.count = total, self.count + 1
 
 
 class Ledger:
@@ -197,18 +130,18 @@ class Ledger:
         try:
             store: Any = dist.distributed_c10d._get_default_store()
             at = f"funczero/told/{hash(tuple(sums))}"
-            mine = [
+            answer = [
                 dist.get_rank(),
                 [*self.sealed, *self.entries],
                 {e.context.spec: self.texts.get(e.context.spec, "") for e in self.sealed},
             ]
-            store.set(f"{at}/{self.place}", zlib.compress(json.dumps(mine).encode()))
+            store.set(f"{at}/{self.place}", zlib.compress(json.dumps(answer).encode()))
             keys, until = [f"{at}/{p}" for p in range(self.ranks)], time.monotonic() + ANSWER
             while not store.check(keys) and time.monotonic() < until:
                 time.sleep(0.01)
-            told = [unpack(store.get(k), ANSWERS) for k in keys if store.check([k])]
-            tails = {rank: list(map(Entry.read, entries)) for rank, entries, _ in told}
-            texts = {int(spec): x for *_, each in told for spec, x in each.items()}
+            answers = [unpack(store.get(k), ANSWERS) for k in keys if store.check([k])]
+            tails = {rank: list(map(Entry.read, entries)) for rank, entries, _ in answers}
+            texts = {int(spec): x for *_, each in answers for spec, x in each.items()}
             text = first_difference(tails, texts) or text
             text = plain(bytes(store.compare_set(f"{at}/verdict", "", text)).decode(errors="replace"))
             heard = store.add(f"{at}/heard", 1)
@@ -240,9 +173,9 @@ class Ledger:
         """
         keys = tuple(chain)
         if self._plan[0] != keys:
-            own = [x for k in keys if not k.startswith("accumulate") for x in _compared(chain[k], (k,))]
-            names = [f"{name}[{i}]" if n else name for _, name, n in own for i in range(n or 1)]
-            self._plan = keys, [path for path, *_ in own], (*names, "learning rate of the last update")
+            leaves = [x for k in keys if not k.startswith("accumulate") for x in _compared(chain[k], (k,))]
+            names = [f"{name}[{i}]" if n else name for _, name, n in leaves for i in range(n or 1)]
+            self._plan = keys, [path for path, *_ in leaves], (*names, "learning rate of the last update")
         found = [x for path in self._plan[1] for x in _numbers(chain, path)]
         return self._plan[2], (*(x if x == x else NAN for x in found), self.lr)
 
@@ -260,11 +193,11 @@ def _compared(node: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], s
         )
     out: list[tuple[tuple[Any, ...], str, int]] = []
     for key, x in children:
-        here = (*path, key)
+        place = (*path, key)
         if not isinstance(x, Tensor):
-            out += _compared(x, here) if inside or key == "rates" else []
+            out += _compared(x, place) if inside or key == "rates" else []
         elif x.device.type == "cpu" and not (x.dim() and not inside) and x.numel() <= LISTED:
-            out.append((here, ".".join(map(str, here)), x.numel() if x.dim() else 0))
+            out.append((place, ".".join(map(str, place)), x.numel() if x.dim() else 0))
     return out
 
 
@@ -282,103 +215,3 @@ def _numbers(node: Any, path: tuple[Any, ...]) -> list[Any]:
 def _number(name: str) -> int:
     """A name as a number that is the same in every process, as hash(str) is not."""
     return zlib.crc32(name.encode())
-
-
-DO_THE_SAME = "every rank must make the same calls, and no branch of the loss may depend on the rank or on its rows"
-
-
-def first_difference(tails: dict[int, list[Entry]], texts: dict[int, str]) -> str:
-    """The sentence for entries by rank that begin at the same launch; "" where they are all alike."""
-    if len(tails) < 2:
-        return ""
-    for n in range(min(map(len, tails.values()))):
-        entries = {r: tail[n] for r, tail in sorted(tails.items())}
-        if len({e.compared for e in entries.values()}) > 1:
-            return sentence(entries, texts.get)
-    lengths = {len(tail) for tail in tails.values()}
-    if len(lengths) == 1:
-        return ""
-    n = min(lengths)  # one launched nothing more: it stands in the sum already
-    here = {
-        r: tail[n] if len(tail) > n else tail[-1] if tail else Entry(Context("no call"), "nothing", text="nothing")
-        for r, tail in sorted(tails.items())
-    }
-    return sentence(here, texts.get) if len({e.compared for e in here.values()}) > 1 else ""
-
-
-def sentence(entries: dict[int, Entry], text_of: Callable[[int], str | None], peer: int = 0) -> str:
-    """Who is odd, where, what the others do, and what to change; entries by rank, not all alike."""
-    found = Counter(e.compared for e in entries.values())
-    # what most do; of two, the plainer
-    usual = max(entries.values(), key=lambda e: (found[e.compared], not e.text, e.context.call == UPDATE))
-    odd = next((r for r, e in entries.items() if e.compared != usual.compared), peer)
-    others = ranks_in_words([r for r, e in entries.items() if e.compared == usual.compared])
-    return f"rank {odd} {_difference(entries[odd], usual, others)}; {_remedy(entries[odd], usual, text_of)}"
-
-
-def _difference(odd: Entry, usual: Entry, others: str) -> str:
-    a, b = odd.context, usual.context
-    if odd.verb == usual.verb == BEGINS and a.spec != b.spec:
-        return f"begins with another chain or other leaves than {others}"
-    if (
-        odd.verb == usual.verb == BEGINS
-        and odd.axis == usual.axis
-        and a.spec == b.spec
-        and odd.compared[5:] != usual.compared[5:]
-    ):
-        return f"begins with another value of {odd.axis} than {others}" + f": {odd.dtype} instead of {usual.dtype}" * (
-            odd.dtype != usual.dtype
-        )
-    if (a.call, a.step, a.spec) == (b.call, b.step, b.spec) and not odd.text and not usual.text:
-        differing = [
-            (n, x, y)
-            for n, x, y in zip(("the key", *a.names), (a.key, *a.scalars), (b.key, *b.scalars), strict=False)
-            if x != y
-        ]
-        if differing:
-            name, x, y = differing[0]
-            return (
-                f"has {x} as {name} in {a.call} at step {a.step}, while {others}"
-                f" ha{'ve' if others.startswith('ranks') else 's'} {y}"
-            )
-    return f"{odd}, while {others} {usual}"
-
-
-def _remedy(odd: Entry, usual: Entry, text_of: Callable[[int], str | None]) -> str:
-    """What to write instead."""
-    gone, there = (odd, usual) if odd.text else (usual, odd)
-    a, b = odd.context, usual.context
-    if gone.text and not gone.text.startswith(("after", "nothing")):
-        return "an error on one rank ends all"
-    if gone.text:
-        return (
-            "every rank must make as many calls of"
-            f" {there.context.call}{': give every rank as many batches' * (there.context.call == UPDATE)}"
-        )
-    if a.spec != b.spec:
-        one, many = ((text_of(c.spec) or "").split("\n") + [""] for c in (a, b))
-        x, y = next(((x, y) for x, y in zip(one, many, strict=False) if x != y), ("", ""))
-        return f"every rank must build the same chain from like parameters, but one has {x!r} where others have {y!r}"
-    if a.call != b.call:
-        return f"every rank must make the same calls: {a.call if a.call != UPDATE else b.call} on all ranks or on none"
-    if odd.verb == BEGINS:
-        return (
-            "every rank must begin alike: give init the same parameters (fz.init draws them leaf by leaf from one key)"
-            " and the same key, under one torch and as many threads"
-        )
-    if (a.step, a.key, a.scalars) != (b.step, b.key, b.scalars):
-        return (
-            "every rank must hold the same state and rates: restore the same checkpoint, make as many updates, and let"
-            " no schedule depend on the rank"
-        )
-    if odd.units != usual.units and odd.verb == usual.verb:
-        return (
-            "where parameters rest in shards every rank must open the same units in the same order: no branch of the"
-            " loss may depend on the rank or on its rows (stages 1 and 2 allow it)"
-        )
-    return "every rank must launch the same collectives: no branch of the loss may depend on the rank or on its rows"
-
-
-def ranks_in_words(ranks: list[int]) -> str:
-    """rank 3; ranks 0, 1, 2."""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{' ...' * (len(ranks) > 8)}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hostile import Case
 
-from funczero.launch.run import _event
+from funczero.launch.events import event_of
 from funczero.world import environment, rendezvous
 from funczero.world.plain import unpack
 
@@ -75,7 +75,7 @@ def said(text: str):
     """A line that a host's login script, or a rank, might say to the launcher: a word, never an event."""
 
     def attempt(_: Path) -> None:
-        if _event(text) is None:
+        if event_of(text) is None:
             raise Refused("a word like any other")
 
     return attempt

@@ -10,8 +10,8 @@ from funczero.core.types import GradientTransformation
 from funczero.deepspeed.config.key import ConfigError
 from funczero.deepspeed.config.resolved import Config
 from funczero.optim import schedules
-from funczero.optim.rates import Rate
-from funczero.optim.schedules import Schedule
+from funczero.optim.curves import Schedule
+from funczero.optim.rate import Rate
 
 GivenOptimizer = GradientTransformation | Callable[[Rate], GradientTransformation]
 

@@ -17,7 +17,7 @@ from funczero.comm.integers import sum_and_compare
 from funczero.comm.launch import broadcast
 from funczero.layout import mesh
 from funczero.world import environment
-from funczero.world.ledger import Context
+from funczero.world.entries import Context
 
 
 def init_distributed(

@@ -1,0 +1,46 @@
+"""Tensors as memory: their dtypes by name, as numpy sees them, their bytes, and new room for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funczero.checkpoint.error import CheckpointError
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as torch, numpy and zarr call it: float32, bfloat16, float8_e4m3fn."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of that name; CheckpointError where torch has none."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"checkpoint: {name!r} is no dtype of this torch")
+    return dtype
+
+
+def numpy_view(x: Tensor) -> np.ndarray:
+    """A CPU tensor's memory as numpy sees it, in its true dtype."""
+    name = dtype_name(x.dtype)
+    if name == "bfloat16" or name.startswith("float8"):
+        import ml_dtypes
+
+        return x.view(torch.int16 if name == "bfloat16" else torch.uint8).numpy().view(getattr(ml_dtypes, name))
+    return x.numpy()
+
+
+def nbytes(x: Tensor) -> int:
+    """Bytes of a tensor's values."""
+    return x.numel() * x.element_size()
+
+
+def room(size: int) -> Tensor:
+    """New memory of so many bytes, aligned; numpy asks the system for huge pages, without which the first touch
+    costs more than a copy.
+    """
+    memory = torch.from_numpy(np.empty(size + 64, np.uint8))
+    start = -memory.data_ptr() % 64
+    return memory[start : start + size]

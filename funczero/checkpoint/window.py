@@ -1,0 +1,114 @@
+"""An open window of a streamed accumulate: how its partial sums lie, as a save writes and a restore finds them."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from funczero.checkpoint import names
+from funczero.checkpoint.error import CheckpointError
+from funczero.checkpoint.manifest import FILE, Manifest
+from funczero.checkpoint.memory import dtype_name, torch_dtype
+from funczero.checkpoint.target import Restorer
+from funczero.core.types import Sum, TrainState
+from funczero.layout.slots import Slots
+from funczero.layout.where import Where
+from funczero.transforms.accumulate import Accumulate
+
+
+def described(state: TrainState) -> dict[str, Any]:
+    """How the partial sums of a streamed accumulate lie, as JSON, for whoever continues the window."""
+    out: dict[str, Any] = {}
+    for name, held in state.chain.items():
+        if isinstance(held, Accumulate) and held.partial:
+            out[name] = {"count": int(held.count), "partial": [_form(p) for p in held.partial]}
+    return out
+
+
+def _form(out: Sum) -> dict[str, Any]:
+    try:
+        aux = None if out.aux is None else pytree.treespec_dumps(out.aux[1])
+    except Exception:  # a node type that has no name in JSON
+        aux = ""
+    aux = aux if aux is None or _plain(aux) else ""
+    tensors = {"loss": out.loss, "weight": out.weight, "aux": None if out.aux is None else out.aux[0], "bad": out.bad}
+    forms = {k: None if x is None else [dtype_name(x.dtype), list(x.shape)] for k, x in tensors.items()}
+    return {
+        **forms,
+        "spec": aux,
+        "axes": list(out.grads.where.axes),
+        "grads": [[dtype_name(b.dtype), list(b.shape)] for b in out.grads.buffers],
+    }
+
+
+def _plain(spec: str) -> bool:
+    """Can a tree's form be read without importing what it names? Enums and default factories are imported by torch;
+    escapes could hide them.
+    """
+    return not re.search(r"__enum__|defaultdict|\\u", spec)
+
+
+def reopened(
+    state: TrainState, manifest: Manifest, restorer: Restorer, notes: list[str]
+) -> tuple[TrainState, set[str]]:
+    """The state with empty partial sums of a window that is continued, and the counts of those that are replayed
+    from their start.
+    """
+    chain, dropped = dict(state.chain), set()
+    for name, held in state.chain.items():
+        form = manifest.window.get(name) if isinstance(held, Accumulate) else None
+        partial: tuple[Sum, ...] = ()
+        if form is not None:
+            same = restorer.chain is not None and (manifest.world, manifest.about.get("chain")) == (
+                restorer.size,
+                restorer.chain,
+            )
+            if same and all(p["spec"] != "" for p in form["partial"]):
+                partial = _continued(form, state, restorer)
+            else:
+                dropped.add(f"{names.escape(name)}/count")
+                notes.append(
+                    f"{form['count']} micro-batches of an open window were left out: go on with the first one of update"
+                    f" {manifest.step}; parameters have not moved"
+                )
+        if isinstance(held, Accumulate):
+            chain[name] = Accumulate(torch.zeros(held.count.shape, dtype=held.count.dtype), partial)
+    return state._replace(chain=chain), dropped
+
+
+def _continued(form: dict[str, Any], state: TrainState, restorer: Restorer) -> tuple[Sum, ...]:
+    try:
+        return tuple(_empty(p, state, restorer) for p in form["partial"])
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise CheckpointError(
+            f"restore: the open window in {FILE!r} has not the form that a save gives it ({type(e).__name__}: {e})"
+        ) from None
+
+
+def _empty(form: dict[str, Any], state: TrainState, restorer: Restorer) -> Sum:
+    where: Where = state.params.where
+    here = Where(where.structure, tuple((a, *restorer.coords[restorer.rank][a]) for a in form["axes"]))
+    # gradients lie where a forward reads
+    device = (state.params if state.views is None else state.views).buffers[0].device
+    lengths = [0 if u.frozen else n for n, u in zip(here.lengths, where.structure.units, strict=True)]
+    make = lambda x: None if x is None else torch.zeros(x[1], dtype=torch_dtype(x[0]), device=device)
+    scalars = [x[1] for k in ("loss", "weight", "aux", "bad") if (x := form[k]) is not None]
+    if [x[1] for x in form["grads"]] not in ([[n] for n in lengths], [[n] for n in here.lengths]) or any(
+        prod(x) > 1 << 24 for x in scalars
+    ):
+        raise CheckpointError(
+            "restore: the open window's sums do not fit this model; restore without the step, and the update is"
+            " replayed"
+        )
+    if form["aux"] is not None and not _plain(form["spec"]):
+        raise ValueError("its metrics are no plain tree")
+    aux = None if form["aux"] is None else (make(form["aux"]), pytree.treespec_loads(form["spec"]))
+    buffers: Any = tuple(make(x) for x in form["grads"])
+    loss, weight, bad = make(form["loss"]), make(form["weight"]), make(form["bad"])
+    return Sum(loss, weight, aux, Slots(buffers, here), bad=bad)  # type: ignore[arg-type]

@@ -1,0 +1,92 @@
+"""What a loss function returns: checked, made of a mean over rows, and the errors for what is no function of its
+arguments or has no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funczero.core import tree
+
+
+def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A loss that returns one mean over its rows, as (sum, weight) with weight = the number of rows.
+
+    >>> per_row(lambda params, batch: batch["x"].mean())({}, {"x": torch.ones(3)})
+    (tensor(3.), tensor(3.))
+    """
+
+    def both(params: Any, batch: Any, *key: int) -> tuple[Tensor, Tensor]:
+        loss = loss_fn(params, batch, *key)
+        rows = tree.count_rows(tree.leaves(batch), "per_row")
+        return (loss * rows if rows else loss.nan_to_num() * 0), torch.full(
+            (), rows, dtype=loss.dtype, device=loss.device
+        )
+
+    both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
+    return both
+
+
+def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:
+    """(sum, weight, aux) of what a loss function returned, or one sentence."""
+    want = "(sum of losses, sum of weights, aux)" if has_aux else "(sum of losses, sum of weights)"
+    if isinstance(result, Tensor):
+        raise TypeError(
+            f"value_and_grad: the loss function returned one tensor of shape {tuple(result.shape)}, but an update needs"
+            f" {want}; return `nll.sum(), mask.sum()`, or wrap a mean over rows: value_and_grad(fz.per_row(loss_fn),"
+            " ...)"
+        )
+    if not isinstance(result, tuple) or len(result) != 2 + has_aux:
+        raise TypeError(f"value_and_grad: the loss function returned {_shape_of(result)}; return {want}")
+    loss, weight = result[0], torch.as_tensor(result[1])
+    if not isinstance(loss, Tensor) or loss.dim() or weight.dim() or not loss.is_floating_point():
+        raise TypeError(
+            f"value_and_grad: the loss function returned {_shape_of(result)}; both are 0-d: the sum of losses and the"
+            " sum of weights of this micro-batch"
+        )
+    return loss, weight, result[2] if has_aux else None
+
+
+def _shape_of(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)}"
+    return f"({', '.join(map(_shape_of, x))})" if isinstance(x, tuple) else f"a {type(x).__name__}"
+
+
+def aux_sum(path: str, x: Any, device: torch.device) -> Tensor:
+    """One of the user's sums."""
+    if not isinstance(x, (Tensor, int, float)) or isinstance(x, Tensor) and (x.dim() or x.is_complex()):
+        what = (
+            f"a tensor of shape {tuple(x.shape)} and {str(x.dtype).removeprefix('torch.')}"
+            if isinstance(x, Tensor)
+            else f"a {type(x).__name__}"
+        )
+        where = f"aux {path!r}" if path else "aux"
+        raise TypeError(
+            f"value_and_grad: {where} is {what}, but aux is a tree of 0-d sums, added over micro-batches and ranks;"
+            " write x.sum() for each, or leave it out"
+        )
+    return torch.as_tensor(x, device=device).detach().double()
+
+
+def no_gradient() -> str:
+    """Why a loss that weighs something has no gradient at all: an update with zeros would only decay the weights."""
+    if not torch.is_grad_enabled():
+        why, remedy = "the step is called under torch.no_grad or inference_mode", "call it outside; it is pure anyway"
+    else:
+        why, remedy = "it depends on no parameter that learns", "compute it from `params`, without detach() or .item()"
+    return f"value_and_grad: the loss has no gradient, because {why}; {remedy}"
+
+
+def drew(kind: str) -> RuntimeError:
+    """The error for a loss function that draws without a key."""
+    why = f"the loss function draws from {kind}'s global generator, so it would not be a function of its arguments"
+    remedy = (
+        "write value_and_grad(loss_fn, ..., rng=True): it is called as loss_fn(params, batch, key), and what it draws"
+        " comes from that key"
+    )
+    return RuntimeError(f"value_and_grad: {why}; {remedy}")
