@@ -81,6 +81,13 @@ FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("-m", "--module"), {"action": "store_true", "help": "the script is a module's name"}),
     (("--no_python",), {"action": "store_true", "help": "the script is a program of its own"}),
     (
+        ("--as_deepspeed",),
+        {
+            "action": "store_true",
+            "help": "in these processes and their children `import deepspeed` means funczero.deepspeed",
+        },
+    ),
+    (
         ("--pass_local_rank",),
         {
             "action": "store_true",
@@ -153,6 +160,7 @@ class Options(NamedTuple):
     python: str
     module: bool
     no_python: bool
+    as_deepspeed: bool
     pass_local_rank: bool
     log_dir: str
     max_restarts: int

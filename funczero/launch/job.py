@@ -18,6 +18,7 @@ from funczero.launch.hostfile import BYTES, SLOTS, choose, read_hostfile
 EXPORTED = ("NCCL_", "GLOO_", "PYTHON", "MLFLOW", "UCX", "MV2", "OMP_NUM_THREADS", "TORCH_", "FUNCZERO_")
 HERE = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
 PORT = 29500
+SHIM = str(Path(__file__).parent / "shim")  # a folder in which `deepspeed` is funczero.deepspeed
 
 
 class Node(NamedTuple):
@@ -69,9 +70,16 @@ def make_plan(o: Options, environ: Mapping[str, str], cwd: str) -> Plan:
     several = len(nodes) > 1
     port = o.master_port or (PORT if several or o.no_ssh or o.launcher != "ssh" else 0)
     env = export_environment(environ, cwd) if several or not nodes[0].local else env_file(environ, cwd)
+    if o.as_deepspeed:
+        env["PYTHONPATH"] = with_shim(env.get("PYTHONPATH", environ.get("PYTHONPATH", "")))
     # there every host makes its own plan, and the agents meet under one name
     run = "by_hand" if o.no_ssh else uuid.uuid4().hex[:12]
     return Plan(o, tuple(nodes), first, _address(o, nodes), port, env, cwd, run)
+
+
+def with_shim(path: str) -> str:
+    """A PYTHONPATH under which `deepspeed` is funczero.deepspeed, before any other that is installed."""
+    return os.pathsep.join([SHIM, *(x for x in path.split(os.pathsep) if x and x != SHIM)])
 
 
 def _pool(o: Options, environ: Mapping[str, str]) -> dict[str, int]:
@@ -191,6 +199,7 @@ def job(plan: Plan, node: Node) -> dict[str, Any]:
         "args": o.args,
         "module": o.module,
         "no_python": o.no_python,
+        "as_deepspeed": o.as_deepspeed,
         "pass_local_rank": o.pass_local_rank,
         "max_restarts": o.max_restarts,
         "lost_after": o.lost_after,

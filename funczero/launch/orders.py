@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from funczero.launch.error import LaunchError
+from funczero.launch.job import with_shim
 from funczero.world.rendezvous import Listener, listen, resolve
 
 
@@ -46,6 +47,9 @@ def prepare(orders: dict[str, Any]) -> Listener | None:
     if not (orders["module"] or orders["no_python"] or os.path.exists(script)):
         raise LaunchError(f"the script {script!r} is not in {orders['cwd']}; every host needs it at the same place")
     os.environ.update(orders["env"])
+    if orders["as_deepspeed"]:  # funczero may lie elsewhere on this host than where the command was given
+        _, *others = os.environ["PYTHONPATH"].split(os.pathsep)
+        os.environ["PYTHONPATH"] = with_shim(os.pathsep.join(others))
     os.environ["CUDA_VISIBLE_DEVICES"] = devices(orders["slots"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3"
     if orders["max_restarts"]:
