@@ -104,10 +104,6 @@ def test_what_cannot_be_a_clients_optimizer():
     ):
         with pytest.raises((TypeError, ValueError), match=said):
             deepspeed.initialize(model=net, optimizer=made, config=bare(0))
-    with pytest.raises(deepspeed.ConfigError, match="the call gives an optimizer, too; delete one of the two"):
-        deepspeed.initialize(model=net, optimizer=torch.optim.AdamW(ps), config=config(0))
-    with pytest.raises(deepspeed.ConfigError, match="neither the config nor the call names an optimizer"):
-        deepspeed.initialize(model=net, config=bare(0))
 
 
 class Signed(torch.optim.Optimizer):
@@ -280,14 +276,6 @@ def test_a_loader_of_ones_own():
         len(x) for x, _ in engine.deepspeed_io(items, batch_size=6, route="eval")
     ] == [6, 6, 4]
     assert (engine.get_data_parallel_rank(), engine.get_tensor_parallel_rank(), engine.destroy()) == (0, 0, None)
-    with pytest.raises(
-        AttributeError,
-        match=(
-            "^engine.set_train_batch_size: it does not exist here; the batch is the config's; initialize with"
-            " another one"
-        ),
-    ):
-        engine.set_train_batch_size(64)
 
 
 # --- smaller names ----------------------------------------------------------------------------------------------------
@@ -331,7 +319,6 @@ def test_names_that_are_here_and_names_that_are_not():
     deepspeed.utils.logger.debug("quiet")
     for name, said in (
         ("init_inference", "no inference engine"),
-        ("moe", "no experts"),
         ("pipe", "no pipeline"),
         ("nothing", "does not exist here"),
     ):
@@ -356,6 +343,6 @@ def test_a_fixed_scale_and_the_engines_small_questions():
     assert (
         engine.get_global_grad_norm() is None
         and not engine.was_step_applied()
-        and engine.config["fp16.enabled"] is True
+        and engine.config["fp16"]["enabled"] is True
     )
     assert os.environ.get("LOCAL_RANK") == str(engine.local_rank)

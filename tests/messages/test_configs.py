@@ -69,13 +69,9 @@ SAYS = {
         'config: gradient_allreduce_op: "sum" is not defined at stage 3; write "mean" and a learning rate 4 times larger, or stage 2',
     ),
     "removed": ({**B, "amp": {"enabled": True}}, 2, "config: amp: it is switched on: DeepSpeed has removed this feature; delete the key"),
-    "offload": (
-        {**B, "zero_optimization": {"stage": 2, "cpu_offload": True}}, 2,
-        'config: zero_optimization.cpu_offload: "cpu" would change the training: offload does not exist here yet; write {"device": "none"} or delete the block',
-    ),
     "ZeRO++": (
-        {**B, "zero_optimization": {"zero_hpz_partition_size": 8}}, 2,
-        "config: zero_optimization.zero_hpz_partition_size: 8 would change the training: write fz.hpz(...) as the chain, and delete the key",
+        {**B, "zero_optimization": {"zero_quantized_weights": True}}, 2,
+        "config: zero_optimization.zero_quantized_weights: true would change the training: a quantised wire does not exist here yet; delete the key",
     ),
     "whole leaves": (
         {**B, "optimizer": {"type": "Lamb"}}, 2,

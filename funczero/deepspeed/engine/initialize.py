@@ -25,7 +25,16 @@ from funczero.deepspeed.engine.sharded import ShardedParameters
 from funczero.deepspeed.engine.whole import WholeParameters
 from funczero.deepspeed.engine.zero_init import reopen
 from funczero.deepspeed.optim.clients import client_groups, client_optimizer
-from funczero.deepspeed.optim.groups import STILL, ByGroup, Numbers, config_groups, config_optimizer, group_rates, grouped, still
+from funczero.deepspeed.optim.groups import (
+    STILL,
+    ByGroup,
+    Numbers,
+    config_groups,
+    config_optimizer,
+    group_rates,
+    grouped,
+    still,
+)
 from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
 from funczero.deepspeed.optim.schedulers import FromConfig
 from funczero.layout.mesh import P, plan_mesh, world_size

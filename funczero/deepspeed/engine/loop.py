@@ -26,7 +26,6 @@ from funczero.step.calls import recorded
 from funczero.step.step import Step
 from funczero.step.train_step import donate
 
-
 Found = TypeVar("Found")  # what a call gives
 
 

@@ -81,8 +81,8 @@ def alone() -> None:
 
 
 def is_initialized() -> bool:
-    """Is there a world? One of a single process always is."""
-    return dist.is_initialized() or mesh.world_size() == 1
+    """Has the world been joined, by init_distributed or initialize? One of a single process, too."""
+    return dist.is_initialized()
 
 
 def get_rank(group: Any = None) -> int:
