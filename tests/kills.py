@@ -228,7 +228,7 @@ def at_point(rank, life, say):
 
 def arm(point, rank, victims, pids, say, how=signal.SIGKILL):
     """Patch the function at which somebody dies, or is stopped."""
-    from funczero.checkpoint import checkpointer, commit, folder, manifest, saving
+    from funczero.checkpoint import commit, folder, manifest, preparing, saving
 
     def myself():
         if rank in victims:
@@ -275,7 +275,7 @@ def arm(point, rank, victims, pids, say, how=signal.SIGKILL):
         folder.shutil = SimpleNamespace(rmtree=half)
     else:
         where, name, die, after = {
-            "asked": (checkpointer, "prepared", myself, False),
+            "asked": (preparing, "prepared", myself, False),
             "copied": (saving.Staging, "copied", myself, True),
             "made": (saving, "_pieces", myself, False),
             "written": (saving, "write", myself, True),

@@ -300,6 +300,7 @@ def test_ranks_that_do_the_same_are_left_alone(tmp_path, seconds):
     ] == [(0, "end\n", [])] * 2, ends
 
 
+@pytest.mark.slow
 def test_a_text_in_the_store_that_nothing_supports_ends_nobody(tmp_path):
     ends = start(tmp_path, """
 import funczero.step.watch

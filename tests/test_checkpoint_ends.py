@@ -205,6 +205,7 @@ print(ck._peers.size)
 """
 
 
+@pytest.mark.slow
 def test_peers_are_counted_when_the_world_has_been_joined(ends, tmp_path):
     """By every call that has a step to join through; a tool that inherits RANK joins nothing."""
     calls = {

@@ -57,6 +57,30 @@ def test_two_processes_in_one_folder(tmp_path):
     whole(tmp_path, "1", "3")
 
 
+# a slow rank
+
+
+class Slow(dict):
+    """Metrics that take long to be read."""
+
+    def items(self):
+        time.sleep(2.5)
+        return super().items()
+
+
+def slow_inside(directory, slow):
+    step, state = started(2)
+    ck = Checkpointer(directory, step=step, join=1.0)
+    ck.save(state, 1, metrics=Slow(loss=1.0) if dist.get_rank() == slow else {"loss": 1.0})
+    return ck.wait(), ck.restore(like=state).step
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_rank_that_is_inside_may_take_its_time(run_world, tmp_path, slow):
+    """As rank 0 does that imports what the first save needs on a busy machine."""
+    assert run_world(2, slow_inside, tmp_path, slow) == [("1", 1)] * 2
+
+
 # poll
 
 

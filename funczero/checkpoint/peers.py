@@ -55,6 +55,10 @@ class Peers:
         self.lines.numbers[self._space] = self.number
         return self.number
 
+    def enter(self, number: int) -> None:
+        """This rank is inside a call: it may take its time now, to import or to read, and is missed no more."""
+        self.put(f"{number}/in/{self.rank}", True)
+
     def over(self, number: int) -> None:
         """This rank needs nothing more of a call: whoever holds the store may go."""
         if self.rank:
@@ -105,20 +109,23 @@ class Peers:
         Args:
           keys: (the rank that will publish it, key).
           what: for the message.
-          join: seconds in which a rank must come at all; None: as long as it lives.
+          join: seconds in which a rank must come at all, by its word or by `enter`; None: as long as it lives.
 
         Raises:
           CheckpointError: a rank is dead, or did not come.
         """
         out = []
         for rank, key in keys:
-            start, pause = time.monotonic(), 0.0005
+            start, pause, limit = time.monotonic(), 0.0005, join
             while not self.there(key):
-                if (why := self._dead(rank, came=join is None)) and not self.there(key):  # what it said before counts
+                if (why := self._dead(rank, came=limit is None)) and not self.there(key):  # what it said before counts
                     raise CheckpointError(f"{what}: {why}")
-                if join is not None and time.monotonic() - start > join:
+                if limit is not None and time.monotonic() - start > limit:
+                    if self.there(f"{key.partition('/')[0]}/in/{rank}"):
+                        limit = None
+                        continue
                     raise CheckpointError(
-                        f"{what}: rank {rank} did not come within {join:g} s, while rank {self.rank} waits; every rank"
+                        f"{what}: rank {rank} did not come within {limit:g} s, while rank {self.rank} waits; every rank"
                         " calls save and restore, at the same step"
                     )
                 time.sleep(pause)

@@ -46,6 +46,7 @@ def agreed(
       CheckpointError: a rank does not come.
     """
     ready, error = None, None
+    peers.enter(number)
     try:
         ready = prepared(asked, directory, peers, step, config)
     except Exception as e:

@@ -56,6 +56,7 @@ def restored(reading: Reading, name: int | str | float, like: Any, step: Any, fa
       CheckpointError: none can be read, or a rank does not come. On all ranks.
     """
     peers, number, error = reading.peers, reading.number, None
+    peers.enter(number)
     try:
         target, fresh = (like, lambda: like) if isinstance(like, TrainState) else template(*like)
     except Exception as e:

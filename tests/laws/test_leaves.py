@@ -91,6 +91,7 @@ def frozen_nests():
     return out
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_so_in_every_nest(run_world):
     alone = {h for *_, h in freezing().values()}
     assert set(zoo.everywhere(run_world, 4, frozen_nests).values()) == alone

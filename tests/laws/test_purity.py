@@ -58,7 +58,7 @@ def all_twice():
     return called_twice(chains_of_all_transforms(world_size()))
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_call_finds_everything_as_it_was(run_world, world):
     assert zoo.everywhere(run_world, world, all_twice) == []
 

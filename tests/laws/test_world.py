@@ -53,7 +53,7 @@ SLOW = pytest.mark.slow  # float32 shows a wrong order of sums best; the others 
 
 @pytest.mark.parametrize(
     ("policy", "world"),
-    [("fp32", 1), ("fp32", 2), ("fp32", 4), ("bf16", 4), *(pytest.param("bf16", n, marks=SLOW) for n in (1, 2))],
+    [("fp32", 1), ("fp32", 2), ("fp32", 4), ("bf16", 1), *(pytest.param("bf16", n, marks=SLOW) for n in (2, 4))],
 )
 def test_one_hash_on_every_world_and_at_every_stage(run_world, world, policy):
     assert others(zoo.everywhere(run_world, world, hashes, policy, {"data": world}, "keep", 0), policy) == {}
