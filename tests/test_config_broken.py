@@ -85,6 +85,7 @@ BASES = [
 WRONG = {
     "flag": ["yes", "true", 1, [], {}, None],
     "int": ["3", 2.5, True, [], {}, "many"],
+    "every": ["3", 2.5, True, [], {}, "inf"],
     "number": ["0.1", True, [], {}, "1e-4x"],
     "text": [3, True, [], {}],
     "pair": [0.9, [0.9], ["a", "b"], [0.9, True], {}],
@@ -184,7 +185,7 @@ def typo(rng, config):
         ]
     )
     own = f"{path.rpartition('.')[0]}.{new}".lstrip(".")
-    if new in block or not new or own in ds.KEYS or own in ALIASES:
+    if new in block or not new or own in ds.KEYS or own in ALIASES or own.startswith("_"):  # a comment is no typo
         return None
     for k in list(block):  # in its place
         block[new if k == key else k] = block.pop(k)
@@ -195,7 +196,12 @@ def wrong_type(rng, config):
     path, block, key = rng.choice([(p, b, k) for p, b, k in places(config) if kind(config, p) not in ("any", None)])
     of = kind(config, path)
     block[key] = rng.choice(WRONG[of] if of != "block" else [3, "x", [], 0.5])
-    return path, False
+    return None if unread(config, path) else (path, False)
+
+
+def unread(config, path):
+    """Is it a key of fp16 where that is off?"""
+    return path.startswith("fp16.") and path != "fp16.enabled" and config["fp16"].get("enabled") is False
 
 
 def missing(rng, config):
@@ -247,7 +253,7 @@ def unresolved(rng, config):
         ]
     )
     block[key] = "auto"
-    return path, False
+    return None if unread(config, path) else (path, False)
 
 
 def duplicate(rng, config):

@@ -39,7 +39,7 @@ SAYS = {
     ),
     "type": ({**B, "gradient_clipping": "1.0"}, 2, 'config: gradient_clipping: "1.0" is not a number; write a number; the default is 1.0'),
     "flag": ({**B, "fp16": {"enabled": 1}}, 2, "config: fp16.enabled: 1 is not true or false; write true or false; the default is false"),
-    "fraction": ({**B, "steps_per_print": 2.5}, 2, "config: steps_per_print: 2.5 is not a whole number; write a whole number"),
+    "fraction": ({**B, "steps_per_print": 2.5}, 2, "config: steps_per_print: 2.5 is not a whole number, or infinite for never; write a whole number, or infinite for never"),
     "zero": ({**B, "steps_per_print": 0}, 2, "config: steps_per_print: 0 is out of range; write at least 1"),
     "dotted": ({**B, "fp16.enabled": True}, 2, 'config: fp16.enabled: there is no such key; write blocks in blocks, {"fp16": {...}}'),
     "no block": ({**B, "fp16": True}, 2, "config: fp16: True is no block; write {...} with some of auto_cast, consecutive_hysteresis, enabled, "),

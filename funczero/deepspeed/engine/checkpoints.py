@@ -24,13 +24,13 @@ class Checkpoints(Weights):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._checkpointers = dict[str, Checkpointer]()
+        self._checkpointers = dict[tuple[str, int], Checkpointer]()
 
     def _checkpointer(self, directory: str | Path) -> Checkpointer:
-        where = str(Path(directory).absolute())
+        where = str(Path(directory).absolute()), self._k
         if where not in self._checkpointers:
             config = {p: v.value for p, v in self.config_.values.items() if v.origin != "default"}
-            self._checkpointers[where] = Checkpointer(where, step=self.train_step, config=config, join=JOIN)
+            self._checkpointers[where] = Checkpointer(where[0], step=self.train_step, config=config, join=JOIN)
         return self._checkpointers[where]
 
     def save_checkpoint(

@@ -12,6 +12,7 @@ from funczero.deepspeed.config.triad import NAMES, Triad
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.loader import Loader
 from funczero.deepspeed.engine.loop import Loop
+from funczero.step.train_step import donate
 
 
 class Facts(Loop):
@@ -58,7 +59,10 @@ class Facts(Loop):
             raise RuntimeError(f"engine.set_train_batch_size: {why}")
         values = {name: self.config_.values[name]._replace(value=x) for name, x in zip(NAMES, triad, strict=True)}
         self.config_ = self.config_._replace(triad=triad, values={**self.config_.values, **values})
-        self._k = triad.steps
+        if triad.steps != self._k and self._made is not None:
+            self._k, self.train_step = triad.steps, self._made(self.config_)
+            self._step = donate(self.train_step)
+            self.state = self._state
 
     def train_batch_size(self) -> int:
         """Rows of an update."""

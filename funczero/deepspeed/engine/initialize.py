@@ -98,9 +98,10 @@ def initialize(
     client = optimizer if optimizer is None or isinstance(optimizer, torch.optim.Optimizer) else optimizer(groups)
     if client is not None:
         groups = [dict(g) for g in client.param_groups]
-    step, holder, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
+    made, holder, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
+    step = made(resolved)
     state = step.init(holder.start(resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1))
-    engine = Engine(holder, resolved, step, state, rates)
+    engine = Engine(holder, resolved, step, state, rates, made)
     take(model, engine, holder.kind)
     holder.attach()
     if evaluates:
@@ -203,8 +204,10 @@ def _groups(model: nn.Module, given: Iterable[Any] | None, evaluates: bool) -> G
 
 def _built(
     config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any
-) -> tuple[Step, Holder, list[Numbers], list[GroupRates]]:
-    """The step over the module's parameters, how forwards read them, the groups' numbers and the config's rates."""
+) -> tuple[Callable[[Config], Step], Holder, list[Numbers], list[GroupRates]]:
+    """What makes the step of a config over the module's parameters, how forwards read them, the groups' numbers and the
+    config's rates.
+    """
     by_id = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
     home = {n: by_id.get(id(p), 0) for n, p in named(model).items()}
     trained = {n for n, p in named(model).items() if id(p) in by_id}
@@ -235,10 +238,14 @@ def _built(
     whole = config.value("zero_optimization.stage") < 3
     holder: Holder = WholeParameters(model) if whole else ShardedParameters(model)
     source = holder.source(P("data"), lambda path: path in trained)
-    weight = 2.0 ** round(math.log2(config.triad.steps))
     optimizer: Any = grouped(name, make, numbers, rates)
-    chain = chain_of(config, source, optimizer, stream=True, weight=weight)
-    return train_step(*chain, **config.arguments, check=10 if whole else True), holder, numbers, rates
+
+    def made(config: Config) -> Step:
+        weight = 2.0 ** round(math.log2(config.triad.steps))
+        chain = chain_of(config, source, optimizer, stream=True, weight=weight)
+        return train_step(*chain, **config.arguments, check=10 if whole else True)
+
+    return made, holder, numbers, rates
 
 
 def _scheduler(optimizer: EngineOptimizer, given: Any, in_chain: bool) -> tuple[Any, bool]:

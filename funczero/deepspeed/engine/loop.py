@@ -33,18 +33,25 @@ class Loop(nn.Module):
     """A module, a step, its state, and where the loop stands in the window of micro-batches."""
 
     def __init__(
-        self, holder: Holder, config: Config, step: Step, state: TrainState, rates: Sequence[GroupRates] = ()
+        self,
+        holder: Holder,
+        config: Config,
+        step: Step,
+        state: TrainState,
+        rates: Sequence[GroupRates] = (),
+        made: Callable[[Config], Step] | None = None,
     ) -> None:
         """Use initialize.
 
         Args:
           holder: how a forward reads the module's parameters.
           rates: the config's schedule by group.
+          made: the step of a config with another batch.
         """
         super().__init__()
         self.module = holder.module
         self._holder, self.config_, self.train_step, self._state = holder, config, step, state
-        self._step, self._k, self._rates = donate(step), config.triad.steps, rates
+        self._step, self._k, self._rates, self._made = donate(step), config.triad.steps, rates, made
         self._managed, self._cast = config.value("managed_gradient_accumulation"), config.value("fp16.auto_cast")
         self._boundary: bool | None = None
         self._clock = [0]  # windows closed: what a graph was built in
