@@ -48,6 +48,7 @@ class Checkpoints(Weights):
           tag: a name, as loss.item(), by default global_step<n>. Rank 0's counts. One of that name is replaced.
           client_state: plain values, tensors and arrays of rank 0, which load_checkpoint returns.
           client_sd: another name of client_state.
+          exclude_frozen_parameters: accepted with a warning; a checkpoint holds every parameter.
           save_latest: write the tag into `latest`, which load_checkpoint reads.
 
         Raises:
@@ -55,8 +56,8 @@ class Checkpoints(Weights):
         """
         if not save_dir:
             raise ValueError("save_checkpoint: save_dir is empty; name a folder that all ranks share")
-        if exclude_frozen_parameters:
-            raise ValueError("save_checkpoint: a checkpoint holds every parameter; leave exclude_frozen_parameters out")
+        if exclude_frozen_parameters and self.global_rank == 0:
+            logging.warning("save_checkpoint: exclude_frozen_parameters saves nothing: frozen parameters are kept, too")
         if client_state is not None and client_sd is not None:
             raise TypeError(
                 "save_checkpoint: client_state= and client_sd= are two names of one argument; give one of them"
