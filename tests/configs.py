@@ -23,4 +23,12 @@ def place(path, value):
     return out
 
 
+def in_force(path, value):
+    """The same in a config that reads the key: of fp16 only where that is on."""
+    out = place(path, value)
+    if path.startswith("fp16."):
+        out["fp16"].setdefault("enabled", True)
+    return out
+
+
 FREE = {k: v for k, v in ds.KEYS.items() if "." not in k or k.split(".")[0] not in ("optimizer", "scheduler")}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-from configs import FREE, PAGE, place, resolve
+from configs import FREE, PAGE, in_force, place, resolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -170,11 +170,8 @@ def stands(path):
 def test_a_refused_key_stands_at_its_neutral_values_only(path):
     key = ds.KEYS[path]
     active = (not key.default) if key.kind == "flag" else "cpu" if key.choices else OTHER[key.kind]
-    block = place(path, active)
-    if path.startswith("fp16."):
-        block["fp16"]["enabled"] = True
     with pytest.raises(ds.ConfigError) as caught:
-        resolve(**block)
+        resolve(**in_force(path, active))
     assert str(caught.value).startswith(f"config: {path}: ") and str(caught.value).endswith(key.say)
     for neutral in (key.default, *key.off):
         resolve(**place(path, neutral))

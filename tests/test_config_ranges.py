@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed
-from configs import FREE, place, resolve
+from configs import FREE, in_force, resolve
 
 from funczero import deepspeed as ds
 from funczero.deepspeed.config.key import HONOURED, REFUSED
@@ -34,7 +34,7 @@ def everything():
     """(keys of a config, path, key): every number that a config can hold, in every optimizer and scheduler."""
     for path, key in FREE.items():
         if key.kind in ("int", "number") and key.handling != REFUSED and path not in NAMES and not key.choices:
-            yield lambda x, path=path: place(path, x), path, key
+            yield lambda x, path=path: in_force(path, x), path, key
     for name in (*ELEMENTWISE, "SGD", "Lion"):
         for k, key in optimizer_keys(name, "", False).items():
             if key.kind in ("int", "number", "rate", "pair") and key.handling == HONOURED:

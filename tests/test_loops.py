@@ -18,8 +18,9 @@ ROOT = LOOPS.parent.parent
 
 def start(script, stage, folder, world, *more):
     """A script of somebody's in so many processes; without DeepSpeed one plain process."""
+    launched = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "TORCHELASTIC_", "ACCELERATE_")
     env = {
-        **os.environ,
+        **{k: v for k, v in os.environ.items() if not k.startswith(launched)},
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

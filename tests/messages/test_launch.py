@@ -167,6 +167,7 @@ def test_a_node_says_why_it_cannot_start(tmp_path, monkeypatch):
         "script": "x.py",
         "module": False,
         "no_python": False,
+        "as_deepspeed": False,
         "slots": [0],
         "env": {},
         "node_rank": 1,
