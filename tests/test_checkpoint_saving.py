@@ -81,6 +81,25 @@ def test_a_rank_that_is_inside_may_take_its_time(run_world, tmp_path, slow):
     assert run_world(2, slow_inside, tmp_path, slow) == [("1", 1)] * 2
 
 
+def one_cannot_go_on(directory, victim):
+    step, state = started(2)
+    ck = Checkpointer(directory, step=step, join=3.0)
+    ck.save(state, 1)
+    ck.wait()
+    begun = time.monotonic()
+    like = (step, {"not": "a tensor"}) if dist.get_rank() == victim else state
+    try:
+        ck.restore(like=like)
+    except Exception as error:
+        return type(error).__name__, time.monotonic() - begun < 3.0
+    return "went on", False
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_cannot_go_on_ends_the_restore_of_all(run_world, tmp_path, victim):
+    assert all(soon and kind != "went on" for kind, soon in run_world(2, one_cannot_go_on, tmp_path, victim))
+
+
 # poll
 
 

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -108,6 +107,8 @@ def test_questions_about_experts_and_groups():
 
 def test_cloned_tensors_are_alone_and_tied_ones_stay_tied():
     buffer = torch.arange(6.0)
+    z = torch.tensor([1 + 2j])
+    assert torch.equal(deepspeed.checkpoint.utils.clone_tensors_for_torch_save([z, z.conj()])[1], z.conj())
     made = deepspeed.checkpoint.utils.clone_tensors_for_torch_save({"a": buffer[:3], "b": [buffer[:3], buffer[3:]]})
     assert made["a"] is made["b"][0] and made["a"].untyped_storage().nbytes() == 12
     assert torch.equal(made["b"][1], buffer[3:]) and made["a"].data_ptr() != buffer.data_ptr()
@@ -126,13 +127,15 @@ def test_a_schedule_from_the_command_line():
     assert lr.VALID_LR_SCHEDULES == ["LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
 
 
-def test_memory_is_said_where_it_is_asked_for(caplog):
-    caplog.set_level(logging.INFO, logger="absl")
+def test_memory_is_said_where_it_is_asked_for(capsys):
     runtime.utils.see_memory_usage("quiet")
     runtime.utils.see_memory_usage("loud", force=True)
     runtime.utils.memory_status("there")
-    said = [r.getMessage() for r in caplog.records]
-    assert len(said) == 2 and said[0].startswith("loud | on the device ") and said[1].startswith("[rank 0] there | ")
+    utils.log_dist("of rank 0", ranks=[0])
+    utils.log_dist("of rank 1", ranks=[1])
+    said = [line.split("] [INFO] ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert len(said) == 3 and said[0].startswith("loud | on the device ") and said[1].startswith("[rank 0] there | ")
+    assert said[2] == "[rank 0] of rank 0"
 
 
 # --- the engine's small questions -------------------------------------------------------------------------------------
@@ -183,6 +186,9 @@ def test_another_batch_size_is_more_micro_batches():
     assert trained(engine, 1, 3) == 2
     engine.set_train_micro_batch_size(2)
     assert engine.get_batch_info() == (6, 2, 3)
+    with pytest.raises(ValueError, match="8.0 rows do not divide"):
+        engine.set_train_batch_size(8.0)
+    assert engine.get_batch_info() == (6, 2, 3)
     with pytest.raises(
         ValueError, match="7 rows do not divide by 2 rows a micro-batch on 1 ranks; write a multiple of 2"
     ):
@@ -225,10 +231,11 @@ def test_rows_a_second_are_of_updates():
     assert timer.avg_samples_per_sec() == pytest.approx(8 / timer.total_elapsed_time)
 
 
-def test_an_output_that_is_no_file():
+def test_an_output_that_is_no_file_and_a_line_an_update(capsys):
     with redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(model=Net(), config=config(3, steps_per_print=1))
-        assert trained(engine, 2, 1) == 2
+        engine, *_ = deepspeed.initialize(model=Net(), config=config(3, steps_per_print=2))
+        assert trained(engine, 4, 1) == 4
+    assert [line.split("] [INFO] ")[1][:6] for line in capsys.readouterr().err.splitlines()] == ["step 2", "step 4"]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -241,6 +248,8 @@ def test_float32_weights_out_of_a_checkpoint(tmp_path, stage):
     masters = engine.train_step.params(engine.state)
     assert all(found[n].dtype == torch.float32 and torch.equal(found[n], x) for n, x in masters.items())
     assert set(found) == {*masters, "1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    with pytest.raises(RuntimeError, match='Unexpected key.*"1.weight"'):
+        of.load_state_dict_from_zero_checkpoint(nn.Sequential(nn.Linear(4, 4)), tmp_path / "run")
     other = of.load_state_dict_from_zero_checkpoint(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), tmp_path / "run")
     assert all(torch.equal(other.get_parameter(n), x) for n, x in masters.items())
     of.convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "run", tmp_path / "out", tag="global_step0")

@@ -230,7 +230,7 @@ class Checkpointer:
         """The committed checkpoints in order of their commits; rank 0 looks, and all get the same answer."""
         peers = self._joined()
         key = f"{(number := peers.begin())}/names"
-        peers.enter(number)
+        peers.enter(number, "names")
         if peers.rank == 0:
             try:
                 found = folder.listing(self.directory, self.max_metadata)

@@ -18,6 +18,7 @@ from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.lines import SPACE
 from funczero.world import presence
 
+INSIDE = 600.0  # seconds in which a rank that is inside a call must give its word
 LOOK = 0.1  # seconds between two looks at a rank's pulse
 MOST = 256 << 20  # bytes of a message
 
@@ -55,9 +56,13 @@ class Peers:
         self.lines.numbers[self._space] = self.number
         return self.number
 
-    def enter(self, number: int) -> None:
-        """This rank is inside a call: it may take its time now, to import or to read, and is missed no more."""
-        self.put(f"{number}/in/{self.rank}", True)
+    def enter(self, number: int, what: str) -> None:
+        """This rank is inside a call: it may take its time now, to import or to read.
+
+        Args:
+          what: "save", "restore" or "names", as others wait for it.
+        """
+        self.put(f"{number}/in/{what}/{self.rank}", True)
 
     def over(self, number: int) -> None:
         """This rank needs nothing more of a call: whoever holds the store may go."""
@@ -109,20 +114,21 @@ class Peers:
         Args:
           keys: (the rank that will publish it, key).
           what: for the message.
-          join: seconds in which a rank must come at all, by its word or by `enter`; None: as long as it lives.
+          join: seconds in which a rank must come at all; INSIDE, where it said by `enter` that it has; None: as long
+            as it lives.
 
         Raises:
           CheckpointError: a rank is dead, or did not come.
         """
         out = []
         for rank, key in keys:
-            start, pause, limit = time.monotonic(), 0.0005, join
+            start, pause, limit, came = time.monotonic(), 0.0005, join, join is None
             while not self.there(key):
-                if (why := self._dead(rank, came=limit is None)) and not self.there(key):  # what it said before counts
+                if (why := self._dead(rank, came=came)) and not self.there(key):  # what it said before counts
                     raise CheckpointError(f"{what}: {why}")
                 if limit is not None and time.monotonic() - start > limit:
-                    if self.there(f"{key.partition('/')[0]}/in/{rank}"):
-                        limit = None
+                    if not came and self.there(f"{key.partition('/')[0]}/in/{what}/{rank}"):
+                        came, limit = True, max(limit, INSIDE)
                         continue
                     raise CheckpointError(
                         f"{what}: rank {rank} did not come within {limit:g} s, while rank {self.rank} waits; every rank"

@@ -46,7 +46,7 @@ def agreed(
       CheckpointError: a rank does not come.
     """
     ready, error = None, None
-    peers.enter(number)
+    peers.enter(number, "save")
     try:
         ready = prepared(asked, directory, peers, step, config)
     except Exception as e:

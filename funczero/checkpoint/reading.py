@@ -56,13 +56,13 @@ def restored(reading: Reading, name: int | str | float, like: Any, step: Any, fa
       CheckpointError: none can be read, or a rank does not come. On all ranks.
     """
     peers, number, error = reading.peers, reading.number, None
-    peers.enter(number)
+    peers.enter(number, "restore")
     try:
         target, fresh = (like, lambda: like) if isinstance(like, TrainState) else template(*like)
     except Exception as e:
         error = e
     peers.put(f"{number}/ready/{peers.rank}", {"coords": {} if error else coords_of(target), "error": spoken(error)})
-    paths = [] if error else _choices(reading, name, fallback)
+    paths = _choices(reading, name, fallback, error) if error is None or peers.rank == 0 else []
     ready = peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "restore", join=reading.join)
     if error is not None:
         raise error
@@ -75,17 +75,21 @@ def restored(reading: Reading, name: int | str | float, like: Any, step: Any, fa
     return _first_good(reading, restorer, paths, target, fresh, fallback)
 
 
-def _choices(reading: Reading, name: int | str | float, fallback: bool) -> list[str]:
-    """The folders to try, the same on all ranks; rank 0 looks."""
+def _choices(reading: Reading, name: int | str | float, fallback: bool, error: Exception | None) -> list[str]:
+    """The folders to try, the same on all ranks; rank 0 looks, or says that it cannot go on."""
     peers, key = reading.peers, f"{reading.number}/choice"
     if peers.rank == 0:
         try:
+            if error is not None:
+                raise error
             chosen = folder.choose(reading.directory, name, reading.keep, fallback, reading.limit)
             answer: Any = [str(e.path) for e in chosen]
         except Exception as e:
             answer = {"error": spoken(e)}
         peers.put(key, answer)
     (answer,) = peers.wait([(0, key)], "restore", join=reading.join)
+    if error is not None:
+        return []
     if isinstance(answer, dict):
         kind, text = answer["error"]
         raise KINDS.get(kind, CheckpointError)(text)

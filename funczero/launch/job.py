@@ -79,7 +79,7 @@ def make_plan(o: Options, environ: Mapping[str, str], cwd: str) -> Plan:
 
 def with_shim(path: str) -> str:
     """A PYTHONPATH under which `deepspeed` is funczero.deepspeed, before any other that is installed."""
-    return os.pathsep.join([SHIM, *(x for x in path.split(os.pathsep) if x and x != SHIM)])
+    return os.pathsep.join([SHIM, *(x for x in path.split(os.pathsep) if x != SHIM)] if path else [SHIM])
 
 
 def _pool(o: Options, environ: Mapping[str, str]) -> dict[str, int]:

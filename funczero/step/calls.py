@@ -44,6 +44,7 @@ def _entered(ledger: Ledger, name: str, fn: Callable[..., Any], state: TrainStat
     ledger.enter(Context(name, now, int(state.key), scalars, spec, names, rows, units))
     if ledger.replicated and tensors:
         ledger.mix_rows(torch.stack([checksum(x) for x in tensors]).tolist())
+    within = watch is not None and watch.inside  # another call, in whose forward this one is made
     if watch is not None:
         watch.enter()
     try:
@@ -55,7 +56,7 @@ def _entered(ledger: Ledger, name: str, fn: Callable[..., Any], state: TrainStat
     finally:
         ledger.enter(before._replace(step=now))
         if watch is not None:
-            watch.inside = False
+            watch.inside = within
     if type(out) is tuple and type(out[1]) is Metrics and out[1].lr.device.type == "cpu":
         lr = out[1].lr.item()
         ledger.lr = lr if lr == lr else NAN

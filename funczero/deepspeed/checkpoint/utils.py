@@ -18,7 +18,7 @@ def clone_tensors_for_torch_save(item: Any, device: Any = torch.device("cpu")) -
 
 def _cloned(item: Any, device: torch.device, seen: dict[Any, Tensor]) -> Any:
     if isinstance(item, Tensor):
-        key = item.data_ptr(), item.dtype, item.shape, item.stride(), item.device
+        key = item.data_ptr(), item.dtype, item.shape, item.stride(), item.device, item.is_conj(), item.is_neg()
         if key not in seen or not item.numel():
             seen[key] = item.detach().to(device, copy=True)
         return seen[key]

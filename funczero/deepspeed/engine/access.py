@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from absl import logging as absl_logging
 from torch import Tensor, nn
 
 from funczero.deepspeed.engine.leaf import number, read_leaf, write_part
 from funczero.deepspeed.engine.loader import RepeatingLoader as RepeatingLoader
+from funczero.deepspeed.engine.log import logger as logger
 from funczero.deepspeed.engine.ranks import get_rank
 from funczero.deepspeed.engine.window import mean_gradient
 from funczero.layout.slots import Slots
 
-logger: logging.Logger = absl_logging.get_absl_logger()
 NAMES = {
     "exp_avg": ("mu", "exp_avg"),
     "exp_avg_sq": ("nu", "exp_avg_sq"),
@@ -42,7 +41,7 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The master, whole, on every rank. A collective."""
     engine, name = home(param)
     read = lambda: read_leaf(engine.state.params, name, engine.live_mesh)
-    return engine.together("safe_get_full_fp32_param", read)
+    return engine.together(f"safe_get_full_fp32_param({name!r})", read)
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -58,7 +57,7 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     """
     engine, name = home(param)
     read = lambda: mean_gradient(engine.train_step, engine.state, engine.gradient_accumulation_steps())
-    grads = engine.together("safe_get_full_grad", read)
+    grads = engine.together(f"safe_get_full_grad({name!r})", read)
     return None if grads is None else grads.leaves()[number(grads.where.structure, name)]
 
 
@@ -69,7 +68,7 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
     """
     engine, name = home(param)
     read = lambda: read_leaf(_moment(engine, optim_state_key), name, engine.live_mesh)
-    return engine.together("safe_get_full_optimizer_state", read)
+    return engine.together(f"safe_get_full_optimizer_state({name!r}, {optim_state_key!r})", read)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:

@@ -93,8 +93,13 @@ class Checkpoints(Weights):
             "k": self._k,
             "taken": self.window_length(),
             "lr_scheduler": self.lr_scheduler.state_dict() if kept else None,
-            "buffers": dict(self.module.named_buffers()),
+            "buffers": dict(self.module.named_buffers(remove_duplicate=False)),
+            "persistent": [n for n, _ in self.module.named_buffers(remove_duplicate=False) if self._lasts(n)],
         }
+
+    def _lasts(self, name: str) -> bool:
+        path, _, last = name.rpartition(".")
+        return last not in self.module.get_submodule(path)._non_persistent_buffers_set
 
     def load_checkpoint(
         self,
@@ -121,20 +126,17 @@ class Checkpoints(Weights):
                 "load_checkpoint: there is nothing for custom_load_fn to load; "
                 "write into the module with engine.load_module_state_dict(state_dict)"
             )
-        if load_dir is None:
-            return None, None
-        ck, latest = self._checkpointer(load_dir), Path(load_dir, "latest")
-        self._refuse_foreign(Path(load_dir))
-        if tag is None and not ck.names():
+        if load_dir is None or self._holds_nothing(load_dir, tag):
             if self.global_rank == 0:
                 what = "there is no checkpoint in %r; training goes on from the weights that the module has"
-                logging.warning("load_checkpoint: " + what, str(load_dir))
+                logging.warning("load_checkpoint: " + what, None if load_dir is None else str(load_dir))
             return None, None
+        ck, latest = self._checkpointer(load_dir), Path(load_dir, "latest")
         name = tag if tag is not None else latest.read_text().strip() if latest.is_file() else "latest"
         only: tuple[str, ...] = ()
         if load_module_only:
             only = ("^params/",)
-        elif not load_optimizer_states:
+        elif not load_optimizer_states or self.optimizer is None:
             only = ("^params/", "^(step|updates|key)$")
         elif not load_lr_scheduler_states:
             only = (rf"^(?!{KEY}/)",)
@@ -142,6 +144,11 @@ class Checkpoints(Weights):
         client, beside = split(found.client_state)
         self._restored(found.state, beside, load_module_only, load_lr_scheduler_states)
         return str(Path(load_dir, found.name)), client
+
+    def _holds_nothing(self, directory: str | Path, tag: Any) -> bool:
+        """Is it a folder without a checkpoint and without a word of one? A collective where no tag is asked for."""
+        self._refuse_foreign(Path(directory))
+        return tag is None and not Path(directory, "latest").is_file() and not self._checkpointer(directory).names()
 
     def _restored(self, state: TrainState, beside: dict[str, Any], module_only: bool, schedulers: bool) -> None:
         own, updates = state.chain[KEY], state.updates.cpu()
@@ -160,7 +167,9 @@ class Checkpoints(Weights):
         if taken(self._step, state) != beside.get("taken", 0):  # the open window was left out
             self.micro_steps, self._micro, self._backwards = self.micro_steps - self._micro, 0, 0
         if beside.get("k", self._k) != self._k:  # as many micro-batches as this world takes for the same updates
-            self.micro_steps = int(state.step) * self._k + self._micro
+            rows = self.config_.triad.micro * self.config_.world.size
+            counted = "global_samples" in beside.get("counts", {})
+            self.micro_steps = (self.global_samples // rows if counted else int(state.step) * self._k) + self._micro
         self._again = self._backwards > 0
         if schedulers and self.client_lr_scheduler and beside.get("lr_scheduler") is not None:
             self.lr_scheduler.load_state_dict(beside["lr_scheduler"])

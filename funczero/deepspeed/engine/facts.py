@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -13,6 +15,7 @@ from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.loader import Loader
 from funczero.deepspeed.engine.loop import Loop
 from funczero.step.train_step import donate
+from funczero.transforms.loss_scale import ScaleLoss
 
 
 class Facts(Loop):
@@ -38,7 +41,7 @@ class Facts(Loop):
         Source: DeepSpeed 0.19.8, set_train_batch_size.
         """
         micro, world = self.config_.triad.micro, self.config_.world.size
-        if train_batch_size < 1 or train_batch_size % (micro * world):
+        if not isinstance(train_batch_size, int) or train_batch_size < 1 or train_batch_size % (micro * world):
             what = f"{train_batch_size} rows do not divide by {micro} rows a micro-batch on {world} ranks"
             raise ValueError(f"engine.set_train_batch_size: {what}; write a multiple of {micro * world}")
         self._set_triad(Triad(train_batch_size, micro, train_batch_size // (micro * world)))
@@ -48,8 +51,13 @@ class Facts(Loop):
 
         Source: DeepSpeed 0.19.8, set_train_micro_batch_size.
         """
-        if micro_batch_size < 1:
-            raise ValueError(f"engine.set_train_micro_batch_size: {micro_batch_size} is below 1; write a row or more")
+        if not isinstance(micro_batch_size, int) or micro_batch_size < 1:
+            raise ValueError(
+                f"engine.set_train_micro_batch_size: {micro_batch_size} is no number of rows; write 1 or more"
+            )
+        if self.training_dataloader is not None:
+            why = "the loader of initialize(training_data=...) deals the rows of the config"
+            raise RuntimeError(f"engine.set_train_micro_batch_size: {why}; write it into the config")
         steps = self.config_.triad.steps
         self._set_triad(Triad(micro_batch_size * steps * self.config_.world.size, micro_batch_size, steps))
 
@@ -58,11 +66,16 @@ class Facts(Loop):
             why = "the window of micro-batches is open; call it right after an update"
             raise RuntimeError(f"engine.set_train_batch_size: {why}")
         values = {name: self.config_.values[name]._replace(value=x) for name, x in zip(NAMES, triad, strict=True)}
-        self.config_ = self.config_._replace(triad=triad, values={**self.config_.values, **values})
+        config = self.config_._replace(triad=triad, values={**self.config_.values, **values})
         if triad.steps != self._k and self._made is not None:
-            self._k, self.train_step = triad.steps, self._made(self.config_)
-            self._step = donate(self.train_step)
-            self.state = self._state
+            step, state = self._made(config), self._state
+            scale = step.state_of(state, ScaleLoss)
+            if scale is not None:
+                weight = torch.full_like(scale.weight, 2.0 ** round(math.log2(triad.steps)))
+                state = step.with_state(state, scale._replace(weight=weight))
+            self.train_step, self._step, self._k = step, donate(step), triad.steps
+            self.state = state
+        self.config_ = config
 
     def train_batch_size(self) -> int:
         """Rows of an update."""
@@ -141,10 +154,12 @@ class Facts(Loop):
 
     def get_lr(self) -> list[float]:
         """By group."""
+        self._check_trains("get_lr")
         return [g["lr"] for g in self.optimizer.param_groups]
 
     def get_mom(self) -> list[Any]:
         """By group: betas, or momentum."""
+        self._check_trains("get_mom")
         return [g.get("betas", g.get("momentum")) for g in self.optimizer.param_groups]
 
     # --- of the module

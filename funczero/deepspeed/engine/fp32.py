@@ -33,7 +33,7 @@ def checkpoint_of(directory: str | Path, tag: Any = None) -> Path:
 def get_fp32_state_dict_from_zero_checkpoint(
     checkpoint_dir: str | Path, tag: Any = None, exclude_frozen_parameters: bool = False, lazy_mode: bool = False
 ) -> dict[str, Tensor]:
-    """The module's state_dict on the CPU: masters in float32, tied names with one value, and buffers as they were.
+    """The module's state_dict on the CPU: masters in float32, tied names with one value, and persistent buffers.
 
     Args:
       checkpoint_dir: as given to engine.save_checkpoint.
@@ -50,7 +50,8 @@ def get_fp32_state_dict_from_zero_checkpoint(
         (file,) = export(where, Path(folder, "weights.safetensors"), dtype="float32")
         weights = {name: x.clone() for name, x in safetensors.torch.load_file(file).items()}
     _, beside = split(load_client(where, manifest.load(where)))
-    return weights | beside.get("buffers", {})
+    buffers = beside.get("buffers", {})
+    return weights | {name: buffers[name] for name in beside.get("persistent", buffers) if name in buffers}
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
@@ -79,9 +80,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 
 def load_state_dict_from_zero_checkpoint(model: nn.Module, checkpoint_dir: str | Path, tag: Any = None) -> nn.Module:
-    """The model on the CPU with the weights of a checkpoint."""
+    """The model on the CPU with the weights of a checkpoint, whose names must be the model's."""
     model = model.cpu()
-    found = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
-    kept = model.state_dict()  # buffers that are not persistent stay as they are
-    model.load_state_dict({name: x for name, x in found.items() if name in kept})
+    model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag))
     return model

@@ -86,11 +86,12 @@ def _opened(params: list[Any], rank: int | None) -> Iterator[None]:
 
 def _read(engine: Any, name: str) -> Tensor | None:
     read = lambda: read_leaf(engine.state.params, name, engine.live_mesh)
-    return engine.together("GatheredParameters", read)
+    return engine.together(f"GatheredParameters({name!r})", read)
 
 
-def _written(engine: Any, value: Tensor, rank: int) -> Tensor:
-    return engine.together("the end of GatheredParameters", lambda: broadcast(value, rank, engine.live_mesh))
+def _written(engine: Any, name: str, value: Tensor, rank: int) -> Tensor:
+    what = f"the end of GatheredParameters({name!r})"
+    return engine.together(what, lambda: broadcast(value, rank, engine.live_mesh))
 
 
 def _show(p: Any, value: Tensor) -> None:
@@ -122,6 +123,6 @@ def _back(params: list[Any], now: Iterable[Tensor], touched: list[str], rank: in
     values: dict[Any, dict[str, Tensor]] = {}
     for p, x in zip(params, now, strict=True):
         engine, name = p.home[0](), p.home[1]
-        values.setdefault(engine, {})[name] = _written(engine, x, rank)
+        values.setdefault(engine, {})[name] = _written(engine, name, x, rank)
     for engine, whole in values.items():
         engine.write_parameters(whole)

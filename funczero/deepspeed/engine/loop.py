@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from absl import logging
 from torch import Tensor, nn
 
 from funczero.core import tree
@@ -18,6 +17,7 @@ from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.graphs import stamp
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.leaf import write_leaf
+from funczero.deepspeed.engine.log import logger
 from funczero.deepspeed.engine.throughput import Throughput
 from funczero.deepspeed.engine.window import amended, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
@@ -162,9 +162,7 @@ class Loop(nn.Module):
         every, number = self.config_.value("steps_per_print"), int(self._state.step)
         if every and number % every == 0 and self.global_rank == 0:
             lr = [g["lr"] for g in self.optimizer.param_groups]
-            logging.info(
-                "step %d: loss %.6g, grad norm %.4g, scale %g, lr %s", number, m.loss, m.grad_norm, m.scale, lr
-            )
+            logger.info("step %d: loss %.6g, grad norm %.4g, scale %g, lr %s", number, m.loss, m.grad_norm, m.scale, lr)
 
     @property
     def live_mesh(self) -> Mesh:

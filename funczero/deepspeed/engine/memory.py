@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.deepspeed.engine.access import logger
 from funczero.deepspeed.engine.device import get_accelerator
+from funczero.deepspeed.engine.log import logger
 from funczero.deepspeed.engine.ranks import get_rank
 
 GIB = 2**30
@@ -46,3 +46,14 @@ def move_to_device(item: Any, device: Any, criterion_func: Any = lambda x: True)
       criterion_func: of a tensor: is it moved?
     """
     return tree.map(lambda x: x.to(torch.device(device)) if isinstance(x, Tensor) and criterion_func(x) else x, item)
+
+
+def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2.0, mpu: Any = None) -> Tensor:
+    """torch's, for parameters that no engine holds; those of an engine are clipped by the config.
+
+    Args:
+      mpu: None, because there is no model parallelism here.
+    """
+    if mpu is not None:
+        raise ValueError("clip_grad_norm_: mpu= asks for model parallelism, and there is none here; leave it out")
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)

@@ -56,9 +56,7 @@ class Weights(Facts):
         """May the whole model be gathered at stage 3?"""
         return self.config_.value(GATHER)
 
-    def _zero3_consolidated_16bit_state_dict(
-        self, exclude_frozen_parameters: bool = False
-    ) -> dict[str, Tensor] | None:
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
         """The module's state_dict on rank 0's CPU and None elsewhere; a collective.
 
         The underscore is DeepSpeed's: Hugging Face calls this very name.

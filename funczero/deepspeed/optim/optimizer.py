@@ -57,7 +57,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         """The state with the numbers that the groups show now."""
         own = state.chain[KEY]
         for name, value in self.fixed.items():
-            if any(g[name] is not value and g[name] != value for g in self.param_groups):
+            if any(_number(g[name]) != _number(value) for g in self.param_groups):
                 why = "it is the same for all groups and stands still; write it into the config"
                 raise ValueError(f"param_groups: {name!r} was changed from {value!r}, but {why}")
         names = [n for n in own if n != "updates"]

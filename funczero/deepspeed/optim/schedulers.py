@@ -102,7 +102,9 @@ class LRRangeTest(_Schedule):
 
 
 def add_tuning_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The parser with --lr_schedule and a flag for every parameter of every schedule; what is not given is the class's.
+    """The parser with --lr_schedule and an option for every parameter of every schedule.
+
+    What is not given is the class's own; a flag that is not given is off.
 
     Source: DeepSpeed 0.19.8, add_tuning_arguments, whose flags have defaults of their own that its classes refuse.
     """
@@ -110,7 +112,7 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument("--lr_schedule", choices=list(SCHEDULERS), default=None, help="LR schedule for training.")
     for name, key in {n: k for known in SCHEDULERS.values() for n, k in known.items()}.items():
         if isinstance(key.default, bool):
-            group.add_argument(f"--{name}", action="store_true", default=None)
+            group.add_argument(f"--{name}", action="store_true")
         else:
             group.add_argument(f"--{name}", type=str if isinstance(key.default, str) else float, default=None)
     return parser

@@ -28,6 +28,8 @@ def zero_wrapper_for_fp_tensor_constructor(
         if kwargs.get("device") is None and target_device is not None:
             kwargs["device"] = target_device
         out = fn(*args, **kwargs)
-        return out.to(target_fp_dtype) if out.is_floating_point() else out
+        if out.is_floating_point():
+            out.data = out.data.to(target_fp_dtype)  # it stays a leaf
+        return out
 
     return made

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 
 OURS = "funczero.deepspeed"
 
@@ -35,6 +35,11 @@ class Same(MetaPathFinder, Loader):
         module = importlib.import_module(OURS + spec.name.removeprefix("deepspeed"))
         spec.loader_state = module.__spec__
         return module
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """For `python -m deepspeed.x`."""
+        found = importlib.util.find_spec(OURS + fullname.removeprefix("deepspeed"))
+        return None if found is None else found.loader.get_code(found.name)  # type: ignore[union-attr]
 
     def exec_module(self, module: ModuleType) -> None:
         """It has run already; importing it under a second name has changed its spec."""
