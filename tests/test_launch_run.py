@@ -309,7 +309,7 @@ def roles(launcher, mark):
 
     A program that was just started has no words for a moment, so it may take a few looks.
     """
-    until(lambda: len(marked(mark)) == 8 and all(words for _, words in marked(mark).values()), 10)
+    until(lambda: len(marked(mark)) == 8 and all(words for _, words in marked(mark).values()), 60)
     found, below = marked(mark), lambda pid, word: [
         p for p, (parent, words) in sorted(found.items()) if parent == pid and word in words
     ]
@@ -352,7 +352,7 @@ def test_whoever_is_killed_nothing_is_left(world, tmp_path, who):
         assert process.poll() is None and there["rank 0"] in marked(mark)
         process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    until(lambda: not marked(mark) and not os.listdir(tmp_path / "tmp"), 8)
+    until(lambda: not marked(mark) and not os.listdir(tmp_path / "tmp"), 60)
     last = err.splitlines()[-1] if err else ""
     assert {
         "launcher": code == -9,
