@@ -80,7 +80,7 @@ def world(tmp_path):
             process.communicate(timeout=20)
     since = time.monotonic()
     while os.listdir(tmp_path / "tmp"):  # no pipe and no folder stays
-        assert time.monotonic() - since < 5, os.listdir(tmp_path / "tmp")
+        assert time.monotonic() - since < 60, os.listdir(tmp_path / "tmp")
         time.sleep(0.05)
 
 
@@ -276,7 +276,7 @@ def test_a_rank_that_sigterm_does_not_end_is_killed_after_three_seconds(world):
     process = world("--num_gpus=2", SCRIPT, "deaf", "1", hostfile=False)
     ready(process, 1, b"going")
     since = time.monotonic()
-    assert finish(process)[0] == 3 and 2.9 < time.monotonic() - since < 15 and world.left() == {}
+    assert finish(process)[0] == 3 and 2.9 < time.monotonic() - since < 60 and world.left() == {}
 
 
 @pytest.mark.slow
@@ -300,7 +300,7 @@ def test_the_end_of_the_launcher_ends_everything(world, number, code):
     assert finish(process)[0] == code
     since = time.monotonic()
     while world.left():
-        assert time.monotonic() - since < 5
+        assert time.monotonic() - since < 60
         time.sleep(0.05)
 
 
