@@ -21,6 +21,7 @@ import funczero as fz
 import funczero.deepspeed as deepspeed
 from funczero.deepspeed import comm, moe, runtime, utils
 from funczero.launch import flags, job
+from funczero.world.ledger import DivergenceError
 
 NAMES = """
 accelerator.get_accelerator checkpoint.utils.clone_tensors_for_torch_save checkpointing.checkpoint comm.init_distributed
@@ -206,6 +207,71 @@ def test_a_window_of_another_length_is_divided_by_it():
     assert trained(one, 2, 3) == trained(other, 2, 3) == 2
     for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows that know their number."""
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, i):
+        return torch.full((4,), float(i)), i
+
+
+def over_rows(k):
+    return deepspeed.initialize(model=nn.Linear(4, 1), config=config(1, k), training_data=Rows())
+
+
+def test_rows_go_on_where_they_were_after_another_batch_size(tmp_path):
+    engine, _, loader, _ = over_rows(2)
+    rows = iter(loader)
+
+    def take(n):
+        for _ in range(n):
+            engine.backward(engine(next(rows)[0]).mean())
+            engine.step()
+
+    take(6)
+    engine.set_train_batch_size(16)
+    take(12)
+    engine.save_checkpoint(tmp_path)
+    following = next(rows)[1].tolist()
+    for k in (2, 4):
+        other, _, theirs, _ = over_rows(k)
+        other.load_checkpoint(tmp_path)
+        assert other.micro_steps == 18 and next(iter(theirs))[1].tolist() == following
+
+
+def test_an_engine_that_evaluates_reads_a_checkpoint_of_one_that_trains(tmp_path):
+    engine, *_ = deepspeed.initialize(model=Net(), config=config(2))
+    trained(engine, 2, 1)
+    engine.save_checkpoint(tmp_path)
+    other, *_ = deepspeed.initialize(model=Net(seed=1), config={k: v for k, v in config(0).items() if k != "optimizer"})
+    path, _ = other.load_checkpoint(tmp_path)
+    assert path == str(tmp_path / "global_step2")
+    assert fz.testing.tree_hash(other.module_state_dict()) == fz.testing.tree_hash(engine.module_state_dict())
+
+
+def open_apart(stage):
+    """What ranks hear that open two parameters of one shape."""
+    net = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    engine, *_ = deepspeed.initialize(model=net, config={**config(stage), **zero})
+    try:
+        with deepspeed.zero.GatheredParameters([net[comm.get_rank()].weight], modifier_rank=0):
+            pass
+        engine.backward(engine(torch.ones(4, 6)).sum())
+        engine.step()
+    except DivergenceError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_ranks_that_open_different_parameters_are_told_their_names(run_world, stage):
+    one, other = run_world(2, open_apart, stage)
+    assert one == other and "in GatheredParameters('1.weight') at step 0" in one and "'0.weight'" in one, one
 
 
 def test_groups_show_every_key_and_what_stands_still_cannot_be_changed_unseen():
