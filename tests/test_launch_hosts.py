@@ -120,19 +120,18 @@ def losses(folder):
     return [record["loss"] for record in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in record]
 
 
+def losses_of(out, script, *flags):
+    """The losses of a script that is run here without a launcher."""
+    command = [sys.executable, script, *flags, f"--out={out}"]
+    subprocess.run(command, cwd=ROOT, env=ENV, check=True, capture_output=True, timeout=300)
+    return losses(out)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The losses of the same run on this machine, two processes, without a launcher."""
     out = tmp_path_factory.mktemp("alone")
-    subprocess.run(
-        [sys.executable, "experiments/train_gpt.py", *SMALL, "--nproc=2", f"--out={out}"],
-        cwd=ROOT,
-        env=ENV,
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    return losses(out)
+    return losses_of(out, "experiments/train_gpt.py", *SMALL, "--nproc=2")
 
 
 @pytest.mark.parametrize("transport", TOOLS)
@@ -298,15 +297,7 @@ def test_a_notice_is_passed_on(hosts, hostfile, transport, number):
 def uninterrupted(tmp_path_factory):
     """The losses of a longer run that nobody disturbs, in one process."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    subprocess.run(
-        [sys.executable, "tests/elastic.py", *LONG, "--nproc=1", f"--out={out}"],
-        cwd=ROOT,
-        env=ENV,
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    return losses(out)
+    return losses_of(out, "tests/elastic.py", *LONG, "--nproc=1")
 
 
 def until_updates(process, folder, number):

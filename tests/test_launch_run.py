@@ -80,7 +80,7 @@ def world(tmp_path):
             process.communicate(timeout=20)
     since = time.monotonic()
     while os.listdir(tmp_path / "tmp"):  # no pipe and no folder stays
-        assert time.monotonic() - since < 60, os.listdir(tmp_path / "tmp")
+        assert time.monotonic() - since < 5, os.listdir(tmp_path / "tmp")
         time.sleep(0.05)
 
 
@@ -243,8 +243,9 @@ def test_hostile_hosts_and_filters_are_refused(text):
 
 
 def test_a_dying_rank_ends_all_with_its_code_and_its_traceback_last(world):
+    since = time.monotonic()
     code, out, err = finish(world(SCRIPT, "die", "1"))
-    assert code == 1
+    assert code == 1 and time.monotonic() - since < 30
     lines = err.splitlines()
     assert "funczero launch: rank 1 on 127.0.0.3 failed with exit code 1" in lines, err
     at = lines.index("funczero launch: rank 1 on 127.0.0.3 failed with exit code 1")
@@ -276,7 +277,7 @@ def test_a_rank_that_sigterm_does_not_end_is_killed_after_three_seconds(world):
     process = world("--num_gpus=2", SCRIPT, "deaf", "1", hostfile=False)
     ready(process, 1, b"going")
     since = time.monotonic()
-    assert finish(process)[0] == 3 and 2.9 < time.monotonic() - since < 60 and world.left() == {}
+    assert finish(process)[0] == 3 and 2.9 < time.monotonic() - since < 15 and world.left() == {}
 
 
 @pytest.mark.slow
@@ -300,7 +301,7 @@ def test_the_end_of_the_launcher_ends_everything(world, number, code):
     assert finish(process)[0] == code
     since = time.monotonic()
     while world.left():
-        assert time.monotonic() - since < 60
+        assert time.monotonic() - since < 5
         time.sleep(0.05)
 
 
@@ -309,7 +310,7 @@ def roles(launcher, mark):
 
     A program that was just started has no words for a moment, so it may take a few looks.
     """
-    until(lambda: len(marked(mark)) == 8 and all(words for _, words in marked(mark).values()), 60)
+    until(lambda: len(marked(mark)) == 8 and all(words for _, words in marked(mark).values()), 10)
     found, below = marked(mark), lambda pid, word: [
         p for p, (parent, words) in sorted(found.items()) if parent == pid and word in words
     ]

@@ -92,6 +92,17 @@ def counters(state):
     return [x.tolist() for x in state.chain["scale_loss"][:4]]
 
 
+def kept(state):
+    """What a skipped update leaves alone."""
+    return {
+        "params": state.params,
+        "views": state.views,
+        "adamw": state.chain["adamw"],
+        "updates": state.updates,
+        "key": state.key,
+    }
+
+
 def overflow_on_rank_one():
     """By stage: what the metrics, the scaler and all other leaves say of an overflow on rank 1 alone, after one good
     update.
@@ -103,21 +114,9 @@ def overflow_on_rank_one():
             4 if stage in (0, 1) else 2
         )  # ranks' rows: whole halves where time is summed first, else every other micro-batch
         state, m0 = step(step.init(params()), step.local_rows(batch()))
-        before = {
-            "params": state.params,
-            "views": state.views,
-            "adamw": state.chain["adamw"],
-            "updates": state.updates,
-            "key": state.key,
-        }
+        before = kept(state)
         new, m = step(state, step.local_rows(batch(bad=micro)))
-        after = {
-            "params": new.params,
-            "views": new.views,
-            "adamw": new.chain["adamw"],
-            "updates": new.updates,
-            "key": new.key,
-        }
+        after = kept(new)
         third, m3 = step(new, step.local_rows(batch(bad=micro)))
         out.append(
             (

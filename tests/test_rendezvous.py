@@ -101,7 +101,7 @@ def test_a_name_that_means_nothing_is_told_at_once(address):
     since = time.monotonic()
     with pytest.raises(ValueError, match="the address of rank 0's host, '.*', means nothing on ") as caught:
         rendezvous.resolve(address, 1)
-    assert time.monotonic() - since < 30 and str(caught.value).isprintable()
+    assert time.monotonic() - since < 5 and str(caught.value).isprintable()
 
 
 def test_a_world_waits_a_moment_for_a_name_and_says_so():

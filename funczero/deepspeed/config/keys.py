@@ -237,10 +237,8 @@ _REST: dict[str, Key] = {
 }
 
 OFFLOADS = "zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"
-PASSED_OVER = (  # at the top level; DeepSpeed reads none of them, and configs in use have them
-    "checkpointing", "cuda_visible_devices", "backend", "monitor_config", "comms_config", "train_iters",
-    "zero_quantized_config", "optimizer_params", "comment", "description", "distributed_backend", "local_rank",
-)  # fmt: skip
+# at the top level; DeepSpeed reads none of them, and configs in use have them
+PASSED_OVER = "checkpointing", "cuda_visible_devices", "backend", "monitor_config", "comms_config"
 KEYS: dict[str, Key] = {
     **_TOP,
     **_REMOVED,

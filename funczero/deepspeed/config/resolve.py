@@ -49,8 +49,9 @@ def resolve(
     table = KEYS | typed_keys(doc)
     found: dict[str, Setting] = {}
     skipped = [k for k in doc.raw if isinstance(k, str) and (k.startswith("_") or k in PASSED_OVER)]
+    read_keys = {k: v for k, v in doc.raw.items() if k not in skipped}
     notes += [f"{plain(k, 100)} is passed over, as DeepSpeed does" for k in skipped]
-    for path, value, origin, spelled in entries(doc, _without(doc.raw, skipped), "", "", table):
+    for path, value, origin, spelled in entries(doc, read_keys, "", "", table):
         if path in found:
             raise ConfigError(
                 f"{doc.where(spelled)}it says the same as {_spelling(found[path], path)}; delete one of the two"
@@ -78,10 +79,6 @@ def resolve(
     resolved = Config(doc.name, values, size, triad, tuple(notes))
     agree(resolved)
     return resolved._replace(notes=(*notes, *unused(resolved), *lossy(resolved)))
-
-
-def _without(raw: Mapping[Any, Any], keys: list[str]) -> dict[Any, Any]:
-    return {k: v for k, v in raw.items() if k not in keys}
 
 
 def _in_force(found: dict[str, Setting]) -> tuple[dict[str, Setting], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +27,11 @@ class Triad(NamedTuple):
     batch: int
     micro: int
     steps: int
+
+    @property
+    def weight(self) -> float:
+        """The power of two near the micro-batches of an update, by which a loss scale is divided."""
+        return 2.0 ** round(math.log2(self.steps))
 
 
 def derive(batch: int | None, micro: int | None, steps: int | None, world: WorldSize, where: str = "") -> Triad:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,7 +43,7 @@ class Facts(Loop):
         if not isinstance(train_batch_size, int) or train_batch_size < 1 or train_batch_size % (micro * world):
             what = f"{train_batch_size} rows do not divide by {micro} rows a micro-batch on {world} ranks"
             raise ValueError(f"engine.set_train_batch_size: {what}; write a multiple of {micro * world}")
-        self._set_triad(Triad(train_batch_size, micro, train_batch_size // (micro * world)))
+        self._set_triad("set_train_batch_size", Triad(train_batch_size, micro, train_batch_size // (micro * world)))
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Other rows in a micro-batch; as many micro-batches an update as before.
@@ -59,20 +58,20 @@ class Facts(Loop):
             why = "the loader of initialize(training_data=...) deals the rows of the config"
             raise RuntimeError(f"engine.set_train_micro_batch_size: {why}; write it into the config")
         steps = self.config_.triad.steps
-        self._set_triad(Triad(micro_batch_size * steps * self.config_.world.size, micro_batch_size, steps))
+        triad = Triad(micro_batch_size * steps * self.config_.world.size, micro_batch_size, steps)
+        self._set_triad("set_train_micro_batch_size", triad)
 
-    def _set_triad(self, triad: Triad) -> None:
+    def _set_triad(self, call: str, triad: Triad) -> None:
         if self.window_length() or self._backwards:
             why = "the window of micro-batches is open; call it right after an update"
-            raise RuntimeError(f"engine.set_train_batch_size: {why}")
+            raise RuntimeError(f"engine.{call}: {why}")
         values = {name: self.config_.values[name]._replace(value=x) for name, x in zip(NAMES, triad, strict=True)}
         config = self.config_._replace(triad=triad, values={**self.config_.values, **values})
         if triad.steps != self._k and self._made is not None:
             step, state = self._made(config), self._state
             scale = step.state_of(state, ScaleLoss)
             if scale is not None:
-                weight = torch.full_like(scale.weight, 2.0 ** round(math.log2(triad.steps)))
-                state = step.with_state(state, scale._replace(weight=weight))
+                state = step.with_state(state, scale._replace(weight=torch.full_like(scale.weight, triad.weight)))
             self.train_step, self._step, self._k = step, donate(step), triad.steps
             self.state = state
         self.config_ = config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -241,8 +240,7 @@ def _built(
     optimizer: Any = grouped(name, make, numbers, rates)
 
     def made(config: Config) -> Step:
-        weight = 2.0 ** round(math.log2(config.triad.steps))
-        chain = chain_of(config, source, optimizer, stream=True, weight=weight)
+        chain = chain_of(config, source, optimizer, stream=True, weight=config.triad.weight)
         return train_step(*chain, **config.arguments, check=10 if whole else True)
 
     return made, holder, numbers, rates
