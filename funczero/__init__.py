@@ -82,6 +82,7 @@ from funczero.step.train_step import train_step as train_step
 from funczero.step.zero import hpz as hpz
 from funczero.step.zero import mics as mics
 from funczero.step.zero import zero as zero
+from funczero.step.zero import zeropp as zeropp
 from funczero.transforms.accumulate import accumulate as accumulate
 from funczero.transforms.chain import chain as chain
 from funczero.transforms.clip import clip_by_global_norm as clip_by_global_norm

@@ -111,7 +111,8 @@ def _gather_packed(
     parts_of = [key[:1] if still else key for still in frozen]
     keys = [rng.fold(*k, "gather", edge.axis, u) for u, k in zip(units, parts_of, strict=True)]
     packed = pack_units(edge.gather, [parts], lengths, keys)
-    sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), edge.gather.name)
+    values = sum(p.numel() for p in parts)
+    sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), edge.gather.name, values)
     return lambda: [torch.stack(xs) for xs in unpack_units(edge.gather, packed, wait(sent), lengths, parts[0].dtype)]
 
 
@@ -122,7 +123,8 @@ def _scatter_packed(
     lengths = [slot_lengths(inner, u, c.shape[1]) for u, c in zip(units, columns, strict=True)]
     keys = [rng.fold(*key, "scatter", edge.axis, mesh.index(edge.axis), u) for u in units]
     packed = pack_units(edge.scatter, list(zip(*columns, strict=True)), lengths, keys)
-    sent = launch_exchange(packed.rows, edge.axis, mesh, tuple(units), edge.scatter.name)
+    values = sum(c.shape[1] for c in columns)
+    sent = launch_exchange(packed.rows, edge.axis, mesh, tuple(units), edge.scatter.name, values)
 
     def finish() -> list[Tensor]:
         found = unpack_units(edge.scatter, packed, wait(sent), lengths, edge.adds)
