@@ -11,6 +11,7 @@ from absl import logging
 from torch import Tensor, nn
 
 from funczero.deepspeed.config.build import chain_of
+from funczero.deepspeed.config.crossing import crossing
 from funczero.deepspeed.config.key import ConfigError
 from funczero.deepspeed.config.optimizers import GroupRates
 from funczero.deepspeed.config.resolve import resolve
@@ -236,7 +237,7 @@ def _built(
         raise ConfigError(f"{config.where('scheduler.type')}the call gives lr_scheduler=, too; delete one of the two")
     whole = config.value("zero_optimization.stage") < 3
     holder: Holder = WholeParameters(model) if whole else ShardedParameters(model)
-    source = holder.source(P("data"), lambda path: path in trained)
+    source = holder.source(P(crossing(config).axes), lambda path: path in trained)
     optimizer: Any = grouped(name, make, numbers, rates)
 
     def made(config: Config) -> Step:
