@@ -33,6 +33,8 @@ from funczero.checkpoint import CheckpointError as CheckpointError
 from funczero.checkpoint import Notice as Notice
 from funczero.checkpoint.reshard import reshard as reshard
 from funczero.comm.launch import count_bytes as count_bytes
+from funczero.comm.memory import difference as difference
+from funczero.comm.memory import feedback as feedback
 from funczero.comm.quantised import fp8 as fp8
 from funczero.comm.quantised import int4 as int4
 from funczero.comm.quantised import int8 as int8
