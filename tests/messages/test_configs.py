@@ -46,7 +46,7 @@ SAYS = {
     "choice": ({**B, "gradient_allreduce_op": "max"}, 2, 'config: gradient_allreduce_op: "max" does not exist; write one of "mean", "sum"'),
     "two groups": (
         {**B, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [0.1, 0.2]}}}, 2,
-        "config: scheduler.params.warmup_max_lr: [0.1, 0.2] is not one number (a file has one group of parameters); write one number (a file has one group of parameters)",
+        "config: scheduler.type: WarmupLR: warmup_max_lr names 2 numbers, but there is one group of parameters; write one number, or one a group",
     ),
     "missing option": (
         {**B, "scheduler": {"type": "WarmupDecayLR", "params": {}}}, 2,
