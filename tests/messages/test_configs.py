@@ -45,8 +45,8 @@ SAYS = {
     "no block": ({**B, "fp16": True}, 2, "config: fp16: True is no block; write {...} with some of auto_cast, consecutive_hysteresis, enabled, "),
     "choice": ({**B, "gradient_allreduce_op": "max"}, 2, 'config: gradient_allreduce_op: "max" does not exist; write one of "mean", "sum"'),
     "two groups": (
-        {**B, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [0.1, 0.2]}}}, 2,
-        "config: scheduler.params.warmup_max_lr: [0.1, 0.2] is not one number (a file has one group of parameters); write one number (a file has one group of parameters)",
+        {**B, "optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [0.1, 0.2]}}}, 2,
+        "config: scheduler.type: WarmupLR: warmup_max_lr names 2 numbers, but there is one group of parameters; write one number, or one a group",
     ),
     "missing option": (
         {**B, "scheduler": {"type": "WarmupDecayLR", "params": {}}}, 2,
