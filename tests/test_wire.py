@@ -296,12 +296,19 @@ def memo():
     return lambda x, lengths, key: calls.append(0) or x.half() + len(calls)
 
 
+def no_cast(x, lengths, key):
+    raise NotImplementedError("no such cast")
+
+
 BAD = {
     "torch.bfloat16 is no wire; write a Wire, as fz.cast('bfloat16')": lambda: torch.bfloat16,
     "pack gives 192 bytes as (96,) for slots of (48, 16, 32), but nbytes says 96;"
     " give one flat buffer of as many bytes": lambda: wired(nbytes=lambda n, d: sum(n)),
     "pack gives other bytes for the same values; draw from fz.rng.generator(key) alone": (
         lambda: fz.cast("fp16")._replace(pack=memo())
+    ),
+    "it cannot pack float32 values on cpu (no such cast); write one that it can, as fz.int8(2048)": (
+        lambda: fz.cast("fp16")._replace(pack=no_cast)
     ),
     "pack writes into the values that it is given; return new ones": (
         lambda: fz.cast("fp16")._replace(pack=lambda x, n, k: x.mul_(2).half())

@@ -119,7 +119,9 @@ def models(k):
     half, tx = fz.cast("bfloat16"), (fz.adamw(1e-3),)
     opens = (2 * BLOCKS - 1) / BLOCKS  # a forward and a backward gather every block, the last one once
     zeropp = lambda **how: fz.zeropp(g, *tx, accumulate=k, **how)
+    news = fz.difference(fz.int4(512))
     return {
+        "differences": (zeropp(weights=news, gradients=fz.int4(512)), 0.5 + 4 / 512, 0.5 + 4 / 512),
         "ZeRO-3": ((fz.shard("local", fz.shard("node", g, *acc, *tx, scatter=half)),), 2 * k * opens, 2 * k),
         "hpZ": (zeropp(weights=as_born, gradients=(as_born, half), each=True), 2, 2 * k),
         "+ qwZ": (zeropp(weights=fz.int8(512), gradients=(as_born, half), each=True), 1 + 2 / 512, 2 * k),

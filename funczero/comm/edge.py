@@ -51,10 +51,10 @@ class Edge(NamedTuple):
         Raises:
           TypeError, ValueError: a wire breaks a law, or the backend should add what is packed.
         """
-        if self.gather is not as_born and self.gather.memory is not None:
+        if getattr(self.gather, "memory", None) is not None:
             why = "keeps the error of a sum, and views are no sum"
             raise ValueError(f"gather={self.gather} over {self.axis!r}: it {why}; write fz.difference(wire) for views")
-        if self.scatter is not as_born and self.scatter.difference:
+        if getattr(self.scatter, "difference", False):
             why = "sends what is new against the values that its readers hold, and nobody holds an earlier gradient"
             raise ValueError(f"scatter={self.scatter} over {self.axis!r}: it {why}; write fz.feedback(wire) for sums")
         sums = (self.adds, self.adds)

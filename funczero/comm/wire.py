@@ -155,7 +155,14 @@ def prove(wire: Wire, born: torch.dtype, dtype: torch.dtype, device: torch.devic
     if not isinstance(wire, Wire):
         raise TypeError(f"{wire!r} is no wire; write a Wire, as fz.cast('bfloat16')")
     x = torch.linspace(-2, 3, sum(TRIED), device=device).sin().to(born)
-    before, first = x.clone(), _sent(wire, x, TRIED, 0).clone()
+    try:
+        before, first = x.clone(), _sent(wire, x, TRIED, 0).clone()
+    except (RuntimeError, NotImplementedError) as error:
+        why = (
+            f"cannot pack {str(born).removeprefix('torch.')} values on {device.type}"
+            f" ({str(error).splitlines()[0][:200]})"
+        )
+        raise ValueError(f"wire {wire.name!r}: it {why}; write one that it can, as fz.int8(2048)") from None
     if not torch.equal(x, before):
         raise ValueError(f"wire {wire.name!r}: pack writes into the values that it is given; return new ones")
     if not torch.equal(_sent(wire, x, TRIED, 0).view(torch.uint8), first.view(torch.uint8)):
