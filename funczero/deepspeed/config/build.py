@@ -125,8 +125,16 @@ def chain_of(
     parts, how = (first, *on_values(config, weight), optimizer), crossing(config)
     axes = how.axes if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
     if not how.nested:
-        wires = {"gather": how.weights, "scatter": scatter}
-        return zero(*parts, stage=stage, axis=axes, accumulate=over_time, threshold=threshold, **wires)
+        return zero(
+            *parts,
+            stage=stage,
+            axis=axes,
+            accumulate=over_time,
+            threshold=threshold,
+            gather=how.weights,
+            scatter=scatter,
+            frozen=how.frozen,
+        )
     if len(axes) != 2:
         raise ConfigError(f"{config.where(HPZ)}there are nodes, but axis={axis!r}; write axis=('node', 'local')")
     return zeropp(
@@ -138,6 +146,7 @@ def chain_of(
         secondary=how.secondary,
         accumulate=over_time,
         threshold=threshold,
+        frozen=how.frozen,
     )
 
 
