@@ -33,6 +33,11 @@ from funczero.checkpoint import CheckpointError as CheckpointError
 from funczero.checkpoint import Notice as Notice
 from funczero.checkpoint.reshard import reshard as reshard
 from funczero.comm.launch import count_bytes as count_bytes
+from funczero.comm.memory import difference as difference
+from funczero.comm.memory import feedback as feedback
+from funczero.comm.quantised import fp8 as fp8
+from funczero.comm.quantised import int4 as int4
+from funczero.comm.quantised import int8 as int8
 from funczero.comm.wire import Wire as Wire
 from funczero.comm.wire import as_born as as_born
 from funczero.comm.wire import cast as cast
@@ -79,6 +84,7 @@ from funczero.step.train_step import train_step as train_step
 from funczero.step.zero import hpz as hpz
 from funczero.step.zero import mics as mics
 from funczero.step.zero import zero as zero
+from funczero.step.zero import zeropp as zeropp
 from funczero.transforms.accumulate import accumulate as accumulate
 from funczero.transforms.chain import chain as chain
 from funczero.transforms.clip import clip_by_global_norm as clip_by_global_norm

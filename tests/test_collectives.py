@@ -49,7 +49,7 @@ def verbs(world, dtype):
     mesh, params = own({"data": world})
     whole, rank = params.at((), torch.float32), mesh.index("data")
     mine = [drawn(whole.where, r, dtype) for r in range(world)]
-    scattered = collectives.reduce_scatter(mine[rank], Edge("data", adds=torch.float32), mesh)
+    scattered = collectives.reduce_scatter(mine[rank], Edge("data", adds=torch.float32), mesh)[0]
     summed = Slots.pack(
         whole.where,
         [order.tree_sum([m.leaves()[i].float() for m in mine]) for i in range(len(mine[0].leaves()))],
@@ -74,7 +74,9 @@ def frozen_empties():
     """Gradients of frozen units have no buffer, and travel nowhere."""
     mesh, params = own({"data": 2})
     x = params.at((), torch.float32).trainable()
-    back = collectives.all_gather(collectives.reduce_scatter(x, Edge("data", adds=torch.float32), mesh), "data", mesh)
+    back = collectives.all_gather(
+        collectives.reduce_scatter(x, Edge("data", adds=torch.float32), mesh)[0], "data", mesh
+    )
     return (
         [b.numel() for b in back.buffers] == [b.numel() for b in x.buffers],
         min(b.numel() for b in x.buffers),
@@ -163,7 +165,7 @@ def order_over_ranks():
         torch.float32,
         mesh.device,
     )
-    return collectives.reduce_scatter(mine, Edge("data", adds=torch.float32), mesh).leaves()[0].tolist()
+    return collectives.reduce_scatter(mine, Edge("data", adds=torch.float32), mesh)[0].leaves()[0].tolist()
 
 
 def test_ranks_are_added_in_the_one_tree(run_world):

@@ -120,7 +120,8 @@ def test_a_schedule_from_the_command_line():
     parser = lr.add_tuning_arguments(argparse.ArgumentParser())
     words = ["--lr_schedule=WarmupLR", "--warmup_num_steps=7", "--warmup_type=linear", "--cycle_min_lr=0.1"]
     block, error = lr.get_config_from_args(parser.parse_args(words))
-    assert error is None and block == {"type": "WarmupLR", "params": {"warmup_num_steps": 7, "warmup_type": "linear"}}
+    own = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.001, "warmup_num_steps": 7, "warmup_type": "linear"}
+    assert error is None and block == {"type": "WarmupLR", "params": own}
     assert deepspeed.resolve(config(0, scheduler=block), 1).value("scheduler.params.warmup_num_steps") == 7
     assert lr.get_config_from_args(parser.parse_args([])) == (None, "--lr_schedule not specified on command line")
     odd = argparse.Namespace(lr_schedule="Linear")

@@ -198,9 +198,7 @@ def test_parameters_that_are_not_named_stay_where_they_are():
     assert torch.equal(net.first.weight, before) and not torch.equal(net.last.weight, Net().last.weight)
 
 
-def test_two_schedulers_are_one_too_many_and_deepspeeds_own_classes():
-    with pytest.raises(deepspeed.ConfigError, match="scheduler.type: the call gives lr_scheduler=, too"):
-        deepspeed.initialize(model=Net(), lr_scheduler=lambda o: None, config=config(0, scheduler={"type": "WarmupLR"}))
+def test_deepspeeds_own_schedules_over_the_face():
     engine, face, _, scheduler = deepspeed.initialize(
         model=Net(), lr_scheduler=lambda o: WarmupLR(o, warmup_max_lr=0.5, warmup_num_steps=3), config=config(0)
     )

@@ -69,6 +69,10 @@ WIRES = {
     "dithered": dithered,
     "same": same,
     "cast": lambda: fz.cast(torch.bfloat16),
+    "int8": lambda: fz.int8(16),
+    "int4, stochastic": lambda: fz.int4(32, stochastic=True, hadamard=16),
+    "feedback": lambda: fz.feedback(fz.int4(16), decay=0.25, every=2),
+    "difference": lambda: fz.difference(fz.int4(16)),
 }
 
 
@@ -76,7 +80,8 @@ WIRES = {
 def by_stage(way, name, units, updates=3):
     """One hash a stage of masters, moments, metrics and an evaluation."""
     out, wire = {}, WIRES[name]()
-    for stage in range(1, 4) if way == "gather" else range(4):
+    last = 3 if name == "difference" else 4  # at stage 3 views are gathered more than once an update
+    for stage in range(1, last) if way == "gather" else range(4):
         parts = fz.zero(zoo.source(units=units), *zoo.tx(), stage=stage, **{way: wire})
         run = zoo.train(parts, TWO, updates=updates, micros=2)
         _, _, state, step = run
@@ -92,11 +97,14 @@ TRIED = [
     ("dithered", ()),
     ("dithered", ("blocks",)),
     ("cast", ("blocks",)),
+    ("int8", ("blocks",)),
+    ("int4, stochastic", ("blocks",)),
 ]
+BOTH = [(way, *tried) for way in ("gather", "scatter") for tried in TRIED]
+MEMORY = [("scatter", "feedback", ()), ("scatter", "feedback", ("blocks",)), ("gather", "difference", ("blocks",))]
 
 
-@pytest.mark.parametrize(("name", "units"), TRIED)
-@pytest.mark.parametrize("way", ["gather", "scatter"])
+@pytest.mark.parametrize(("way", "name", "units"), [*BOTH, *MEMORY])
 def test_a_wire_gives_the_same_bits_at_every_stage(run_world, way, name, units):
     found = zoo.everywhere(run_world, 2, by_stage, way, name, units)
     assert len(set(found.values())) == 1, found
@@ -288,15 +296,19 @@ def memo():
     return lambda x, lengths, key: calls.append(0) or x.half() + len(calls)
 
 
+def no_cast(x, lengths, key):
+    raise NotImplementedError("no such cast")
+
+
 BAD = {
     "torch.bfloat16 is no wire; write a Wire, as fz.cast('bfloat16')": lambda: torch.bfloat16,
-    "wire 'w' has memory (init), and no edge keeps one yet; write a wire without init": (
-        lambda: wired(init=lambda where, unit: 0)
-    ),
     "pack gives 192 bytes as (96,) for slots of (48, 16, 32), but nbytes says 96;"
     " give one flat buffer of as many bytes": lambda: wired(nbytes=lambda n, d: sum(n)),
     "pack gives other bytes for the same values; draw from fz.rng.generator(key) alone": (
         lambda: fz.cast("fp16")._replace(pack=memo())
+    ),
+    "it cannot pack float32 values on cpu (no such cast); write one that it can, as fz.int8(2048)": (
+        lambda: fz.cast("fp16")._replace(pack=no_cast)
     ),
     "pack writes into the values that it is given; return new ones": (
         lambda: fz.cast("fp16")._replace(pack=lambda x, n, k: x.mul_(2).half())

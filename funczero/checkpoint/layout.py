@@ -117,13 +117,15 @@ def _boxes(
         return [Box((r,) + (0,) * (len(row) - 1), row) for r in range(len(ranks))], row
     if part.where is None:
         return [Box((0,) * len(part.shape), part.shape)] * len(ranks), part.shape
-    axes = part.where.axes
+    axes, terms = part.where.axes, tuple(a for a, _, _ in part.where.terms)
     if (id(part.where.structure), axes) not in places:
         places[id(part.where.structure), axes] = [
             Where(part.where.structure, tuple((a, *c[a]) for a in axes)) for c in ranks
         ]
     slots = [where.slots[part.leaf] for where in places[id(part.where.structure), axes]]
-    return [Box(s.start, s.shape) for s in slots], slots[0].block
+    first, one = [tuple(c[a][1] for a in terms) for c in ranks], (1,) * len(terms)
+    boxes = [Box((*at, *s.start), (*one, *s.shape)) for at, s in zip(first, slots, strict=True)]
+    return boxes, (*one, *slots[0].block)
 
 
 def _meetings(boxes: list[Box], chunk: tuple[int, ...]) -> dict[tuple[int, ...], list[tuple[Box, Box]]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from funczero.checkpoint import names
+from funczero.checkpoint import names, terms
 from funczero.checkpoint.arrays import Array
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import Manifest
@@ -101,7 +101,7 @@ def cast_of(name: str, part: Part, array: Array) -> tuple[str, str] | None:
     Raises:
       CheckpointError: the shapes differ, or a dtype that is not cast.
     """
-    if part.shape != array.shape:
+    if part.shape != array.shape and not terms.folds(part, array.shape):
         raise CheckpointError(
             f"restore: {name!r} has shape {list(part.shape)} in the state and {list(array.shape)} in the checkpoint;"
             " build the state of the same model"

@@ -2,8 +2,8 @@
 has the same names everywhere.
 
 `step`, `updates`, `key`; `params/<path>`; `<transform>/<field>/<path>`, as `adamw/mu/blocks/0/w`, `adamw/rates/lr` and
-`scale_loss/scale`. Parts of a path are joined by "/" in manifests and messages, by "." in the arrays' store and in
-exported files.
+`scale_loss/scale`; `views/<path>` where views remember what was sent. Parts of a path are joined by "/" in manifests
+and messages, by "." in the arrays' store and in exported files.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ def named(state: TrainState, rank: int = 0, size: int = 1) -> Names:
     for field in ("step", "updates", "key"):
         parts[field] = whole(getattr(state, field))
     _add(parts, ("params",), masters, masters)
+    if state.views is not None and state.views.where.memory:
+        _add(parts, ("views",), state.views, masters)
     for transform, own in state.chain.items():
         if isinstance(own, Accumulate):
             _window(parts, escape(transform), own, rank, size)
@@ -169,12 +171,10 @@ def _mirror(parts: dict[str, Part], path: tuple[str, ...], values: Sequence[tupl
     for below, i in _paths(where.structure):
         if i not in seen and values[i]:
             seen.add(i)
-            first, *others = values[i]
-            _put(
-                parts,
-                (*path, *below),
-                Part(first, where.structure.leaves[i].shape, where.slots[i].start, where, i, also=tuple(others)),
-            )
+            lead = [(1,) * len(where.terms), tuple(n for _, n, _ in where.terms), tuple(q for _, _, q in where.terms)]
+            first, *others = (x.view((*lead[0], *x.shape)) for x in values[i])
+            shape, start = (*lead[1], *where.structure.leaves[i].shape), (*lead[2], *where.slots[i].start)
+            _put(parts, (*path, *below), Part(first, shape, start, where, i, also=tuple(others)))
 
 
 def _paths(structure: Structure) -> list[tuple[tuple[str, ...], int]]:

@@ -134,7 +134,7 @@ def prepared(asked: Asked, directory: Path, peers: Peers, step: Any, config: Any
 def coords_of(state: TrainState) -> dict[str, tuple[int, int]]:
     """This rank's place on every axis that the state names."""
     slots = [x for x in tree.leaves(state, is_leaf=lambda x: isinstance(x, Slots)) if isinstance(x, Slots)]
-    return {axis: (size, index) for x in slots for axis, size, index in x.where.coords}
+    return {axis: (size, index) for x in slots for axis, size, index in (*x.where.coords, *x.where.terms)}
 
 
 def chain_of(step: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 from absl import logging
 from torch import Tensor
 
+from funczero.checkpoint import terms
 from funczero.checkpoint.layout import Box, Deal, deal
 from funczero.checkpoint.memory import dtype_name
 from funczero.checkpoint.names import Part, is_rate, listed, named
@@ -55,7 +56,7 @@ def reshard(state: TrainState, step: Step) -> TrainState:
     like, _ = template(step, structure.unflatten(shapes))
     new = roomy(like, mesh.device)
     have, want, said = (named(x, rank, len(ranks)).parts for x in (state, new, like))
-    views = {} if new.views is None else views_of(new.views, want)
+    views = {} if new.views is None or new.views.where.memory else views_of(new.views, want)
     moved = {n: p for n, p in want.items() if n in have and not is_rate(n, p)}
     _compare(moved, have)
     share = deal({n: have[n] for n in moved}, ranks, rank)
@@ -115,7 +116,7 @@ def _coords(state: TrainState, mesh: Mesh) -> list[Mapping[str, tuple[int, int]]
 def _compare(moved: dict[str, Part], have: dict[str, Part]) -> None:
     for name, part in moved.items():
         old = have[name]
-        if part.shape != old.shape:
+        if part.shape != old.shape and not terms.folds(part, old.shape):
             raise ValueError(
                 f"reshard: {name!r} has shape {old.shape} in the state and {part.shape} in the step; give a step over "
                 "the same parameters"
@@ -143,6 +144,8 @@ def _joined(name: str, part: Part, share: Deal, rank: int, mesh: Mesh) -> Tensor
 
 
 def _fill(part: Part, whole: Tensor) -> None:
+    if terms.folds(part, tuple(whole.shape)):
+        return terms.fold(part, whole[terms.source_box(part, tuple(whole.shape)).slices()])
     for x in (part.value, *part.also):
         x.copy_(whole[Box(part.start, tuple(x.shape)).slices()])
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funczero.checkpoint import client, matching, names, window
+from funczero.checkpoint import client, matching, names, terms, window
 from funczero.checkpoint.arrays import Array, Reader
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.layout import Box
@@ -39,6 +40,9 @@ def fill(
         like if restorer.donated else roomy(like, restorer.device), manifest, restorer, notes
     )
     everything = named(state, restorer.rank, restorer.size).parts
+    if any(n.startswith("views/") for n in everything) and not any(n.startswith("views/") for n in manifest.arrays):
+        everything = {n: p for n, p in everything.items() if not n.startswith("views/")}
+        notes.append("the checkpoint holds no views that remember what was sent, which begin as the parameters")
     asked = _asked({n: p for n, p in everything.items() if n not in dropped}, everything, want)
     source = matching.sources(asked, manifest, want.rename)
     rates = ScriptRates(
@@ -49,7 +53,10 @@ def fill(
     if want.strict and not want.only:
         matching.refuse_strangers(source, manifest, notes)
     casts = Counter(c for n, p in parts.items() if (c := matching.cast_of(n, p, manifest.arrays[source[n]])))
-    views = {} if state.views is None else views_of(state.views, everything)
+    notes += _folded(parts, source, manifest)
+    views = (
+        {} if state.views is None or any(n.startswith("views/") for n in parts) else views_of(state.views, everything)
+    )
     if not restorer.donated:
         _keep(everything, views, {*parts, *rates.parts}, dropped, fresh, restorer)
     reader = Reader(path / ARRAYS, manifest.arrays)
@@ -91,8 +98,22 @@ def _keep(
                     x.copy_(old[n].value)
 
 
+def _folded(parts: dict[str, Part], source: dict[str, str], manifest: Manifest) -> list[str]:
+    """What is said of leaves that another number of ranks kept."""
+    heads = sorted({n.split("/")[0] for n, p in parts.items() if terms.folds(p, manifest.arrays[source[n]].shape)})
+    return [
+        f"{h!r} was kept by another number of ranks: theirs are added, and the first one has the sum" for h in heads
+    ]
+
+
 def _read(reader: Reader, name: str, array: Array, part: Part) -> None:
     """Ask for a part; where it lies elsewhere or in another dtype it is copied when the bytes are there."""
+    if terms.folds(part, array.shape):
+        box = terms.source_box(part, array.shape)
+        make = lambda: torch.empty(box.shape, dtype=torch_dtype(array.dtype))
+        if not prod(box.shape):
+            return terms.fold(part, make())
+        return reader.ask(name, box, make, lambda read: terms.fold(part, read))
     x, box = part.value, Box(part.start, tuple(part.value.shape))
     direct = x.device.type == "cpu" and x.is_contiguous() and dtype_name(x.dtype) == array.dtype
     copies = part.also if direct else (x, *part.also)

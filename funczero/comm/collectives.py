@@ -7,7 +7,7 @@ the same bits on any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funczero.comm.edge import Edge
 from funczero.comm.launch import launch_backend_scatter, launch_backend_sum, launch_exchange, launch_gather, wait
+from funczero.comm.memory import Held, added, remembered
 from funczero.comm.pieces import pairs, plan_of, slot_lengths, travels
 from funczero.comm.wire import Key, as_born, pack_units, unpack_units
 from funczero.core import rng
@@ -31,6 +32,7 @@ class Travelling(NamedTuple):
     """A collective under way; `wait()` finishes it."""
 
     wait: Callable[[], list[Tensor]]  # the units' buffers
+    errors: tuple[Tensor, ...] = ()  # the units' new memory, of a wire that has one
 
 
 # --- one message of units ---------------------------------------------------------------------------------------------
@@ -64,7 +66,13 @@ def gather_units(
 
 
 def scatter_units(
-    where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, leaves: Sequence[list[Tensor]], key: Key = (0,)
+    where: Where,
+    units: Sequence[int],
+    edge: Edge,
+    mesh: Mesh,
+    leaves: Sequence[list[Tensor]],
+    key: Key = (0,),
+    held: Held | None = None,
 ) -> Travelling:
     """Start to sum units' leaves over an axis and keep this rank's part; waiting returns their buffers there.
 
@@ -73,10 +81,20 @@ def scatter_units(
 
     Args:
       key: of this sum, for wires that draw; the same on all ranks.
+      held: what a wire with memory remembers; its new memory is the result's `errors`.
+
+    Raises:
+      RuntimeError: the wire has memory, and none is given.
     """
     axis = edge.axis
     size, index, _ = mesh.axes[axis]
     inner = where.inner(axis, size, index)
+    whole: list[Tensor] = []
+    if edge.scatter.memory is not None and size > 1:
+        if held is None:
+            raise RuntimeError(f"{edge.scatter} over {axis!r} is given no memory here, so what it rounds would be lost")
+        whole = [_with_errors(where, u, xs, held, edge) for u, xs in zip(units, leaves, strict=True)]
+        leaves = [where.views(u, v) for u, v in zip(units, whole, strict=True)]
     lengths = [inner.lengths[u] for u in units]
     make = torch.zeros if any(where.inner(axis, size, q).gaps[u] for u in units for q in range(size)) else torch.empty
     send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
@@ -88,7 +106,7 @@ def scatter_units(
         part = launch_backend_scatter(send.to(edge.adds), axis, mesh, tuple(units))
         return Travelling(lambda: list(wait(part).view(-1).split_with_sizes(lengths)))
     if edge.scatter is not as_born and size > 1:
-        return _scatter_packed(inner, units, edge, mesh, columns, key)
+        return _scatter_packed(inner, units, edge, mesh, columns, key, whole, held)
     wire = launch_exchange(send, axis, mesh, tuple(units))
     return Travelling(lambda: list(tree_sum(wait(wire).to(edge.adds) if size > 1 else wire).split_with_sizes(lengths)))
 
@@ -111,24 +129,58 @@ def _gather_packed(
     parts_of = [key[:1] if still else key for still in frozen]
     keys = [rng.fold(*k, "gather", edge.axis, u) for u, k in zip(units, parts_of, strict=True)]
     packed = pack_units(edge.gather, [parts], lengths, keys)
-    sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), edge.gather.name)
+    values = sum(p.numel() for p in parts)
+    sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), edge.gather.name, values)
     return lambda: [torch.stack(xs) for xs in unpack_units(edge.gather, packed, wait(sent), lengths, parts[0].dtype)]
 
 
 def _scatter_packed(
-    inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, columns: Sequence[Tensor], key: Key
+    inner: Where,
+    units: Sequence[int],
+    edge: Edge,
+    mesh: Mesh,
+    columns: Sequence[Tensor],
+    key: Key,
+    whole: Sequence[Tensor] = (),
+    held: Held | None = None,
 ) -> Travelling:
-    """Start to send every rank its rows as the wire packs them; what arrives is read in `edge.adds` and added."""
+    """Start to send every rank its rows as the wire packs them; what arrives is read in `edge.adds` and added.
+
+    Args:
+      whole: the units' buffers as they were to be sent, for a wire with memory.
+    """
     lengths = [slot_lengths(inner, u, c.shape[1]) for u, c in zip(units, columns, strict=True)]
     keys = [rng.fold(*key, "scatter", edge.axis, mesh.index(edge.axis), u) for u in units]
     packed = pack_units(edge.scatter, list(zip(*columns, strict=True)), lengths, keys)
-    sent = launch_exchange(packed.rows, edge.axis, mesh, tuple(units), edge.scatter.name)
+    values = sum(c.shape[1] for c in columns)
+    sent = launch_exchange(packed.rows, edge.axis, mesh, tuple(units), edge.scatter.name, values)
 
     def finish() -> list[Tensor]:
         found = unpack_units(edge.scatter, packed, wait(sent), lengths, edge.adds)
         return [_without_gaps(inner, u, tree_sum(xs)) for u, xs in zip(units, found, strict=True)]
 
-    return Travelling(finish)
+    errors: list[Tensor] = []
+    if whole and held is not None and edge.scatter.memory is not None:
+        read = unpack_units(edge.scatter, packed, packed.rows, lengths, edge.adds)
+        for u, sent_, rows in zip(units, whole, read, strict=True):
+            back = _joined(inner.outer, u, edge.axis, mesh, rows, edge.adds)
+            errors.append(remembered(edge.scatter.memory, sent_, back, held.errors.buffers[u], held.scale))
+    return Travelling(finish, tuple(errors))
+
+
+def _with_errors(where: Where, unit: int, leaves: list[Tensor], held: Held, edge: Edge) -> Tensor:
+    """A unit's buffer in `edge.adds`: its leaves and what is remembered of them."""
+    out = torch.zeros(where.lengths[unit], dtype=edge.adds, device=leaves[0].device)
+    added(leaves, where.views(unit, held.errors.buffers[unit]), held.scale, where.views(unit, out))
+    return out
+
+
+def _joined(where: Where, unit: int, axis: str, mesh: Mesh, rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """A unit's buffer out of the rows that the ranks of an axis get of it."""
+    out = torch.zeros(where.lengths[unit], dtype=dtype, device=rows[0].device)
+    plan = plan_of(where, unit, axis, mesh.axes[axis].size)
+    _copy(*pairs(plan, where.views(unit, out), torch.stack(rows), rows[mesh.index(axis)]))
+    return out
 
 
 def _without_gaps(where: Where, unit: int, buffer: Tensor) -> Tensor:
@@ -169,31 +221,66 @@ def all_gather(x: Slots, edge: Edge | str, mesh: Mesh, key: Key = (0,)) -> Slots
     return Slots(_landed(flying, x), where)
 
 
-def reduce_scatter(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
+def reduce_scatter(
+    x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,), held: Held | None = None
+) -> tuple[Slots, Slots | None]:
     """Sum over an axis and keep this rank's part: the transpose of all_gather. Outer axes come first.
 
     Layout: unreduced over axis, sharded over (...) -> sharded over (..., axis). Sums are taken in `edge.adds`.
 
     Args:
-      key: as scatter_units'.
+      key, held: as scatter_units'.
+
+    Returns:
+      The part, and the new memory of a wire that has one.
     """
     size, index, _ = mesh.axes[edge.axis]
     inner = x.where.inner(edge.axis, size, index)
     if size == 1:
-        return Slots(x.buffers, inner)
+        return Slots(x.buffers, inner), None
     flying = []
     for us in _messages(x):
         leaves = [x.where.views(u, x.buffers[u]) for u in us]
-        flying.append((us, scatter_units(x.where, us, edge, mesh, leaves, key)))
-    return Slots(_landed(flying, x), inner)
+        flying.append((us, scatter_units(x.where, us, edge, mesh, leaves, key, held)))
+    new = {u: e for us, f in flying for u, e in zip(us, f.errors, strict=False)}
+    return Slots(_landed(flying, x), inner), None if held is None else with_units(held.errors, new)
 
 
-def all_reduce(x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
-    """The sum over an axis in `edge.adds`, whole on every rank: a scatter and a gather, or what the backend does."""
+def all_reduce(
+    x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,), held: Held | None = None
+) -> tuple[Slots, Slots | None]:
+    """The sum over an axis in `edge.adds`, whole on every rank: a scatter and a gather, or what the backend does.
+
+    The sum, and the new memory of a wire that has one.
+    """
     if edge.sums == "tree" or mesh.axes[edge.axis].size == 1:
-        return all_gather(reduce_scatter(x, edge, mesh, key), edge, mesh, key)
+        part, errors = reduce_scatter(x, edge, mesh, key, held)
+        return all_gather(part, edge, mesh, key), errors
     flying = [launch_backend_sum(b.to(edge.adds), edge.axis, mesh) for b in x.buffers]
-    return Slots(tuple(wait(b) for b in flying), x.where)
+    return Slots(tuple(wait(b) for b in flying), x.where), None
+
+
+def with_units(x: Slots, new: Mapping[int, Tensor]) -> Slots:
+    """x with other buffers of some units."""
+    return Slots(tuple(new.get(u, b) for u, b in enumerate(x.buffers)), x.where)
+
+
+def all_gather_new(x: Slots, held: Slots, edge: Edge, mesh: Mesh, key: Key = (0,)) -> Slots:
+    """all_gather of what is new: the held values, and what the wire makes of x less this rank's part of them.
+
+    A leaf that the axis leaves whole does not travel and is x itself.
+
+    Args:
+      x: sharded over (..., axis), in any dtype.
+      held: sharded over (...), what every rank of the axis holds alike.
+    """
+    new = x.map(lambda a, b: a.to(edge.adds) - b.to(edge.adds), cut(held, edge.axis, mesh))
+    out = all_gather(new, edge, mesh, key)
+    out = out.map(lambda d, h: (h.to(edge.adds) + d).to(h.dtype), held)
+    for leaf, a, b in zip(x.where.structure.leaves, out.leaves(), x.leaves(), strict=True):
+        if a is not None and b is not None and leaf.cut(edge.axis).replicated:
+            a.copy_(b)
+    return out
 
 
 def gather_leaf(x: Slots, leaf: int, mesh: Mesh) -> Tensor | None:

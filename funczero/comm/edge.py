@@ -51,6 +51,12 @@ class Edge(NamedTuple):
         Raises:
           TypeError, ValueError: a wire breaks a law, or the backend should add what is packed.
         """
+        if getattr(self.gather, "memory", None) is not None:
+            why = "keeps the error of a sum, and views are no sum"
+            raise ValueError(f"gather={self.gather} over {self.axis!r}: it {why}; write fz.difference(wire) for views")
+        if getattr(self.scatter, "difference", False):
+            why = "sends what is new against the values that its readers hold, and nobody holds an earlier gradient"
+            raise ValueError(f"scatter={self.scatter} over {self.axis!r}: it {why}; write fz.feedback(wire) for sums")
         sums = (self.adds, self.adds)
         for wire, first in ((self.gather, (born, born)), (self.scatter, (born, self.adds))):
             for pair in dict.fromkeys((first, sums)) if wire is not as_born else ():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from funczero.layout.mesh import Mesh, Sent
+from funczero.layout.mesh import Mesh
+from funczero.world.sent import Sent
 
 SHORT = 1 << 15  # bytes on all wires under which a message is all latency
 _ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
@@ -30,21 +30,24 @@ class HasMesh(Protocol):
 def count_bytes(step: HasMesh | Mesh) -> Iterator[Sent]:
     """Counts what this process sends while it is open: (axis, verb, dtype or wire) -> bytes, payload only.
 
+    Printed, it is a table, which also says what the same values would take in 16 bits.
+
     Args:
       step: a Step or its Mesh.
     """
     mesh = step if isinstance(step, Mesh) else step.mesh
-    before, counter = Counter(mesh.sent), Sent()
+    before, counter = mesh.sent.copy(), Sent()
     yield counter
-    counter.update(mesh.sent)
-    counter.subtract(before)
-    for key in [k for k, n in counter.items() if not n]:
-        del counter[key]
+    now = mesh.sent.since(before)
+    counter.update(now)
+    counter.numbers.update(now.numbers)
 
 
-def _sent(mesh: Mesh, axis: str, verb: str, form: torch.dtype | str, n: int, units: tuple[int, ...] = ()) -> None:
+def _sent(
+    mesh: Mesh, axis: str, verb: str, form: torch.dtype | str, n: int, values: int, units: tuple[int, ...] = ()
+) -> None:
     name = form if isinstance(form, str) else _name_of(form)
-    mesh.sent[axis, verb, name] += n
+    mesh.sent.note((axis, verb, name), n, values)
     mesh.ledger.note(verb, axis, name, n, units)
 
 
@@ -53,17 +56,21 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def launch_gather(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "") -> Tensor:
+def launch_gather(
+    x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "", values: int | None = None
+) -> Tensor:
     """Start to gather [n] into [W, n]; finish with wait.
 
     Args:
       units: whose values these are, for ranks to compare.
       form: the wire that packed them; by default their dtype is counted.
+      values: how many it packed.
     """
     size, _, group = mesh.axes[axis]
     if size == 1:
         return x.view(1, -1)
-    _sent(mesh, axis, "all_gather", form or x.dtype, x.nbytes * (size - 1), units)
+    values = x.numel() if values is None else values
+    _sent(mesh, axis, "all_gather", form or x.dtype, x.nbytes * (size - 1), values * (size - 1), units)
     return _gather_rows(x, size, group, mesh)
 
 
@@ -77,15 +84,18 @@ def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
         return mesh.flight.note(x, _ops.all_gather_into_tensor(x, size, group)).view(size, -1)
 
 
-def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "") -> Tensor:
+def launch_exchange(
+    x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (), form: str = "", values: int | None = None
+) -> Tensor:
     """Start to send row q of [W, n] to rank q; the rows that arrive are the ranks' in order.
 
-    Args: as launch_gather's.
+    Args: as launch_gather's; values are those of one row.
     """
     size, _, group = mesh.axes[axis]
     if size == 1:
         return x
-    _sent(mesh, axis, "reduce_scatter", form or x.dtype, x.nbytes * (size - 1) // size, units)
+    values = x.numel() // size if values is None else values
+    _sent(mesh, axis, "reduce_scatter", form or x.dtype, x.nbytes * (size - 1) // size, values * (size - 1), units)
     with torch._C._AutoDispatchBelowAutograd():
         return mesh.flight.note(x, _ops.all_to_all_single(x, [1] * size, [1] * size, group))
 
@@ -93,7 +103,7 @@ def launch_exchange(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = (
 def launch_backend_scatter(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...]) -> Tensor:
     """Start the backend's own reduce-scatter of [W, n], in whatever order it adds."""
     size, _, group = mesh.axes[axis]
-    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, units)
+    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, x.numel() * (size - 1) // size, units)
     with torch._C._AutoDispatchBelowAutograd():
         return mesh.flight.note(x, _ops.reduce_scatter_tensor(x, "sum", size, group))
 
@@ -101,7 +111,8 @@ def launch_backend_scatter(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, .
 def launch_backend_sum(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
     """Start the backend's own all-reduce of [n], in whatever order it adds."""
     size, _, group = mesh.axes[axis]
-    _sent(mesh, axis, "all_reduce", x.dtype, 2 * x.nbytes * (size - 1) // size)
+    sent = 2 * x.nbytes * (size - 1) // size
+    _sent(mesh, axis, "all_reduce", x.dtype, sent, sent // x.dtype.itemsize)
     with torch._C._AutoDispatchBelowAutograd():
         return mesh.flight.note(x, _ops.all_reduce(x, "sum", group))
 
@@ -119,7 +130,8 @@ def broadcast(x: Tensor, root: int, mesh: Mesh) -> Tensor:
     if size == 1:
         return x
     axes, nbytes = "+".join(a for a, n in mesh.sizes().items() if n > 1), x.nbytes * (size - 1)
-    mesh.sent[axes, "broadcast", _name_of(x.dtype)] += nbytes if mesh.ledger.place == root else 0
+    if mesh.ledger.place == root:
+        mesh.sent.note((axes, "broadcast", _name_of(x.dtype)), nbytes, nbytes // x.dtype.itemsize)
     mesh.ledger.note("broadcast", axes, _name_of(x.dtype), nbytes)
     with torch._C._AutoDispatchBelowAutograd():
         sent = _ops.broadcast(x.detach().contiguous(), root, mesh.world_group)
@@ -137,9 +149,9 @@ def sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: boo
     short = mesh.device.type == "cpu" and x.nbytes * size <= SHORT
     nbytes = x.nbytes * (size - 1) if short else 2 * x.nbytes * (size - 1) // size
     if noted:
-        _sent(mesh, name, "all_reduce", x.dtype, nbytes)
+        _sent(mesh, name, "all_reduce", x.dtype, nbytes, 0)
     else:  # it stands in the ledger already, by its own checksum
-        mesh.sent[name, "all_reduce", _name_of(x.dtype)] += nbytes
+        mesh.sent.note((name, "all_reduce", _name_of(x.dtype)), nbytes, 0)
     if short:
         return wait(_gather_rows(x, size, group, mesh)).sum(0)
     with torch._C._AutoDispatchBelowAutograd():

@@ -9,19 +9,28 @@ whole is not packed where that axis gathers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funczero.core.policy import dtype_of
-from funczero.core.types import Tree
-
-if TYPE_CHECKING:
-    from funczero.layout.where import Where
 
 Lengths = tuple[int, ...]  # of the slots that lie one after another in a buffer, padding included
 Key = tuple[int, ...]  # what the draws of a message are folded from, the same on all ranks of an axis
+
+
+class Memory(NamedTuple):
+    """What a rank keeps of a sum that it sends, leaf by leaf, and adds to the next one before it is packed.
+
+    Args:
+      keep: (what was to be sent, what its readers read, the memory so far) -> the memory, elementwise, in
+        `policy.accumulate` and in units of the loss that is not scaled.
+      every: sums after which it begins anew; 0: never.
+    """
+
+    keep: Callable[[Tensor, Tensor, Tensor], Tensor]
+    every: int = 0
 
 
 class Wire(NamedTuple):
@@ -37,7 +46,8 @@ class Wire(NamedTuple):
         `fz.rng.generator(key)` alone. The key is the unit's in this update, the same on all ranks that must agree.
       unpack: (sent, lengths, dtype) -> x[n] in dtype; sums are read in `policy.accumulate`, views in `policy.compute`.
       nbytes: (lengths, dtype) -> the bytes of what `pack` gives for an x of that dtype, in closed form.
-      init: (where, unit) -> the state of a wire with memory, as error feedback has; None: it has none.
+      memory: what a wire of gradients keeps from one sum to the next, as error feedback does; None: nothing.
+      difference: of views, send what is new against the values that its readers hold (see fz.difference).
 
     >>> half = Wire(
     ...     "half",
@@ -52,7 +62,8 @@ class Wire(NamedTuple):
     pack: Callable[[Tensor, Lengths, int], Tensor]
     unpack: Callable[[Tensor, Lengths, torch.dtype], Tensor]
     nbytes: Callable[[Lengths, torch.dtype], int]
-    init: Callable[[Where, int], Tree] | None = None
+    memory: Memory | None = None
+    difference: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -143,10 +154,15 @@ def prove(wire: Wire, born: torch.dtype, dtype: torch.dtype, device: torch.devic
     """
     if not isinstance(wire, Wire):
         raise TypeError(f"{wire!r} is no wire; write a Wire, as fz.cast('bfloat16')")
-    if wire.init is not None:
-        raise ValueError(f"wire {wire.name!r} has memory (init), and no edge keeps one yet; write a wire without init")
     x = torch.linspace(-2, 3, sum(TRIED), device=device).sin().to(born)
-    before, first = x.clone(), _sent(wire, x, TRIED, 0).clone()
+    try:
+        before, first = x.clone(), _sent(wire, x, TRIED, 0).clone()
+    except (RuntimeError, NotImplementedError) as error:
+        why = (
+            f"cannot pack {str(born).removeprefix('torch.')} values on {device.type}"
+            f" ({str(error).splitlines()[0][:200]})"
+        )
+        raise ValueError(f"wire {wire.name!r}: it {why}; write one that it can, as fz.int8(2048)") from None
     if not torch.equal(x, before):
         raise ValueError(f"wire {wire.name!r}: pack writes into the values that it is given; return new ones")
     if not torch.equal(_sent(wire, x, TRIED, 0).view(torch.uint8), first.view(torch.uint8)):

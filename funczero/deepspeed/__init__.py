@@ -36,13 +36,19 @@ from funczero.deepspeed.utils import logger as logger
 
 DeepSpeedEngine = Engine
 DeepSpeedOptimizer = ZeROOptimizer = EngineOptimizer
+DeepSpeedConfigError = ConfigError
+dist = comm
 __version__ = "0.19.8+funczero"  # of DeepSpeed, whose face this is
+__version_major__, __version_minor__, __version_patch__ = 0, 19, 8
+__git_hash__ = __git_branch__ = None
 ABSENT = {
     "init_inference": (
         "there is no inference engine here; run engine.eval() under torch.no_grad(), or export the weights"
     ),
     "pipe": "there is no pipeline here; write a torch.nn.Module and stage 3",
     "PipelineModule": "there is no pipeline here; write a torch.nn.Module and stage 3",
+    "OnDevice": "write with torch.device('meta'): ... and torch.set_default_dtype, or deepspeed.zero.Init",
+    "DeepSpeedConfig": "write deepspeed.resolve(config, world), whose value(path) answers",
     "tp_model_init": "there is no tensor parallelism here; write stage 3",
 }
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import scatter_units
+from funczero.comm.collectives import Travelling, scatter_units, with_units
+from funczero.comm.memory import Held
 from funczero.comm.wire import Key
 from funczero.core.types import Env
 from funczero.layout.slots import Slots
@@ -28,7 +29,14 @@ class Arrivals:
     """Which gradients have arrived, what travels, and what is here. Nothing is booked but inside `collecting`."""
 
     def __init__(
-        self, whole: Where, axes: tuple[str, ...], env: Env, dtype: torch.dtype, device: torch.device, key: Key = (0,)
+        self,
+        whole: Where,
+        axes: tuple[str, ...],
+        env: Env,
+        dtype: torch.dtype,
+        device: torch.device,
+        key: Key = (0,),
+        held: Mapping[str, Held] | None = None,
     ) -> None:
         """Nothing has arrived.
 
@@ -36,8 +44,10 @@ class Arrivals:
           axes: what gradients are scattered over at the seam, outermost first.
           dtype: in which they are born.
           key: (of the update, the micro-batch's index): what wires draw from.
+          held: by axis, the memory of wires that have one.
         """
-        self.key = key
+        self.key, self.held = key, held or {}
+        self.errors: dict[str, dict[int, Tensor]] = {a: {} for a in self.held}  # their new memory, by unit
         self.whole, self.axes, self.env, self.dtype, self.device = whole, axes, env, dtype, device
         self.here: Where = whole  # where gradients end up
         digits, stride = list[int](), 1
@@ -137,7 +147,10 @@ class Arrivals:
     def _send(self, units: Group, leaves: list[list[Tensor]]) -> None:
         """Over all axes, outermost first; the message before this one is finished meanwhile."""
         mesh, edges, where = self.env.mesh, self.env.edges, self.whole
-        first = scatter_units(where, units, edges[self.axes[0]], mesh, leaves, self._key_over(0))
+        first = scatter_units(
+            where, units, edges[self.axes[0]], mesh, leaves, self._key_over(0), self.held.get(self.axes[0])
+        )
+        self._remember(self.axes[0], units, first)
 
         def finish() -> list[Tensor]:
             buffers, here = first.wait(), where
@@ -145,11 +158,21 @@ class Arrivals:
                 here = here.inner(outer, mesh.axes[outer].size, mesh.index(outer))
                 if mesh.axes[axis].size > 1:
                     parts = [here.views(u, b) for u, b in zip(units, buffers, strict=True)]
-                    buffers = scatter_units(here, units, edges[axis], mesh, parts, self._key_over(i)).wait()
+                    sent = scatter_units(here, units, edges[axis], mesh, parts, self._key_over(i), self.held.get(axis))
+                    self._remember(axis, units, sent)
+                    buffers = sent.wait()
             return buffers
 
         before, self.scattering = self.scattering, (units, finish)
         self._finish(before)
+
+    def _remember(self, axis: str, units: Group, sent: Travelling) -> None:
+        if sent.errors:
+            self.errors[axis] |= dict(zip(units, sent.errors, strict=True))
+
+    def memory(self, axis: str) -> Slots | None:
+        """What the wire of an axis remembers after this backward; None where it has no memory."""
+        return with_units(self.held[axis].errors, self.errors[axis]) if axis in self.held else None
 
     def _key_over(self, i: int) -> Key:
         """Of the sum over axis number i: its micro-batch's index with the digits of the axes that are summed after

@@ -18,9 +18,12 @@ from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
 from funczero.gradients.tape import Tape
+from funczero.layout.lazy import Lazy
 from funczero.layout.mesh import P
 from funczero.layout.slots import Slots
+from funczero.transforms import feedback
 from funczero.transforms.chain import Configure, Source, opening
+from funczero.transforms.feedback import remembers
 
 
 def value_and_grad(
@@ -189,11 +192,19 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
 
     def apply(views: Slots, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Sum, dict[str, Any]]:
         mine = seed._replace(index=seed.index + order.indices(layout, mesh.index)[0])
-        tape = Tape(views, source.scatter, env, seed.look, at=seed.at, key=(seed.key, seed.index))
+        held = feedback.of_axes(state, axes, seed)
+        tape = Tape(views, source.scatter, env, seed.look, at=seed.at, key=(seed.key, seed.index), held=held)
         whole = tape.open_rest(forward)
         loss, weight, aux, grads = differentiate(whole, batch, mine, tape)
         slots, bad = close(tape, grads)
+        for a in held:
+            state = feedback.renewed(state, env.edges[a], tape.arrivals.memory(a))
         return Sum(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
+
+    def init(params: Lazy) -> dict[str, Any]:
+        left = lambda i: [a for a in source.batch if a not in axes[:i]]
+        at = [feedback.empty(params, env, a, axes[:i], left(i)) for i, a in enumerate(axes) if remembers(env, a)]
+        return {name: own for state in at for name, own in state.items()}
 
     name = (
         source.name
@@ -201,7 +212,7 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
         else f"{source.name}(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})"
     )
     opened = tuple(opening(env.edges[a]) for a in source.axes)
-    grad = Grad(lambda params: {}, view, apply, layout, (*opened, name), env, (*[Layout()] * len(opened), layout))
+    grad = Grad(init, view, apply, layout, (*opened, name), env, (*[Layout()] * len(opened), layout))
     return grad
 
 

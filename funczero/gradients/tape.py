@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from funczero.comm.collectives import Travelling, gather_units
+from funczero.comm.memory import Held
 from funczero.comm.wire import Key
 from funczero.core.types import Env
 from funczero.gradients.arrivals import Arrivals, Group
@@ -31,6 +32,7 @@ class Tape:
         differentiate: bool = True,
         at: Key = (0,),
         key: Key = (0,),
+        held: Mapping[str, Held] | None = None,
     ) -> None:
         """One apply's units, closed.
 
@@ -38,6 +40,7 @@ class Tape:
           views: parameters at rest.
           scatter: axes that gradients are scattered over at the seam beyond those of rest.
           at, key: what wires of views, and of gradients, draw from.
+          held: by axis, what wires of gradients remember.
         """
         self.at = at
         self.env, self.views, self.rest = env, views, views.where.axes
@@ -47,7 +50,7 @@ class Tape:
         self.seam = any(env.mesh.axes[a].size > 1 for a in axes)  # over axes of size 1 there is nothing to do
         self.differentiate, self.look = differentiate, look
         self.port = torch.zeros((), device=views.buffers[0].device, requires_grad=differentiate)
-        self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device, key)
+        self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device, key, held)
         self.flying: dict[int, Travelling] = {}  # gathers under way
         self.open: dict[int, Tensor] = {}  # gathered buffers that the backward reads
         self.kept: set[int] = set()  # of these, the forward's last block

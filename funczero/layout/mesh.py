@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -23,8 +22,8 @@ from funczero.layout.spec import P as P
 from funczero.world import presence
 from funczero.world.inflight import InFlight
 from funczero.world.ledger import Ledger
+from funczero.world.sent import Sent
 
-Sent = Counter[tuple[str, str, str]]  # (axis, verb, dtype or wire) -> bytes
 Coords = tuple[tuple[str, int, int], ...]  # (mesh axis, its size, a rank's index on it), outermost first
 
 
@@ -81,7 +80,7 @@ class Mesh(NamedTuple):
         """This process among those along some axes, outermost first, and their number.
 
         >>> axes = {"a": Axis(2, 1, ""), "b": Axis(3, 2, "")}
-        >>> Mesh(axes, torch.device("cpu"), Counter(), Ledger(), InFlight()).rank(("a", "b"))
+        >>> Mesh(axes, torch.device("cpu"), Sent(), Ledger(), InFlight()).rank(("a", "b"))
         (5, 6)
         """
         index, size = 0, 1
@@ -155,7 +154,7 @@ def plan_mesh(mesh: Mapping[str, int] | DeviceMesh | Mesh | None, device: str | 
     sizes = _resolve(mesh or {}, world_size())
     where = torch.device(device) if device else default_device()
     axes = {name: Axis(n, 0, "") for name, n in sizes.items()}
-    return Mesh(axes, where, Counter(), Ledger(), InFlight())
+    return Mesh(axes, where, Sent(), Ledger(), InFlight())
 
 
 def located(mesh: Mesh) -> Mesh:
@@ -236,6 +235,6 @@ def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
         device = torch.device(device.type, torch.accelerator.current_device_index())
     everyone = dist.group.WORLD if dist.get_world_size() == mesh.size() else None
     group = "" if everyone is None else everyone.group_name
-    out = Mesh(axes, device, Counter(), ledger or Ledger(), InFlight(), group, connected=True)
+    out = Mesh(axes, device, Sent(), ledger or Ledger(), InFlight(), group, connected=True)
     out.ledger.joined(*out.rank(tuple(axes)), device)
     return out

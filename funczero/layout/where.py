@@ -7,7 +7,7 @@ without tails, the same bits on any cut. In every spec there is only the logical
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -36,11 +36,18 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Where:
-    """One rank's part of a structure and the memory it lies in: `coords` are (axis, size, index), outermost first."""
+    """One rank's part of a structure and the memory it lies in: `coords` are (axis, size, index), outermost first.
+
+    Along the axes of `terms` every rank has values of its own, as a part of a sum has; they are leading dims of the
+    logical array. `memory` says of wider copies of parameters that they are values of their own, because a wire with
+    memory made them, and do not follow from the masters.
+    """
 
     structure: Structure
     coords: Coords
     place: Place = DEVICE
+    terms: Coords = ()
+    memory: bool = False
 
     @classmethod
     def whole(cls, structure: Structure, place: Place = DEVICE) -> Where:
@@ -65,14 +72,14 @@ class Where:
         """One step inwards."""
         key = (axis, size, index)
         if key not in self.memo:
-            self.memo[key] = Where(self.structure, (*self.coords, key), self.place)
+            self.memo[key] = replace(self, coords=(*self.coords, key))
         found: Where = self.memo[key]
         return found
 
     @cached_property
     def outer(self) -> Where:
         """One step outwards."""
-        return Where(self.structure, self.coords[:-1], self.place)
+        return replace(self, coords=self.coords[:-1])
 
     def replicas(self, leaf: int) -> tuple[str, ...]:
         """Axes of this part that hold the same part of a leaf on all their ranks."""
@@ -147,7 +154,8 @@ class Where:
         """The PartitionSpec of one leaf's part here."""
         info = self.structure.leaves[leaf]
         names = [tuple(a for a in self.axes if info.cut(a).dim == d) for d in range(len(info.shape))]
-        entries: list[str | tuple[str, ...] | None] = [None if not n else n[0] if len(n) == 1 else n for n in names]
+        entries: list[str | tuple[str, ...] | None] = [a for a, _, _ in self.terms]
+        entries += [None if not n else n[0] if len(n) == 1 else n for n in names]
         while entries and entries[-1] is None:
             entries.pop()
         return P(*entries)

@@ -82,6 +82,15 @@ class Book:
         # a list: this runs at every step
         return all([ref() is x and (x.is_inference() or x._version == v) for ref, v, x in rows])
 
+    def replaced(self, state: TrainState) -> bool:
+        """Are these the views of a state of this step's making, but over other masters, or ones written since?"""
+        line, n = self.line(state), len(state.params.buffers)
+        if line is None:
+            return False
+        rows = zip(line.buffers, line.versions, _buffers(state), strict=False)
+        same = [ref() is x and (x.is_inference() or x._version == v) for ref, v, x in rows]
+        return all(same[n:]) and not all(same[:n])
+
 
 class Fits:
     """Looks at the states that a step is given."""
@@ -150,15 +159,20 @@ class Fits:
             return state.params.to(g.env.policy.compute)
         if self.book.made(state) if made is None else made:
             return state.views
+        if state.views.where.memory and not self.book.replaced(state):
+            return state.views
         fresh = state.params.to(g.env.policy.compute).placed(state.views.where.place, g.env.mesh.device)
         for axis in reversed(state.params.where.axes[len(state.views.where.axes) :]):
-            fresh = all_gather(fresh, g.env.edges[axis], g.env.mesh, at(state))
+            edge = g.env.edges[axis]
+            fresh = all_gather(fresh, axis if edge.gather.difference else edge, g.env.mesh, at(state))
         return Slots(fresh.buffers, state.views.where)
 
     def settled(self, state: TrainState, views: Slots | None = None) -> TrainState:
         """The same state with views of its masters (these, where they are known), remembered as this step's own."""
         if self.book.made(state) and not packed(self.running()):
             return state
+        if state.views is not None and state.views.where.memory:  # they are what was read, as their own leaves
+            views = state.views
         line = self.book.line(state)
         state = state._replace(views=None if state.views is None else views or self.views(state, made=False))
         self.book.add(state, None if line is None else line.skipped)
@@ -227,6 +241,7 @@ def _odd(x: Any, where: Where) -> bool:
     if isinstance(x, Slots):
         return (
             x.where is not where
+            and not x.where.terms
             and x.where not in (where, *subsets(where))
             or any([b.requires_grad for b in x.buffers])
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from funczero.core import tree
 from funczero.core.policy import Policy
 from funczero.core.types import Grad, TrainState
 from funczero.layout.lazy import Lazy, all_find, lazy
+from funczero.layout.slots import Slots
 from funczero.layout.where import Where, apart
 from funczero.transforms.chain import Source
 
@@ -31,8 +33,15 @@ def initial(g: Grad, own: Lazy, key: int) -> TrainState:
     masters = state.pop("params")
     rest = apart(masters.where, Where(own.structure, g.env.mesh.coords(g.layout.rest)))
     views = None if rest is None else own.at(rest.coords, g.env.policy.compute, rest.place)
+    if views is not None and differs(g):
+        views = Slots(views.buffers, replace(views.where, memory=True))
     zero = torch.zeros((), dtype=torch.int64)
     return TrainState(masters, views, state, zero, zero.to(own.device, copy=True), torch.tensor(key))
+
+
+def differs(g: Grad) -> bool:
+    """Do views remember what was sent, so that they do not follow from the masters?"""
+    return any(e.gather.difference and g.env.mesh.axes[e.axis].size > 1 for e in g.env.edges.values())
 
 
 def check_widening(params: Any, policy: Policy) -> None:

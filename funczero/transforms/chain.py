@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from funczero.comm.edge import Edge, joined
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Env, Grad, GradientTransformation
+from funczero.transforms.feedback import kept_where_skipped
 from funczero.transforms.partition import Partition
 from funczero.transforms.update import Optimizer, apply_update, foreign, rewrite
 
@@ -84,9 +85,22 @@ def build(parts: Sequence[Any], env: Env) -> Grad:
             )
     if source.units:
         source, marked = _open_at_seam(source, marked)
+    _once_an_update(source, edges)
     g = fold(source.make(source, env._replace(edges=edges)), marked)
     _all_used(source, env)
-    return g
+    return kept_where_skipped(g)
+
+
+def _once_an_update(source: Source, edges: dict[str, Edge]) -> None:
+    """Refuse differences where parameters are gathered in every forward and backward, of which nobody keeps a copy."""
+    for axis in source.axes:
+        if edges[axis].gather.difference:
+            why = (
+                f"{edges[axis].gather} sends what is new since the last time, once an update, but parameters that rest"
+                " sharded are gathered in every forward and backward, and dropped after it"
+            )
+            remedy = f"write the wire inside it here, or shard({axis!r}, ...) right of {source.name}"
+            raise ChainError(f"shard({axis!r}): {why}; {remedy}")
 
 
 def _all_used(source: Source, env: Env) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
+
+import torch
 
 from funczero.comm import collectives
 from funczero.comm.edge import Edge
+from funczero.comm.memory import Held
 from funczero.comm.wire import Key, Wire, as_born
 from funczero.core.transform import around, refuse
-from funczero.core.types import Grad, Out, Seed, State, Sum, Transform, Updated
+from funczero.core.types import Grad, Out, Seed, State, Sum, Transform, Tree, Updated
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
+from funczero.transforms import feedback
 
 
 def with_wires(g: Grad, name: str, edge: Edge) -> Grad:
@@ -33,13 +38,17 @@ def with_wires(g: Grad, name: str, edge: Edge) -> Grad:
 
 
 def summed(
-    g: Grad, edge: Edge, name: str, fn: Callable[[Slots, Edge, Mesh, Key], Slots], sharded: tuple[str, ...]
+    g: Grad,
+    edge: Edge,
+    name: str,
+    fn: Callable[[Slots, Edge, Mesh, Key, Held | None], tuple[Slots, Slots | None]],
+    sharded: tuple[str, ...],
 ) -> Grad:
     """g with the partial sum over one axis taken; the axis is the next digit of the order of sums.
 
     Args:
       edge: the axis, with the wires that this transform brings along.
-      fn: (partial sum, the axis's edge, mesh, key) -> the sum.
+      fn: (partial sum, the axis's edge, mesh, key, memory) -> the sum, and the new memory of a wire that has one.
     """
     g, axis = with_wires(g, name, edge), edge.axis
     lay, mesh, edge = g.layout, g.env.mesh, g.env.edges[axis]
@@ -53,13 +62,17 @@ def summed(
     layout = replace(lay, unreduced=lay.unreduced - {axis}, sharded=(*lay.sharded, *sharded), order=order)
     offset = mesh.index(axis) * lay.stride
 
-    def before(s: Seed, state: State) -> tuple[Seed, Key]:
-        return s._replace(index=s.index + offset), (s.key, s.index)
+    def before(s: Seed, state: State) -> tuple[Seed, Seed]:
+        return s._replace(index=s.index + offset), s
 
-    def after(out: Sum, state: State, key: Key) -> tuple[Sum, State]:
-        return out._replace(grads=fn(out.grads, edge, mesh, key)), state
+    def after(out: Sum, state: State, s: Seed) -> tuple[Sum, State]:
+        grads, errors = fn(out.grads, edge, mesh, (s.key, s.index), feedback.held(state, axis, s))
+        return out._replace(grads=grads), feedback.renewed(state, edge, errors)
 
-    return around(g, name, layout, before, after)
+    if not feedback.remembers(g.env, axis):
+        return around(g, name, layout, before, after)
+    terms = [a for a in lay.batch if a in lay.unreduced]
+    return around(g, name, layout, before, after, lambda p: feedback.empty(p, g.env, axis, lay.sharded, terms))
 
 
 def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
@@ -69,12 +82,12 @@ def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
 
     Args:
       axis: a mesh axis that the batch is split over.
-      wire: how it travels, both ways: the parts to be added, and the sum to all ranks.
+      wire: how it travels, both ways: the parts to be added, and the sum to all ranks, which has no memory.
     """
     name = f"all_reduce({axis!r}{_said(wire)})"
 
     def transform(g: Grad) -> Grad:
-        return summed(g, Edge(axis, gather=wire, scatter=wire), name, collectives.all_reduce, ())
+        return summed(g, Edge(axis, gather=wire._replace(memory=None), scatter=wire), name, collectives.all_reduce, ())
 
     transform.__name__ = name
     return transform
@@ -132,6 +145,12 @@ def _said(wire: Wire) -> str:
 def closed(g: Grad, axis: str, name: str) -> Grad:
     """g with its innermost bracket closed: what is joined are new views, or a gradient."""
     lay, mesh, edge, compute = g.layout, g.env.mesh, g.env.edges[axis], g.env.policy.compute
+    if edge.gather.difference:
+        if not lay.applied:
+            why = f"{edge.gather} sends what is new against an earlier value, and nobody holds one of a gradient"
+            raise refuse(g, name, f"{why}; write the wire inside it")
+        if mesh.axes[axis].size > 1:
+            return _closed_by_difference(g, edge, name)
 
     def before(s: Seed, state: State) -> tuple[Seed, Key]:
         run, now = s.at
@@ -144,3 +163,21 @@ def closed(g: Grad, axis: str, name: str) -> Grad:
         return out._replace(grads=collectives.all_gather(out.grads, edge, mesh, key)), state
 
     return around(g, name, replace(lay, sharded=lay.sharded[:-1]), before, after)
+
+
+def _closed_by_difference(g: Grad, edge: Edge, name: str) -> Grad:
+    """g with its innermost bracket closed: new parameters, less the views that all ranks hold, are joined to these."""
+    lay, mesh = g.layout, g.env.mesh
+    layout = replace(lay, sharded=lay.sharded[:-1])
+
+    def apply(views: Slots, state: State, batch: Tree, s: Seed) -> tuple[Out | None, State]:
+        out, state = g.apply(views, state, batch, s)
+        if out is None:
+            return None, state
+        assert isinstance(out, Updated)
+        held = reduce(lambda x, a: collectives.cut(x, a, mesh), layout.sharded[len(lay.rest) :], views.trainable())
+        run, now = s.at
+        new = collectives.all_gather_new(out.params.trainable(), held, edge, mesh, (run, now + 1))
+        return out._replace(params=new.map(lambda n, h: torch.where(out.ok, n, h), held)), state
+
+    return g._replace(apply=apply, layout=layout, names=(*g.names, name), arrows=(*g.arrows, layout))

@@ -67,9 +67,8 @@ def products(sizes, cut):
             else integers(Where.whole(structure), 0)
         )
         x = collectives.cut(x, axis, mesh)  # the same wherever it is replicated
-        gathered, scattered = collectives.all_gather(x, axis, mesh), collectives.reduce_scatter(
-            y, Edge(axis, adds=torch.float64), mesh
-        )
+        gathered = collectives.all_gather(x, axis, mesh)
+        scattered, _ = collectives.reduce_scatter(y, Edge(axis, adds=torch.float64), mesh)
         out.append((inner_product(gathered, y, mesh), inner_product(x, scattered, mesh)))
         again = collectives.all_gather(collectives.cut(gathered, axis, mesh), axis, mesh)
         assert all(torch.equal(a, b) for a, b in zip(again.buffers, gathered.buffers, strict=True))

@@ -45,8 +45,8 @@ SAYS = {
     "no block": ({**B, "fp16": True}, 2, "config: fp16: True is no block; write {...} with some of auto_cast, consecutive_hysteresis, enabled, "),
     "choice": ({**B, "gradient_allreduce_op": "max"}, 2, 'config: gradient_allreduce_op: "max" does not exist; write one of "mean", "sum"'),
     "two groups": (
-        {**B, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [0.1, 0.2]}}}, 2,
-        "config: scheduler.params.warmup_max_lr: [0.1, 0.2] is not one number (a file has one group of parameters); write one number (a file has one group of parameters)",
+        {**B, "optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [0.1, 0.2]}}}, 2,
+        "config: scheduler.type: WarmupLR: warmup_max_lr names 2 numbers, but there is one group of parameters; write one number, or one a group",
     ),
     "missing option": (
         {**B, "scheduler": {"type": "WarmupDecayLR", "params": {}}}, 2,
@@ -70,8 +70,12 @@ SAYS = {
     ),
     "removed": ({**B, "amp": {"enabled": True}}, 2, "config: amp: it is switched on: DeepSpeed has removed this feature; delete the key"),
     "ZeRO++": (
-        {**B, "zero_optimization": {"zero_quantized_weights": True}}, 2,
-        "config: zero_optimization.zero_quantized_weights: true would change the training: a quantised wire does not exist here yet; delete the key",
+        {**B, "zero_optimization": {"zero_quantized_nontrainable_weights": True}}, 2,
+        "config: zero_optimization.zero_quantized_nontrainable_weights: true would change the training: frozen parameters are kept as they are here; delete the key",
+    ),
+    "hpZ": (
+        {**B, "train_batch_size": 9, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, 3,
+        "config: zero_optimization.zero_hpz_partition_size: groups of 2 ranks do not divide the world of 3; write a divisor of 3",
     ),
     "whole leaves": (
         {**B, "optimizer": {"type": "Lamb"}}, 2,

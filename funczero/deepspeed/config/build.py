@@ -14,6 +14,7 @@ from absl import logging
 from funczero.comm.wire import as_born, cast
 from funczero.core.transform import after
 from funczero.core.types import Grad, GradientTransformation, State, Sum, Transform
+from funczero.deepspeed.config.crossing import HPZ, crossing
 from funczero.deepspeed.config.key import ConfigError
 from funczero.deepspeed.config.keys import ENGINE, KEYS
 from funczero.deepspeed.config.optimizers import GivenOptimizer, optimizer_of
@@ -22,7 +23,7 @@ from funczero.deepspeed.config.resolved import Config, dtype_name
 from funczero.gradients.gradient import pullback as pulled
 from funczero.gradients.gradient import value_and_grad
 from funczero.layout.mesh import P
-from funczero.step.zero import zero
+from funczero.step.zero import zero, zeropp
 from funczero.transforms.accumulate import accumulate
 from funczero.transforms.clip import clip_by_global_norm
 from funczero.transforms.loss_scale import scale_loss
@@ -39,7 +40,7 @@ def from_deepspeed(
     world: int | None = None,
     optimizer: GivenOptimizer | None = None,
     auto: Mapping[str, Any] | None = None,
-    axis: str | tuple[str, ...] = "data",
+    axis: str | tuple[str, ...] | None = None,
     units: Sequence[str] | None = None,
     weight: float | None = None,
     **source: Any,
@@ -56,7 +57,8 @@ def from_deepspeed(
       world: ranks that share the batch; by default those that the environment names.
       optimizer: instead of the config's: an optimizer, or a function of the learning rate that its scheduler gives.
       auto: values for what says "auto".
-      axis: the mesh axis, or axes outermost first, over which the batch is split.
+      axis: the mesh axis, or axes outermost first, over which the batch is split. By default "data", and ("node",
+        "local") where ZeRO++'s keys ask for nodes.
       units, source: as value_and_grad's or pullback's.
       weight: as scale_loss's, near the weight of an update. By default it is measured, and with pullback the number of
         micro-batches.
@@ -86,7 +88,8 @@ def from_deepspeed(
         resolved = resolved._replace(notes=(*resolved.notes, *more))
     if resolved.notes and os.environ.get("RANK", "0") == "0":
         logging.warning("%s: %s", resolved.name, "; ".join(resolved.notes))
-    split = P((axis,) if isinstance(axis, str) else axis)
+    axes = crossing(resolved).axes if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    split = P(axes)
     gradient = pulled(split, **source) if loss_fn is None else value_and_grad(loss_fn, split, units, **source)
     if pullback and weight is None:
         weight = 2.0 ** round(math.log2(resolved.triad.steps))  # mean losses: DeepSpeed seeds scale / steps
@@ -98,13 +101,14 @@ def chain_of(
     config: Config,
     source: Any,
     optimizer: GradientTransformation,
-    axis: str | tuple[str, ...] = "data",
+    axis: str | tuple[str, ...] | None = None,
     stream: bool = False,
     weight: float | None = None,
 ) -> tuple[Any, ...]:
     """A Source and an optimizer with everything between them that the config asks for.
 
     Args:
+      axis: as from_deepspeed's.
       stream: micro-batches come one a call, and a call with None closes the window.
       weight: as scale_loss's.
     """
@@ -118,8 +122,23 @@ def chain_of(
         else:  # nothing travels, but DeepSpeed rounds all the same
             first, over_time = ((source, alone), over_time) if stage == 2 else (source, (*over_time, alone))
     threshold = config.value("zero_optimization.stage3_param_persistence_threshold") + 1 if stage == 3 else 0
-    parts = first, *on_values(config, weight), optimizer
-    return zero(*parts, stage=stage, axis=axis, accumulate=over_time, threshold=threshold, scatter=scatter)
+    parts, how = (first, *on_values(config, weight), optimizer), crossing(config)
+    axes = how.axes if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    if not how.nested:
+        wires = {"gather": how.weights, "scatter": scatter}
+        return zero(*parts, stage=stage, axis=axes, accumulate=over_time, threshold=threshold, **wires)
+    if len(axes) != 2:
+        raise ConfigError(f"{config.where(HPZ)}there are nodes, but axis={axis!r}; write axis=('node', 'local')")
+    return zeropp(
+        *parts,
+        node=axes[0],
+        local=axes[1],
+        weights=how.weights if how.secondary else (how.weights, how.weights),
+        gradients=how.gradients,
+        secondary=how.secondary,
+        accumulate=over_time,
+        threshold=threshold,
+    )
 
 
 def on_values(config: Config, weight: float | None = None) -> tuple[Transform, ...]:

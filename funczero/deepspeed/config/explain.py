@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from funczero.comm.wire import as_born
 from funczero.core import tree
 from funczero.core.types import GradientTransformation
 from funczero.deepspeed.config.build import chain_of
+from funczero.deepspeed.config.crossing import crossing
 from funczero.deepspeed.config.key import ConfigError
 from funczero.deepspeed.config.optimizers import optimizer_of, rates_of
 from funczero.deepspeed.config.reading import parsed
@@ -48,13 +50,14 @@ def memory(config: Config, optimizer: GradientTransformation) -> list[Bytes]:
     stage, w, k = config.value("zero_optimization.stage"), config.world.size, config.triad.steps
     probe = optimizer.init({"p": torch.zeros(64)})
     moments = sum(x.numel() for x in tree.tensors(probe) if x.dim()) / 64
-    compute, wide = config.compute, config.policy.rsplit("=", 1)[1]
+    compute, wide, how = config.compute, config.policy.rsplit("=", 1)[1], crossing(config)
+    held = how.mesh["local"] if how.secondary else w  # ranks that parameters are split over at stage 3
     rows = [
         Bytes("masters", "float32", 1, w if stage else 1),
-        Bytes("views", compute, int(stage in (1, 2) or compute != "float32"), w if stage == 3 else 1),
+        Bytes("views", compute, int(stage in (1, 2) or compute != "float32" or held < w), held if stage == 3 else 1),
         Bytes("moments", "float32", moments, w if stage else 1),
-        Bytes("gradient as it is born", compute, 1, w if stage == 3 else 1),
-        Bytes("accumulators", wide, k.bit_length() if k > 1 else 0, w if stage >= 2 else 1),
+        Bytes("gradient as it is born", compute, 1, held if stage == 3 else 1),
+        Bytes("accumulators", wide, k.bit_length() if k > 1 else 0, (held if stage == 3 else w) if stage >= 2 else 1),
     ]
     return [b for b in rows if b.copies]
 
@@ -102,9 +105,38 @@ def differences(config: Config) -> list[str]:
                 "there it is the constructor's until the next step"
             ),
         ),
+        *_crossings(config),
         (stage > 0, f"shards are rows of a leaf; there they are pieces of {pieces}"),
     ]
     return [text for holds, text in rules if holds]
+
+
+def _crossings(config: Config) -> list[tuple[bool, str]]:
+    """Where ZeRO++ differs."""
+    how = crossing(config)
+    return [
+        (
+            how.weights is not as_born,
+            (
+                f"weights travel as {how.weights}, whose blocks restart at every leaf; there blocks of up to 8000 run"
+                " on, and the positive maximum of each loses 1/128"
+            ),
+        ),
+        (
+            how.gradients is not as_born,
+            (
+                f"gradients travel as {how.gradients} and are divided by the world once; there matrices come out as the"
+                " mean times the ranks of a node, vectors as the mean, and sums are taken in float16"
+            ),
+        ),
+        (
+            how.secondary,
+            (
+                "gradients are summed over micro-batches within the group and cross groups once an update, as new"
+                " parameters do; there every micro-batch's gradients cross"
+            ),
+        ),
+    ]
 
 
 _TESTED = ("Adam", "AdamW", "Adagrad", "adam", "adamw", "adagrad", "Lion", "lion")
@@ -124,7 +156,7 @@ def explain(config: Config, parameters: float | None = None) -> str:
     except ConfigError as e:
         lines.append(f"  none: {e}")
     else:
-        step = train_step(*chain_of(config, value_and_grad(_no_loss, P("data")), tx), **config.arguments)
+        step = train_step(*chain_of(config, value_and_grad(_no_loss, P(crossing(config).axes)), tx), **config.arguments)
         lines += [*(f"  {x}" for x in str(step).splitlines()), *_rates(config)]
         lines += _memory(memory(config, tx), parameters, wide)
     lines += _section("notes", config.notes)

@@ -18,7 +18,7 @@ ORDER = "it schedules the same values"
 LOG = "it writes logs; the metrics are what step(...) returns"
 REMOVED = "DeepSpeed has removed this feature; delete the key"
 OFFLOAD = 'offload does not exist here yet; write {"device": "none"} or delete the block'
-ZEROPP = "a quantised wire does not exist here yet; delete the key"
+ZEROPP = "frozen parameters are kept as they are here; delete the key"
 REMAT = "it saves memory in the forward; write fz.layers(..., remat=True) for that"
 HERE = "a pipeline module reads it, and there is none here"
 
@@ -154,8 +154,9 @@ _ZERO: dict[str, Key] = {
     "offload_param.max_in_cpu": ignore(1_000_000_000, LAYOUT, low=0),
     "offload_param.pin_memory": ignore(True, LAYOUT),
     "cpu_offload_use_pin_memory": ignore(False, LAYOUT),
-    "zero_hpz_partition_size": ignore(1, "it changes what travels, no value; write fz.hpz(...) as the chain", low=1),
-    **{f"zero_quantized_{k}": refuse(False, ZEROPP) for k in ("weights", "gradients", "nontrainable_weights")},
+    "zero_hpz_partition_size": honour(1, low=1),
+    **{f"zero_quantized_{k}": honour(False) for k in ("weights", "gradients")},
+    "zero_quantized_nontrainable_weights": refuse(False, ZEROPP),
     **{k: ignore(True, "nothing of torch is patched") for k in ("memory_efficient_linear", "override_module_apply")},
     "pipeline_loading_checkpoint": ignore(False, ORDER),
     "log_trace_cache_warnings": ignore(False, LOG),

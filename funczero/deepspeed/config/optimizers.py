@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from funczero import optim
 from funczero.core.types import GradientTransformation
 from funczero.deepspeed.config.key import ConfigError
+from funczero.deepspeed.config.options import SCHEDULERS
 from funczero.deepspeed.config.resolved import Config
 from funczero.optim import schedules
 from funczero.optim.curves import Schedule
@@ -23,16 +24,21 @@ class GroupRates(NamedTuple):
     momentum: Schedule | None = None
 
 
-def rates_of(config: Config, lr: float | None = None) -> GroupRates:
+def rates_of(config: Config, lr: float | None = None, group: int = 0, groups: int = 1) -> GroupRates:
     """The learning rate of the config as a number or a function of applied updates, and beta 1 where OneCycle moves it.
 
     Args:
       lr: the optimizer's own rate where the config names no optimizer.
+      group: which of so many groups of parameters it is, where the scheduler names one number a group.
     """
     kind, p = config.values.get("scheduler.type"), config.block("scheduler.params")
     own = config.value("optimizer.params.lr") if "optimizer.params.lr" in config.values else lr
     if kind is None or kind.value is None:
         return GroupRates(own)
+    try:
+        p = of_group(kind.value, p, group, groups)
+    except ValueError as e:
+        raise ConfigError(f"{config.where('scheduler.type')}{e}") from None
     try:
         return schedule_of(kind.value, p, own)
     except (ValueError, TypeError) as e:
@@ -43,6 +49,20 @@ def rates_of(config: Config, lr: float | None = None) -> GroupRates:
 
 def _remedied(error: Exception, block: str) -> str:
     return f"{error}" if "write" in str(error) else f"{error}; write other {block}"
+
+
+def of_group(kind: str, p: dict[str, Any], group: int, groups: int) -> dict[str, Any]:
+    """A scheduler's parameters for one group of several; what is a list names one number a group."""
+    known = SCHEDULERS.get(kind, {})
+    lists = {n: x for n, x in p.items() if n in known and known[n].kind == "rate" and isinstance(x, (list, tuple))}
+    odd = next((n for n, x in lists.items() if len(x) != groups), None)
+    if odd is not None:
+        have = "one group" if groups == 1 else f"{groups} groups"
+        raise ValueError(
+            f"{kind}: {odd} names {len(lists[odd])} numbers, but there is {have} of parameters; "
+            "write one number, or one a group"
+        )
+    return {**p, **{n: x[group] for n, x in lists.items()}}
 
 
 def schedule_of(kind: str, p: dict[str, Any], own: Any) -> GroupRates:

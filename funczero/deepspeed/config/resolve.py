@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from funczero.deepspeed.config.checks import agree, judged, lossy, unused
+from funczero.deepspeed.config.crossing import crossing, crossing_notes
 from funczero.deepspeed.config.entries import entries, typed_keys, unknown
 from funczero.deepspeed.config.key import ROWS, ConfigError, Key
 from funczero.deepspeed.config.keys import KEYS, LITERAL_AUTO, PASSED_OVER
@@ -78,7 +79,8 @@ def resolve(
     values |= {name: Setting(x, "derived") for name, x in zip(NAMES, triad, strict=True) if values[name].value is None}
     resolved = Config(doc.name, values, size, triad, tuple(notes))
     agree(resolved)
-    return resolved._replace(notes=(*notes, *unused(resolved), *lossy(resolved)))
+    resolved = resolved._replace(mesh=crossing(resolved).mesh)
+    return resolved._replace(notes=(*notes, *unused(resolved), *lossy(resolved), *crossing_notes(resolved)))
 
 
 def _in_force(found: dict[str, Setting]) -> tuple[dict[str, Setting], list[str]]:

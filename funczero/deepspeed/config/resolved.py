@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from funczero.deepspeed.config.triad import Triad, WorldSize
@@ -25,6 +26,7 @@ class Config(NamedTuple):
     world: WorldSize
     triad: Triad
     notes: tuple[str, ...]  # what was accepted without effect, one sentence each
+    mesh: Mapping[str, int] | None = None  # how the ranks lie; None: all on one axis
 
     def value(self, path: str) -> Any:
         """The value of a key by its dotted path, as config.value("zero_optimization.stage")."""
@@ -64,7 +66,7 @@ class Config(NamedTuple):
     @property
     def arguments(self) -> dict[str, Any]:
         """What `train_step` needs beside the chain: train_step(*chain, **config.arguments)."""
-        return {"mesh": {"data": self.world.size}, "policy": self.policy}
+        return {"mesh": self.mesh or {"data": self.world.size}, "policy": self.policy}
 
 
 def dtype_name(text: str | None) -> str | None:

@@ -19,12 +19,13 @@ def typed(where: str, key: Key, value: Any) -> Any:
         return value
     if key.kind == "every" and value == math.inf:
         return None
+    many = isinstance(value, (list, tuple)) and len(value) > 1 and all(map(_number, value))
     pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value))
     want = {
         "int": (_whole(value), "a whole number", int),
         "every": (_whole(value), "a whole number, or infinite for never", int),
         "number": (_number(value), "a number", float),
-        "rate": (_number(value), "one number (a file has one group of parameters)", float),
+        "rate": (many or _number(value), "a number, or a list with one a group", _floats if many else float),
         "flag": (isinstance(value, bool), "true or false", bool),
         "text": (isinstance(value, str), "text", str),
         "list": (isinstance(value, list), "a list", list),
@@ -50,6 +51,10 @@ def typed(where: str, key: Key, value: Any) -> Any:
                 f"{where}{as_json(value)} does not exist; write one of {', '.join(map(as_json, key.choices))}"
             )
     return out
+
+
+def _floats(x: Any) -> tuple[float, ...]:
+    return tuple(map(float, x))
 
 
 def _number(x: Any) -> bool:

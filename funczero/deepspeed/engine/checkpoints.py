@@ -11,6 +11,7 @@ from funczero.checkpoint import Checkpointer, CheckpointError
 from funczero.core.types import TrainState
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.beside import COUNTS, split
+from funczero.deepspeed.engine.buffers import fitting
 from funczero.deepspeed.engine.weights import Weights
 from funczero.deepspeed.engine.window import taken
 from funczero.deepspeed.optim.groups import KEY, scheduled
@@ -68,6 +69,9 @@ class Checkpoints(Weights):
         client = client_sd if client_state is None else client_state
         ck.save(self.state, name, client_state={"client": client, "engine": self._beside()}, overwrite=True)
         done = ck.wait()
+        if str(done) != str(name) and self.config_.value("checkpoint.tag_validation") == "warn":
+            what = "save_checkpoint: the tag is %r on rank %d, but rank 0's counts, which is %r"
+            logging.warning(what, str(name), self.global_rank, str(done))
         if save_latest and self.global_rank == 0:
             part = Path(save_dir, ".latest.part")
             part.write_text(str(done))
@@ -142,7 +146,8 @@ class Checkpoints(Weights):
             only = (rf"^(?!{KEY}/)",)
         found = ck.restore(name, like=self._state, strict=load_module_strict, only=only)
         client, beside = split(found.client_state)
-        self._restored(found.state, beside, load_module_only, load_lr_scheduler_states)
+        buffers = fitting(self.module, beside, load_module_strict)
+        self._restored(found.state, beside, buffers, load_module_only, load_lr_scheduler_states)
         return str(Path(load_dir, found.name)), client
 
     def _holds_nothing(self, directory: str | Path, tag: Any) -> bool:
@@ -150,15 +155,16 @@ class Checkpoints(Weights):
         self._refuse_foreign(Path(directory))
         return tag is None and not Path(directory, "latest").is_file() and not self._checkpointer(directory).names()
 
-    def _restored(self, state: TrainState, beside: dict[str, Any], module_only: bool, schedulers: bool) -> None:
-        own, updates = state.chain[KEY], state.updates.cpu()
-        if schedulers and self._rates and int(own["updates"]) != int(updates):  # another chain's, or left out
-            own = scheduled({**own, "updates": updates.clone()}, self._rates, updates)
-            state = state._replace(chain={**state.chain, KEY: own})
-        buffers = dict(self.module.named_buffers())
-        for name, x in beside.get("buffers", {}).items():
-            if name in buffers:
-                buffers[name].copy_(x)
+    def _restored(
+        self, state: TrainState, beside: dict[str, Any], buffers: dict[str, Any], module_only: bool, schedulers: bool
+    ) -> None:
+        groups, updates = state.chain[KEY], state.updates.cpu()
+        if schedulers and self._rates and int(groups["updates"]) != int(updates):  # another chain's, or left out
+            groups = scheduled({**groups, "updates": updates.clone()}, self._rates, updates)
+            state = state._replace(chain={**state.chain, KEY: groups})
+        own = dict(self.module.named_buffers(remove_duplicate=False))
+        for name, x in buffers.items():
+            own[name].copy_(x)
         self.state, self.metrics, self._updated = state, None, False
         if module_only:
             return

@@ -11,8 +11,9 @@ from absl import logging
 from torch import Tensor, nn
 
 from funczero.deepspeed.config.build import chain_of
+from funczero.deepspeed.config.crossing import crossing
 from funczero.deepspeed.config.key import ConfigError
-from funczero.deepspeed.config.optimizers import GroupRates
+from funczero.deepspeed.config.optimizers import GroupRates, of_group
 from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
@@ -35,7 +36,7 @@ from funczero.deepspeed.optim.groups import (
     still,
 )
 from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
-from funczero.deepspeed.optim.schedulers import FromConfig
+from funczero.deepspeed.optim.schedulers import from_config
 from funczero.layout.mesh import P, plan_mesh, world_size
 from funczero.step.step import Step
 from funczero.step.train_step import train_step
@@ -109,7 +110,7 @@ def initialize(
     fixed = {name: x for name, x in shown.items() if name not in numbers[0]}
     engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), client, fixed)
     engine.optimizer.pull(state)
-    engine.lr_scheduler, engine.client_lr_scheduler = _scheduler(engine.optimizer, lr_scheduler, bool(rates))
+    engine.lr_scheduler, engine.client_lr_scheduler = _scheduler(engine.optimizer, lr_scheduler, resolved, rates)
     return engine, engine.optimizer, _loader(engine, training_data, collate_fn), engine.lr_scheduler
 
 
@@ -231,12 +232,12 @@ def _built(
     else:
         numbers = config_groups(config, groups)
         name, make = config.value("optimizer.type").lower(), config_optimizer(config, home)
-    rates = group_rates(config, numbers)
-    if rates and lr_scheduler is not None:
-        raise ConfigError(f"{config.where('scheduler.type')}the call gives lr_scheduler=, too; delete one of the two")
+    if lr_scheduler is not None and config.value("scheduler.type") is not None and ranks.get_rank() == 0:
+        logging.warning("%sit is not read: the call gives lr_scheduler=", config.where("scheduler.type"))
+    rates = group_rates(config, numbers) if lr_scheduler is None else []
     whole = config.value("zero_optimization.stage") < 3
     holder: Holder = WholeParameters(model) if whole else ShardedParameters(model)
-    source = holder.source(P("data"), lambda path: path in trained)
+    source = holder.source(P(crossing(config).axes), lambda path: path in trained)
     optimizer: Any = grouped(name, make, numbers, rates)
 
     def made(config: Config) -> Step:
@@ -246,10 +247,12 @@ def _built(
     return made, holder, numbers, rates
 
 
-def _scheduler(optimizer: EngineOptimizer, given: Any, in_chain: bool) -> tuple[Any, bool]:
+def _scheduler(optimizer: EngineOptimizer, given: Any, config: Config, rates: list[GroupRates]) -> tuple[Any, bool]:
     """The scheduler to return, and whether the engine steps it."""
-    if in_chain:
-        return FromConfig(optimizer), False
+    if rates:
+        kind, n = config.value("scheduler.type"), len(rates)
+        options = [of_group(kind, config.block("scheduler.params"), i, n) for i in range(n)]
+        return from_config(optimizer, kind, rates, options), False
     if given is None:
         return None, False
     made = given if hasattr(given, "step") else given(optimizer)
@@ -257,6 +260,12 @@ def _scheduler(optimizer: EngineOptimizer, given: Any, in_chain: bool) -> tuple[
         raise TypeError(
             f"lr_scheduler: a {type(made).__name__} has no step(); "
             "give a scheduler, or a function of the optimizer that returns one"
+        )
+    over = getattr(made, "optimizer", None)
+    if isinstance(over, torch.optim.Optimizer) and over is not optimizer and over is not optimizer.client:
+        raise ValueError(
+            f"lr_scheduler: this {type(made).__name__} moves another optimizer than the engine's, so it would change "
+            "nothing; give lr_scheduler=lambda optimizer: ..., or its optimizer as optimizer="
         )
     return made, True
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.core.types import Env, Grad, Seed, Sum
+from funczero.core.types import ChainError, Env, Grad, Seed, Sum
 from funczero.gradients.gradient import close, pullback
 from funczero.gradients.tape import Tape
 from funczero.layout.mesh import P
@@ -26,6 +26,10 @@ def seam_pullback(batch: P, trainable: Callable[[str], bool], units: tuple[str, 
 
     def make(source: Source, env: Env) -> Grad:
         g = plain.make(source, env)
+        odd = next((e for a, e in env.edges.items() if a in g.layout.sharded and e.scatter.memory is not None), None)
+        if odd is not None:
+            why = "an engine keeps no memory of what its backwards sent"
+            raise ChainError(f"shard({odd.axis!r}): {odd.scatter}: {why}; write the wire inside it")
 
         def apply(views: Any, state: dict[str, Any], micro: Any, seed: Seed) -> tuple[Sum, dict[str, Any]]:
             pull, loss, weight = micro

@@ -80,7 +80,7 @@ def mean_gradient(step: Step, state: TrainState, k: int) -> Slots | None:
     grads = own.total(wide).grads.to(wide)
     for axis in axes:
         if axis not in grads.where.axes:
-            grads = all_reduce(grads, Edge(axis, adds=wide), mesh)  # read, not trained with: exact under every wire
+            grads, _ = all_reduce(grads, Edge(axis, adds=wide), mesh)  # read, not trained with: exact under every wire
     for axis in reversed(grads.where.axes):
         grads = all_gather(grads, axis, mesh)
     scale = step.state_of(state, ScaleLoss)

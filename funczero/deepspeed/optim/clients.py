@@ -64,7 +64,7 @@ def client_groups(client: torch.optim.Optimizer) -> list[Numbers]:
 def _numeric(x: Any) -> bool:
     if isinstance(x, (tuple, list)):
         return bool(x) and all(map(_numeric, x))
-    return isinstance(x, (int, float)) and not isinstance(x, bool) or isinstance(x, Tensor) and x.dim() == 0
+    return isinstance(x, (int, float)) and not isinstance(x, bool) or isinstance(x, Tensor) and x.numel() == 1
 
 
 def _plain(x: Any) -> Any:

@@ -107,7 +107,8 @@ def group_rates(config: Config, groups: Sequence[Numbers]) -> list[GroupRates]:
     """The config's schedule for every group, from the group's own rate; none without a scheduler."""
     if config.value("scheduler.type") is None:
         return []
-    return [rates_of(config._replace(values={**config.values, LR: Setting(g["lr"], "group")})) for g in groups]
+    with_lr = lambda g: config._replace(values={**config.values, LR: Setting(g["lr"], "group")})
+    return [rates_of(with_lr(g), group=i, groups=len(groups)) for i, g in enumerate(groups)]
 
 
 def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Numbers]:
@@ -117,7 +118,7 @@ def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Nu
     if "lr" not in shown:
         raise ConfigError(f"{config.name}: optimizer.params.lr is missing; add it")
     shown = {n: tuple(map(float, x)) if n == "betas" else float(x) for n, x in shown.items()}
-    if rates_of(config).momentum is not None and "betas" in shown:
+    if rates_of(config, groups=len(given)).momentum is not None and "betas" in shown:
         shown["betas"] = (shown["betas"][0], 0.99)  # OneCycle forces the second beta
     out: list[Numbers] = []
     for i, g in enumerate(given):

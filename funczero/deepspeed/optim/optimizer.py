@@ -45,8 +45,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         if client is not None:
             self.param_groups = client.param_groups
         for g in self.param_groups:
-            g.setdefault("initial_lr", g["lr"])
-            g.setdefault("lr", g["lr"])
+            g.setdefault("initial_lr", float(g["lr"]))
 
     @property
     def engine(self) -> Any:
@@ -69,7 +68,12 @@ class EngineOptimizer(torch.optim.Optimizer):
     def pull(self, state: TrainState, names: Sequence[str] = ()) -> None:
         """Show the state's numbers."""
         for g, now in zip(self.param_groups, numbers(state.chain[KEY]), strict=True):
-            g.update({n: x for n, x in now.items() if (not names or n in names) and _number(g.get(n)) != x})
+            for n, x in now.items():
+                if (not names or n in names) and _number(g.get(n)) != x:
+                    if isinstance(g.get(n), Tensor):  # of a client, who keeps it
+                        g[n].fill_(x)
+                    else:
+                        g[n] = x
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing: engine.step() updates."""

@@ -1,0 +1,1 @@
+"""Values as small codes and one scale a block: `reference.py` is the truth."""
