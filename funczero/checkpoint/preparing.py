@@ -15,7 +15,7 @@ from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.names import Names, named, refuse_collisions, whole
 from funczero.checkpoint.peers import Peers
-from funczero.checkpoint.saving import KINDS, refuse_taken, spoken
+from funczero.checkpoint.saving import KINDS, Passing, refuse_taken, spoken
 from funczero.core import tree
 from funczero.core.types import TrainState
 from funczero.layout.slots import Slots
@@ -29,6 +29,7 @@ class Asked(NamedTuple):
     client_state: Any
     metrics: Mapping[str, float] | None
     overwrite: bool
+    passing: Passing
 
 
 def agreed(
@@ -48,6 +49,7 @@ def agreed(
     ready, error = None, None
     peers.enter(number, "save")
     try:
+        asked.passing("asked")
         ready = prepared(asked, directory, peers, step, config)
     except Exception as e:
         error = e

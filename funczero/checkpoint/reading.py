@@ -15,7 +15,7 @@ from funczero.checkpoint.names import listed
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.preparing import chain_of, coords_of
 from funczero.checkpoint.restore import fill, load_client
-from funczero.checkpoint.saving import KINDS, sentence, spoken
+from funczero.checkpoint.saving import KINDS, Passing, sentence, spoken
 from funczero.checkpoint.target import Restorer, Want, template
 from funczero.core.types import TrainState
 
@@ -41,6 +41,7 @@ class Reading(NamedTuple):
     limit: int  # bytes of a manifest
     join: float  # seconds in which all ranks must come
     want: Want
+    passing: Passing
 
 
 def restored(reading: Reading, name: int | str | float, like: Any, step: Any, fallback: bool, donate: bool) -> Restored:
@@ -148,6 +149,7 @@ def _tried(
         )
         mine = mine if str(path) in mine else f"{mine} (in {str(path)!r})"
     peers.put(f"{key}/{peers.rank}", mine)
+    reading.passing("awaits")
     all_told = peers.wait([(r, f"{key}/{r}") for r in range(peers.size)], "restore")
     bad = next(((r, text) for r, text in enumerate(all_told) if text), None)
     if bad is None:
