@@ -63,6 +63,7 @@ def test_mpi4py_is_never_needed():
     assert [p.communicate(timeout=60)[0] for p in ranks] == ["0 2\n", "1 2\n"]
 
 
+@pytest.mark.slow
 def test_kubernetes_variables_start_a_step_as_torchrun_does():
     """A PyTorchJob's pods: one process each, which the operator describes; and what it writes for torchrun."""
     code = (
@@ -82,7 +83,7 @@ def test_kubernetes_variables_start_a_step_as_torchrun_does():
         [sys.executable, "-c", code], env=base | pod | {"RANK": str(r)}, stdout=subprocess.PIPE, text=True
     )
     pods = [start(r) for r in (0, 1)]
-    said = [pod.communicate(timeout=120)[0].strip() for pod in pods]
+    said = [pod.communicate(timeout=400)[0].strip() for pod in pods]
     assert said == ["0 2 0 [[0.5, 0.5]]", "1 2 0 [[0.5, 0.5]]"]
 
 

@@ -132,7 +132,7 @@ def test_ranks_run_bound_behind_a_script_and_under_a_saved_id(tmp_path, monkeypa
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(
         [sys.executable, "-m", "funczero.cli", "launch", *words, *script],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["[rank 0] 0-1 2 yes 1", "[rank 1] 2-3 2 yes 1"], done
