@@ -11,7 +11,7 @@ from funczero import P, rng
 from funczero.gradients import gradient
 from funczero.gradients.ref import Ref
 from funczero.gradients.tape import Tape
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 
 BLOCKS = 5
 
