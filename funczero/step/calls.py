@@ -13,7 +13,8 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.types import Grad, Metrics, TrainState
-from funczero.layout.mesh import Mesh, init_distributed, world_size
+from funczero.layout.mesh import Mesh
+from funczero.layout.processes import init_distributed, world_size
 from funczero.layout.slots import Slots
 from funczero.step.alike import checksum, settings
 from funczero.step.watch import Watch, in_words

@@ -17,7 +17,7 @@ from torch.distributed import ReduceOp as ReduceOp
 
 from funczero.comm.integers import sum_and_compare
 from funczero.comm.launch import broadcast
-from funczero.layout import mesh
+from funczero.layout import mesh, processes
 from funczero.step.calls import watch_of_world
 from funczero.step.watch import in_words
 from funczero.world import environment
@@ -61,7 +61,7 @@ def init_distributed(
         port = {"MASTER_PORT": str(distributed_port)} if given else {}
         os.environ.update(environment.read(port | os.environ) or {})
     if init_method is not None or timeout is not None:
-        device = mesh.default_device().type
+        device = processes.default_device().type
         backend = dist_backend or dist.get_default_backend_for_device(device)
         dist.init_process_group(
             backend,
@@ -70,7 +70,7 @@ def init_distributed(
             rank=int(os.environ.get("RANK", "0")),
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
         )
-    world = mesh.init_distributed(dist_backend)
+    world = processes.init_distributed(dist_backend)
     alone()
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     if verbose and world.rank == 0:
@@ -83,8 +83,8 @@ def alone() -> None:
 
     Its backend is the device's, with gloo for what lies on the CPU.
     """
-    if not dist.is_initialized() and mesh.world_size() == 1:
-        device = mesh.default_device().type
+    if not dist.is_initialized() and processes.world_size() == 1:
+        device = processes.default_device().type
         own = dist.get_default_backend_for_device(device)
         backend = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{own}"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -143,7 +143,7 @@ def called(call: str) -> Iterator[mesh.Mesh]:
 
 def world_mesh(call: str) -> mesh.Mesh:
     """All processes on one axis, where no engine has a mesh yet; what is launched there belongs to `call`."""
-    mesh.init_distributed()
+    processes.init_distributed()
     found = _mesh_of(dist.group.WORLD if dist.is_initialized() else None)  # None: a world of one, which has no groups
     found.ledger.enter(Context(call))
     return found
