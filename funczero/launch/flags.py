@@ -282,6 +282,15 @@ def _check(o: Options) -> None:
         raise LaunchError(f"--max_restarts={o.max_restarts}: write 0 or more")
     if o.lost_after < 3:
         raise LaunchError(f"--lost_after={o.lost_after}: hosts speak once a second; write 3 seconds or more")
+    _check_host_options(o)
+    if any("\0" in word for word in (o.script, *o.args)):
+        raise LaunchError(
+            "an argument of the script holds a NUL character, which no process can be given; leave it out"
+        )
+
+
+def _check_host_options(o: Options) -> None:
+    """Cores and the script before the ranks: which launchers know them."""
     if o.bind_core_list:
         parse_cores(o.bind_core_list)
         if not o.bind_cores_to_rank:
@@ -298,10 +307,6 @@ def _check(o: Options) -> None:
         )
     if o.bind_cores_to_rank and o.launcher == "impi" and not o.bind_core_list:
         raise LaunchError("--bind_cores_to_rank: --launcher=impi is told every rank's cores; add --bind_core_list=0-7")
-    if any("\0" in word for word in (o.script, *o.args)):
-        raise LaunchError(
-            "an argument of the script holds a NUL character, which no process can be given; leave it out"
-        )
 
 
 def silent(o: Options) -> bool:

@@ -306,10 +306,9 @@ def describe(plan: Plan) -> str:
         if node.rank in commands:
             lines.append(_command("  start  ", commands[node.rank]))
         lines.append(f"  agent  torchrun {shlex.join(torchrun_arguments(orders, o.python, 'entry.py', 'FOLDER'))}")
-        lines.append(
-            "  rank  "
-            f" {shlex.join(rank_command(orders, o.python))}{' (and --local_rank=N)' if o.pass_local_rank else ''}"
-        )
+        front = "numactl -C ITS_CORES " if o.bind_cores_to_rank else ""
+        last = " (and --local_rank=N)" if o.pass_local_rank else ""
+        lines.append(f"  rank   {front}{shlex.join(rank_command(orders, o.python))}{last}")
     return "\n".join(lines)
 
 
