@@ -136,13 +136,13 @@ def spread(xs: list[float]) -> str:
 def table(rows: list[Row]) -> str:
     """The table, and the setting of the fewest bits whose mean difference is within the aim."""
     lines = [
-        f"{'weights/gradients':36}{'bits across nodes':>18}{'bits per byte':>15}{'exported, %':>16}{'views, %':>16}  by"
+        f"{'weights/gradients':44}{'bits across nodes':>18}{'bits per byte':>15}{'exported, %':>16}{'views, %':>16}  by"
         " seed, %"
     ]
     for r in rows:
         seeds = " ".join(f"{x:+.2f}" for x in r.exported)
         kinds = f"{r.bits[0]:.2f} + {r.bits[1]:.2f}"
-        lines.append(f"{r.name:36}{kinds:>18}{r.loss:15.4f}{spread(r.exported):>16}{spread(r.views):>16}  {seeds}")
+        lines.append(f"{r.name:44}{kinds:>18}{r.loss:15.4f}{spread(r.exported):>16}{spread(r.views):>16}  {seeds}")
     mean = lambda xs: sum(xs) / len(xs)
     good = [r for r in rows if max(mean(r.exported), mean(r.views)) <= AIM]
     best = min(good, key=lambda r: (sum(r.bits), mean(r.views)), default=None)

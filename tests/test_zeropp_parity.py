@@ -11,15 +11,15 @@ import funczero as fz
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 
-def differ(name, updates, text):
+def differ(name, updates, text, seeds=(0,)):
     import virtual_ranks
 
     run = virtual_ranks.Run(2000, 1, 16, 3e-3)
-    return virtual_ranks.differs(virtual_ranks.SETTINGS[name], run, (0, 1), updates, fz.data.load([text])[0])
+    return virtual_ranks.differs(virtual_ranks.SETTINGS[name], run, seeds, updates, fz.data.load([text])[0])
 
 
 def test_virtual_ranks_have_the_bits_of_real_ones(gpt, text):
-    assert differ("int4 difference/int4 feedback", 2, text) is None
+    assert differ("int4 difference/int4 feedback", 3, text) is None
 
 
 @pytest.mark.slow
@@ -27,16 +27,17 @@ def test_virtual_ranks_have_the_bits_of_real_ones_in_every_setting(gpt, text):
     import virtual_ranks
 
     for name in virtual_ranks.SETTINGS:
-        assert differ(name, 20, text) is None, name
+        assert differ(name, 20, text, (0, 1)) is None, name
 
 
+@pytest.mark.slow
 def test_other_forms_of_a_wire_are_seen(gpt, text, monkeypatch):
     import virtual_ranks
 
     name, right = "int8/int4", virtual_ranks.SETTINGS["int8/int4"]
     wrong = right._replace(across=right.across._replace(read=virtual_ranks.g8.read))
     monkeypatch.setitem(virtual_ranks.SETTINGS, name, wrong)
-    assert differ(name, 1, text) == "parameters[0] of seed 0 on rank 0"
+    assert differ(name, 2, text) == "parameters[0] of seed 0 on rank 0"
 
 
 WRONG = {
