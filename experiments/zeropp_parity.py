@@ -15,6 +15,24 @@ paired by seed: the same first parameters, the same batches.
 Expect:
     int8 weights and int4 gradients within 0.25 % of unquantised; plain int4 weights visibly worse. bf16 wires show how
     far two runs drift apart that differ in next to nothing.
+
+Found (2,000 updates of 256 bytes, seeds 0 to 2, 39 minutes of CPU time of two busy cores; torch 2.13):
+    20 updates of every setting have the bits of real ranks. Held-out loss of the exported parameters against
+    unquantised (2.4958 bits per byte), mean and standard deviation over seeds; bits across nodes, weights + gradients:
+        bf16/bf16                                    16 + 16        -0.05 % +- 0.17
+        int8/int8                                    8.04 + 8.07    -0.15 % +- 0.07
+        int8/int4                                    8.04 + 4.07    +1.43 % +- 0.14
+        int8/int4 rotated                            8.04 + 4.07    +1.66 % +- 0.24
+        int8/int4 feedback                           8.04 + 4.07    +0.43 % +- 0.27
+        int4/int4                                    4.04 + 4.07    +7.08 % +- 0.28  (views +5.46 %)
+        int4 difference/int4                         4.04 + 4.07    +1.49 % +- 0.17
+        int4 difference/int4 feedback                4.04 + 4.07    +0.42 % +- 0.26
+        int4 difference/int8+int4 rotated            4.04 + 4.25    +0.03 % +- 0.28
+        int4 difference/int8+int4 rotated feedback   4.04 + 4.25    +0.01 % +- 0.32
+    Recommended: weights=difference(int4(1024)), gradients=(int8(512), int4(128, hadamard=16)), within nodes and across,
+    with no memory of gradients: a quarter of bf16's bits, and no loss that the drift of runs does not hide (0.2 to
+    0.3 %, so three seeds cannot tell 0.03 from 0.25 %). Differences make int4 weights free. int4(512) gradients on both
+    axes, ZeRO++'s own, miss 0.25 %: feedback takes two thirds of what they cost, a rotation alone nothing.
 """
 
 import json
@@ -145,7 +163,7 @@ def table(rows: list[Row]) -> str:
         lines.append(f"{r.name:44}{kinds:>18}{r.loss:15.4f}{spread(r.exported):>16}{spread(r.views):>16}  {seeds}")
     mean = lambda xs: sum(xs) / len(xs)
     good = [r for r in rows if max(mean(r.exported), mean(r.views)) <= AIM]
-    best = min(good, key=lambda r: (sum(r.bits), mean(r.views)), default=None)
+    best = min(good, key=lambda r: sum(r.bits), default=None)  # of equals the first, which is simpler
     lines.append(f"fewest bits with means of at most {AIM} %: {best.name if best else 'none'}")
     return "\n".join(lines)
 
