@@ -41,7 +41,7 @@ def test_other_forms_of_a_wire_are_seen(gpt, text, monkeypatch):
 
 
 WRONG = {
-    "--settings=int3": "--settings: 'int3' is none; write some of 'none', 'int8/int4', ",
+    "--settings=int3": "--settings: 'int3' is none; write some of 'none', 'bf16/bf16', ",
     "--settings=none,none": "--settings names one twice; write each once",
     "--seeds=0,x": "--seeds=0,x are no seeds; write numbers from 0 on, as 0,1,2",
     "--updates=0": "--updates=0 and --check=0 leave nothing to do; write one of them",
