@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-from contextlib import contextmanager, nullcontext
 
 import checkpoints
 import torch.distributed as dist
 import zoo
 
-from funczero.checkpoint import Checkpointer, commit, folder, manifest, saving
+from funczero.checkpoint import Checkpointer, folder, manifest
 from funczero.testing import tree_hash
 
 CHAIN = "3 [grad acc"
@@ -26,14 +25,20 @@ def bits(state):
     return tree_hash({n: x for n, (_, _, x) in checkpoints.parts(state).items()})
 
 
-@contextmanager
-def patched(where, name, new):
-    old = getattr(where, name)
-    setattr(where, name, new)
-    try:
-        yield
-    finally:
-        setattr(where, name, old)
+class At:
+    """What a Checkpointer calls at the points of a save: at one of them it does something, or raises it, as long as it
+    is on.
+    """
+
+    def __init__(self, point, does, rank=None):
+        """`rank`: the one on which it happens; None: all of them."""
+        self.point, self.does, self.rank, self.on = point, does, rank, True
+
+    def __call__(self, point):
+        if self.on and point == self.point and self.rank in (None, dist.get_rank() if dist.is_initialized() else 0):
+            if isinstance(self.does, Exception):
+                raise self.does
+            self.does()
 
 
 def told(fn):
@@ -71,11 +76,14 @@ def whole(directory, *names):
         assert not manifest.check_files(e.path, e.manifest, strangers=True)
 
 
-def dealt(run_world, directory, fn, *args):
+def dealt(run_world, directory, fn, *args, at=None):
     """`fn(ck, state, directory, *args)` in both ranks, then a good save by the same checkpointer: (what ranks said,
     what restores at the end).
+
+    Args:
+      at: an `At` for the Checkpointer of each rank, on until `fn` has returned; `fn` takes it before its `args`.
     """
-    results = run_world(2, _dealt, directory, fn, *args)
+    results = run_world(2, _dealt, directory, fn, at, *args)
     assert all(good is None for _, good, _ in results), results
     step = checkpoints.make(CHAIN, 1)
     found = Checkpointer(directory).restore(like=(step, checkpoints.abstract()))
@@ -84,31 +92,27 @@ def dealt(run_world, directory, fn, *args):
     return [said for said, *_ in results]
 
 
-def _dealt(directory, fn, *args):
+def _dealt(directory, fn, at, *args):
     step, state = started(2)
-    ck = Checkpointer(directory, step=step, join=2.0)
-    said = fn(ck, state, directory, *args)
+    passing = at or At("", None)
+    ck = Checkpointer(directory, step=step, join=2.0, passing=passing)
+    said = fn(ck, state, directory, *([at] if at else []), *args)
+    passing.on = False
     state = checkpoints.train(step, state, 1, 2)
     return said, saves(ck, state, "good"), checkpoints.parts(state)
 
 
 def no_space(victim, where):
     """A write, or a later step, that finds the disk full on one rank."""
-
-    def full(*args, **kw):
-        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
-
-    def cannot(*args, **kw):
-        raise ValueError('RESOURCE_EXHAUSTED: Error writing "d/x" [tensorstore_spec=...]')
-
-    if dist.get_rank() != victim:
-        return nullcontext()
-    return {
-        "write": patched(saving, "write", full),
-        "tensorstore": patched(saving, "write", cannot),
-        "merge": patched(commit, "_nested", cannot),
-        "seal": patched(manifest, "seal", full),
+    full = OSError(errno.ENOSPC, "No space left on device", "somewhere")
+    cannot = ValueError('RESOURCE_EXHAUSTED: Error writing "d/x" [tensorstore_spec=...]')
+    point, error = {
+        "write": ("chunk", full),
+        "tensorstore": ("chunk", cannot),
+        "merge": ("merged", cannot),
+        "seal": ("merged", full),
     }[where]
+    return At(point, error, victim)
 
 
 def steps(n):

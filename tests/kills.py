@@ -1,8 +1,8 @@
 """Worlds of two ranks that train, save and are killed. They are forked from one process that has imported everything; a
 world takes tenths of a second.
 
-`python kills.py` reads a life as a line of JSON and leaves what its ranks told in `<life>/told.json`. Kills come from
-patched functions of the save, or from a clock.
+`python kills.py` reads a life as a line of JSON and leaves what its ranks told in `<life>/told.json`. Kills come at a
+point of a save, which the Checkpointer tells, or from a clock.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 CHAIN = "3 [grad acc"
-QUICK = (
-    0.2,
-    2.0,
-)  # seconds between beats, and until a rank is taken for dead, where the product's own (1, 8) would take too long
+QUICK = 2.0  # seconds of silence until a rank is taken for dead, where the product's own 8 would take too long
+ALL_PASS = ("asked", "copied", "made", "chunk", "written")  # points that every rank passes by itself
+DELETED = ".funczero-deleted"
 HERE = Path(__file__).parent
 
 
@@ -138,8 +136,6 @@ def one(rank, life, store):
 
     import torch.distributed as dist
 
-    from funczero.checkpoint import lines
-
     place = Path(life["place"])
     os.dup2(
         os.open(place / f"stderr{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2
@@ -150,8 +146,6 @@ def one(rank, life, store):
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo"
     )
-    if life.get("quick", True):
-        lines.BEAT, lines.DEAD = QUICK
     try:
         if life.get("tcp"):  # rank 0 keeps the world's store, and takes it along
             if rank == 0:
@@ -174,6 +168,11 @@ def one(rank, life, store):
     return 0
 
 
+def pulse(life):
+    """How long a rank may be silent, as a Checkpointer takes it."""
+    return {"silence": QUICK} if life.get("quick", True) else {}
+
+
 def at_point(rank, life, say):
     """Two updates, a good save, two more, the save in which somebody dies, and one more; or so many updates from the
     latest save on.
@@ -184,8 +183,9 @@ def at_point(rank, life, say):
 
     from funczero.checkpoint import Checkpointer
 
-    step, t = checkpoints.make(life.get("chain", CHAIN), 2), 4
-    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=life.get("keep", 2 if life.get("goes_on") else None))
+    step, t, fatal = checkpoints.make(life.get("chain", CHAIN), 2), 4, Fatal(rank, life, say)
+    keep = life.get("keep", 2 if life.get("goes_on") else None)
+    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=keep, passing=fatal, **pulse(life))
     if life["point"] == "born":
         if rank in life["victims"]:
             time.sleep(0.5)  # the others have joined as well
@@ -203,21 +203,17 @@ def at_point(rank, life, say):
         state = checkpoints.train(step, state, 2, 4)
     pids = [0, 0]
     dist.all_gather_object(pids, os.getpid())
-    how = getattr(signal, life.get("signal", "SIGKILL"))
     if life["point"] in ("absent", "unread"):
-        if rank in life["victims"]:
-            say("dies")
-            os.kill(os.getpid(), how)
+        fatal.myself()
         if life["point"] == "unread":
-            Checkpointer(Path(life["place"], "run"), step=step).restore(like=(step, checkpoints.abstract()))
+            other = Checkpointer(Path(life["place"], "run"), step=step, **pulse(life))
+            other.restore(like=(step, checkpoints.abstract()))
     elif life["point"] != "ends":
-        arm(life["point"], rank, life["victims"], pids, say, how)
+        fatal.pids = pids
     say("saves", step=t)
     ck.save(state, 2 if life.get("overwrite") else t, overwrite=bool(life.get("overwrite") or life.get("goes_on")))
     if life["point"] == "ends":
-        if rank in life["victims"]:
-            say("dies")
-            os.kill(os.getpid(), how)
+        fatal.myself()
         return say("saved", name=ck.wait())
     while life.get("poll") and ck.poll() is None:
         time.sleep(0.01)
@@ -226,68 +222,39 @@ def at_point(rank, life, say):
     say("saved", name=ck.wait())
 
 
-def arm(point, rank, victims, pids, say, how=signal.SIGKILL):
-    """Patch the function at which somebody dies, or is stopped."""
-    from funczero.checkpoint import commit, folder, manifest, preparing, saving
+class Fatal:
+    """What a Checkpointer calls at the points of a save: at one of them somebody dies, or is stopped, once armed."""
 
-    def myself():
-        if rank in victims:
-            say("dies")
-            os.kill(os.getpid(), how)
+    def __init__(self, rank, life, say):
+        self.rank, self.life, self.say = rank, life, say
+        self.how = getattr(signal, life.get("signal", "SIGKILL"))
+        self.pids, self.chunks = [], 0  # nobody's: not armed
 
-    def everyone():  # where rank 0 alone is active
-        for r in sorted(victims, reverse=True):
-            say("dies" if r == rank else "kills")
-            os.kill(pids[r], signal.SIGKILL)
+    def __call__(self, point):
+        if not self.pids:
+            return
+        self.chunks += point == "chunk"
+        if self.life["point"] == "chunk":  # amid writing, or where there are fewer chunks right after it
+            if self.chunks == 4 or point == "written":
+                time.sleep(0.05)
+                self.myself()
+        elif point == self.life["point"]:
+            self.myself() if point in ALL_PASS else self.everyone(half=point == "pruning")
 
-    def wrap(where, name, die, after=False):
-        fn = getattr(where, name)
+    def myself(self):
+        """This rank, where it is one of them."""
+        if self.rank in self.life["victims"]:
+            self.say("dies")
+            os.kill(os.getpid(), self.how)
 
-        def patched(*args, **kw):
-            if not after:
-                die()
-            out = fn(*args, **kw)
-            if after:
-                die()
-            return out
-
-        setattr(where, name, patched)
-
-    def some(folder_, arrays, chunks, write=saving.write):
-        def given():
-            yield from chunks[:3]
-            time.sleep(0.05)
-            myself()
-            yield from chunks[3:]
-
-        return write(folder_, arrays, given())
-
-    def half(path, rmtree=folder.shutil.rmtree):
-        gone = sorted(p for p in Path(path).rglob("*") if p.is_file())
-        for p in gone[: len(gone) // 2]:
+    def everyone(self, half=False):
+        """All of them by rank 0's hand, at a point that it passes alone; what it deletes is half gone then."""
+        gone = [p for p in Path(self.life["place"], "run").rglob(f"*{DELETED}/**/*") if half and p.is_file()]
+        for p in sorted(gone)[: len(gone) // 2]:
             p.unlink()
-        everyone()
-        rmtree(path)
-
-    if point == "chunk":
-        saving.write = some
-    elif point == "pruning":
-        folder.shutil = SimpleNamespace(rmtree=half)
-    else:
-        where, name, die, after = {
-            "asked": (preparing, "prepared", myself, False),
-            "copied": (saving.Staging, "copied", myself, True),
-            "made": (saving, "_pieces", myself, False),
-            "written": (saving, "write", myself, True),
-            "merged": (manifest, "seal", everyone, False),
-            "sealed": (manifest, "seal", everyone, True),
-            "renamed": (commit, "commit", everyone, True),
-            "beside": (folder, "swap", everyone, False),
-            "between": (folder, "remove", everyone, True),
-            "swapped": (folder, "swap", everyone, True),
-            "prune": (folder, "remove", everyone, False),
-        }[point]
-        wrap(where, name, die, after)
+        for r in sorted(self.life["victims"], reverse=True):
+            self.say("dies" if r == self.rank else "kills")
+            os.kill(self.pids[r], signal.SIGKILL)
 
 
 def by_clock(rank, life, say):
@@ -297,7 +264,7 @@ def by_clock(rank, life, say):
     from funczero.checkpoint import Checkpointer
 
     step = checkpoints.make(life.get("chain", CHAIN), 2)
-    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=2, join=3.0)
+    ck = Checkpointer(Path(life["place"], "run"), step=step, keep=2, join=3.0, **pulse(life))
     restored = ck.restore(like=(step, checkpoints.abstract()))
     state, t = restored.state, restored.step
     say("trains", step=t)

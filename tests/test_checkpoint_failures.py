@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import errno
-import os
+import shutil
 import subprocess
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from attempts import dealt, no_space, patched, saves, started, there, whole
+from attempts import At, dealt, no_space, saves, started, there, whole
 
 import funczero as fz
-from funczero.checkpoint import Checkpointer, folder, lines, saving
+from funczero.checkpoint import Checkpointer, folder
 from funczero.testing import tree_hash
 
 # failures of the disk
 
 
-def on_a_full_disk(ck, state, directory, victim, where):
+def before_and_then(ck, state, directory, at):
+    at.on = False
     assert saves(ck, state, "before") is None
-    with no_space(victim, where):
-        said = saves(ck, state, "full")
-    return said
+    at.on = True
+    return saves(ck, state, "bad")
 
 
 @pytest.mark.parametrize("victim, where", [(0, "write"), (1, "write"), (1, "tensorstore"), (0, "merge"), (0, "seal")])
 def test_disk_full_on_one_rank(run_world, tmp_path, victim, where):
-    first, second = dealt(run_world, tmp_path, on_a_full_disk, victim, where)
+    first, second = dealt(run_world, tmp_path, before_and_then, at=no_space(victim, where))
     assert first == second and first[0] in ("CheckpointError", "OSError"), (first, second)
     assert ("No space left" in first[1] or "RESOURCE_EXHAUSTED" in first[1]) and "[tensorstore" not in first[1]
     assert victim == 0 or "rank 1" in first[1]
@@ -66,22 +65,13 @@ def fill_up(directory):
     latest = ck.restore(like=state).name
     if dist.get_rank() == 0:
         for name in range(n - 1):
-            folder.remove(directory / str(name))
+            shutil.rmtree(folder.remove(directory / str(name)))
     return said, n, (saves(ck, state, "good"), latest)
 
 
-def without_permission(ck, state, directory):
-    assert saves(ck, state, "before") is None
-
-    def denied(*args, **kw):
-        raise PermissionError(errno.EACCES, "Permission denied", str(directory))
-
-    with patched(os, "open", denied) if dist.get_rank() == 0 else nullcontext():
-        return saves(ck, state, "denied")
-
-
 def test_no_permission(run_world, tmp_path):
-    first, second = dealt(run_world, tmp_path, without_permission)
+    denied = At("begun", PermissionError(errno.EACCES, "Permission denied", str(tmp_path)))
+    first, second = dealt(run_world, tmp_path, before_and_then, at=denied)
     assert (
         first[0] == second[0] == "PermissionError"
         and "Permission denied" in first[1]
@@ -90,17 +80,13 @@ def test_no_permission(run_world, tmp_path):
     whole(tmp_path, "before", "good")
 
 
-def a_writer_raises(ck, state, directory, victim):
-    def raises(*args, **kw):
-        raise ZeroDivisionError("a bug")
-
-    with patched(saving, "write", raises) if dist.get_rank() == victim else nullcontext():
-        return saves(ck, state, "bad")
+def bad_save(ck, state, directory, at):
+    return saves(ck, state, "bad")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_writer_raises(run_world, tmp_path, victim):
-    first, second = dealt(run_world, tmp_path, a_writer_raises, victim)
+    first, second = dealt(run_world, tmp_path, bad_save, at=At("chunk", ZeroDivisionError("a bug"), victim))
     assert first == second and first[0] == "CheckpointError" and "a bug" in first[1] and "'bad'" in first[1]
     whole(tmp_path, "good")
 
@@ -111,13 +97,13 @@ def test_a_writer_raises(run_world, tmp_path, victim):
 def one_does_not_come(directory, absent):
     """A rank saves, the other does so only after the first has lost its patience; then both together."""
     step, state = started(2)
-    ck, rank, said, start = Checkpointer(directory, step=step, join=0.5), dist.get_rank(), None, time.monotonic()
-    with patched(lines, "DEAD", 1.5):
-        for turn in (1 - absent, absent):
-            said = saves(ck, state, "alone") if rank == turn else said
-            took = time.monotonic() - start
-            dist.barrier()
-        return said, took, there(directory), saves(ck, state, "good")
+    ck, rank, said = Checkpointer(directory, step=step, join=0.5, silence=1.5), dist.get_rank(), None
+    start = time.monotonic()
+    for turn in (1 - absent, absent):
+        said = saves(ck, state, "alone") if rank == turn else said
+        took = time.monotonic() - start
+        dist.barrier()
+    return said, took, there(directory), saves(ck, state, "good")
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from funczero.checkpoint import Checkpointer, CheckpointError, folder
 
 def taken(directory):
     step, state = started(2)
-    out = []
-    with Checkpointer(directory, step=step) as ck:
+    out, full = [], no_space(1, "write")
+    full.on = False
+    with Checkpointer(directory, step=step, passing=full) as ck:
         assert saves(ck, state, "a", "b") is None
         out.append(saves(ck, state, "a"))
         later = checkpoints.train(step, state, 1, 2)
@@ -28,8 +29,9 @@ def taken(directory):
             bits(ck.restore("b", like=state).state) == bits(state),
         ]
         out.append([e.path.name for e in folder.listing(directory).entries])
-        with no_space(1, "write"):
-            out.append(saves(ck, state, "a", overwrite=True))
+        full.on = True
+        out.append(saves(ck, state, "a", overwrite=True))
+        full.on = False
         out.append(bits(ck.restore("a", like=state).state) == bits(later))
         assert saves(ck, state, "c") is None
     return out

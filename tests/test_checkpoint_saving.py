@@ -14,10 +14,10 @@ import checkpoints
 import pytest
 import torch
 import torch.distributed as dist
-from attempts import bits, patched, saves, started, steps, whole
+from attempts import At, bits, saves, started, steps, whole
 
 import funczero as fz
-from funczero.checkpoint import Checkpointer, CheckpointError, saving
+from funczero.checkpoint import Checkpointer, CheckpointError
 
 # two processes
 
@@ -25,32 +25,28 @@ from funczero.checkpoint import Checkpointer, CheckpointError, saving
 def test_two_processes_in_one_folder(tmp_path):
     """The second is refused while the first writes; its files are not taken for leftovers."""
     step, state = started(1)
-    ck, other = Checkpointer(tmp_path, step=step), Checkpointer(tmp_path)
     inside, go = threading.Event(), threading.Event()
-    write = saving.write
 
-    def slow(*args, **kw):
-        out = write(*args, **kw)
+    def held():
         inside.set()
         go.wait(300)
-        return out
 
-    with patched(saving, "write", slow):
-        ck.save(state, 1)
-        assert inside.wait(120)
-        # The writer is held until the other process has spoken, however long its imports take on a busy machine.
-        code = f"""if True:
-            import sys; sys.path[:0] = {sys.path[:3]!r}
-            import attempts as t
-            from funczero.checkpoint import Checkpointer
-            from pathlib import Path
-            print(t.saves(Checkpointer(Path({str(tmp_path)!r})), t.started(1)[1], 2))"""
-        said = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=os.path.dirname(__file__)
-        )
-        refused = saves(other, state, 3)
-        go.set()
-        ck.wait()
+    ck, other = Checkpointer(tmp_path, step=step, passing=At("written", held)), Checkpointer(tmp_path)
+    ck.save(state, 1)
+    assert inside.wait(120)
+    # The writer is held until the other process has spoken, however long its imports take on a busy machine.
+    code = f"""if True:
+        import sys; sys.path[:0] = {sys.path[:3]!r}
+        import attempts as t
+        from funczero.checkpoint import Checkpointer
+        from pathlib import Path
+        print(t.saves(Checkpointer(Path({str(tmp_path)!r})), t.started(1)[1], 2))"""
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=os.path.dirname(__file__)
+    )
+    refused = saves(other, state, 3)
+    go.set()
+    ck.wait()
     assert "another process is saving into" in said.stdout, said
     assert "another process is saving into" in refused[1]
     assert saves(other, state, 3) is None
@@ -107,28 +103,27 @@ def polled(directory, victim):
     """At which step boundary poll says what, while steps take different times on the ranks."""
     step, state = started(2)
     rank, out = dist.get_rank(), []
-    ck = Checkpointer(directory, step=step)
-    write = saving.write
 
-    def late(*args, **kw):
+    def late():
         time.sleep(0.1)
         if victim == rank:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(*args, **kw)
 
-    with patched(saving, "write", late):
-        ck.save(state, "polled")
-        for t in range(1, 200):
-            time.sleep(0.01 * (rank == t % 2))
-            state = checkpoints.train(step, state, t % 3, t % 3 + 1)
-            try:
-                if (name := ck.poll()) is not None:
-                    out.append((t, name))
-                    break
-            except (OSError, CheckpointError) as e:
-                out.append((t, type(e).__name__, str(e)))
+    at = At("made", late)
+    ck = Checkpointer(directory, step=step, passing=at)
+    ck.save(state, "polled")
+    for t in range(1, 200):
+        time.sleep(0.01 * (rank == t % 2))
+        state = checkpoints.train(step, state, t % 3, t % 3 + 1)
+        try:
+            if (name := ck.poll()) is not None:
+                out.append((t, name))
                 break
+        except (OSError, CheckpointError) as e:
+            out.append((t, type(e).__name__, str(e)))
+            break
     assert ck.poll() is None
+    at.on = False
     return out, saves(ck, state, "good")
 
 
@@ -145,21 +140,18 @@ def test_poll_speaks_at_the_same_boundary(run_world, tmp_path, victim):
 
 def test_failures_are_told_once_by_wait_close_and_the_next_save(tmp_path):
     _, state = started(1)
-
-    def fails(*args, **kw):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     for how in ("wait", "close", "save", "exit", "poll"):
-        ck = Checkpointer(tmp_path / how)
-        with patched(saving, "write", fails):
-            ck.save(state, 1)
-            ck._saving.ended.wait()
-            with pytest.raises((OSError, CheckpointError), match="No space left"):
-                if how == "exit":
-                    with ck:
-                        pass
-                else:
-                    ck.save(state, 2) if how == "save" else getattr(ck, how)()
+        fails = At("chunk", OSError(errno.ENOSPC, "No space left on device"))
+        ck = Checkpointer(tmp_path / how, passing=fails)
+        ck.save(state, 1)
+        ck._saving.ended.wait()
+        with pytest.raises((OSError, CheckpointError), match="No space left"):
+            if how == "exit":
+                with ck:
+                    pass
+            else:
+                ck.save(state, 2) if how == "save" else getattr(ck, how)()
+        fails.on = False
         assert ck.wait() is None and ck.poll() is None
         assert saves(ck, state, 1) is None
         whole(tmp_path / how, "1")
@@ -173,19 +165,13 @@ def donated(directory):
     step, state = started(2)
     step = fz.donate(step)
     state = checkpoints.train(step, state, 1, 2)
-    before, write, go = checkpoints.parts(state), saving.write, threading.Event()
-
-    def slow(folder_, leaves, chunks):
-        go.wait(30)
-        return write(folder_, leaves, chunks)
-
-    ck = Checkpointer(directory, step=step)
-    with patched(saving, "write", slow):
-        ck.save(state, 2, client_state={"x": (x := torch.ones(3))})
-        x.zero_() if dist.get_rank() == 0 else None
-        state = checkpoints.train(step, state, 2, 5)
-        go.set()
-        ck.wait()
+    before, go = checkpoints.parts(state), threading.Event()
+    ck = Checkpointer(directory, step=step, passing=At("made", lambda: go.wait(30)))
+    ck.save(state, 2, client_state={"x": (x := torch.ones(3))})
+    x.zero_() if dist.get_rank() == 0 else None
+    state = checkpoints.train(step, state, 2, 5)
+    go.set()
+    ck.wait()
     found = ck.restore(like=state)
     return before, checkpoints.parts(found.state), found.client_state["x"].tolist(), bits(found.state) != bits(state)
 

@@ -11,7 +11,7 @@ from engines import Net, config, rows
 import funczero as fz
 import funczero.deepspeed as deepspeed
 from funczero.deepspeed import ConfigError
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.testing import tree_hash
 
 HPZ, QW, QG = {"zero_hpz_partition_size": 2}, {"zero_quantized_weights": True}, {"zero_quantized_gradients": True}
@@ -102,3 +102,33 @@ def cut_while_built():
 
 def test_a_module_that_is_cut_while_it_is_built_is_held_by_groups(run_world):
     assert len({found for rank in run_world(4, cut_while_built) for found in rank}) == 1
+
+
+def frozen_views(keys):
+    """The whole views of an engine's leaves, beside its masters; `first.weight` does not learn."""
+    net = Net()
+    net.first.weight.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=net, config=page(keys))
+    step, state = engine.train_step, engine.state
+    views = step.whole_views(state).leaves()
+    names = [leaf.path for leaf in state.params.where.structure.leaves]
+    masters = step.params(state)
+    return {n: (x - masters[n]).abs().max().item() for n, x in zip(names, views, strict=True)}
+
+
+FROZEN = {"zero_quantized_nontrainable_weights": True, "stage3_param_persistence_threshold": 0}
+
+
+@pytest.mark.parametrize("keys", [FROZEN, FROZEN | HPZ], ids=["flat", "hpZ"])
+def test_weights_that_do_not_learn_are_rounded_alone(run_world, keys):
+    for off in run_world(4, frozen_views, keys):
+        assert 0 < off.pop("first.weight") < 0.01 and not any(off.values())
+    assert any(
+        "do not learn are rounded to int8(2048)" in n for n in fz.from_deepspeed(page(keys), zoo.loss_plain)[1].notes
+    )
+
+
+def test_a_frozen_wire_beside_differences_is_refused():
+    parts = fz.zero(zoo.source(), *zoo.tx(), stage=2, gather=fz.difference(fz.int4()), frozen=fz.int8())
+    with pytest.raises(fz.ChainError, match=r"frozen=int8\(2048\) over 'data': views that do not learn are sent once"):
+        fz.train_step(*parts, mesh={"data": 2})

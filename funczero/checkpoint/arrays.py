@@ -104,19 +104,24 @@ def write(
         opened[name] = ts.open(spec, create=True, open=True, context=context)
     waiting: deque[tuple[int, Any]] = deque()
     under_way, keys = 0, []
-    for name, key, box, values in chunks:
-        target = opened[name].result()
-        waiting.append((values.nbytes, target[box.slices()].write(values, can_reference_source_data_indefinitely=True)))
-        keys.append((name, key_name(key)))
-        under_way += values.nbytes
-        while under_way > FLIGHT:
-            size, future = waiting.popleft()
+    try:
+        for name, key, box, values in chunks:
+            write = opened[name].result()[box.slices()].write(values, can_reference_source_data_indefinitely=True)
+            waiting.append((values.nbytes, write))
+            keys.append((name, key_name(key)))
+            under_way += values.nbytes
+            while under_way > FLIGHT:
+                size, future = waiting.popleft()
+                future.result()
+                under_way -= size
+        for _, future in waiting:
             future.result()
-            under_way -= size
-    for _, future in waiting:
-        future.result()
-    for future in opened.values():
-        future.result()
+        for future in opened.values():
+            future.result()
+    except BaseException:
+        for future in (*opened.values(), *(future for _, future in waiting)):
+            future.exception()  # waits: what has failed writes nothing later, while its folder is removed
+        raise
     store = ts.KvStore.open(_kvstore(folder), context=context).result()
     tails: dict[str, dict[str, str]] = {}
     read_back = [store.read(f"{stored(name)}/{key}", byte_range=slice(-4, None)) for name, key in keys]

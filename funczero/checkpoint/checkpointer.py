@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from funczero.checkpoint import client, folder, manifest
+from funczero.checkpoint import client, folder, lines, manifest
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Deal, deal
@@ -17,7 +17,7 @@ from funczero.checkpoint.names import Names, refuse_collisions
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.preparing import Asked, agreed
 from funczero.checkpoint.reading import Reading, Restored, restored
-from funczero.checkpoint.saving import Job, Save, Staging, arrays_of, refuse_taken, sentence, spoken
+from funczero.checkpoint.saving import Job, Passing, Save, Staging, arrays_of, refuse_taken, sentence, spoken
 from funczero.checkpoint.target import Want
 from funczero.core.types import TrainState
 from funczero.world import ending, presence
@@ -51,7 +51,9 @@ class Checkpointer:
         step: Any = None,
         config: Any = None,
         join: float = 60.0,
+        silence: float = lines.SILENCE,
         max_metadata: int = manifest.LIMIT,
+        passing: Passing = lambda point: None,
     ) -> None:
         """Nothing is written yet.
 
@@ -64,7 +66,11 @@ class Checkpointer:
             accumulate.
           config: anything of JSON to write beside the arrays, such as the resolved flags.
           join: seconds in which all ranks must come to a save or restore.
+          silence: seconds without a sign of life after which a rank inside a call is taken for dead; the same on all
+            ranks, which give eight signs in that time.
           max_metadata: bytes of a manifest that are read.
+          passing: called with the name of every point of a save as this rank passes it (`saving.Passing`), beside the
+            training from "begun" on; the save fails with what it raises.
         """
         if keep is not None and keep < 1 or keep_period is not None and keep_period < 1:
             raise ValueError(
@@ -75,12 +81,8 @@ class Checkpointer:
             raise ValueError(
                 f"Checkpointer: best={best!r} is not a metric and 'min' or 'max'; write best=('eval/loss', 'min')"
             )
-        self.directory, self.keep, self.join, self.max_metadata = (
-            Path(directory),
-            Keep(keep, keep_period, best),
-            join,
-            max_metadata,
-        )
+        self.directory, self.keep = Path(directory), Keep(keep, keep_period, best)
+        self.join, self.silence, self.max_metadata, self._passing = join, silence, max_metadata, passing
         self._step, self._config = step, client.encode(config, "config")[0]
         self._peers: Peers | None = None
         self._polls = 0
@@ -117,7 +119,7 @@ class Checkpointer:
         if step is not None:
             step.running()
         if self._peers is None or not self._peers.current:
-            self._peers = Peers()
+            self._peers = Peers(silence=self.silence)
         return self._peers
 
     def save(
@@ -128,6 +130,7 @@ class Checkpointer:
         client_state: Any = None,
         metrics: Mapping[str, float] | None = None,
         overwrite: bool = False,
+        without: Iterable[str] = (),
     ) -> None:
         """Copy this rank's part and return; it is written beside the training, and committed by one rename.
 
@@ -140,6 +143,8 @@ class Checkpointer:
             come back as they are.
           metrics: numbers, for `best`.
           overwrite: replace a checkpoint of this name; otherwise that is an error.
+          without: names of parameters ("params/<path>") that are left out, as frozen ones whose values are known; it
+            restores with strict=False, into a state that has them.
 
         Raises:
           ValueError, TypeError, FileExistsError: on all ranks, before anything is written.
@@ -149,10 +154,12 @@ class Checkpointer:
         peers = self._joined()
         number, begun = peers.begin(), False
         try:
-            asked = Asked(state, name, client_state if peers.rank == 0 else None, metrics, overwrite)
+            clients = client_state if peers.rank == 0 else None
+            asked = Asked(state, name, clients, metrics, overwrite, self._passing, frozenset(without))
             found, told, coords = agreed(asked, self.directory, peers, number, self._step, self._config, self.join)
             share = self._staging.dealt(found, coords, peers.rank)
             values = self._staging.copied(found, share, peers.rank)
+            self._passing("copied")
             self._start(number, peers, overwrite, told, found, share, values)
             begun = True
         finally:
@@ -176,10 +183,8 @@ class Checkpointer:
         self, number: int, peers: Peers, overwrite: bool, told: Manifest, found: Names, share: Deal, values: list[Any]
     ) -> None:
         arrays = arrays_of(found, share)
-        job = Job(
-            number, self.directory, self.keep, self.max_metadata, overwrite, told, arrays, share, values, self._named
-        )
-        self._saving = Save(job, peers)
+        where = self.directory, self.keep, self.max_metadata, overwrite
+        self._saving = Save(Job(number, *where, told, arrays, share, values, self._named, self._passing), peers)
 
     def poll(self) -> str | None:
         """At a step boundary: has the save under way ended? Its name if it is committed now; all ranks are told at the
@@ -238,6 +243,7 @@ class Checkpointer:
             except OSError as e:
                 answer = {"error": spoken(e)}
             peers.put(key, answer)
+        self._passing("awaits")
         (answer,) = peers.wait([(0, key)], "names", join=self.join)
         peers.over(number)
         if isinstance(answer, dict):
@@ -285,7 +291,8 @@ class Checkpointer:
         number = peers.begin()
         try:
             want = Want(strict, (only,) if isinstance(only, str) else tuple(only), tuple(rename))
-            reading = Reading(peers, number, self.directory, self.keep, self.max_metadata, self.join, want)
+            where = self.directory, self.keep, self.max_metadata
+            reading = Reading(peers, number, *where, self.join, want, self._passing)
             return restored(reading, name, like, step, fallback, donate and given)
         finally:
             with contextlib.suppress(CheckpointError):  # the store may be gone

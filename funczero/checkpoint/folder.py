@@ -12,7 +12,7 @@ import fcntl
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -232,8 +232,11 @@ def _leave(path: Path, what: str, named: set[str]) -> None:
         logging.warning("save: %r is a %s and %s; it is left alone", str(path), kind, what)
 
 
-def swap(new: Path, final: Path) -> None:
+def swap(new: Path, final: Path, between: Callable[[], object] = lambda: None) -> None:
     """A checkpoint written beside takes its place.
+
+    Args:
+      between: called when the old one has gone and the new one has not come.
 
     Raises:
       CheckpointError: what is there is no folder.
@@ -244,23 +247,29 @@ def swap(new: Path, final: Path) -> None:
                 f"save: {str(final)!r} is no folder, so it is not replaced; the new checkpoint stays at {str(new)!r};"
                 " move one of them"
             )
-        remove(final, later=True)
+        remove(final)
+        between()
     new.rename(final)
 
 
-def remove(path: Path, later: bool = False) -> None:
-    """A checkpoint is gone at once; its files follow (`later`: at the next `clean`)."""
+def remove(path: Path) -> Path:
+    """A checkpoint is gone at once; its files follow at the next `clean`, and lie at the path that is returned."""
     gone = path.with_name(path.name + DELETED)
     while gone.is_symlink() or gone.exists() and not _is_ours(gone):  # somebody else's
         gone = gone.with_name("~" + gone.name)
     if gone.exists():
         shutil.rmtree(gone)
     path.rename(gone)
-    if not later:
-        shutil.rmtree(gone)
+    return gone
 
 
-def prune(directory: Path, keep: Keep, named: set[str], limit: int = LIMIT) -> None:
+def prune(
+    directory: Path,
+    keep: Keep,
+    named: set[str],
+    limit: int = LIMIT,
+    passing: Callable[[str], object] = lambda point: None,
+) -> None:
     """Remove what is not to be kept. Only whole checkpoints count, by a cheap look at their files; older than the last
     of them that is kept, all may go.
 
@@ -303,4 +312,7 @@ def prune(directory: Path, keep: Keep, named: set[str], limit: int = LIMIT) -> N
         rated.remove(first)  # damaged: the next best stays, too
     for e in entries:
         if e.path not in stay:
-            remove(e.path)
+            passing("prune")
+            gone = remove(e.path)
+            passing("pruning")
+            shutil.rmtree(gone)

@@ -22,21 +22,21 @@ from funczero.checkpoint.error import CheckpointError
 from funczero.world import presence
 from funczero.world.ending import Guest
 
-BEAT, DEAD = 1.0, 8.0  # seconds between two beats; without one for so long, a rank is taken for dead
+SILENCE = 8.0  # seconds: without a beat for so long, a rank is taken for dead; eight beats lie in it
 # seconds for which the process that holds the store stays for ranks that have not acknowledged their last call
 LEAVE = 10.0
 SPACE = "funczero/checkpoint"
 
 
 class Line:
-    """A connection: a question that is not answered within DEAD seconds is the last one."""
+    """A connection: a question that is not answered within `silence` seconds is the last one."""
 
-    def __init__(self, base: Any, rank: int) -> None:
+    def __init__(self, base: Any, rank: int, silence: float) -> None:
         """base: the world's store."""
         self._rank, self._broken = rank, ""
-        with _bounded(base):
+        with _bounded(base, silence):
             try:
-                self._store: Any = presence.connection(base, DEAD)
+                self._store: Any = presence.connection(base, silence)
             except RuntimeError as e:
                 raise CheckpointError(f"checkpoint: {e}") from None
 
@@ -58,9 +58,10 @@ class Line:
 
 
 class _bounded:
-    """The sockets to a store that are opened inside the block give up after DEAD seconds."""
+    """The sockets to a store that are opened inside the block give up after some seconds."""
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Any, seconds: float) -> None:
+        self._limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         server = getattr(base, "_underlying_non_prefix_store", base)
         self._port, self._before = getattr(server, "port", None), _sockets()
 
@@ -68,13 +69,12 @@ class _bounded:
         return None
 
     def __exit__(self, *error: object) -> None:
-        limit = struct.pack("ll", int(DEAD), int(DEAD % 1 * 1e6))
         for inode, fd in _sockets().items():
             if self._port and inode not in self._before and (s := _twin(fd)) is not None:
                 with s:
                     if _port_of(s) == self._port:
-                        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-                        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+                        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self._limit)
+                        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, self._limit)
 
 
 def _twin(fd: int) -> socket.socket | None:
@@ -115,14 +115,15 @@ def _sockets() -> dict[str, int]:
 class Lines:
     """What all checkpointers of a process share in one world."""
 
-    def __init__(self, alone: bool = False) -> None:
+    def __init__(self, silence: float = SILENCE, alone: bool = False) -> None:
         """Opens both connections and starts the pulse; a world of one has none."""
+        self.silence, self.beat = silence, silence / 8
         self.world = dist.group.WORLD if dist.is_initialized() and not alone else None
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.world is not None else (0, 1)
         self.process, self.numbers = os.getpid(), dict[str, int]()  # by namespace: the last call of this rank
         # keeps rank 0's server up
         self.anchor: Any = dist.distributed_c10d._get_default_store() if self.size > 1 else dist.HashStore()
-        self.front, self.back = (Line(self.anchor, self.rank) for _ in range(2))
+        self.front, self.back = (Line(self.anchor, self.rank, silence) for _ in range(2))
         lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not hasattr(
             getattr(self.anchor, "_underlying_non_prefix_store", self.anchor), "port"
         )
@@ -133,18 +134,18 @@ class Lines:
             presence.announce()
 
 
-@lru_cache(maxsize=2)
-def _shared(world: Any, process: int) -> Lines:
-    return Lines()
+@lru_cache(maxsize=4)
+def _shared(world: Any, process: int, silence: float) -> Lines:
+    return Lines(silence)
 
 
-def lines() -> Lines:
+def lines(silence: float = SILENCE) -> Lines:
     """This process's connections in the world that it is in now."""
-    return _shared(dist.group.WORLD if dist.is_initialized() else None, os.getpid())
+    return _shared(dist.group.WORLD if dist.is_initialized() else None, os.getpid(), silence)
 
 
 class Pulse(Guest):
-    """Beats once a second until this process ends."""
+    """Beats until this process ends."""
 
     def __init__(self, lines: Lines) -> None:
         """Starts to beat."""
@@ -160,7 +161,7 @@ class Pulse(Guest):
     def run(self) -> None:
         """Beat."""
         with contextlib.suppress(CheckpointError):  # the store is gone: nobody listens
-            while not self._stop_it.wait(BEAT):
+            while not self._stop_it.wait(self.lines.beat):
                 self.beat()
 
     def leave(self) -> None:

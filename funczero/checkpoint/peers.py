@@ -28,9 +28,9 @@ class Peers:
     joined.
     """
 
-    def __init__(self, alone: bool = False) -> None:
+    def __init__(self, alone: bool = False, silence: float = lines.SILENCE) -> None:
         """The n-th of every rank belong together; `alone`: a world of this process, whatever the other one is."""
-        self.lines = lines.Lines(alone=True) if alone else lines.lines()
+        self.lines = lines.Lines(alone=True) if alone else lines.lines(silence)
         self.rank, self.size, self._line = self.lines.rank, self.lines.size, self.lines.front
         self._space = f"{SPACE}/{self._line.ask('add', f'{SPACE}/count/{self.rank}', 1)}"
         self.number = 0  # of this rank's last call; the same on all ranks
@@ -147,7 +147,7 @@ class Peers:
         """
         now = time.monotonic()
         # this process was stopped, or did not wait: others' silence counts from now
-        if now - self._looked > 2 * lines.BEAT:
+        if now - self._looked > 2 * self.lines.beat:
             self._seen.clear()
         self._looked = now
         value, since, looked = self._seen.get(rank, (None, now, 0.0))
@@ -161,7 +161,7 @@ class Peers:
             return f"rank {rank} has come to the end of its program"
         since = since if beat == value else now
         self._seen[rank] = (beat, since, now)
-        if now - since > lines.DEAD and (came or (beat and not self._near(process))):
+        if now - since > self.lines.silence and (came or (beat and not self._near(process))):
             there = (
                 f"its process {presence.number(process)} is there, but stopped or stuck"
                 if self._near(process)

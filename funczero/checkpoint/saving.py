@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,22 @@ from funczero.checkpoint.names import Names, listed
 from funczero.checkpoint.peers import Peers
 from funczero.world.ending import Work
 
+# The name of a point of a save: what is told it, as this rank passes the point, may fail or end the save there.
+#   "asked"    inside the call, before anything is looked at
+#   "copied"   this rank's part is copied, and training may go on; what follows stands beside it
+#   "begun"    rank 0 has not yet taken the folder's lock
+#   "made"     orbax's temporary folder is there
+#   "chunk"    before every chunk of this rank
+#   "written"  all chunks of this rank are on disk
+#   "awaits"   this rank has given its word, and waits for the last one of rank 0; so in `restore` and `names`
+# and on rank 0
+#   "merged"   the ranks' stores are one
+#   "sealed"   the manifest is written
+#   "renamed"  the checkpoint is there: under its name, or beside the one that it replaces
+#   "beside" "between" "swapped"  before, amid and after the swap with one that is replaced
+#   "prune" "pruning"  an older one is to be removed, and is renamed but not yet deleted
+Passing = Callable[[str], object]
+
 # raised elsewhere as what they are
 KINDS = {e.__name__: e for e in (ValueError, TypeError, FileExistsError, OSError, PermissionError)}
 
@@ -40,6 +57,7 @@ class Job(NamedTuple):
     deal: Deal
     values: list[tuple[Piece, Tensor]]
     named: set[str]  # what was found in the folder that is not ours, and said already
+    passing: Passing
 
 
 class Staging:
@@ -129,6 +147,7 @@ def _follow(job: Job, peers: Peers) -> None:
         except BaseException as e:
             said = {"error": f"rank {peers.rank}: {sentence(e)}"}
         peers.put(f"{job.number}/done/{peers.rank}", said)
+        job.passing("awaits")
     (end,) = peers.wait([(0, f"{job.number}/end")], what)
     if end.get("error") is not None:
         kind, text = end["error"]
@@ -156,11 +175,14 @@ def _commit(job: Job, peers: Peers) -> list[str]:
                 tails[leaf] |= keys
 
     def sealed(path: Path) -> None:
+        job.passing("merged")
         last = max((e.manifest.sequence for e in folder.listing(job.directory, job.limit).entries), default=0)
         about = job.told.about | ({"not finite": list(odd)} if odd else {})
         arrays = {n: a._replace(tails=tails[n]) for n, a in job.arrays.items()}
         manifest.seal(path, job.told._replace(sequence=last + 1, arrays=arrays, about=about), job.limit)
+        job.passing("sealed")
 
+    job.passing("begun")
     with folder.saving(job.directory):
         folder.clean(job.directory, job.named, job.limit)
         refuse_taken(job.directory, name, job.overwrite)
@@ -172,10 +194,13 @@ def _commit(job: Job, peers: Peers) -> list[str]:
             raise (
                 e if isinstance(e, (OSError, CheckpointError)) else CheckpointError(f"save {name!r}: {sentence(e)}")
             ) from e
+        job.passing("renamed")
         if target != final:
-            folder.swap(target, final)
+            job.passing("beside")
+            folder.swap(target, final, lambda: job.passing("between"))
+            job.passing("swapped")
         folder.clean(job.directory, job.named, job.limit)
-        folder.prune(job.directory, job.keep, job.named, job.limit)
+        folder.prune(job.directory, job.keep, job.named, job.limit, job.passing)
     return list(odd)
 
 
@@ -216,6 +241,7 @@ def _warn(job: Job, odd: list[str]) -> None:
 def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, dict[str, str]]:
     """Send what others write, write what is this rank's; checksums by leaf and chunk."""
     rank = peers.rank
+    job.passing("made")
     key_of = lambda p: f"{job.number}/rows/{p.name}/{p.key}/{p.box.start}"
     for piece, x in job.values:
         if piece.writer != rank:
@@ -230,11 +256,17 @@ def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, dict[str, str]]:
             chunks.append((piece.name, piece.key, piece.box, numpy_view(x)))
     # without values: rank 0 says that they are there
     mine = {name for name, *_ in chunks} | {n for n, a in job.arrays.items() if rank == 0 and not prod(a.shape)}
-    return (
-        write(path / f"ocdbt.process_{rank}", {n: a for n, a in job.arrays.items() if n in mine}, chunks)
-        if mine
-        else {}
-    )
+    if not mine:
+        return {}
+
+    def passed() -> Iterator[Any]:
+        for chunk in chunks:
+            job.passing("chunk")
+            yield chunk
+
+    tails = write(path / f"ocdbt.process_{rank}", {n: a for n, a in job.arrays.items() if n in mine}, passed())
+    job.passing("written")
+    return tails
 
 
 def sentence(e: BaseException) -> str:

@@ -50,7 +50,8 @@ def gather_units(
         return Travelling(lambda: list(buffers))
     inner = where.inner(axis, size, index)
     parts = [b.narrow(0, 0, travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
-    gather = _gather_born if edge.gather is as_born else _gather_packed
+    wire = edge.views_of(where.structure.units[units[0]].frozen)  # alike in a message
+    gather = _gather_born if wire is as_born else _gather_packed
     arrived = gather(inner, units, edge, mesh, parts, key)
 
     def finish() -> list[Tensor]:
@@ -128,10 +129,10 @@ def _gather_packed(
     frozen = [inner.structure.units[u].frozen for u in units]  # read alike at every update, as their views are kept
     parts_of = [key[:1] if still else key for still in frozen]
     keys = [rng.fold(*k, "gather", edge.axis, u) for u, k in zip(units, parts_of, strict=True)]
-    packed = pack_units(edge.gather, [parts], lengths, keys)
-    values = sum(p.numel() for p in parts)
-    sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), edge.gather.name, values)
-    return lambda: [torch.stack(xs) for xs in unpack_units(edge.gather, packed, wait(sent), lengths, parts[0].dtype)]
+    wire, values = edge.views_of(frozen[0]), sum(p.numel() for p in parts)
+    packed = pack_units(wire, [parts], lengths, keys)
+    sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), wire.name, values)
+    return lambda: [torch.stack(xs) for xs in unpack_units(wire, packed, wait(sent), lengths, parts[0].dtype)]
 
 
 def _scatter_packed(
@@ -217,7 +218,8 @@ def all_gather(x: Slots, edge: Edge | str, mesh: Mesh, key: Key = (0,)) -> Slots
     where = x.where.outer
     if mesh.axes[axis].size == 1:
         return Slots(x.buffers, where)
-    flying = [(us, gather_units(where, us, edge, mesh, [x.buffers[u] for u in us], key)) for us in _messages(x)]
+    messages = _messages(x, apart=edge.views_of(True) is not edge.gather)
+    flying = [(us, gather_units(where, us, edge, mesh, [x.buffers[u] for u in us], key)) for us in messages]
     return Slots(_landed(flying, x), where)
 
 
@@ -305,16 +307,20 @@ def gather_leaf(x: Slots, leaf: int, mesh: Mesh) -> Tensor | None:
     return part.detach().clone()
 
 
-def _messages(x: Slots) -> list[list[int]]:
+def _messages(x: Slots, apart: bool = False) -> list[list[int]]:
     """Units that travel together: small ones share a message, large ones overlap each other's copies.
 
     Empty ones (frozen) stay.
+
+    Args:
+      apart: units that learn and those that do not share no message, because they are packed otherwise.
     """
+    frozen = [apart and u.frozen for u in x.where.structure.units]
     out: list[list[int]] = []
     room = 0
     for u, b in enumerate(x.buffers):
         if b.numel():
-            if not out or b.nbytes > room:
+            if not out or b.nbytes > room or frozen[out[-1][-1]] != frozen[u]:
                 out.append([])
                 room = MESSAGE
             out[-1].append(u)

@@ -21,13 +21,18 @@ class Edge(NamedTuple):
     rules: Rules | None = None  # how its bracket cuts leaves; None without a bracket
     gather: Wire = as_born  # of views, and of what a closing bracket joins
     scatter: Wire = as_born  # of gradients on their way to a sum
+    frozen: Wire | None = None  # of views of leaves that do not learn; None: as the others
     sums: str = "tree"  # how ranks' parts are added: in the one tree, or by the "backend" as it likes
     adds: torch.dtype = torch.float32  # in which they are added: policy.accumulate
 
     @property
     def exact(self) -> bool:
         """Does everything travel as it was born?"""
-        return self.gather is as_born and self.scatter is as_born
+        return all(w is as_born for w in (self.gather, self.scatter, self.views_of(True)))
+
+    def views_of(self, frozen: bool) -> Wire:
+        """How views travel, of leaves that learn or of those that do not."""
+        return self.frozen if frozen and self.frozen is not None else self.gather
 
     def with_wires(self, other: Edge) -> Edge:
         """This edge with another's wires.
@@ -43,6 +48,7 @@ class Edge(NamedTuple):
         return self._replace(
             gather=self.gather if other.gather is as_born else other.gather,
             scatter=self.scatter if other.scatter is as_born else other.scatter,
+            frozen=self.frozen if other.frozen is None else other.frozen,
         )
 
     def proven(self, born: torch.dtype, device: torch.device) -> Edge:
@@ -57,8 +63,16 @@ class Edge(NamedTuple):
         if getattr(self.scatter, "difference", False):
             why = "sends what is new against the values that its readers hold, and nobody holds an earlier gradient"
             raise ValueError(f"scatter={self.scatter} over {self.axis!r}: it {why}; write fz.feedback(wire) for sums")
+        if self.frozen is not None and (getattr(self.frozen, "difference", False) or self.gather.difference):
+            why = (
+                "views that do not learn are sent once, at the start, and exactly where the others follow by"
+                " differences"
+            )
+            raise ValueError(f"frozen={self.frozen} over {self.axis!r}: {why}; leave frozen out")
         sums = (self.adds, self.adds)
-        for wire, first in ((self.gather, (born, born)), (self.scatter, (born, self.adds))):
+        frozen = self.views_of(True)
+        ways = ((self.gather, (born, born)), (frozen, (born, born)), (self.scatter, (born, self.adds)))
+        for wire, first in dict.fromkeys(ways):
             for pair in dict.fromkeys((first, sums)) if wire is not as_born else ():
                 prove(wire, *pair, device)
         if self.scatter is not as_born and self.sums == "backend":
@@ -67,8 +81,9 @@ class Edge(NamedTuple):
         return self
 
     def __str__(self) -> str:
-        both = (("gather", self.gather), ("scatter", self.scatter))
-        return ", ".join(f"{way}={wire}" for way, wire in both if wire is not as_born)
+        ways = [("gather", self.gather), ("scatter", self.scatter)]
+        ways += [("frozen", self.frozen)] if self.frozen is not None else []
+        return ", ".join(f"{way}={wire}" for way, wire in ways if wire is not as_born)
 
 
 def joined(edges: Iterable[Edge]) -> dict[str, Edge]:

@@ -226,7 +226,9 @@ def at(state: TrainState) -> Key:
 
 def packed(g: Grad) -> bool:
     """Are views something else than masters that were cast, because of a wire?"""
-    return any(e.gather is not as_born and g.env.mesh.axes[e.axis].size > 1 for e in g.env.edges.values())
+    views = lambda e: (e.gather, e.views_of(True))
+    edges = [e for e in g.env.edges.values() if g.env.mesh.axes[e.axis].size > 1]
+    return any(wire is not as_born for e in edges for wire in views(e))
 
 
 def differs(g: Grad) -> bool:

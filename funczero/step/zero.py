@@ -24,6 +24,7 @@ def zero(
     threshold: int = 0,
     gather: Wire = as_born,
     scatter: Wire = as_born,
+    frozen: Wire | None = None,
 ) -> tuple[Any, ...]:
     """The chain of a ZeRO stage, to be handed on: train_step(*zero(grad, adamw(lr), stage=2), mesh=...).
 
@@ -36,8 +37,8 @@ def zero(
       axis: the mesh axis, or axes outermost first, that state is sharded over.
       accumulate: micro-batches an update, or the parts that sum over time, as (accumulate(4, stream=True),).
       threshold: leaves with fewer elements stay whole.
-      gather, scatter: how views and gradients travel over each of the axes, as shard's. A sum stays exact, at stage 0
-        too.
+      gather, scatter, frozen: how views, gradients and views that do not learn travel over each of the axes, as
+        shard's. A sum stays exact, at stage 0 too.
 
     Raises:
       ValueError: there is no such stage, or no view travels at this one.
@@ -54,7 +55,7 @@ def zero(
     acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
 
     def bracket(*inside: Any) -> Any:
-        how: dict[str, Any] = {"threshold": threshold, "gather": gather, "scatter": scatter}
+        how: dict[str, Any] = {"threshold": threshold, "gather": gather, "scatter": scatter, "frozen": frozen}
         return reduce(lambda parts, a: (shard(a, *parts, **how),), reversed(axes), inside)[0]
 
     if stage == 0 and scatter is as_born:
@@ -75,7 +76,7 @@ def hpz(
     """ZeRO++'s secondary partition: parameters rest sharded within a node, gradients and state over both axes.
 
     Gradients cross nodes once an update. Source: Wang et al., ZeRO++, arXiv 2306.10209 (DeepSpeed:
-    zero_hpz_partition_size).
+    zero_hpz_partition_size, zero_quantized_nontrainable_weights).
     """
     acc = () if accumulate == 1 else (accumulate_(accumulate),)
     return chain(shard(within, grad, *acc, shard(across, *transforms)))
@@ -92,6 +93,7 @@ def zeropp(
     accumulate: Any = 1,
     each: bool = False,
     threshold: int = 0,
+    frozen: Wire | None = None,
 ) -> tuple[Any, ...]:
     """ZeRO++: ZeRO-3 whose parameters cross nodes once an update in 8 bits, and whose gradients do in 4.
 
@@ -112,6 +114,7 @@ def zeropp(
       each: gradients cross nodes at every micro-batch, as in the paper, so that sums over time take 1 / nodes of the
         memory; False: once an update, so that bytes across nodes do not grow with the number of micro-batches.
       threshold: leaves with fewer elements stay whole.
+      frozen: how views of leaves that do not learn cross nodes; by default as the others.
 
     Source: Wang et al., ZeRO++, arXiv 2306.10209 (DeepSpeed: zero_quantized_weights, zero_quantized_gradients,
     zero_hpz_partition_size).
@@ -119,7 +122,7 @@ def zeropp(
     acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
     inner, outer = _pair(weights, as_born)
     first, second = _pair(gradients)
-    across = lambda *parts: shard(node, *parts, threshold=threshold, gather=outer, scatter=second)
+    across = lambda *parts: shard(node, *parts, threshold=threshold, gather=outer, scatter=second, frozen=frozen)
     within = lambda *parts: shard(local, *parts, threshold=threshold, gather=inner, scatter=first)
     if not secondary:
         return chain(within(across(grad, *acc, *transforms)))

@@ -23,6 +23,7 @@ def shard(
     threshold: int = 0,
     gather: Wire = as_born,
     scatter: Wire = as_born,
+    frozen: Wire | None = None,
 ) -> Any:
     """`inside` on this rank's part of every leaf: a reduce-scatter where it opens, an all-gather where it closes.
 
@@ -40,6 +41,7 @@ def shard(
       gather: how views travel over this axis: to a forward, to an evaluation, where the bracket closes, after a
         restore. Masters are exact, and so is a leaf that the axis leaves whole, for it does not travel.
       scatter: how gradients travel on their way to the sum, which is taken in `policy.accumulate`.
+      frozen: how views of leaves that do not learn travel; by default as the others.
 
     Raises:
       ChainError: there is nothing inside.
@@ -57,7 +59,7 @@ def shard(
                 f"shard({axis!r}): rule {pair!r} is not a pair of a regex and a P; write rules=[('w1$', P(None,"
                 f" {axis!r}))]"
             )
-    own = Edge(axis, Rules(rules if callable(rules) else tuple(rules), threshold), gather, scatter)
+    own = Edge(axis, Rules(rules if callable(rules) else tuple(rules), threshold), gather, scatter, frozen)
     inside = chain(*inside)
     if isinstance(inside[0], Source):
         source = inside[0]

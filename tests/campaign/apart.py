@@ -21,7 +21,8 @@ STAGES = {
     "unit": (0, 1, 2),
     "order": (0, 1, 2),
     "count": (0, 1, 2),
-}  # where these are right, too: nothing is gathered unit by unit
+    "save": (0,),
+}  # where these are right, too: nothing is gathered unit by unit; at stage 0 whole parameters need no other rank
 KINDS = (
     "none",
     "unit",

@@ -69,10 +69,6 @@ SAYS = {
         'config: gradient_allreduce_op: "sum" is not defined at stage 3; write "mean" and a learning rate 4 times larger, or stage 2',
     ),
     "removed": ({**B, "amp": {"enabled": True}}, 2, "config: amp: it is switched on: DeepSpeed has removed this feature; delete the key"),
-    "ZeRO++": (
-        {**B, "zero_optimization": {"zero_quantized_nontrainable_weights": True}}, 2,
-        "config: zero_optimization.zero_quantized_nontrainable_weights: true would change the training: frozen parameters are kept as they are here; delete the key",
-    ),
     "hpZ": (
         {**B, "train_batch_size": 9, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, 3,
         "config: zero_optimization.zero_hpz_partition_size: groups of 2 ranks do not divide the world of 3; write a divisor of 3",

@@ -22,7 +22,7 @@ from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config, dtype_name
 from funczero.gradients.gradient import pullback as pulled
 from funczero.gradients.gradient import value_and_grad
-from funczero.layout.mesh import P
+from funczero.layout.spec import P
 from funczero.step.zero import zero, zeropp
 from funczero.transforms.accumulate import accumulate
 from funczero.transforms.clip import clip_by_global_norm
@@ -125,8 +125,16 @@ def chain_of(
     parts, how = (first, *on_values(config, weight), optimizer), crossing(config)
     axes = how.axes if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
     if not how.nested:
-        wires = {"gather": how.weights, "scatter": scatter}
-        return zero(*parts, stage=stage, axis=axes, accumulate=over_time, threshold=threshold, **wires)
+        return zero(
+            *parts,
+            stage=stage,
+            axis=axes,
+            accumulate=over_time,
+            threshold=threshold,
+            gather=how.weights,
+            scatter=scatter,
+            frozen=how.frozen,
+        )
     if len(axes) != 2:
         raise ConfigError(f"{config.where(HPZ)}there are nodes, but axis={axis!r}; write axis=('node', 'local')")
     return zeropp(
@@ -138,6 +146,7 @@ def chain_of(
         secondary=how.secondary,
         accumulate=over_time,
         threshold=threshold,
+        frozen=how.frozen,
     )
 
 

@@ -18,7 +18,6 @@ ORDER = "it schedules the same values"
 LOG = "it writes logs; the metrics are what step(...) returns"
 REMOVED = "DeepSpeed has removed this feature; delete the key"
 OFFLOAD = 'offload does not exist here yet; write {"device": "none"} or delete the block'
-ZEROPP = "frozen parameters are kept as they are here; delete the key"
 REMAT = "it saves memory in the forward; write fz.layers(..., remat=True) for that"
 HERE = "a pipeline module reads it, and there is none here"
 
@@ -155,8 +154,7 @@ _ZERO: dict[str, Key] = {
     "offload_param.pin_memory": ignore(True, LAYOUT),
     "cpu_offload_use_pin_memory": ignore(False, LAYOUT),
     "zero_hpz_partition_size": honour(1, low=1),
-    **{f"zero_quantized_{k}": honour(False) for k in ("weights", "gradients")},
-    "zero_quantized_nontrainable_weights": refuse(False, ZEROPP),
+    **{f"zero_quantized_{k}": honour(False) for k in ("weights", "gradients", "nontrainable_weights")},
     **{k: ignore(True, "nothing of torch is patched") for k in ("memory_efficient_linear", "override_module_apply")},
     "pipeline_loading_checkpoint": ignore(False, ORDER),
     "log_trace_cache_warnings": ignore(False, LOG),
