@@ -101,7 +101,7 @@ def cut_while_built():
 
 
 def test_a_module_that_is_cut_while_it_is_built_is_held_by_groups(run_world):
-    assert len({found for rank in run_world(4, cut_while_built) for found in rank}) == 1
+    assert len({found for rank in run_world(4, cut_while_built, timeout=300.0) for found in rank}) == 1
 
 
 def frozen_views(keys):
