@@ -63,12 +63,10 @@ flags.DEFINE_list("chains", list(CHAINS), f"Which of {', '.join(CHAINS)}.")
 flags.DEFINE_integer("layers", 4, "Blocks of the model.", lower_bound=1)
 flags.DEFINE_integer("width", 256, "Features of a token; a multiple of 64.", lower_bound=64)
 flags.DEFINE_integer("heads", 4, "Attention heads of a block.", lower_bound=1)
-flags.DEFINE_integer("length", 32, "Bytes in a window; a micro-batch is one window.", lower_bound=1)
+flags.DEFINE_integer("length", 8, "Bytes in a window; a micro-batch is one window.", lower_bound=1)
 flags.DEFINE_integer("rounds", 7, "Visits of every chain at every rate.", lower_bound=1)
 flags.DEFINE_integer("updates", 2, "Updates of a visit.", lower_bound=1)
-flags.DEFINE_string(
-    "out", "runs/slow_link", "Folder for slow_link.png, visits.json and what the ranks write to stderr."
-)
+flags.DEFINE_string("out", "runs/slow_link", "Folder for slow_link.png, found.json and what the ranks write to stderr.")
 
 
 class Visit(NamedTuple):
@@ -82,6 +80,20 @@ class Visit(NamedTuple):
     cpu: float  # milliseconds of all ranks together
     interface: float  # bytes that left the first node
     packets: float
+
+
+class Bytes(NamedTuple):
+    """What the first node sends to the other in an update."""
+
+    micros: int
+    chain: str
+    closed: int  # parameters and gradients, in closed form
+    counted: int  # the same, as fz.count_bytes says; 0 for torch's own
+    integers: int  # counted: the loss, the norm, and what ranks compare
+    payload: int  # of the interface, without the headers of its packets
+    unnamed: int  # payload that neither is: gloo's own headers
+    packets: int
+    interface: int  # all that the interface counts
 
 
 # --- chains -----------------------------------------------------------------------------------------------------------
@@ -234,7 +246,7 @@ def measure(nodes: tuple[two_nodes.Node, two_nodes.Node], say: Any) -> tuple[lis
     pairs = list(itertools.product(map(int, F.micros), F.chains))
     for k, name in pairs:
         one = {"chain": name, "micros": k}
-        losses[name, k] = statistics.mean(a["loss"] for a in ranks.ask({"do": "run", "updates": 2} | one))
+        losses[name, k] = statistics.mean(a["loss"] for a in ranks.ask({"do": "run", "updates": 1} | one))
         found = ranks.ask({"do": "count"} | one)[:2]  # of the two ranks of the first node
         counted[name, k] = {what: sum(f[what] for f in found) for what in found[0]}
     for k in map(int, F.micros):
@@ -266,44 +278,44 @@ def ratios(visits: list[Visit], k: int, rate: int, name: str) -> list[float]:
     return [ms[BASE, r] / ms[name, r] for r in range(F.rounds) if (BASE, r) in ms]
 
 
-def tables(visits: list[Visit], counted: dict, console: Console) -> None:
+def tables(visits: list[Visit], sent: list[Bytes], console: Console) -> None:
     """Times by rate, and bytes."""
     for k in map(int, F.micros):
         for rate in map(int, F.rates):
             table = Table("chain", title=f"{rate} Mbit/s, {k} micro-batches an update, {F.rounds} rounds")
-            for head in ("ms an update (quartiles)", "fastest", f"times as fast as {BASE}", "CPU ms, all ranks"):
+            heads = (
+                "ms an update (quartiles)",
+                "fastest",
+                f"times as fast as {BASE}",
+                "link busy, ms",
+                "CPU ms, all ranks",
+            )
+            for head in heads:
                 table.add_column(head, justify="right")
             for name in F.chains:
                 own = [v for v in visits if (v.micros, v.rate, v.chain) == (k, rate, name)]
                 over = ratios(visits, k, rate, name)
                 times = f"{statistics.median(over):.2f} ({min(over):.2f} to {max(over):.2f})" if over else "-"
                 ms, cpu = [v.ms for v in own], statistics.median(v.cpu for v in own)
-                table.add_row(name, spread(ms), f"{min(ms):,.0f}", times, f"{cpu:,.0f}")
+                busy = statistics.median(v.interface for v in own) * 8e-3 / rate
+                table.add_row(name, spread(ms), f"{min(ms):,.0f}", times, f"{busy:,.0f}", f"{cpu:,.0f}")
             console.print(table)
         table = Table("chain", title=f"bytes that a node sends in an update, {k} micro-batches")
-        heads = ("closed form", "counted", "integers", "interface, payload", "left over", "packets", "all on the wire")
-        for head in heads:
+        for head in Bytes._fields[2:]:
             table.add_column(head, justify="right")
-        for name in F.chains:
-            table.add_row(name, *bytes_row([v for v in visits if (v.micros, v.chain) == (k, name)], counted[name, k]))
+        for found in (f for f in sent if f.micros == k):
+            table.add_row(found.chain, *(f"{n:,}" for n in found[2:]))
         console.print(table)
 
 
-def bytes_row(own: list[Visit], counted: dict[str, int]) -> list[str]:
-    """Closed form, count and interface; "left over" is gloo's own framing: payload that nobody counts."""
-    closed = closed_form(own[0].chain, own[0].micros)
-    payload = statistics.median(v.interface - two_nodes.HEADER * v.packets for v in own)
+def bytes_of(name: str, k: int, visits: list[Visit], counted: dict[str, int]) -> Bytes:
+    """Closed form, count and interface."""
+    own = [v for v in visits if (v.micros, v.chain) == (k, name)]
+    middle = min(own, key=lambda v: abs(v.interface - statistics.median_low([v.interface for v in own])))
+    payload, closed = middle.interface - two_nodes.HEADER * middle.packets, round(closed_form(name, k))
     known = (counted["values"] or closed) + counted["integers"]
-    numbers = (
-        closed,
-        counted["values"],
-        counted["integers"],
-        payload,
-        payload - known,
-        statistics.median(v.packets for v in own),
-        statistics.median(v.interface for v in own),
-    )
-    return [f"{n:,.0f}" for n in numbers]
+    ends = round(payload), round(payload - known), round(middle.packets), round(middle.interface)
+    return Bytes(k, name, closed, counted["values"], counted["integers"], *ends)
 
 
 def plot(visits: list[Visit], path: Path, title: str) -> str:
@@ -358,8 +370,10 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with two_nodes.two_nodes() as nodes:
         visits, counted, count = measure(nodes, console.print)
-    (out / "visits.json").write_text(json.dumps([v._asdict() for v in visits]))
-    tables(visits, counted, console)
+    sent = [bytes_of(name, k, visits, counted[name, k]) for k in map(int, F.micros) for name in F.chains]
+    found = {"visits": [v._asdict() for v in visits], "bytes": [x._asdict() for x in sent]}
+    (out / "found.json").write_text(json.dumps(found))
+    tables(visits, sent, console)
     console.print(plot(visits, out / "slow_link.png", f"{count:,} parameters, two nodes of two ranks"))
 
 

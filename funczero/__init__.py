@@ -66,10 +66,10 @@ from funczero.gradients.loss import per_row as per_row
 from funczero.gradients.stateless import stateless as stateless
 from funczero.layout.init import init as init
 from funczero.layout.init import leaf as leaf
-from funczero.layout.mesh import P as P
-from funczero.layout.mesh import init_distributed as init_distributed
 from funczero.layout.mesh import make_mesh as make_mesh
+from funczero.layout.processes import init_distributed as init_distributed
 from funczero.layout.slots import Slots as Slots
+from funczero.layout.spec import P as P
 from funczero.optim import adagrad as adagrad
 from funczero.optim import adam as adam
 from funczero.optim import adamw as adamw

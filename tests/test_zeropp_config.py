@@ -11,7 +11,7 @@ from engines import Net, config, rows
 import funczero as fz
 import funczero.deepspeed as deepspeed
 from funczero.deepspeed import ConfigError
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.testing import tree_hash
 
 HPZ, QW, QG = {"zero_hpz_partition_size": 2}, {"zero_quantized_weights": True}, {"zero_quantized_gradients": True}

@@ -9,7 +9,7 @@ from funczero.deepspeed.config.keys import OFFLOADS
 from funczero.deepspeed.config.reading import Document
 from funczero.deepspeed.config.resolved import Config, Setting, dtype_name
 from funczero.deepspeed.config.typed import as_json
-from funczero.layout.mesh import default_device
+from funczero.layout.processes import default_device
 
 
 def judged(doc: Document, found: Mapping[str, Setting], table: Mapping[str, Key]) -> list[str]:

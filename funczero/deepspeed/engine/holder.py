@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from funczero.core.types import TrainState
 from funczero.deepspeed.engine.held import Held
-from funczero.layout.mesh import P
+from funczero.layout.spec import P
 from funczero.step.step import Step
 from funczero.transforms.chain import Source
 

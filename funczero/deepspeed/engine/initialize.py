@@ -37,7 +37,9 @@ from funczero.deepspeed.optim.groups import (
 )
 from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
 from funczero.deepspeed.optim.schedulers import from_config
-from funczero.layout.mesh import P, plan_mesh, world_size
+from funczero.layout.mesh import plan_mesh
+from funczero.layout.processes import world_size
+from funczero.layout.spec import P
 from funczero.step.step import Step
 from funczero.step.train_step import train_step
 

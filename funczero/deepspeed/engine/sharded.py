@@ -30,7 +30,7 @@ from funczero.gradients.gradient import close
 from funczero.gradients.layers import group_of
 from funczero.gradients.tape import Tape
 from funczero.gradients.units import find_units
-from funczero.layout.mesh import P
+from funczero.layout.spec import P
 from funczero.step.calls import recorded
 from funczero.step.step import Step
 from funczero.transforms.chain import Source

@@ -12,7 +12,7 @@ from funczero.core.types import TrainState
 from funczero.deepspeed.engine.graphs import differentiate
 from funczero.deepspeed.engine.held import Held, named
 from funczero.gradients.gradient import pullback
-from funczero.layout.mesh import P
+from funczero.layout.spec import P
 from funczero.step.step import Step
 from funczero.transforms.chain import Source
 
