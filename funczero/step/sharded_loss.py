@@ -8,6 +8,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from funczero.comm.adjoint import gather_rows, total, vary
@@ -81,7 +82,7 @@ def _joined(i: int, x: Tensor, where: Where, axis: str, size: int, mesh: Mesh) -
     outer = where.outer
     slots = [outer.inner(axis, size, q).slots[i] for q in range(size)]
     longest, d = prod(slots[0].block), where.structure.leaves[i].cut(axis).dim
-    flat = torch.cat([x.reshape(-1), x.new_zeros(longest - x.numel())])
+    flat = F.pad(x.reshape(-1), (0, longest - x.numel()))  # cat drops an empty part, and its derivative with it
     rows = gather_rows(flat[None], axis, mesh)
     return torch.cat([row[: prod(s.shape)].view(s.shape) for row, s in zip(rows, slots, strict=True)], d)
 
