@@ -1,5 +1,5 @@
-"""What crosses ranks and can be differentiated any number of times: gather and scatter, total and vary, each the other's
-transpose.
+"""What crosses ranks and can be differentiated any number of times: gather and scatter, total and vary, in pairs that
+are each other's transpose.
 
 For research code that differentiates through sharded values: Hessian-vector products, penalties, unrolled optimizers.
 The convention is the sum: the cotangent of a gathered tensor is summed over ranks, and every rank's own cotangent

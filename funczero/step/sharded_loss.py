@@ -82,6 +82,11 @@ def _joined(i: int, x: Tensor, where: Where, axis: str, size: int, mesh: Mesh) -
     outer = where.outer
     slots = [outer.inner(axis, size, q).slots[i] for q in range(size)]
     longest, d = prod(slots[0].block), where.structure.leaves[i].cut(axis).dim
+    if d is None:
+        path, kind = where.structure.leaves[i].path, where.structure.leaves[i].cut(axis)
+        raise TypeError(
+            f"sharded_loss: {path!r} is cut by {kind!r}, which is no cut of a dim; leave that rule out here"
+        )
     flat = F.pad(x.reshape(-1), (0, longest - x.numel()))  # cat drops an empty part, and its derivative with it
     rows = gather_rows(flat[None], axis, mesh)
     return torch.cat([row[: prod(s.shape)].view(s.shape) for row, s in zip(rows, slots, strict=True)], d)
@@ -142,14 +147,15 @@ def per_sample(
     """
 
     def summed(params: Params, batch: Any) -> dict[str, Tensor]:
-        whole, scatter = torch.func.vjp(lambda p: {k: v for k, v in _by_path(loss, p).items()}, dict(params))
+        gathered: Any = torch.func.vjp(lambda p: _by_path(loss, p), dict(params))
+        whole, scatter = gathered
 
         def one(row: Any) -> dict[str, Tensor]:
             alone = tree.map(lambda x: x[None], row)
             return each(torch.func.grad(lambda p: _local(loss, p, alone))(whole))
 
         found = torch.func.vmap(one, chunk_size=rows)(batch)
-        (out,) = scatter({k: v.sum(0) for k, v in found.items()})
+        out: dict[str, Tensor] = scatter({k: v.sum(0) for k, v in found.items()})[0]
         return out
 
     return summed
