@@ -61,9 +61,9 @@ class ShardedLoss(NamedTuple):
             have = sorted(params)[:4] if isinstance(params, Mapping) else type(params).__name__
             raise TypeError(f"sharded_loss: its parameters are {have}; give what fz.parts(state) returned, by path")
         for leaf, slot in zip(leaves, slots, strict=True):
-            if tuple(params[leaf.path].shape) != slot.shape:
-                have, want = tuple(params[leaf.path].shape), slot.shape
-                raise ValueError(f"sharded_loss: {leaf.path!r} has shape {have}, and this rank's part is {want}")
+            shape = tuple(params[leaf.path].shape)
+            if shape != slot.shape:
+                raise ValueError(f"sharded_loss: {leaf.path!r} has shape {shape}, and this rank's part is {slot.shape}")
         return [params[leaf.path] for leaf in leaves]
 
     def _whole(self, i: int, x: Tensor) -> Tensor:
