@@ -2,14 +2,14 @@
 
 Run:
     python experiments/hf_finetune.py                                   # DDP and stages 0 to 3, two processes each
-    python experiments/hf_finetune.py --runs=ddp,3 --steps=60 --rounds=3 --width=512
-    funczero launch --as_deepspeed --num_gpus=2 experiments/hf_finetune.py --run=3   # one of them
+    python experiments/hf_finetune.py --contenders=ddp,3 --steps=60 --rounds=3 --width=512
+    funczero launch --as_deepspeed --num_gpus=2 experiments/hf_finetune.py --contender=3   # one of them
 
 How: this file is the script of a user: a small GPT-2 with random weights over the bytes of Python's own library, a
-Trainer, a ds_config. Without --run it starts itself once for each contender, under torchrun or under `funczero launch
---as_deepspeed`, in rounds, so that noise hits all alike. Time is the median step without the first three, of the
-fastest round. Memory is the largest resident set of a rank above what it was after the imports. Bits per byte are of
-held-out text.
+Trainer, a ds_config. Without --contender it starts itself once for each of them, under torchrun or under `funczero
+launch --as_deepspeed`, in rounds, so that noise hits all alike. Time is the median step without the first three, of
+the fastest round. Memory is the largest resident set of rank 0 above what it was after the imports. Bits per byte are
+of held-out text.
 
 Expect:
     The losses of all contenders agree to float32 rounding. Memory falls with the stage. Steps take as long as DDP's.
@@ -40,8 +40,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from funczero.data import corpus
 
-flags.DEFINE_list("runs", ["ddp", "0", "1", "2", "3"], "Contenders: ddp, and ZeRO stages.")
-flags.DEFINE_string("run", "", "Be this contender, in the world of the launcher.")
+flags.DEFINE_list("contenders", ["ddp", "0", "1", "2", "3"], "Contenders: ddp, and ZeRO stages.")
+flags.DEFINE_string("contender", "", "Be this contender, in the world of the launcher.")
 flags.DEFINE_string("out", "", "The file in which a contender leaves what it measured.")
 flags.DEFINE_integer("world", 2, "Processes.")
 flags.DEFINE_integer("rounds", 2, "Lives of every contender.")
@@ -112,15 +112,17 @@ def contend(run: str) -> dict[str, Any]:
             save_strategy="no", report_to=[], disable_tqdm=True, max_grad_norm=1.0, seed=1, weight_decay=0.1,
             per_device_eval_batch_size=8, train_sampling_strategy="sequential", log_level="error",
             accelerator_config={"use_configured_state": sharded and not torch.cuda.is_available()},
-            ddp_backend=None if sharded or torch.cuda.is_available() else "gloo", ddp_find_unused_parameters=False,
+            use_cpu=not sharded and not torch.cuda.is_available(), ddp_find_unused_parameters=False,
         )  # fmt: skip
         set_seed(0)
         shape = dict(n_layer=F.layers, n_embd=F.width, n_head=F.width // 64, vocab_size=256, n_positions=F.length)
-        model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **shape))
+        ends = dict(bos_token_id=0, eos_token_id=0)
+        model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **shape, **ends))
         size = sum(p.numel() for p in model.parameters())
         train, held = corpus.load()
         rows = Text(train, F.steps * F.rows, F.length), Text(held, 64, F.length)
         trainer = Trainer(model, arguments, train_dataset=rows[0], eval_dataset=rows[1], callbacks=[clock])
+        assert sharded or world == 1 or arguments.parallel_mode.value == "distributed"
         trainer.train()
         peak = most() - before
         losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
@@ -130,7 +132,7 @@ def contend(run: str) -> dict[str, Any]:
 
 def started(run: str, out: Path) -> dict[str, Any]:
     """A contender's life in processes of its own."""
-    own = [str(Path(__file__).resolve()), f"--run={run}", f"--out={out}"]
+    own = [str(Path(__file__).resolve()), f"--contender={run}", f"--out={out}"]
     own += [f"--{n}={F[n].value}" for n in ("steps", "rows", "length", "width", "layers")]
     zero = [sys.executable, "-m", "funczero.cli", "launch", "--as_deepspeed", f"--num_gpus={F.world}"]
     ddp = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={F.world}", "--standalone"]
@@ -143,17 +145,17 @@ def started(run: str, out: Path) -> dict[str, Any]:
 
 def main(_: list[str]) -> None:
     """Contend, or start all contenders and print the table."""
-    if F.run:
-        found = contend(F.run)
+    if F.contender:
+        found = contend(F.contender)
         if F.out and int(os.environ.get("RANK", "0")) == 0:
             Path(F.out).write_text(json.dumps(found))
         return
-    lives: dict[str, list[dict[str, Any]]] = {run: [] for run in F.runs}
+    lives: dict[str, list[dict[str, Any]]] = {run: [] for run in F.contenders}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(F.rounds):
-            for run in F.runs:
+            for run in F.contenders:
                 lives[run].append(started(run, Path(folder, f"{run}-{i}.json")))
-    first = lives[F.runs[0]][0]
+    first = lives[F.contenders[0]][0]
     table = Table(
         "", "ms a step", "ratio", "MiB over imports", "first loss", "last loss", "bits a byte", "furthest loss"
     )
@@ -163,7 +165,7 @@ def main(_: list[str]) -> None:
         far = max(abs(a / b - 1) for y in found for a, b in zip(y["losses"], first["losses"], strict=True))
         table.add_row(
             run if run == "ddp" else f"stage {run}", f"{1e3 * fastest[run]:.0f}",
-            f"{fastest[run] / fastest[F.runs[0]]:.2f}", f"{min(y['peak'] for y in found) / 2**20:.0f}",
+            f"{fastest[run] / fastest[F.contenders[0]]:.2f}", f"{min(y['peak'] for y in found) / 2**20:.0f}",
             f"{x['losses'][0]:.4f}", f"{x['losses'][-1]:.4f}", f"{x['bits']:.4f}", f"{far:.0e}",
         )  # fmt: skip
     Console(width=120).print(f"{first['size']:,} parameters, {F.world} processes, {F.steps} updates", table)
