@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = str(Path(__file__).parents[1])
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # of a busy machine
 
 
 def loop(settings):
