@@ -96,14 +96,19 @@ def through(form: Form, x: Tensor, sizes: list[int], parts: int) -> Tensor:
 
     Args:
       sizes: values of every leaf, falling; those of less than a block a part have one size.
+
+    Raises:
+      ValueError: they do not.
     """
     if form.wire is as_born:
         return x
-    large = sum(n for n in sizes if n // parts >= form.block)
-    pieces = x[:, :large].reshape(-1, form.block).split(CACHE // form.block)
-    whole = torch.cat([form.read(piece) for piece in pieces]).view(len(x), -1)
-    short = form.read(x[:, large:].reshape(-1, sizes[-1] // parts)).view(len(x), -1)
-    return torch.cat([whole, short], 1)
+    large, short = [n for n in sizes if n >= form.block * parts], [n for n in sizes if n < form.block * parts]
+    if any(n % (form.block * parts) for n in large) or len(set(short)) > 1 or any(n % (16 * parts) for n in short):
+        raise ValueError(f"leaves of {sizes} values in {parts} parts are no whole blocks of {form.block}")
+    pieces = x[:, : sum(large)].reshape(-1, form.block).split(CACHE // form.block)
+    whole = torch.cat([form.read(piece) for piece in pieces])
+    rest = form.read(x[:, sum(large) :].reshape(-1, short[0] // parts if short else 1))
+    return torch.cat([whole.view(len(x), sum(large)), rest.view(len(x), sum(short))], 1)
 
 
 # --- virtual ranks ----------------------------------------------------------------------------------------------------
@@ -176,11 +181,7 @@ def optimizer(run: Run) -> fz.GradientTransformation:
 
 
 def virtual(how: Setting, run: Run, seeds: tuple[int, ...]) -> tuple[Virtual, State]:
-    """A world and its first state.
-
-    Raises:
-      ValueError: a leaf has no parts of whole blocks.
-    """
+    """A world and its first state."""
     trees = [gpt.init(seed, SIZES) for seed in seeds]
     spec = fz.tree.flatten(trees[0])[1]
     leaves = [torch.stack(xs) for xs in zip(*(fz.tree.leaves(x) for x in trees), strict=True)]

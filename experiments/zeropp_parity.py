@@ -70,22 +70,16 @@ def bits(how: Setting) -> tuple[float, float]:
 def train(name: str, seeds: tuple[int, ...], text: tuple[fz.data.Corpus, fz.data.Corpus]) -> list[dict]:
     """A line of results for every seed."""
     world, state = ranks.virtual(SETTINGS[name], run_of(), seeds)
-    curve, began = [], time.process_time()
-    for now in range(1, FLAGS.updates + 1):
-        state, _ = ranks.update(world, state, ranks.stacked(text[0], world, now - 1))
-        if now % max(1, FLAGS.updates // 4) == 0:
-            curve.append((now, held_out(text[1], world.spec, ranks.masters(state.train))))
-            print(
-                f"{name}: update {now}, held-out bits per byte {', '.join(f'{x:.4f}' for x in curve[-1][1])}",
-                flush=True,
-            )
+    began = time.process_time()
+    for now in range(FLAGS.updates):
+        state, losses = ranks.update(world, state, ranks.stacked(text[0], world, now))
+        if (now + 1) % max(1, FLAGS.updates // 8) == 0:
+            said = ", ".join(f"{x:.4f}" for x in (losses / log(2)).tolist())
+            print(f"{name}: update {now + 1}, bits per byte of the batches {said}", flush=True)
     cost = 1e3 * (time.process_time() - began) / FLAGS.updates / len(seeds)
     exported, seen = (held_out(text[1], world.spec, x) for x in (ranks.masters(state.train), state.views))
     run = {"setting": name, **run_of()._asdict(), "bits": bits(SETTINGS[name]), "cpu_ms": cost}
-    return [
-        {**run, "seed": seed, "loss": exported[s], "views": seen[s], "curve": [(n, x[s]) for n, x in curve]}
-        for s, seed in enumerate(seeds)
-    ]
+    return [{**run, "seed": seed, "loss": exported[s], "views": seen[s]} for s, seed in enumerate(seeds)]
 
 
 def run_of() -> ranks.Run:
