@@ -66,10 +66,10 @@ from funczero.gradients.loss import per_row as per_row
 from funczero.gradients.stateless import stateless as stateless
 from funczero.layout.init import init as init
 from funczero.layout.init import leaf as leaf
-from funczero.layout.mesh import P as P
-from funczero.layout.mesh import init_distributed as init_distributed
 from funczero.layout.mesh import make_mesh as make_mesh
+from funczero.layout.processes import init_distributed as init_distributed
 from funczero.layout.slots import Slots as Slots
+from funczero.layout.spec import P as P
 from funczero.optim import adagrad as adagrad
 from funczero.optim import adam as adam
 from funczero.optim import adamw as adamw
@@ -78,6 +78,10 @@ from funczero.optim import lift as lift
 from funczero.optim import lion as lion
 from funczero.optim import schedules as schedules
 from funczero.optim import sgd as sgd
+from funczero.step.sharded_loss import hessian as hessian
+from funczero.step.sharded_loss import parts as parts
+from funczero.step.sharded_loss import per_sample as per_sample
+from funczero.step.sharded_loss import sharded_loss as sharded_loss
 from funczero.step.step import Step as Step
 from funczero.step.train_step import donate as donate
 from funczero.step.train_step import train_step as train_step

@@ -10,6 +10,7 @@ import shutil
 import signal
 import tracemalloc
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from funczero import P
 from funczero.checkpoint import Checkpointer, CheckpointError, manifest
 from funczero.checkpoint.manifest import FILE, SEAL
 from funczero.checkpoint.names import named
+from funczero.checkpoint.preparing import chain_of, coords_of
+from funczero.checkpoint.reading import read
+from funczero.checkpoint.target import Restorer, Want, template
 from funczero.testing import tree_hash
 
 CLIENT = {
@@ -59,28 +63,31 @@ def bits(state):
     return tree_hash({n: p.value for n, p in named(state).parts.items()})
 
 
-def written(directory, small):
-    """Saves 1 and 2 of a world of two. With small=0 only chunks are checked, as they are in large checkpoints."""
-    manifest.SMALL, kept = small, manifest.SMALL
-    try:
-        step, g = make(2), torch.Generator().manual_seed(2)
-        state = step.init(params(), key=3)
-        with Checkpointer(directory, step=step) as ck:
-            for t in (1, 2):
-                rows = {"x": torch.randint(31, (8,), generator=g), "y": torch.randint(9, (8,), generator=g)}
-                state, _ = step(state, step.local_rows(rows))
-                ck.save(state, t, client_state=CLIENT, metrics={"loss": 1.0 / t})
-    finally:
-        manifest.SMALL = kept
+def written(directory):
+    """Saves 1 and 2 of a world of two."""
+    step, g = make(2), torch.Generator().manual_seed(2)
+    state = step.init(params(), key=3)
+    with Checkpointer(directory, step=step) as ck:
+        for t in (1, 2):
+            rows = {"x": torch.randint(31, (8,), generator=g), "y": torch.randint(9, (8,), generator=g)}
+            state, _ = step(state, step.local_rows(rows))
+            ck.save(state, t, client_state=CLIENT, metrics={"loss": 1.0 / t})
+
+
+def by_chunks(body):
+    """A manifest under which files of chunks are checked chunk by chunk alone, as in large checkpoints."""
+    for path, about in body["files"].items():
+        if Path(path).parent.name == "d":
+            about[1] = None
 
 
 def written_both(run_world, tmp_path_factory):
     """Two folders of two checkpoints, files checked whole or by their chunks alone, and the bits of both saves."""
-    out = {}
-    for kind, small in (("small", manifest.SMALL), ("large", 0)):
-        directory = tmp_path_factory.mktemp(kind) / "run"
-        run_world(2, written, directory, small)
-        out[kind] = directory
+    out = {kind: tmp_path_factory.mktemp(kind) / "run" for kind in ("small", "large")}
+    run_world(2, written, out["small"])
+    shutil.copytree(out["small"], out["large"])
+    for name in ("1", "2"):
+        edit(out["large"] / name, by_chunks)
     found = {name: Checkpointer(out["small"]).restore(name, like=(make(1), abstract())) for name in ("1", "2")}
     assert sum(p.stat().st_size for p in files(out["small"] / "2")) > 30_000
     return out, {name: bits(r.state) for name, r in found.items()}, tree_hash(found["2"].client_state)
@@ -128,13 +135,26 @@ def edit(checkpoint, change, seal=True):
         fresh(checkpoint / SEAL, f"{hashlib.sha256(text).hexdigest()}  {FILE}\n".encode())
 
 
-def refused_at_once(checkpoint, **kw):
+def restored(checkpoint, **kw):
+    """As a user reads it."""
+    return Checkpointer(checkpoint.parent, **kw).restore("2", like=(make(1), abstract()))
+
+
+def read_beside(checkpoint):
+    """As a rank other than 0 reads it, which does not look at the files first."""
+    step = make(1)
+    target, fresh = template(step, abstract())
+    restorer = Restorer(1, 2, [coords_of(target)] * 2, chain_of(step), torch.device("cpu"), False)
+    return read(checkpoint, manifest.LIMIT, target, fresh, Want(True, (), ()), restorer)
+
+
+def refused_at_once(checkpoint, how=restored, **kw):
     """A CheckpointError of one line that names the checkpoint, without memory."""
     before, limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 200 << 20
     tracemalloc.start()
     try:
         with soon(), pytest.raises(CheckpointError) as caught:
-            Checkpointer(checkpoint.parent, **kw).restore("2", like=(make(1), abstract()))
+            how(checkpoint, **kw)
         assert tracemalloc.get_traced_memory()[1] < limit
     finally:
         tracemalloc.stop()

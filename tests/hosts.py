@@ -20,12 +20,13 @@ ROOT = Path(__file__).parents[1]
 NET = "10.77.0"
 
 INIT = """
-import os, socket, subprocess, sys
+import os, pwd, socket, subprocess, sys
 name, folder = sys.argv[1:]
+keys = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".ssh")  # where ssh looks, whatever HOME says
 socket.sethostname(name)
 os.makedirs("/run/sshd", exist_ok=True)
-os.makedirs("/root/.ssh", exist_ok=True)
-for source, target in ((f"{folder}/hosts", "/etc/hosts"), (f"{folder}/ssh", "/root/.ssh")):
+os.makedirs(keys, exist_ok=True)
+for source, target in ((f"{folder}/hosts", "/etc/hosts"), (f"{folder}/ssh", keys)):
     subprocess.run(["mount", "--bind", source, target], check=True)
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 log = open(f"{folder}/{name}.sshd", "w")

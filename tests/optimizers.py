@@ -10,7 +10,7 @@ import zoo
 
 import funczero as fz
 from funczero import tree
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 
 MESH = {"data": -1}
 F32, F64 = torch.float32, torch.float64

@@ -303,9 +303,7 @@ def test_ranks_that_do_the_same_are_left_alone(tmp_path, seconds):
 @pytest.mark.slow
 def test_a_text_in_the_store_that_nothing_supports_ends_nobody(tmp_path):
     ends = start(tmp_path, """
-import funczero.step.watch
 import torch.distributed as dist
-funczero.step.watch.DEAD = 0.5
 step = make()
 state = step.init(params)
 for t in range(30):
@@ -313,7 +311,7 @@ for t in range(30):
     if t == 3 and RANK == 1:
         dist.distributed_c10d._get_default_store().set("funczero/check/1/verdict", "all is lost")
     if t > 3:
-        time.sleep(0.1)
+        time.sleep(0.3)
 print("end", flush=True)
 """)  # fmt: skip
     assert [(e.code, e.out) for e in ends] == [(0, "end\n")] * 2, ends
@@ -323,20 +321,18 @@ print("end", flush=True)
 @pytest.mark.slow
 def test_a_long_wait_for_a_rank_elsewhere_is_said_and_not_ended(tmp_path):
     ends = start(tmp_path, """
-import funczero.step.watch
-funczero.step.watch.NOTICE = funczero.step.watch.DEAD = 1.0
 step = make()
 state = step.init(params)
 for t in range(3):
     if t == 2 and RANK == 1:
-        time.sleep(4)
+        time.sleep(13)
     state, m = step(state, step.local_rows(rows))
 """)  # fmt: skip
     assert [e.code for e in ends] == [0, 0], ends
     (line,) = (line for line in ends[0].err.splitlines() if line.startswith("funczero: "))
     assert line.startswith("funczero: rank 0 launched all_gather over 'data' of "), line
     assert re.search(
-        r" at step 2 and has waited [12] s for rank 1, which is alive in no call; it last launched all_reduce over"
+        r" at step 2 and has waited 1[0-2] s for rank 1, which is alive in no call; it last launched all_reduce over"
         r" 'data' of .* at step 1$",
         line,
     ), line

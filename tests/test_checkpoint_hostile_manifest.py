@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from damage import abstract, bits, copied, edit, loss, make, params, refused_at_once, soon
+from damage import abstract, bits, copied, edit, loss, make, params, read_beside, refused_at_once, restored, soon
 
 import funczero as fz
 from funczero import P
@@ -132,18 +132,13 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("sealed_files", [False, True])
+@pytest.mark.parametrize("how", [restored, read_beside])
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_manifest(originals, tmp_path, case, sealed_files, monkeypatch):
-    """With a checksum that is right.
-
-    Also where the sizes of files are not looked at first, as by ranks other than 0.
-    """
+def test_hostile_manifest(originals, tmp_path, case, how):
+    """With a checksum that is right."""
     checkpoint = copied(originals[0]["large"], tmp_path / "run")
     edit(checkpoint, HOSTILE[case])
-    if sealed_files:
-        monkeypatch.setattr(manifest, "check_files", lambda *_: [])
-    refused_at_once(checkpoint)
+    refused_at_once(checkpoint, how)
 
 
 def in_window(directory, saved=None):

@@ -18,7 +18,7 @@ from funczero.deepspeed.config.key import HONOURED, NO_OP, REFUSED
 from funczero.deepspeed.config.keys import ALIASES, OFFLOADS
 from funczero.deepspeed.config.options import OPTIMIZERS, SCHEDULERS
 from funczero.deepspeed.config.triad import NAMES, derive
-from funczero.layout.mesh import default_device
+from funczero.layout.processes import default_device
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import funczero as fz
 from funczero import deepspeed as ds
-from funczero.layout.mesh import default_device, world_size
+from funczero.layout.processes import default_device, world_size
 from funczero.testing import simulate, tree_hash
 
 SCALER = json.loads((Path(__file__).parent / "golden/loss_scaler.json").read_text())["cases"]

@@ -12,7 +12,7 @@ from torch.func import functional_call
 import funczero as fz
 import funczero.deepspeed as deepspeed
 from funczero import tree
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.testing import tree_hash
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,36 @@ def test_mpi4py_is_never_needed():
         for r in (0, 1)
     ]
     assert [p.communicate(timeout=60)[0] for p in ranks] == ["0 2\n", "1 2\n"]
+
+
+@pytest.mark.slow
+def test_kubernetes_variables_start_a_step_as_torchrun_does():
+    """A PyTorchJob's pods: one process each, which the operator describes; and what it writes for torchrun."""
+    code = (
+        "import torch, funczero.deepspeed as deepspeed; from torch import nn; torch.manual_seed(0);"
+        " c = {'train_batch_size': 4, 'optimizer': {'type': 'SGD', 'params': {'lr': 1.0}}, 'gradient_clipping': 0};"
+        " e, *_ = deepspeed.initialize(model=nn.Linear(2, 1), config=c); r = deepspeed.comm.get_rank();"
+        " e.backward(e(torch.full((2, 2), float(r))).mean()); start = e.module.weight.clone(); e.step();"
+        " print(r, e.world_size, e.local_rank, (start - e.module.weight).tolist())"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    pod = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "PET_NNODES": "2"}
+    pod |= {"PET_NPROC_PER_NODE": "auto", "PET_MASTER_ADDR": "localhost", "PYTHONUNBUFFERED": "1"}
+    base = {"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    start = lambda r: subprocess.Popen(
+        [sys.executable, "-c", code], env=base | pod | {"RANK": str(r)}, stdout=subprocess.PIPE, text=True
+    )
+    pods = [start(r) for r in (0, 1)]
+    said = [pod.communicate(timeout=400)[0].strip() for pod in pods]
+    assert said == ["0 2 0 [[0.5, 0.5]]", "1 2 0 [[0.5, 0.5]]"]
+
+
+@pytest.mark.parametrize("names", [{"PET_NNODES": "2"}, {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "8"}])
+def test_what_is_written_for_a_torchrun_that_nobody_started_is_no_world_of_one(names):
+    ((name, value),) = [(n, x) for n, x in names.items() if x != "1"]
+    with pytest.raises(RuntimeError, match=f"holds {name}={value}, .* start the script with torchrun, or unset {name}"):
+        environment.read(names)
+    assert environment.read({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "1"}) is None
+    assert environment.read({**names, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"})

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 import funczero as fz
 from funczero import P, tree
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.testing import tree_hash
 
 MESH = {"data": -1}

@@ -8,7 +8,7 @@ import zoo
 
 import funczero as fz
 from funczero import P, rng, tree
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 
 MESH = {"data": -1}
 

@@ -37,7 +37,17 @@ def plan(tmp_path):
 
 def test_every_option_is_a_field_and_every_field_an_option():
     names = {name.removeprefix("--") for names, _ in FLAGS for name in names}
-    accepted = {"no_local_rank", "no_ssh_check", "num_accelerators", "enable_each_rank_log", "-H", "-i", "-e", "-m"}
+    accepted = {
+        "no_local_rank",
+        "no_ssh_check",
+        "num_accelerators",
+        "enable_each_rank_log",
+        "-H",
+        "-i",
+        "-e",
+        "-m",
+        "-q",
+    }
     assert names - accepted == set(Options._fields) - {"script", "args"} and not names & {
         n.removeprefix("--") for n in REFUSED
     }
@@ -156,6 +166,14 @@ COMMANDS = {
     "mpich": (
         "mpirun -n 4 -ppn 2 -hosts worker-1,worker-2 -wdir CWD -prepend-rank -genvlist"
         " PYTHONPATH,MASTER_ADDR,MASTER_PORT --bind-to none python3 -u train.py a"
+    ),
+    "impi": (
+        "mpirun -n 4 -ppn 2 -hosts worker-1,worker-2 -wdir CWD -prepend-rank -genvlist"
+        " PYTHONPATH,MASTER_ADDR,MASTER_PORT,I_MPI_PIN --bind-to none python3 -u train.py a"
+    ),
+    "mvapich": (
+        "mpirun -n 4 -ppn 2 -hosts worker-1,worker-2 -wdir CWD -prepend-rank -genvlist"
+        " PYTHONPATH,MASTER_ADDR,MASTER_PORT,MV2_ENABLE_AFFINITY,MV2_SUPPORT_DL --bind-to none python3 -u train.py a"
     ),
     "slurm": (
         "srun --kill-on-bad-exit=1 --export=ALL --chdir=CWD --label --ntasks=4 --nodes=2 --ntasks-per-node=2"

@@ -8,10 +8,8 @@ import zoo
 
 import funczero as fz
 from funczero import P, rng
-from funczero.gradients import gradient
 from funczero.gradients.ref import Ref
-from funczero.gradients.tape import Tape
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 
 BLOCKS = 5
 
@@ -74,40 +72,31 @@ def test_x_may_be_a_tree():
 
 
 # --- closed parameters ------------------------------------------------------------------------------------------------
-class Watched(Tape):
-    """A tape that remembers itself, and which units were open in the order they were opened."""
-
-    last: Watched
-
-    def __init__(self, *args, **kw):
-        super().__init__(*args, **kw)
-        Watched.last, self.opened = self, []
-
-    def take(self, unit):
-        self.opened.append(self.whole.structure.units[unit].name)
-        return super().take(unit)
-
-
-def seen_by(loss, units=("blocks",), stage=3, monkeypatch=None, p=None):
-    """The tape of one update."""
-    monkeypatch.setattr(gradient, "Tape", Watched)
-    step = fz.train_step(
-        *fz.zero(fz.value_and_grad(loss, batch=P("data"), units=units), fz.sgd(0.1), stage=stage),
-        mesh={"data": world_size()},
-    )
-    step(step.init(p or params()), rows(8 // world_size()))
-    return Watched.last
-
-
 def stack(remat):
     return lambda p, b: total(fz.layers(block, p["blocks"], b["x"] @ p["in"], remat=remat))
 
 
 def opened(remat):
-    """Units in the order they were gathered, and how many were gathered at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        tape = seen_by(stack(remat), monkeypatch=patch)
-    return tape.opened, tape.peak, tape.live, len(tape.open), len(tape.flying)
+    """Units in the order they were gathered, as the log of launches has them, and what the tape of one update says: how
+    many were gathered at once, and what is left.
+    """
+    tapes = []
+
+    def shown(p, b):
+        tapes.append(p["blocks"][0]["w"].tape)
+        return stack(remat)(p, b)
+
+    step = fz.train_step(
+        *fz.zero(fz.value_and_grad(shown, batch=P("data"), units=("blocks",)), fz.sgd(0.1), stage=3),
+        mesh={"data": world_size()},
+    )
+    state = step.init(params())
+    log = step.live_mesh.ledger.watch.log
+    before = log.count
+    step(state, rows(8 // world_size()))
+    launched = [e for n, _, e in log.entries if n > before and e.verb == "all_gather"]
+    order, (tape,) = [e.context.units[u] for e in launched for u in e.units], tapes
+    return order, tape.peak, tape.live, len(tape.open), len(tape.flying)
 
 
 @pytest.mark.parametrize("remat", [False, True])

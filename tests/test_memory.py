@@ -8,7 +8,7 @@ import zoo
 
 import funczero as fz
 from funczero import P
-from funczero.comm.wire import as_born
+from funczero.comm.wire import Memory, as_born
 from funczero.testing import tree_hash
 from funczero.transforms.feedback import Feedback
 
@@ -227,6 +227,47 @@ def test_replaced_masters_are_read(run_world):
     assert all(run_world(4, replaced))
 
 
+def alike(a, b):
+    return all(torch.equal(x.detach(), y.detach()) for x, y in zip(*map(fz.tree.leaves, (a, b)), strict=True))
+
+
+def replaced_in_a_stream():
+    """Every micro-batch after the first one reads the new masters, too."""
+    acc = (fz.accumulate(2, stream=True),)
+    parts = fz.zero(zoo.source(), *zoo.tx(), stage=2, accumulate=acc, gather=fz.difference(fz.int4(16)))
+    step = fz.train_step(*parts, mesh=TWO)
+    state, rows = step.init(zoo.params(), key=7), zoo.split(step.local_rows(zoo.batch(0, micros=4)), 2)
+    for batch in (*rows, None):
+        state, _ = step(state, batch)
+    state, _ = step(state._replace(params=state.params.map(lambda x: x * 2)), rows[0])
+    return alike(step.view(state), step.params(state))
+
+
+def given_to_another():
+    """A state of a step whose views remember, given to one whose views do not, and the other way round."""
+    g, tx = zoo.source(), zoo.tx()
+    steps = [
+        fz.train_step(*fz.zero(g, *tx, stage=2, **how), mesh=TWO)
+        for how in ({"gather": fz.difference(fz.int4(16))}, {})
+    ]
+    out = []
+    for first, second in (steps, steps[::-1]):
+        state = first.init(zoo.params(), key=7)
+        state, _ = first(state, first.local_rows(zoo.batch(0, micros=2)))
+        reads_masters = alike(second.view(state), second.params(state))
+        state, _ = second(state, second.local_rows(zoo.batch(1, micros=2)))
+        exact = alike(second.view(state), second.params(state))
+        again = alike(second.view(fz.tree.clone(state)), second.view(state))  # as after a restore
+        out.append((reads_masters, exact, state.views.where.memory, again))
+    return out
+
+
+def test_views_are_those_of_the_step_that_reads(run_world):
+    assert all(run_world(2, replaced_in_a_stream))
+    for out in run_world(2, given_to_another):
+        assert out == [(True, True, False, True), (True, False, True, True)]
+
+
 def handed_over():
     """To another stage and back, in memory."""
     g, wire = zoo.source(), fz.feedback(fz.int4(16))
@@ -251,14 +292,25 @@ def test_a_memory_is_handed_over(run_world):
 
 # --- what is refused, and what is said --------------------------------------------------------------------------------
 G, TX = zoo.source(), zoo.tx()
+keeps = lambda keep: fz.int4()._replace(name="w", memory=Memory(keep))
+built = lambda wire: fz.train_step(*fz.zero(G, *TX, stage=2, scatter=wire), mesh=TWO)
 BAD = {
+    "wire 'w': keep gives torch.float64 of shape (96,) for torch.float32 of shape (96,)": lambda: built(
+        keeps(lambda sent, read, old: (sent - read).double())
+    ),
+    "wire 'w': keep writes into the values that it is given; return new ones": lambda: built(
+        keeps(lambda sent, read, old: sent.sub_(read))
+    ),
+    "wire 'w': keep remembers something of values that were read as they were sent": lambda: built(
+        keeps(lambda sent, read, old: sent)
+    ),
     "feedback: as_born rounds nothing": lambda: fz.feedback(as_born),
     "feedback: 'int4' is no wire": lambda: fz.feedback("int4"),
     "feedback: decay=1 is no share": lambda: fz.feedback(fz.int4(), decay=1),
     "feedback: every=-1 is no number of sums": lambda: fz.feedback(fz.int4(), every=-1),
     "difference: feedback(int4(512)) has memory already": lambda: fz.difference(fz.feedback(fz.int4())),
-    "gather=feedback(int4(512)) over 'data': it keeps the error of a sum, and views are no sum": (
-        lambda: fz.train_step(*fz.zero(G, *TX, stage=2, gather=fz.feedback(fz.int4())), mesh=TWO)
+    "gather=feedback(int4(512)) over 'data': it keeps the error of a sum, and views are no sum": lambda: fz.train_step(
+        *fz.zero(G, *TX, stage=2, gather=fz.feedback(fz.int4())), mesh=TWO
     ),
     "scatter=difference(int4(512)) over 'data': it sends what is new against the values that its readers hold": (
         lambda: fz.train_step(*fz.zero(G, *TX, stage=2, scatter=fz.difference(fz.int4())), mesh=TWO)
@@ -266,10 +318,8 @@ BAD = {
     "shard('data'): difference(int4(512)) sends what is new since the last time, once an update, but parameters that": (
         lambda: fz.train_step(*fz.zero(G, *TX, stage=3, gather=fz.difference(fz.int4())), mesh=TWO)
     ),
-    "all_gather('data', wire=difference(int4(512))): difference(int4(512)) sends what is new": (
-        lambda: fz.train_step(
-            G, fz.reduce_scatter("data"), fz.all_gather("data", wire=fz.difference(fz.int4())), *TX, mesh=TWO
-        )
+    "all_gather('data', wire=difference(int4(512))): difference(int4(512)) sends what is new": lambda: fz.train_step(
+        G, fz.reduce_scatter("data"), fz.all_gather("data", wire=fz.difference(fz.int4())), *TX, mesh=TWO
     ),
 }
 

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import funczero as fz
 from funczero import P
-from funczero.layout.mesh import Axis, World, connect, located, plan_mesh, world_size
+from funczero.layout.mesh import Axis, connect, located, plan_mesh
+from funczero.layout.processes import World, world_size
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
 

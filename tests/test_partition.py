@@ -16,7 +16,7 @@ from optimizers import F64
 
 import funczero as fz
 from funczero import checkpoint, tree
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.testing import tree_hash
 
 FIRST = "embed|/w$|norm"

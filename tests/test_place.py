@@ -12,8 +12,8 @@ from layouts import CPU, structure
 
 import funczero as fz
 import funczero.testing
-from funczero.layout.mesh import world_size
 from funczero.layout.place import DEVICE, Device
+from funczero.layout.processes import world_size
 from funczero.layout.where import Where, apart
 from funczero.transforms.partition import subset
 

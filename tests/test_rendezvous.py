@@ -27,8 +27,8 @@ def world(body, size=2, address="127.0.0.1"):
     """A script as ranks of a world that no launcher made: rank 0 holds the store."""
     port = str(free_port())
     begin = (
-        "import sys, time\nimport torch.distributed as dist\nfrom funczero.layout.mesh import init_distributed\nw ="
-        " init_distributed()"
+        "import sys, time\nimport torch.distributed as dist\n"
+        "from funczero.layout.processes import init_distributed\nw = init_distributed()"
     )
     script = f"{begin}\nstore = dist.distributed_c10d._get_default_store()\n{body}"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")} | {

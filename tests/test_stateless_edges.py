@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import funczero as fz
 from funczero import P
 from funczero.gradients.units import find_units
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 
 DIM = 4
 

@@ -8,7 +8,7 @@ import zoo
 
 import funczero as fz
 from funczero import P, tree
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.testing import simulate, tree_hash
 from funczero.transforms.accumulate import Accumulate
 from funczero.transforms.loss_scale import ScaleLoss

@@ -15,7 +15,7 @@ import funczero as fz
 from funczero import checkpoint, tree
 from funczero.core.types import Group, Reading
 from funczero.layout.lazy import lazy
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.layout.slots import Slots
 from funczero.testing import tree_hash
 from funczero.transforms.formula import pieces, run

@@ -11,7 +11,7 @@ from engines import Net, config, rows
 import funczero as fz
 import funczero.deepspeed as deepspeed
 from funczero.deepspeed import ConfigError
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.testing import tree_hash
 
 HPZ, QW, QG = {"zero_hpz_partition_size": 2}, {"zero_quantized_weights": True}, {"zero_quantized_gradients": True}
@@ -86,6 +86,22 @@ def test_the_engine_takes_them(run_world, k):
     assert first[2] != first[0]
     torch.testing.assert_close(torch.tensor(losses[2]), torch.tensor(losses[0]), rtol=2e-2, atol=2e-2)
     assert max((masters[2][n] - x).abs().max() for n, x in masters[0].items()) < 0.05
+
+
+def cut_while_built():
+    """Masters and views of a module that zero.Init cut over all ranks, where groups of two hold the parameters."""
+    out = []
+    for enabled in (False, True):
+        with deepspeed.zero.Init(enabled=enabled):
+            net = Net()
+        engine, *_ = deepspeed.initialize(model=net, config=page(HPZ))
+        step, state = engine.train_step, engine.state
+        out.append((tree_hash(step.params(state)), tree_hash(fz.tree.leaves(step.whole_views(state)))))
+    return out
+
+
+def test_a_module_that_is_cut_while_it_is_built_is_held_by_groups(run_world):
+    assert len({found for rank in run_world(4, cut_while_built, timeout=300.0) for found in rank}) == 1
 
 
 def frozen_views(keys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -130,6 +130,7 @@ class Checkpointer:
         client_state: Any = None,
         metrics: Mapping[str, float] | None = None,
         overwrite: bool = False,
+        without: Iterable[str] = (),
     ) -> None:
         """Copy this rank's part and return; it is written beside the training, and committed by one rename.
 
@@ -142,6 +143,8 @@ class Checkpointer:
             come back as they are.
           metrics: numbers, for `best`.
           overwrite: replace a checkpoint of this name; otherwise that is an error.
+          without: names of parameters ("params/<path>") that are left out, as frozen ones whose values are known; it
+            restores with strict=False, into a state that has them.
 
         Raises:
           ValueError, TypeError, FileExistsError: on all ranks, before anything is written.
@@ -151,7 +154,8 @@ class Checkpointer:
         peers = self._joined()
         number, begun = peers.begin(), False
         try:
-            asked = Asked(state, name, client_state if peers.rank == 0 else None, metrics, overwrite, self._passing)
+            clients = client_state if peers.rank == 0 else None
+            asked = Asked(state, name, clients, metrics, overwrite, self._passing, frozenset(without))
             found, told, coords = agreed(asked, self.directory, peers, number, self._step, self._config, self.join)
             share = self._staging.dealt(found, coords, peers.rank)
             values = self._staging.copied(found, share, peers.rank)

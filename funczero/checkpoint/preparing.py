@@ -4,6 +4,7 @@ itself; or the error to tell all ranks.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class Asked(NamedTuple):
     metrics: Mapping[str, float] | None
     overwrite: bool
     passing: Passing
+    without: frozenset[str] = frozenset()  # leaves that are left out
 
 
 def agreed(
@@ -54,7 +56,8 @@ def agreed(
     except Exception as e:
         error = e
     coords = coords_of(asked.state) if ready else {}
-    peers.put(f"{number}/ready/{peers.rank}", {"coords": coords, "error": spoken(error)})
+    left = zlib.crc32("\n".join(sorted(asked.without)).encode())
+    peers.put(f"{number}/ready/{peers.rank}", {"coords": coords, "error": spoken(error), "without": left})
     go = _go(peers, number, ready[1].name if ready else "", error, join)
     assert ready is not None
     found, told = ready
@@ -71,6 +74,10 @@ def _go(peers: Peers, number: int, name: str, error: BaseException | None, join:
         try:
             all_ready = peers.wait([(r, f"{number}/ready/{r}") for r in range(peers.size)], "save", join=join)
             bad = next(((r, a["error"]) for r, a in enumerate(all_ready) if a["error"]), None)
+            odd = next((r for r, a in enumerate(all_ready) if a["without"] != all_ready[0]["without"]), None)
+            if bad is None and odd is not None:
+                text = f"save: rank {odd} leaves out other leaves than rank 0; give without= alike on all ranks"
+                bad = (0, ("ValueError", text))
             go = {"name": name, "coords": [a["coords"] for a in all_ready], "error": bad}
         except CheckpointError as e:
             go = {"error": (0, spoken(e))}
@@ -102,7 +109,7 @@ def prepared(asked: Asked, directory: Path, peers: Peers, step: Any, config: Any
             f"save: the state is cut over {cut}, but this process is in a world of {peers.size}; save it in the world"
             " that made it"
         )
-    found = named(state, peers.rank, peers.size)
+    found = _left(named(state, peers.rank, peers.size), asked.without)
     encoded, arrays = client.encode(asked.client_state)
     for key in arrays:
         if key in found.parts:
@@ -129,6 +136,16 @@ def prepared(asked: Asked, directory: Path, peers: Peers, step: Any, config: Any
         refuse_taken(directory, text, asked.overwrite)
         commit.orbax()
     return found, told
+
+
+def _left(found: Names, without: frozenset[str]) -> Names:
+    """What is saved of a state: not the leaves of these names, whichever of its names a tied leaf is given by."""
+    gone = {found.ties.get(n, n) for n in without}
+    odd = next((n for n in sorted(gone) if n not in found.parts or not n.startswith("params/")), None)
+    if odd is not None:
+        raise ValueError(f"save: without= names {odd!r}, which is no parameter; it takes names as 'params/<path>'")
+    parts = {n: p for n, p in found.parts.items() if n not in gone}
+    return Names(parts, {n: first for n, first in found.ties.items() if first not in gone})
 
 
 def coords_of(state: TrainState) -> dict[str, tuple[int, int]]:

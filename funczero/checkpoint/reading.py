@@ -129,25 +129,9 @@ def _tried(
     """One checkpoint on all ranks: all have read it, or none has."""
     mine, done, peers = "", None, reading.peers
     try:
-        found = manifest.load(path, reading.limit)
-        if peers.rank == 0 and (broken := manifest.check_files(path, found)):
-            raise CheckpointError(
-                f"checkpoint {str(path)!r}:"
-                f" {'; '.join(broken[:3])}{f'; and {len(broken) - 3} more' * (len(broken) > 3)}"
-            )
-        state, notes = fill(path, found, like, fresh, reading.want, restorer)
-        odd = found.about.get("not finite")
-        notes += [f"of its leaves {listed(odd)} held NaN or infinity when they were saved"] if odd else []
-        done = Restored(
-            state, load_client(path, found), path.name.removesuffix(folder.NEW), found.step, found.metrics, tuple(notes)
-        )
-    except Exception as e:
-        mine = (
-            sentence(e)
-            if isinstance(e, (CheckpointError, ValueError, TypeError, OSError))
-            else f"{type(e).__name__}: {sentence(e)}"
-        )
-        mine = mine if str(path) in mine else f"{mine} (in {str(path)!r})"
+        done = read(path, reading.limit, like, fresh, reading.want, restorer)
+    except CheckpointError as e:
+        mine = str(e)
     peers.put(f"{key}/{peers.rank}", mine)
     reading.passing("awaits")
     all_told = peers.wait([(r, f"{key}/{r}") for r in range(peers.size)], "restore")
@@ -155,3 +139,30 @@ def _tried(
     if bad is None:
         return done, ""
     return None, bad[1] + f" (rank {bad[0]})" * (peers.size > 1)
+
+
+def read(
+    path: Path, limit: int, like: TrainState, fresh: Callable[[], TrainState], want: Want, restorer: Restorer
+) -> Restored:
+    """One checkpoint on one rank, its ranges alone; rank 0 looks at all files first.
+
+    Args:
+      like: what is to be filled; `fresh` makes it.
+
+    Raises:
+      CheckpointError: it cannot be read, whatever is wrong with it.
+    """
+    try:
+        found = manifest.load(path, limit)
+        if restorer.rank == 0 and (broken := manifest.check_files(path, found)):
+            more = f"; and {len(broken) - 3} more" * (len(broken) > 3)
+            raise CheckpointError(f"checkpoint {str(path)!r}: {'; '.join(broken[:3])}{more}")
+        state, notes = fill(path, found, like, fresh, want, restorer)
+        odd = found.about.get("not finite")
+        notes += [f"of its leaves {listed(odd)} held NaN or infinity when they were saved"] if odd else []
+        name = path.name.removesuffix(folder.NEW)
+        return Restored(state, load_client(path, found), name, found.step, found.metrics, tuple(notes))
+    except Exception as e:
+        known = isinstance(e, (CheckpointError, ValueError, TypeError, OSError))
+        text = sentence(e) if known else f"{type(e).__name__}: {sentence(e)}"
+        raise CheckpointError(text if str(path) in text else f"{text} (in {str(path)!r})") from e

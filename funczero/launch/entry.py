@@ -29,6 +29,8 @@ def main(folder: str) -> None:
     env.update(LOCAL_SIZE=env["LOCAL_WORLD_SIZE"], CROSS_RANK=env["GROUP_RANK"], CROSS_SIZE=env["GROUP_WORLD_SIZE"])
     if orders["local_rank_at"]:
         argv.insert(orders["local_rank_at"], f"--local_rank={local}")
+    if orders["bound"]:
+        argv = [*orders["bound"][int(local)], *argv]
     told = {
         "local": int(local),
         "rank": int(env["RANK"]),

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from funczero.launch.cores import parse_cores
 from funczero.launch.error import LaunchError
 
-LAUNCHERS = ("ssh", "pdsh", "openmpi", "mpich", "slurm")
+LAUNCHERS = ("ssh", "pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm")
+LEVELS = ("debug", "info", "warning", "error", "critical")
 HOSTFILE = "/job/hostfile"  # DeepSpeed's default: taken when it is there
 
 FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
@@ -78,6 +80,39 @@ FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
         ("--python",),
         {"default": sys.executable, "metavar": "F", "help": "the interpreter on the hosts; default: this one's path"},
     ),
+    (
+        ("--venv_script",),
+        {
+            "default": "",
+            "metavar": "F",
+            "help": "a file that a shell on the hosts reads first, such as venv/bin/activate",
+        },
+    ),
+    (
+        ("--bind_cores_to_rank",),
+        {"action": "store_true", "help": "keep every rank on cores of its own, through numactl on the hosts"},
+    ),
+    (
+        ("--bind_core_list",),
+        {"default": "", "metavar": "L", "help": "the cores to deal, such as 0,2-4; default: all physical ones"},
+    ),
+    (
+        ("--save_pid",),
+        {
+            "action": "store_true",
+            "help": "while the run lasts, keep this process's id in <temporary folder>/<id>.deepspeed",
+        },
+    ),
+    (
+        ("--log_level",),
+        {
+            "type": str.lower,
+            "default": "info",
+            "choices": LEVELS,
+            "help": "warning and higher: of this command's own lines those about failures alone",
+        },
+    ),
+    (("-q", "--quiet"), {"action": "store_true", "help": "as --log_level=error"}),
     (("-m", "--module"), {"action": "store_true", "help": "the script is a module's name"}),
     (("--no_python",), {"action": "store_true", "help": "the script is a program of its own"}),
     (
@@ -130,15 +165,8 @@ FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
 )
 
 REFUSED = {
-    "--save_pid": "the processes end with this command; $! is its process id",
-    "--bind_cores_to_rank": "set OMP_NUM_THREADS and start the script under numactl with --no_python",
-    "--bind_core_list": "set OMP_NUM_THREADS and start the script under numactl with --no_python",
-    "--venv_script": "name the environment's interpreter with --python",
     "--autotuning": "funczero has no autotuning",
     "--elastic_training": "write --max_restarts=N",
-    "--log_level": "its messages are few and always shown",
-    "--quiet": "its messages are few and always shown",
-    "-q": "its messages are few and always shown",
 }  # fmt: skip
 
 
@@ -158,6 +186,12 @@ class Options(NamedTuple):
     launcher_args: str
     ssh_port: int | None
     python: str
+    venv_script: str
+    bind_cores_to_rank: bool
+    bind_core_list: str
+    save_pid: bool
+    log_level: str
+    quiet: bool
     module: bool
     no_python: bool
     as_deepspeed: bool
@@ -248,10 +282,36 @@ def _check(o: Options) -> None:
         raise LaunchError(f"--max_restarts={o.max_restarts}: write 0 or more")
     if o.lost_after < 3:
         raise LaunchError(f"--lost_after={o.lost_after}: hosts speak once a second; write 3 seconds or more")
+    _check_host_options(o)
     if any("\0" in word for word in (o.script, *o.args)):
         raise LaunchError(
             "an argument of the script holds a NUL character, which no process can be given; leave it out"
         )
+
+
+def _check_host_options(o: Options) -> None:
+    """Cores and the script before the ranks: which launchers know them."""
+    if o.bind_core_list:
+        parse_cores(o.bind_core_list)
+        if not o.bind_cores_to_rank:
+            raise LaunchError("--bind_core_list names cores that nobody is bound to; add --bind_cores_to_rank")
+    if o.venv_script and o.launcher not in ("ssh", "pdsh"):
+        raise LaunchError(
+            f"--venv_script: --launcher={o.launcher} starts the ranks without a shell; name the environment's"
+            " interpreter with --python"
+        )
+    if o.bind_cores_to_rank and o.launcher in ("openmpi", "mpich", "mvapich", "slurm"):
+        raise LaunchError(
+            f"--bind_cores_to_rank: --launcher={o.launcher} binds by itself; name its own option in --launcher_args, or"
+            " use --launcher=ssh"
+        )
+    if o.bind_cores_to_rank and o.launcher == "impi" and not o.bind_core_list:
+        raise LaunchError("--bind_cores_to_rank: --launcher=impi is told every rank's cores; add --bind_core_list=0-7")
+
+
+def silent(o: Options) -> bool:
+    """Are only failures said?"""
+    return o.quiet or o.log_level in LEVELS[2:]
 
 
 def hint(o: Options) -> str:

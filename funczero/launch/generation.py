@@ -86,7 +86,7 @@ class Launch:
         if stopped is None and len(self.came) > 1:
             stopped = self.came[-1]
         if stopped is not None:
-            self.report.say(f"ended by {signal.Signals(stopped).name}")
+            self.report.note(f"ended by {signal.Signals(stopped).name}")
             return 128 + stopped
         if self.failures:
             return exit_status(self.report.failed(self.failures).code)
@@ -152,7 +152,7 @@ class Launch:
     def _signal(self, _: None, number: int) -> None:
         self.came.append(number)
         if number in NOTICES and len(self.came) == 1 and -1 not in self.links:
-            self.report.say(f"{signal.Signals(number).name} is passed on to every rank; a second one ends them")
+            self.report.note(f"{signal.Signals(number).name} is passed on to every rank; a second one ends them")
             for rank in self.open:
                 self._tell(rank, json.dumps({"signal": number}).encode() + b"\n")
         else:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from funczero.launch.cores import parse_cores
 from funczero.launch.error import LaunchError
 from funczero.launch.flags import Options
 from funczero.launch.hostfile import BYTES, SLOTS, choose, read_hostfile
@@ -203,6 +204,7 @@ def job(plan: Plan, node: Node) -> dict[str, Any]:
         "pass_local_rank": o.pass_local_rank,
         "max_restarts": o.max_restarts,
         "lost_after": o.lost_after,
+        "cores": (parse_cores(o.bind_core_list) if o.bind_core_list else ()) if o.bind_cores_to_rank else None,
     }
 
 

@@ -74,7 +74,9 @@ class Node:
         self.folder.mkdir(mode=0o700)
         argv = rank_command(orders, sys.executable)
         at = len(argv) - len(orders["args"]) if orders["pass_local_rank"] else 0
-        (self.folder / "command.json").write_text(json.dumps({"argv": argv, "local_rank_at": at}))
+        (self.folder / "command.json").write_text(
+            json.dumps({"argv": argv, "local_rank_at": at, "bound": orders.get("bound")})
+        )
         streams = [(name, local) for local in range(len(orders["slots"])) for name in ("out", "err")]
         for name, local in [*streams, ("born", ""), ("told", ""), ("agent", "")]:
             path = self.folder / f"{name}{local}"

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from funczero.launch.cores import bound, own_cores
 from funczero.launch.error import LaunchError
 from funczero.launch.job import with_shim
 from funczero.world.rendezvous import Listener, listen, resolve
@@ -55,6 +56,10 @@ def prepare(orders: dict[str, Any]) -> Listener | None:
     if orders["max_restarts"]:
         # a store a start: in a shared one a host that did not fail itself reads its last start's addresses
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if orders.get("cores") is not None:
+        orders["bound"] = bound(orders["cores"], len(orders["slots"]), orders["host"])
+        each = len(orders["cores"] or own_cores()) // len(orders["slots"])
+        os.environ["OMP_NUM_THREADS"] = str(each)
     if len(orders["slots"]) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's rule, without its banner
     try:

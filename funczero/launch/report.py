@@ -28,7 +28,9 @@ class Failure(NamedTuple):
 class Report:
     """Prints lines as they come; holds a rank's traceback until it is known whether the rank ends with it."""
 
-    def __init__(self, hosts: int, world: int, log_dir: str = "") -> None:
+    def __init__(self, hosts: int, world: int, log_dir: str = "", silent: bool = False) -> None:
+        """silent: of the launcher's own words those about failures alone."""
+        self.silent = silent
         self.hosts, self.world, self.folder = hosts, world, Path(log_dir) if log_dir else None
         self.held: dict[int, tuple[float, str, list[str]]] = {}  # by rank: since when, whose, what
         self.files: dict[int, TextIO] = {}
@@ -86,6 +88,11 @@ class Report:
     def say(self, text: str) -> None:
         """The launcher's own words."""
         self._print("funczero launch: ", [text], sys.stderr)
+
+    def note(self, text: str) -> None:
+        """Words that are about no failure."""
+        if not self.silent:
+            self.say(text)
 
     def _name(self, f: Failure) -> str:
         return f"rank {f.rank} on {f.host}" if f.rank is not None else f"host {f.host}"

@@ -4,16 +4,19 @@ hosts that are left.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from funczero.launch.error import LaunchError
-from funczero.launch.flags import hint, parse, parser
+from funczero.launch.flags import hint, parse, parser, silent
 from funczero.launch.generation import NOTICES, Launch, start
 from funczero.launch.job import Plan, make_plan, without
 from funczero.launch.processes import exit_status
@@ -40,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
             )
         options = parse(argv)
         plan = make_plan(options, os.environ, os.getcwd())
-        if hint(options):
+        if hint(options) and not silent(options):
             print(f"funczero launch: {hint(options)}", file=sys.stderr)
         if options.dry_run:
             print(describe(plan))
@@ -49,12 +52,34 @@ def main(argv: Sequence[str]) -> int:
             from funczero.launch.preflight import preflight
 
             return preflight(plan)
-        if options.launcher in RANK_LAUNCHERS:
-            return run_ranks(rank_launcher(plan), options.launcher)
-        return run_nodes(plan)
+        with saved_pid() if options.save_pid else contextlib.nullcontext():
+            if options.launcher in RANK_LAUNCHERS:
+                return run_ranks(rank_launcher(plan), options.launcher)
+            return run_nodes(plan)
     except ValueError as error:
         print(f"funczero launch: {error}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def saved_pid() -> Iterator[None]:
+    """This process's id in a file of the temporary folder, while the run lasts.
+
+    Raises:
+      LaunchError: the file is there already, or cannot be written.
+    """
+    path = Path(tempfile.gettempdir(), f"{os.getpid()}.deepspeed")
+    try:
+        with path.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        raise LaunchError(f"--save_pid: {path} is there already, of an older run; delete it") from None
+    except OSError as error:
+        raise LaunchError(f"--save_pid: {path} cannot be written ({error.strerror}); leave the option out") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def run_ranks(command: Command, launcher: str) -> int:
@@ -78,7 +103,7 @@ def run_ranks(command: Command, launcher: str) -> int:
 def run_nodes(plan: Plan) -> int:
     """Every generation of a run: a new one begins on the hosts that are left when some are lost and restarts are."""
     o, used = plan.options, 0
-    report = Report(len(plan.nodes), plan.world, o.log_dir)
+    report = Report(len(plan.nodes), plan.world, o.log_dir, silent(o))
     inbox: queue.SimpleQueue[tuple[int | None, str, Any]] = queue.SimpleQueue()
     for number in (signal.SIGINT, signal.SIGHUP, *NOTICES):
         signal.signal(number, lambda n, _: inbox.put((None, "signal", n)))

@@ -1,5 +1,5 @@
-"""What reaches the hosts: command lines for ssh and pdsh, which start nodes, and for OpenMPI, MPICH and SLURM, which
-start the ranks themselves.
+"""What reaches the hosts: command lines for ssh and pdsh, which start nodes, and for OpenMPI, MPICH and its kin, and
+SLURM, which start the ranks themselves.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from funczero.launch.cores import dealt, numactl, parse_cores
 from funczero.launch.error import LaunchError
+from funczero.launch.flags import Options
 from funczero.launch.job import Node, Plan, bare, job, port_of, rank_command, torchrun_arguments
 
 NODE = "-m funczero.launch.node"
-RANK_LAUNCHERS = ("openmpi", "mpich", "slurm")
+RANK_LAUNCHERS = ("openmpi", "mpich", "impi", "mvapich", "slurm")
 
 
 class Command(NamedTuple):
@@ -41,9 +43,12 @@ def node_command(plan: Plan, node: Node, **more: object) -> Command:
     'ssh -T -o BatchMode=yes -o ConnectTimeout=10 -- localhost python3 -m funczero.launch.node'
     """
     stdin = (json.dumps(job(plan, node) | more) + "\n").encode()
-    if node.local or plan.options.no_ssh:
-        return Command((sys.executable, *NODE.split()), stdin, {}, str(Path(__file__).parents[2]))
     o = plan.options
+    if node.local or o.no_ssh:
+        here = str(Path(__file__).parents[2])
+        if o.venv_script:
+            return Command(("bash", "-c", _words_on_host(o)), stdin, {"PYTHONPATH": _before(here)})
+        return Command((sys.executable, *NODE.split()), stdin, {}, here)
     port = port_of(node.host) or (str(o.ssh_port) if o.ssh_port else "")
     user = node.host.rpartition("@")[0]
     options = [
@@ -61,21 +66,37 @@ def node_command(plan: Plan, node: Node, **more: object) -> Command:
             *options,
             "--",
             f"{user}@{bare(node.host)}" if user else bare(node.host),
-            f"{_python(o.python)} {NODE}",
+            _words_on_host(o),
         ),
         stdin,
         {},
     )
 
 
-def _python(path: str) -> str:
-    """The interpreter's path; the remote login shell reads it, so it may hold nothing but a path."""
+def _words_on_host(o: Options) -> str:
+    """What a shell on a host is told: the interpreter, after --venv_script the one that it finds then, unless --python
+    names another.
+    """
+    if not o.venv_script:
+        return f"{_path('--python', o.python)} {NODE}"
+    python = "python" if o.python == sys.executable else _path("--python", o.python)
+    return f". {_path('--venv_script', o.venv_script)} && exec {python} {NODE}"
+
+
+def _path(option: str, path: str) -> str:
+    """A path; the remote login shell reads it, so it may hold nothing else."""
     if not re.fullmatch(r"[A-Za-z0-9_./+][A-Za-z0-9_./+-]*", path):
+        what = "an interpreter" if option == "--python" else "a file"
         raise LaunchError(
-            f"--python={path}: a shell on the hosts would read this path as more than one; name an interpreter whose"
+            f"{option}={path}: a shell on the hosts would read this path as more than one; name {what} whose"
             " path has letters, digits and ./_+- alone"
         )
     return path
+
+
+def _before(folder: str) -> str:
+    """PYTHONPATH with a folder in front."""
+    return os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _words(text: str) -> list[str]:
@@ -124,19 +145,19 @@ def pdsh_command(plan: Plan) -> Command:
         "-w",
         ",".join(hosts),
         *_words(o.launcher_args),
-        f"{_python(o.python)} {NODE} %n {told}",
+        f"{_words_on_host(o)} %n {told}",
     )
     return Command(argv, None, {"PDSH_SSH_ARGS_APPEND": ssh})
 
 
 def rank_launcher(plan: Plan) -> Command:
-    """OpenMPI, MPICH or SLURM starts the ranks; `init_distributed` reads what each says. Environment goes by name,
+    """An MPI's launcher or SLURM starts the ranks; `init_distributed` reads what each says. Environment goes by name,
     never by value.
 
     Raises:
       LaunchError: the launcher could not do what the filters or the arguments ask for.
     """
-    o, build = plan.options, {"openmpi": _openmpi, "mpich": _mpich, "slurm": _slurm}[plan.options.launcher]
+    o, build = plan.options, {"openmpi": _openmpi, "slurm": _slurm}.get(plan.options.launcher, _hydra)
     for node in plan.nodes:
         if node.slots != tuple(range(len(node.slots))):
             raise LaunchError(
@@ -159,6 +180,8 @@ def rank_launcher(plan: Plan) -> Command:
         )
     env = plan.env | {"MASTER_ADDR": plan.master_addr, "MASTER_PORT": str(plan.master_port)}
     ranks = rank_command(job(plan, plan.nodes[0]), o.python)
+    if o.launcher == "impi" and o.bind_cores_to_rank:
+        return Command((*build(plan, env), *_each(plan, ranks)), None, env)
     return Command((*build(plan, env), *ranks), None, env)
 
 
@@ -184,20 +207,29 @@ def _openmpi(plan: Plan, env: dict[str, str]) -> list[str]:
     ]
 
 
-def _mpich(plan: Plan, env: dict[str, str]) -> list[str]:
+HYDRA: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {  # names of the command, and what its ranks must be told
+    "mpich": (("mpiexec.hydra", "mpirun.mpich", "mpirun"), {}),
+    "impi": (("mpiexec.hydra", "mpirun"), {"I_MPI_PIN": "0"}),  # binding is the script's, or --bind_cores_to_rank
+    "mvapich": (("mpiexec.hydra", "mpirun"), {"MV2_ENABLE_AFFINITY": "0", "MV2_SUPPORT_DL": "1"}),
+}
+
+
+def _hydra(plan: Plan, env: dict[str, str]) -> list[str]:
+    """MPICH's command and those that are made of it: Intel MPI's and MVAPICH's."""
     o, counts = plan.options, {len(n.slots) for n in plan.nodes}
     if len(counts) > 1:
         raise LaunchError(
-            f"--launcher=mpich: it starts as many processes on every host, but the slots are {sorted(counts)}; use"
-            f" --num_gpus={min(counts)}, or --launcher=ssh"
+            f"--launcher={o.launcher}: it starts as many processes on every host, but the slots are {sorted(counts)};"
+            f" use --num_gpus={min(counts)}, or --launcher=ssh"
         )
+    names, own = HYDRA[o.launcher]
+    env.update({name: value for name, value in own.items() if name not in env})
     hosts = ",".join(bare(n.host) for n in plan.nodes)
     output = ["-outfile-pattern", f"{os.path.abspath(o.log_dir)}/rank%r.log"] if o.log_dir else ["-prepend-rank"]
-    tool = _tool("mpiexec.hydra", "mpirun.mpich", "mpirun")
+    count = [] if o.bind_cores_to_rank else ["-n", str(plan.world)]
     return [
-        tool,
-        "-n",
-        str(plan.world),
+        _tool(*names),
+        *count,
         "-ppn",
         str(counts.pop()),
         "-hosts",
@@ -209,6 +241,16 @@ def _mpich(plan: Plan, env: dict[str, str]) -> list[str]:
         ",".join(env),
         *_words(o.launcher_args),
     ]
+
+
+def _each(plan: Plan, ranks: list[str]) -> list[str]:
+    """Every rank's command by itself, on the cores that are dealt to it."""
+    out: list[str] = []
+    for node in plan.nodes:
+        for own in dealt(parse_cores(plan.options.bind_core_list), len(node.slots), node.host):
+            threads = ["-env", "OMP_NUM_THREADS", str(len(own))]
+            out += [*([":"] if out else []), "-n", "1", *threads, *numactl(own), *ranks]
+    return out
 
 
 def _slurm(plan: Plan, env: dict[str, str]) -> list[str]:
@@ -264,10 +306,9 @@ def describe(plan: Plan) -> str:
         if node.rank in commands:
             lines.append(_command("  start  ", commands[node.rank]))
         lines.append(f"  agent  torchrun {shlex.join(torchrun_arguments(orders, o.python, 'entry.py', 'FOLDER'))}")
-        lines.append(
-            "  rank  "
-            f" {shlex.join(rank_command(orders, o.python))}{' (and --local_rank=N)' if o.pass_local_rank else ''}"
-        )
+        front = "numactl -C ITS_CORES " if o.bind_cores_to_rank else ""
+        last = " (and --local_rank=N)" if o.pass_local_rank else ""
+        lines.append(f"  rank   {front}{shlex.join(rank_command(orders, o.python))}{last}")
     return "\n".join(lines)
 
 

@@ -13,11 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from funczero.layout.processes import World as World
-from funczero.layout.processes import default_device as default_device
-from funczero.layout.processes import init_distributed as init_distributed
-from funczero.layout.processes import world_rank
-from funczero.layout.processes import world_size as world_size
+from funczero.layout.processes import default_device, init_distributed, world_rank, world_size
 from funczero.layout.spec import P as P
 from funczero.world import presence
 from funczero.world.inflight import InFlight

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.types import Grad, Metrics, TrainState
-from funczero.layout.mesh import Mesh, init_distributed, world_size
+from funczero.layout.mesh import Mesh
+from funczero.layout.processes import init_distributed, world_size
 from funczero.layout.slots import Slots
 from funczero.step.alike import checksum, settings
 from funczero.step.watch import Watch, in_words
@@ -63,6 +64,18 @@ def _entered(ledger: Ledger, name: str, fn: Callable[..., Any], state: TrainStat
     return out
 
 
+def watch_of_world() -> Watch | None:
+    """The thread that compares the launches of this world's ranks.
+
+    None in a world of one, where ranks are simulated, or without a store that a thread can ask.
+    """
+    simulated = world_size() == 1 or dist.get_backend() in ("fake", "threaded")
+    if simulated or not hasattr(dist.distributed_c10d._get_default_store(), "clone"):
+        return None
+    there = (t for t in threading.enumerate() if isinstance(t, Watch) and t.world is dist.group.WORLD)
+    return next(there, None) or Watch()
+
+
 def watched(
     mesh: Mesh, grad: Grad, check: int | bool, parts: Sequence[Any] = (), replicated: tuple[str, ...] = ()
 ) -> Mesh:
@@ -81,11 +94,9 @@ def watched(
     if not check or world_size() == 1 or prod(mesh.sizes().values()) != world_size():
         return mesh
     init_distributed()
-    simulated = dist.get_backend() in ("fake", "threaded")
-    if simulated or not hasattr(dist.distributed_c10d._get_default_store(), "clone"):
-        return mesh  # or without a store that a thread can ask
-    there = (t for t in threading.enumerate() if isinstance(t, Watch) and t.world is dist.group.WORLD)
-    ledger.watch = next(there, None) or Watch()
+    ledger.watch = watch_of_world()
+    if ledger.watch is None:
+        return mesh
     texts = ledger.watch.verdict.texts
     texts |= ledger.texts
     ledger.texts = texts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -159,20 +159,19 @@ class Fits:
             return state.params.to(g.env.policy.compute)
         if self.book.made(state) if made is None else made:
             return state.views
-        if state.views.where.memory and not self.book.replaced(state):
+        remembers, where = differs(g), state.views.where
+        if remembers and where.memory and not self.book.replaced(state):
             return state.views
         fresh = state.params.to(g.env.policy.compute).placed(state.views.where.place, g.env.mesh.device)
         for axis in reversed(state.params.where.axes[len(state.views.where.axes) :]):
             edge = g.env.edges[axis]
             fresh = all_gather(fresh, axis if edge.gather.difference else edge, g.env.mesh, at(state))
-        return Slots(fresh.buffers, state.views.where)
+        return Slots(fresh.buffers, where if where.memory == remembers else replace(where, memory=remembers))
 
     def settled(self, state: TrainState, views: Slots | None = None) -> TrainState:
         """The same state with views of its masters (these, where they are known), remembered as this step's own."""
         if self.book.made(state) and not packed(self.running()):
             return state
-        if state.views is not None and state.views.where.memory:  # they are what was read, as their own leaves
-            views = state.views
         line = self.book.line(state)
         state = state._replace(views=None if state.views is None else views or self.views(state, made=False))
         self.book.add(state, None if line is None else line.skipped)
@@ -230,6 +229,11 @@ def packed(g: Grad) -> bool:
     views = lambda e: (e.gather, e.views_of(True))
     edges = [e for e in g.env.edges.values() if g.env.mesh.axes[e.axis].size > 1]
     return any(wire is not as_born for e in edges for wire in views(e))
+
+
+def differs(g: Grad) -> bool:
+    """Do views remember what was sent, so that they do not follow from the masters?"""
+    return any(e.gather.difference and g.env.mesh.axes[e.axis].size > 1 for e in g.env.edges.values())
 
 
 def _buffers(state: TrainState) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from funczero.core.types import Grad, TrainState
 from funczero.layout.lazy import Lazy, all_find, lazy
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where, apart
+from funczero.step.fits import differs
 from funczero.transforms.chain import Source
 
 
@@ -37,11 +38,6 @@ def initial(g: Grad, own: Lazy, key: int) -> TrainState:
         views = Slots(views.buffers, replace(views.where, memory=True))
     zero = torch.zeros((), dtype=torch.int64)
     return TrainState(masters, views, state, zero, zero.to(own.device, copy=True), torch.tensor(key))
-
-
-def differs(g: Grad) -> bool:
-    """Do views remember what was sent, so that they do not follow from the masters?"""
-    return any(e.gather.difference and g.env.mesh.axes[e.axis].size > 1 for e in g.env.edges.values())
 
 
 def check_widening(params: Any, policy: Policy) -> None:

@@ -18,8 +18,9 @@ from funczero.core.types import Grad, Metrics, TrainState
 from funczero.gradients.draws import keyed
 from funczero.gradients.loss import check_loss, drew
 from funczero.gradients.tape import Tape
-from funczero.layout.mesh import Mesh, P, located
+from funczero.layout.mesh import Mesh, located
 from funczero.layout.slots import Slots
+from funczero.layout.spec import P
 from funczero.step.calls import recorded
 from funczero.step.describe import describe
 from funczero.step.fits import Fits, at

@@ -11,7 +11,7 @@ from torch import Tensor
 from funczero.core import rng
 from funczero.gradients.gradient import value_and_grad
 from funczero.gradients.layers import layers
-from funczero.layout.mesh import P
+from funczero.layout.spec import P
 from funczero.optim import adamw
 from funczero.step.step import Step
 from funczero.step.train_step import train_step

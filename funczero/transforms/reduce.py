@@ -87,7 +87,8 @@ def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
     name = f"all_reduce({axis!r}{_said(wire)})"
 
     def transform(g: Grad) -> Grad:
-        return summed(g, Edge(axis, gather=wire._replace(memory=None), scatter=wire), name, collectives.all_reduce, ())
+        joins = wire if wire.memory is None else wire._replace(memory=None)
+        return summed(g, Edge(axis, gather=joins, scatter=wire), name, collectives.all_reduce, ())
 
     transform.__name__ = name
     return transform

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from funczero.world.plain import plain
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = ("PET_NNODES", "PET_NPROC_PER_NODE")  # what Kubernetes' operators write for a torchrun in the pod
 PORT = 29500
 
 
@@ -61,8 +62,8 @@ def read(environ: Mapping[str, str]) -> dict[str, str] | None:
     is.
 
     Raises:
-      RuntimeError: half a world is described, or several hosts are without rank 0's address; the message has the option
-        to add.
+      RuntimeError: half a world is described, or one for a torchrun that nobody started, or several hosts are without
+        rank 0's address; the message has the option to add.
 
     >>> read({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"})
     {'RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_RANK': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500'}
@@ -71,6 +72,12 @@ def read(environ: Mapping[str, str]) -> dict[str, str] | None:
         return _translate(next(x for x in LAUNCHERS if x.name == who), environ)
     there = [n for n in NAMES if n in environ]
     if not there:
+        asked = next((n for n in TORCHRUN if environ.get(n, "1") not in ("1", "")), None)
+        if asked is not None:
+            raise RuntimeError(
+                f"init_distributed: the environment holds {asked}={plain(environ[asked])}, which torchrun reads, but"
+                f" nobody made this process a rank; start the script with torchrun, or unset {asked} for a world of one"
+            )
         return None
     if len(there) < len(NAMES):
         missing = [n for n in NAMES if n not in there]

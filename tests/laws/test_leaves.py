@@ -11,7 +11,7 @@ import zoo
 
 import funczero as fz
 from funczero import P, tree
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.layout.where import Where
 
 FROZEN = r"embed|blocks/1|blocks/\d/b"  # loose, a whole block, and a leaf inside each block

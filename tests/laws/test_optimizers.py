@@ -13,7 +13,7 @@ from optimizers import F64, PAIRS, Lion, masters, plain_adagrad, plain_adam, pla
 
 import funczero as fz
 from funczero import tree
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 
 STILL = "embed|blocks/1|gain"
 VARIANTS = {"plain": {}, "donated": {"donate": True}, "no units": {"units": ()}, "frozen": {"frozen": STILL}}

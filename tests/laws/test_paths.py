@@ -11,7 +11,7 @@ from torch import nn
 
 import funczero as fz
 from funczero import P
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 
 LR, WIDE = 0.01, 192  # a unit of 192 x 192 is sent by itself, one of 6 x 6 with others
 ROWS, MICROS = 2, 4

@@ -11,7 +11,7 @@ from torch import nn
 
 import funczero as fz
 from funczero import P
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 
 LR, ROWS, MICROS = 0.01, 2, 4
 

@@ -8,7 +8,7 @@ import zoo
 
 import funczero as fz
 from funczero import P
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.testing import tree_hash
 
 EXTRA = {

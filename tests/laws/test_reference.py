@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 
 FORMS = {
     "whole": dict(units=()),

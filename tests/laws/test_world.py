@@ -11,7 +11,7 @@ import torch
 import zoo
 
 import funczero as fz
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 
 POLICIES = {
     "fp32": "float32",

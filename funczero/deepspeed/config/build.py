@@ -22,7 +22,7 @@ from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config, dtype_name
 from funczero.gradients.gradient import pullback as pulled
 from funczero.gradients.gradient import value_and_grad
-from funczero.layout.mesh import P
+from funczero.layout.spec import P
 from funczero.step.zero import zero, zeropp
 from funczero.transforms.accumulate import accumulate
 from funczero.transforms.clip import clip_by_global_norm

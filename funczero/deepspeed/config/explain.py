@@ -18,7 +18,7 @@ from funczero.deepspeed.config.reading import parsed
 from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config
 from funczero.gradients.gradient import value_and_grad
-from funczero.layout.mesh import P
+from funczero.layout.spec import P
 from funczero.step.train_step import train_step
 
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}

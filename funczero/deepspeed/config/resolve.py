@@ -16,7 +16,7 @@ from funczero.deepspeed.config.reading import Document, read
 from funczero.deepspeed.config.resolved import Config, Setting
 from funczero.deepspeed.config.triad import BATCH, MICRO, NAMES, STEPS, WorldSize, derive
 from funczero.deepspeed.config.typed import typed
-from funczero.layout.mesh import world_size
+from funczero.layout.processes import world_size
 from funczero.world.plain import plain
 
 _Z = "zero_optimization."

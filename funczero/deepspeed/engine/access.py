@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from funczero.deepspeed.engine.leaf import number, read_leaf, write_part
@@ -37,6 +39,15 @@ def home(param: Any) -> tuple[Any, str]:
     return engine, found[1]
 
 
+def noted(engine: Any, call: str, name: str, value: Tensor) -> None:
+    """Enters a write into the ledger with a checksum of its value: the next sum compares it. Nothing is sent."""
+    ledger = engine.live_mesh.ledger
+    if ledger.ranks > 1:
+        number = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        dtype, size = str(value.dtype).removeprefix("torch."), value.numel() * value.element_size()
+        engine.together(call, lambda: ledger.note(f"write {number:08x}", name, dtype, size))
+
+
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The master, whole, on every rank. A collective."""
     engine, name = home(param)
@@ -45,8 +56,9 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
-    """Writes the master and what is kept of it elsewhere; every rank gives the same value."""
+    """Writes the master and what is kept of it elsewhere; every rank gives the same value, or all are told so later."""
     engine, name = home(param)
+    noted(engine, f"safe_set_full_fp32_param({name!r})", name, value)
     engine.write_parameters({name: value})
 
 
@@ -72,8 +84,9 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
-    """Writes a moment; every rank gives the same value."""
+    """Writes a moment; every rank gives the same value, or all are told so later."""
     engine, name = home(param)
+    noted(engine, f"safe_set_full_optimizer_state({name!r}, {optim_state_key!r})", name, value)
     write_part(_moment(engine, optim_state_key), name, value)
 
 

@@ -24,7 +24,7 @@ def split(found: Any) -> tuple[Any, dict[str, Any]]:
 
 def _checked(beside: Any) -> dict[str, Any]:
     count = lambda n: type(n) is int and 0 <= n < 1 << 63
-    form = {"counts": dict, "k": int, "taken": int, "buffers": dict, "persistent": list}
+    form = {"counts": dict, "k": int, "taken": int, "buffers": dict, "persistent": list, "frozen": list}
     wrong: str | None = "its form"
     if isinstance(beside, dict):
         wrong = next((k for k, kind in form.items() if k in beside and type(beside[k]) is not kind), None)

@@ -8,6 +8,7 @@ from typing import Any
 from absl import logging
 
 from funczero.checkpoint import Checkpointer, CheckpointError
+from funczero.checkpoint.names import escape
 from funczero.core.types import TrainState
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.beside import COUNTS, split
@@ -49,7 +50,8 @@ class Checkpoints(Weights):
           tag: a name, as loss.item(), by default global_step<n>. Rank 0's counts. One of that name is replaced.
           client_state: plain values, tensors and arrays of rank 0, which load_checkpoint returns.
           client_sd: another name of client_state.
-          exclude_frozen_parameters: accepted with a warning; a checkpoint holds every parameter.
+          exclude_frozen_parameters: leave out what needs no gradient and is not trained; load_module_strict=False
+            loads such a checkpoint, and frozen parameters stay as they are.
           save_latest: write the tag into `latest`, which load_checkpoint reads.
 
         Raises:
@@ -57,8 +59,6 @@ class Checkpoints(Weights):
         """
         if not save_dir:
             raise ValueError("save_checkpoint: save_dir is empty; name a folder that all ranks share")
-        if exclude_frozen_parameters and self.global_rank == 0:
-            logging.warning("save_checkpoint: exclude_frozen_parameters saves nothing: frozen parameters are kept, too")
         if client_state is not None and client_sd is not None:
             raise TypeError(
                 "save_checkpoint: client_state= and client_sd= are two names of one argument; give one of them"
@@ -67,7 +67,9 @@ class Checkpoints(Weights):
         self._check_tag(name)
         ck = self._checkpointer(save_dir)
         client = client_sd if client_state is None else client_state
-        ck.save(self.state, name, client_state={"client": client, "engine": self._beside()}, overwrite=True)
+        without = [f"params/{escape(n)}" for n in self.frozen_names()] if exclude_frozen_parameters else []
+        both = {"client": client, "engine": self._beside()}
+        ck.save(self.state, name, client_state=both, overwrite=True, without=without)
         done = ck.wait()
         if str(done) != str(name) and self.config_.value("checkpoint.tag_validation") == "warn":
             what = "save_checkpoint: the tag is %r on rank %d, but rank 0's counts, which is %r"
@@ -97,6 +99,7 @@ class Checkpoints(Weights):
             "k": self._k,
             "taken": self.window_length(),
             "lr_scheduler": self.lr_scheduler.state_dict() if kept else None,
+            "frozen": self.frozen_names(),
             "buffers": dict(self.module.named_buffers(remove_duplicate=False)),
             "persistent": [n for n, _ in self.module.named_buffers(remove_duplicate=False) if self._lasts(n)],
         }
@@ -120,10 +123,11 @@ class Checkpoints(Weights):
         Args:
           load_dir: one that holds nothing, or None: a fresh start, (None, None), with a warning.
           tag: by default what `latest` says.
+          load_module_strict: False: parameters that the checkpoint lacks stay as they are, others are passed over.
           load_module_only: weights and buffers alone.
 
         Raises:
-          CheckpointError: there is none of that tag; it says what was found.
+          CheckpointError: there is none of that tag, or it lacks parameters; it says what was found.
         """
         if custom_load_fn is not None:
             raise ValueError(
@@ -144,7 +148,11 @@ class Checkpoints(Weights):
             only = ("^params/", "^(step|updates|key)$")
         elif not load_lr_scheduler_states:
             only = (rf"^(?!{KEY}/)",)
-        found = ck.restore(name, like=self._state, strict=load_module_strict, only=only)
+        try:
+            found = ck.restore(name, like=self._state, strict=load_module_strict, only=only)
+        except CheckpointError as e:  # in the words of this call
+            text = str(e).replace("rename=[(regex, replacement)] maps names, ", "")
+            raise CheckpointError(text.replace("strict=False", "load_module_strict=False")) from e
         client, beside = split(found.client_state)
         buffers = fitting(self.module, beside, load_module_strict)
         self._restored(found.state, beside, buffers, load_module_only, load_lr_scheduler_states)

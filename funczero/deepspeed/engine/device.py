@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from funczero.layout.mesh import default_device
+from funczero.layout.processes import default_device
 
 
 class Accelerator:

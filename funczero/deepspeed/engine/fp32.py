@@ -37,19 +37,22 @@ def get_fp32_state_dict_from_zero_checkpoint(
 
     Args:
       checkpoint_dir: as given to engine.save_checkpoint.
-      exclude_frozen_parameters: refused, because a checkpoint does not say which parameters were frozen.
+      exclude_frozen_parameters: trained parameters alone; of a checkpoint that was saved without the others that is
+        all there is.
       lazy_mode: DeepSpeed's promise of values read later; here they are read at once.
 
     Source: DeepSpeed 0.19.8, deepspeed/utils/zero_to_fp32.py.
     """
-    if exclude_frozen_parameters:
-        why = "a checkpoint does not say which parameters were frozen"
-        raise ValueError(f"zero_to_fp32: exclude_frozen_parameters=True, but {why}; leave it out")
     where = checkpoint_of(checkpoint_dir, tag)
     with tempfile.TemporaryDirectory() as folder:
         (file,) = export(where, Path(folder, "weights.safetensors"), dtype="float32")
         weights = {name: x.clone() for name, x in safetensors.torch.load_file(file).items()}
     _, beside = split(load_client(where, manifest.load(where)))
+    if exclude_frozen_parameters:
+        if "frozen" not in beside:
+            why = "this checkpoint does not say which parameters were frozen"
+            raise ValueError(f"zero_to_fp32: exclude_frozen_parameters=True, but {why}; leave it out")
+        weights = {n: x for n, x in weights.items() if n not in beside["frozen"]}
     buffers = beside.get("buffers", {})
     return weights | {name: buffers[name] for name in beside.get("persistent", buffers) if name in buffers}
 

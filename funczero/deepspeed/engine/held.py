@@ -121,7 +121,7 @@ class Closed(Held):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What asks for no value; any other use is refused, with the correction."""
-        if func.__name__ in ALLOWED or func.__name__ in ("__get__", "__set__", "__delete__") and _is_fact(func):
+        if func.__name__ in ALLOWED or func.__name__ in ("__get__", "__set__", "__delete__") and is_fact(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         own = next((x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Closed)), None)
@@ -139,7 +139,8 @@ class Closed(Held):
 _NUMBERS = count()
 
 
-def _is_fact(func: Any) -> bool:
+def is_fact(func: Any) -> bool:
+    """Does reading or writing this property of a tensor ask for no value?"""
     return getattr(getattr(func, "__self__", None), "__name__", "") in (FACTS if func.__name__ == "__get__" else SET)
 
 

@@ -37,7 +37,9 @@ from funczero.deepspeed.optim.groups import (
 )
 from funczero.deepspeed.optim.optimizer import EngineOptimizer, with_numbers
 from funczero.deepspeed.optim.schedulers import from_config
-from funczero.layout.mesh import P, plan_mesh, world_size
+from funczero.layout.mesh import plan_mesh
+from funczero.layout.processes import world_size
+from funczero.layout.spec import P
 from funczero.step.step import Step
 from funczero.step.train_step import train_step
 
@@ -100,7 +102,8 @@ def initialize(
         groups = [dict(g) for g in client.param_groups]
     made, holder, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
     step = made(resolved)
-    state = step.init(holder.start(resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1))
+    threshold = resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1
+    state = step.init(holder.start(threshold, step))
     engine = Engine(holder, resolved, step, state, rates, made)
     take(model, engine, holder.kind)
     holder.attach()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch.distributed import ReduceOp as ReduceOp
 
 from funczero.comm.integers import sum_and_compare
 from funczero.comm.launch import broadcast
-from funczero.layout import mesh
+from funczero.layout import mesh, processes
+from funczero.step.calls import watch_of_world
+from funczero.step.watch import in_words
 from funczero.world import environment
 from funczero.world.entries import Context
 
@@ -57,7 +61,7 @@ def init_distributed(
         port = {"MASTER_PORT": str(distributed_port)} if given else {}
         os.environ.update(environment.read(port | os.environ) or {})
     if init_method is not None or timeout is not None:
-        device = mesh.default_device().type
+        device = processes.default_device().type
         backend = dist_backend or dist.get_default_backend_for_device(device)
         dist.init_process_group(
             backend,
@@ -66,7 +70,7 @@ def init_distributed(
             rank=int(os.environ.get("RANK", "0")),
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
         )
-    world = mesh.init_distributed(dist_backend)
+    world = processes.init_distributed(dist_backend)
     alone()
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     if verbose and world.rank == 0:
@@ -75,9 +79,15 @@ def init_distributed(
 
 
 def alone() -> None:
-    """A group of one, for programs that ask torch.distributed about the world of a single process."""
-    if not dist.is_initialized() and mesh.world_size() == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    """A group of one, for programs that ask torch.distributed about the world of a single process.
+
+    Its backend is the device's, with gloo for what lies on the CPU.
+    """
+    if not dist.is_initialized() and processes.world_size() == 1:
+        device = processes.default_device().type
+        own = dist.get_default_backend_for_device(device)
+        backend = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{own}"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def is_initialized() -> bool:
@@ -107,12 +117,33 @@ def barrier(*args: Any, **kwargs: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _mesh_of(world: Any) -> mesh.Mesh:
-    return mesh.connect(mesh.plan_mesh({"data": -1}))
+    found = mesh.connect(mesh.plan_mesh({"data": -1}))
+    found.ledger.watch = watch_of_world()
+    return found
+
+
+@contextmanager
+def called(call: str) -> Iterator[mesh.Mesh]:
+    """world_mesh(call) while it is made: a rank that makes it alone is told, and does not wait for ever."""
+    found = world_mesh(call)
+    watch = found.ledger.watch
+    within = watch is not None and watch.inside
+    if watch is not None:
+        watch.enter()
+    try:
+        yield found
+    except BaseException as error:
+        if watch is not None:
+            watch.failed(error, f"{in_words(error)} in {call}")
+        raise
+    finally:
+        if watch is not None:
+            watch.inside = within
 
 
 def world_mesh(call: str) -> mesh.Mesh:
     """All processes on one axis, where no engine has a mesh yet; what is launched there belongs to `call`."""
-    mesh.init_distributed()
+    processes.init_distributed()
     found = _mesh_of(dist.group.WORLD if dist.is_initialized() else None)  # None: a world of one, which has no groups
     found.ledger.enter(Context(call))
     return found
@@ -124,17 +155,17 @@ def compared(call: str) -> None:
     Raises:
       DivergenceError: one launched something else; on all ranks alike.
     """
-    found = world_mesh(call)
-    sum_and_compare([torch.zeros(0, dtype=torch.int64, device=found.device)], (), found)
+    with called(call) as found:
+        sum_and_compare([torch.zeros(0, dtype=torch.int64, device=found.device)], (), found)
 
 
 def broadcast_module(module: nn.Module) -> None:
     """Rank 0's parameters and buffers on every rank."""
     if get_world_size() > 1:
-        found = world_mesh("initialize")
-        for x in [*module.parameters(), *module.buffers()]:
-            if not hasattr(x, "home"):
-                x.data.copy_(broadcast(x.data, 0, found))
+        with called("initialize") as found:
+            for x in [*module.parameters(), *module.buffers()]:
+                if not hasattr(x, "home"):
+                    x.data.copy_(broadcast(x.data, 0, found))
 
 
 def gather_texts(text: str) -> list[str]:

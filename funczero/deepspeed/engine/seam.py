@@ -11,8 +11,8 @@ from torch import Tensor
 from funczero.core.types import ChainError, Env, Grad, Seed, Sum
 from funczero.gradients.gradient import close, pullback
 from funczero.gradients.tape import Tape
-from funczero.layout.mesh import P
 from funczero.layout.slots import Slots
+from funczero.layout.spec import P
 from funczero.transforms.chain import Source
 
 

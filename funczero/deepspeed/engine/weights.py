@@ -56,10 +56,11 @@ class Weights(Facts):
         """May the whole model be gathered at stage 3?"""
         return self.config_.value(GATHER)
 
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
-        """The module's state_dict on rank 0's CPU and None elsewhere; a collective.
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        """The module's state_dict on rank 0's CPU and an empty dict elsewhere; a collective.
 
-        The underscore is DeepSpeed's: Hugging Face calls this very name.
+        The underscore is DeepSpeed's: Hugging Face calls this very name. DeepSpeed gives None elsewhere, in whose place
+        save_pretrained asks the module, and that would be a collective of some ranks.
 
         Raises:
           ValueError: the config does not allow it.
@@ -70,7 +71,7 @@ class Weights(Facts):
                 f"allow that with {GATHER}: true"
             )
         whole = self.module_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
-        return {n: x.cpu() for n, x in whole.items()} if self.global_rank == 0 else None
+        return {n: x.cpu() for n, x in whole.items()} if self.global_rank == 0 else {}
 
     def module_state_dict(
         self,
@@ -81,10 +82,16 @@ class Weights(Facts):
     ) -> dict[str, Tensor]:
         """The module's state_dict, whole, in the compute dtype. A collective."""
         out = {} if destination is None else destination
-        whole, named = module_state(self.train_step, self._state, self.module), self._holder.named
-        frozen = {n for n, p in named.items() if not p.requires_grad} if exclude_frozen_parameters else set()
+        whole = module_state(self.train_step, self._state, self.module)
+        frozen = self.frozen_names() if exclude_frozen_parameters else []
         out.update({prefix + n: x for n, x in whole.items() if n not in frozen})
         return out
+
+    def frozen_names(self) -> list[str]:
+        """Of the parameters that need no gradient and that no group of the optimizer has."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        trained = {id(p) for g in groups for p in g["params"]}
+        return [n for n, p in self._holder.named.items() if not p.requires_grad and id(p) not in trained]
 
     def load_module_state_dict(
         self, state_dict: dict[str, Tensor], strict: bool = True, custom_load_fn: Any = None

@@ -12,7 +12,7 @@ from funczero.core.types import TrainState
 from funczero.deepspeed.engine.graphs import differentiate
 from funczero.deepspeed.engine.held import Held, named
 from funczero.gradients.gradient import pullback
-from funczero.layout.mesh import P
+from funczero.layout.spec import P
 from funczero.step.step import Step
 from funczero.transforms.chain import Source
 
@@ -34,7 +34,7 @@ class WholeParameters:
         """Whole gradients, by name."""
         return pullback(batch, trainable=trainable)
 
-    def start(self, threshold: int) -> dict[str, Any]:
+    def start(self, threshold: int, step: Step) -> dict[str, Any]:
         """The parameters themselves."""
         once: dict[int, Tensor] = {}
         return {n: once.setdefault(id(p), p.detach()) for n, p in self.named.items()}

@@ -1,0 +1,55 @@
+"""The virtual ranks on which wires are compared are the real ones, bit for bit; a wrong flag gets one sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import funczero as fz
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+
+
+def differ(name, updates, text):
+    import virtual_ranks
+
+    run = virtual_ranks.Run(2000, 1, 16, 3e-3)
+    return virtual_ranks.differs(virtual_ranks.SETTINGS[name], run, (0, 1), updates, fz.data.load([text])[0])
+
+
+def test_virtual_ranks_have_the_bits_of_real_ones(gpt, text):
+    assert differ("int4 difference/int4 feedback", 2, text) is None
+
+
+@pytest.mark.slow
+def test_virtual_ranks_have_the_bits_of_real_ones_in_every_setting(gpt, text):
+    import virtual_ranks
+
+    for name in virtual_ranks.SETTINGS:
+        assert differ(name, 20, text) is None, name
+
+
+def test_other_forms_of_a_wire_are_seen(gpt, text, monkeypatch):
+    import virtual_ranks
+
+    name, right = "int8/int4", virtual_ranks.SETTINGS["int8/int4"]
+    wrong = right._replace(across=right.across._replace(read=virtual_ranks.g8.read))
+    monkeypatch.setitem(virtual_ranks.SETTINGS, name, wrong)
+    assert differ(name, 1, text) == "parameters[0] of seed 0 on rank 0"
+
+
+WRONG = {
+    "--settings=int3": "--settings: 'int3' is none; write some of 'none', 'int8/int4', ",
+    "--settings=none,none": "--settings names one twice; write each once",
+    "--seeds=0,x": "--seeds=0,x are no seeds; write numbers from 0 on, as 0,1,2",
+    "--updates=0": "--updates=0 and --check=0 leave nothing to do; write one of them",
+}
+QUICK = "--settings=int3"  # a process takes seconds to start
+
+
+@pytest.mark.parametrize("flag", [f if f == QUICK else pytest.param(f, marks=pytest.mark.slow) for f in WRONG])
+def test_a_wrong_flag_gets_one_sentence(flag, tmp_path):
+    call = [sys.executable, EXPERIMENTS / "zeropp_parity.py", flag, f"--out={tmp_path}"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode and done.stderr.startswith(f"zeropp_parity: {WRONG[flag]}") and done.stderr.count("\n") == 1
