@@ -24,7 +24,8 @@ def int8(block: int = 2048, stochastic: bool = False, hadamard: int = 0) -> Wire
 
     Law: the error of a value that is read in float32 is at most absmax / 254 of its block (absmax / 127 with stochastic
     rounding), a block's largest value and a constant block are exact, and a block that holds inf or nan reads as nan.
-    Views are then rounded to their dtype. Masters never pass a wire. Bytes: n and a scale a block, in the dtype of the values.
+    Views are then rounded to their dtype. Masters never pass a wire. Bytes: n and a scale a block, in the dtype of the
+    values.
 
     Args:
       block: values that share a scale; the last block of a slot may be short.
