@@ -118,13 +118,13 @@ def compared(stage, mesh, axes=("data",)):
     return errors
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in range(3)), 3])
 def test_derivatives_are_those_of_the_unsharded_loss(run_world, stage):
     for errors in run_world(2, compared, stage, {"data": 2}, timeout=300.0):
         assert all(e < TOLERANCE for e in errors.values()), errors
 
 
-@pytest.mark.parametrize("stage", [pytest.param(3, marks=pytest.mark.slow), "hpz"])
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=pytest.mark.slow) for s in (3, "hpz")])
 def test_over_two_axes(run_world, stage):
     for errors in run_world(4, compared, stage, {"node": 2, "local": 2}, ("node", "local"), timeout=300.0):
         assert all(e < TOLERANCE for e in errors.values()), errors
