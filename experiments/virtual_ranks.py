@@ -149,6 +149,7 @@ SETTINGS = {
     "int4 difference/int4": setting(difference(w4), g4),
     "int4 difference/int4 feedback": setting(difference(w4), feedback(g4)),
     "int4 difference/int8+int4 rotated": setting(difference(w4), g8, integers(4, 128, 16)),
+    "int4 difference/int8+int4 rotated feedback": setting(difference(w4), g8, feedback(integers(4, 128, 16))),
     "int8/int4 LoCo": setting(w8, feedback(g4, decay=0.8)),
 }
 
