@@ -1,7 +1,7 @@
 """What do saving and restoring a run cost, against torch.distributed.checkpoint (DCP), sync and async?
 
 Run:
-    python experiments/bench_checkpoint.py                          # 400 MB and 1200 MB of state on two processes
+    python experiments/bench_checkpoint.py                          # 200 MB and 600 MB of state on two processes
     python experiments/bench_checkpoint.py --megabytes=20 --rounds=3 --contenders=dcp,dcp-async,copy
 
 How: float32 parameters and AdamW's two moments of a transformer, whose bytes are the same for all: a TrainState of a
@@ -17,7 +17,7 @@ Expect:
     funczero stalls for no more than one copy, and saves and restores no slower than DCP; DCP async stalls for about
     half of its sync save.
 
-Found (two cores, a virtual disk; ms, median of 9 and 7 rounds and range; MB):
+Found (--megabytes=400,1200; two cores, a virtual disk; ms, median of 9 and 7 rounds and range; MB):
                  stall            total            read 2           read 1           disk  +save  +read
     393 MB
     funczero     37 (22-51)       288 (277-797)    190 (161-346)    142 (135-155)    393    351     82
@@ -61,7 +61,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 NAMES = ["funczero", "funczero-new", "dcp", "dcp-async", "copy", "clone"]
 TIMES, BYTES = ["stall", "total", "read 2", "read 1"], ["disk", "+save", "+read"]
-flags.DEFINE_list("megabytes", ["400", "1200"], "Sizes of the whole state, in millions of bytes.")
+flags.DEFINE_list("megabytes", ["200", "600"], "Sizes of the whole state, in millions of bytes.")
 flags.DEFINE_list("contenders", NAMES, "Whom to run.")
 flags.DEFINE_integer("rounds", 7, "Visits of everyone that count; one more comes before.")
 flags.DEFINE_string("folder", "", "Where to write (empty: a new temporary folder): the disk that is measured.")

@@ -8,7 +8,7 @@ import zoo
 
 import funczero as fz
 from funczero import P
-from funczero.comm.wire import as_born
+from funczero.comm.wire import Memory, as_born
 from funczero.testing import tree_hash
 from funczero.transforms.feedback import Feedback
 
@@ -292,7 +292,18 @@ def test_a_memory_is_handed_over(run_world):
 
 # --- what is refused, and what is said --------------------------------------------------------------------------------
 G, TX = zoo.source(), zoo.tx()
+keeps = lambda keep: fz.int4()._replace(name="w", memory=Memory(keep))
+built = lambda wire: fz.train_step(*fz.zero(G, *TX, stage=2, scatter=wire), mesh=TWO)
 BAD = {
+    "wire 'w': keep gives torch.float64 of shape (96,) for torch.float32 of shape (96,)": lambda: built(
+        keeps(lambda sent, read, old: (sent - read).double())
+    ),
+    "wire 'w': keep writes into the values that it is given; return new ones": lambda: built(
+        keeps(lambda sent, read, old: sent.sub_(read))
+    ),
+    "wire 'w': keep remembers something of values that were read as they were sent": lambda: built(
+        keeps(lambda sent, read, old: sent)
+    ),
     "feedback: as_born rounds nothing": lambda: fz.feedback(as_born),
     "feedback: 'int4' is no wire": lambda: fz.feedback("int4"),
     "feedback: decay=1 is no share": lambda: fz.feedback(fz.int4(), decay=1),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from funczero.comm.norm import BINS, CHUNK, LOW, WIDTH, _add_on_device, folds, norm_of, square_bins
+from funczero.comm.norm import BINS, CHUNK, LOW, WIDTH, add_on_device, folds, norm_of, square_bins
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -55,7 +55,7 @@ def test_accelerators_add_the_same_integers(dtype):
     """The path without a sync, run here on the CPU."""
     for seed in range(20):
         x, out = wild(seed, 300, dtype, 30), torch.zeros(1 + BINS, dtype=torch.int64)
-        _add_on_device(out, x.double() ** 2, folds(dtype))
+        add_on_device(out, x.double() ** 2, folds(dtype))
         assert torch.equal(out, square_bins(x))
 
 

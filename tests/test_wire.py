@@ -100,7 +100,12 @@ TRIED = [
     ("int8", ("blocks",)),
     ("int4, stochastic", ("blocks",)),
 ]
-BOTH = [(way, *tried) for way in ("gather", "scatter") for tried in TRIED]
+QUICK = [("gather", "int8", ("blocks",)), ("scatter", "int4, stochastic", ("blocks",)), ("scatter", "upper half", ())]
+BOTH = [
+    (way, *tried) if (way, *tried) in QUICK else pytest.param(way, *tried, marks=pytest.mark.slow)
+    for way in ("gather", "scatter")
+    for tried in TRIED
+]
 MEMORY = [("scatter", "feedback", ()), ("scatter", "feedback", ("blocks",)), ("gather", "difference", ("blocks",))]
 
 

@@ -28,7 +28,7 @@ def exact(how, mesh, accumulate):
     return [zoo.bits(zoo.train(c, mesh, updates=3, micros=size * accumulate)) for c in chains(how, accumulate)]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["once", *(pytest.param(f, marks=pytest.mark.slow) for f in ("each", "everywhere"))])
 def test_without_rounding_it_is_bitwise_zero_3(run_world, form):
     zero3, zeropp = zoo.everywhere(run_world, 4, exact, FORMS[form], {"node": 2, "local": 2}, 2)
     assert zero3 == zeropp
@@ -139,7 +139,7 @@ def counted(k, mesh):
     return out, table
 
 
-@pytest.mark.parametrize("k", [1, 4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(16, marks=pytest.mark.slow)])
 def test_bytes_across_nodes_are_the_closed_form(k):
     mesh = {"node": 2, "local": 2}
     for found, table in simulate(mesh)(counted, k, mesh):

@@ -88,6 +88,22 @@ def test_the_engine_takes_them(run_world, k):
     assert max((masters[2][n] - x).abs().max() for n, x in masters[0].items()) < 0.05
 
 
+def cut_while_built():
+    """Masters and views of a module that zero.Init cut over all ranks, where groups of two hold the parameters."""
+    out = []
+    for enabled in (False, True):
+        with deepspeed.zero.Init(enabled=enabled):
+            net = Net()
+        engine, *_ = deepspeed.initialize(model=net, config=page(HPZ))
+        step, state = engine.train_step, engine.state
+        out.append((tree_hash(step.params(state)), tree_hash(fz.tree.leaves(step.whole_views(state)))))
+    return out
+
+
+def test_a_module_that_is_cut_while_it_is_built_is_held_by_groups(run_world):
+    assert len({found for rank in run_world(4, cut_while_built, timeout=300.0) for found in rank}) == 1
+
+
 def frozen_views(keys):
     """The whole views of an engine's leaves, beside its masters; `first.weight` does not learn."""
     net = Net()

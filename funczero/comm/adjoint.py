@@ -1,8 +1,11 @@
-"""Gathers and scatters of plain tensors that can be differentiated any number of times: each is the other's transpose.
+"""What crosses ranks and can be differentiated any number of times: gather and scatter, total and vary, in pairs that
+are each other's transpose.
 
 For research code that differentiates through sharded values: Hessian-vector products, penalties, unrolled optimizers.
 The convention is the sum: the cotangent of a gathered tensor is summed over ranks, and every rank's own cotangent
-counts once. They are exact: no wire of an edge packs what they send.
+counts once. A value that is the same on all ranks passes `vary` before it meets values of one rank, and a sum over
+ranks is a `total`; without the pair a derivative misses what the other ranks made of the value. They are exact: no wire
+of an edge packs what they send. All four know reverse mode, forward mode and vmap, in any order.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ class _Gather(torch.autograd.Function):
         return _scattered(g, ctx.axis, ctx.mesh), None, None
 
     @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return _gathered(dx, ctx.axis, ctx.mesh)
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
         return _over_rows(_gathered, in_dims[0], x, axis, mesh)
 
@@ -56,13 +63,68 @@ class _Scatter(torch.autograd.Function):
         return _gathered(g, ctx.axis, ctx.mesh), None, None
 
     @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return _scattered(dx, ctx.axis, ctx.mesh)
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
         return _over_rows(_scattered, in_dims[0], x, axis, mesh)
+
+
+class _Total(torch.autograd.Function):
+    """One value a rank -> their sum, on every rank."""
+
+    @staticmethod
+    def forward(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+        rows = wait(launch_gather(x.contiguous().reshape(-1), axis, mesh))
+        return tree_sum(rows).reshape(x.shape).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
+        _, ctx.axis, ctx.mesh = inputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _varied(g, ctx.axis, ctx.mesh), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return _totalled(dx, ctx.axis, ctx.mesh)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
+        return _totalled(x, axis, mesh), in_dims[0]
+
+
+class _Vary(torch.autograd.Function):
+    """One value for all ranks -> the same as a value of this rank."""
+
+    @staticmethod
+    def forward(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
+        _, ctx.axis, ctx.mesh = inputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _totalled(g, ctx.axis, ctx.mesh), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return _varied(dx, ctx.axis, ctx.mesh)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
+        return _varied(x, axis, mesh), in_dims[0]
 
 
 Crossing = Callable[[Tensor, str, Mesh], Tensor]
 _gathered: Crossing = _Gather.apply
 _scattered: Crossing = _Scatter.apply
+_totalled: Crossing = _Total.apply
+_varied: Crossing = _Vary.apply
 
 
 def _over_rows(fn: Crossing, dim: int | None, x: Tensor, axis: str, mesh: Mesh) -> tuple[Tensor, int | None]:
@@ -94,3 +156,19 @@ def scatter_rows(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
             f"scatter_rows: {x.shape[0]} rows do not divide over {axis!r} of size {size}; pad dim 0 to a multiple of it"
         )
     return x if size == 1 else _scattered(x, axis, mesh)
+
+
+def total(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+    """The sum of every rank's own x, the same on all ranks; differentiable any number of times.
+
+    Transpose: vary. Layout: a value of each rank -> one value for all.
+    """
+    return x if mesh.axes[axis].size == 1 else _totalled(x, axis, mesh)
+
+
+def vary(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+    """x, which is the same on all ranks, as a value of this rank, whose derivative every rank has a share in.
+
+    Transpose: total. Layout: one value for all -> a value of each rank.
+    """
+    return x if mesh.axes[axis].size == 1 else _varied(x, axis, mesh)

@@ -53,7 +53,9 @@ def difference(wire: Wire) -> Wire:
 
     Law: what one update rounds away the next ones send, so that w follows the parameter; it is exact at the first
     update, and where an update is skipped it stays. For the edge that closes a bracket, which is crossed once an
-    update. The readers' values are `state.views`; they are a state of their own, and checkpoints hold them.
+    update. The readers' values are `state.views`; they are a state of their own, and checkpoints hold them. A step sees
+    that the masters of a state which it returned were replaced, and sends them whole; those of a copy it cannot see:
+    write step.init(params) for other parameters.
 
     Args:
       wire: what packs the difference, as fz.int4(2048).

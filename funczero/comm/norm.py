@@ -38,7 +38,7 @@ def square_bins(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         out = torch.zeros(1 + BINS, dtype=torch.int64, device=x.device)
         for part in x.reshape(-1).split(CHUNK):
-            _add_on_device(out, part.double() ** 2, n)
+            add_on_device(out, part.double() ** 2, n)
         return out
     bins = [0] * (1 + BINS)
     y, coarse = (torch.empty(min(x.numel(), CHUNK), dtype=torch.float64) for _ in range(2))
@@ -65,7 +65,7 @@ def _add_on_host(bins: list[int], y: Tensor, coarse: Tensor, n: int) -> None:
             y.sub_(coarse)
 
 
-def _add_on_device(out: Tensor, y: Tensor, n: int) -> None:
+def add_on_device(out: Tensor, y: Tensor, n: int) -> None:
     """The same integers without a sync."""
     top = y.max()
     good = top < 2.0 ** (LOW + WIDTH * BINS - 1)

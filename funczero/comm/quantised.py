@@ -22,9 +22,10 @@ FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 def int8(block: int = 2048, stochastic: bool = False, hadamard: int = 0) -> Wire:
     """Values travel as integers of 8 bits and the largest magnitude of every block.
 
-    Law: the error of a value is at most absmax / 254 of its block (absmax / 127 with stochastic rounding), a block's
-    largest value and a constant block are exact, and a block that holds inf or nan reads as nan. Masters never pass a
-    wire. Bytes: n and a scale a block, in the dtype of the values.
+    Law: the error of a value that is read in float32 is at most absmax / 254 of its block (absmax / 127 with stochastic
+    rounding), a block's largest value and a constant block are exact, and a block that holds inf or nan reads as nan.
+    Views are then rounded to their dtype. Masters never pass a wire. Bytes: n and a scale a block, in the dtype of the
+    values.
 
     Args:
       block: values that share a scale; the last block of a slot may be short.

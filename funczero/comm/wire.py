@@ -188,6 +188,24 @@ def prove(wire: Wire, born: torch.dtype, dtype: torch.dtype, device: torch.devic
             if again(other)[start:stop].isfinite().all():
                 why = f"{bad} reads as a finite value, so an overflow would be applied"
                 raise ValueError(f"wire {wire.name!r}: {why}; let its block read as nan")
+    if wire.memory is not None:
+        _prove_memory(wire, wire.memory, x.to(dtype), again(x))
     if again(torch.zeros_like(x)).count_nonzero():
         why = "zeros do not read as zeros, and a leaf that the loss does not use is all zeros"
         raise ValueError(f"wire {wire.name!r}: {why}; where a scale is taken, divide by at least a smallest one")
+
+
+def _prove_memory(wire: Wire, memory: Memory, sent: Tensor, read: Tensor) -> None:
+    """Tries what a wire keeps: of the same form, not in place, and nothing of a sum that was read as it was sent."""
+    given = [sent, read, torch.zeros_like(sent)]
+    before = [x.clone() for x in given]
+    kept, none = memory.keep(*given), memory.keep(sent, sent, torch.zeros_like(sent))
+    if not isinstance(kept, Tensor) or kept.dtype != sent.dtype or kept.shape != sent.shape:
+        have = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
+        what = f"keep gives {have} for {sent.dtype} of shape {tuple(sent.shape)}"
+        raise TypeError(f"wire {wire.name!r}: {what}; work value by value, in the dtype that is given")
+    if not all(map(torch.equal, given, before)):
+        raise ValueError(f"wire {wire.name!r}: keep writes into the values that it is given; return new ones")
+    if none.count_nonzero():
+        why = "keep remembers something of values that were read as they were sent"
+        raise ValueError(f"wire {wire.name!r}: {why}; keep what is left, as sent - read")

@@ -19,8 +19,8 @@ from funczero.gradients.arrivals import sparse
 from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
 from funczero.gradients.tape import Tape
 from funczero.layout.lazy import Lazy
-from funczero.layout.mesh import P
 from funczero.layout.slots import Slots
+from funczero.layout.spec import P
 from funczero.transforms import feedback
 from funczero.transforms.chain import Configure, Source, opening
 from funczero.transforms.feedback import remembers

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from funczero.layout.processes import default_device, init_distributed, world_rank, world_size
-from funczero.layout.spec import P as P
 from funczero.world import presence
 from funczero.world.inflight import InFlight
 from funczero.world.ledger import Ledger

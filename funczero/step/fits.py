@@ -8,9 +8,8 @@ run the same program decide alike.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +24,9 @@ from funczero.layout.place import DEVICE
 from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure
 from funczero.layout.where import Where, apart
+from funczero.step.book import Book, buffers_of
 from funczero.transforms.accumulate import Accumulate
 from funczero.transforms.partition import subsets
-from funczero.transforms.skips import Skipped
 
 REMEDY = (
     "begin with step.init(other.params(state)), or take the moments along with Checkpointer(...).restore(like=(step,"
@@ -41,55 +40,6 @@ class Form(NamedTuple):
     masters: Where
     views: Where | None  # None where a view is the cast master
     chain: dict[str, Any] | None  # on the meta device; None for an optimizer that looks at values when it starts
-
-
-@dataclass
-class Line:
-    """What a step remembers of a state that it returned, while that lives."""
-
-    step: weakref.ref[Tensor]
-    buffers: tuple[weakref.ref[Tensor], ...]  # of the masters, then of the views
-    versions: tuple[int, ...]
-    skipped: Skipped
-
-
-class Book:
-    """The states that a step and its donating twin have returned."""
-
-    def __init__(self) -> None:
-        self.lines: dict[int, Line] = {}
-        self.said: set[str] = set()  # notices
-
-    def add(self, state: TrainState, skipped: Skipped | None = None) -> None:
-        """A state of this step's making."""
-        buffers = _buffers(state)
-        if len(self.lines) > 64:
-            self.lines = {i: line for i, line in self.lines.items() if line.step() is not None}
-        refs, versions = tuple(map(weakref.ref, buffers)), tuple(0 if x.is_inference() else x._version for x in buffers)
-        self.lines[id(state.step)] = Line(weakref.ref(state.step), refs, versions, skipped or Skipped())
-
-    def line(self, state: TrainState) -> Line | None:
-        """The line of the state that this one is, or was before something in it was replaced."""
-        line = self.lines.get(id(state.step))
-        return line if line is not None and line.step() is state.step else None
-
-    def made(self, state: TrainState) -> bool:
-        """Are these masters and views the very tensors of a state of this step's making, as it left them?"""
-        line, buffers = self.lines.get(id(state.step)), _buffers(state)
-        if line is None or line.step() is not state.step or len(buffers) != len(line.buffers):
-            return False
-        rows = zip(line.buffers, line.versions, buffers, strict=True)
-        # a list: this runs at every step
-        return all([ref() is x and (x.is_inference() or x._version == v) for ref, v, x in rows])
-
-    def replaced(self, state: TrainState) -> bool:
-        """Are these the views of a state of this step's making, but over other masters, or ones written since?"""
-        line, n = self.line(state), len(state.params.buffers)
-        if line is None:
-            return False
-        rows = zip(line.buffers, line.versions, _buffers(state), strict=False)
-        same = [ref() is x and (x.is_inference() or x._version == v) for ref, v, x in rows]
-        return all(same[n:]) and not all(same[:n])
 
 
 class Fits:
@@ -133,7 +83,7 @@ class Fits:
             and known is where.structure
             and state.chain.keys() == form.chain.keys()
         )
-        learning = any([b.requires_grad for b in _buffers(state)])
+        learning = any([b.requires_grad for b in buffers_of(state)])
         if learning or not same or _odd(state.chain, where):
             self._differentiable(state)
             self._compare(state)
@@ -234,10 +184,6 @@ def packed(g: Grad) -> bool:
 def differs(g: Grad) -> bool:
     """Do views remember what was sent, so that they do not follow from the masters?"""
     return any(e.gather.difference and g.env.mesh.axes[e.axis].size > 1 for e in g.env.edges.values())
-
-
-def _buffers(state: TrainState) -> tuple[Tensor, ...]:
-    return state.params.buffers if state.views is None else (*state.params.buffers, *state.views.buffers)
 
 
 def _odd(x: Any, where: Where) -> bool:

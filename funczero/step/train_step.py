@@ -17,8 +17,9 @@ from funczero.core.types import ChainError, Env, Grad, Metrics, Seed, TrainState
 from funczero.layout.mesh import Mesh, connect, plan_mesh
 from funczero.layout.slots import Slots
 from funczero.step.alike import begin
+from funczero.step.book import Book
 from funczero.step.calls import recorded, watched
-from funczero.step.fits import Book, Fits, packed
+from funczero.step.fits import Fits, packed
 from funczero.step.initial import check_widening, initial, read_lazily
 from funczero.step.notices import Early, narrow, nested, say
 from funczero.step.step import Step

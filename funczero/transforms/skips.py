@@ -1,7 +1,7 @@
 """Updates that are not finite are skipped, and that is said: at the first, then ever more rarely, and after too many in
 a row it is the end.
 
-What is counted belongs to a state's line of descent (fits.Book), not to a step: two runs that take turns do not mix.
+What is counted belongs to a state's line of descent (step/book.py), not to a step: two runs that take turns do not mix.
 All of it follows from the packed sums, which are the same on every rank, so that all ranks speak, look again and raise
 alike.
 """

@@ -41,7 +41,7 @@ def unused(c: Config) -> list[str]:
     ):
         out.append(f"optimizer.params.lr = {c.value('optimizer.params.lr')} is not used: {kind} writes its own rates")
     if kind == "OneCycle" and top["cycle_momentum"]:
-        if "optimizer.params.betas" not in c.values:
+        if "optimizer.params.betas" not in c.values and c.value("optimizer.type") is not None:
             out.append(f"{kind} cycles no momentum: {c.value('optimizer.type')} has no betas")
         elif given("betas"):
             out.append(f"optimizer.params.betas is not used: {kind} moves the first and sets the second to 0.99")

@@ -27,11 +27,12 @@ class Holder(Protocol):
     def source(self, batch: P, trainable: Callable[[str], bool]) -> Source:
         """The gradient at the left end of the engine's chain, which takes what `pull` returns."""
 
-    def start(self, threshold: int) -> dict[str, Any]:
+    def start(self, threshold: int, step: Step) -> dict[str, Any]:
         """The parameters that the state begins with, ties kept.
 
         Args:
           threshold: leaves with fewer elements are needed whole.
+          step: which reads them.
         """
 
     def attach(self) -> None:

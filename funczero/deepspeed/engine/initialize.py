@@ -102,7 +102,8 @@ def initialize(
         groups = [dict(g) for g in client.param_groups]
     made, holder, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
     step = made(resolved)
-    state = step.init(holder.start(resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1))
+    threshold = resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1
+    state = step.init(holder.start(threshold, step))
     engine = Engine(holder, resolved, step, state, rates, made)
     take(model, engine, holder.kind)
     holder.attach()

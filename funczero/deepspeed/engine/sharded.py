@@ -66,12 +66,15 @@ class ShardedParameters:
         """This rank's part of the gradients: the backward has sent the units already."""
         return seam_pullback(batch, trainable, self.units)
 
-    def start(self, threshold: int) -> dict[str, Any]:
-        """What zero.Init has cut stays cut, but for leaves under the threshold."""
+    def start(self, threshold: int, step: Step) -> dict[str, Any]:
+        """What zero.Init has cut stays cut, but for leaves under the threshold; where parameters rest in groups of
+        ranks, as the group cuts them.
+        """
         once: dict[int, Any] = {}
+        size, index, _ = step.live_mesh.axes[step.grad.layout.rest[0]]
         for p in self.named.values():
             if id(p) not in once:
-                once[id(p)] = start_of(p, p.numel() < threshold)
+                once[id(p)] = start_of(p, p.numel() < threshold, size, index)
         return {n: once[id(p)] for n, p in self.named.items()}
 
     # --- the user's module

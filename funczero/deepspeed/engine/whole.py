@@ -34,7 +34,7 @@ class WholeParameters:
         """Whole gradients, by name."""
         return pullback(batch, trainable=trainable)
 
-    def start(self, threshold: int) -> dict[str, Any]:
+    def start(self, threshold: int, step: Step) -> dict[str, Any]:
         """The parameters themselves."""
         once: dict[int, Tensor] = {}
         return {n: once.setdefault(id(p), p.detach()) for n, p in self.named.items()}

@@ -204,12 +204,15 @@ def close(p: Any, name: str, whole: Tensor, within: Init | None = None) -> None:
     p.home, p.part, p.within = (None, name), part, within
 
 
-def rows(shape: Sequence[int]) -> tuple[slice, ...]:
-    """This rank's rows: ceil(rows / W) neighbouring ones, as the chain cuts them."""
+def rows(shape: Sequence[int], size: int = 0, index: int = 0) -> tuple[slice, ...]:
+    """Part `index` of `size` equal ones: ceil(rows / size) neighbouring rows, as the chain cuts them; by default this
+    rank's.
+    """
     if not shape:
         return ()
-    per = -(-shape[0] // ranks.get_world_size())
-    return (slice(min(ranks.get_rank() * per, shape[0]), min((ranks.get_rank() + 1) * per, shape[0])),)
+    size, index = (size, index) if size else (ranks.get_world_size(), ranks.get_rank())
+    per = -(-shape[0] // size)
+    return (slice(min(index * per, shape[0]), min((index + 1) * per, shape[0])),)
 
 
 def whole_of(p: Any) -> Tensor:
@@ -233,13 +236,19 @@ class _Rows:
         return self.part[(slice(first.start - self.start, first.stop - self.start), *rest)]
 
 
-def start_of(p: Any, whole: bool) -> Any:
-    """A parameter as step.init reads it; with whole, or of a scalar, its whole value. A collective then."""
+def start_of(p: Any, whole: bool, size: int, index: int) -> Any:
+    """A parameter as step.init reads it; with whole, or of a scalar, its whole value. A collective then, and where a
+    rank reads other rows than it holds.
+
+    Args:
+      size, index: of how many equal parts of the rows this rank reads which.
+    """
     if getattr(p, "part", None) is None:
         return p.detach()
     if whole or not p.shape:
         return whole_of(p)
-    part, begin = p.part, rows(p.shape)[0].start
+    place = rows(p.shape, size, index)
+    part, begin = p.part if size == ranks.get_world_size() else whole_of(p)[place].clone(), place[0].start
     return Fill(tuple(p.shape), part.dtype, lambda: _Rows(part, begin))  # type: ignore[return-value,arg-type]
 
 

@@ -95,7 +95,7 @@ def scheduled(own: dict[str, Tensor], rates: Sequence[GroupRates], updates: Tens
     if rates[0].momentum is not None and "betas" in own:
         out["betas"] = own["betas"].clone()
         for row, r in zip(out["betas"], rates, strict=True):
-            row[0] = _at(r.momentum, updates)
+            row[0], row[1] = _at(r.momentum, updates), 0.99  # OneCycle forces the second beta
     return out
 
 

@@ -1,0 +1,163 @@
+"""torch.func over sharded parameters: every derivative is the unsharded one, at every stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from torch.func import grad, hessian, jvp, vjp, vmap
+
+import funczero as fz
+from funczero import P
+from funczero.comm import adjoint
+
+TOLERANCE = 1e-10
+TREE = {"w": (5, 3), "b": (3,), "v": (3, 2), "s": ()}
+
+
+def params(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(shape, generator=g, dtype=torch.float64) * 0.5 for n, shape in TREE.items()}
+
+
+def rows(n=8):
+    g = torch.Generator().manual_seed(9)
+    return {
+        "x": torch.randn(n, 5, generator=g, dtype=torch.float64),
+        "y": torch.randn(n, 2, generator=g, dtype=torch.float64),
+    }
+
+
+def loss_fn(p, b):
+    out = torch.tanh(b["x"] @ p["w"] + p["b"]) @ p["v"] * p["s"]
+    return ((out - b["y"]) ** 2).sum(), torch.tensor(float(len(b["x"])), dtype=torch.float64)
+
+
+def mean_loss(p, b):
+    loss, weight = loss_fn(p, b)
+    return loss / weight
+
+
+def clipped(g):
+    norm = sum((x * x).sum() for x in g.values()).sqrt()
+    return {n: x / norm.clamp(min=1.0) for n, x in g.items()}
+
+
+def penalty(p, b, loss):
+    """A gradient penalty on parameters, and one on inputs."""
+    first = grad(loss)(p, b)
+    return loss(p, b) + 0.1 * sum((x**2).sum() for x in first.values())
+
+
+def derivatives(loss, p, t, b, dot):
+    """Everything that is asked for, as trees by path."""
+    g = grad(loss)
+    return {
+        "value": {"": loss(p, b)},
+        "grad": g(p, b),
+        "jvp": {"": jvp(lambda p: loss(p, b), (p,), (t,))[1]},
+        "vjp": vjp(lambda p: loss(p, b), p)[1](torch.tensor(2.0, dtype=torch.float64))[0],
+        "hvp forward over reverse": jvp(lambda p: g(p, b), (p,), (t,))[1],
+        "hvp reverse over reverse": grad(lambda p: dot(g(p, b), t))(p),
+        "hvp reverse over forward": grad(lambda p: jvp(lambda q: loss(q, b), (p,), (t,))[1])(p),
+        "third": jvp(lambda p: jvp(lambda p: g(p, b), (p,), (t,))[1], (p,), (t,))[1],
+        "inputs": {"x": grad(lambda x: dot(grad(loss)(p, {**b, "x": x}), t))(b["x"])},
+        "members": vmap(lambda s: g({n: x * s for n, x in p.items()}, b))(torch.tensor([1.0, 0.5]).double()),
+    }
+
+
+def sharded(stage, mesh, axes):
+    g = fz.value_and_grad(loss_fn, batch=P(axes))
+    chain = fz.hpz(g, fz.sgd(0.1)) if stage == "hpz" else fz.zero(g, fz.sgd(0.1), stage=stage, axis=axes)
+    step = fz.train_step(*chain, mesh=mesh, policy="float64")
+    state = step.init(params())
+    return step, state, fz.sharded_loss(step, loss_fn, state)
+
+
+def cut(loss, whole):
+    """This rank's part of whole leaves; a leading dim of members is kept."""
+    out = {}
+    for leaf, slot in zip(loss.where.structure.leaves, loss.where.slots, strict=True):
+        lead = whole[leaf.path].dim() - len(leaf.shape)
+        place = tuple(slice(a, a + n) for a, n in zip(slot.start, slot.shape, strict=True))
+        out[leaf.path] = whole[leaf.path][(slice(None),) * lead + place]
+    return out
+
+
+def compared(stage, mesh, axes=("data",)):
+    """By name the largest difference from plain torch.func on whole parameters, relative to the largest value."""
+    step, state, loss = sharded(stage, mesh, axes)
+    p, t, b = params(), params(1), rows()
+    plain_dot = lambda a, b: sum((a[n] * b[n]).sum() for n in b)
+    want = derivatives(mean_loss, p, t, b, plain_dot)
+    mine = step.local_rows(b)
+    got = derivatives(loss, fz.parts(state), cut(loss, t), mine, loss.dot)
+    errors = {}
+    for name, leaves in want.items():
+        if name == "inputs":
+            parts = {"x": step.local_rows(leaves)["x"]}
+        else:
+            parts = leaves if name in ("value", "jvp") else cut(loss, leaves)
+        top = max([x.abs().max().item() for x in leaves.values()])
+        errors[name] = (
+            max([(got[name][n] - x).abs().max().item() if x.numel() else 0.0 for n, x in parts.items()]) / top
+        )
+    whole = hessian(mean_loss)(p, b)
+    found = fz.hessian(loss)(fz.parts(state), mine)
+    errors["hessian"] = max(
+        (found[a][n] - x).abs().max().item() if x.numel() else 0.0
+        for a in whole
+        for n, x in cut(loss, whole[a]).items()
+    )
+    every = vmap(lambda r: clipped(grad(lambda p: loss_fn(p, {k: x[None] for k, x in r.items()})[0])(p)))(b)
+    clip = fz.per_sample(loss, clipped)(fz.parts(state), mine)
+    errors["per sample"] = max(
+        (clip[n] - x).abs().max().item() if x.numel() else 0.0
+        for n, x in cut(loss, {n: x.sum(0) for n, x in every.items()}).items()
+    )
+    return errors
+
+
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in range(3)), 3])
+def test_derivatives_are_those_of_the_unsharded_loss(run_world, stage):
+    for errors in run_world(2, compared, stage, {"data": 2}, timeout=300.0):
+        assert all(e < TOLERANCE for e in errors.values()), errors
+
+
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=pytest.mark.slow) for s in (3, "hpz")])
+def test_over_two_axes(run_world, stage):
+    for errors in run_world(4, compared, stage, {"node": 2, "local": 2}, ("node", "local"), timeout=300.0):
+        assert all(e < TOLERANCE for e in errors.values()), errors
+
+
+def pairs():
+    """total and vary are each other's transpose, in reverse and in forward mode, batched and nested."""
+    step = fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=0), mesh={"data": 2})
+    mesh, rank = step.live_mesh, step.mesh.index("data")
+    x = torch.arange(3, dtype=torch.float64) + 1 + rank
+    f = lambda x: (adjoint.total(x**2, "data", mesh) * torch.arange(3).double()).sum()
+    same = torch.arange(3, dtype=torch.float64)
+    h = lambda s: adjoint.total((adjoint.vary(s, "data", mesh) * x).sum(), "data", mesh)
+    return {
+        "total": grad(f)(x).tolist() == (2 * x * torch.arange(3)).tolist(),
+        "vary": grad(h)(same).tolist() == [3.0, 5.0, 7.0],
+        "forward": jvp(h, (same,), (torch.ones(3).double(),))[1].item() == 15.0,
+        "batched": vmap(grad(h))(torch.stack([same, same])).tolist() == [[3.0, 5.0, 7.0]] * 2,
+        "second": (
+            grad(lambda s: grad(lambda s: h(s) ** 3)(s).sum())(same)[0].item()
+            == pytest.approx(6 * h(same).item() * 15 * 3)
+        ),
+    }
+
+
+def test_total_and_vary_are_each_others_transpose(run_world):
+    for found in run_world(2, pairs):
+        assert all(found.values()), found
+
+
+def test_what_is_no_tree_of_parts_is_refused():
+    _, state, loss = sharded(3, {"data": 1}, ("data",))
+    with pytest.raises(TypeError, match=r"give what fz.parts\(state\) returned"):
+        loss({"w": torch.zeros(5, 3)}, rows())
+    with pytest.raises(ValueError, match=r"'w' has shape \(2, 3\), and this rank's part is \(5, 3\)"):
+        loss({**fz.parts(state), "w": torch.zeros(2, 3)}, rows())
