@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from funczero.checkpoint.lines import Line
+from funczero.checkpoint.lines import SILENCE, Line
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def churning():
 def test_descriptors_that_others_close_meanwhile_are_no_error():
     base = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
     with churning():
-        made = [Line(base, 0) for _ in range(20)]
+        made = [Line(base, 0, SILENCE) for _ in range(20)]
     for i, line in enumerate(made):
         line.ask("set", f"key{i}", b"1")
         assert line.ask("get", f"key{i}") == b"1"

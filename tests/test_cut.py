@@ -188,7 +188,7 @@ def exchanged():
     )
     whole = own.at((), torch.float32)
     part = collectives.cut(whole, "data", mesh)
-    summed = collectives.reduce_scatter(whole, Edge("data"), mesh)
+    summed, _ = collectives.reduce_scatter(whole, Edge("data"), mesh)
     joined = collectives.all_gather(part, "data", mesh)
     shapes = [tuple(x.shape) for x in part.leaves()]
     same = [torch.equal(2 * a, b) for a, b in zip(part.buffers, summed.buffers, strict=True)]

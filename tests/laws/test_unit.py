@@ -41,6 +41,7 @@ def test_collectives_over_one_rank_return_what_they_were_given(verb):
     if verb == "all_gather":
         x = collectives.cut(x, "data", mesh)
     got = getattr(collectives, verb)(x, Edge("data", adds=torch.float64) if verb == "reduce_scatter" else "data", mesh)
+    got = got[0] if verb == "reduce_scatter" else got  # and the memory of a wire that has one
     assert all(a is b for a, b in zip(got.buffers, x.buffers, strict=True))
     assert got.where.axes == (() if verb == "all_gather" else ("data",))
 
