@@ -2,8 +2,9 @@
 
 Run: `python tests/campaign/checkpoint_flat.py --updates=2000 --every=5 --ranks=2` (about ten minutes on two cores).
 Expect: descriptors, sockets, Python threads and files in /dev/shm the same after the first tenth and at the end,
-resident memory within 1 % over the second half (until it is full, the log of launches takes some 3 kB an update, 6 MB
-in all).
+resident memory within 1 %.
+Found: all but memory, which grows by 3.4 and 4.0 %, of that 0.9 and 0.8 % in the second half: until it is full, the log
+of launches takes some 3 kB an update, 6 MB in all.
 """
 
 from __future__ import annotations
