@@ -290,6 +290,31 @@ def test_a_memory_is_handed_over(run_world):
         assert first == second
 
 
+def whole_tree_is_one_tensor(folder):
+    """Their name on disk has no path behind it."""
+    loss = lambda p, b: ((b["x"] @ p).square().sum(), torch.full((), float(len(b["x"]))))
+    rows, out = {"x": torch.linspace(-1, 1, 8 * 40).view(8, 40).sin()}, []
+    g = fz.value_and_grad(loss, batch=P("data"))
+    step = fz.train_step(*fz.zero(g, fz.sgd(0.1), stage=1, gather=fz.difference(fz.int4(16))), mesh=TWO)
+    state = step.init(torch.linspace(0.3, 1, 40))
+    for t in range(4):
+        if t == 2:
+            with fz.Checkpointer(folder) as ck:
+                ck.save(state, 2)
+        state, _ = step(state, step.local_rows(rows))
+    out.append((tree_hash(step.params(state)), memories(state)))
+    with fz.Checkpointer(folder) as ck:
+        state = ck.restore(like=(step, torch.zeros(40))).state
+    for _ in range(2):
+        state, _ = step(state, step.local_rows(rows))
+    return [*out, (tree_hash(step.params(state)), memories(state))]
+
+
+def test_a_tree_that_is_one_tensor_has_its_views_back(run_world, tmp_path):
+    for first, second in run_world(2, whole_tree_is_one_tensor, str(tmp_path)):
+        assert first == second
+
+
 # --- what is refused, and what is said --------------------------------------------------------------------------------
 G, TX = zoo.source(), zoo.tx()
 keeps = lambda keep: fz.int4()._replace(name="w", memory=Memory(keep))
@@ -336,3 +361,15 @@ def test_an_axis_of_one_has_no_memory():
     plain = fz.zero(zoo.source(), *zoo.tx(), stage=2)
     runs = [zoo.train(p, {"data": 1}, updates=3) for p in (parts, plain)]
     assert zoo.bits(runs[0]) == zoo.bits(runs[1]) and "feedback@data" not in runs[0][2].chain
+
+
+def test_a_transform_called_views_is_no_memory(tmp_path):
+    """Views that follow from the masters are filled from them, whatever a transform of the chain is called."""
+    pair = fz.lift(fz.sgd(0.1, momentum=0.9), name="views", elementwise=True)
+    step = fz.train_step(*fz.zero(zoo.source(), pair, stage=1), mesh={"data": 1}, policy="params=float32,compute=bf16")
+    state = step.init(zoo.params(), key=7)
+    state, _ = step(state, step.local_rows(zoo.batch(0)))
+    with fz.Checkpointer(tmp_path) as ck:
+        ck.save(state, 1)
+        found = ck.restore(like=(step, zoo.params())).state
+    assert tree_hash(found.views) == tree_hash(state.views) and tree_hash(found.chain) == tree_hash(state.chain)

@@ -40,8 +40,9 @@ def fill(
         like if restorer.donated else roomy(like, restorer.device), manifest, restorer, notes
     )
     everything = named(state, restorer.rank, restorer.size).parts
-    if any(n.startswith("views/") for n in everything) and not any(n.startswith("views/") for n in manifest.arrays):
-        everything = {n: p for n, p in everything.items() if not n.startswith("views/")}
+    kept = {n for n in everything if _are_views(n, state)}
+    if kept and not any(_are_views(n, state) for n in manifest.arrays):
+        everything, kept = {n: p for n, p in everything.items() if n not in kept}, set()
         notes.append("the checkpoint holds no views that remember what was sent, which begin as the parameters")
     asked = _asked({n: p for n, p in everything.items() if n not in dropped}, everything, want)
     source = matching.sources(asked, manifest, want.rename)
@@ -54,9 +55,8 @@ def fill(
         matching.refuse_strangers(source, manifest, notes)
     casts = Counter(c for n, p in parts.items() if (c := matching.cast_of(n, p, manifest.arrays[source[n]])))
     notes += _folded(parts, source, manifest)
-    views = (
-        {} if state.views is None or any(n.startswith("views/") for n in parts) else views_of(state.views, everything)
-    )
+    views = {} if state.views is None else views_of(state.views, everything)
+    views = {n: v for n, v in views.items() if n.replace("params", "views", 1) not in kept & parts.keys()}
     if not restorer.donated:
         _keep(everything, views, {*parts, *rates.parts}, dropped, fresh, restorer)
     reader = Reader(path / ARRAYS, manifest.arrays)
@@ -66,6 +66,11 @@ def fill(
     notes += rates.settled(set(parts))
     notes += [f"{n} leaves were cast from {a} to {b}, as the policy says" for (a, b), n in casts.items()]
     return state, notes
+
+
+def _are_views(name: str, state: TrainState) -> bool:
+    """Is this a leaf of views that remember what was sent, rather than of a transform of that name?"""
+    return state.views is not None and state.views.where.memory and name.split("/")[0] == "views"
 
 
 def _asked(left: dict[str, Part], everything: dict[str, Part], want: Want) -> dict[str, Part]:
