@@ -376,6 +376,8 @@ def test_what_would_not_pack_is_refused():
         match="zero: gather=upper half packs views, and none travels at stage 0; leave it out, or write stage=1",
     ):
         fz.zero(zoo.source(), *zoo.tx(), stage=0, gather=truncated())
+    with pytest.raises(ValueError, match="zero: frozen=upper half packs views, and none travels at stage 0"):
+        fz.zero(zoo.source(), *zoo.tx(), stage=0, frozen=truncated())
     with pytest.raises(ValueError, match="cast: 'int3' is not a dtype of training"):
         fz.cast("int3")
 

@@ -47,10 +47,11 @@ def zero(
     """
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"zero: stage={stage!r} does not exist; write 0, 1, 2 or 3")
-    if stage == 0 and gather is not as_born:
-        raise ValueError(
-            f"zero: gather={gather} packs views, and none travels at stage 0; leave it out, or write stage=1"
-        )
+    for name, wire in (("gather", gather), ("frozen", frozen or as_born)):
+        if stage == 0 and wire is not as_born:
+            raise ValueError(
+                f"zero: {name}={wire} packs views, and none travels at stage 0; leave it out, or write stage=1"
+            )
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 Key = tuple[str, str, str]  # (axis, verb, dtype or wire)
+INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}  # dtypes, not the wires int8(2048)
 
 
 class Sent(Counter[Key]):
@@ -33,7 +34,7 @@ class Sent(Counter[Key]):
 
     def at_16_bits(self, key: Key) -> int | None:
         """What the same values would take in 16 bits each; None for integers, which are no values."""
-        return None if key[2].startswith(("int", "uint")) and "(" not in key[2] else 2 * self.numbers[key]
+        return None if key[2] in INTEGERS else 2 * self.numbers[key]
 
     def since(self, before: Sent) -> Sent:
         """What was sent after a copy was taken."""
