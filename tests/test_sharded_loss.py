@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
-from torch.func import grad, hessian, jvp, vjp, vmap
+from torch import nn
+from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 
 import funczero as fz
 from funczero import P
 from funczero.comm import adjoint
+from funczero.testing import simulate
 
 TOLERANCE = 1e-10
 TREE = {"w": (5, 3), "b": (3,), "v": (3, 2), "s": ()}
@@ -153,6 +156,62 @@ def pairs():
 def test_total_and_vary_are_each_others_transpose(run_world):
     for found in run_world(2, pairs):
         assert all(found.values()), found
+
+
+class Tied(nn.Module):
+    """Two blocks, a weight at two paths, and a bias that does not learn."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb = nn.Embedding(11, 6)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))
+        self.norm, self.out = nn.LayerNorm(6), nn.Linear(6, 11, bias=False)
+        self.out.weight = self.emb.weight
+        self.norm.bias.requires_grad_(False)
+
+    def forward(self, x):
+        h = self.emb(x)
+        for b in self.blocks:
+            h = h + b(h)
+        return self.out(self.norm(h))
+
+
+WORDS = {"x": torch.arange(24).view(8, 3) % 11, "y": torch.arange(24).view(8, 3) * 3 % 11}
+
+
+def nll(model, b):
+    loss = F.cross_entropy(model(b["x"]).flatten(0, 1), b["y"].flatten(), reduction="sum")
+    return loss, torch.tensor(float(b["x"].numel()), dtype=torch.float64)
+
+
+def of_a_module(stage):
+    """An unmodified module's gradient, and that of its gradient's square, by path; with where this rank's parts lie."""
+    fn, p = fz.stateless(Tied().double(), nll)
+    g = fz.value_and_grad(fn, batch=P("data"), trainable=fn.trainable)
+    step = fz.train_step(*fz.zero(g, fz.sgd(0.1), stage=stage), mesh={"data": 2}, policy="float64")
+    state = step.init(p)
+    loss, mine, rows = fz.sharded_loss(step, fn, state), fz.parts(state), step.local_rows(WORDS)
+    first = grad(loss)(mine, rows)
+    second = grad(lambda p: (lambda g: loss.dot(g, g))(grad(loss)(p, rows)))(mine)
+    return first, second, loss
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_unmodified_module_is_a_loss_of_its_parts(stage):
+    net = Tied().double()
+    learns = {n: p.detach() for n, p in net.named_parameters() if p.requires_grad}
+
+    def plain(p):
+        logits = functional_call(net, {**p, "out.weight": p["emb.weight"]}, (WORDS["x"],))
+        return F.cross_entropy(logits.flatten(0, 1), WORDS["y"].flatten(), reduction="sum") / WORDS["x"].numel()
+
+    want = grad(plain)(learns), grad(lambda p: sum((x * x).sum() for x in grad(plain)(p).values()))(learns)
+    for first, second, loss in simulate({"data": 2})(of_a_module, stage):
+        for got, whole in zip((first, second), want, strict=True):
+            assert not got["norm.bias"].count_nonzero() and set(got) == {*whole, "norm.bias"}
+            for n, x in cut(loss, {**whole, "norm.bias": torch.zeros(6).double()}).items():
+                torch.testing.assert_close(got[n], x, rtol=0, atol=1e-12)
 
 
 def test_what_is_no_tree_of_parts_is_refused():

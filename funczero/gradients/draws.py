@@ -171,7 +171,8 @@ def _told(before: Marks, after: Marks, kinds: tuple[str, ...], drew: Callable[[s
 
 
 def _marks(device: torch.device) -> Marks:
-    host = tuple(g.get_state().numpy().tobytes() for g in generators(device))
+    with torch._C._DisableFuncTorch():  # inside torch.func the state would be one of its wrappers
+        host = tuple(g.get_state().numpy().tobytes() for g in generators(device))
     return Marks(host, _python_bytes() if _python_shows_its_memory() else random.getstate(), _numpy_bytes())
 
 

@@ -69,6 +69,7 @@ class ShardedLoss(NamedTuple):
     def _whole(self, i: int, x: Tensor) -> Tensor:
         """A leaf over all ranks: joined over the axes that cut it, innermost first, and varied over the others."""
         where, leaf = self.where, self.where.structure.leaves[i]
+        x = x.detach() if where.structure.frozen(i) else x
         for axis, size, _ in reversed(where.coords):
             if size > 1 and not leaf.cut(axis).replicated:
                 x = _joined(i, x, where, axis, size, self.mesh)
@@ -98,7 +99,7 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
     Law: at every stage and on any number of ranks its value and all its derivatives are those of the loss over all rows
     and whole parameters, each rank having its part of them: `grad`, `vjp`, `jvp`, Hessian-vector products in either
     order, `create_graph`, and `vmap` over whole sets of parameters. Parameters are gathered whole, at their own dtype;
-    wires pack nothing. All ranks call it alike.
+    wires pack nothing. What the step freezes has zero derivatives. All ranks call it alike.
 
     What torch.func would get wrong over shards has a verb of its own: its `vmap` over rows pairs row i of one rank with
     row i of the others (write `per_sample`), and its `hessian` and `jacrev` run over this rank's coordinates alone,
