@@ -21,16 +21,20 @@ from funczero.core.order import tree_sum
 from funczero.layout.mesh import Mesh
 
 
-class _Gather(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """A linear function of a tensor, over one axis."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
+        _, ctx.axis, ctx.mesh = inputs
+
+
+class _Gather(_Linear):
     """[rows, ...] -> [W * rows, ...]."""
 
     @staticmethod
     def forward(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
         return wait(launch_gather(x.contiguous().reshape(-1), axis, mesh)).reshape(-1, *x.shape[1:]).clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
-        _, ctx.axis, ctx.mesh = inputs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -45,7 +49,7 @@ class _Gather(torch.autograd.Function):
         return _over_rows(_gathered, in_dims[0], x, axis, mesh)
 
 
-class _Scatter(torch.autograd.Function):
+class _Scatter(_Linear):
     """[W * rows, ...] on every rank -> the sum's [rows, ...] of this rank."""
 
     @staticmethod
@@ -53,10 +57,6 @@ class _Scatter(torch.autograd.Function):
         size = mesh.axes[axis].size
         rows = wait(launch_exchange(x.contiguous().reshape(size, -1), axis, mesh))
         return tree_sum(rows).reshape(-1, *x.shape[1:]).clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
-        _, ctx.axis, ctx.mesh = inputs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -71,17 +71,13 @@ class _Scatter(torch.autograd.Function):
         return _over_rows(_scattered, in_dims[0], x, axis, mesh)
 
 
-class _Total(torch.autograd.Function):
+class _Total(_Linear):
     """One value a rank -> their sum, on every rank."""
 
     @staticmethod
     def forward(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
         rows = wait(launch_gather(x.contiguous().reshape(-1), axis, mesh))
         return tree_sum(rows).reshape(x.shape).clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
-        _, ctx.axis, ctx.mesh = inputs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -96,16 +92,12 @@ class _Total(torch.autograd.Function):
         return _totalled(x, axis, mesh), in_dims[0]
 
 
-class _Vary(torch.autograd.Function):
+class _Vary(_Linear):
     """One value for all ranks -> the same as a value of this rank."""
 
     @staticmethod
     def forward(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
         return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Mesh], output: Tensor) -> None:
-        _, ctx.axis, ctx.mesh = inputs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:

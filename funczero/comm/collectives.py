@@ -1,204 +1,23 @@
-"""Gathers, scatters and sums of parameters over a mesh axis, as its edge says: units of one message, and whole Slots.
-
-Gathers and scatters are each other's transpose, where nothing is rounded on the wire. Sums are taken locally after an
-all_to_all, in the fixed tree of order.py: half the bytes of gloo's reduce_scatter, fp32 sums of 16-bit gradients, and
-the same bits on any number of ranks.
-"""
+"""Gathers, scatters and sums of whole Slots over a mesh axis: units travel as units.py says, small ones together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from funczero.comm.edge import Edge
-from funczero.comm.launch import launch_backend_scatter, launch_backend_sum, launch_exchange, launch_gather, wait
-from funczero.comm.memory import Held, added, remembered
-from funczero.comm.pieces import pairs, plan_of, slot_lengths, travels
-from funczero.comm.wire import Key, as_born, pack_units, unpack_units
-from funczero.core import rng
-from funczero.core.order import tree_sum
+from funczero.comm.launch import launch_backend_sum, launch_gather, wait
+from funczero.comm.memory import Held
+from funczero.comm.units import Travelling, gather_units, scatter_units
+from funczero.comm.wire import Key
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
-from funczero.layout.where import Where
 
 MESSAGE = 1 << 22  # bytes of neighbouring units that share one message
 
 
-class Travelling(NamedTuple):
-    """A collective under way; `wait()` finishes it."""
-
-    wait: Callable[[], list[Tensor]]  # the units' buffers
-    errors: tuple[Tensor, ...] = ()  # the units' new memory, of a wire that has one
-
-
-# --- one message of units ---------------------------------------------------------------------------------------------
-def gather_units(
-    where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, buffers: Sequence[Tensor], key: Key = (0,)
-) -> Travelling:
-    """Start to gather units one step outwards, to `where`, as one message; waiting returns their buffers there.
-
-    Args:
-      key: of the update, for wires that draw; the same on all ranks, and whenever the same values are gathered again.
-    """
-    axis = edge.axis
-    size, index, _ = mesh.axes[axis]
-    if size == 1:
-        return Travelling(lambda: list(buffers))
-    inner = where.inner(axis, size, index)
-    parts = [b.narrow(0, 0, travels(inner, u, axis)) for u, b in zip(units, buffers, strict=True)]
-    wire = edge.views_of(where.structure.units[units[0]].frozen)  # alike in a message
-    gather = _gather_born if wire is as_born else _gather_packed
-    arrived = gather(inner, units, edge, mesh, parts, key)
-
-    def finish() -> list[Tensor]:
-        out = []
-        for u, own, rows in zip(units, buffers, arrived(), strict=True):
-            make = torch.zeros if where.gaps[u] else torch.empty
-            out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
-            here, there = pairs(plan_of(where, u, axis, size), where.views(u, out[-1]), rows, own)
-            _copy(here, there)
-        return out
-
-    return Travelling(finish)
-
-
-def scatter_units(
-    where: Where,
-    units: Sequence[int],
-    edge: Edge,
-    mesh: Mesh,
-    leaves: Sequence[list[Tensor]],
-    key: Key = (0,),
-    held: Held | None = None,
-) -> Travelling:
-    """Start to sum units' leaves over an axis and keep this rank's part; waiting returns their buffers there.
-
-    They are one message. The leaves travel in the dtype they come in, or as the edge's wire packs them, and are added
-    in `edge.adds`, in the tree over ranks.
-
-    Args:
-      key: of this sum, for wires that draw; the same on all ranks.
-      held: what a wire with memory remembers; its new memory is the result's `errors`.
-
-    Raises:
-      RuntimeError: the wire has memory, and none is given.
-    """
-    axis = edge.axis
-    size, index, _ = mesh.axes[axis]
-    inner = where.inner(axis, size, index)
-    whole: list[Tensor] = []
-    if edge.scatter.memory is not None and size > 1:
-        if held is None:
-            raise RuntimeError(f"{edge.scatter} over {axis!r} is given no memory here, so what it rounds would be lost")
-        whole = [_with_errors(where, u, xs, held, edge) for u, xs in zip(units, leaves, strict=True)]
-        leaves = [where.views(u, v) for u, v in zip(units, whole, strict=True)]
-    lengths = [inner.lengths[u] for u in units]
-    make = torch.zeros if any(where.inner(axis, size, q).gaps[u] for u in units for q in range(size)) else torch.empty
-    send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
-    columns = send.split_with_sizes(lengths, 1)
-    for u, xs, row in zip(units, leaves, columns, strict=True):
-        here, there = pairs(plan_of(where, u, axis, size), xs, row, None)
-        _copy(there, here)
-    if edge.sums == "backend" and size > 1:
-        part = launch_backend_scatter(send.to(edge.adds), axis, mesh, tuple(units))
-        return Travelling(lambda: list(wait(part).view(-1).split_with_sizes(lengths)))
-    if edge.scatter is not as_born and size > 1:
-        return _scatter_packed(inner, units, edge, mesh, columns, key, whole, held)
-    wire = launch_exchange(send, axis, mesh, tuple(units))
-    return Travelling(lambda: list(tree_sum(wait(wire).to(edge.adds) if size > 1 else wire).split_with_sizes(lengths)))
-
-
-def _gather_born(
-    inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, parts: list[Tensor], key: Key
-) -> Callable[[], list[Tensor]]:
-    """Start to gather units as they are; the result waits for it: [W, n] by unit."""
-    sent = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), edge.axis, mesh, tuple(units))
-    return lambda: list(wait(sent).split_with_sizes([p.numel() for p in parts], 1))
-
-
-# --- one message of packed units --------------------------------------------------------------------------------------
-def _gather_packed(
-    inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, parts: list[Tensor], key: Key
-) -> Callable[[], list[Tensor]]:
-    """Start to gather what the wire makes of units; the result waits and reads it: [W, n] by unit."""
-    lengths = [slot_lengths(inner, u, p.numel()) for u, p in zip(units, parts, strict=True)]
-    frozen = [inner.structure.units[u].frozen for u in units]  # read alike at every update, as their views are kept
-    parts_of = [key[:1] if still else key for still in frozen]
-    keys = [rng.fold(*k, "gather", edge.axis, u) for u, k in zip(units, parts_of, strict=True)]
-    wire, values = edge.views_of(frozen[0]), sum(p.numel() for p in parts)
-    packed = pack_units(wire, [parts], lengths, keys)
-    sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), wire.name, values)
-    return lambda: [torch.stack(xs) for xs in unpack_units(wire, packed, wait(sent), lengths, parts[0].dtype)]
-
-
-def _scatter_packed(
-    inner: Where,
-    units: Sequence[int],
-    edge: Edge,
-    mesh: Mesh,
-    columns: Sequence[Tensor],
-    key: Key,
-    whole: Sequence[Tensor] = (),
-    held: Held | None = None,
-) -> Travelling:
-    """Start to send every rank its rows as the wire packs them; what arrives is read in `edge.adds` and added.
-
-    Args:
-      whole: the units' buffers as they were to be sent, for a wire with memory.
-    """
-    lengths = [slot_lengths(inner, u, c.shape[1]) for u, c in zip(units, columns, strict=True)]
-    keys = [rng.fold(*key, "scatter", edge.axis, mesh.index(edge.axis), u) for u in units]
-    packed = pack_units(edge.scatter, list(zip(*columns, strict=True)), lengths, keys)
-    values = sum(c.shape[1] for c in columns)
-    sent = launch_exchange(packed.rows, edge.axis, mesh, tuple(units), edge.scatter.name, values)
-
-    def finish() -> list[Tensor]:
-        found = unpack_units(edge.scatter, packed, wait(sent), lengths, edge.adds)
-        return [_without_gaps(inner, u, tree_sum(xs)) for u, xs in zip(units, found, strict=True)]
-
-    errors: list[Tensor] = []
-    if whole and held is not None and edge.scatter.memory is not None:
-        read = unpack_units(edge.scatter, packed, packed.rows, lengths, edge.adds)
-        for u, sent_, rows in zip(units, whole, read, strict=True):
-            back = _joined(inner.outer, u, edge.axis, mesh, rows, edge.adds)
-            errors.append(remembered(edge.scatter.memory, sent_, back, held.errors.buffers[u], held.scale))
-    return Travelling(finish, tuple(errors))
-
-
-def _with_errors(where: Where, unit: int, leaves: list[Tensor], held: Held, edge: Edge) -> Tensor:
-    """A unit's buffer in `edge.adds`: its leaves and what is remembered of them."""
-    out = torch.zeros(where.lengths[unit], dtype=edge.adds, device=leaves[0].device)
-    added(leaves, where.views(unit, held.errors.buffers[unit]), held.scale, where.views(unit, out))
-    return out
-
-
-def _joined(where: Where, unit: int, axis: str, mesh: Mesh, rows: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """A unit's buffer out of the rows that the ranks of an axis get of it."""
-    out = torch.zeros(where.lengths[unit], dtype=dtype, device=rows[0].device)
-    plan = plan_of(where, unit, axis, mesh.axes[axis].size)
-    _copy(*pairs(plan, where.views(unit, out), torch.stack(rows), rows[mesh.index(axis)]))
-    return out
-
-
-def _without_gaps(where: Where, unit: int, buffer: Tensor) -> Tensor:
-    """The buffer with zeros in its padding, which a wire may have read otherwise."""
-    if not where.gaps[unit]:
-        return buffer
-    out = torch.zeros_like(buffer)
-    _copy(where.views(unit, out), where.views(unit, buffer))
-    return out
-
-
-def _copy(to: list[Tensor], source: list[Tensor]) -> None:
-    if to:
-        torch._foreach_copy_(to, source)
-
-
-# --- Slots ------------------------------------------------------------------------------------------------------------
 def all_gather(x: Slots, edge: Edge | str, mesh: Mesh, key: Key = (0,)) -> Slots:
     """One step outwards: every leaf's parts over an axis, joined. The innermost axis comes first.
 

@@ -49,20 +49,20 @@ def around(
     g: Grad,
     name: str,
     layout: Layout,
-    before: Callable[[Seed, State], tuple[Seed, Carried]],
+    before: Callable[[Slots, Seed, State], tuple[Seed, Carried]],
     fn: Callable[[In, State, Carried], tuple[Out, State]],
     init: Callable[[Lazy], State] | None = None,
 ) -> Grad:
     """As `after`, for a transform whose two halves share a value.
 
     Args:
-      before: (seed, state) -> (the seed handed to the left, a value that is carried past it).
+      before: (views at rest, seed, state) -> (the seed handed to the left, a value that is carried past it).
       fn: (out, state, carried) -> (out, state).
       init: as after's.
     """
 
     def apply(views: Slots, state: State, batch: Tree, s: Seed) -> tuple[Out | None, State]:
-        s, carried = before(s, state)
+        s, carried = before(views, s, state)
         out: Any  # an `In`, as the phase of g's layout says
         out, state = g.apply(views, state, batch, s)
         return (None, state) if out is None else fn(out, state, carried)

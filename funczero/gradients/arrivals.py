@@ -14,8 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import Travelling, scatter_units, with_units
+from funczero.comm.collectives import with_units
 from funczero.comm.memory import Held
+from funczero.comm.units import Travelling, scatter_units
 from funczero.comm.wire import Key
 from funczero.core.types import Env
 from funczero.layout.slots import Slots

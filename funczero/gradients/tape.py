@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import Travelling, gather_units
 from funczero.comm.memory import Held
+from funczero.comm.units import Travelling, gather_units
 from funczero.comm.wire import Key
 from funczero.core.types import Env
 from funczero.gradients.arrivals import Arrivals, Group

@@ -13,7 +13,7 @@ from funczero.comm.edge import Edge
 from funczero.comm.memory import Held
 from funczero.comm.wire import Key, Wire, as_born
 from funczero.core.transform import around, refuse
-from funczero.core.types import Grad, Out, Seed, State, Sum, Transform, Tree, Updated
+from funczero.core.types import Grad, Out, Seed, State, Sum, Transform, Updated
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 from funczero.transforms import feedback
@@ -62,7 +62,7 @@ def summed(
     layout = replace(lay, unreduced=lay.unreduced - {axis}, sharded=(*lay.sharded, *sharded), order=order)
     offset = mesh.index(axis) * lay.stride
 
-    def before(s: Seed, state: State) -> tuple[Seed, Seed]:
+    def before(views: Slots, s: Seed, state: State) -> tuple[Seed, Seed]:
         return s._replace(index=s.index + offset), s
 
     def after(out: Sum, state: State, s: Seed) -> tuple[Sum, State]:
@@ -144,41 +144,32 @@ def _said(wire: Wire) -> str:
 
 
 def closed(g: Grad, axis: str, name: str) -> Grad:
-    """g with its innermost bracket closed: what is joined are new views, or a gradient."""
+    """g with its innermost bracket closed: what is joined are new views, or a gradient.
+
+    Raises:
+      ChainError: a gradient should be joined by a wire that sends what is new against an earlier value.
+    """
     lay, mesh, edge, compute = g.layout, g.env.mesh, g.env.edges[axis], g.env.policy.compute
-    if edge.gather.difference:
-        if not lay.applied:
-            why = f"{edge.gather} sends what is new against an earlier value, and nobody holds one of a gradient"
-            raise refuse(g, name, f"{why}; write the wire inside it")
-        if mesh.axes[axis].size > 1:
-            return _closed_by_difference(g, edge, name)
-
-    def before(s: Seed, state: State) -> tuple[Seed, Key]:
-        run, now = s.at
-        return s, (run, now + 1) if lay.applied else (s.key, s.index)  # views are the next update's
-
-    def after(out: Out, state: State, key: Key) -> tuple[Out, State]:
-        if isinstance(out, Updated):
-            views = out.params.trainable().to(compute)
-            return out._replace(params=collectives.all_gather(views, edge, mesh, key)), state
-        return out._replace(grads=collectives.all_gather(out.grads, edge, mesh, key)), state
-
-    return around(g, name, replace(lay, sharded=lay.sharded[:-1]), before, after)
-
-
-def _closed_by_difference(g: Grad, edge: Edge, name: str) -> Grad:
-    """g with its innermost bracket closed: new parameters, less the views that all ranks hold, are joined to these."""
-    lay, mesh = g.layout, g.env.mesh
     layout = replace(lay, sharded=lay.sharded[:-1])
+    if edge.gather.difference and not lay.applied:
+        why = f"{edge.gather} sends what is new against an earlier value, and nobody holds one of a gradient"
+        raise refuse(g, name, f"{why}; write the wire inside it")
+    differs = edge.gather.difference and mesh.axes[axis].size > 1
 
-    def apply(views: Slots, state: State, batch: Tree, s: Seed) -> tuple[Out | None, State]:
-        out, state = g.apply(views, state, batch, s)
-        if out is None:
-            return None, state
-        assert isinstance(out, Updated)
-        held = reduce(lambda x, a: collectives.cut(x, a, mesh), layout.sharded[len(lay.rest) :], views.trainable())
+    def before(views: Slots, s: Seed, state: State) -> tuple[Seed, tuple[Key, Slots]]:
         run, now = s.at
-        new = collectives.all_gather_new(out.params.trainable(), held, edge, mesh, (run, now + 1))
-        return out._replace(params=new.map(lambda n, h: torch.where(out.ok, n, h), held)), state
+        return s, ((run, now + 1) if lay.applied else (s.key, s.index), views)  # new views are the next update's
 
-    return g._replace(apply=apply, layout=layout, names=(*g.names, name), arrows=(*g.arrows, layout))
+    def after(out: Out, state: State, carried: tuple[Key, Slots]) -> tuple[Out, State]:
+        key, views = carried
+        if not isinstance(out, Updated):
+            return out._replace(grads=collectives.all_gather(out.grads, edge, mesh, key)), state
+        new = out.params.trainable()
+        if not differs:
+            return out._replace(params=collectives.all_gather(new.to(compute), edge, mesh, key)), state
+        # what every rank of the axis has read so far
+        held = reduce(lambda x, a: collectives.cut(x, a, mesh), layout.sharded[len(lay.rest) :], views.trainable())
+        read = collectives.all_gather_new(new, held, edge, mesh, key)
+        return out._replace(params=read.map(lambda n, h: torch.where(out.ok, n, h), held)), state
+
+    return around(g, name, layout, before, after)
