@@ -153,8 +153,10 @@ def _transformed(x: Tensor) -> bool:
 
 
 def captured(fn: Callable[..., Any], transformed: bool = False) -> Iterator[Any]:
-    """Closed parameters, and tensors that need a gradient or, if asked for, are transformed by torch.func, in the closures of a function and of those that it
-    captures.
+    """Closed parameters, and tensors that need a gradient, in the closures of a function and of those that it captures.
+
+    Args:
+      transformed: also those that torch.func is transforming.
     """
     seen: list[Any] = [fn]
     for inner in seen:
