@@ -283,10 +283,7 @@ def test_a_derivative_through_a_step_is_refused():
         step = make(stage, (fz.sgd(0.5, momentum=0.9),), source=fz.value_and_grad(loss, batch=P("data")))
         state, b = step.init({"w": torch.full((1, 1), 0.3)}), torch.ones(4, 1)
         graph = state._replace(params=state.params.map(lambda x: x.clone().requires_grad_()))
-        words = (
-            "requires grad, but what the step returns would carry a wrong derivative, because a step is not"
-            " differentiable yet"
-        )
+        words = "requires grad, but what the step returns would carry a wrong derivative; write fz.differentiable(step)"
         for call in ((step, graph, b), (step.eval(loss), graph, b), (step.view, graph), (step.params, graph)):
             assert said(*call).startswith(f"RuntimeError: step: 'params/buffers/0' of its state {words}")
         moments = state.chain["sgd"]._replace(count=state.chain["sgd"].count.clone().requires_grad_())

@@ -12,7 +12,7 @@ from funczero.comm import differentiable as crossing
 from funczero.core import rng
 from funczero.core.types import Grad, Metrics, Seed, TrainState, Updated
 from funczero.step.fits import Fits
-from funczero.step.step import Step, metrics_of
+from funczero.step.step import Step, metrics_of, not_compiled
 
 
 class DifferentiableStep(NamedTuple):
@@ -23,6 +23,8 @@ class DifferentiableStep(NamedTuple):
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """One update of a global step, on this rank's rows."""
+        if torch.compiler.is_compiling():
+            not_compiled()
         self.fits.suits(state)
         g = self.grad()
         mesh, masters = g.env.mesh, state.params

@@ -52,7 +52,13 @@ class Step(NamedTuple):
     fits: Fits  # which states it takes, and what their views are
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
-        """One update, or with a streamed chain one micro-batch (metrics None) and, with batch None, the update."""
+        """One update, or with a streamed chain one micro-batch (metrics None) and, with batch None, the update.
+
+        Raises:
+          RuntimeError: it is called inside torch.compile.
+        """
+        if torch.compiler.is_compiling():
+            not_compiled()
         return self.update(state, batch)
 
     @property
@@ -195,6 +201,18 @@ class Step(NamedTuple):
 
     def __repr__(self) -> str:
         return f"<Step {' | '.join(self.grad.names)}>"
+
+
+@torch.compiler.disable
+def not_compiled() -> None:
+    """Refuse torch.compile of a step: the call that it would trace raises here, as it runs.
+
+    Raises:
+      RuntimeError: always.
+    """
+    why = "it sends, and writes into buffers of its own, which its compiler cannot trace"
+    remedy = "compile the loss function or a block inside it, or trace fz.differentiable(step) with make_fx"
+    raise RuntimeError(f"step: torch.compile does not go through a step, because {why}; {remedy}")
 
 
 def metrics_of(out: Updated, state: TrainState) -> Metrics:

@@ -1,4 +1,4 @@
-"""Many steps as one function, and many states as one: what meta-learning and ensembles do with a differentiable step."""
+"""Many steps as one function, and many states as one, as meta-learning and ensembles want a differentiable step."""
 
 from __future__ import annotations
 
