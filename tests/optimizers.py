@@ -216,3 +216,12 @@ PAIRS["a partition"] = (
         lambda p: torch.optim.SGD(p, 0.5, momentum=0.9),
     ),
 )
+
+MAKERS = {
+    "adamw": fz.adamw,
+    "adam": fz.adam,
+    "sgd": lambda lr, **kw: fz.sgd(lr, 0.9, **kw),
+    "lion": fz.lion,
+    "adagrad": fz.adagrad,
+    "rmsprop": lambda lr, **kw: fz.from_torch("RMSprop", lr, **kw),
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from optimizers import F32, F64, ORACLES, PAIRS, close, masters, torchs
+from optimizers import F64, PAIRS, close, masters, torchs
 
 import funczero as fz
 from funczero import P, tree
@@ -25,28 +25,6 @@ def test_an_optimizer_is_torchs(name):
             {n: x.float() for n, x in want.items()},
             2e-6 if name in ("sgd", "momentum", "nesterov, decay") else 2e-5,
         )
-
-
-SINGLE = [name for name in PAIRS if name != "a partition"]
-
-
-@pytest.mark.parametrize(("dtype", "atol"), [(F64, 1e-13), (F32, 1e-6)])
-@pytest.mark.parametrize("name", SINGLE)
-def test_the_fused_form_is_the_plain_one(name, dtype, atol):
-    """The formula is plain arithmetic's, and the pair that is made of it gives its values."""
-    tx, got = PAIRS[name][0], masters(PAIRS[name][0], dtype=dtype)[0]
-    close(got, masters(fz.lift((tx.init, tx.update), elementwise=True), dtype=dtype)[0], atol)
-    if name in ORACLES:
-        close(got, masters(ORACLES[name], dtype=dtype)[0], atol)
-
-
-def test_the_pairs_updates_keep_what_a_large_parameter_would_round_away():
-    """Its updates are differences in float64, as an optimizer further right reads them."""
-    tx = fz.adamw(1e-9, weight_decay=0.0)
-    params = {"w": torch.ones(16)}
-    updates, state = tx.update({"w": torch.full((16,), 0.5)}, tx.init(params), params)
-    torch.testing.assert_close(updates["w"], torch.full((16,), -1e-9), rtol=1e-6, atol=0)
-    assert state.count == 1 and state.mu["w"].dtype == torch.float32 and torch.equal(params["w"], torch.ones(16))
 
 
 def staged(name):
