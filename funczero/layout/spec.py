@@ -20,7 +20,7 @@ class P(tuple[str | tuple[str, ...] | None, ...]):
                 )
         return super().__new__(cls, dims)
 
-    def __getnewargs__(self) -> tuple[str | tuple[str, ...] | None, ...]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[str | tuple[str, ...] | None, ...]:
         """A copied or pickled spec is made of its dims one by one, or they would become the axes of a single dim."""
         return tuple(self)
 
