@@ -131,6 +131,63 @@ def test_evaluation_and_whole_parameters(run_world):
         assert max(result) < 1e-12
 
 
+# --- randomness -------------------------------------------------------------------------------------------------------
+def test_a_key_decides_and_the_global_generator_stays():
+    loss_fn, params = stateless(build(Net, p=0.3), loss)
+    values, before = [], torch.get_rng_state()
+    for key in (1, 1, 2):
+        values.append(loss_fn(params, batch(), key)[0].item())
+        assert torch.equal(before, torch.get_rng_state())
+        torch.manual_seed(key)
+        before = torch.get_rng_state()
+    assert values[0] == values[1] != values[2]
+
+
+@pytest.mark.parametrize(
+    ("functional", "who"), [(False, "'drop' (Dropout, p=0.3)"), (True, "the forward of 'blocks.0'")]
+)
+def test_drawing_without_a_key_is_refused(functional, who):
+    net = build(Net, p=0.3, functional=functional)
+    net.drop.p = 0.0 if functional else 0.3
+    for b in net.blocks:
+        b.drop.p = 0.0
+    loss_fn, params = stateless(net, loss)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="write value_and_grad\\(loss_fn, ..., rng=True\\)") as error:
+        loss_fn(params, batch())
+    assert who in str(error.value) and torch.equal(before, torch.get_rng_state())
+
+
+def test_the_layer_that_draws_is_named():
+    net = build(Net, p=0.3)
+    net.drop.p = 0.0
+    with pytest.raises(RuntimeError, match="'blocks.0.drop' \\(Dropout, p=0.3\\) draws from torch's global generator"):
+        loss_fn, params = stateless(net, loss)
+        loss_fn(params, batch())
+
+
+# --- blocks that ask to run again -------------------------------------------------------------------------------------
+class Asking(Block):
+    """A block that asks for checkpointing."""
+
+    gradient_checkpointing = True
+
+
+def test_a_block_may_ask_to_run_again():
+    net = build(Net, block=Asking)
+    loss_fn, params = stateless(net, loss)
+    calls, forward = [], Asking.forward
+    Asking.forward = lambda self, *args, **kwargs: (calls.append(1), forward(self, *args, **kwargs))[1]
+    try:
+        total = loss_fn({n: p.clone().requires_grad_() for n, p in params.items()}, batch())[0]
+        once = len(calls)
+        total.backward()
+    finally:
+        del Asking.forward
+    assert once == 6 and len(calls) == once + 5  # the one under no_grad is not run again
+    assert all(b.gradient_checkpointing for b in net.blocks)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 def _peaks():
     """By form: units gathered at once, as the tape counts them and as memory has them; and whether all of it goes."""

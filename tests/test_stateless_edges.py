@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 import funczero as fz
 from funczero import P
-from funczero.gradients.units import find_units
 from funczero.layout.processes import world_size
 
 DIM = 4
@@ -243,9 +242,6 @@ def test_numpy_in_a_block_that_runs_again_is_refused():
 
 
 # --- units ------------------------------------------------------------------------------------------------------------
-def test_blocks_of_several_types_are_units():
-    assert find_units(Net((Block, Other, Block)), None) == ("blocks",) == find_units(Net(), None)
-    assert find_units(Net((Block, nn.ReLU, Block)), None) == ()
 
 
 class Towers(nn.Module):
