@@ -79,9 +79,12 @@ from funczero.optim import lion as lion
 from funczero.optim import schedules as schedules
 from funczero.optim import sgd as sgd
 from funczero.step.sharded_loss import hessian as hessian
+from funczero.step.sharded_loss import jacfwd as jacfwd
+from funczero.step.sharded_loss import jacrev as jacrev
 from funczero.step.sharded_loss import parts as parts
 from funczero.step.sharded_loss import per_sample as per_sample
 from funczero.step.sharded_loss import sharded_loss as sharded_loss
+from funczero.step.sharded_loss import with_parts as with_parts
 from funczero.step.step import Step as Step
 from funczero.step.train_step import donate as donate
 from funczero.step.train_step import train_step as train_step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,9 +38,44 @@ def loss_fn(p, b):
     return ((out - b["y"]) ** 2).sum(), torch.tensor(float(len(b["x"])), dtype=torch.float64)
 
 
-def mean_loss(p, b):
-    loss, weight = loss_fn(p, b)
-    return loss / weight
+def block(p, x):
+    return x + torch.tanh(x @ p["w"] + p["b"])
+
+
+def deep_loss(p, b):
+    """The same kind of loss with blocks, which are units."""
+    out = fz.layers(block, p["blocks"], torch.tanh(b["x"] @ p["inp"])) @ p["out"]
+    return ((out - b["y"]) ** 2).sum(), torch.tensor(float(len(b["x"])), dtype=torch.float64)
+
+
+def deep(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64) * 0.5
+    return {"blocks": [{"w": draw(3, 3), "b": draw(3)} for _ in range(2)], "inp": draw(5, 3), "out": draw(3, 2)}
+
+
+class Problem(NamedTuple):
+    """A loss, its parameters by seed, and what of it are units."""
+
+    loss: Any = loss_fn
+    params: Any = params
+    units: tuple = ()
+
+    def mean(self):
+        """The mean over rows as a function of leaves by path."""
+        form = fz.tree.flatten(self.params())[1]
+
+        def loss(p, b):
+            loss, weight = self.loss(fz.tree.unflatten(list(p.values()), form), b)
+            return loss / weight
+
+        return loss
+
+    def leaves(self, seed=0):
+        return dict(fz.tree.paths(self.params(seed)))
+
+
+FLAT, UNITS = Problem(), Problem(deep_loss, deep, ("blocks",))
 
 
 def clipped(g):
@@ -69,12 +106,12 @@ def derivatives(loss, p, t, b, dot):
     }
 
 
-def sharded(stage, mesh, axes):
-    g = fz.value_and_grad(loss_fn, batch=P(axes))
+def sharded(stage, mesh, axes, problem=FLAT):
+    g = fz.value_and_grad(problem.loss, batch=P(axes), units=problem.units)
     chain = fz.hpz(g, fz.sgd(0.1)) if stage == "hpz" else fz.zero(g, fz.sgd(0.1), stage=stage, axis=axes)
     step = fz.train_step(*chain, mesh=mesh, policy="float64")
-    state = step.init(params())
-    return step, state, fz.sharded_loss(step, loss_fn, state)
+    state = step.init(problem.params())
+    return step, state, fz.sharded_loss(step, problem.loss, state)
 
 
 def cut(loss, whole):
@@ -87,10 +124,10 @@ def cut(loss, whole):
     return out
 
 
-def compared(stage, mesh, axes=("data",)):
+def compared(stage, mesh, axes=("data",), problem=FLAT):
     """By name the largest difference from plain torch.func on whole parameters, relative to the largest value."""
-    step, state, loss = sharded(stage, mesh, axes)
-    p, t, b = params(), params(1), rows()
+    step, state, loss = sharded(stage, mesh, axes, problem)
+    p, t, b, mean_loss = problem.leaves(), problem.leaves(1), rows(), problem.mean()
     plain_dot = lambda a, b: sum((a[n] * b[n]).sum() for n in b)
     want = derivatives(mean_loss, p, t, b, plain_dot)
     mine = step.local_rows(b)
@@ -112,7 +149,14 @@ def compared(stage, mesh, axes=("data",)):
         for a in whole
         for n, x in cut(loss, whole[a]).items()
     )
-    every = vmap(lambda r: clipped(grad(lambda p: loss_fn(p, {k: x[None] for k, x in r.items()})[0])(p)))(b)
+    reverse = fz.jacrev(loss, lambda p, b: grad(loss)(p, b))(fz.parts(state), mine)
+    errors["jacrev"] = max(
+        (found[a][n] - reverse[a][n]).abs().max().item() if found[a][n].numel() else 0.0 for a in whole for n in whole
+    )
+    forward = fz.jacfwd(loss, loss)(fz.parts(state), mine)
+    first = grad(mean_loss)(p, b)
+    errors["jacfwd"] = max((forward[n] - x).abs().max().item() for n, x in first.items())
+    every = vmap(lambda r: clipped(grad(lambda p: mean_loss(p, {k: x[None] for k, x in r.items()}))(p)))(b)
     clip = fz.per_sample(loss, clipped)(fz.parts(state), mine)
     errors["per sample"] = max(
         (clip[n] - x).abs().max().item() if x.numel() else 0.0
@@ -130,6 +174,19 @@ def test_derivatives_are_those_of_the_unsharded_loss(run_world, stage):
 @pytest.mark.parametrize("stage", [pytest.param(s, marks=pytest.mark.slow) for s in (3, "hpz")])
 def test_over_two_axes(run_world, stage):
     for errors in run_world(4, compared, stage, {"node": 2, "local": 2}, ("node", "local"), timeout=300.0):
+        assert all(e < TOLERANCE for e in errors.values()), errors
+
+
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in range(3)), 3])
+def test_with_units(run_world, stage):
+    for errors in run_world(2, compared, stage, {"data": 2}, ("data",), UNITS, timeout=300.0):
+        assert all(e < TOLERANCE for e in errors.values()), errors
+
+
+@pytest.mark.slow
+def test_with_units_over_two_axes(run_world):
+    mesh = {"node": 2, "local": 2}
+    for errors in run_world(4, compared, "hpz", mesh, ("node", "local"), UNITS, timeout=300.0):
         assert all(e < TOLERANCE for e in errors.values()), errors
 
 

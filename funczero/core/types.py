@@ -129,6 +129,7 @@ class Env(NamedTuple):
     donate: bool = False  # may the state be updated in place?
     prefetch: bool = True  # does the next block's gather start while one computes?
     early: Early | None = None  # what the first updates are looked at for
+    differentiable: bool = False  # is every leaf of a step a function of every other, for torch.func?
 
     @property
     def rules(self) -> dict[str, Rules]:

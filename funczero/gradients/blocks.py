@@ -12,6 +12,7 @@ from funczero.core import tree
 from funczero.gradients.arrivals import Group
 from funczero.gradients.keep import run_unit
 from funczero.gradients.layers import run_block
+from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.units import neighbours
 
@@ -49,15 +50,16 @@ class Blocks(NamedTuple):
         Args:
           closed: the block's parameters by name: Refs, or whole where nothing is sharded.
           forward: binds the parameters, runs the block and lets them go, also where it raises.
-          again: the block saves only its inputs, and runs again in the backward.
+          again: the block saves only its inputs, and runs again in the backward; always given where it may be
+            differentiated twice (Parts).
         """
         path, group = self.paths[i], self.groups[i]
         around = tuple(() if j is None else self.groups[j] for j in neighbours(self.paths, i))
-        if again is not None and torch.is_grad_enabled():
+        tape = next((r.tape for r in closed.values() if isinstance(r, Ref)), None)
+        if again is not None and (torch.is_grad_enabled() or isinstance(tape, Parts)):
             twice = _checked(path, forward, again)
             return run_block(twice, tree.flatten(closed), group, repeatable(path, args, kwargs), {}, around, True)
-        tape = next((r.tape for r in closed.values() if isinstance(r, Ref)), None)
-        if tape is None:
+        if tape is None or isinstance(tape, Parts):
             return forward(closed, args, kwargs)
         opened = lambda leaves: forward(
             {n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs

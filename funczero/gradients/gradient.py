@@ -13,9 +13,11 @@ from torch import Tensor
 from funczero.comm.collectives import all_gather
 from funczero.comm.wire import Key
 from funczero.core import order, rng, tree
-from funczero.core.types import ChainError, Env, Grad, Layout, Seed, Sum
+from funczero.core.number import flag
+from funczero.core.types import Apply, ChainError, Env, Grad, Layout, Seed, Sum
 from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
+from funczero.gradients.higher import Loss, applied
 from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
 from funczero.gradients.tape import Tape
 from funczero.layout.lazy import Lazy
@@ -34,6 +36,7 @@ def value_and_grad(
     has_aux: bool = False,
     rng: bool = False,
     replicated: Sequence[str] = (),
+    higher_order: bool = False,
 ) -> Source:
     """The loss and its gradient, as sums over the examples: a Source, at the left end of a chain.
 
@@ -50,6 +53,9 @@ def value_and_grad(
       rng: call loss_fn(params, batch, key) with a key folded from (state.step, global micro-batch index).
       replicated: mesh axes that the batch is not split over, on purpose: ranks along them are given the same rows,
         which is compared.
+      higher_order: the loss takes derivatives of its own through units: a gradient penalty, a Hessian-vector product,
+        a jvp. A unit then runs up to four times, and the last bits may be others; without units it changes nothing
+        but memory. Wires of this gradient's brackets are refused, for they have no derivative.
 
     Raises:
       ChainError: the batch's spec splits another dim than 0.
@@ -59,11 +65,12 @@ def value_and_grad(
     frozen = (lambda path: False) if trainable is None else (lambda path: not matches(path))
 
     def make(source: Source, env: Env) -> Grad:
-        return _build(
-            source,
-            env,
-            lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng),
-        )
+        layout = _layout(source, env)
+        if flag("value_and_grad", "higher_order", higher_order) or env.differentiable:
+            loss = Loss(loss_fn, has_aux, rng, env, source.batch)
+            return _grad(source, env, layout, applied(source, loss, order.indices(layout, env.mesh.index)[0]))
+        differentiate = lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng)
+        return _grad(source, env, layout, _on_tape(source, env, layout, differentiate))
 
     ties, patterns = tuple(getattr(loss_fn, "ties", {}).items()), _patterns("value_and_grad(trainable=...)", trainable)
     return Source(
@@ -108,7 +115,14 @@ def pullback(
         return loss, weight, None, [None if structure.frozen(i) else g for i, g in enumerate(grads)]
 
     patterns = _patterns("pullback(trainable=...)", trainable)
-    make = lambda source, env: _build(source, env, pulled, forward=False)
+
+    def make(source: Source, env: Env) -> Grad:
+        if env.differentiable:
+            why = "its forward ran elsewhere, where a derivative of the step does not reach"
+            raise ChainError(f"pullback: {why}; write value_and_grad(loss_fn, ...) for a differentiable step")
+        layout = _layout(source, env)
+        return _grad(source, env, layout, _on_tape(source, env, layout, pulled, forward=False))
+
     return Source("pullback", make, _batch_axes(batch), (), frozen, patterns=patterns, replicated=_names(replicated))
 
 
@@ -175,23 +189,22 @@ def _refuse_axes(source: Source, axes: tuple[str, ...]) -> None:
         )
 
 
-def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward: bool = True) -> Grad:
+def _layout(source: Source, env: Env) -> Layout:
+    """Of what a Source returns."""
     axes = (*source.axes, *source.scatter)
     _refuse_axes(source, axes)
-    mesh = env.mesh
-    layout = Layout(
-        source.batch,
-        frozenset(source.batch) - set(axes),
-        axes,
-        source.axes,
-        tuple((a, mesh.axes[a].size) for a in axes),
-    )
+    sizes = tuple((a, env.mesh.axes[a].size) for a in axes)
+    return Layout(source.batch, frozenset(source.batch) - set(axes), axes, source.axes, sizes)
 
-    def view(views: Slots, at: Key = (0,)) -> Slots:
-        return reduce(lambda x, a: all_gather(x, env.edges[a], mesh, at), reversed(source.axes), views)
+
+def _on_tape(
+    source: Source, env: Env, layout: Layout, differentiate: Callable[..., Any], forward: bool = True
+) -> Apply:
+    """A first-order gradient: units are opened and scattered one by one."""
+    axes = layout.sharded
 
     def apply(views: Slots, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Sum, dict[str, Any]]:
-        mine = seed._replace(index=seed.index + order.indices(layout, mesh.index)[0])
+        mine = seed._replace(index=seed.index + order.indices(layout, env.mesh.index)[0])
         held = feedback.of_axes(state, axes, seed)
         tape = Tape(views, source.scatter, env, seed.look, at=seed.at, key=(seed.key, seed.index), held=held)
         whole = tape.open_rest(forward)
@@ -201,19 +214,25 @@ def _build(source: Source, env: Env, differentiate: Callable[..., Any], forward:
             state = feedback.renewed(state, env.edges[a], tape.arrivals.memory(a))
         return Sum(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
 
+    return apply
+
+
+def _grad(source: Source, env: Env, layout: Layout, apply: Apply) -> Grad:
+    """A Source's gradient, with the chain's names and the memories of its wires."""
+    axes, mesh = layout.sharded, env.mesh
+
+    def view(views: Slots, at: Key = (0,)) -> Slots:
+        return reduce(lambda x, a: all_gather(x, env.edges[a], mesh, at), reversed(source.axes), views)
+
     def init(params: Lazy) -> dict[str, Any]:
         left = lambda i: [a for a in source.batch if a not in axes[:i]]
         at = [feedback.empty(params, env, a, axes[:i], left(i)) for i, a in enumerate(axes) if remembers(env, a)]
         return {name: own for state in at for name, own in state.items()}
 
-    name = (
-        source.name
-        if not source.batch
-        else f"{source.name}(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})"
-    )
+    rows = f"(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})" if source.batch else ""
     opened = tuple(opening(env.edges[a]) for a in source.axes)
-    grad = Grad(init, view, apply, layout, (*opened, name), env, (*[Layout()] * len(opened), layout))
-    return grad
+    arrows = (*[Layout()] * len(opened), layout)
+    return Grad(init, view, apply, layout, (*opened, source.name + rows), env, arrows)
 
 
 def _differentiate(
@@ -252,7 +271,7 @@ def _differentiate(
     rows = None
     if has_aux:
         flat, spec = tree.flatten(aux)
-        rows = (torch.stack([aux_sum(path, x, loss.device) for path, x in tree.paths(aux)])[None], spec)
+        rows = (torch.stack([aux_sum(path, x, loss.device).detach() for path, x in tree.paths(aux)])[None], spec)
     return loss, weight.to(loss.device), rows, grads
 
 

@@ -3,8 +3,8 @@ model.
 
 A unit is gathered just before it runs, dropped after it, gathered again in the backward, and its gradient is scattered
 as soon as it exists: the next gather and the last scatter travel while a block computes. Program order is the schedule.
-Two forms: *keep* (saved tensors that live in the gathered buffer are swapped for their coordinates) and *remat* (only
-the block's inputs are saved).
+Three forms: *keep* (saved tensors that live in the gathered buffer are swapped for their coordinates), *remat* (only
+the block's inputs are saved), and for higher derivatives a block as a function of this rank's parts (parts.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from funczero.core import rng, tree
 from funczero.gradients.arrivals import Group
 from funczero.gradients.keep import run_unit
+from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.remat import Rerun, rerun_resting
 
@@ -40,10 +42,10 @@ def layers(
     Raises:
       TypeError: block captures a tensor that needs a gradient.
     """
-    _no_captures(block)
     auxes = []
     opened = [tree.flatten(b) for b in blocks]
     groups = [group_of(refs) for refs, _ in opened]
+    _no_captures(block, any(groups))
     for i, params in enumerate(opened):
         kwargs = {} if key is None else {"key": rng.fold(key, i)}
         around = (groups[i - 1] if i else (), groups[i + 1] if i + 1 < len(groups) else ())
@@ -61,6 +63,9 @@ def gather(params: Any) -> Any:
     if not refs:
         return params
     tape, units = refs[0].tape, tuple(dict.fromkeys(r.unit for r in refs))
+    if isinstance(tape, Parts):
+        leaves = tape.gathered(units)
+        return tree.unflatten([leaves[r.leaf] if isinstance(r, Ref) else r for r in flat], treedef)
     if tape.seam:
         leaves = tape.open_leaves(
             {u: tape.take(u) for u in units}, track=torch.is_grad_enabled() and tape.differentiate
@@ -115,7 +120,9 @@ def run_block(
 
     inputs = [values[i] for i in taken]
     tape = next((v.tape for v in refs if isinstance(v, Ref)), None)
-    if tape is None or remat and not tape.seam:
+    if isinstance(tape, Parts):
+        outs = tape.run(group, run, inputs)
+    elif tape is None or remat and not tape.seam:
         outs = rerun_resting(run, tape, group, inputs)
     elif remat and torch.is_grad_enabled() and tape.differentiate:
         learning = [u for u in group if not tape.whole.structure.units[u].frozen]
@@ -127,18 +134,29 @@ def run_block(
     return tree.unflatten(list(outs), outdef[0]) if outdef else outs[0]
 
 
-def _no_captures(block: Callable[..., Any]) -> None:
-    """Refuse closures over tensors that need a gradient: the remat form could not see it."""
-    for x in captured(block):
+def _no_captures(block: Callable[..., Any], units: bool) -> None:
+    """Refuse closures over tensors that need a gradient, which the remat form could not see; with units also over those
+    that torch.func is transforming.
+    """
+    for x in captured(block, units):
         what = f"parameter {x.path!r}" if isinstance(x, Ref) else f"a tensor of shape {tuple(x.shape)}"
         raise TypeError(
             f"fz.layers: the block captures {what}, which needs a gradient; hand it in: fz.layers(block, blocks, x, it)"
         )
 
 
-def captured(fn: Callable[..., Any]) -> Iterator[Any]:
-    """Closed parameters, and tensors that need a gradient, in the closures of a function and of those that it
-    captures.
+def _transformed(x: Tensor) -> bool:
+    """Is it batched by vmap, or differentiated in forward mode?"""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def captured(fn: Callable[..., Any], transformed: bool = False) -> Iterator[Any]:
+    """Closed parameters, and tensors that need a gradient, in the closures of a function and of those that it captures.
+
+    Args:
+      transformed: also those that torch.func is transforming.
     """
     seen: list[Any] = [fn]
     for inner in seen:
@@ -147,7 +165,7 @@ def captured(fn: Callable[..., Any]) -> Iterator[Any]:
             continue
         cells = [c.cell_contents for c in getattr(plain, "__closure__", None) or () if c.cell_contents is not inner]
         for x in tree.leaves((cells, getattr(inner, "args", ()), getattr(inner, "keywords", {}))):
-            if isinstance(x, Ref) or isinstance(x, Tensor) and x.requires_grad:
+            if isinstance(x, Ref) or isinstance(x, Tensor) and (x.requires_grad or transformed and _transformed(x)):
                 yield x
             if callable(x) and getattr(x, "__closure__", None) and x not in seen and len(seen) < 16:
                 seen.append(x)

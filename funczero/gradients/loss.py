@@ -70,7 +70,7 @@ def aux_sum(path: str, x: Any, device: torch.device) -> Tensor:
             f"value_and_grad: {where} is {what}, but aux is a tree of 0-d sums, added over micro-batches and ranks;"
             " write x.sum() for each, or leave it out"
         )
-    return torch.as_tensor(x, device=device).detach().double()
+    return torch.as_tensor(x, device=device).double()
 
 
 def no_gradient() -> str:

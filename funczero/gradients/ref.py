@@ -9,17 +9,18 @@ import torch
 from funczero.core import tree
 
 if TYPE_CHECKING:
+    from funczero.gradients.parts import Parts
     from funczero.gradients.tape import Tape
 
 
 class Ref:
     """A parameter inside a unit, before the unit is opened: it has a shape and a dtype, and no values."""
 
-    def __init__(self, tape: Tape, leaf: int) -> None:
+    def __init__(self, tape: Tape | Parts, leaf: int) -> None:
         """Leaf number `leaf` of what the tape holds."""
         info = tape.whole.structure.leaves[leaf]
         self.tape, self.leaf, self.unit, self.path = tape, leaf, info.unit, info.path
-        self.shape, self.dtype, self.device = torch.Size(info.shape), tape.dtype, tape.port.device
+        self.shape, self.dtype, self.device = torch.Size(info.shape), tape.dtype, tape.device
         self.requires_grad = tape.differentiate and not tape.whole.structure.frozen(leaf)
 
     def is_floating_point(self) -> bool:

@@ -21,6 +21,7 @@ from funczero.core import tree
 from funczero.gradients.blocks import Again, Blocks
 from funczero.gradients.draws import KINDS, foreseen, keyed
 from funczero.gradients.layers import captured, group_of
+from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.snapshot import Slot, Snapshot, copied, places
 from funczero.gradients.units import find_units
@@ -84,7 +85,7 @@ def stateless(
         if snapshot.changes.check(copies, lengths):
             return None
         tapes = {r.tape for r in params.values() if isinstance(r, Ref)}
-        ports = [x for t in tapes for x in (t.port, *t.leaves.values())]  # they stand for what is closed
+        ports = [x for t in tapes for x in t.ports]  # they stand for what is closed
         snapshot.check_leaves("", result, [*tree.tensors((params, batch)), *ports])
         return result
 
@@ -147,8 +148,12 @@ class Call:
             finally:
                 _bind(where, self.params)
 
-        again = Again("stateless", "remat", "leave out remat", self.check_leaves) if unit.again else None
-        return self.blocks.run(i, {name: self.params[name] for _, _, name in where}, bound, args, kwargs, again)
+        closed, again = {name: self.params[name] for _, _, name in where}, None
+        if any(isinstance(x, Ref) and isinstance(x.tape, Parts) for x in closed.values()):
+            again = Again("stateless", "higher_order", "write fz.stateless(..., units=())", self.check_leaves)
+        elif unit.again:
+            again = Again("stateless", "remat", "leave out remat", self.check_leaves)
+        return self.blocks.run(i, closed, bound, args, kwargs, again)
 
 
 def _bind(where: list[tuple[Any, Any, str]], values: dict[str, Any]) -> None:

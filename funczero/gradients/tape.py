@@ -58,6 +58,16 @@ class Tape:
         self.lent: list[tuple[int, weakref.ref[Tensor]]] = []  # leaves that a loss holds by itself (fz.gather)
         self.live = self.peak = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Of all that is opened."""
+        return self.port.device
+
+    @property
+    def ports(self) -> list[Tensor]:
+        """What stands for the closed leaves in a graph."""
+        return [self.port, *self.leaves.values()]
+
     # --- gathers
     def launch(self, *group: int) -> None:
         """Start to gather units, unless they are here or under way."""
@@ -230,7 +240,7 @@ class Tape:
                 raise
             name = self.whole.structure.units[unit].name
             why = "is opened inside a torch.func transform, but units are first-order and know no vmap or jvp"
-            remedy = "leave units out for this loss"
+            remedy = "write value_and_grad(..., higher_order=True)"
             raise RuntimeError(f"value_and_grad(units=...): unit {name!r} {why}; {remedy}") from None
 
     def untouched(self, leaves: Mapping[int, Tensor], before: Mapping[int, Tensor] | None = None) -> None:
@@ -288,4 +298,4 @@ def first_order() -> None:
     """The seam frees what a second derivative would need; say so instead of being wrong."""
     if torch.is_grad_enabled():
         why = "the seam is first-order only, but create_graph=True asks for a second derivative"
-        raise RuntimeError(f"value_and_grad(units=...): {why}; leave units out for this loss")
+        raise RuntimeError(f"value_and_grad(units=...): {why}; write higher_order=True")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial, reduce
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from funczero.comm.adjoint import gather_rows, total, vary
+from funczero.comm.adjoint import gather_rows, total
+from funczero.comm.differentiable import pack
+from funczero.comm.integers import sum_and_compare
 from funczero.core import tree
 from funczero.core.types import TrainState
-from funczero.gradients.loss import check_loss
+from funczero.gradients.draws import keyed
+from funczero.gradients.loss import check_loss, drew
+from funczero.gradients.parts import Parts
 from funczero.layout.mesh import Mesh
 from funczero.layout.where import Where
 from funczero.step.step import Step
@@ -34,13 +39,28 @@ class ShardedLoss(NamedTuple):
     batch: tuple[str, ...]  # mesh axes that rows are split over
 
     def __call__(self, params: Params, batch: Any) -> Tensor:
-        """The mean loss, 0-d and the same on every rank."""
-        loss, weight, _ = check_loss(self.loss_fn(self.tree(params), batch), has_aux=False)
+        """The mean loss, 0-d and the same on every rank.
+
+        Raises:
+          DivergenceError: ranks did not open the same units, or did not come here alike.
+        """
+        parts, own = self._parts(params), getattr(self.loss_fn, "keyed", False)
+        with nullcontext() if own else keyed(None, self.mesh.device, drew):
+            loss, weight, _ = check_loss(self.loss_fn(parts.tree(), batch), has_aux=False)
+        if get_proxy_mode() is None:  # nothing is compared in a graph
+            sum_and_compare([torch.zeros(1, dtype=torch.int64, device=self.mesh.device)], self.batch, self.mesh)
         return self.total(loss) / self.total(weight.to(loss))
 
     def tree(self, params: Params) -> Any:
         """The whole parameters as the tree that was given to init; a collective that can be differentiated."""
-        return self.where.structure.unflatten([self._whole(i, x) for i, x in enumerate(self._checked(params))])
+        whole = self.whole(params)
+        return self.where.structure.unflatten([whole[leaf.path] for leaf in self.where.structure.leaves])
+
+    def whole(self, params: Params) -> dict[str, Tensor]:
+        """The whole leaves by path, so that a transpose sums their cotangents over ranks and cuts them."""
+        parts = self._parts(params)
+        found = parts.gathered(range(len(self.where.structure.units)))
+        return {self.where.structure.leaves[i].path: found[i] for i in sorted(found)}
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of a value of each rank over all that the batch is split over."""
@@ -55,42 +75,23 @@ class ShardedLoss(NamedTuple):
             sums[axes] = sums[axes] + term if axes in sums else term
         return sum((reduce(lambda y, x: total(y, x, self.mesh), axes, s) for axes, s in sums.items()), torch.zeros(()))
 
-    def _checked(self, params: Params) -> list[Tensor]:
-        leaves, slots = self.where.structure.leaves, self.where.slots
+    def rows(self, x: Tensor) -> Tensor:
+        """What every rank has of its own rows, joined: [rows, ...] -> [all rows, ...], in the order of ranks."""
+        return reduce(lambda y, a: gather_rows(y, a, self.mesh), reversed(self.batch), x)
+
+    def _parts(self, params: Params) -> Parts:
+        where = self.where
+        leaves, apart = where.structure.leaves, [a for a in self.batch if a not in where.axes]
         if not isinstance(params, Mapping) or set(params) != {leaf.path for leaf in leaves}:
             have = sorted(params)[:4] if isinstance(params, Mapping) else type(params).__name__
             raise TypeError(f"sharded_loss: its parameters are {have}; give what fz.parts(state) returned, by path")
-        for leaf, slot in zip(leaves, slots, strict=True):
+        for leaf, slot in zip(leaves, where.slots, strict=True):
             shape = tuple(params[leaf.path].shape)
             if shape != slot.shape:
                 raise ValueError(f"sharded_loss: {leaf.path!r} has shape {shape}, and this rank's part is {slot.shape}")
-        return [params[leaf.path] for leaf in leaves]
-
-    def _whole(self, i: int, x: Tensor) -> Tensor:
-        """A leaf over all ranks: joined over the axes that cut it, innermost first, and varied over the others."""
-        where, leaf = self.where, self.where.structure.leaves[i]
-        x = x.detach() if where.structure.frozen(i) else x
-        for axis, size, _ in reversed(where.coords):
-            if size > 1 and not leaf.cut(axis).replicated:
-                x = _joined(i, x, where, axis, size, self.mesh)
-            where = where.outer
-        along = [a for a in self.batch if a not in self.where.axes or leaf.cut(a).replicated]
-        return reduce(lambda y, a: vary(y, a, self.mesh), along, x)
-
-
-def _joined(i: int, x: Tensor, where: Where, axis: str, size: int, mesh: Mesh) -> Tensor:
-    """A leaf's parts over one axis, whole; each part travels padded to a full one."""
-    outer = where.outer
-    slots = [outer.inner(axis, size, q).slots[i] for q in range(size)]
-    longest, d = prod(slots[0].block), where.structure.leaves[i].cut(axis).dim
-    if d is None:
-        path, kind = where.structure.leaves[i].path, where.structure.leaves[i].cut(axis)
-        raise TypeError(
-            f"sharded_loss: {path!r} is cut by {kind!r}, which is no cut of a dim; leave that rule out here"
-        )
-    flat = F.pad(x.reshape(-1), (0, longest - x.numel()))  # cat drops an empty part, and its derivative with it
-    rows = gather_rows(flat[None], axis, mesh)
-    return torch.cat([row[: prod(s.shape)].view(s.shape) for row, s in zip(rows, slots, strict=True)], d)
+        named = {i: params[leaf.path] for i, leaf in enumerate(leaves)}
+        parts = {i: x.detach() if where.structure.frozen(i) else x for i, x in named.items()}
+        return Parts(where, parts, self.mesh, apart)
 
 
 def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> ShardedLoss:
@@ -98,8 +99,9 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
 
     Law: at every stage and on any number of ranks its value and all its derivatives are those of the loss over all rows
     and whole parameters, each rank having its part of them: `grad`, `vjp`, `jvp`, Hessian-vector products in either
-    order, `create_graph`, and `vmap` over whole sets of parameters. Parameters are gathered whole, at their own dtype;
-    wires pack nothing. What the step freezes has zero derivatives. All ranks call it alike.
+    order, `create_graph`, and `vmap` over whole sets of parameters. Units are opened one by one and run again for every
+    derivative. Parameters are gathered at their own dtype; wires are straight-through: they pack nothing. What the step
+    freezes has zero derivatives. All ranks call it alike.
 
     What torch.func would get wrong over shards has a verb of its own: its `vmap` over rows pairs row i of one rank with
     row i of the others (write `per_sample`), and its `hessian` and `jacrev` run over this rank's coordinates alone,
@@ -131,6 +133,29 @@ def parts(state: TrainState) -> dict[str, Tensor]:
     return {leaf.path: x.clone() for leaf, x in found if x is not None}
 
 
+def with_parts(state: TrainState, params: Params) -> TrainState:
+    """The state with other values of this rank's parts, which may be functions of something: `parts` backwards.
+
+    Its views follow, at the next step or evaluation.
+
+    Raises:
+      TypeError, ValueError: a path is missing or too many, or a part has another shape.
+    """
+    masters = state.params
+    leaves, slots = masters.where.structure.leaves, masters.where.slots
+    if set(params) != {leaf.path for leaf in leaves}:
+        odd = sorted(set(params) ^ {leaf.path for leaf in leaves})[0]
+        raise TypeError(f"with_parts: {odd!r} is missing or no parameter; give what fz.parts(state) returned, by path")
+    for leaf, slot in zip(leaves, slots, strict=True):
+        if tuple(params[leaf.path].shape) != slot.shape:
+            have = tuple(params[leaf.path].shape)
+            raise ValueError(f"with_parts: {leaf.path!r} has shape {have}, and this rank's part is {slot.shape}")
+    dtype = masters.buffers[0].dtype
+    return state._replace(
+        params=pack(masters.where, {i: params[leaf.path].to(dtype) for i, leaf in enumerate(leaves)}, masters)
+    )
+
+
 def per_sample(
     loss: ShardedLoss, each: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda g: g, rows: int | None = None
 ) -> Callable[[Params, Any], dict[str, Tensor]]:
@@ -148,7 +173,7 @@ def per_sample(
     """
 
     def summed(params: Params, batch: Any) -> dict[str, Tensor]:
-        gathered: Any = torch.func.vjp(lambda p: _by_path(loss, p), dict(params))
+        gathered: Any = torch.func.vjp(loss.whole, dict(params))
         whole, scatter = gathered
 
         def one(row: Any) -> dict[str, Tensor]:
@@ -162,16 +187,54 @@ def per_sample(
     return summed
 
 
-def _by_path(loss: ShardedLoss, params: Params) -> dict[str, Tensor]:
-    """Whole leaves by path, so that a transpose scatters their sums."""
-    found = enumerate(loss._checked(params))
-    return {loss.where.structure.leaves[i].path: loss._whole(i, x) for i, x in found}
-
-
 def _local(loss: ShardedLoss, whole: Params, batch: Any) -> Tensor:
     """The sum of losses of some rows of this rank."""
     leaves = [whole[leaf.path] for leaf in loss.where.structure.leaves]
     return check_loss(loss.loss_fn(loss.where.structure.unflatten(leaves), batch), has_aux=False)[0]
+
+
+def jacfwd(
+    loss: ShardedLoss, fn: Callable[[Params, Any], Any], coordinates: int | None = None
+) -> Callable[[Params, Any], dict[str, Any]]:
+    """The derivative of fn along every coordinate of the whole parameters, a jvp each: small models only.
+
+    (params, this rank's rows) -> by path the tree that fn returns, with the whole shape of that leaf in front:
+    [*whole shape, *out]. torch's own runs over every rank's coordinates at once, and returns the sum of their columns.
+
+    Args:
+      loss: from sharded_loss; only where its parts lie is read.
+      fn: (params, rows) -> a tree of tensors, of this rank (a gradient's parts) or for all (a loss).
+      coordinates: that are taken at a time; None: all of a leaf's.
+    """
+
+    def derived(params: Params, batch: Any) -> dict[str, Any]:
+        along = lambda t: torch.func.jvp(lambda p: fn(p, batch), (dict(params),), (t,))[1]
+        return dict(_by_coordinate(loss, along, params, coordinates))
+
+    return derived
+
+
+def jacrev(
+    loss: ShardedLoss, fn: Callable[[Params, Any], Params], coordinates: int | None = None
+) -> Callable[[Params, Any], dict[str, Any]]:
+    """The gradient of every coordinate of what fn returns, by this rank's parts: a vjp each.
+
+    (params, this rank's rows) -> by the path of a and of b [*whole shape of a, *this rank's part of b]. torch's own
+    runs over every rank's coordinates at once, and returns the sum of their rows.
+
+    Args:
+      loss: from sharded_loss; only where its parts lie is read.
+      fn: (params, rows) -> parts like the parameters', by path, as a gradient is. Of a value for all ranks
+        torch.func.jacrev is right.
+      coordinates: that are taken at a time; None: all of a leaf's.
+    """
+
+    def derived(params: Params, batch: Any) -> dict[str, Any]:
+        found: Any = torch.func.vjp(lambda p: fn(p, batch), dict(params))
+        value, pull = found
+        return dict(_by_coordinate(loss, lambda t: pull(t)[0], value, coordinates))
+
+    return derived
 
 
 def hessian(loss: ShardedLoss, coordinates: int | None = None) -> Callable[[Params, Any], dict[str, dict[str, Tensor]]]:
@@ -183,18 +246,25 @@ def hessian(loss: ShardedLoss, coordinates: int | None = None) -> Callable[[Para
     Args:
       coordinates: that are taken at a time; None: all of a leaf's.
     """
+    gradient: Any = torch.func.grad(loss.__call__)
+    return jacfwd(loss, gradient, coordinates)
 
-    def second(params: Params, batch: Any) -> dict[str, dict[str, Tensor]]:
-        gradient = torch.func.grad(lambda p: loss(p, batch))
-        product = lambda t: torch.func.jvp(gradient, (dict(params),), (t,))[1]
-        out: dict[str, dict[str, Tensor]] = {}
-        for leaf, slot in zip(loss.where.structure.leaves, loss.where.slots, strict=True):
-            n, like = prod(leaf.shape), params[leaf.path]
-            place = tuple(slice(a, a + m) for a, m in zip(slot.start, slot.shape, strict=True))
-            tangents = {k: x.new_zeros((n, *x.shape)) for k, x in params.items()}
-            tangents[leaf.path] = torch.eye(n, dtype=like.dtype, device=like.device).view((n, *leaf.shape))[:, *place]
-            found = torch.func.vmap(product, chunk_size=coordinates)(tangents) if n else tangents
-            out[leaf.path] = {k: x.view((*leaf.shape, *params[k].shape)) for k, x in found.items()}
-        return out
 
-    return second
+def _by_coordinate(
+    loss: ShardedLoss, linear: Callable[[dict[str, Tensor]], Any], like: Params, coordinates: int | None
+) -> Iterator[tuple[str, Any]]:
+    """By path a linear function of parts, at every unit vector of the whole leaf: each rank has its part of it."""
+    for leaf, slot in zip(loss.where.structure.leaves, loss.where.slots, strict=True):
+        n, x = prod(leaf.shape), like[leaf.path]
+        place = tuple(slice(a, a + m) for a, m in zip(slot.start, slot.shape, strict=True))
+        units = {k: y.new_zeros((n, *y.shape)) for k, y in like.items()}
+        units[leaf.path] = torch.eye(n, dtype=x.dtype, device=x.device).view((n, *leaf.shape))[:, *place]
+        if n:
+            found = torch.func.vmap(linear, chunk_size=coordinates)(units)
+        else:
+            found = tree.map(lambda y: y.new_zeros((0, *y.shape)), linear(dict(like)))
+        yield leaf.path, tree.map(partial(_unflattened, leaf.shape), found)
+
+
+def _unflattened(shape: tuple[int, ...], x: Tensor) -> Tensor:
+    return x.reshape((*shape, *x.shape[1:]))

@@ -1,0 +1,126 @@
+"""Gradients of losses that may be differentiated any number of times: `value_and_grad(..., higher_order=True)`, and all
+gradients of a differentiable step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funczero.comm import collectives, differentiable
+from funczero.comm.adjoint import vary
+from funczero.core import rng, tree
+from funczero.core.types import Apply, ChainError, Env, Seed, State, Sum
+from funczero.gradients import draws
+from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
+from funczero.gradients.parts import Parts
+from funczero.layout.slots import Slots
+from funczero.transforms.chain import Source
+
+
+class Loss(NamedTuple):
+    """A loss function of parts, and where it runs."""
+
+    fn: Callable[..., Any]
+    has_aux: bool
+    rng: bool  # is it given a key?
+    env: Env
+    batch: tuple[str, ...]  # mesh axes that rows are split over
+
+    @property
+    def wide(self) -> torch.dtype:
+        """In which the parts wait to be cast, and their gradients are added."""
+        return torch.promote_types(self.env.policy.compute, self.env.policy.accumulate)
+
+    def __call__(self, parts: Parts, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any]:
+        """(sum of losses, sum of weights, (the user's sums as [1, n] float64, the form of their tree) or None)."""
+        if self.rng and seed.key is None:
+            why = "the loss draws from a key, but the state's key is batched or traced here"
+            raise RuntimeError(f"value_and_grad(rng=True): {why}; draw outside, and hand the numbers in with the batch")
+        key = (rng.fold(seed.key, seed.index),) if self.rng else ()
+        own = getattr(self.fn, "keyed", False)
+        with nullcontext() if own else draws.keyed(next(iter(key), None), parts.device, drew):
+            loss, weight, aux = check_loss(self.fn(parts.tree(), batch, *key), self.has_aux)
+        parts.left_alone()
+        if not self.has_aux:
+            return loss, weight.to(loss.device), None
+        sums = [aux_sum(path, x, loss.device) for path, x in tree.paths(aux)]
+        return loss, weight.to(loss.device), (torch.stack(sums)[None], tree.flatten(aux)[1])
+
+
+def applied(source: Source, loss: Loss, index: int) -> Apply:
+    """The gradient of a Source, with every block as a function of parts.
+
+    Args:
+      index: of this rank's micro-batch, among those of the axes of the source's brackets.
+
+    Raises:
+      ChainError: an axis has a wire, which no derivative knows.
+    """
+    env, axes = loss.env, (*source.axes, *source.scatter)
+    packed = next((e for a in axes if not (e := env.edges[a]).exact), None)
+    if packed is not None:
+        what = f"the wire over {packed.axis!r} ({packed}) rounds what it sends, and has no derivative"
+        raise ChainError(f"value_and_grad: {what}; leave it out of this chain")
+    kind, derive = (differentiable, _derivable) if env.differentiable else (collectives, _derived)
+
+    def apply(views: Slots, state: State, batch: Any, seed: Seed) -> tuple[Sum, State]:
+        value, weight, aux, grads = derive(loss, views, batch, seed._replace(index=seed.index + index))
+        bad = _bad(grads) if seed.look else None
+        for a in source.scatter:
+            born = grads.to(env.policy.compute) if not grads.where.coords else grads  # sums travel as they are added
+            grads, _ = kind.reduce_scatter(born, env.edges[a], env.mesh)
+        return Sum(value[None], weight[None], aux, grads, bad=bad), state
+
+    return apply
+
+
+def _derived(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any, Slots]:
+    """The loss and its gradient, summed over the axes of rest; nothing is kept."""
+    leaves = {i: x.data.to(loss.wide) for i, x in enumerate(views.leaves()) if x is not None}
+    learning = {i: x.requires_grad_() for i, x in leaves.items() if not views.where.structure.frozen(i)}
+    parts = Parts(views.where, leaves, loss.env.mesh, dtype=loss.env.policy.compute)
+    value, weight, aux = loss(parts, batch, seed)
+    found: list[Any] = [None] * len(learning)
+    if value.requires_grad:
+        cotangent = seed.cotangent.to(value.dtype)
+        found = list(torch.autograd.grad(value, list(learning.values()), cotangent, allow_unused=True))
+    if learning and all(g is None for g in found) and bool(weight != 0):
+        raise RuntimeError(no_gradient())
+    early = loss.env.early
+    if early is not None and early.used is not None:
+        early.used.update(i for i, g in zip(learning, found, strict=True) if g is not None)
+    grads = {i: torch.zeros_like(x) if g is None else g for (i, x), g in zip(learning.items(), found, strict=True)}
+    aux = None if aux is None else (aux[0].detach(), aux[1])
+    return value.detach(), weight.detach(), aux, differentiable.pack(views.where, grads, views)
+
+
+def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any, Slots]:
+    """The same as functions of views, batch and cotangent; what is frozen is a constant."""
+    mesh, where, wide = loss.env.mesh, views.where, loss.wide
+    apart = [a for a in loss.batch if a not in where.axes]
+    each = {i: x.to(wide) for i, x in enumerate(views.leaves()) if x is not None}
+    still = {i: x.detach() for i, x in each.items() if where.structure.frozen(i)}
+    moving = {i: differentiable.over_all(x, apart, mesh, vary) for i, x in each.items() if i not in still}
+    form: list[Any] = []  # of the user's sums
+
+    def fn(learning: dict[int, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        parts = Parts(where, {**still, **learning}, mesh, dtype=loss.env.policy.compute)
+        value, weight, aux = loss(parts, batch, seed)
+        form[:] = [] if aux is None else [aux[1]]
+        return value, (weight,) if aux is None else (weight, aux[0])
+
+    found: Any = torch.func.vjp(fn, moving, has_aux=True)
+    value, pull, (weight, *sums) = found
+    grads = pull(seed.cotangent.to(value.dtype))[0]
+    return value, weight, (sums[0], form[0]) if sums else None, differentiable.pack(where, grads, views)
+
+
+def _bad(grads: Slots) -> Tensor:
+    """[leaves]: values of this rank's part that are not finite."""
+    zero = torch.zeros((), dtype=torch.int64, device=grads.buffers[0].device)
+    return torch.stack([zero if x is None else (~x.isfinite()).sum() for x in grads.leaves()])

@@ -1,0 +1,138 @@
+"""Parameters at rest as a loss reads them that may be differentiated any number of times: the third form of a unit.
+
+A tape's units are first-order, because their gradients leave while the backward runs. Here a block is a function of
+this rank's parts of its leaves, with the gather inside: only parts and inputs are saved, and every derivative of the
+block is the block's derivative run again (straight.py). What `torch.func` or `create_graph` asks for inside a loss, or
+of it, follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funczero.comm.adjoint import vary
+from funczero.comm.differentiable import outwards, over_all, units_of
+from funczero.core.straight import straight
+from funczero.gradients.arrivals import Group
+from funczero.gradients.draws import KINDS, foreseen
+from funczero.gradients.ref import Ref
+from funczero.gradients.surroundings import Uncached, here, restored
+from funczero.layout.mesh import Mesh
+from funczero.layout.where import Where
+
+
+class Parts:
+    """This rank's parts of all leaves for one forward: whole outside the units, closed inside them until they run."""
+
+    def __init__(
+        self,
+        where: Where,
+        parts: Mapping[int, Tensor],
+        mesh: Mesh,
+        varied: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """where: of the parts; parts: by leaf number, in their logical shapes.
+
+        Args:
+          varied: mesh axes beyond those of `where` along which ranks have rows of their own, and the parts are one
+            value for all.
+          dtype: in which they travel and are read; by default their own.
+        """
+        self.where, self.parts, self.mesh, self.varied = where, parts, mesh, tuple(varied)
+        some = next(iter(parts.values()))
+        self.whole = Where.whole(where.structure)
+        self.dtype, self.device, self.differentiate = dtype or some.dtype, some.device, True
+        self.versions = {i: x._version for i, x in parts.items()}
+
+    @property
+    def ports(self) -> list[Tensor]:
+        """What stands for the closed leaves in a graph."""
+        return list(self.parts.values())
+
+    def tree(self) -> Any:
+        """The whole parameters as the tree that was given to init; a collective."""
+        structure = self.where.structure
+        out: list[Any] = [None] * len(structure.leaves)
+        loose = [u for u, unit in enumerate(structure.units) if not unit.seam]
+        for i, x in self.opened(self.parts_of(loose)).items():
+            out[i] = x
+        for u, unit in enumerate(structure.units):
+            for i in structure.members[u] if unit.seam else ():
+                out[i] = Ref(self, i)
+        return structure.unflatten(out)
+
+    def parts_of(self, group: Sequence[int]) -> dict[int, Tensor]:
+        """The parts of some units' leaves, by leaf number."""
+        return {i: self.parts[i] for u in group for i in self.where.structure.members[u]}
+
+    def opened(self, parts: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Leaves whole, out of their parts; a value of this rank, whose cotangents are summed over all."""
+        frozen = {i: x for i, x in parts.items() if self.where.structure.frozen(i)}
+        learning = {i: x for i, x in parts.items() if i not in frozen}
+        return self._joined(frozen) | self._joined(learning)  # apart: one message would make all of them learn
+
+    def _joined(self, parts: dict[int, Tensor]) -> dict[int, Tensor]:
+        if not parts:
+            return {}
+        units, where = units_of(self.where, parts), self.where
+        out = {i: over_all(x, self.varied, self.mesh, partial(vary, units=units)) for i, x in parts.items()}
+        while where.coords:
+            out, where = outwards(where, out, self.mesh, self.dtype), where.outer
+        return {i: x.to(self.dtype) for i, x in out.items()}
+
+    def run(self, group: Group, block: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        """block(leaves by number, inputs) -> a tuple, with the units open inside.
+
+        What it draws from torch's generator comes once: runs for a derivative draw the same numbers again.
+        """
+        found, ran = here(self.device), list[bool]()
+
+        def first(parts: dict[int, Tensor], inputs: Sequence[Tensor]) -> Any:
+            ran.append(True)
+            with foreseen(self.device, _drew):
+                return self._run(parts, block, inputs)
+
+        def again(parts: dict[int, Tensor], inputs: Sequence[Tensor]) -> Any:
+            with restored(found), foreseen(self.device, _drew, KINDS[1:] if ran else KINDS):
+                return self._run(parts, block, inputs)
+
+        return straight(first, again, self.parts_of(group), list(inputs))
+
+    def _run(self, parts: dict[int, Tensor], block: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        leaves = self.opened(parts)
+        before, given = {i: x._version for i, x in leaves.items()}, [x._version for x in inputs]
+        with Uncached():
+            outs = block(leaves, inputs)
+        if [x._version for x in inputs] != given:
+            why = "changes an input in place, and is run again for every derivative"
+            raise RuntimeError(f"value_and_grad(higher_order=True): a block {why}; write x = x + y")
+        self.untouched({i: x for i, x in leaves.items() if x._version != before[i]})
+        return outs
+
+    def gathered(self, group: Sequence[int]) -> dict[int, Tensor]:
+        """Leaves of some units, whole for as long as a loss holds them."""
+        return self.opened(self.parts_of(group))
+
+    def left_alone(self) -> None:
+        """Refuse a loss that wrote into this rank's parts."""
+        self.untouched({i: x for i, x in self.parts.items() if x._version != self.versions[i]})
+
+    def untouched(self, written: Mapping[int, Tensor]) -> None:
+        """Refuse a loss that wrote its parameters, by path."""
+        for i in written:
+            path = self.where.structure.leaves[i].path
+            why = "a pure loss may read its parameters alone"
+            remedy = "write a new tensor, as w = w.clamp(...), or leave out max_norm"
+            raise RuntimeError(f"the loss writes into parameter {path!r} in place, but {why}; {remedy}")
+
+
+def _drew(kind: str) -> RuntimeError:
+    why = f"draws from {kind}'s generator, and would draw other numbers for a derivative"
+    remedy = "draw before the block and hand the numbers in"
+    return RuntimeError(f"value_and_grad(higher_order=True): a block {why}; {remedy}")
