@@ -78,11 +78,11 @@ terminate()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_abort_waits(name):
+def test_an_abort_waits(tmp_path, name):
     text, code, out = CASES[name]
     path = importlib.util.find_spec("funczero.step.abort").origin
     command = [sys.executable, "-c", PRELUDE + text, path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (code, out), done.stderr
 
 
