@@ -78,6 +78,7 @@ from funczero.optim import lift as lift
 from funczero.optim import lion as lion
 from funczero.optim import schedules as schedules
 from funczero.optim import sgd as sgd
+from funczero.step.differentiable import differentiable as differentiable
 from funczero.step.sharded_loss import hessian as hessian
 from funczero.step.sharded_loss import jacfwd as jacfwd
 from funczero.step.sharded_loss import jacrev as jacrev
@@ -88,6 +89,9 @@ from funczero.step.sharded_loss import with_parts as with_parts
 from funczero.step.step import Step as Step
 from funczero.step.train_step import donate as donate
 from funczero.step.train_step import train_step as train_step
+from funczero.step.unroll import stack as stack
+from funczero.step.unroll import unroll as unroll
+from funczero.step.unroll import unstack as unstack
 from funczero.step.zero import hpz as hpz
 from funczero.step.zero import mics as mics
 from funczero.step.zero import zero as zero

@@ -6,9 +6,10 @@ the same tree. What differs is the grouping of messages, one for all leaves of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, reduce
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from funczero.comm.adjoint import gather_rows, join_rows, scatter_rows, total, v
 from funczero.comm.edge import Edge
 from funczero.comm.memory import Held
 from funczero.comm.wire import Key
+from funczero.core import tree
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 from funczero.layout.where import Slot, Where
@@ -41,7 +43,8 @@ def outwards(
     cut = [i for i in parts if not where.structure.leaves[i].cut(axis).replicated]
     units = units_of(where, parts)
     if not shared:
-        out = {i: x if i in cut else vary(x, axis, mesh, units) for i, x in out.items()}
+        whole = {i: x for i, x in out.items() if i not in cut}
+        out |= over_leaves(where, whole, lambda i: (axis,), mesh, partial(vary, units=units))
     if not cut:
         return out
     lengths = [prod(where.slots[i].block) for i in cut]
@@ -166,6 +169,77 @@ def all_reduce(
     if mesh.axes[edge.axis].size == 1:
         return x, None
     return x.map(lambda b: total(b, edge.axis, mesh, edge.adds) if b.numel() else b), None
+
+
+def cut_axes(where: Where, leaf: int) -> tuple[str, ...]:
+    """The axes over which a leaf's part is a value of this rank; over all others it is one for all."""
+    return tuple(a for a, n, _ in where.coords if n > 1 and not where.structure.leaves[leaf].cut(a).replicated)
+
+
+def dot(where: Where, a: Mapping[int, Tensor], b: Mapping[int, Tensor], mesh: Mesh) -> Tensor:
+    """The inner product of two trees of parts by leaf number, float64 or wider, one value for all ranks."""
+    sums: dict[tuple[str, ...], Tensor] = {}
+    for i, x in a.items():
+        axes = cut_axes(where, i)
+        term = (x.double() * b[i].double()).sum()
+        sums[axes] = sums[axes] + term if axes in sums else term
+    zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    return sum((over_all(s, axes, mesh, total) for axes, s in sums.items()), zero)
+
+
+class Varied:
+    """Values for all ranks, as each leaf's part must meet them."""
+
+    def __init__(self, where: Where, mesh: Mesh, values: Any) -> None:
+        """values: a tree; what is no tensor of floats passes as it is."""
+        self.where, self.mesh = where, mesh
+        self.known: dict[tuple[str, ...], Any] = {(): values}
+
+    def of(self, leaf: int) -> Any:
+        """The values varied over the axes that cut a leaf."""
+        axes = cut_axes(self.where, leaf)
+        if axes not in self.known:
+            self.known[axes] = tree.map(self._over(axes), self.known[()])
+        return self.known[axes]
+
+    def _over(self, axes: tuple[str, ...]) -> Callable[[Any], Any]:
+        def varied(x: Any) -> Any:
+            floats = isinstance(x, Tensor) and x.is_floating_point()
+            return over_all(x, axes, self.mesh, vary) if floats else x
+
+        return varied
+
+
+def unvary(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
+    """A value of each rank that is the same on all, as one value for all again."""
+    size = mesh.axes[axis].size
+    return x if size == 1 else total(x, axis, mesh) / size
+
+
+def over_leaves(
+    where: Where,
+    leaves: Mapping[int, Tensor],
+    axes: Callable[[int], tuple[str, ...]],
+    mesh: Mesh,
+    fn: Callable[[Tensor, str, Mesh], Tensor],
+) -> dict[int, Tensor]:
+    """fn, as vary, of leaves over axes of their own: one message an axis, as long on every rank of the mesh.
+
+    Args:
+      where: of the leaves; their parts may be shorter on late ranks, so they are padded.
+    """
+    groups: dict[tuple[tuple[str, ...], torch.dtype], list[int]] = {}
+    for i, x in leaves.items():
+        groups.setdefault((axes(i), x.dtype), []).append(i)
+    out = dict(leaves)
+    for (along, _), members in groups.items():
+        if not any(mesh.axes[a].size > 1 for a in along):
+            continue
+        lengths = [where.slots[i].length for i in members]
+        flat = torch.cat([_padded(leaves[i], n) for i, n in zip(members, lengths, strict=True)])
+        for i, x in zip(members, over_all(flat, along, mesh, fn).split_with_sizes(lengths), strict=True):
+            out[i] = x[: leaves[i].numel()].view(leaves[i].shape)
+    return out
 
 
 def over_all(x: Tensor, axes: Sequence[str], mesh: Mesh, fn: Callable[[Tensor, str, Mesh], Tensor]) -> Tensor:

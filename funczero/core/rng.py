@@ -7,6 +7,20 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+UNKNOWN = -1  # in place of a key that cannot be read: it is batched by vmap, or traced
+
+
+def known(x: Tensor) -> int | None:
+    """The value of a 0-d tensor of integers; None where vmap batches it or make_fx traces it."""
+    if get_proxy_mode() is not None:
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return None
+        x = torch._C._functorch.get_unwrapped(x)
+    return int(x)
 
 
 def fold(key: int, *uses: int | str) -> int:

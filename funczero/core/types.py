@@ -73,7 +73,7 @@ class Seed(NamedTuple):
     """What flows from the step to the gradient, right to left through the chain."""
 
     cotangent: Tensor  # seed of the backward pass
-    key: int  # randomness of this update
+    key: int  # randomness of this update; rng.UNKNOWN where the state's key cannot be read
     index: int = 0  # type: ignore[assignment]  # global, of the micro-batch; filled in digit by digit
     look: bool = False  # count non-finite values per leaf, to name the first
     at: tuple[int, int] = (0, 0)  # the run's key and the number of this update: what wires of views draw from
@@ -171,6 +171,19 @@ class Reading(NamedTuple):
     lr: Tensor  # for the metrics
 
 
+class Smooth(NamedTuple):
+    """An optimizer's formula once more, of plain torch operations that can be differentiated any number of times.
+
+    Args:
+      read: (state, params, ok) -> Reading, whose rates are 0-d tensors.
+      leaf: (param, grad, moments, scalars) -> (param, moments) of one leaf's part, out of place, as if the update were
+        applied; the gradient comes without its factor.
+    """
+
+    read: Callable[[Tree, Slots, Tensor], Reading]
+    leaf: Callable[[Tensor, Tensor, list[Tensor], Tree], tuple[Tensor, list[Tensor]]]
+
+
 class Formula(NamedTuple):
     """An optimizer's formula, written once for any piece of a tree of parameters; `transforms/formula.py` runs it.
 
@@ -187,6 +200,7 @@ class Formula(NamedTuple):
       leaf: (params, grads, moments, scalars), in place on lists of tensors, a group at a time; a rank that holds
         nothing gives empty lists.
       by_leaf: are the pieces leaves in their shapes, rather than padded flat buffers?
+      smooth: the same for fz.differentiable; None: it is refused there.
     """
 
     read: Callable[[Tree, Slots | Tree, Tensor, bool], Reading]
@@ -194,6 +208,7 @@ class Formula(NamedTuple):
     scalars: Callable[[Tree, list[Tree], Tensor, Tensor], tuple[Tree, list[Tree]]]
     leaf: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], Tree], None]
     by_leaf: bool = False
+    smooth: Smooth | None = None
 
 
 class GradientTransformation(NamedTuple):

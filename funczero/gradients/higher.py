@@ -38,7 +38,7 @@ class Loss(NamedTuple):
 
     def __call__(self, parts: Parts, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any]:
         """(sum of losses, sum of weights, (the user's sums as [1, n] float64, the form of their tree) or None)."""
-        if self.rng and seed.key is None:
+        if self.rng and seed.key == rng.UNKNOWN:
             why = "the loss draws from a key, but the state's key is batched or traced here"
             raise RuntimeError(f"value_and_grad(rng=True): {why}; draw outside, and hand the numbers in with the batch")
         key = (rng.fold(seed.key, seed.index),) if self.rng else ()
@@ -102,10 +102,11 @@ def _derived(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor, 
 def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any, Slots]:
     """The same as functions of views, batch and cotangent; what is frozen is a constant."""
     mesh, where, wide = loss.env.mesh, views.where, loss.wide
-    apart = [a for a in loss.batch if a not in where.axes]
+    apart = tuple(a for a in loss.batch if a not in where.axes)
     each = {i: x.to(wide) for i, x in enumerate(views.leaves()) if x is not None}
     still = {i: x.detach() for i, x in each.items() if where.structure.frozen(i)}
-    moving = {i: differentiable.over_all(x, apart, mesh, vary) for i, x in each.items() if i not in still}
+    moving = {i: x for i, x in each.items() if i not in still}
+    moving = differentiable.over_leaves(where, moving, lambda i: apart, mesh, vary)
     form: list[Any] = []  # of the user's sums
 
     def fn(learning: dict[int, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -116,7 +117,8 @@ def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor
 
     found: Any = torch.func.vjp(fn, moving, has_aux=True)
     value, pull, (weight, *sums) = found
-    grads = pull(seed.cotangent.to(value.dtype))[0]
+    cotangent = differentiable.over_all(seed.cotangent, loss.batch, mesh, vary)
+    grads = pull(cotangent.to(value.dtype))[0]
     return value, weight, (sums[0], form[0]) if sums else None, differentiable.pack(where, grads, views)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funczero.comm.adjoint import vary
-from funczero.comm.differentiable import outwards, over_all, units_of
+from funczero.comm.differentiable import outwards, over_leaves, units_of
 from funczero.core.straight import straight
 from funczero.gradients.arrivals import Group
 from funczero.gradients.draws import KINDS, foreseen
@@ -81,7 +81,7 @@ class Parts:
         if not parts:
             return {}
         units, where = units_of(self.where, parts), self.where
-        out = {i: over_all(x, self.varied, self.mesh, partial(vary, units=units)) for i, x in parts.items()}
+        out = over_leaves(where, parts, lambda i: self.varied, self.mesh, partial(vary, units=units))
         while where.coords:
             out, where = outwards(where, out, self.mesh, self.dtype), where.outer
         return {i: x.to(self.dtype) for i, x in out.items()}

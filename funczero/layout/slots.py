@@ -63,6 +63,13 @@ class Slots(NamedTuple):
         frozen = self.where.structure.units
         return Slots(tuple(b[:0] if u.frozen else b for b, u in zip(self.buffers, frozen, strict=True)), self.where)
 
+    def with_frozen(self, old: Slots) -> Slots:
+        """These, with the frozen units' values of others."""
+        units = old.where.structure.units
+        return Slots(
+            tuple(o if u.frozen else n for n, o, u in zip(self.buffers, old.buffers, units, strict=True)), old.where
+        )
+
     @staticmethod
     def zeros(where: Where, dtype: torch.dtype, device: torch.device, frozen: bool = True) -> Slots:
         """All-zero buffers; with frozen=False those of frozen units are empty."""

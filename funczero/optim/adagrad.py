@@ -9,7 +9,8 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import number
-from funczero.core.types import Formula, GradientTransformation
+from funczero.core.straight import root
+from funczero.core.types import Formula, GradientTransformation, Smooth
 from funczero.optim.count import Scalars, counted, zero
 from funczero.optim.rate import Rate, lasting
 from funczero.optim.rates import Rates
@@ -48,4 +49,11 @@ def adagrad(lr: Rate = 1e-2, eps: float = 1e-10, weight_decay: Rate = 0.0) -> Gr
             v.addcmul_(g, g)
             p.sub_(g.mul_(s.rates["lr"]).div_(v.sqrt().add_(eps)))
 
-    return optimizer("adagrad", init, Formula(rate.reads(), lambda s: [s.nu], counted, leaf))
+    def smooth(p: Tensor, g: Tensor, sums: list[Tensor], s: Scalars) -> tuple[Tensor, list[Tensor]]:
+        g = g + s.rates["weight_decay"] * p
+        v = sums[0] + g * g
+        return p - s.rates["lr"] * g / (root(v) + eps), [v]
+
+    return optimizer(
+        "adagrad", init, Formula(rate.reads(), lambda s: [s.nu], counted, leaf, smooth=Smooth(rate.smooth, smooth))
+    )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import number
-from funczero.core.types import Formula, GradientTransformation
+from funczero.core.straight import root
+from funczero.core.types import Formula, GradientTransformation, Smooth
 from funczero.optim.count import zero
 from funczero.optim.rate import Beta, Rate, lasting, one_for_all
 from funczero.optim.rates import Rates
@@ -78,6 +79,17 @@ def _adam(name: str, lr: Rate, b1: Beta, b2: float, eps: float, weight_decay: Ra
         mu, nu = (tree.map(torch.zeros_like, params) for _ in range(2))
         return AdamW(zero(params), mu, nu, kept)
 
+    def smooth(p: Tensor, g: Tensor, moments: list[Tensor], s: Scalars) -> tuple[Tensor, list[Tensor]]:
+        lr, decay, beta1, beta2 = (s.rates[what] for what in ("lr", "weight_decay", "b1", "b2"))
+        if name == "adamw":
+            p = p * (1 - lr * decay)
+        else:
+            g = g + decay * p
+        mu, nu = (b * m + (1 - b) * x for b, m, x in zip((beta1, beta2), moments, (g, g * g), strict=True))
+        n = s.count.double().clamp(min=1)  # of a first update that is skipped: no 0 / 0 in what nobody takes
+        step = lr * mu / (1 - beta1**n) / (root(nu) / (1 - beta2**n).sqrt() + eps)
+        return p - step, [mu, nu]
+
     def scalars(state: AdamW, now: list[dict[str, Any]], factor: Tensor, ok: Tensor) -> tuple[AdamW, list[Scalars]]:
         n, found, inverse = state.count + ok, (~ok).float(), (1 / factor).float()
         return state._replace(count=n), [Scalars(n, found, factor, inverse, each) for each in now]
@@ -105,4 +117,6 @@ def _adam(name: str, lr: Rate, b1: Beta, b2: float, eps: float, weight_decay: Ra
             found_inf=s.found,
         )
 
-    return optimizer(name, init, Formula(rate.reads(), lambda s: [s.mu, s.nu], scalars, leaf))
+    return optimizer(
+        name, init, Formula(rate.reads(), lambda s: [s.mu, s.nu], scalars, leaf, smooth=Smooth(rate.smooth, smooth))
+    )

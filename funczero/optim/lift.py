@@ -11,7 +11,7 @@ import torch
 from funczero.core import tree
 from funczero.core.number import flag, shown
 from funczero.core.types import GradientTransformation
-from funczero.transforms.update import foreign
+from funczero.transforms.shares import foreign
 
 
 def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) -> GradientTransformation:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.types import Formula, GradientTransformation
+from funczero.core.types import Formula, GradientTransformation, Smooth
 from funczero.optim.count import Scalars, counted, zero
 from funczero.optim.rate import Beta, Rate, one_for_all
 from funczero.optim.rates import Rates
@@ -50,4 +50,11 @@ def lion(lr: Rate, b1: Beta = 0.9, b2: float = 0.99, weight_decay: Rate = 0.0) -
             p.sub_(torch.where(s.ok, move, 0.0))
             m.copy_(torch.where(s.ok, torch.lerp(g, m, beta2), m))
 
-    return optimizer("lion", init, Formula(rate.reads(), lambda s: [s.mu], counted, leaf))
+    def smooth(p: Tensor, g: Tensor, momenta: list[Tensor], s: Scalars) -> tuple[Tensor, list[Tensor]]:
+        lr, decay, beta1, beta2 = (s.rates[what] for what in ("lr", "weight_decay", "b1", "b2"))
+        move = (beta1 * momenta[0] + (1 - beta1) * g).sign()  # whose derivative is 0
+        return p - lr * (move + decay * p), [beta2 * momenta[0] + (1 - beta2) * g]
+
+    return optimizer(
+        "lion", init, Formula(rate.reads(), lambda s: [s.mu], counted, leaf, smooth=Smooth(rate.smooth, smooth))
+    )

@@ -88,6 +88,25 @@ class Rates:
         news, lr = self._after(kept, held, now, ok, donate)
         return Reading(groups, news, lr)
 
+    def smooth(self, state: Any, params: Any, ok: Tensor) -> Reading:
+        """As `reads`, for formulas that are differentiated by the rates: every rate is the state's own tensor, or what
+        its schedule gives.
+        """
+        held, count, seen = self._held(state.rates), state.count.detach().double(), dict[int, Tensor]()
+        for _, rate in self.spots:
+            if callable(rate) and id(rate) not in seen:
+                seen[id(rate)] = torch.as_tensor(rate(count), dtype=torch.float64).reshape(())
+        now = [seen[id(rate)] if callable(rate) else x for (_, rate), x in zip(self.spots, held, strict=True)]
+        groups = [
+            Group({what: now[k] for what, k in zip(self.given, spots, strict=True)}, leaves)
+            for spots, leaves in self._fit(params)
+        ]
+        if self.simple:
+            groups = [Group(dict(zip(self.given, now, strict=True)))]
+        news = [torch.where(ok, y, x) if callable(r) else x for (_, r), x, y in zip(self.spots, held, now, strict=True)]
+        lr = torch.full_like(now[0], math.nan) if self.shown is None else now[self.shown]
+        return Reading(groups, self._like(news), lr)
+
     def _held(self, kept: Any) -> list[Any]:
         """The state's leaves in the order of the spots."""
         try:

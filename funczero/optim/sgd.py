@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import flag
-from funczero.core.types import Formula, GradientTransformation
+from funczero.core.types import Formula, GradientTransformation, Smooth
 from funczero.optim.count import Scalars, counted, zero
 from funczero.optim.rate import Rate, one_for_all
 from funczero.optim.rates import Rates
@@ -60,4 +60,12 @@ def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: R
                 g = g + beta * t if nesterov else t
             p.sub_(torch.where(s.ok, g * lr, zero))
 
-    return optimizer("sgd", init, Formula(rate.reads(), lambda s: [] if s.trace is None else [s.trace], counted, leaf))
+    def smooth(p: Tensor, g: Tensor, traces: list[Tensor], s: Scalars) -> tuple[Tensor, list[Tensor]]:
+        g = g + s.rates["weight_decay"] * p
+        traces = [s.rates["momentum"] * t + g for t in traces]
+        for t in traces:
+            g = g + s.rates["momentum"] * t if nesterov else t
+        return p - s.rates["lr"] * g, traces
+
+    held = lambda s: [] if s.trace is None else [s.trace]
+    return optimizer("sgd", init, Formula(rate.reads(), held, counted, leaf, smooth=Smooth(rate.smooth, smooth)))

@@ -89,13 +89,25 @@ class Fits:
             self._compare(state)
         return made
 
+    def suits(self, state: Any) -> None:
+        """Refuse what a differentiable step cannot take.
+
+        Raises:
+          TypeError, ValueError: as `look`.
+        """
+        if not isinstance(state, TrainState) or not isinstance(state.params, Slots):
+            raise TypeError(
+                "differentiable: its first argument is a TrainState from step.init(params), but this is a"
+                f" {type(state).__name__}"
+            )
+        self._compare(state)
+
     def _differentiable(self, state: TrainState) -> None:
         for path, x in tree.paths(state):
             if isinstance(x, Tensor) and x.requires_grad:
-                what = "what the step returns would carry a wrong derivative, because a step is not differentiable yet"
-                raise RuntimeError(
-                    f"step: {path!r} of its state requires grad, but {what}; give it tree_map(torch.detach, state)"
-                )
+                what = "what the step returns would carry a wrong derivative"
+                remedy = "write fz.differentiable(step) for one, or give it tree_map(torch.detach, state)"
+                raise RuntimeError(f"step: {path!r} of its state requires grad, but {what}; {remedy}")
 
     def views(self, state: TrainState, made: bool | None = None) -> Slots:
         """The parameters at rest as a forward reads them; views that are not these masters' are gathered, one

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from funczero.comm.adjoint import gather_rows, total
-from funczero.comm.differentiable import pack
+from funczero.comm.differentiable import dot, pack
 from funczero.comm.integers import sum_and_compare
 from funczero.core import tree
 from funczero.core.types import TrainState
@@ -68,12 +68,8 @@ class ShardedLoss(NamedTuple):
 
     def dot(self, a: Params, b: Params) -> Tensor:
         """The inner product of two trees of parts, over all ranks; what lies on several counts once."""
-        sums: dict[tuple[str, ...], Tensor] = {}
-        for i, leaf in enumerate(self.where.structure.leaves):
-            axes = tuple(x for x in self.where.axes if x not in self.where.replicas(i))
-            term = (a[leaf.path] * b[leaf.path]).sum()
-            sums[axes] = sums[axes] + term if axes in sums else term
-        return sum((reduce(lambda y, x: total(y, x, self.mesh), axes, s) for axes, s in sums.items()), torch.zeros(()))
+        by_number = lambda x: {i: x[leaf.path] for i, leaf in enumerate(self.where.structure.leaves)}
+        return dot(self.where, by_number(a), by_number(b), self.mesh)
 
     def rows(self, x: Tensor) -> Tensor:
         """What every rank has of its own rows, joined: [rows, ...] -> [all rows, ...], in the order of ranks."""

@@ -14,7 +14,7 @@ from funczero.comm.collectives import all_gather
 from funczero.comm.integers import sum_and_compare
 from funczero.core import order, tree
 from funczero.core.policy import Policy
-from funczero.core.types import Grad, Metrics, TrainState
+from funczero.core.types import Env, Grad, Metrics, TrainState, Updated
 from funczero.gradients.draws import keyed
 from funczero.gradients.loss import check_loss, drew
 from funczero.gradients.tape import Tape
@@ -48,6 +48,7 @@ class Step(NamedTuple):
     running: Callable[[], Grad]  # the same on the live mesh
     source: Source
     rebuild: Callable[[bool], Step]
+    interpreted: Callable[[Env], Grad]  # the same chain, built in another environment
     fits: Fits  # which states it takes, and what their views are
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
@@ -194,6 +195,15 @@ class Step(NamedTuple):
 
     def __repr__(self) -> str:
         return f"<Step {' | '.join(self.grad.names)}>"
+
+
+def metrics_of(out: Updated, state: TrainState) -> Metrics:
+    """What a step reports of an update and the state after it."""
+    device = out.loss.device
+    norm = out.logs.get("grad_norm", out.norm)
+    scale = out.logs.get("scale", torch.ones((), dtype=torch.float64, device=device))
+    lr = out.logs.get("lr", torch.full((), float("nan"), dtype=torch.float64, device=device))
+    return Metrics(out.loss, out.weight, norm, out.ok, out.weight == 0, scale, lr, state.updates, out.aux)
 
 
 def _mean_over_ranks(sums: Tensor, g: Grad) -> Eval:

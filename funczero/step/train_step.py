@@ -22,7 +22,7 @@ from funczero.step.calls import recorded, watched
 from funczero.step.fits import Fits, packed
 from funczero.step.initial import check_widening, initial, read_lazily
 from funczero.step.notices import Early, narrow, nested, say
-from funczero.step.step import Step
+from funczero.step.step import Step, metrics_of
 from funczero.transforms.chain import Source, build, chain, configured
 from funczero.transforms.skips import Patience, Skipped, unapplied
 from funczero.world.entries import UPDATE
@@ -152,11 +152,12 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         book.add(fresh, seen)
         if donated:
             state.step.fill_(-1 - now)  # the old value says so when it is used again
-        return fresh, _metrics(out, fresh)
+        return fresh, metrics_of(out, fresh)
 
     fits = Fits(book, running, lambda g, meta: read_lazily(source, g, meta, torch.device("meta")))
     rebuild = lambda donating: _make(parts, env, options, donating, book)
-    return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, fits)
+    interpreted = lambda env: _built(parts, env)
+    return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, interpreted, fits)
 
 
 def _built(parts: tuple[Any, ...], env: Env) -> Grad:
@@ -176,21 +177,7 @@ def _built(parts: tuple[Any, ...], env: Env) -> Grad:
 
 def _renewed(new: Slots, old: Slots) -> Slots:
     """New views; frozen leaves were not sent and stay."""
-    new = new.to(old.buffers[0].dtype).placed(old.where.place, old.buffers[0].device)
-    return Slots(
-        tuple(
-            o if u.frozen else n for n, o, u in zip(new.buffers, old.buffers, old.where.structure.units, strict=True)
-        ),
-        old.where,
-    )
-
-
-def _metrics(out: Updated, state: TrainState) -> Metrics:
-    device = out.loss.device
-    norm = out.logs.get("grad_norm", out.norm)
-    scale = out.logs.get("scale", torch.ones((), dtype=torch.float64, device=device))
-    lr = out.logs.get("lr", torch.full((), float("nan"), dtype=torch.float64, device=device))
-    return Metrics(out.loss, out.weight, norm, out.ok, out.weight == 0, scale, lr, state.updates, out.aux)
+    return new.to(old.buffers[0].dtype).placed(old.where.place, old.buffers[0].device).with_frozen(old)
 
 
 def _seen(book: Book, state: TrainState, patience: Patience) -> Skipped:

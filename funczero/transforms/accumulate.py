@@ -41,6 +41,8 @@ def accumulate(k: int, stream: bool = False) -> Transform:
     def transform(g: Grad) -> Grad:
         if k == 1 and not stream:
             return g
+        if stream and g.env.differentiable:
+            raise refuse(g, name, "a window over many calls is no function of one batch; leave stream=True out here")
         if g.layout.mean:
             raise refuse(g, name, "it adds up sums, but the mean is already taken; put it further left")
         if g.streams:
@@ -61,10 +63,10 @@ def accumulate(k: int, stream: bool = False) -> Transform:
 
 def _loop(g: Grad, k: int, name: str) -> Apply:
     """g on k parts of a batch, one after another."""
-    stride, wide = g.layout.stride, g.env.policy.accumulate
+    stride, wide, reuse = g.layout.stride, g.env.policy.accumulate, not g.env.differentiable
 
     def add(a: Sum, b: Sum) -> Sum:
-        return _add(a, b, wide, reuse=True)
+        return _add(a, b, wide, reuse)
 
     def apply(views: Slots, state: State, batch: Tree, seed: Seed) -> tuple[Sum, State]:
         counter: order.Counter[Sum] = ()

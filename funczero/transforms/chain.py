@@ -10,7 +10,8 @@ from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Env, Grad, GradientTransformation
 from funczero.transforms.feedback import kept_where_skipped
 from funczero.transforms.partition import Partition
-from funczero.transforms.update import Optimizer, apply_update, foreign, rewrite
+from funczero.transforms.shares import Optimizer, foreign
+from funczero.transforms.update import apply_update, rewrite
 
 
 class Source(NamedTuple):
@@ -88,6 +89,8 @@ def build(parts: Sequence[Any], env: Env) -> Grad:
     _once_an_update(source, edges)
     g = fold(source.make(source, env._replace(edges=edges)), marked)
     _all_used(source, env)
+    if env.differentiable:
+        _no_wires(g)
     return kept_where_skipped(g)
 
 
@@ -101,6 +104,14 @@ def _once_an_update(source: Source, edges: dict[str, Edge]) -> None:
             )
             remedy = f"write the wire inside it here, or shard({axis!r}, ...) right of {source.name}"
             raise ChainError(f"shard({axis!r}): {why}; {remedy}")
+
+
+def _no_wires(g: Grad) -> None:
+    """Refuse wires in a differentiable step."""
+    packed = next((e for e in g.env.edges.values() if not e.exact), None)
+    if packed is not None:
+        what = f"the wire over {packed.axis!r} ({packed}) rounds what it sends, and has no derivative"
+        raise ChainError(f"differentiable: {what}; leave it out of this chain")
 
 
 def _all_used(source: Source, env: Env) -> None:

@@ -8,9 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from funczero.comm.adjoint import total
+from funczero.comm.differentiable import Varied, dot, over_all, pack
 from funczero.comm.integers import sum_and_compare
 from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
 from funczero.core import order, tree
+from funczero.core.straight import root, straight
 from funczero.core.transform import after, refuse
 from funczero.core.types import Env, Grad, Layout, State, Sum, Transform, Value
 from funczero.layout.slots import Slots
@@ -59,7 +62,36 @@ def mean(g: Grad) -> Grad:
             state,
         )
 
-    return after(g, "mean", replace(lay, phase="value"), fn)
+    def formula(out: Sum) -> Value:
+        return _differentiable(out, lay, env, places)
+
+    def both(out: Sum, state: State) -> tuple[Value, State]:
+        found: Value = straight(lambda out: fn(out, {})[0], formula, out)
+        return found, state
+
+    return after(g, "mean", replace(lay, phase="value"), both if env.differentiable else fn)
+
+
+def _differentiable(out: Sum, lay: Layout, env: Env, places: Tensor) -> Value:
+    """The same of plain operations, for derivatives."""
+    columns = [out.loss[:, None].double(), out.weight[:, None].double()] + ([] if out.aux is None else [out.aux[0]])
+    rows = torch.cat(columns, 1)
+    own = rows.new_zeros(lay.stride, rows.shape[1]).index_copy(0, places[: len(rows)], rows)
+    table = over_all(own, lay.batch, env.mesh, total)
+    sums = order.tree_sum(table)
+    loss, weight = sums[0], sums[1]
+    squares, factor = _squares(out.grads, env), 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
+    finite = squares.isfinite()
+    norm = torch.where(finite, root(squares) * factor, torch.inf)
+    aux = None if out.aux is None else tree.unflatten(list(sums[2:]), out.aux[1])
+    ok = finite & (weight > 0)
+    return Value(loss * factor, weight, aux, out.grads, factor, norm, ok, None, {"rows": table})
+
+
+def _squares(grads: Slots, env: Env) -> Tensor:
+    """The sum of squares over the whole tree, float64, one value for all ranks."""
+    leaves = {i: x for i, x in enumerate(grads.leaves()) if x is not None}
+    return dot(grads.where, leaves, leaves, env.mesh)
 
 
 def _norm_bins(grads: Slots, lay: Layout, env: Env) -> Tensor:
@@ -82,8 +114,17 @@ def global_norm(grads: Slots, factor: Tensor, lay: Layout, env: Env) -> Tensor:
     """The norm of factor * grads over the whole tree, for a gradient that was rewritten since the mean; one
     collective.
     """
-    bins, _ = sum_and_compare([_norm_bins(grads, lay, env)], lay.batch, env.mesh)
-    return torch.where(bins[0] == 0, norm_of(bins, folds(grads.buffers[0].dtype)) * factor, torch.inf)
+
+    def exact(grads: Slots, factor: Tensor) -> Tensor:
+        bins, _ = sum_and_compare([_norm_bins(grads, lay, env)], lay.batch, env.mesh)
+        return torch.where(bins[0] == 0, norm_of(bins, folds(grads.buffers[0].dtype)) * factor, torch.inf)
+
+    def formula(grads: Slots, factor: Tensor) -> Tensor:
+        squares = _squares(grads, env)
+        return torch.where(squares.isfinite(), root(squares) * factor, torch.inf)
+
+    norm: Tensor = straight(exact, formula, grads, factor) if env.differentiable else exact(grads, factor)
+    return norm
 
 
 def _place_of(bad: Tensor, lay: Layout, env: Env) -> Tensor:
@@ -129,7 +170,11 @@ def pointwise(name: str, fn: Callable[[Tensor, Tensor], Tensor]) -> Transform:
         g = value(g, name)
 
         def rewrite(out: Value, state: State) -> tuple[Value, State]:
-            return rewritten(out, out.grads.map(lambda b: fn(b, out.factor.to(b.dtype)))), state
+            if not g.env.differentiable:
+                return rewritten(out, out.grads.map(lambda b: fn(b, out.factor.to(b.dtype)))), state
+            factor = Varied(out.grads.where, g.env.mesh, out.factor)
+            leaves = {i: fn(x, factor.of(i).to(x.dtype)) for i, x in enumerate(out.grads.leaves()) if x is not None}
+            return rewritten(out, pack(out.grads.where, leaves, out.grads)), state
 
         return after(g, name, g.layout, rewrite)
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
 
 import torch
 
-from funczero.comm import collectives
+from funczero.comm import collectives, differentiable
 from funczero.comm.edge import Edge
-from funczero.comm.memory import Held
 from funczero.comm.wire import Key, Wire, as_born
 from funczero.core.transform import around, refuse
 from funczero.core.types import Grad, Out, Seed, State, Sum, Transform, Updated
-from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 from funczero.transforms import feedback
 
@@ -37,20 +34,16 @@ def with_wires(g: Grad, name: str, edge: Edge) -> Grad:
     return g._replace(env=g.env._replace(edges={**g.env.edges, edge.axis: known}))
 
 
-def summed(
-    g: Grad,
-    edge: Edge,
-    name: str,
-    fn: Callable[[Slots, Edge, Mesh, Key, Held | None], tuple[Slots, Slots | None]],
-    sharded: tuple[str, ...],
-) -> Grad:
+def summed(g: Grad, edge: Edge, name: str, scattered: bool) -> Grad:
     """g with the partial sum over one axis taken; the axis is the next digit of the order of sums.
 
     Args:
       edge: the axis, with the wires that this transform brings along.
-      fn: (partial sum, the axis's edge, mesh, key, memory) -> the sum, and the new memory of a wire that has one.
+      scattered: each rank keeps its rows of the sum.
     """
     g, axis = with_wires(g, name, edge), edge.axis
+    kind = differentiable if g.env.differentiable else collectives
+    fn, sharded = (kind.reduce_scatter, (axis,)) if scattered else (kind.all_reduce, ())
     lay, mesh, edge = g.layout, g.env.mesh, g.env.edges[axis]
     if lay.mean or lay.applied:
         raise refuse(g, name, "it adds up sums, but the mean is already taken; put it further left")
@@ -88,7 +81,7 @@ def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
 
     def transform(g: Grad) -> Grad:
         joins = wire if wire.memory is None else wire._replace(memory=None)
-        return summed(g, Edge(axis, gather=joins, scatter=wire), name, collectives.all_reduce, ())
+        return summed(g, Edge(axis, gather=joins, scatter=wire), name, scattered=False)
 
     transform.__name__ = name
     return transform
@@ -108,7 +101,7 @@ def reduce_scatter(axis: str, wire: Wire = as_born) -> Transform:
     name = f"reduce_scatter({axis!r}{_said(wire)})"
 
     def transform(g: Grad) -> Grad:
-        return summed(g, Edge(axis, scatter=wire), name, collectives.reduce_scatter, (axis,))
+        return summed(g, Edge(axis, scatter=wire), name, scattered=True)
 
     transform.__name__ = name
     return transform
@@ -155,6 +148,7 @@ def closed(g: Grad, axis: str, name: str) -> Grad:
         why = f"{edge.gather} sends what is new against an earlier value, and nobody holds one of a gradient"
         raise refuse(g, name, f"{why}; write the wire inside it")
     differs = edge.gather.difference and mesh.axes[axis].size > 1
+    join = differentiable.all_gather if g.env.differentiable else collectives.all_gather
 
     def before(views: Slots, s: Seed, state: State) -> tuple[Seed, tuple[Key, Slots]]:
         run, now = s.at
@@ -163,10 +157,10 @@ def closed(g: Grad, axis: str, name: str) -> Grad:
     def after(out: Out, state: State, carried: tuple[Key, Slots]) -> tuple[Out, State]:
         key, views = carried
         if not isinstance(out, Updated):
-            return out._replace(grads=collectives.all_gather(out.grads, edge, mesh, key)), state
+            return out._replace(grads=join(out.grads, edge, mesh, key)), state
         new = out.params.trainable()
         if not differs:
-            return out._replace(params=collectives.all_gather(new.to(compute), edge, mesh, key)), state
+            return out._replace(params=join(new.to(compute), edge, mesh, key)), state
         # what every rank of the axis has read so far
         held = reduce(lambda x, a: collectives.cut(x, a, mesh), layout.sharded[len(lay.rest) :], views.trainable())
         read = collectives.all_gather_new(new, held, edge, mesh, key)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from funczero.comm import collectives
 from funczero.comm.edge import Edge
 from funczero.comm.wire import Wire, as_born
 from funczero.core.transform import refuse
@@ -76,7 +75,7 @@ def _crossed(g: Grad, bracket: Bracket) -> Grad:
     elif g.layout.applied:
         raise refuse(g, name + " ...)", "the update is already applied; put it further left, around the optimizer")
     else:
-        opened = summed(g, Edge(axis), name, collectives.reduce_scatter, (axis,))
+        opened = summed(g, Edge(axis), name, scattered=True)
     inner = fold(opened, bracket.parts)
     if inner.layout.sharded[-1:] != (axis,):
         raise refuse(

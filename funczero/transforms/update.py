@@ -4,78 +4,26 @@ around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from funczero.comm.differentiable import pack
 from funczero.core import tree
-from funczero.core.transform import after, refuse, slot_name
-from funczero.core.types import Grad, GradientTransformation, Reading, State, Tree, Updated, Value
+from funczero.core.transform import after, refuse
+from funczero.core.types import Grad, GradientTransformation, State, Tree, Updated, Value
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
 from funczero.transforms.formula import run
-from funczero.transforms.mean import rewritten, value
-from funczero.transforms.partition import Part, Partition, owners, put, subset, taken
+from funczero.transforms.mean import rewritten
+from funczero.transforms.partition import put, taken
+from funczero.transforms.shares import Elsewhere, Optimizer, shares_of
+from funczero.transforms.smooth import present, scaled, stepped, twofold
 
 if TYPE_CHECKING:
     from funczero.layout.lazy import Lazy
-
-Optimizer = GradientTransformation | Partition
-Elsewhere = Callable[[State, Slots], Reading]  # the rates of an update, which another part of the state keeps
-
-
-def foreign(part: Any) -> str | None:
-    """Why something of another library is no part of a chain, and what to write; None where it is none of those
-    known.
-    """
-    kind = part if isinstance(part, type) else type(part)
-    if issubclass(kind, torch.optim.Optimizer):
-        own = {"AdamW": "fz.adamw(lr)", "Adam": "fz.adam(lr)", "SGD": "fz.sgd(lr)", "Adagrad": "fz.adagrad(lr)"}
-        write = own.get(kind.__name__, f"fz.from_torch({kind.__name__!r}, lr)")
-        return (
-            f"a torch optimizer steps on tensors of its own, but here state is a value; write {write}, or hand it to"
-            " fz.deepspeed.initialize(optimizer=...)"
-        )
-    if issubclass(kind, torch.optim.lr_scheduler.LRScheduler):
-        return (
-            "a scheduler of torch is no part of a chain; write the rate into the optimizer:"
-            f" fz.adamw(fz.schedules.from_torch({kind.__name__!r}, lr, ...))"
-        )
-    home = (getattr(getattr(part, "init", None), "__module__", "") or "").split(".")[0]
-    if home in ("optax", "jax", "flax"):
-        return (
-            f"a transform of {home} computes on jax arrays, and leaves are torch tensors here; write fz.adamw(lr), or"
-            " the same (init, update) pair in torch"
-        )
-    return None
-
-
-def _placed(g: Grad, tx: GradientTransformation) -> Grad:
-    """g as this optimizer may read it: a mean, and whole leaves where it needs them."""
-    g, why = value(g, tx.name), foreign(tx)
-    if why is not None:
-        raise refuse(g, tx.name, why)
-    if not tx.elementwise and any(g.env.mesh.axes[a].size > 1 for a in g.layout.sharded):
-        raise refuse(g, tx.name, _whole(tx, list(g.layout.sharded)))
-    return g
-
-
-def _whole(tx: GradientTransformation, axes: list[str]) -> str:
-    """Why this optimizer cannot stand in a bracket."""
-    without = f"a chain without shard (stage 0), as all_reduce({axes[-1]!r}) in its place"
-    if tx.elementwise is None:
-        return (
-            f"nothing says that it works value by value, but the leaves are cut over {axes} here; write fz.lift(pair,"
-            " elementwise=True) if every value of its updates and state depends on its own place alone, and otherwise"
-            f" {without}"
-        )
-    return (
-        f"it needs whole leaves (elementwise=False), but they are cut over {axes} here; write {without}, or an"
-        " optimizer that works value by value, as fz.adamw(lr)"
-    )
 
 
 def _ready(out: Value, dtype: torch.dtype) -> tuple[Slots, Tensor]:
@@ -92,77 +40,9 @@ def _ready(out: Value, dtype: torch.dtype) -> tuple[Slots, Tensor]:
     return out.grads.to(dtype), out.factor
 
 
-class Entry(NamedTuple):
-    """One optimizer in its place: where its state is kept, and which leaves it has."""
-
-    key: str
-    tx: GradientTransformation
-    part: int | None = None  # of a partition; None: it has all leaves
-
-    def init(self, params: Slots) -> Tree:
-        """Its state, for its own leaves."""
-        return self.tx.init(params if self.tx.formula is not None else params.tree())
-
-    def read(
-        self, state: State, params: Slots, where: Where, ok: Tensor, donate: bool, elsewhere: Elsewhere | None
-    ) -> Reading | None:
-        """The rates of this update, for its leaves at `where`; None where it has no formula."""
-        if self.tx.formula is None:
-            return None
-        if elsewhere is not None:
-            return elsewhere(state, params)
-        return self.tx.formula.read(state[self.key], Slots(params.buffers, where), ok, donate)
-
-
-# one optimizer, the place of its leaves, and their numbers; None for all
-Holding = tuple[Entry, Where, tuple[int, ...] | None]
-
-
-class Shares(NamedTuple):
-    """Who has which leaves: an optimizer all, those of a partition each its own."""
-
-    entries: tuple[Entry, ...]
-    parts: tuple[Part, ...]
-    known: list[tuple[Where, list[Holding]]]  # what was worked out for the last places
-
-    def of(self, where: Where) -> list[Holding]:
-        """What each optimizer has of the leaves at a place."""
-        if not self.parts:
-            return [(self.entries[0], where, None)]
-        for known, found in self.known:
-            if known is where:
-                return found
-        held = owners(self.parts, where.structure)
-        having: list[Holding] = [(e, subset(where, own), own) for e, own in zip(self.entries, held, strict=True)]
-        self.known[:] = [(where, having), *self.known[:7]]
-        return having
-
-    def init(self, params: Slots) -> State:
-        """Every optimizer's state by its key."""
-        return {
-            e.key: e.init(params if held is None else taken(params, where)) for e, where, held in self.of(params.where)
-        }
-
-
-def _shares(g: Grad, tx: Optimizer) -> tuple[Grad, str, Shares]:
-    """g with all but the last name of an optimizer or a partition, that name, and who has what."""
-    if not isinstance(tx, Partition):
-        g = _placed(g, tx)
-        return g, tx.name, Shares((Entry(slot_name(g, tx.name), tx),), (), [])
-    entries: list[Entry] = []
-    for i, part in enumerate(tx.parts):
-        g = _placed(g, part.tx) if not i else _passed(_placed(g, part.tx), str(tx.parts[i - 1]))
-        entries.append(Entry(slot_name(g, part.tx.name), part.tx, i))
-    return g, str(tx.parts[-1]), Shares(tuple(entries), tx.parts, [])
-
-
-def _passed(g: Grad, name: str) -> Grad:
-    return g._replace(names=(*g.names, name), arrows=(*g.arrows, g.layout))
-
-
 def rewrite(g: Grad, tx: Optimizer) -> Grad:
     """An optimizer that is not the last: its updates are the gradient of the next."""
-    g, name, shares = _shares(g, tx)
+    g, name, shares = shares_of(g, tx)
     dtype = g.env.policy.params
 
     def init(params: Lazy) -> State:
@@ -182,7 +62,13 @@ def rewrite(g: Grad, tx: Optimizer) -> Grad:
             new = _with(new, updates, held)
         return rewritten(out, new), state
 
-    return after(g, name, g.layout, fn, init)
+    def formula(out: Value, state: State) -> tuple[Value, State]:
+        mine = state["params"].trainable()
+        new, own, _ = stepped(shares, mine, scaled(out, g.env), out.ok, state, g.env.mesh)
+        moved = {i: new[i] - x for i, x in present(mine).items()}
+        return rewritten(out, pack(mine.where, moved, mine)), {**state, **own}
+
+    return after(g, name, g.layout, twofold(g, shares, fn, formula, last=False) if g.env.differentiable else fn, init)
 
 
 def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> Grad:
@@ -191,7 +77,7 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
     Args:
       elsewhere: (state of the chain, parameters) -> the rates, where another part of the state keeps them.
     """
-    g, name, shares = _shares(g, tx)
+    g, name, shares = shares_of(g, tx)
     dtype, donate = g.env.policy.params, g.env.donate
 
     def init(params: Lazy) -> State:
@@ -220,11 +106,23 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
                 assert e.tx.formula is not None
                 own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held)
                 logs = {**logs, "lr": reading.lr.to(out.ok.device)}
-        params = _with_frozen(new, masters)
+        params = new.with_frozen(masters)
         updated = Updated(out.loss, out.weight, out.aux, params, _norm_of(out), out.ok, out.bad, logs)
         return updated, {**state, **own, "params": params}
 
-    return after(g, name, replace(g.layout, phase="updated"), fn, init)
+    def formula(out: Value, state: State) -> tuple[Updated, State]:
+        masters: Slots = state["params"]
+        old = masters.trainable()
+        new, own, lr = stepped(shares, old, scaled(out, g.env), out.ok, state, g.env.mesh)
+        params = pack(old.where, new, old).with_frozen(masters)
+        logs = out.logs if lr is None else {**out.logs, "lr": lr.to(out.ok.device)}
+        updated = Updated(out.loss, out.weight, out.aux, params, _norm_of(out), out.ok, out.bad, logs)
+        return updated, {**state, **own, "params": params}
+
+    if g.env.differentiable and elsewhere is not None:
+        raise refuse(g, name, "its rates are kept by an engine; write a chain of its own for a differentiable step")
+    applied = twofold(g, shares, fn, formula) if g.env.differentiable else fn
+    return after(g, name, replace(g.layout, phase="updated"), applied, init)
 
 
 def _with(whole: Slots, part: Slots, held: tuple[int, ...] | None) -> Slots:
@@ -233,14 +131,6 @@ def _with(whole: Slots, part: Slots, held: tuple[int, ...] | None) -> Slots:
         return part
     put(whole, part)
     return whole
-
-
-def _with_frozen(new: Slots, old: Slots) -> Slots:
-    """The new masters, with the old ones' frozen units."""
-    units = new.where.structure.units
-    return Slots(
-        tuple(x if u.frozen else b for b, x, u in zip(new.buffers, old.buffers, units, strict=True)), new.where
-    )
 
 
 def _norm_of(out: Value) -> Tensor:

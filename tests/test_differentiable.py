@@ -1,0 +1,276 @@
+"""A whole step under torch.func: its derivatives are those of the unsharded update, its values the step's own bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.func import grad, jvp
+
+import funczero as fz
+from funczero import P
+from funczero.comm.adjoint import total
+from funczero.core.straight import root
+
+TOLERANCE = 1e-10
+STEPS = 3
+double = lambda x: torch.tensor(x, dtype=torch.float64)
+
+
+def params():
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64) * 0.5
+    blocks = [{"w": draw(3, 3), "b": draw(3)} for _ in range(2)]
+    return {"blocks": blocks, "emb": draw(7, 3), "out": draw(3, 2), "scale": draw()}
+
+
+def block(p, x):
+    return x + torch.tanh(x @ p["w"] + p["b"])
+
+
+def loss_fn(p, b):
+    """Rows with weights of their own; some words never occur, so some second moments are 0."""
+    out = fz.layers(block, p["blocks"], p["emb"][b["word"]]) @ p["out"] * p["scale"]
+    return (((out - b["y"]) ** 2).sum(1) * b["weight"]).sum(), b["weight"].sum()
+
+
+def batches(n, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    word = torch.randint(0, 4, (n, 8), generator=g)
+    y, weight = torch.randn(n, 8, 2, generator=g).double(), torch.rand(n, 8, generator=g).double() + 0.5
+    return [{"word": word[i], "y": y[i], "weight": weight[i]} for i in range(n)]
+
+
+# --- the unsharded truth ----------------------------------------------------------------------------------------------
+def plain_adamw(p, g, own, lr, wd=0.01, b1=0.9, b2=0.999, eps=1e-8):
+    n, mu, nu = own
+    n = n + 1
+    mu = {k: b1 * m + (1 - b1) * g[k] for k, m in mu.items()}
+    nu = {k: b2 * v + (1 - b2) * g[k] ** 2 for k, v in nu.items()}
+    step = {k: mu[k] / (1 - b1**n) / (root(nu[k]) / (1 - b2**n) ** 0.5 + eps) for k in p}
+    return {k: p[k] * (1 - lr * wd) - lr * step[k] for k in p}, (n, mu, nu)
+
+
+def plain_momentum(p, g, own, lr, wd=0.0):
+    trace = {k: 0.9 * own[k] + g[k] + wd * p[k] for k in p}
+    return {k: p[k] - lr * trace[k] for k in p}, trace
+
+
+def clipped(g, limit):
+    if limit is None:
+        return g
+    norm = root(sum((x**2).sum() for x in g.values()))
+    return {k: x * (limit / norm).clamp(max=1) for k, x in g.items()}
+
+
+def zeros(p):
+    return {k: torch.zeros_like(x) for k, x in p.items()}
+
+
+FORM = fz.tree.flatten(params())[1]
+CHAINS = {
+    "adamw": (
+        (fz.clip_by_global_norm(0.5), fz.adamw(0.03)),
+        plain_adamw,
+        lambda p: (0, zeros(p), zeros(p)),
+        "adamw",
+        0.5,
+    ),
+    "momentum": ((fz.sgd(0.03, momentum=0.9),), plain_momentum, zeros, "sgd", None),
+}
+
+
+def truth(name):
+    """The validation loss after three updates, as a function of what it is differentiated by."""
+    _, update, init, _, limit = CHAINS[name]
+    mean = lambda p, b: (lambda lw: lw[0] / lw[1])(loss_fn(fz.tree.unflatten(list(p.values()), FORM), b))
+
+    def after(p, lr, wd, weights):
+        own = init(p)
+        for b, w in zip(batches(STEPS), weights, strict=True):
+            g = grad(lambda p: mean(p, {**b, "weight": w}))(p)
+            p, own = update(p, clipped(g, limit), own, lr, wd)
+        return mean(p, batches(1, 9)[0])
+
+    return after
+
+
+def inputs():
+    p = dict(fz.tree.paths(params()))
+    return p, double(0.03), double(0.01), [b["weight"] for b in batches(STEPS)]
+
+
+def sharded(name, stage, mesh, axes, units):
+    """The same of a sharded step: by this rank's parts, rates and rows."""
+    tx, _, _, key, _ = CHAINS[name]
+    source = fz.value_and_grad(loss_fn, batch=P(axes), units=units)
+    inner = (fz.accumulate(2), *tx)
+    chain = fz.hpz(source, *inner) if stage == "hpz" else fz.zero(source, *inner, stage=stage, axis=axes)
+    step = fz.train_step(*chain, mesh=mesh, policy="float64")
+    state = step.init(params())
+    smooth, loss, own = fz.differentiable(step), fz.sharded_loss(step, loss_fn, state), state.chain[key]
+
+    def started(p, lr, wd):
+        rates = {**own.rates, "lr": lr, "weight_decay": wd}
+        return fz.with_parts(step.with_state(state, own._replace(rates=rates)), p)
+
+    def after(p, lr, wd, weights):
+        s = started(p, lr, wd)
+        for b, w in zip(batches(STEPS), weights, strict=True):
+            s, _ = smooth(s, {**step.local_rows(b), "weight": w})
+        return loss(fz.parts(s), step.local_rows(batches(1, 9)[0]))
+
+    mine = [step.local_rows({"w": b["weight"]})["w"] for b in batches(STEPS)]
+    return step, started, after, (fz.parts(state), double(0.03), double(0.01), mine), loss
+
+
+def cut(loss, whole):
+    out = {}
+    for leaf, slot in zip(loss.where.structure.leaves, loss.where.slots, strict=True):
+        out[leaf.path] = whole[leaf.path][tuple(slice(a, a + n) for a, n in zip(slot.start, slot.shape, strict=True))]
+    return out
+
+
+def compared(name, stage, mesh, axes, units):
+    """By input the largest difference of derivatives, relative to the largest value; and are the values the bits?"""
+    want = grad(truth(name), argnums=(0, 1, 2, 3))(*inputs())
+    step, started, after, given, loss = sharded(name, stage, mesh, axes, units)
+    got = grad(after, argnums=(0, 1, 2, 3))(*given)
+    gap = lambda a, b: (a - b).abs().max().item() if b.numel() else 0.0
+    top = max(x.abs().max().item() for x in want[0].values())
+    errors = {"params": max(gap(got[0][n], x) for n, x in cut(loss, want[0]).items()) / top}
+    errors["lr"] = gap(got[1], want[1]) / want[1].abs().item()
+    errors["weight decay"] = gap(got[2], want[2]) / want[2].abs().item()
+    rows = [step.local_rows({"w": w})["w"] for w in want[3]]
+    errors["weights"] = max(map(gap, got[3], rows)) / max(x.abs().max().item() for x in want[3])
+    t = fz.tree.map(torch.ones_like, given)
+    along = jvp(after, given, t)[1]
+    truly = jvp(truth(name), inputs(), fz.tree.map(torch.ones_like, inputs()))[1]
+    errors["jvp"] = gap(along, truly) / truly.abs().item()
+    s = r = started(*given[:3])
+    for b in batches(STEPS):
+        (s, m), (r, n) = fz.differentiable(step)(s, step.local_rows(b)), step(r, step.local_rows(b))
+        errors["bits"] = sum(
+            not torch.equal(a, b)
+            for a, b in zip(fz.tree.leaves((s, m[:-1])), fz.tree.leaves((r, n[:-1])), strict=True)
+            if not a.isnan().all()
+        )
+    return errors
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("units", [(), ("blocks",)], ids=["whole", "units"])
+def test_meta_gradients_are_the_unsharded_ones(run_world, name, stage, units):
+    for errors in run_world(2, compared, name, stage, {"data": 2}, ("data",), units, timeout=300.0):
+        bits = errors.pop("bits")
+        assert all(e < TOLERANCE for e in errors.values()), errors
+        assert units or not bits
+
+
+@pytest.mark.parametrize("units", [(), ("blocks",)], ids=["whole", "units"])
+def test_meta_gradients_with_hpz(run_world, units):
+    mesh = {"node": 2, "local": 2}
+    for errors in run_world(4, compared, "adamw", "hpz", mesh, ("node", "local"), units, timeout=300.0):
+        bits = errors.pop("bits")
+        assert all(e < TOLERANCE for e in errors.values()), errors
+        assert units or not bits
+
+
+# --- every optimizer and transform ------------------------------------------------------------------------------------
+def decayed():
+    """A pair of plain operations with a count and a rate of its own in its state."""
+
+    def init(p):
+        return {"n": torch.zeros((), dtype=torch.float64), "lr": double(0.05), "m": fz.tree.map(torch.zeros_like, p)}
+
+    def update(g, s, p):
+        m = fz.tree.map(lambda m, g: 0.9 * m + g, s["m"], g)
+        rate = s["lr"] / (1 + s["n"]).sqrt()
+        return fz.tree.map(lambda m: -rate * m, m), {"n": s["n"] + 1, "lr": s["lr"], "m": m}
+
+    return fz.lift((init, update), "decayed", elementwise=True)
+
+
+def halved():
+    return fz.lift((lambda p: (), lambda g, s, p: (fz.tree.map(lambda g: 0.5 * g, g), s)), "halved", elementwise=True)
+
+
+RULES = [("emb", 0.01), ("", 0.05)]
+SOURCES = {
+    "adam": lambda: (fz.adam(0.03, weight_decay=0.1),),
+    "nesterov": lambda: (fz.sgd(0.03, momentum=0.9, nesterov=True),),
+    "adagrad": lambda: (fz.adagrad(0.05, eps=1e-4),),
+    "lion": lambda: (fz.lion(0.01, weight_decay=0.1),),
+    "rules": lambda: (fz.adamw(RULES, weight_decay=[("w$", 0.1), ("", 0.0)]),),
+    "schedule": lambda: (fz.adamw(fz.schedules.warmup_cosine(0.05, 2, 10)),),
+    "pair": lambda: (decayed(),),
+    "partition": lambda: (fz.partition([("emb", fz.sgd(0.05)), ("blocks", decayed()), ("", fz.adamw(0.02))]),),
+    "clip by value": lambda: (fz.clip_by_value(0.05), fz.sgd(0.03)),
+    "clip after": lambda: (fz.clip_by_value(0.3), fz.clip_by_global_norm(0.1), fz.sgd(0.03)),
+    "scale": lambda: (fz.scale_loss(init=8.0), fz.clip_by_global_norm(0.5), fz.adamw(0.03)),
+    "frozen": lambda: (fz.freeze("out"), fz.adamw(0.03)),
+    "two": lambda: (decayed(), halved()),
+}
+
+
+def directional(name, stage, mesh):
+    """The derivative of a loss after an update along a direction in masters, moments and rates: by jvp, by vjp, and by
+    differences of the step itself; and whether the values are the step's bits.
+    """
+    source = fz.value_and_grad(loss_fn, batch=P("data"))
+    chain = fz.zero(source, fz.accumulate(2), *SOURCES[name](), stage=stage)
+    step = fz.train_step(*chain, mesh=mesh, policy="float64")
+    smooth, rows = fz.differentiable(step), [step.local_rows(b) for b in batches(3)]
+    state = step.init(params())
+    for b in rows[:2]:
+        state, _ = step(state, b)
+    learning = state.params.trainable()
+    flat, form = fz.tree.flatten((learning, {k: x for k, x in state.chain.items() if k != "scale_loss"}))
+    numbers = [isinstance(x, torch.Tensor) and x.dtype == torch.float64 and bool(x.count_nonzero()) for x in flat]
+    g = torch.Generator().manual_seed(4)
+    spread = torch.rand(len(flat), generator=g).double()
+
+    moving = [x for x, n in zip(flat, numbers, strict=True) if n]
+    along = [x * r for x, n, r in zip(flat, numbers, spread, strict=True) if n]
+
+    def after(values, run):
+        values = iter(values)
+        masters, chain = fz.tree.unflatten([next(values) if n else x for x, n in zip(flat, numbers, strict=True)], form)
+        given = state._replace(params=masters.with_frozen(state.params), chain={**state.chain, **chain})
+        return measure(fz.parts(run(given, rows[2])[0]), rows[0])
+
+    measure = fz.sharded_loss(step, loss_fn, state)
+    by_jvp = jvp(lambda v: after(v, smooth), (moving,), (along,))[1].item()
+    whole = lambda xs: fz.tree.unflatten([xs.pop(0) if n else x for x, n in zip(flat, numbers, strict=True)], form)
+    found = grad(lambda v: after(v, smooth))(moving)
+    by_vjp = inner(whole(found), whole(list(along)), step, stage)
+    h = 1e-6
+    after = lambda e, run, after=after: after([x + e * t for x, t in zip(moving, along, strict=True)], run)
+    by_differences = (after(double(h), step) - after(double(-h), step)).item() / (2 * h)
+    new, same = smooth(state, rows[2])[0], step(state, rows[2])[0]
+    bits = all(
+        torch.equal(a, b) for a, b in zip(fz.tree.leaves(new), fz.tree.leaves(same), strict=True) if a is not None
+    )
+    return by_jvp, by_vjp, by_differences, bits
+
+
+def inner(a, b, step, stage):
+    """The inner product of two trees over all ranks: what has rows is cut at stages 1 to 3, numbers are one for all."""
+    flat = lambda t: [
+        x
+        for s in fz.tree.leaves(t, is_leaf=lambda x: isinstance(x, fz.Slots))
+        for x in (s.leaves() if isinstance(s, fz.Slots) else [s])
+        if isinstance(x, torch.Tensor) and x.dtype == torch.float64
+    ]
+    terms = [(x.dim() > 0 and stage > 0, (x * y).sum()) for x, y in zip(flat(a), flat(b), strict=True)]
+    own = sum((t for cut, t in terms if cut), double(0.0))
+    return (total(own, "data", step.live_mesh) + sum(t for cut, t in terms if not cut)).item()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_every_optimizer_and_transform(run_world, stage):
+    for name in SOURCES:
+        for by_jvp, by_vjp, by_differences, bits in run_world(2, directional, name, stage, {"data": 2}):
+            assert bits, name
+            assert by_jvp == pytest.approx(by_vjp, rel=1e-9), name
+            assert by_jvp == pytest.approx(by_differences, rel=1e-5, abs=1e-8), name
