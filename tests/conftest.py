@@ -61,6 +61,14 @@ def originals(run_world, tmp_path_factory):
 
 
 @pytest.fixture
+def alone(monkeypatch):
+    """A process that torchrun has not started and that has joined nothing."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+
+
+@pytest.fixture
 def text(tmp_path):
     """A folder of three files of some text."""
     for i in range(3):

@@ -9,6 +9,7 @@ import torch
 
 from funczero.layout.lazy import lazy
 
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
 CPU = torch.device("cpu")
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=4)
 MESHES = st.lists(st.integers(1, 4), max_size=2)

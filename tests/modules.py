@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import funczero as fz
@@ -88,6 +90,21 @@ def showing(loss_fn, see):
         return loss_fn(params, *rest)
 
     return shown
+
+
+class Alive(TorchDispatchMode):
+    """While it is entered: the memory of tensors of one shape that torch's operators make, and is alive at once."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.live, self.most = shape, weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.shape == self.shape:
+            self.live.add(out.untyped_storage())
+            self.most = max(self.most, len(self.live))
+        return out
 
 
 def want(module, loss, b):

@@ -70,6 +70,36 @@ class Plain(NamedTuple):
     moments: Any
 
 
+def walk(tx, grads, start=None):
+    """By update: the parameters that the pair gives, in float64, from zeros or `start`; and the last state."""
+    params = {"w": torch.zeros_like(grads[0], dtype=F64) if start is None else start.to(F64)}
+    state, out = tx.init(params), []
+    for g in grads:
+        updates, state = tx.update({"w": g.to(F64)}, state, params)
+        params = {"w": params["w"] + updates["w"]}
+        out.append(params["w"])
+    return out, state
+
+
+def skipping(tx, kinds):
+    """A run of one leaf in a step, whose updates are fine or not: the whole state after each of them, and by hash what
+    a skip may not move.
+    """
+    g = fz.value_and_grad(lambda p, b: ((p["w"] * b["x"]).sum(), torch.ones(())))
+    step = fz.train_step(g, tx, mesh={"data": 1})
+    state, out = step.init({"w": torch.linspace(-1, 1, 5)}), []
+    for n, fine in enumerate(kinds):
+        state, m = step(state, {"x": torch.linspace(1, 2 + n, 5) if fine else torch.full((5,), torch.nan)})
+        assert bool(m.ok) is fine
+        out.append((state, zoo.tree_hash([step.params(state), state.chain])))
+    return out
+
+
+def by_path(rate):
+    """A tree of rates like the zoo's parameters."""
+    return tree.unflatten([rate(n) for n, _ in tree.paths(zoo.params())], tree.flatten(zoo.params())[1])
+
+
 def by_leaf(rate, params, count):
     """A tree of numbers from a number, a schedule, rules or a tree, at a count; a tied leaf has the first of its names
     that is ruled.
@@ -216,3 +246,12 @@ PAIRS["a partition"] = (
         lambda p: torch.optim.SGD(p, 0.5, momentum=0.9),
     ),
 )
+
+MAKERS = {
+    "adamw": fz.adamw,
+    "adam": fz.adam,
+    "sgd": lambda lr, **kw: fz.sgd(lr, 0.9, **kw),
+    "lion": fz.lion,
+    "adagrad": fz.adagrad,
+    "rmsprop": lambda lr, **kw: fz.from_torch("RMSprop", lr, **kw),
+}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,9 +10,6 @@ import zoo
 
 import funczero as fz
 from funczero import P, tree
-from funczero.core.transform import after
-from funczero.core.types import Formula, GradientTransformation, Group, Reading
-from funczero.transforms.mean import pointwise
 
 MESH = {"data": 1}
 X = {"x": torch.tensor([[1.0, 2.0], [3.0, -4.0]])}
@@ -45,55 +41,6 @@ def test_parts_may_stand_in_tuples_lists_and_names():
         one((source(), (fz.all_reduce("data"), [tail])))[0]
         == one([source()], fz.chain(fz.shard("data", tail)))[0]
         == flat
-    )
-
-
-def test_the_mean_is_inserted_once_by_the_first_nonlinear_transform():
-    step = fz.train_step(
-        source(), fz.accumulate(2), fz.all_reduce("data"), fz.clip_by_global_norm(1.0), fz.sgd(1.0), mesh=MESH
-    )
-    assert step.grad.names == (
-        "value_and_grad(batch=P('data'))",
-        "accumulate(2)",
-        "all_reduce('data')",
-        "mean",
-        "clip_by_global_norm(1)",
-        "sgd",
-    )
-    by_hand = fz.train_step(
-        source(), fz.accumulate(2), fz.all_reduce("data"), fz.mean, fz.clip_by_global_norm(1.0), fz.sgd(1.0), mesh=MESH
-    )
-    assert by_hand.grad.names == step.grad.names and [a.mean for a in step.grad.arrows] == [False] * 3 + [True] * 3
-    with pytest.raises(fz.ChainError, match="^mean: "):
-        fz.train_step(source(), fz.all_reduce("data"), fz.clip_by_global_norm(1.0), fz.mean, fz.sgd(1.0), mesh=MESH)
-
-
-def test_the_mean_divides_by_the_weight():
-    w, m, _ = one(source(), fz.all_reduce("data"), fz.sgd(1.0))
-    assert w == [-2.0, 1.0] and m.loss == 0 and m.weight == 2 and m.grad_norm.item() == pytest.approx(5**0.5)
-
-
-@pytest.mark.parametrize("weight", [1e-300, 1e-30, 3.0, 1e30])
-def test_the_factor_survives_odd_weights(weight):
-    g = fz.value_and_grad(
-        lambda p, b: ((p["w"] * b["x"]).sum() * weight, torch.tensor(weight, dtype=torch.float64)), batch=P("data")
-    )
-    w, m, _ = one(
-        g, fz.all_reduce("data"), fz.sgd(1.0), batch={"x": torch.ones(1, 2, dtype=torch.float64)}, policy="float64"
-    )
-    assert w == pytest.approx([-1.0, -1.0]) and m.weight.item() == weight
-
-
-def test_a_weight_of_zero_applies_nothing():
-    g = fz.value_and_grad(lambda p, b: ((p["w"] * b["x"]).sum(), torch.zeros(())), batch=P("data"))
-    w, m, state = one(g, fz.all_reduce("data"), fz.sgd(1.0))
-    assert (w, m.ok.item(), m.empty.item(), m.loss.item(), int(state.updates), int(state.step)) == (
-        [0.0, 0.0],
-        False,
-        True,
-        0.0,
-        0,
-        1,
     )
 
 
@@ -175,52 +122,3 @@ def test_paths_of_a_state_carry_no_bracket():
 def test_a_second_optimizer_applies_alone():
     """Only the last one moves the masters."""
     assert one(source(), fz.all_reduce("data"), fz.sgd(1.0), fz.sgd(1.0))[0] == [2.0, -1.0]  # p - (-g)
-
-
-# --- transforms of one's own ------------------------------------------------------------------------------------------
-def test_a_function_from_grad_to_grad_is_a_transform():
-    """Doubles sums left of the mean: after() keeps names and layouts, and passes None through."""
-
-    def double(g):
-        return after(
-            g, "double", g.layout, lambda out, state: (out._replace(grads=out.grads.map(lambda b: 2 * b)), state)
-        )
-
-    assert one(source(), double, fz.all_reduce("data"), fz.sgd(1.0))[0] == [-4.0, 2.0]
-    step = fz.train_step(fz.shard("data", source(), fz.accumulate(2, stream=True), double, fz.sgd(1.0)), mesh=MESH)
-    assert "double" in step.grad.names
-    state, nothing = step(step.init({"w": torch.zeros(2)}), X)
-    assert nothing is None and step.params(step(state, None)[0])["w"].tolist() == [-4.0, 2.0]
-
-
-def test_pointwise_reads_the_mean_and_forgets_its_norm():
-    sign = pointwise("sign", lambda x, factor: torch.sign(x * factor))
-    w, m, _ = one(source(), fz.all_reduce("data"), sign, fz.clip_by_global_norm(1.0), fz.sgd(1.0))
-    assert w == pytest.approx([-(0.5**0.5), 0.5**0.5]) and m.grad_norm.item() == pytest.approx(
-        5**0.5
-    )  # of the gradient, before all else
-    with pytest.raises(fz.ChainError, match="^sign: the gradient is still a partial sum"):
-        fz.train_step(source(), sign, fz.sgd(1.0), mesh={"data": 2})
-
-
-class Mine(NamedTuple):
-    rates: Any = ()
-
-
-def test_a_formula_owns_what_it_is_given():
-    """In place on its arguments, yet a pure step leaves its own alone."""
-
-    def leaf(params, grads, moments, factor):
-        for p, g in zip(params, grads, strict=True):
-            p.sub_(g * factor)
-
-    lr = torch.tensor(7.0, dtype=torch.float64)
-    formula = Formula(
-        lambda own, params, ok, donate: Reading([Group({})], None, lr),
-        lambda own: [],
-        lambda own, rates, factor, ok: (own, [factor]),
-        leaf,
-    )
-    tx = GradientTransformation(lambda p: Mine(), lambda u, s, p: (u, s), formula, "mine", elementwise=True)
-    w, m, _ = one(source(), fz.shard("data", tx))
-    assert w == [-2.0, 1.0] and m.lr == 7

@@ -10,7 +10,6 @@ import funczero as fz
 from funczero import P
 from funczero.comm import collectives
 from funczero.comm.edge import Edge
-from funczero.comm.integers import sum_integers
 from funczero.comm.launch import broadcast
 from funczero.core import order
 from funczero.layout.cut import Rules
@@ -86,37 +85,6 @@ def frozen_empties():
 
 def test_what_is_frozen_stays_empty(run_world):
     assert zoo.everywhere(run_world, 2, frozen_empties) == (True, 0, True)
-
-
-def integers():
-    """Sums over every set of axes, of a rank's own number, short and long, and the bytes sent."""
-    mesh, out = connect(plan_mesh(NEST)), {}
-    rank = mesh.index("node") * 2 + mesh.index("local")
-    for axes in ((), ("node",), ("local",), ("node", "local"), ("local", "node")):
-        for n in (3, 10_000):
-            with fz.count_bytes(mesh) as sent:
-                total = sum_integers(torch.full((n,), 10**rank), axes, mesh)
-            out[axes, n] = total.unique().item(), dict(sent)
-    return out
-
-
-def test_integers_sum_over_any_axes(run_world):
-    want = {
-        (): (1, 10, 100, 1000),
-        ("node",): (101, 1010, 101, 1010),
-        ("local",): (11, 11, 1100, 1100),
-        ("node", "local"): (1111,) * 4,
-        ("local", "node"): (1111,) * 4,
-    }
-    found = run_world(4, integers)
-    for (axes, n), _ in found[0].items():
-        assert tuple(f[axes, n][0] for f in found) == want[axes]
-        (key, sent), *more = found[0][axes, n][1].items() or [(("", "all_reduce", "int64"), 0)]
-        size = {0: 1, 1: 2, 2: 4}[len(axes)]
-        assert not more and key == ("+".join(axes), "all_reduce", "int64")
-        assert sent == (
-            8 * n * (size - 1) if n == 3 else 2 * 8 * n * (size - 1) // size
-        )  # a short message to every rank; else a ring's
 
 
 def counted():

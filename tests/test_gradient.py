@@ -65,26 +65,6 @@ def test_aux_is_summed_over_a_stream_too():
     assert zoo.bits(runs[0]) == zoo.bits(runs[1])
 
 
-def test_a_mean_over_rows_is_a_sum_with_its_rows():
-    loss = fz.per_row(lambda p, b: (b["x"] @ p["w"]).square().mean())
-    p, b = {"w": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])}
-    total, weight = loss(p, b)
-    assert (total.item(), weight.item()) == (14.0, 3.0)
-    assert loss(p, {"x": torch.zeros(0, 2)})[0].item() == 0 and loss(p, {"x": torch.zeros(0, 2)})[1].item() == 0
-
-
-def test_a_mean_over_rows_keeps_its_key_and_its_units():
-    def loss(p, b, key):
-        return (b["x"] * p["w"]).mean() * key
-
-    loss.units = ("blocks",)
-    assert fz.per_row(loss)({"w": torch.ones(())}, {"x": torch.ones(2)}, 3)[0] == 6
-    assert fz.value_and_grad(fz.per_row(loss)).units == ("blocks",) == fz.value_and_grad(loss).units
-    assert fz.value_and_grad(loss, units=()).units == () and fz.value_and_grad(loss, units="layers").units == (
-        "layers",
-    )
-
-
 def keys(k, chain):
     """The keys that a loss saw in two updates, by stage, in the order of this rank's time."""
     seen = []
@@ -144,46 +124,6 @@ def test_trainable_is_the_rest_of_frozen(trainable):
     assert torch.equal(runs[0]["embed"], zoo.params()["embed"]) and not torch.equal(
         runs[0]["head"]["w"], zoo.params()["head"]["w"]
     )
-
-
-def unlearned(weight):
-    """A step of a loss that needs no parameter."""
-    loss = lambda p, b: (b["x"].sum(), torch.full((), weight))
-    step = fz.train_step(fz.shard("data", fz.value_and_grad(loss, batch=P("data")), fz.sgd(1.0)), mesh={"data": 1})
-    return step, step.init({"w": torch.ones(2)}), {"x": torch.ones(3)}
-
-
-def test_a_loss_without_a_gradient_is_refused_as_torch_does():
-    step, state, b = unlearned(1.0)
-    with pytest.raises(
-        RuntimeError,
-        match="the loss has no gradient, because it depends on no parameter that learns; compute it from `params`",
-    ):
-        step(state, b)
-
-
-def test_a_micro_batch_of_no_weight_may_need_no_parameter():
-    step, state, b = unlearned(0.0)
-    state, m = step(state, b)
-    assert m.empty and not m.ok and m.grad_norm == 0 and torch.equal(step.params(state)["w"], torch.ones(2))
-
-
-@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("stage", range(4))
-def test_a_step_under_no_grad_is_refused(stage, off):
-    loss = lambda p, b: ((b["x"] * p["w"]).sum(), torch.ones(()))
-    step = fz.train_step(
-        *fz.zero(fz.value_and_grad(loss, batch=P("data")), fz.adamw(0.1), stage=stage), mesh={"data": 1}
-    )
-    state = step.init({"w": torch.ones(2)})
-    with (
-        off(),
-        pytest.raises(
-            RuntimeError,
-            match="no gradient, because the step is called under torch.no_grad or inference_mode; call it outside",
-        ),
-    ):
-        step(state, {"x": torch.ones(3, 2)})
 
 
 def test_batches_are_any_tree_of_tensors():

@@ -8,7 +8,6 @@ import zoo
 
 import funczero as fz
 from funczero import P, rng
-from funczero.gradients.ref import Ref
 from funczero.layout.processes import world_size
 
 BLOCKS = 5
@@ -108,36 +107,6 @@ def test_at_most_two_blocks_are_gathered_at_once(run_world, remat):
         names[::-1] if order.count(names[-1]) == 2 else names[-2::-1]
     )  # the last block may stay open for the backward
     assert order == ["", *names, *back] and peak <= 2 and (live, left, flying) == (0, 0, 0)
-
-
-def test_a_closed_parameter_has_a_shape_and_no_values():
-    def loss(p, b):
-        ref = p["blocks"][1]["w"]
-        assert isinstance(ref, Ref) and ref.shape == (6, 6) and ref.dtype == torch.bfloat16
-        assert repr(ref) == "<closed parameter 'blocks/1/w' (6, 6) torch.bfloat16>" and not hasattr(ref, "__array__")
-        for use in (
-            lambda: ref.sum(),
-            lambda: torch.exp(ref),
-            lambda: ref[0],
-            lambda: ref.grad,
-            lambda: torch.stack([b["x"], ref]),
-        ):
-            with pytest.raises(
-                TypeError,
-                match=(
-                    r"parameter 'blocks/1/w' is inside a unit that is not open; run its blocks with fz.layers|not"
-                    r" subscriptable"
-                ),
-            ):
-                use()
-        return stack(False)(p, {"x": b["x"].bfloat16()})
-
-    step = fz.train_step(
-        fz.shard("data", fz.value_and_grad(loss, batch=P("data"), units="blocks"), fz.sgd(0.1)),
-        mesh={"data": 1},
-        policy="compute=bfloat16",
-    )
-    step(step.init(params()), rows())
 
 
 def opening(stage):

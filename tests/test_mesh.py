@@ -1,83 +1,16 @@
-"""Named processes: specs, sizes, worlds and groups."""
+"""Named processes: sizes, places and groups."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import zoo
+from layouts import TORCHRUN
 from torch.distributed.device_mesh import DeviceMesh
 
 import funczero as fz
-from funczero import P
 from funczero.layout.mesh import Axis, connect, located, plan_mesh
-from funczero.layout.processes import World, world_size
-
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """A process that torchrun has not started and that has joined nothing."""
-    for name in TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dist, "is_initialized", lambda: False)
-
-
-def test_a_spec_names_axes_by_dim():
-    spec = P("data", None, ("node", "local"))
-    assert repr(spec) == "P('data', None, ('node', 'local'))" and spec == P("data", None, ("node", "local")) != P(
-        "data"
-    )
-    assert spec.axes() == (("data", 0), ("node", 2), ("local", 2)) and P().axes() == ()
-    assert len({P("a"), P("a"), P(None, "a")}) == 2
-
-
-@pytest.mark.parametrize("dims", [(0,), (["data"],), (("data", 1),), (b"data",)])
-def test_a_spec_takes_names_only(dims):
-    with pytest.raises(
-        TypeError, match="is not a mesh axis; write a name, a tuple of names or None for every tensor dim"
-    ):
-        P(*dims)
-
-
-def test_without_torchrun_the_world_is_one(alone):
-    assert fz.init_distributed() == World(0, 1, 0) == fz.init_distributed() and world_size() == 1
-
-
-def test_the_world_size_is_known_before_it_is_joined(alone, monkeypatch):
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
-    assert world_size() == 8 and plan_mesh({"node": 2, "local": -1}).sizes() == {"node": 2, "local": 4}
-
-
-def test_torchruns_environment_is_joined_once():
-    """In a process of its own: a world of one that torchrun describes."""
-    code = (
-        "import os, funczero as fz, torch.distributed as dist\nfrom funczero.layout.mesh import connect,"
-        " plan_mesh\nprint(fz.init_distributed(), dist.is_initialized(), fz.init_distributed(),"
-        " connect(plan_mesh({'data': -1})).sizes(), fz.make_mesh({'data': -1}))"
-    )
-    env = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0",
-        "PATH": "/usr/bin:/bin",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=env | {"PYTHONPATH": ":".join(p for p in sys.path if p)},
-    )
-    world = "World(rank=0, size=1, local_rank=0)"
-    assert done.stdout.startswith(f"{world} True {world} {{'data': 1}} DeviceMesh"), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,63 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import zoo
-from optimizers import F32, F64, close, masters, torchs
+from optimizers import F32, F64, by_path, close, masters, torchs
 
 import funczero as fz
 from funczero import tree
 from funczero.layout.lazy import lazy
-from funczero.optim.rate import value_at
 from funczero.optim.rates import Rates
 from funczero.transforms.formula import pieces
-
-
-def test_rates_are_exact_doubles():
-    """A schedule may return a Python number, which is never rounded to float32; and an unmodified get_lr gives its own
-    numbers.
-    """
-
-    def get_lr(it, learning_rate=6e-4, warmup_iters=5, lr_decay_iters=50, min_lr=6e-5):
-        if it < warmup_iters:
-            return learning_rate * (it + 1) / (warmup_iters + 1)
-        if it > lr_decay_iters:
-            return min_lr
-        decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-        coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
-        return min_lr + coeff * (learning_rate - min_lr)
-
-    for n in range(60):
-        assert value_at("adamw", "lr", get_lr, torch.tensor(float(n))) == get_lr(n)
-    table = [0.1, 0.3]
-    for schedule, want in [
-        (lambda u: 0.1, 0.1),
-        (lambda u: table[u], 0.3),
-        (lambda u: u / 3, 1 / 3),
-        (lambda u: torch.cos(u) ** 2, math.cos(1) ** 2),
-        (lambda u: u, 1.0),
-    ]:
-        assert masters(fz.sgd(schedule), updates=2)[1][1].lr.item() == want
-
-
-def test_a_schedule_is_handed_an_int64_count():
-    seen = []
-
-    def schedule(updates):
-        seen.append((updates.dtype, updates.dim(), int(updates)))
-        return 0.1
-
-    masters(fz.adamw(schedule), updates=3)
-    assert seen == [(torch.int64, 0, n) for n in range(3)]  # read once an update
-
-
-def by_path(rate):
-    """A tree of rates like the zoo's parameters."""
-    return tree.unflatten([rate(n) for n, _ in tree.paths(zoo.params())], tree.flatten(zoo.params())[1])
-
 
 RULES = [(r"blocks/1|head/b", 3e-2), ("embed", 0.0), (r"/w$", fz.schedules.warmup_cosine(1e-2, 2, 8)), ("", 1e-2)]
 DECAYS = [(r"/b$|norm|gain", 0.0), ("", 0.2)]
@@ -128,63 +81,6 @@ def test_the_rate_shown_is_the_number_or_the_default(lr, shown):
 
 def test_a_tree_of_rates_is_shown_as_nan():
     assert masters(fz.sgd(by_path(lambda n: 0.1)), updates=1)[1][0].lr.isnan()
-
-
-@pytest.mark.parametrize(
-    ("lr", "error", "words"),
-    [
-        ([("blocks", 1.0)], ValueError, "lr: no rule matches parameter 'embed'; end the rules with"),
-        ({"embed": 1.0}, TypeError, "lr: dict is neither a number, a schedule, rules"),
-        (
-            [("blocks", 1.0), ("haed", 2.0), ("", 0.1)],
-            ValueError,
-            "adamw: lr: the rule 'haed' is found in no parameter's path; correct it or leave it out",
-        ),
-        (
-            [("", 0.1), ("conv", 0.0)],
-            ValueError,
-            (
-                "adamw: lr: the rule 'conv' never counts, because a rule before it takes 'conv' and all else that it"
-                " matches; put it first"
-            ),
-        ),
-        (
-            by_path(lambda n: 0.5 if n == "head/scale" else 1.0),
-            ValueError,
-            "adamw: lr: the tree says two things of one tied parameter, norm = head/scale; write the same",
-        ),
-    ],
-)
-def test_rates_that_fit_no_leaf_are_named_at_init(lr, error, words):
-    """In the fused form and in the plain one, as rate and as decay, alike."""
-    for tx in (
-        fz.adamw(lr),
-        fz.lift((fz.adamw(lr).init, fz.adamw(lr).update), elementwise=True),
-        fz.adamw(0.1, weight_decay=lr),
-        fz.from_torch("RMSprop", 0.1, lr),
-    ):
-        step = fz.train_step(*fz.zero(zoo.source(), tx, stage=1), mesh={"data": 1})
-        with pytest.raises(error) as caught:
-            step.init(zoo.params())
-        assert words.split(": lr: ")[-1].removeprefix("lr: ") in str(caught.value)
-
-
-def test_a_rule_may_name_a_tied_leaf_by_any_of_its_paths():
-    for dtype in (F32, F64):
-        by_first, by_second = ([(path, 0.0), ("", 0.1)] for path in ("^norm$", "^head/scale$"))
-        runs = [
-            masters(tx, dtype=dtype)[0]
-            for r in (by_first, by_second)
-            for tx in (fz.sgd(r), fz.lift((fz.sgd(r).init, fz.sgd(r).update), elementwise=True))
-        ]
-        assert all(torch.equal(run[n], zoo.params(dtype)["norm"]) for run in runs for n in ("norm", "head/scale"))
-        assert all(not torch.equal(run["gain"], zoo.params(dtype)["gain"]) for run in runs)
-
-
-def test_a_rule_that_says_what_holds_anyway_is_welcome():
-    """Recipes name norms and biases, whichever come first."""
-    rule = [("norm", 0.0), ("blocks/.*/b$", 0.0), ("blocks/0/b", 0.0), ("", 0.1), (".*", 0.2)]
-    masters(fz.adamw(0.1, weight_decay=rule), updates=1)
 
 
 def test_leaves_of_one_rate_share_a_kernel_call():

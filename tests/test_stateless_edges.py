@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections import deque
 
-import numpy as np
 import pytest
 import torch
 import zoo
@@ -16,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 import funczero as fz
 from funczero import P
-from funczero.gradients.units import find_units
 from funczero.layout.processes import world_size
 
 DIM = 4
@@ -224,28 +222,9 @@ def test_compiled_modules_run_uncompiled_in_print(how, caplog):
 
 
 # --- draws within what runs again -------------------------------------------------------------------------------------
-def test_numpy_in_a_block_that_runs_again_is_refused():
-    def one(p, x):
-        return x * p["w"] * float(np.random.rand() > 2)
-
-    g = fz.value_and_grad(
-        lambda p, b, key: (fz.layers(one, p["blocks"], b, remat=True).sum(), torch.ones(())), batch=P("data"), rng=True
-    )
-    step = fz.train_step(g, fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
-    with pytest.raises(
-        RuntimeError,
-        match=(
-            "runs again in the backward \\(remat\\) draws from numpy's global generator, and would draw other numbers"
-            " then"
-        ),
-    ):
-        step(step.init({"blocks": [{"w": torch.ones(DIM)}]}), X)
 
 
 # --- units ------------------------------------------------------------------------------------------------------------
-def test_blocks_of_several_types_are_units():
-    assert find_units(Net((Block, Other, Block)), None) == ("blocks",) == find_units(Net(), None)
-    assert find_units(Net((Block, nn.ReLU, Block)), None) == ()
 
 
 class Towers(nn.Module):

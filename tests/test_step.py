@@ -1,4 +1,4 @@
-"""The train step: states, views, specs, losses, counters, and what it prints."""
+"""What a step answers: its mesh, its views, a loss, the rows of a rank, the specs of a state."""
 
 from __future__ import annotations
 
@@ -9,78 +9,17 @@ import zoo
 import funczero as fz
 from funczero import P, tree
 from funczero.layout.processes import world_size
-from funczero.testing import simulate, tree_hash
+from funczero.testing import tree_hash
 from funczero.transforms.accumulate import Accumulate
 from funczero.transforms.loss_scale import ScaleLoss
 
 MESH = {"data": -1}
 
 
-def make(stage, *, units=("blocks",), k=1, mesh=None, policy=None, tx=None, **kw):
-    return fz.train_step(
-        *fz.zero(zoo.source(units=units), *(tx or zoo.tx()), stage=stage, accumulate=k),
-        mesh=mesh or MESH,
-        policy=policy,
-        **kw,
-    )
-
-
 # --- states -----------------------------------------------------------------------------------------------------------
-def held(stage, policy):
-    """What a fresh state is made of: dtypes, whether views are kept, and its parameters."""
-    step = make(stage, policy=policy)
-    state = step.init(zoo.params(), key=11)
-    kind = None if state.views is None else str(state.views.buffers[0].dtype)
-    return (
-        kind,
-        str(state.params.buffers[0].dtype),
-        int(state.step),
-        int(state.updates),
-        int(state.key),
-        tree_hash(step.params(state)) == tree_hash(zoo.params()),
-    )
-
-
-@pytest.mark.parametrize("stage", range(4))
-def test_a_state_holds_masters_and_wider_views_only(run_world, stage):
-    policy = "compute=bfloat16"
-    kind = "torch.bfloat16" if stage in (1, 2) else None
-    for world in (1, 2):
-        assert zoo.everywhere(run_world, world, held, stage, policy) == (kind, "torch.float32", 0, 0, 11, True)
-
-
-def test_parameters_are_copied_and_cast_to_the_policy():
-    params = {"w": torch.ones(3, dtype=torch.bfloat16), "v": torch.ones(2)}
-    g = fz.value_and_grad(lambda p, b: ((p["w"].sum() + p["v"].sum()) * b["x"].sum(), torch.ones(())), batch=P("data"))
-    step = fz.donate(fz.train_step(g, fz.all_reduce("data"), fz.sgd(1.0), mesh=MESH))
-    state, _ = step(step.init(params), {"x": torch.ones(1)})
-    assert (
-        params["w"].dtype == torch.bfloat16
-        and params["w"].tolist() == [1.0] * 3
-        and step.params(state)["w"].dtype == torch.float32
-    )
-    assert step.params(state)["w"].tolist() == [0.0] * 3
-
-
-def test_any_tree_of_parameters_comes_back_as_it_was():
-    for params in (
-        torch.ones(2),
-        [torch.ones(2), (torch.ones(1), {"a": torch.ones(())})],
-        {"x": {"y": [torch.ones(3)]}},
-    ):
-        g = fz.value_and_grad(
-            lambda p, b: (sum(x.sum() for x in tree.leaves(p)) * b["x"].sum(), torch.ones(())), batch=P("data")
-        )
-        step = fz.train_step(fz.shard("data", g, fz.sgd(1.0)), mesh=MESH)
-        state, _ = step(step.init(params), {"x": torch.ones(1)})
-        assert tree.flatten(step.params(state))[1] == tree.flatten(params)[1] and all(
-            (x == 0).all() for x in tree.leaves(step.params(state))
-        )
-
-
 def found(stage):
     """What a step says of a state, and what it is."""
-    step = make(stage, tx=(fz.scale_loss(init=4.0), fz.adamw(1e-3)))
+    step = zoo.make(stage, right=(fz.scale_loss(init=4.0), fz.adamw(1e-3)))
     state = step.init(zoo.params())
     own = step.state_of(state, ScaleLoss)
     more = step.with_state(state, own._replace(scale=own.scale * 2))
@@ -101,40 +40,15 @@ def test_a_step_finds_its_mesh_its_views_and_the_state_of_a_transform(run_world,
 
 
 def test_a_state_that_no_transform_keeps_is_refused():
-    step = make(0)
+    step = zoo.make(0)
     with pytest.raises(KeyError, match="no transform of this chain keeps a Accumulate; it has"):
         step.with_state(step.init(zoo.params()), Accumulate(torch.zeros(()), ()))
-
-
-def test_counters_count_calls_and_applied_updates():
-    step = make(3)
-    state, log = step.init(zoo.params()), []
-    for t in range(zoo.BAD - 1, zoo.BAD + 2):
-        state, m = step(state, zoo.batch(t))
-        log.append((int(state.step), int(state.updates), int(m.updates), m.ok.item()))
-    assert log == [(1, 1, 1, True), (2, 1, 1, False), (3, 2, 2, True)]
-
-
-def test_metrics_are_tensors_without_dims():
-    _, m = make(2)(make(2).init(zoo.params()), zoo.batch(0))
-    assert all(x.shape == () for x in m[:-1]) and m.aux is None
-    assert [str(x.dtype).removeprefix("torch.") for x in m[:-1]] == [
-        "float64",
-        "float64",
-        "float64",
-        "bool",
-        "bool",
-        "float64",
-        "float64",
-        "int64",
-    ]
-    assert m.scale == 1 and m.lr == zoo.LR and m.weight == zoo.batch(0)["mask"].sum()
 
 
 # --- views and losses -------------------------------------------------------------------------------------------------
 def evaluated(stage, policy):
     """A loss over all rows, by the step and by hand."""
-    step = make(stage, policy=policy)
+    step = zoo.make(stage, policy=policy)
     state, _ = step(step.init(zoo.params()), step.local_rows(zoo.batch(0)))
     b, size = zoo.batch(1), world_size()
     index = step.running().env.mesh.index("data")
@@ -161,7 +75,7 @@ def test_eval_is_the_loss_of_the_whole_parameters(run_world, policy):
 
 
 def test_eval_neither_moves_a_state_nor_needs_a_gradient():
-    step = make(3)
+    step = zoo.make(3)
     state = step.init(zoo.params())
     before = tree_hash(state._asdict())
 
@@ -176,7 +90,7 @@ def test_eval_neither_moves_a_state_nor_needs_a_gradient():
 
 
 def views_of(stage):
-    step = make(stage, policy="compute=bfloat16")
+    step = zoo.make(stage, policy="compute=bfloat16")
     state, _ = step(step.init(zoo.params()), step.local_rows(zoo.batch(0)))
     views, masters = step.view(state), step.params(state)
     fresh = [x for x in tree.leaves(views) if x.requires_grad and x.is_leaf and x.dtype == torch.bfloat16]
@@ -211,13 +125,13 @@ def test_rows_are_dealt_in_the_chains_order(run_world):
 
 def test_one_rank_and_one_micro_batch_are_given_what_they_gave():
     batch = zoo.batch(0)
-    assert make(3).local_rows(batch) is batch
+    assert zoo.make(3).local_rows(batch) is batch
 
 
-# --- specs and print --------------------------------------------------------------------------------------------------
+# --- specs ------------------------------------------------------------------------------------------------------------
 def test_specs_mirror_the_state():
     meta = tree.map(lambda x: torch.empty_like(x, device="meta"), zoo.params())
-    step = make(1, mesh={"data": 4}, tx=(fz.scale_loss(), *zoo.tx()))
+    step = zoo.make(1, mesh={"data": 4}, right=(fz.scale_loss(), *zoo.tx()))
     specs = step.specs(meta)
     assert set(specs) == {"params", "views", "grads", "scale_loss", "adamw"}
     for part in (specs["params"], specs["views"], specs["grads"], specs["adamw"].mu):
@@ -229,120 +143,3 @@ def test_specs_mirror_the_state():
         and specs["adamw"].nu["embed"] == P("data")
         and specs["scale_loss"].scale == P() == specs["adamw"].count
     )
-
-
-PRINTED = {
-    0: (
-        """
-      value_and_grad(batch=P('data'))  -> sum, unreduced over ['data']
-      accumulate(2)                    -> sum, unreduced over ['data'], of 2 micro-batches
-      all_reduce('data')               -> sum, of 8 micro-batches
-      mean                             -> mean, of 8 micro-batches
-      sgd                              -> new parameters, of 8 micro-batches
-    """
-    ),
-    1: (
-        """
-      value_and_grad(batch=P('data'))  -> sum, unreduced over ['data']
-      accumulate(2)                    -> sum, unreduced over ['data'], of 2 micro-batches
-      shard('data',                    -> sum, sharded over ['data'], of 8 micro-batches
-        mean                           -> mean, sharded over ['data'], of 8 micro-batches
-        sgd                            -> new parameters, sharded over ['data'], of 8 micro-batches
-      )                                -> new parameters, of 8 micro-batches
-    """
-    ),
-    3: (
-        """
-      shard('data',
-        value_and_grad(batch=P('data'))  -> sum, sharded over ['data'], of 4 micro-batches
-        accumulate(2)                    -> sum, sharded over ['data'], of 8 micro-batches
-        mean                             -> mean, sharded over ['data'], of 8 micro-batches
-        sgd                              -> new parameters, sharded over ['data'], of 8 micro-batches
-    """
-    ),
-}
-
-
-@pytest.mark.parametrize("stage", PRINTED)
-def test_a_step_prints_its_layouts(stage):
-    step = make(stage, k=2, mesh={"data": 4}, tx=(fz.sgd(0.1),))
-    _, *lines = str(step).splitlines()
-    want = [line[4:] for line in PRINTED[stage].strip("\n").splitlines()[:-1]]
-    assert [line.rstrip() for line in lines] == want
-    assert repr(step).startswith("<Step ") and ", donated" in str(fz.donate(step)).splitlines()[0]
-
-
-def three(k):
-    """Bits of two updates on this world, by stage."""
-    out = []
-    for stage in range(4):
-        step = make(stage, k=k)
-        state = step.init(zoo.params())
-        for t in range(2):
-            state, _ = step(state, step.local_rows(zoo.batch(t, micros=3 * k)))
-        out.append(tree_hash(step.params(state)))
-    return out
-
-
-@pytest.mark.parametrize(("k", "kinds"), [(1, 1), (2, 2)])
-def test_three_ranks_have_the_bits_that_the_note_says(k, kinds):
-    """The same at every run; with micro-batches to add as well, stages 2 and 3 add ranks first and have others than 0
-    and 1.
-    """
-    bits = simulate({"data": 3})(three, k)[0]
-    assert (
-        bits == simulate({"data": 3})(three, k)[0]
-        and bits[0] == bits[1]
-        and bits[2] == bits[3]
-        and len(set(bits)) == kinds
-    )
-    note = (
-        "  note: {'data': 3} is no power of two: the same bits at every run of this world, other bits in other worlds"
-    )
-    more = ", and in other orders of these sums (stages 2 and 3 against 0 and 1)"
-    assert str(make(1, k=k, mesh={"data": 3})).splitlines()[-1] == note + more * (kinds - 1)
-
-
-# --- meshes, checks, purposes -----------------------------------------------------------------------------------------
-def test_without_a_mesh_all_processes_are_on_the_batchs_axis():
-    parts = fz.zero(zoo.source(), *zoo.tx(), stage=2)
-    assert fz.train_step(*parts).mesh.sizes() == {"data": 1}
-    with pytest.raises(
-        fz.ChainError,
-        match=r"the batch is split over \['node', 'local'\]; write their sizes, as mesh=\{'node': 2, 'local': 2\}",
-    ):
-        fz.train_step(zoo.source(("node", "local")), fz.all_reduce("node"), fz.all_reduce("local"), *zoo.tx())
-
-
-def unsplit():
-    """A batch that is not split, on purpose: every rank sees all rows, and no gradient is sent."""
-    step = fz.train_step(
-        fz.value_and_grad(zoo.loss_plain, replicated=("data",)), fz.accumulate(8), *zoo.tx(), mesh=MESH
-    )
-    state = step.init(zoo.params())
-    with fz.count_bytes(step) as sent:
-        state, m = step(state, step.local_rows(zoo.batch(0)))
-    return tree_hash(step.params(state)), m.weight.item(), set(sent)
-
-
-def test_a_batch_that_is_not_split_is_seen_whole_and_sends_the_one_sum_in_which_ranks_compare(run_world):
-    *same, sent = zoo.everywhere(run_world, 2, unsplit)
-    assert same == list(unsplit()[:2]) and unsplit()[2] == set()
-    assert sent == {("data", "all_reduce", "int64")}
-
-
-def test_donating_twice_is_donating():
-    step = fz.donate(fz.donate(make(3)))
-    state, _ = step(step.init(zoo.params()), zoo.batch(0))
-    assert int(step(state, zoo.batch(1))[0].step) == 2
-
-
-def test_only_the_last_state_of_a_donated_run_is_of_use():
-    step = fz.donate(make(0))
-    first = step.init(zoo.params())
-    second, _ = step(first, zoo.batch(0))
-    third, _ = step(second, zoo.batch(1))
-    for used, at in ((first, 0), (second, 1)):
-        with pytest.raises(RuntimeError, match=f"this state was donated at step {at} and its memory is in use"):
-            step(used, zoo.batch(2))
-    step(third, zoo.batch(2))

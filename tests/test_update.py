@@ -1,6 +1,4 @@
-"""The driver of formulas, and rates as leaves of the state: schedules write them, hands edit them, checkpoints keep
-them, ranks compare them.
-"""
+"""Rates as leaves of the state: schedules write them, hands edit them, checkpoints keep them, ranks compare them."""
 
 from __future__ import annotations
 
@@ -9,25 +7,13 @@ import math
 import pytest
 import torch
 import zoo
-from optimizers import F64
+from optimizers import F64, MAKERS
 
 import funczero as fz
 from funczero import checkpoint, tree
-from funczero.core.types import Group, Reading
-from funczero.layout.lazy import lazy
 from funczero.layout.processes import world_size
-from funczero.layout.slots import Slots
 from funczero.testing import tree_hash
-from funczero.transforms.formula import pieces, run
 
-MAKERS = {
-    "adamw": fz.adamw,
-    "adam": fz.adam,
-    "sgd": lambda lr, **kw: fz.sgd(lr, 0.9, **kw),
-    "lion": fz.lion,
-    "adagrad": fz.adagrad,
-    "rmsprop": lambda lr, **kw: fz.from_torch("RMSprop", lr, **kw),
-}
 RULES = [("blocks/1", 1e-2), ("embed", fz.schedules.warmup_cosine(1e-2, 2, 8)), ("", 3e-2)]
 
 
@@ -46,53 +32,6 @@ def updated(step, state, updates):
 
 def leaves(state, name):
     return dict(tree.paths(state.chain[name].rates))
-
-
-# --- pieces -----------------------------------------------------------------------------------------------------------
-def slots(seed):
-    g = torch.Generator().manual_seed(seed)
-    params = tree.map(lambda x: torch.randn(x.shape, generator=g), zoo.params())
-    params["head"]["scale"] = params["norm"]
-    return lazy(params, ("blocks",), {}, lambda path: path == "conv", torch.device("cpu")).at((), torch.float32)
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_a_formula_gives_the_same_bits_on_any_pieces(name):
-    """Whole buffers, one unit at a time, one leaf at a time."""
-    tx, found = MAKERS[name](1e-2, weight_decay=0.1), set()
-    params = slots(0).trainable()
-    where = params.where
-    trained = [i for i in range(len(where.structure.leaves)) if not where.structure.frozen(i) and where.slots[i].length]
-    by_unit = [tuple(i for i in members if i in trained) for members in where.structure.members]
-    for cut in ([None], [tuple(trained)], by_unit, [(i,) for i in trained]):
-        p, state, ok = tree.clone(params), tx.init(params), torch.ones((), dtype=torch.bool)
-        for seed in (1, 2):
-            read = tx.formula.read(state, p, ok, False)
-            groups = [Group(read.groups[0].rates, leaves) for leaves in cut]
-            state = run(
-                tx.formula,
-                Reading(groups, read.rates, read.lr),
-                p,
-                slots(seed).trainable(),
-                torch.tensor(0.5, dtype=F64),
-                state,
-                ok,
-            )
-        found.add(tree_hash([p, state]))
-    assert len(found) == 1
-
-
-def test_whole_units_are_one_piece_and_padding_goes_along():
-    x = slots(0)
-    where, first = x.where, x.where.structure.members[1]
-    (whole,) = pieces((x,), first)
-    assert whole[0] is x.buffers[1] and len(whole) == 1
-    (cut,) = pieces((x,), first[:1])
-    assert (
-        cut[0].data_ptr() == x.buffers[1].data_ptr()
-        and cut[0].numel() == where.slots[first[0]].length
-        and isinstance(x, Slots)
-    )
 
 
 # --- rates are leaves -------------------------------------------------------------------------------------------------

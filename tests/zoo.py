@@ -196,6 +196,12 @@ def train(parts, mesh, stream=0, updates=UPDATES, dtype=torch.float32, policy=No
     return step.params(state), log, state, step
 
 
+def make(stage, *, units=("blocks",), k=1, mesh=None, policy=None, right=(), **kw):
+    """A step of a stage."""
+    parts = fz.zero(source(units=units), *(right or tx()), stage=stage, accumulate=k)
+    return fz.train_step(*parts, mesh=mesh or {"data": -1}, policy=policy, **kw)
+
+
 def source(world_axes=("data",), loss_fn=loss_plain, units=("blocks",), **kw):
     """The zoo's gradient."""
     return fz.value_and_grad(loss_fn, batch=P(tuple(world_axes)), units=units, **kw)

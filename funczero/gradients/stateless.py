@@ -56,6 +56,21 @@ def stateless(
       ValueError: units names no list of blocks, or the module has no values (meta).
       TypeError: the loss captures a tensor that needs a gradient.
     """
+    module = _readable(module, loss)
+    snapshot = Snapshot(module, find_units(module, units), remat)
+
+    def loss_fn(params: dict[str, Any], batch: Any, key: int | None = None) -> Any:
+        result = _once(snapshot, loss, params, batch, key)
+        return _once(snapshot, loss, params, batch, key) if result is None else result
+
+    frozen, once = snapshot.frozen, dict[int, Tensor]()
+    loss_fn.units, loss_fn.ties, loss_fn.keyed = snapshot.lists, snapshot.ties, True  # type: ignore[attr-defined]
+    loss_fn.trainable = (lambda path: path not in frozen) if frozen else None  # type: ignore[attr-defined]
+    return loss_fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
+
+
+def _readable(module: nn.Module, loss: Callable[..., Any]) -> nn.Module:
+    """The module itself, which torch.compile may have wrapped; refused where a snapshot would miss something."""
     original = getattr(module, "_orig_mod", None)
     if isinstance(original, nn.Module) and hasattr(module, "dynamo_ctx"):
         why = "what it made runs on the module that it was given; blocks run uncompiled"
@@ -68,31 +83,23 @@ def stateless(
     for x in captured(loss):
         what = f"captures a tensor of shape {tuple(x.shape)} that needs a gradient, which nobody would hear of"
         raise TypeError(f"stateless: the loss {what}; register it as a parameter of the module, or detach it")
-    snapshot = Snapshot(module, find_units(module, units), remat)
+    return module
 
-    def loss_fn(params: dict[str, Any], batch: Any, key: int | None = None) -> Any:
-        result = run(params, batch, key)
-        return run(params, batch, key) if result is None else result
 
-    def run(params: dict[str, Any], batch: Any, key: int | None) -> Any:
-        """The loss; None where the forward has made settings that count from its beginning."""
-        call = Call(snapshot, params, refuse=key is None)
-        copies = call.bound(snapshot)
-        versions, lengths = [x._version for _, x in snapshot.buffers], snapshot.changes.lengths()
-        with keyed(key, call.device, partial(_drew, snapshot.root)):
-            result = loss(copies[id(snapshot.root)], batch)
-        _check_buffers(copies, snapshot.buffers, versions)
-        if snapshot.changes.check(copies, lengths):
-            return None
-        tapes = {r.tape for r in params.values() if isinstance(r, Ref)}
-        ports = [x for t in tapes for x in t.ports]  # they stand for what is closed
-        snapshot.check_leaves("", result, [*tree.tensors((params, batch)), *ports])
-        return result
-
-    frozen, once = snapshot.frozen, dict[int, Tensor]()
-    loss_fn.units, loss_fn.ties, loss_fn.keyed = snapshot.lists, snapshot.ties, True  # type: ignore[attr-defined]
-    loss_fn.trainable = (lambda path: path not in frozen) if frozen else None  # type: ignore[attr-defined]
-    return loss_fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
+def _once(snapshot: Snapshot, loss: Callable[..., Any], params: dict[str, Any], batch: Any, key: int | None) -> Any:
+    """The loss on a fresh copy; None where the forward has made settings that count from its beginning."""
+    call = Call(snapshot, params, refuse=key is None)
+    copies = call.bound(snapshot)
+    versions, lengths = [x._version for _, x in snapshot.buffers], snapshot.changes.lengths()
+    with keyed(key, call.device, partial(_drew, snapshot.root)):
+        result = loss(copies[id(snapshot.root)], batch)
+    _check_buffers(copies, snapshot.buffers, versions)
+    if snapshot.changes.check(copies, lengths):
+        return None
+    tapes = {r.tape for r in params.values() if isinstance(r, Ref)}
+    ports = [x for t in tapes for x in t.ports]  # they stand for what is closed
+    snapshot.check_leaves("", result, [*tree.tensors((params, batch)), *ports])
+    return result
 
 
 class Call:

@@ -76,7 +76,7 @@ def _make(x: Fill, key: int) -> Tensor:
 def _module(module: nn.Module, key: int, init_fn: Callable[[nn.Module], Any] | None) -> dict[str, Fill]:
     seen: dict[int, Fill] = {}
     out: dict[str, Fill] = {}
-    for path, owner in module.named_modules():
+    for path, owner in module.named_modules(remove_duplicate=False):  # a layer at two paths has its names at both
         for name, p in owner._parameters.items():
             if p is not None:
                 if init_fn is None and not callable(getattr(owner, "reset_parameters", None)):

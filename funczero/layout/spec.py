@@ -20,6 +20,10 @@ class P(tuple[str | tuple[str, ...] | None, ...]):
                 )
         return super().__new__(cls, dims)
 
+    def __getnewargs__(self) -> tuple[str | tuple[str, ...] | None, ...]:
+        """A copied or pickled spec is made of its dims one by one, or they would become the axes of a single dim."""
+        return tuple(self)
+
     def __repr__(self) -> str:
         return f"P({', '.join(map(repr, self))})"
 

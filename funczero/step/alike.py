@@ -67,8 +67,13 @@ def checksum(x: Tensor) -> Tensor:
     [True, False, False]
     """
     flat = x.detach().contiguous().view(-1)
-    if flat.dtype == torch.bool or flat.is_complex() or flat.storage_offset() * flat.itemsize % 8:
-        flat = flat.clone()
+    if (
+        flat.dtype == torch.bool
+        or flat.is_complex()
+        or flat.storage_offset() * flat.itemsize % 8
+        or flat.stride() != (1,)
+    ):
+        flat = flat.clone(memory_format=torch.contiguous_format)
     raw = flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
     n = raw.numel() // 8
     words, rest = raw[: 8 * n].view(torch.int64), raw[8 * n :].long()
@@ -85,8 +90,9 @@ def _weights(n: int, device: torch.device) -> Tensor:
 
 
 def settings(parts: Sequence[Any]) -> list[str]:
-    """The numbers that a chain's transforms and optimizers were built with, a line a part: a rate, a clip's limit, a
-    schedule's steps.
+    """The numbers that a chain's transforms and optimizers were built with, a line a part: a clip's limit, an eps.
+
+    Rates are not among them: they are leaves of the state, which ranks compare at every update.
     """
     lines: list[str] = []
     for p in parts:

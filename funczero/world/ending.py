@@ -31,6 +31,7 @@ class Work(threading.Thread):
     def __init__(self, name: str, what: str) -> None:
         """what: as a sentence names it."""
         super().__init__(name=name)  # no daemon: a process that ends waits for it
+        prepared()
         self.what, self.error = what, None
         self.ended, self.told = threading.Event(), threading.Event()
 
@@ -62,13 +63,13 @@ class Work(threading.Thread):
 @cache
 def prepared() -> bool:
     """Once a process: its end waits for what is under way. False where this Python has no place for that."""
-    import concurrent.futures.thread  # noqa: F401  # its own farewell, registered now, comes after ours
-
     lost: list[str] = []
     register: Any = getattr(threading, "_register_atexit", None)
     if register is None:
         return False
     try:
+        import concurrent.futures.thread  # noqa: F401  # its own farewell, registered now, comes after ours
+
         register(lambda: _farewell(lost))
     except RuntimeError:  # the interpreter is ending already
         return False

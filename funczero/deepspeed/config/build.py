@@ -75,17 +75,11 @@ def from_deepspeed(
     >>> [getattr(part, "name", None) or getattr(part, "__name__", type(part).__name__) for part in chain]
     ['value_and_grad', 'Bracket']
     """
-    resolved = config if isinstance(config, Config) else resolve(config, world, auto)
     if (loss_fn is None) == (not pullback):
         remedy = "write from_deepspeed(config, loss_fn), or from_deepspeed(config, pullback=True)"
         raise TypeError(f"from_deepspeed: a chain has one gradient; {remedy}")
-    if loss_fn is not None and resolved.value("fp16.auto_cast"):
-        remedy = "delete the key and write batch[...].half() in it"
-        raise ConfigError(f"{resolved.where('fp16.auto_cast')}a loss function casts its own inputs; {remedy}")
-    if loss_fn is not None:
-        changed = [path for path in ENGINE if resolved.value(path) != KEYS[path].default]
-        more = (f"{path} is an engine's, and this chain has none" for path in changed)
-        resolved = resolved._replace(notes=(*resolved.notes, *more))
+    resolved = config if isinstance(config, Config) else resolve(config, world, auto)
+    resolved = resolved if loss_fn is None else _without_engine(resolved)
     if resolved.notes and os.environ.get("RANK", "0") == "0":
         logging.warning("%s: %s", resolved.name, "; ".join(resolved.notes))
     axes = crossing(resolved).axes if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
@@ -95,6 +89,21 @@ def from_deepspeed(
         weight = 2.0 ** round(math.log2(resolved.triad.steps))  # mean losses: DeepSpeed seeds scale / steps
     tx = optimizer_of(resolved, optimizer)
     return chain_of(resolved, gradient, tx, axis=axis, stream=pullback, weight=weight), resolved
+
+
+def _without_engine(config: Config) -> Config:
+    """A config for a loss function, with a note for every key of it that only an engine would follow.
+
+    Raises:
+      ConfigError: the key would change the values.
+    """
+    if config.value("fp16.auto_cast"):
+        remedy = "delete the key and write batch[...].half() in it"
+        raise ConfigError(f"{config.where('fp16.auto_cast')}a loss function casts its own inputs; {remedy}")
+    changed = [path for path in ENGINE if config.value(path) != KEYS[path].default]
+    return config._replace(
+        notes=(*config.notes, *(f"{path} is an engine's, and this chain has none" for path in changed))
+    )
 
 
 def chain_of(

@@ -212,29 +212,8 @@ def _built(
     config's rates.
     """
     by_id = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
-    home = {n: by_id.get(id(p), 0) for n, p in named(model).items()}
     trained = {n for n, p in named(model).items() if id(p) in by_id}
-    if client is not None:
-        if config.value("optimizer.type") is not None and ranks.get_rank() == 0:
-            kind = type(client).__name__
-            logging.warning("%sit is not read: the call gives an optimizer, a %s", config.where("optimizer.type"), kind)
-        known = {id(p) for p in model.parameters()}
-        unknown = next((p for g in client.param_groups for p in g["params"] if id(p) not in known), None)
-        if unknown is not None:
-            raise ValueError(
-                f"optimizer: its parameter of shape {tuple(unknown.shape)} is not one of the model's; "
-                "make it from model.parameters()"
-            )
-        name, numbers = type(client).__name__.lower(), client_groups(client)
-        make: ByGroup = client_optimizer(client, home)
-    elif config.value("optimizer.type") is None:
-        name, numbers, make = "evaluation", [dict(STILL) for _ in groups], still()
-        if config.value("scheduler.type") is not None or lr_scheduler is not None:
-            why = "there is a scheduler, but neither the config nor the call names an optimizer"
-            raise ConfigError(f'{config.name}: {why}; add "optimizer": {{"type": "Adam"}}, or delete the scheduler')
-    else:
-        numbers = config_groups(config, groups)
-        name, make = config.value("optimizer.type").lower(), config_optimizer(config, home)
+    name, make, numbers = _optimizer(config, model, groups, client, lr_scheduler)
     if lr_scheduler is not None and config.value("scheduler.type") is not None and ranks.get_rank() == 0:
         logging.warning("%sit is not read: the call gives lr_scheduler=", config.where("scheduler.type"))
     rates = group_rates(config, numbers) if lr_scheduler is None else []
@@ -248,6 +227,39 @@ def _built(
         return train_step(*chain, **config.arguments, check=10 if whole else True)
 
     return made, holder, numbers, rates
+
+
+def _optimizer(
+    config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any
+) -> tuple[str, ByGroup, list[Numbers]]:
+    """The call's optimizer, the config's, or none: its name, what makes it for the groups, and their numbers."""
+    by_id = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
+    home = {n: by_id.get(id(p), 0) for n, p in named(model).items()}
+    if client is not None:
+        _check_client(config, model, client)
+        numbers = client_groups(client)
+        return type(client).__name__.lower(), client_optimizer(client, home), numbers
+    if config.value("optimizer.type") is not None:
+        numbers = config_groups(config, groups)
+        return config.value("optimizer.type").lower(), config_optimizer(config, home), numbers
+    if config.value("scheduler.type") is not None or lr_scheduler is not None:
+        why = "there is a scheduler, but neither the config nor the call names an optimizer"
+        raise ConfigError(f'{config.name}: {why}; add "optimizer": {{"type": "Adam"}}, or delete the scheduler')
+    return "evaluation", still(), [dict(STILL) for _ in groups]
+
+
+def _check_client(config: Config, model: nn.Module, client: Any) -> None:
+    """Refuse an optimizer over somebody else's parameters; say that the config's is not read."""
+    if config.value("optimizer.type") is not None and ranks.get_rank() == 0:
+        kind = type(client).__name__
+        logging.warning("%sit is not read: the call gives an optimizer, a %s", config.where("optimizer.type"), kind)
+    known = {id(p) for p in model.parameters()}
+    unknown = next((p for g in client.param_groups for p in g["params"] if id(p) not in known), None)
+    if unknown is not None:
+        raise ValueError(
+            f"optimizer: its parameter of shape {tuple(unknown.shape)} is not one of the model's; "
+            "make it from model.parameters()"
+        )
 
 
 def _scheduler(optimizer: EngineOptimizer, given: Any, config: Config, rates: list[GroupRates]) -> tuple[Any, bool]:

@@ -14,11 +14,6 @@ import time
 from typing import NamedTuple
 
 import pytest
-import torch
-
-import funczero as fz
-from funczero import P
-from funczero.world.entries import UPDATE, Context, Entry
 
 SAID = re.compile(
     r"(?:\[rank\d+\]: )?funczero(?:\.world\.ledger\.DivergenceError)?: (.*)"
@@ -388,21 +383,3 @@ def test_a_rank_that_dies_after_the_first_updates_is_named_with_its_step(tmp_pat
             r" step 20; ",
             said,
         ), said
-
-
-def test_nobody_looks_in_a_world_of_one_or_when_told_not_to():
-    grad = fz.value_and_grad(lambda p, b: ((p["w"] * b).sum(), torch.tensor(1.0)), batch=P("data"))
-    for check in (0, 10, True):
-        step = fz.train_step(grad, fz.all_reduce("data"), fz.adamw(1e-2), mesh={"data": 1}, check=check)
-        assert step.running().env.mesh.ledger.watch is None
-
-
-def test_an_entry_says_what_was_launched():
-    context = Context(UPDATE, 3, rows="8", units=("", "blocks/0", "blocks/1"))
-    launched = "launched all_gather{} over 'data' of 64 bytes of float32 in step(state, batch) with 8 rows at step 3"
-    assert str(Entry(context, "all_gather", "data", "float32", 64)) == launched.format("")
-    assert str(Entry(context, "all_gather", "data", "float32", 64, (0,))) == launched.format("")
-    assert str(Entry(context, "all_gather", "data", "float32", 64, (0, 2))) == launched.format(
-        " of 'the rest', 'blocks/1'"
-    )
-    assert str(Entry(Context(""), "left", text="after step 3")) == "left after step 3"
