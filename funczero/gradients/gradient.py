@@ -54,8 +54,8 @@ def value_and_grad(
       replicated: mesh axes that the batch is not split over, on purpose: ranks along them are given the same rows,
         which is compared.
       higher_order: the loss takes derivatives of its own through units: a gradient penalty, a Hessian-vector product,
-        a jvp. A unit then runs up to four times, and the last bits may be others; without units it changes nothing
-        but memory. Wires of this gradient's brackets are refused, for they have no derivative.
+        a jvp. A unit then runs up to four times, attention as plain operations, so that the last bits may be
+        others. Wires of this gradient's brackets are refused, for they have no derivative.
 
     Raises:
       ChainError: the batch's spec splits another dim than 0.

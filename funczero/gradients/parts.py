@@ -9,11 +9,13 @@ of it, follows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funczero.comm.adjoint import vary
 from funczero.comm.differentiable import outwards, over_leaves, units_of
@@ -24,6 +26,12 @@ from funczero.gradients.ref import Ref
 from funczero.gradients.surroundings import Uncached, here, restored
 from funczero.layout.mesh import Mesh
 from funczero.layout.where import Where
+
+
+def derivable() -> AbstractContextManager[None]:
+    """Attention as plain operations: torch's fused kernels have no second derivative."""
+    kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return kernel
 
 
 class Parts:
@@ -107,7 +115,7 @@ class Parts:
     def _run(self, parts: dict[int, Tensor], block: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         leaves = self.opened(parts)
         before, given = {i: x._version for i, x in leaves.items()}, [x._version for x in inputs]
-        with Uncached():
+        with Uncached(), derivable():
             outs = block(leaves, inputs)
         if [x._version for x in inputs] != given:
             why = "changes an input in place, and is run again for every derivative"

@@ -136,7 +136,7 @@ class Tape:
 
     def count(self, n: int) -> None:
         """Book gathered buffers that came or went."""
-        self.live += n if self.rest else 0
+        self.live += n if self.rest and self.seam else 0
         self.peak = max(self.peak, self.live)
 
     def land(self, but: Group = ()) -> None:

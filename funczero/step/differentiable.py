@@ -46,11 +46,12 @@ class DifferentiableStep(NamedTuple):
 def differentiable(step: Step) -> DifferentiableStep:
     """The step as a function that torch.func differentiates, in reverse and forward mode, and batches.
 
-    Laws: a state's values are the step's own, bit for bit (blocks of units and batches of vmap aside, to rounding). Its
-    derivatives, from every floating leaf of the state and of the batch to every leaf of the new state and the metrics,
-    are those of the unsharded update, at every stage and on any number of ranks, each rank having its part of them. An
-    update that is not finite is skipped, and is the identity. The derivative of the norm at 0, and of the root of a
-    second moment at 0, is 0. Loss scales, whose effect is divided out, change nothing.
+    Laws: values are the step's own, bit for bit; to rounding with units, under vmap, and where attention runs, which is
+    made of plain operations here. Derivatives, from every floating leaf of the state and of the batch to every leaf of
+    the new state and the metrics, are those of the unsharded update, at every stage and on any number of ranks, each
+    rank having its part of them. A skipped update is the identity; where its loss itself is not finite, reverse mode
+    gives nan. The derivative of the norm at 0, and of the root of a second moment at 0, is 0. Loss scales, whose effect
+    is divided out, change nothing.
 
     Views apart from the masters follow from them in every call, so all that depends on the parameters is found at
     `state.params`. What the chain freezes is a constant. Draws need the state's key as a number: under vmap over states
