@@ -53,7 +53,7 @@ def outwards(
     for i, column in zip(cut, rows.split_with_sizes(lengths, 1), strict=True):
         d, slots = _blocks(where.outer, i, axis, size)
         out[i] = torch.cat([r[: prod(s.shape)].view(s.shape) for r, s in zip(column, slots, strict=True)], d)
-    return out
+    return {i: out[i] for i in parts}
 
 
 def inwards(
@@ -88,7 +88,7 @@ def inwards(
     for i, x in zip(cut, rows.split_with_sizes([c.shape[1] for c in columns]), strict=True):
         shape = here.slots[i].shape
         out[i] = x[: prod(shape)].view(shape)
-    return out
+    return {i: out[i] for i in leaves}
 
 
 def units_of(where: Where, leaves: Iterable[int]) -> tuple[int, ...]:

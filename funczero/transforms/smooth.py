@@ -120,7 +120,7 @@ def _numbers(name: str, flat: list[Any], params: Slots) -> list[int | None]:
             out += places
             at += len(places)
             continue
-        if isinstance(x, Tensor) and x.dim():
+        if isinstance(x, Tensor) and x.dim() and any(n > 1 for _, n, _ in where.coords):
             why = "and nothing says whether it is a part of something or one for all ranks"
             raise TypeError(
                 f"differentiable: the state of {name} holds a tensor of shape {tuple(x.shape)}, {why}; keep numbers"
