@@ -330,35 +330,6 @@ def test_a_traced_step_is_one_graph_with_its_collectives(run_world, stage):
         assert gap < 1e-15
 
 
-def test_an_unroll_runs_once_more_and_keeps_a_tenth():
-    calls = []
-
-    def counted(p, b):
-        calls.append(1)
-        return loss_fn(p, b)
-
-    step = made(3, units=(), loss=counted)
-    smooth, state, rows = fz.differentiable(step), step.init(params()), batches(1)[0]
-
-    def after(p, remat):
-        end, metrics = fz.unroll(smooth, fz.with_parts(state, p), [rows] * 20, remat=remat)
-        return sum(m.loss for m in metrics)
-
-    want, n = grad(after)(fz.parts(state), None), len(calls)
-    got, more = grad(after)(fz.parts(state), 5), len(calls) - n
-    assert more == 2 * n == 2 * 20 * 2  # two micro-batches a step
-    for k, x in want.items():
-        torch.testing.assert_close(got[k], x, rtol=1e-12, atol=1e-14)
-
-
-def test_an_unroll_refuses_what_it_would_lose():
-    rate, xs = torch.tensor(0.5, requires_grad=True), [torch.tensor(1.0)] * 4
-    with pytest.raises(TypeError, match="fn captures a tensor"):
-        fz.unroll(lambda c, x: (c * rate, x), torch.tensor(1.0), xs, remat=2)
-    with pytest.raises(ValueError, match="remat=0 is not a number of steps"):
-        fz.unroll(lambda c, x: (c, x), torch.tensor(1.0), xs, remat=0)
-
-
 def test_a_learned_schedule_goes_in_with_the_batches():
     step = made(3, tx=(fz.sgd(0.1),))
     smooth, state = fz.differentiable(step), step.init(params())
@@ -437,8 +408,6 @@ def test_another_steps_state_is_refused():
         fz.differentiable(step)(params(), batches(1)[0])
     with pytest.raises(TypeError, match="with_parts: 'emb' is missing or no parameter"):
         fz.with_parts(step.init(params()), {k: x for k, x in fz.parts(step.init(params())).items() if k != "emb"})
-    with pytest.raises(ValueError, match="tree 1 is not like tree 0"):
-        fz.stack([torch.zeros(2), torch.zeros(3)])
 
 
 def compiled(stage):

@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
 from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 
 import funczero as fz
 from funczero import P
-from funczero.comm import adjoint
 from funczero.testing import simulate
 
 TOLERANCE = 1e-10
@@ -188,31 +186,6 @@ def test_with_units_over_two_axes(run_world):
     mesh = {"node": 2, "local": 2}
     for errors in run_world(4, compared, "hpz", mesh, ("node", "local"), UNITS, timeout=300.0):
         assert all(e < TOLERANCE for e in errors.values()), errors
-
-
-def pairs():
-    """total and vary are each other's transpose, in reverse and in forward mode, batched and nested."""
-    step = fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=0), mesh={"data": 2})
-    mesh, rank = step.live_mesh, step.mesh.index("data")
-    x = torch.arange(3, dtype=torch.float64) + 1 + rank
-    f = lambda x: (adjoint.total(x**2, "data", mesh) * torch.arange(3).double()).sum()
-    same = torch.arange(3, dtype=torch.float64)
-    h = lambda s: adjoint.total((adjoint.vary(s, "data", mesh) * x).sum(), "data", mesh)
-    return {
-        "total": grad(f)(x).tolist() == (2 * x * torch.arange(3)).tolist(),
-        "vary": grad(h)(same).tolist() == [3.0, 5.0, 7.0],
-        "forward": jvp(h, (same,), (torch.ones(3).double(),))[1].item() == 15.0,
-        "batched": vmap(grad(h))(torch.stack([same, same])).tolist() == [[3.0, 5.0, 7.0]] * 2,
-        "second": (
-            grad(lambda s: grad(lambda s: h(s) ** 3)(s).sum())(same)[0].item()
-            == pytest.approx(6 * h(same).item() * 15 * 3)
-        ),
-    }
-
-
-def test_total_and_vary_are_each_others_transpose(run_world):
-    for found in run_world(2, pairs):
-        assert all(found.values()), found
 
 
 class Tied(nn.Module):
