@@ -98,12 +98,15 @@ from funczero.step.zero import mics as mics
 from funczero.step.zero import zero as zero
 from funczero.step.zero import zeropp as zeropp
 from funczero.transforms.accumulate import accumulate as accumulate
+from funczero.transforms.average import averaged as averaged
+from funczero.transforms.average import ema as ema
 from funczero.transforms.chain import chain as chain
 from funczero.transforms.clip import clip_by_global_norm as clip_by_global_norm
 from funczero.transforms.clip import clip_by_value as clip_by_value
 from funczero.transforms.loss_scale import scale_loss as scale_loss
 from funczero.transforms.mean import mean as mean
 from funczero.transforms.partition import partition as partition
+from funczero.transforms.project import project as project
 from funczero.transforms.reduce import all_gather as all_gather
 from funczero.transforms.reduce import all_reduce as all_reduce
 from funczero.transforms.reduce import reduce_scatter as reduce_scatter

@@ -21,6 +21,7 @@ from absl import logging
 from funczero.checkpoint import manifest
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import LIMIT, Manifest
+from funczero.core.number import shown
 
 NEW, DELETED, TEMPORARY = ".funczero-new", ".funczero-deleted", ".orbax-checkpoint-tmp"
 # one of them says that a folder means to be a checkpoint
@@ -71,7 +72,7 @@ def check_name(name: object) -> str:
         or text in ("latest", "best")
     ):
         raise ValueError(
-            f"save: {name!r} cannot name a checkpoint; use a number or a printable tag without '/' and spaces around"
+            f"save: {shown(name)} cannot name a checkpoint; use a number or a printable tag without '/' and spaces around"
             " it, other than 'latest' and 'best'"
         )
     return text

@@ -15,6 +15,8 @@ EXTRA = {
     "clip_by_value": (fz.clip_by_value(0.01), fz.clip_by_global_norm(0.1), fz.adamw(1e-2)),
     "momentum": (fz.sgd(1e-2, momentum=0.9, nesterov=True),),
     "two optimizers": (fz.adamw(1.0), fz.sgd(1e-2)),
+    "an average": (fz.adamw(1e-2), fz.ema(0.9, warmup=True)),
+    "a projection": (fz.adamw(1e-2), fz.project(lambda w: w.clamp(-0.1, 0.1), "w", elementwise=True), fz.ema(0.5)),
     "rules of rates": (
         fz.adamw([("blocks", 1e-2), ("", fz.schedules.constant(1e-3))], weight_decay=[("b$", 0.0), ("", 0.1)]),
     ),

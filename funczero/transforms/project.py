@@ -1,0 +1,74 @@
+"""New parameters made to obey a constraint, as clamps and norms of rows that modules would write in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from funczero.comm.differentiable import pack
+from funczero.core import tree
+from funczero.core.number import flag
+from funczero.core.transform import after, refuse
+from funczero.core.types import Grad, State, Transform, Updated
+from funczero.layout.slots import Slots
+
+
+def project(
+    fn: Callable[[Tensor], Tensor], which: str | Callable[[str], bool] = "", elementwise: bool | None = None
+) -> Transform:
+    """parameters <- fn(parameters), after every applied update: `fz.project(lambda w: w.clamp(-1, 1), "weight")`.
+
+    It stands right of the last optimizer, in the innermost bracket around it; a skipped update is not projected.
+
+    Layout: new parameters, unchanged.
+
+    Args:
+      fn: pure, of one leaf; the same shape and dtype out.
+      which: a regex searched in the path, or a predicate on it; "" is every leaf that learns.
+      elementwise: True promises that each value depends on its own place alone. Without it leaves must be whole where
+        it stands, for a part's norm is not the leaf's.
+
+    Raises:
+      ChainError: it stands left of the update; a leaf is cut and nothing is promised.
+      TypeError: fn returns something else; by path, at the first update.
+    """
+    matches = tree.matcher(which)
+    name = f"project({which!r})" if isinstance(which, str) else f"project({getattr(which, '__name__', 'predicate')})"
+    if elementwise is not None:
+        flag("project", "elementwise", elementwise)
+
+    def transform(g: Grad) -> Grad:
+        if not g.layout.applied:
+            raise refuse(g, name, "there are no new parameters yet; write it right of the last optimizer")
+        if g.layout.sharded != next(lay.sharded for lay in g.arrows if lay.applied):
+            raise refuse(g, name, "the bracket around the optimizer is closed; write it inside, beside the optimizer")
+        cut = [a for a in g.layout.sharded if g.env.mesh.axes[a].size > 1]
+        if cut and not elementwise:
+            why = f"nothing says that it works value by value, but the leaves are cut over {cut} here"
+            raise refuse(g, name, f"{why}; write elementwise=True if it does, or a chain without shard")
+
+        def after_update(out: Updated, state: State) -> tuple[Updated, State]:
+            old, found = out.params, {}
+            learning = old.trainable()
+            for i, (leaf, x) in enumerate(zip(old.where.structure.leaves, learning.leaves(), strict=True)):
+                if x is not None:
+                    found[i] = torch.where(out.ok, _projected(fn, leaf.path, x), x) if matches(leaf.path) else x
+            new = pack(old.where, found, learning).with_frozen(old)
+            if g.env.donate:
+                new = Slots(tuple(b.copy_(n) for b, n in zip(old.buffers, new.buffers, strict=True)), old.where)
+            return out._replace(params=new), {**state, "params": new}
+
+        return after(g, name, g.layout, after_update)
+
+    transform.__name__ = name
+    return transform
+
+
+def _projected(fn: Callable[[Tensor], Tensor], path: str, x: Tensor) -> Tensor:
+    y = fn(x)
+    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+        have = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise TypeError(f"project: of parameter {path!r} its function makes {have}; return a tensor like the given one")
+    return y

@@ -1,0 +1,103 @@
+"""transforms/average.py and project.py: what is done to new parameters, and the average that is kept of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+
+import funczero as fz
+from funczero import P
+from funczero.testing import tree_hash
+
+RIGHT = (fz.clip_by_global_norm(zoo.CLIP), fz.adamw(1e-2))
+CLAMPED = fz.project(lambda w: w.clamp(-0.15, 0.15), "blocks|embed", elementwise=True)
+
+
+def trained(stage, size, warmup=False, donate=False, policy=None):
+    """Hashes of masters and of averages, and a loss of each."""
+    chain = fz.zero(zoo.source(), *RIGHT, CLAMPED, fz.ema(0.8, warmup), stage=stage, accumulate=zoo.MICROS // size)
+    masters, _, state, step = zoo.train(chain, {"data": size}, donate=donate, policy=policy)
+    mean = fz.averaged(state)
+    rows = step.local_rows(zoo.batch(9))
+    losses = [step.eval(zoo.loss_plain)(s, rows).loss.item() for s in (state, mean)]
+    return tree_hash(masters), tree_hash(step.params(mean)), losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_same_bits_at_every_stage(run_world, warmup):
+    want = trained(0, 1, warmup)
+    assert want[2]
+    for stage in range(4):
+        assert all(found == want for found in run_world(2, trained, stage, 2, warmup))
+    assert trained(3, 1, warmup, donate=True) == want
+
+
+def test_the_average_is_the_plain_one():
+    """By hand, with a skipped update, and with masters in bfloat16."""
+    for policy, exact in (("float64", True), ("bfloat16", False)):
+        loss = lambda p, b: ((p["w"] * b.sum()).sum(), torch.tensor(float(len(b))))
+        step = fz.train_step(fz.value_and_grad(loss), fz.sgd(1.0), fz.ema(0.75), policy=policy)
+        state = step.init({"w": torch.tensor([1.0, -2.0]).to(step.policy.params)})
+        want = step.params(state)["w"].double()
+        for b in (1.0, float("nan"), 2.0):
+            state, m = step(state, torch.full((2,), b).to(step.policy.compute))
+            if m.ok:
+                want = 0.75 * want + 0.25 * step.params(state)["w"].double()
+        own = state.chain["ema"]
+        assert int(own.count) == 2 and own.average.buffers[0].dtype == (torch.float64 if exact else torch.float32)
+        torch.testing.assert_close(own.average.leaves()[0].double(), want, rtol=1e-6, atol=1e-6)
+        assert step.params(fz.averaged(state))["w"].dtype == step.policy.params
+
+
+def test_warmup_forgets_the_start():
+    loss = lambda p, b: ((p["w"] * b.sum()).sum(), torch.tensor(float(len(b))))
+    step = fz.train_step(fz.value_and_grad(loss), fz.sgd(1.0), fz.ema(0.999, warmup=True), policy="float64")
+    state = step.init({"w": torch.zeros(1, dtype=torch.float64)})
+    state, _ = step(state, torch.ones(2))
+    assert step.params(fz.averaged(state))["w"].item() == pytest.approx(-1.0 * (1 - 0.1))
+
+
+def test_frozen_leaves_are_themselves():
+    step = fz.train_step(zoo.source(), fz.all_reduce("data"), fz.freeze("embed"), *RIGHT, fz.ema(0.5), mesh={"data": 1})
+    state, _ = step(step.init(zoo.params()), zoo.batch(0))
+    was, now = step.params(state), step.params(fz.averaged(state))
+    assert torch.equal(was["embed"], now["embed"])
+
+
+def test_a_checkpoint_and_another_stage_keep_it(tmp_path):
+    steps = [
+        fz.train_step(*fz.zero(zoo.source(), *RIGHT, fz.ema(0.5), stage=stage), mesh={"data": 1}) for stage in (3, 1)
+    ]
+    state, _ = steps[0](steps[0].init(zoo.params()), zoo.batch(0))
+    with fz.Checkpointer(tmp_path, step=steps[0]) as checkpointer:
+        checkpointer.save(state, 1)
+        checkpointer.wait()
+        again, *_ = checkpointer.restore(like=(steps[1], zoo.params()))
+    for other in (again, fz.reshard(state, steps[1])):
+        assert tree_hash(steps[1].params(fz.averaged(other))) == tree_hash(steps[0].params(fz.averaged(state)))
+
+
+def test_it_stands_right_of_the_last_optimizer_and_inside_its_bracket():
+    g = zoo.source()
+    for right in (fz.ema(0.5), fz.project(torch.relu)):
+        with pytest.raises(fz.ChainError, match="write it right of the last optimizer"):
+            fz.train_step(g, fz.all_reduce("data"), right, *RIGHT, mesh={"data": 2})
+        with pytest.raises(fz.ChainError, match="write it inside, beside the optimizer"):
+            fz.train_step(g, fz.shard("data", *RIGHT), right, mesh={"data": 2})
+    with pytest.raises(fz.ChainError, match="nothing says that it works value by value, but the leaves are cut over"):
+        fz.train_step(g, fz.shard("data", *RIGHT, fz.project(torch.relu)), mesh={"data": 2})
+    fz.train_step(g, fz.all_reduce("data"), *RIGHT, fz.project(lambda w: w / w.norm()), mesh={"data": 2})
+    with pytest.raises(KeyError, match="no transform of this chain keeps an average"):
+        step = fz.train_step(g, fz.all_reduce("data"), *RIGHT, mesh={"data": 1})
+        fz.averaged(step.init(zoo.params()))
+    for wrong in (1.0, -0.1, "0.9"):
+        with pytest.raises((TypeError, ValueError), match="ema: decay="):
+            fz.ema(wrong)
+
+
+def test_a_projection_is_asked_for_a_tensor_like_the_given_one():
+    g = fz.value_and_grad(zoo.loss_plain, batch=P("data"))
+    step = fz.train_step(g, fz.all_reduce("data"), *RIGHT, fz.project(lambda w: w.sum(), "embed"), mesh={"data": 1})
+    with pytest.raises(TypeError, match="project: of parameter 'embed' its function makes torch.float32 of shape"):
+        step(step.init(zoo.params()), zoo.batch(0))
