@@ -62,6 +62,7 @@ from funczero.gradients.gradient import pullback as pullback
 from funczero.gradients.gradient import value_and_grad as value_and_grad
 from funczero.gradients.layers import gather as gather
 from funczero.gradients.layers import layers as layers
+from funczero.gradients.loss import mean_loss as mean_loss
 from funczero.gradients.loss import per_row as per_row
 from funczero.gradients.stateless import stateless as stateless
 from funczero.layout.init import init as init

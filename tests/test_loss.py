@@ -158,3 +158,28 @@ def test_a_step_under_no_grad_is_refused(stage, off):
         ),
     ):
         step(state, {"x": torch.ones(3, 2)})
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_a_mean_over_tokens_is_right_for_any_split(split):
+    """Micro-batches with different numbers of tokens, one of them with none: the gradient is the whole batch's."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 3, generator=g).double(), torch.randint(4, (8,), generator=g)
+    y[[0, 1, 5]] = -100
+    nll = lambda p, b: torch.nn.functional.cross_entropy(b["x"] @ p["w"], b["y"])  # a mean over those that count
+    loss = fz.mean_loss(nll, lambda b: (b["y"] != -100).sum())
+    step = fz.train_step(
+        *fz.zero(fz.value_and_grad(loss, batch=P("data")), fz.sgd(1.0), stage=3, accumulate=split),
+        mesh={"data": 1},
+        policy="float64",
+    )
+    w = torch.randn(3, 4, generator=g).double()
+    state, m = step(step.init({"w": w}), {"x": x, "y": y})
+    want = torch.func.grad(lambda w: nll({"w": w}, {"x": x, "y": y}))(w)
+    torch.testing.assert_close(w - step.params(state)["w"], want, rtol=1e-12, atol=1e-14)
+    assert int(m.weight) == 5
+
+
+def test_a_weight_is_one_number():
+    with pytest.raises(ValueError, match="mean_loss: the weight has shape"):
+        fz.mean_loss(lambda p, b: b.mean(), lambda b: b)({}, torch.ones(2))

@@ -72,8 +72,8 @@ def check_name(name: object) -> str:
         or text in ("latest", "best")
     ):
         raise ValueError(
-            f"save: {shown(name)} cannot name a checkpoint; use a number or a printable tag without '/' and spaces around"
-            " it, other than 'latest' and 'best'"
+            f"save: {shown(name)} cannot name a checkpoint; use a number or a printable tag without '/' and spaces"
+            " around it, other than 'latest' and 'best'"
         )
     return text
 

@@ -13,22 +13,44 @@ from torch import Tensor
 from funczero.core import tree
 
 
+def mean_loss(
+    loss_fn: Callable[..., Tensor], weight: Callable[[Any], Any] | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A loss that returns one mean, as (sum, weight): right however the batch is split over micro-batches and ranks.
+
+    Args:
+      loss_fn: (params, batch) -> a mean, 0-d.
+      weight: batch -> what it is a mean over, as `lambda b: (b["labels"] != -100).sum()` for a mean over tokens; by
+        default the rows. Where it is 0 the loss, which is then 0 / 0, counts for nothing.
+
+    >>> loss = lambda params, batch: batch["x"][batch["counts"]].mean()
+    >>> batch = {"x": torch.tensor([1.0, 2.0, 9.0]), "counts": torch.tensor([True, True, False])}
+    >>> mean_loss(loss, lambda b: b["counts"].sum())({}, batch)
+    (tensor(3.), tensor(2.))
+    """
+    rows = lambda batch: tree.count_rows(tree.leaves(batch), "mean_loss")
+    return _of_mean(loss_fn, rows if weight is None else weight)
+
+
+def _of_mean(loss_fn: Callable[..., Tensor], weight: Callable[[Any], Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def both(params: Any, batch: Any, *key: int) -> tuple[Tensor, Tensor]:
+        loss = loss_fn(params, batch, *key)
+        full = torch.as_tensor(weight(batch), device=loss.device).to(loss.dtype)
+        if full.dim():
+            raise ValueError(f"mean_loss: the weight has shape {tuple(full.shape)}; return one number, as mask.sum()")
+        return (loss * full if bool(full != 0) else torch.zeros_like(loss)), full
+
+    both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
+    return both
+
+
 def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A loss that returns one mean over its rows, as (sum, weight) with weight = the number of rows.
 
     >>> per_row(lambda params, batch: batch["x"].mean())({}, {"x": torch.ones(3)})
     (tensor(3.), tensor(3.))
     """
-
-    def both(params: Any, batch: Any, *key: int) -> tuple[Tensor, Tensor]:
-        loss = loss_fn(params, batch, *key)
-        rows = tree.count_rows(tree.leaves(batch), "per_row")
-        return (loss * rows if rows else loss.nan_to_num() * 0), torch.full(
-            (), rows, dtype=loss.dtype, device=loss.device
-        )
-
-    both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
-    return both
+    return _of_mean(loss_fn, lambda batch: tree.count_rows(tree.leaves(batch), "per_row"))
 
 
 def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:
