@@ -18,7 +18,17 @@ Expect:
     maml: after one update far below both others; joint training does not adapt. schedule: at least as good as the best
     of the hand-made ones, with a rise at the start and a fall at the end that nobody asked for.
 
-Found (TODO)
+Found (two shared busy cores, torch 2.13):
+    sines, squared error after    0      1      5      10     seconds of training
+    fresh                         4.066  4.048  3.993  3.943  0
+    all tasks at once             2.873  1.999  1.809  1.770  35
+    MAML                          2.893  0.796  0.546  0.489  204
+    GPT, held-out loss                  mean    spread over five seeds
+    best constant (0.01)                2.7983  0.1409
+    best warmup and cosine (0.03, 1)    2.8231  0.1710
+    learned                             2.7390  0.1223     10.8 s a meta-update of 40 updates
+    The learned rates are the best, by less than seeds differ, and not of the shape that was expected: high in the first
+    five updates, low until the fifteenth, high and ragged after that, with no fall at the end.
 """
 
 from __future__ import annotations
