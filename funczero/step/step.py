@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import reduce
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +25,7 @@ from funczero.step.calls import recorded
 from funczero.step.describe import describe
 from funczero.step.fits import Fits, at
 from funczero.step.initial import initial, read_lazily
+from funczero.step.look import by_path, written
 from funczero.transforms.chain import Source
 
 Own = TypeVar("Own")  # what a transform keeps
@@ -50,6 +51,7 @@ class Step(NamedTuple):
     rebuild: Callable[[bool], Step]
     interpreted: Callable[[Env], Grad]  # the same chain, built in another environment
     fits: Fits  # which states it takes, and what their views are
+    look: Callable[[TrainState, Any], Slots]  # the gradient that an update would apply
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
         """One update, or with a streamed chain one micro-batch (metrics None) and, with batch None, the update.
@@ -148,6 +150,27 @@ class Step(NamedTuple):
         """The whole masters as the tree given to init; a collective, and a copy."""
         self.fits.look(state)
         return recorded("step.params", self._whole, self.running)(state)
+
+    def grads(self, state: TrainState, batch: Any, whole: bool = True) -> dict[str, Tensor]:
+        """The gradient by path that step(state, batch) would hand to its last optimizer: a mean, unscaled and clipped.
+
+        A collective; nothing is applied. What is frozen is not there.
+
+        Args:
+          whole: False gives this rank's part of what is sharded there.
+        """
+        return by_path(self.look(state, batch), whole, self.live_mesh)
+
+    def set(self, state: TrainState, values: Mapping[str, Any]) -> TrainState:
+        """The state with other parameters at some paths: whole tensors, or one number for all of a leaf's values.
+
+        A collective, in which ranks compare what they were given. Moments stay; views follow.
+
+        Raises:
+          KeyError, TypeError, ValueError: no such path; another shape or a wider dtype; ranks differ.
+        """
+        self.fits.look(state)
+        return recorded("step.set", lambda state: written(state, values, self.live_mesh), self.running)(state)
 
     def _whole(self, state: TrainState) -> Any:
         mesh = self.live_mesh

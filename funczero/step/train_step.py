@@ -21,6 +21,7 @@ from funczero.step.book import Book
 from funczero.step.calls import recorded, watched
 from funczero.step.fits import Fits, packed
 from funczero.step.initial import check_widening, initial, read_lazily
+from funczero.step.look import LOOK, seen
 from funczero.step.notices import Early, narrow, nested, say
 from funczero.step.step import Step, metrics_of
 from funczero.transforms.chain import Source, build, chain, configured
@@ -113,6 +114,19 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
     def probe() -> Grad:  # the same gradients, and nothing applied
         return _built(unapplied(parts), env._replace(mesh=running().env.mesh, donate=True))
 
+    @cache
+    def looked() -> Grad:
+        return _built(unapplied(parts, (seen,)), env._replace(mesh=running().env.mesh, donate=True))
+
+    def look(state: TrainState, batch: Any) -> Slots:
+        if running().streams:
+            raise RuntimeError("step.grads: a streamed window is no one batch; look at a chain without stream=True")
+        made, run, now = fits.look(state), int(state.key), int(state.step)
+        seed = Seed(torch.ones((), device=running().env.mesh.device), rng.fold(run, now), 0, False, (run, now))
+        given = {**state.chain, "params": state.params}
+        found: Slots = looked().apply(fits.views(state, made), given, batch, seed)[1][LOOK]
+        return found
+
     def init(params: Any, key: int = 0) -> TrainState:
         g = running()
         own = read_lazily(source, g, params, g.env.mesh.device)
@@ -157,7 +171,8 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
     fits = Fits(book, running, lambda g, meta: read_lazily(source, g, meta, torch.device("meta")))
     rebuild = lambda donating: _make(parts, env, options, donating, book)
     interpreted = lambda env: _built(parts, env)
-    return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, interpreted, fits)
+    looks = recorded("step.grads", look, running)
+    return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, interpreted, fits, looks)
 
 
 def _built(parts: tuple[Any, ...], env: Env) -> Grad:

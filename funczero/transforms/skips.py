@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from absl import logging
 from torch import Tensor
 
-from funczero.core.types import Formula, GradientTransformation, Out, Reading, Updated
+from funczero.core.types import Formula, GradientTransformation, Out, Reading, Transform, Updated
 from funczero.layout.structure import Leaf
 from funczero.transforms.chain import Bracket, Configure, Lift, Source
 from funczero.transforms.partition import Partition
@@ -135,24 +135,28 @@ def _idle(name: str) -> GradientTransformation:
     return GradientTransformation(lambda params: (), lambda u, s, params: (u, s), IDLE, name, True)
 
 
-def unapplied(parts: Sequence[Any]) -> tuple[Any, ...]:
-    """A chain whose optimizers do nothing, for looking at its gradients; nothing is copied."""
+def unapplied(parts: Sequence[Any], before: tuple[Transform, ...] = ()) -> tuple[Any, ...]:
+    """A chain whose optimizers do nothing, for looking at its gradients; nothing is copied.
+
+    Args:
+      before: links to stand left of every optimizer.
+    """
     out: list[Any] = []
     for p in parts:
         if isinstance(p, Bracket):
-            out.append(p._replace(parts=unapplied(p.parts)))
+            out.append(p._replace(parts=unapplied(p.parts, before)))
         elif isinstance(p, Source):
-            out.append(p._replace(transforms=unapplied(p.transforms)))
+            out.append(p._replace(transforms=unapplied(p.transforms, before)))
         elif type(p) in (tuple, list):
-            out += unapplied(p)
+            out += unapplied(p, before)
         elif isinstance(p, Partition):
-            out.append(Partition(tuple(part._replace(tx=_idle(part.tx.name)) for part in p.parts)))
+            out += (*before, Partition(tuple(part._replace(tx=_idle(part.tx.name)) for part in p.parts)))
         elif (
             not isinstance(p, (Configure, Lift))
             and callable(getattr(p, "init", None))
             and callable(getattr(p, "update", None))
         ):
-            out.append(_idle(p.name if isinstance(p, GradientTransformation) else type(p).__name__))
+            out += (*before, _idle(p.name if isinstance(p, GradientTransformation) else type(p).__name__))
         else:
             out.append(p)
     return tuple(out)

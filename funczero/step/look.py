@@ -1,0 +1,84 @@
+"""Values for a look: the gradient that an update would apply, and parameters that are written by their paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funczero.comm.collectives import all_gather
+from funczero.comm.integers import sum_integers
+from funczero.core import tree
+from funczero.core.transform import after
+from funczero.core.types import Grad, State, TrainState, Value
+from funczero.layout.mesh import Mesh
+from funczero.layout.slots import Slots
+from funczero.step.alike import checksum
+from funczero.transforms.mean import value
+
+LOOK = "look"  # where a chain that is looked at keeps the gradient
+
+
+def seen(g: Grad) -> Grad:
+    """The gradient as it is here, with its factor, goes into the state that a call returns."""
+    g = value(g, LOOK)
+
+    def fn(out: Value, state: State) -> tuple[Value, State]:
+        return out, {**state, LOOK: out.grads.map(lambda b: b * out.factor.to(b.dtype))}
+
+    return after(g, LOOK, g.layout, fn)
+
+
+def by_path(slots: Slots, whole: bool, mesh: Mesh) -> dict[str, Tensor]:
+    """What is there, by path: whole on every rank, or this rank's parts; copies."""
+    if whole:
+        slots = reduce(lambda x, a: all_gather(x, a, mesh), reversed(slots.where.axes), slots)
+    leaves = slots.where.structure.leaves
+    return {leaf.path: x.clone() for leaf, x in zip(leaves, slots.leaves(), strict=True) if x is not None}
+
+
+def written(state: TrainState, values: Mapping[str, Any], mesh: Mesh) -> TrainState:
+    """The state with whole values at some paths, the same on every rank.
+
+    Raises:
+      KeyError: there is no such parameter.
+      TypeError, ValueError: a value has another shape or a wider dtype, is no tensor or number, or differs over ranks.
+    """
+    masters = state.params
+    leaves, dtype = masters.where.structure.leaves, masters.buffers[0].dtype
+    numbers = {name: i for i, leaf in enumerate(leaves) for name in tree.names(leaf.path)}
+    new, sums = masters.map(torch.clone), [torch.zeros((), dtype=torch.int64, device=mesh.device)]
+    for path, x in values.items():
+        if path not in numbers:
+            raise KeyError(f"step.set: there is no parameter {path!r}; paths are {sorted(numbers)[:6]}, ...")
+        i = numbers[path]
+        slot, part = masters.where.slots[i], new.leaves()[i]
+        assert part is not None
+        whole = _value(path, x, leaves[i].shape, dtype, mesh.device)
+        sums.append(checksum(whole))
+        part.copy_(whole[tuple(slice(a, a + n) for a, n in zip(slot.start, slot.shape, strict=True))])
+    own = torch.stack(sums).sum().view(1)
+    if mesh.connected and bool(sum_integers(own, tuple(mesh.axes), mesh) != own * _ranks(mesh)):
+        raise ValueError("step.set: ranks are given different values; give the same whole tensors on every rank")
+    return state._replace(params=new)
+
+
+def _ranks(mesh: Mesh) -> int:
+    return reduce(lambda n, a: n * a, mesh.sizes().values(), 1)
+
+
+def _value(path: str, x: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return torch.full(tuple(shape), float(x), dtype=dtype, device=device)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"step.set: the value of {path!r} is a {type(x).__name__}; give its whole tensor, or a number")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"step.set: the value of {path!r} has shape {tuple(x.shape)}, the parameter {tuple(shape)}"
+        )
+    if not x.is_floating_point() or torch.finfo(x.dtype).bits > torch.finfo(dtype).bits:
+        raise TypeError(f"step.set: the value of {path!r} is {x.dtype}, but its master is {dtype}; cast it first")
+    return x.detach().to(device=device, dtype=dtype)
