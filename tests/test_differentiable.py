@@ -467,3 +467,23 @@ def loss_of(h, p, b):
 def test_torch_compile_takes_a_loss_and_a_block_and_no_step(run_world):
     for gaps, said in run_world(2, compiled, 3, timeout=300.0):
         assert max(gaps) < 1e-15 and "torch.compile does not go through a step" in said
+
+
+def narrow(stage, mesh, axes, higher):
+    """Is an update with gradients born in bfloat16 and added in float32 the step's own, bit for bit?"""
+    loss = lambda p, b: loss_fn(p, {**b, "y": b["y"].to(p["out"].dtype)})
+    policy = "params=float32,compute=bfloat16,accumulate=float32"
+    states = []
+    for form in (False, higher):
+        source = fz.value_and_grad(loss, batch=P(axes), higher_order=form)
+        step = fz.train_step(*fz.zero(source, fz.adamw(0.03), stage=stage, axis=axes), mesh=mesh, policy=policy)
+        given = step.init(fz.tree.map(torch.Tensor.float, params())), step.local_rows(batches(1)[0])
+        states.append((step if form or not states else fz.differentiable(step))(*given)[0])
+    return all(torch.equal(a, b) for a, b in zip(fz.tree.leaves(states[0]), fz.tree.leaves(states[1]), strict=True))
+
+
+@pytest.mark.parametrize("higher", [False, True], ids=["differentiable", "higher order"])
+def test_gradients_that_are_born_narrow_are_added_as_the_policy_says(run_world, higher):
+    """A leaf that no axis cuts too, and over two axes of rest."""
+    assert all(run_world(2, narrow, 3, {"data": 2}, ("data",), higher))
+    assert all(run_world(4, narrow, 3, {"node": 2, "local": 2}, ("node", "local"), higher))

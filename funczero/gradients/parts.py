@@ -82,8 +82,9 @@ class Parts:
             return {}
         units, where = units_of(self.where, parts), self.where
         out = over_leaves(where, parts, lambda i: self.varied, self.mesh, partial(vary, units=units))
-        while where.coords:
-            out, where = outwards(where, out, self.mesh, self.dtype), where.outer
+        while where.coords:  # narrow over the outermost alone: sums of gradients stay wide
+            last = self.dtype if len(where.coords) == 1 else None
+            out, where = outwards(where, out, self.mesh, last), where.outer
         return {i: x.to(self.dtype) for i, x in out.items()}
 
     def run(self, group: Group, block: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
