@@ -33,12 +33,12 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, ctx.formula, *xs = inputs
-        ctx.moving = [i for i, x in enumerate(xs) if x.is_floating_point()]
-        ctx.moved = [i for i, y in enumerate(output) if y.is_floating_point()]
+        ctx.moving = [i for i, x in enumerate(xs) if _moves(x)]
+        ctx.moved = [i for i, y in enumerate(output) if _moves(y)]
         ctx.outputs = len(output)
         ctx.save_for_backward(*xs)
         ctx.save_for_forward(*xs)
-        ctx.mark_non_differentiable(*[y for y in output if not y.is_floating_point()])
+        ctx.mark_non_differentiable(*[y for y in output if not _moves(y)])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -86,6 +86,11 @@ class _Function(torch.autograd.Function):
 
 
 _straight: Callable[..., tuple[Tensor, ...]] = _Function.apply
+
+
+def _moves(x: Tensor) -> bool:
+    """Has it derivatives?"""
+    return x.is_floating_point() or x.is_complex()
 
 
 def _along(fn: Flat, at: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
@@ -158,9 +163,9 @@ def root(x: Tensor) -> Tensor:
 
 
 def _apart(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Outputs of which none is an input or another output, as autograd wants them."""
+    """Outputs of which none is an input, another output or a view, as autograd wants them."""
     seen, out = {x._cdata for x in xs}, []  # one tensor may have several objects inside torch.func
     for y in ys:
-        out.append(y.clone() if y._cdata in seen else y)
+        out.append(y.clone() if y._cdata in seen or y._is_view() else y)
         seen.add(y._cdata)
     return tuple(out)
