@@ -487,3 +487,30 @@ def test_gradients_that_are_born_narrow_are_added_as_the_policy_says(run_world, 
     """A leaf that no axis cuts too, and over two axes of rest."""
     assert all(run_world(2, narrow, 3, {"data": 2}, ("data",), higher))
     assert all(run_world(4, narrow, 3, {"node": 2, "local": 2}, ("node", "local"), higher))
+
+
+OPTIMIZERS = {
+    "adamw": lambda: fz.adamw(0.03),
+    "momentum": lambda: fz.sgd(0.03, momentum=0.9),
+    "sgd": lambda: fz.sgd(0.03),
+    "adagrad": lambda: fz.adagrad(0.03),
+    "lion": lambda: fz.lion(0.03),
+    "pair": decayed,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_narrow_masters_keep_their_dtype_with_tangents_and_in_a_batch(name):
+    """Rates are float64, which a leaf without dims would take over."""
+    loss = lambda p, b: loss_fn(p, {**b, "y": b["y"].float()})
+    source = fz.value_and_grad(loss, batch=P("data"))
+    step = fz.train_step(*fz.zero(source, OPTIMIZERS[name](), stage=3), mesh={"data": 1})
+    smooth, state = fz.differentiable(step), step.init(fz.tree.map(torch.Tensor.float, params()))
+    rows, p = batches(1)[0], fz.parts(state)
+    moved, along = jvp(lambda p: fz.parts(smooth(fz.with_parts(state, p), rows)[0]), (p,), (p,))
+    assert {x.dtype for x in (*moved.values(), *along.values())} == {torch.float32}
+    together, _ = vmap(smooth, in_dims=(0, None))(fz.stack([state, state]), rows)
+    alone = step(state, rows)[0]
+    for a, b in zip(fz.tree.leaves(fz.unstack(together)[0]), fz.tree.leaves(alone), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, equal_nan=True)

@@ -61,9 +61,9 @@ def by_formula(
         varied = Varied(params.where, mesh, each)
         for i in mine if group.leaves is None else group.leaves:
             p, ms = formula.smooth.leaf(masters[i], grads[i], [column[i] for column in columns], varied.of(i))
-            moved[i] = torch.where(ok, p, masters[i])
+            moved[i] = torch.where(ok, p.to(masters[i].dtype), masters[i])  # a leaf without dims takes the rates' dtype
             for column, m, was in zip(after, ms, columns, strict=True):
-                column[i] = torch.where(ok, m, was[i])
+                column[i] = torch.where(ok, m.to(was[i].dtype), was[i])
     found = {id(m): pack(m.where, column, m) for m, column in zip(moments, after, strict=True)}
     new = new._replace(**{name: found[id(x)] for name, x in new._asdict().items() if id(x) in found})
     return moved, new if reading.rates is None else new._replace(rates=reading.rates), reading.lr
@@ -178,5 +178,5 @@ def stepped(
             continue
         part = old if held is None else pack(where, {i: leaves[i] for i in mine}, old)
         updates, own[e.key] = by_pair(e.tx, state[e.key], part, pack(part.where, mine, part), ok, mesh)
-        leaves |= {i: torch.where(ok, leaves[i] + u, leaves[i]) for i, u in updates.items()}
+        leaves |= {i: torch.where(ok, leaves[i] + u.to(leaves[i].dtype), leaves[i]) for i, u in updates.items()}
     return leaves, own, lr
