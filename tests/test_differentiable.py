@@ -514,3 +514,31 @@ def test_narrow_masters_keep_their_dtype_with_tangents_and_in_a_batch(name):
     for a, b in zip(fz.tree.leaves(fz.unstack(together)[0]), fz.tree.leaves(alone), strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_an_update_of_what_is_not_finite_is_the_identity_backwards_too():
+    """Nothing comes back through it, where 0 times inf would be nan; the loss keeps its derivative."""
+    root_loss = lambda p, b: ((p["w"].abs() + b["x"]).sqrt().sum() + (p["v"] ** 2).sum(), b["x"].sum() + 1.0)
+    source = fz.value_and_grad(root_loss)
+    step = fz.train_step(source, fz.clip_by_global_norm(0.5), fz.adamw(0.1), policy="float64")
+    state = step.init({"w": torch.ones(2).double(), "v": torch.ones(3).double()})
+    smooth, p, x = fz.differentiable(step), fz.parts(state), torch.tensor([-1.0, 1.0]).double()  # inf at the first
+
+    def after(p, x):
+        new, metrics = smooth(fz.with_parts(state, p), {"x": x})
+        return fz.parts(new), metrics
+
+    new, pull, metrics = torch.func.vjp(after, p, x, has_aux=True)
+    t = {k: torch.randn_like(y) for k, y in p.items()}
+    back, by_rows = pull(t)
+    assert not metrics.ok and metrics.loss.isfinite() and not by_rows.count_nonzero()
+    assert all(torch.equal(new[k], p[k]) and torch.equal(back[k], t[k]) for k in p)
+    assert grad(lambda p: after(p, x)[1].loss)(p)["v"].tolist() == [2.0] * 3
+
+
+def test_a_clip_of_no_gradient_has_a_derivative_by_the_weights():
+    squares = lambda p, b: ((p["w"] ** 2).sum() * b.sum(), b.sum())
+    step = fz.train_step(fz.value_and_grad(squares), fz.clip_by_global_norm(1.0), fz.sgd(0.1), policy="float64")
+    state = step.init({"w": torch.zeros(3).double()})
+    after = lambda b: fz.parts(fz.differentiable(step)(state, b)[0])["w"].sum()
+    assert grad(after)(torch.ones(4).double()).tolist() == [0.0] * 4
