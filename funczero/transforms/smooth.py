@@ -15,7 +15,7 @@ from torch import Tensor
 
 from funczero.comm.adjoint import vary
 from funczero.comm.differentiable import Varied, cut_axes, over_all, over_leaves, pack, unvary
-from funczero.core import tree
+from funczero.core import rng, tree
 from funczero.core.straight import straight
 from funczero.core.transform import refuse
 from funczero.core.types import Env, Formula, Grad, GradientTransformation, State, Tree, Value
@@ -155,10 +155,15 @@ def twofold(
         return fn(out._replace(grads=tree.clone(out.grads)), state)
 
     def both(out: Value, state: State) -> tuple[Any, State]:
-        found, own = straight(value, formula, out, {k: state[k] for k in names})
-        return found, {**state, **own}
+        given = tree.map(_still, out) if rng.known(out.ok) == 0 else out  # else 0 times inf comes back from it
+        found, own = straight(value, formula, given, {k: state[k] for k in names})
+        return found._replace(loss=out.loss, weight=out.weight, aux=out.aux), {**state, **own}
 
     return both
+
+
+def _still(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def stepped(
