@@ -542,3 +542,20 @@ def test_a_clip_of_no_gradient_has_a_derivative_by_the_weights():
     state = step.init({"w": torch.zeros(3).double()})
     after = lambda b: fz.parts(fz.differentiable(step)(state, b)[0])["w"].sum()
     assert grad(after)(torch.ones(4).double()).tolist() == [0.0] * 4
+
+
+def test_a_loss_scale_at_its_floor_changes_nothing():
+    """There the first leaf that is not finite is looked for in every update."""
+    step, plain = made(3, tx=(fz.scale_loss(init=1.0, hysteresis=1), fz.sgd(0.1))), made(3, tx=(fz.sgd(0.1),))
+    rows, found = batches(1)[0], []
+    for each in (step, plain):
+        state, smooth = each.init(params()), fz.differentiable(each)
+        after = lambda p, smooth=smooth, state=state: smooth(fz.with_parts(state, p), rows)
+        found.append(grad(lambda p, after=after: after(p)[1].loss + fz.parts(after(p)[0])["scale"])(fz.parts(state)))
+    for k, x in found[1].items():
+        torch.testing.assert_close(found[0][k], x, rtol=1e-12, atol=1e-14)
+    state = step.init(params())
+    with pytest.raises(RuntimeError, match="scale_loss: its scale is read as a number"):
+        vmap(fz.differentiable(step), in_dims=(0, None))(fz.stack([state, state]), rows)
+    with pytest.raises(RuntimeError, match="scale_loss: its scale is read as a number"):
+        make_fx(fz.differentiable(step))(state, rows)
