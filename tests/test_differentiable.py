@@ -559,3 +559,13 @@ def test_a_loss_scale_at_its_floor_changes_nothing():
         vmap(fz.differentiable(step), in_dims=(0, None))(fz.stack([state, state]), rows)
     with pytest.raises(RuntimeError, match="scale_loss: its scale is read as a number"):
         make_fx(fz.differentiable(step))(state, rows)
+
+
+def test_a_state_that_was_donated_is_refused():
+    step = fz.donate(made(3))
+    state, rows = step.init(params()), batches(1)[0]
+    new, _ = step(state, rows)
+    for call in (lambda: fz.differentiable(step)(state, rows), lambda: fz.parts(state)):
+        with pytest.raises(RuntimeError, match="this state was donated at step 0 and its memory is in use"):
+            call()
+    assert fz.differentiable(step)(new, rows)[1].ok

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from funczero.comm.collectives import all_gather
 from funczero.comm.wire import Key, as_born
-from funczero.core import tree
+from funczero.core import rng, tree
 from funczero.core.types import Grad, TrainState, Tree
 from funczero.layout.lazy import Lazy
 from funczero.layout.place import DEVICE
@@ -42,6 +42,20 @@ class Form(NamedTuple):
     chain: dict[str, Any] | None  # on the meta device; None for an optimizer that looks at values when it starts
 
 
+def unused(who: str, state: TrainState) -> None:
+    """Refuse a state that was donated, as far as its step can be read.
+
+    Raises:
+      RuntimeError: its memory is another state's.
+    """
+    now = rng.known(state.step)
+    if now is not None and now < 0:
+        raise RuntimeError(
+            f"{who}: this state was donated at step {-1 - now} and its memory is in use; go on with the state that"
+            " step(...) returned, or leave fz.donate out"
+        )
+
+
 class Fits:
     """Looks at the states that a step is given."""
 
@@ -62,11 +76,7 @@ class Fits:
             raise TypeError(
                 f"step: its first argument is a TrainState from step.init(params), but this is a {type(state).__name__}"
             )
-        if int(state.step) < 0:
-            raise RuntimeError(
-                f"step: this state was donated at step {-1 - int(state.step)} and its memory is in use; go on with the"
-                " state that step(...) returned, or leave fz.donate out"
-            )
+        unused("step", state)
         if not isinstance(state.params, Slots):
             what = (
                 f"its masters are a {type(state.params).__name__}, but a state holds this rank's parts of them (Slots)"
@@ -94,12 +104,14 @@ class Fits:
 
         Raises:
           TypeError, ValueError: as `look`.
+          RuntimeError: it was donated.
         """
         if not isinstance(state, TrainState) or not isinstance(state.params, Slots):
             raise TypeError(
                 "differentiable: its first argument is a TrainState from step.init(params), but this is a"
                 f" {type(state).__name__}"
             )
+        unused("differentiable", state)
         self._compare(state)
 
     def _differentiable(self, state: TrainState) -> None:

@@ -22,6 +22,7 @@ from funczero.gradients.loss import check_loss, drew
 from funczero.gradients.parts import Parts
 from funczero.layout.mesh import Mesh
 from funczero.layout.where import Where
+from funczero.step.fits import unused
 from funczero.step.step import Step
 
 Params = Mapping[str, Tensor]  # by the leaf's path
@@ -123,7 +124,12 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
 
 
 def parts(state: TrainState) -> dict[str, Tensor]:
-    """This rank's part of every parameter by its path, in its logical shape; copies. A tied leaf has its first path."""
+    """This rank's part of every parameter by its path, in its logical shape; copies. A tied leaf has its first path.
+
+    Raises:
+      RuntimeError: the state was donated.
+    """
+    unused("parts", state)
     leaves = state.params.where.structure.leaves
     found = zip(leaves, state.params.leaves(), strict=True)
     return {leaf.path: x.clone() for leaf, x in found if x is not None}
@@ -136,7 +142,9 @@ def with_parts(state: TrainState, params: Params) -> TrainState:
 
     Raises:
       TypeError, ValueError: a path is missing or too many, or a part has another shape.
+      RuntimeError: the state was donated.
     """
+    unused("with_parts", state)
     masters = state.params
     leaves, slots = masters.where.structure.leaves, masters.where.slots
     if set(params) != {leaf.path for leaf in leaves}:
