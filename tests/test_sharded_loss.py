@@ -271,6 +271,29 @@ def test_an_unmodified_module_is_a_loss_of_its_parts(stage):
                 torch.testing.assert_close(got[n], x, rtol=0, atol=1e-12)
 
 
+def private(stage):
+    """Clipped gradients of single rows where two leaves do not learn."""
+    g = fz.value_and_grad(loss_fn, batch=P("data"), trainable="w|s")
+    step = fz.train_step(*fz.zero(g, fz.sgd(0.1), stage=stage), mesh={"data": 2}, policy="float64")
+    state = step.init(params())
+    loss = fz.sharded_loss(step, loss_fn, state)
+    return fz.per_sample(loss, clipped)(fz.parts(state), step.local_rows(rows())), loss
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_clip_of_single_rows_does_not_see_what_is_frozen(stage):
+    p = params()
+
+    def one(row):
+        g = grad(lambda q: loss_fn({**p, **q}, {k: x[None] for k, x in row.items()})[0])({k: p[k] for k in ("w", "s")})
+        return clipped(g)
+
+    want = {**fz.tree.map(torch.zeros_like, p), **{k: x.sum(0) for k, x in vmap(one)(rows()).items()}}
+    for got, loss in simulate({"data": 2})(private, stage):
+        for n, x in cut(loss, want).items():
+            torch.testing.assert_close(got[n], x, rtol=0, atol=1e-12)
+
+
 def test_what_is_no_tree_of_parts_is_refused():
     _, state, loss = sharded(3, {"data": 1}, ("data",))
     with pytest.raises(TypeError, match=r"give what fz.parts\(state\) returned"):

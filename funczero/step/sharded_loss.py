@@ -166,7 +166,7 @@ def per_sample(
     """The sum over all rows of `each(gradient of that row)`: (params, this rank's rows) -> this rank's parts.
 
     Law: `each` is given the whole gradient of one row's loss, unsharded, so that a norm in it is the row's own; with
-    the identity the sum is the gradient of the sum of losses.
+    the identity the sum is the gradient of the sum of losses. What the step freezes has zeros in it.
 
     Args:
       loss: from sharded_loss; its loss function is asked for one row at a time, as a batch of one.
@@ -192,9 +192,11 @@ def per_sample(
 
 
 def _local(loss: ShardedLoss, whole: Params, batch: Any) -> Tensor:
-    """The sum of losses of some rows of this rank."""
-    leaves = [whole[leaf.path] for leaf in loss.where.structure.leaves]
-    return check_loss(loss.loss_fn(loss.where.structure.unflatten(leaves), batch), has_aux=False)[0]
+    """The sum of losses of some rows of this rank; what is frozen is a constant."""
+    structure = loss.where.structure
+    leaves = [whole[leaf.path] for leaf in structure.leaves]
+    still = [x.detach() if structure.frozen(i) else x for i, x in enumerate(leaves)]
+    return check_loss(loss.loss_fn(structure.unflatten(still), batch), has_aux=False)[0]
 
 
 def jacfwd(
