@@ -569,3 +569,60 @@ def test_a_state_that_was_donated_is_refused():
         with pytest.raises(RuntimeError, match="this state was donated at step 0 and its memory is in use"):
             call()
     assert fz.differentiable(step)(new, rows)[1].ok
+
+
+def test_what_an_optimizer_captures_is_refused():
+    """Only what is in its state has a derivative."""
+
+    class Learned:
+        def __init__(self, by):
+            self.by = by
+
+        def init(self, p):
+            return ()
+
+        def update(self, g, s, p):
+            return fz.tree.map(lambda x: -self.by * x, g), s
+
+    def moved(by, kind):
+        tx = {
+            "schedule": lambda: fz.sgd(lambda n: by * 0.9**n),
+            "rules": lambda: fz.adamw([("emb", 0.1), ("", lambda n: by * 0.9**n)]),
+            "pair": lambda: fz.lift((lambda p: (), lambda g, s, p: (fz.tree.map(lambda x: -by * x, g), s)), "pair", True),
+            "object": lambda: fz.lift(Learned(by), "object", elementwise=True),
+        }[kind]()
+        step = made(3, tx=(tx,))
+        return fz.parts(fz.differentiable(step)(step.init(params()), batches(1)[0])[0])["scale"]
+
+    for kind in ("schedule", "rules", "pair", "object"):
+        assert moved(double(0.1), kind).isfinite()
+        with pytest.raises(TypeError, match="whose derivative would be lost; keep the number in its state"):
+            grad(lambda by, kind=kind: moved(by, kind))(double(0.1))
+        with pytest.raises(TypeError, match="captures a tensor of shape"):
+            moved(double(0.1).requires_grad_(), kind)
+
+
+def test_an_unroll_and_a_block_refuse_what_their_object_holds():
+    class Inner:
+        def __init__(self, by):
+            self.by = by
+
+        def __call__(self, c, x):
+            return c * self.by, x
+
+        def block(self, p, x):
+            return x + torch.tanh(x @ p["w"]) * self.by
+
+    xs = [torch.tensor(1.0)] * 4
+    for fn in (lambda by: Inner(by), lambda by: Inner(by).__call__):
+        with pytest.raises(TypeError, match="unroll: fn captures a tensor"):
+            grad(lambda by, fn=fn: fz.unroll(fn(by), torch.tensor(1.0), xs, remat=2)[0])(torch.tensor(0.5))
+
+    def scaled_by(by):
+        deep = lambda p, b: loss_of(fz.layers(Inner(by).block, p["blocks"], p["emb"][b["word"]]), p, b)
+        step = made(3)
+        state = step.init(params())
+        return fz.sharded_loss(step, deep, state)(fz.parts(state), batches(1)[0])
+
+    with pytest.raises(TypeError, match="the block captures a tensor of shape"):
+        grad(scaled_by)(double(0.5))

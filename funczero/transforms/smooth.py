@@ -16,6 +16,7 @@ from torch import Tensor
 from funczero.comm.adjoint import vary
 from funczero.comm.differentiable import Varied, cut_axes, over_all, over_leaves, pack, unvary
 from funczero.core import rng, tree
+from funczero.core.held import differentiated, held
 from funczero.core.straight import straight
 from funczero.core.transform import refuse
 from funczero.core.types import Env, Formula, Grad, GradientTransformation, State, Tree, Value
@@ -155,11 +156,28 @@ def twofold(
         return fn(out._replace(grads=tree.clone(out.grads)), state)
 
     def both(out: Value, state: State) -> tuple[Any, State]:
+        for e in shares.entries:
+            _nothing_held(e.tx)
         given = tree.map(_still, out) if rng.known(out.ok) == 0 else out  # else 0 times inf comes back from it
         found, own = straight(value, formula, given, {k: state[k] for k in names})
         return found._replace(loss=out.loss, weight=out.weight, aux=out.aux), {**state, **own}
 
     return both
+
+
+def _nothing_held(tx: GradientTransformation) -> None:
+    """Refuse a pair or a schedule that somebody wrote around a tensor that is differentiated.
+
+    Raises:
+      TypeError: the derivative by that tensor would be lost.
+    """
+    smooth = None if tx.formula is None else tx.formula.smooth
+    for x in held(tx.update if smooth is None else smooth.read, owned=True):
+        if isinstance(x, Tensor) and differentiated(x):
+            what = "its update" if smooth is None else "a schedule of it"
+            why = f"captures a tensor of shape {tuple(x.shape)}, whose derivative would be lost"
+            remedy = "keep the number in its state, as a rate is (step.with_state)"
+            raise TypeError(f"differentiable: {tx.name}: {what} {why}; {remedy}")
 
 
 def _still(x: Any) -> Any:
