@@ -294,6 +294,18 @@ def test_a_clip_of_single_rows_does_not_see_what_is_frozen(stage):
             torch.testing.assert_close(got[n], x, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_loss_is_divided_by_the_weight_that_there_is(dtype):
+    """100001 rows are 99840 in bfloat16, and inf in float16."""
+    narrow = lambda p, b: (loss_fn(p, b)[0].to(dtype), torch.tensor(100001.0))
+    step, state, _ = sharded(3, {"data": 1}, ("data",))
+    loss, want = fz.sharded_loss(step, narrow, state), narrow(params(), rows())[0].float() / 100001.0
+    assert loss(fz.parts(state), rows()).item() == want.item()
+    whole = grad(lambda p: loss_fn(p, rows())[0])(params())
+    for n, x in grad(loss)(fz.parts(state), rows()).items():
+        torch.testing.assert_close(x, whole[n] / 100001.0, rtol=1e-2, atol=1e-9)
+
+
 def test_what_is_no_tree_of_parts_is_refused():
     _, state, loss = sharded(3, {"data": 1}, ("data",))
     with pytest.raises(TypeError, match=r"give what fz.parts\(state\) returned"):

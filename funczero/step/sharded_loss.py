@@ -50,7 +50,8 @@ class ShardedLoss(NamedTuple):
             loss, weight, _ = check_loss(self.loss_fn(parts.tree(), batch), has_aux=False)
         if get_proxy_mode() is None:  # nothing is compared in a graph
             sum_and_compare([torch.zeros(1, dtype=torch.int64, device=self.mesh.device)], self.batch, self.mesh)
-        return self.total(loss) / self.total(weight.to(loss))
+        wide = torch.promote_types(loss.dtype, torch.float32)  # a count is rounded in bfloat16, and inf in float16
+        return self.total(loss.to(wide)) / self.total(weight.to(loss.device, wide))
 
     def tree(self, params: Params) -> Any:
         """The whole parameters as the tree that was given to init; a collective that can be differentiated."""
