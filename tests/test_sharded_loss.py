@@ -306,6 +306,25 @@ def test_a_narrow_loss_is_divided_by_the_weight_that_there_is(dtype):
         torch.testing.assert_close(x, whole[n] / 100001.0, rtol=1e-2, atol=1e-9)
 
 
+@pytest.mark.parametrize("units", [(), ("blocks",)], ids=["whole", "units"])
+def test_a_loss_with_a_key_has_a_hessian(units):
+    """Every coordinate is that of one mask."""
+
+    def keyed(p, b):
+        drop = lambda q, x, key: x + fz.rng.dropout(torch.tanh(x @ q["w"] + q["b"]), 0.5, key)
+        out = fz.layers(drop, p["blocks"], torch.tanh(b["x"] @ p["inp"]), key=3) @ p["out"]
+        return ((out - b["y"]) ** 2).sum(), b["y"].new_tensor(float(len(b["y"])))
+
+    problem = Problem(keyed, deep, units)
+    _, state, loss = sharded(3, {"data": 1}, ("data",), problem)
+    p, t, b, mean = problem.leaves(), problem.leaves(1), rows(), problem.mean()
+    want = jvp(lambda p: grad(mean)(p, b), (p,), (t,))[1]
+    found = fz.hessian(loss)(fz.parts(state), b)
+    for n, x in want.items():
+        along = sum((found[m][n] * t[m].reshape(t[m].shape + (1,) * x.dim())).sum(tuple(range(t[m].dim()))) for m in p)
+        torch.testing.assert_close(along, x, rtol=1e-10, atol=1e-12)
+
+
 def test_what_is_no_tree_of_parts_is_refused():
     _, state, loss = sharded(3, {"data": 1}, ("data",))
     with pytest.raises(TypeError, match=r"give what fz.parts\(state\) returned"):

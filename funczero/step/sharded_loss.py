@@ -99,7 +99,8 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
     and whole parameters, each rank having its part of them: `grad`, `vjp`, `jvp`, Hessian-vector products in either
     order, `create_graph`, and `vmap` over whole sets of parameters. Units are opened one by one and run again for every
     derivative. Parameters are gathered at their own dtype; wires are straight-through: they pack nothing. What the step
-    freezes has zero derivatives. All ranks call it alike.
+    freezes has zero derivatives. All ranks call it alike. A loss that draws is given its key here, as
+    `lambda p, b: loss_fn(p, b, key)`.
 
     What torch.func would get wrong over shards has a verb of its own: its `vmap` over rows pairs row i of one rank with
     row i of the others (write `per_sample`), and its `hessian` and `jacrev` run over this rank's coordinates alone,
@@ -267,7 +268,8 @@ def _by_coordinate(
         units = {k: y.new_zeros((n, *y.shape)) for k, y in like.items()}
         units[leaf.path] = torch.eye(n, dtype=x.dtype, device=x.device).view((n, *leaf.shape))[:, *place]
         if n:
-            found = torch.func.vmap(linear, chunk_size=coordinates)(units)
+            # what is drawn comes from a key, and so is the same for all coordinates
+            found = torch.func.vmap(linear, chunk_size=coordinates, randomness="same")(units)
         else:
             found = tree.map(lambda y: y.new_zeros((0, *y.shape)), linear(dict(like)))
         yield leaf.path, tree.map(partial(_unflattened, leaf.shape), found)
