@@ -210,6 +210,27 @@ def test_a_block_that_writes_is_refused_by_path():
         one_update(loss)
 
 
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "vmap"])
+def test_closed_parameters_in_a_transform_are_told(transform):
+    """By parameters, as MAML inside a loss is; the remedy is right."""
+
+    def inner(p, b):
+        return critic(p, b["x"]).square().sum()
+
+    def of(p, b):
+        score = lambda p: inner(p, b)
+        return {
+            "grad": lambda: sum((x**2).sum() for x in fz.tree.leaves(grad(score)(p))),
+            "vjp": lambda: torch.func.vjp(score, p)[0],
+            "jvp": lambda: jvp(score, (p,), (p,))[1],
+            "vmap": lambda: vmap(score)(fz.tree.map(lambda x: x[None], p)).sum(),
+        }[transform]()
+
+    with pytest.raises(TypeError, match="which is not open, to a transform of torch.func; open them first"):
+        one_update(of)
+    assert one_update(lambda p, b: of(fz.gather(p), b))[1].ok
+
+
 def test_a_wire_has_no_derivative():
     with pytest.raises(fz.ChainError, match="the wire over 'data' .* has no derivative"):
         one_update(mean_flow, mesh={"data": 2}, gather=fz.cast("bfloat16"))

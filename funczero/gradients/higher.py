@@ -18,6 +18,7 @@ from funczero.core.types import Apply, ChainError, Env, Seed, State, Sum
 from funczero.gradients import draws
 from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
 from funczero.gradients.parts import Parts
+from funczero.gradients.ref import opened_first
 from funczero.layout.slots import Slots
 from funczero.transforms.chain import Source
 
@@ -43,7 +44,7 @@ class Loss(NamedTuple):
             raise RuntimeError(f"value_and_grad(rng=True): {why}; draw outside, and hand the numbers in with the batch")
         key = (rng.fold(seed.key, seed.index),) if self.rng else ()
         own = getattr(self.fn, "keyed", False)
-        with nullcontext() if own else draws.keyed(next(iter(key), None), parts.device, drew):
+        with opened_first(), nullcontext() if own else draws.keyed(next(iter(key), None), parts.device, drew):
             loss, weight, aux = check_loss(self.fn(parts.tree(), batch, *key), self.has_aux)
         parts.left_alone()
         if not self.has_aux:
