@@ -11,6 +11,7 @@ import funczero as fz
 from funczero import P
 from funczero.comm.adjoint import total
 from funczero.core.straight import root
+from funczero.testing import simulate
 
 TOLERANCE = 1e-10
 STEPS = 3
@@ -626,3 +627,26 @@ def test_an_unroll_and_a_block_refuse_what_their_object_holds():
 
     with pytest.raises(TypeError, match="the block captures a tensor of shape"):
         grad(scaled_by)(double(0.5))
+
+
+def test_tensors_of_a_state_that_only_look_like_parts_are_refused():
+    """Two vectors as long as this rank's parts are not its parts: their derivatives would miss the other ranks'."""
+
+    def init(p):
+        return {"first": torch.ones(2).double(), "second": torch.ones(2).double(), "m": fz.tree.map(torch.zeros_like, p)}
+
+    def update(g, s, p):
+        return fz.tree.map(lambda x: -x * s["first"].sum() * s["second"].sum(), g), s
+
+    def run(stage):
+        flat = lambda p, b: ((p["a"] * p["b"]).sum() * b.sum(), b.new_tensor(float(len(b))))
+        tx = fz.lift((init, update), "learned", elementwise=True)
+        source = fz.value_and_grad(flat, batch=P("data"))
+        step = fz.train_step(*fz.zero(source, tx, stage=stage), mesh={"data": 2}, policy="float64")
+        state = step.init({"a": torch.ones(4).double(), "b": torch.ones(4).double()})
+        with pytest.raises(TypeError, match=r"the state of learned holds a tensor of shape \(2,\)"):
+            grad(lambda p: fz.parts(fz.differentiable(step)(fz.with_parts(state, p), torch.ones(2))[0])["a"].sum())(
+                fz.parts(state)
+            )
+
+    simulate({"data": 2})(run, 3)

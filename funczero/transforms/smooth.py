@@ -89,7 +89,7 @@ def by_pair(
         """Every tensor of a tree over the axes whose ranks all have it."""
         flat, form = tree.flatten(x)
         out, left = list(flat), list[tuple[int, int]]()
-        for k, i in enumerate(_numbers(tx.name, flat, params)):
+        for k, i in enumerate(_numbers(tx.name, x, params)):
             if i == ONE and flat[k].is_floating_point():
                 out[k] = over_all(flat[k], axes, mesh, way)
             elif i is not None and i != ONE and flat[k].is_floating_point():
@@ -110,25 +110,29 @@ def by_pair(
     return moved, kept
 
 
-def _numbers(name: str, flat: list[Any], params: Slots) -> list[int | None]:
-    """By leaf of a flat tree: which parameter it lies like, ONE for a number of all ranks, None for no tensor."""
-    where = params.where
-    places, out, at = where.structure.places, list[int | None](), 0
+def _numbers(name: str, x: Tree, params: Slots) -> list[int | None]:
+    """By leaf of a tree: which parameter it lies like, ONE for a number of all ranks, None for no tensor."""
+    where, out = params.where, list[int | None]()
+    places = where.structure.places
     shapes = [where.slots[i].shape if not where.structure.frozen(i) else (0,) for i in places]
-    while at < len(flat):
-        run, x = flat[at : at + len(places)], flat[at]
-        if [tuple(y.shape) if isinstance(y, Tensor) else None for y in run] == shapes:
+
+    def like(node: Any) -> bool:
+        """A tree, or a list of leaves, like the parameters; shapes alone might be anything's."""
+        flat, form = tree.flatten(node)
+        alike = form == where.structure.treedef or type(node) in (list, tuple)
+        return alike and [tuple(y.shape) if isinstance(y, Tensor) else None for y in flat] == shapes
+
+    for node in tree.leaves(x, is_leaf=like):
+        if like(node):
             out += places
-            at += len(places)
-            continue
-        if isinstance(x, Tensor) and x.dim():
+        elif isinstance(node, Tensor) and node.dim():
             why = "and nothing says whether it is a part of something or one for all ranks"
             raise TypeError(
-                f"differentiable: the state of {name} holds a tensor of shape {tuple(x.shape)}, {why}; keep numbers"
+                f"differentiable: the state of {name} holds a tensor of shape {tuple(node.shape)}, {why}; keep numbers"
                 " (0-d), and trees like the parameters"
             )
-        out.append(ONE if isinstance(x, Tensor) else None)
-        at += 1
+        else:
+            out.append(ONE if isinstance(node, Tensor) else None)
     return out
 
 
