@@ -650,3 +650,18 @@ def test_tensors_of_a_state_that_only_look_like_parts_are_refused():
             )
 
     simulate({"data": 2})(run, 3)
+
+
+def test_a_first_call_may_be_inside_any_transform():
+    """What a chain keeps from its first call on is of no transform: all second derivatives at once, by torch's own."""
+    found = []
+    for before in (True, False):
+        step = made(3)
+        smooth, state, rows = fz.differentiable(step), step.init(params()), batches(1)[0]
+        after = lambda p, smooth=smooth, state=state: smooth(fz.with_parts(state, p), rows)[1]
+        if before:
+            after(fz.parts(state))
+        found.append(torch.func.hessian(lambda p, after=after: after(p).loss + after(p).grad_norm)(fz.parts(state)))
+        along = vmap(lambda s, after=after, p=fz.parts(state): after({k: x * s for k, x in p.items()}).loss)
+        assert along(double([1.0, 2.0])).isfinite().all()
+    assert largest(*found) < 1e-13

@@ -8,7 +8,8 @@ there with the first one, and nothing that the formula computes is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
-from funczero.core import tree
+from funczero.core import held, tree
 
 Flat = Callable[..., tuple[Tensor, ...]]  # of tensors
 HOLE = object()
@@ -160,6 +162,23 @@ def root(x: Tensor) -> Tensor:
     tensor([0.0000, 0.2500])
     """
     return torch.where(x == 0, 1.0, x).sqrt() * (x != 0)
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """What is made here is no part of a transform of torch.func or of a graph, and may be kept: torch.tensor would
+    belong to the level that it is called in.
+
+    >>> kept = []
+    >>> def fn(x):
+    ...     with outside():
+    ...         kept.append(torch.tensor(2.0))
+    ...     return x * kept[0]
+    >>> torch.func.grad(fn)(torch.tensor(3.0)), held.transformed(kept[0])
+    (tensor(2.), False)
+    """
+    with torch._C._DisableFuncTorch(), _disable_current_modes():
+        yield
 
 
 def _apart(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:

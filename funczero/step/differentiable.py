@@ -10,6 +10,7 @@ import torch
 
 from funczero.comm import differentiable as crossing
 from funczero.core import rng
+from funczero.core.straight import outside
 from funczero.core.types import Grad, Metrics, Seed, TrainState, Updated
 from funczero.step.fits import Fits
 from funczero.step.step import Step, metrics_of, not_compiled
@@ -76,6 +77,7 @@ def differentiable(step: Step) -> DifferentiableStep:
 
     @cache
     def grad() -> Grad:
-        return step.interpreted(step.running().env._replace(donate=False, differentiable=True, early=None))
+        with outside():
+            return step.interpreted(step.running().env._replace(donate=False, differentiable=True, early=None))
 
     return DifferentiableStep(grad, step.fits)

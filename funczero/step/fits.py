@@ -18,6 +18,7 @@ from torch import Tensor
 from funczero.comm.collectives import all_gather
 from funczero.comm.wire import Key, as_born
 from funczero.core import rng, tree
+from funczero.core.straight import outside
 from funczero.core.types import Grad, TrainState, Tree
 from funczero.layout.lazy import Lazy
 from funczero.layout.place import DEVICE
@@ -157,6 +158,12 @@ class Fits:
             if known is structure:
                 self.forms.insert(0, self.forms.pop(i))
                 return form
+        with outside():  # it is kept
+            form = self._formed(structure)
+        self.forms = [(structure, form), *self.forms[:7]]
+        return form
+
+    def _formed(self, structure: Structure) -> Form:
         g = self.running()
         own = self.lazy(g, structure.unflatten([torch.empty(leaf.shape, device="meta") for leaf in structure.leaves]))
         inner = next(lay for lay in g.arrows if lay.applied)
@@ -169,9 +176,7 @@ class Fits:
             masters, chain = made.pop("params").where, made
         except (NotImplementedError, RuntimeError):
             pass  # an optimizer that looks at values when it starts
-        form = Form(masters, apart(masters, rest), chain)
-        self.forms = [(structure, form), *self.forms[:7]]
-        return form
+        return Form(masters, apart(masters, rest), chain)
 
     def _compare(self, state: TrainState) -> None:
         form, policy = self.form(state.params.where.structure), self.running().env.policy
