@@ -589,7 +589,9 @@ def test_what_an_optimizer_captures_is_refused():
         tx = {
             "schedule": lambda: fz.sgd(lambda n: by * 0.9**n),
             "rules": lambda: fz.adamw([("emb", 0.1), ("", lambda n: by * 0.9**n)]),
-            "pair": lambda: fz.lift((lambda p: (), lambda g, s, p: (fz.tree.map(lambda x: -by * x, g), s)), "pair", True),
+            "pair": lambda: fz.lift(
+                (lambda p: (), lambda g, s, p: (fz.tree.map(lambda x: -by * x, g), s)), "pair", True
+            ),
             "object": lambda: fz.lift(Learned(by), "object", elementwise=True),
         }[kind]()
         step = made(3, tx=(tx,))
@@ -633,7 +635,11 @@ def test_tensors_of_a_state_that_only_look_like_parts_are_refused():
     """Two vectors as long as this rank's parts are not its parts: their derivatives would miss the other ranks'."""
 
     def init(p):
-        return {"first": torch.ones(2).double(), "second": torch.ones(2).double(), "m": fz.tree.map(torch.zeros_like, p)}
+        return {
+            "first": torch.ones(2).double(),
+            "second": torch.ones(2).double(),
+            "m": fz.tree.map(torch.zeros_like, p),
+        }
 
     def update(g, s, p):
         return fz.tree.map(lambda x: -x * s["first"].sum() * s["second"].sum(), g), s
@@ -658,10 +664,11 @@ def test_a_first_call_may_be_inside_any_transform():
     for before in (True, False):
         step = made(3)
         smooth, state, rows = fz.differentiable(step), step.init(params()), batches(1)[0]
-        after = lambda p, smooth=smooth, state=state: smooth(fz.with_parts(state, p), rows)[1]
+        after = lambda p, smooth=smooth, state=state, rows=rows: smooth(fz.with_parts(state, p), rows)[1]
         if before:
             after(fz.parts(state))
         found.append(torch.func.hessian(lambda p, after=after: after(p).loss + after(p).grad_norm)(fz.parts(state)))
-        along = vmap(lambda s, after=after, p=fz.parts(state): after({k: x * s for k, x in p.items()}).loss)
+        p = fz.parts(state)
+        along = vmap(lambda s, after=after, p=p: after({k: x * s for k, x in p.items()}).loss)
         assert along(double([1.0, 2.0])).isfinite().all()
     assert largest(*found) < 1e-13

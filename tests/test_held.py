@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch.func import grad, vmap
 
-from funczero.core.held import differentiated, held, transformed
+from funczero.core.held import differentiated, held_by, transformed
 
 RATE, TABLE, OTHER = torch.tensor(0.5), {"rate": torch.tensor(0.25)}, torch.tensor(2.0)
 
@@ -28,7 +28,7 @@ class Object:
 
 
 def values(fn, owned=True):
-    return [x.item() for x in held(fn, owned) if isinstance(x, torch.Tensor)]
+    return [x.item() for x in held_by(fn, owned) if isinstance(x, torch.Tensor)]
 
 
 def test_closures_partials_objects_and_globals():

@@ -195,7 +195,9 @@ def tangent(stage):
 @pytest.mark.parametrize(
     "stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
-@pytest.mark.parametrize("recipe", [influenced, private, tied, adapted, rated, squared, tangent], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "recipe", [influenced, private, tied, adapted, rated, squared, tangent], ids=lambda f: f.__name__
+)
 def test_a_recipe_is_plain_torchs(run_world, recipe, stage):
     for found in [*run_world(2, recipe, stage), recipe(stage)]:
         assert all(e < TOLERANCE for e in found.values()), found

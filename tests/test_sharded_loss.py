@@ -331,3 +331,5 @@ def test_what_is_no_tree_of_parts_is_refused():
         loss({"w": torch.zeros(5, 3)}, rows())
     with pytest.raises(ValueError, match=r"'w' has shape \(2, 3\), and this rank's part is \(5, 3\)"):
         loss({**fz.parts(state), "w": torch.zeros(2, 3)}, rows())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode, whose tensors have no derivative"):
+        loss(fz.parts(state), rows())

@@ -1,4 +1,4 @@
-"""What a function holds beside its arguments: a derivative by such a tensor is lost wherever the function runs again."""
+"""What a function holds beside its arguments: where it runs again, a derivative by such a tensor is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from funczero.core import tree
 
 
-def held(fn: Callable[..., Any], owned: bool = False) -> Iterator[Any]:
+def held_by(fn: Callable[..., Any], owned: bool = False) -> Iterator[Any]:
     """The leaves of what is in the closures of a function, and of the functions that it holds.
 
     Args:
@@ -22,7 +22,7 @@ def held(fn: Callable[..., Any], owned: bool = False) -> Iterator[Any]:
 
     >>> rate = torch.tensor(0.5)
     >>> step = lambda by: lambda x: x * by
-    >>> list(held(step(rate)))
+    >>> list(held_by(step(rate)))
     [tensor(0.5000)]
     """
     seen: list[Any] = [fn]
@@ -43,7 +43,7 @@ def _owned(fn: Any) -> list[Any]:
     """What the object of a method holds, and which tensors, or containers of them, its code loads by a global name."""
     owner = getattr(fn, "__self__", None if hasattr(fn, "__code__") else fn)
     out = [] if owner is None or isinstance(owner, (type, ModuleType, Tensor)) else [getattr(owner, "__dict__", {})]
-    code = fn if hasattr(fn, "__code__") else getattr(type(fn), "__call__", None)  # noqa: B004
+    code: Any = fn if hasattr(fn, "__code__") else getattr(type(fn), "__call__", None)  # noqa: B004
     if hasattr(code, "__code__"):
         names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
         found = (code.__globals__.get(name) for name in names)

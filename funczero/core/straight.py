@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from funczero.core import held, tree
+from funczero.core import tree
 
 Flat = Callable[..., tuple[Tensor, ...]]  # of tensors
 HOLE = object()
@@ -174,7 +174,7 @@ def outside() -> Iterator[None]:
     ...     with outside():
     ...         kept.append(torch.tensor(2.0))
     ...     return x * kept[0]
-    >>> torch.func.grad(fn)(torch.tensor(3.0)), held.transformed(kept[0])
+    >>> torch.func.grad(fn)(torch.tensor(3.0)), torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
     (tensor(2.), False)
     """
     with torch._C._DisableFuncTorch(), _disable_current_modes():

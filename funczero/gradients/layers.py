@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import rng, tree
-from funczero.core.held import differentiated, held
+from funczero.core.held import differentiated, held_by
 from funczero.gradients.arrivals import Group
 from funczero.gradients.keep import run_unit
 from funczero.gradients.parts import Parts
@@ -153,6 +153,6 @@ def captured(fn: Callable[..., Any], transformed: bool = False, owned: bool = Fa
       transformed: also those that torch.func is transforming.
       owned: also in the object whose method it is, and in global variables.
     """
-    for x in held(fn, owned):
+    for x in held_by(fn, owned):
         if isinstance(x, Ref) or isinstance(x, Tensor) and (differentiated(x) if transformed else x.requires_grad):
             yield x

@@ -43,7 +43,13 @@ class Parts:
           varied: mesh axes beyond those of `where` along which ranks have rows of their own, and the parts are one
             value for all.
           dtype: in which they travel and are read; by default their own.
+
+        Raises:
+          RuntimeError: it is inference_mode, whose tensors nobody can see a write into.
         """
+        if torch.is_inference_mode_enabled():
+            why = "a loss of parts is called under torch.inference_mode, whose tensors have no derivative or version"
+            raise RuntimeError(f"value_and_grad, sharded_loss: {why}; write torch.no_grad, or step.eval(loss_fn)")
         self.where, self.parts, self.mesh, self.varied = where, parts, mesh, tuple(varied)
         some = next(iter(parts.values()))
         self.whole = Where.whole(where.structure)

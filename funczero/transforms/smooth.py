@@ -16,7 +16,7 @@ from torch import Tensor
 from funczero.comm.adjoint import vary
 from funczero.comm.differentiable import Varied, cut_axes, over_all, over_leaves, pack, unvary
 from funczero.core import rng, tree
-from funczero.core.held import differentiated, held
+from funczero.core.held import differentiated, held_by
 from funczero.core.straight import straight
 from funczero.core.transform import refuse
 from funczero.core.types import Env, Formula, Grad, GradientTransformation, State, Tree, Value
@@ -176,7 +176,7 @@ def _nothing_held(tx: GradientTransformation) -> None:
       TypeError: the derivative by that tensor would be lost.
     """
     smooth = None if tx.formula is None else tx.formula.smooth
-    for x in held(tx.update if smooth is None else smooth.read, owned=True):
+    for x in held_by(tx.update if smooth is None else smooth.read, owned=True):
         if isinstance(x, Tensor) and differentiated(x):
             what = "its update" if smooth is None else "a schedule of it"
             why = f"captures a tensor of shape {tuple(x.shape)}, whose derivative would be lost"
