@@ -61,3 +61,8 @@ def transformed(x: Tensor) -> bool:
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return True
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def transforming(forward: bool = True) -> bool:
+    """Does a transform of torch.func run, or with `forward` a forward_ad.dual_level?"""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward and forward_ad._current_level >= 0
