@@ -17,6 +17,7 @@ from torch import Tensor
 
 from funczero.comm.adjoint import vary
 from funczero.comm.differentiable import outwards, over_leaves, units_of
+from funczero.core import tree
 from funczero.core.straight import straight
 from funczero.gradients.arrivals import Group
 from funczero.gradients.draws import KINDS, foreseen
@@ -96,14 +97,16 @@ class Parts:
     def run(self, group: Group, block: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         """block(leaves by number, inputs) -> a tuple, with the units open inside.
 
-        What it draws from torch's generator comes once: runs for a derivative draw the same numbers again.
+        What it draws from torch's generator comes once: runs for a derivative draw the same numbers again. It sees the
+        grad mode that it is called in, and keeps no graph.
         """
-        found, ran = here(self.device), list[bool]()
+        found, ran, mode = here(self.device), list[bool](), torch.is_grad_enabled()
 
         def first(parts: dict[int, Tensor], inputs: Sequence[Tensor]) -> Any:
             ran.append(True)
-            with foreseen(self.device, _drew):
-                return self._run(parts, block, inputs)
+            with foreseen(self.device, _drew), torch.set_grad_enabled(mode):
+                outs = self._run({i: x.detach() for i, x in parts.items()}, block, [x.detach() for x in inputs])
+            return tree.map(lambda y: y.detach() if isinstance(y, Tensor) else y, outs)
 
         def again(parts: dict[int, Tensor], inputs: Sequence[Tensor]) -> Any:
             with restored(found), foreseen(self.device, _drew, KINDS[1:] if ran else KINDS):
