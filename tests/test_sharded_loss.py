@@ -271,6 +271,16 @@ def test_an_unmodified_module_is_a_loss_of_its_parts(stage):
                 torch.testing.assert_close(got[n], x, rtol=0, atol=1e-12)
 
 
+def test_rows_one_by_one_may_be_none_and_beside_what_is_no_tensor():
+    step, state, loss = sharded(3, {"data": 1}, ("data",))
+    p, b = fz.parts(state), rows()
+    none = fz.per_sample(loss, clipped, rows=2)(p, {k: x[:0] for k, x in b.items()})
+    assert all(not none[n].count_nonzero() and none[n].shape == x.shape for n, x in p.items())
+    want, got = fz.per_sample(loss, clipped)(p, b), fz.per_sample(loss, clipped, rows=3)(p, {**b, "tag": None, "n": 3})
+    for n, x in want.items():
+        torch.testing.assert_close(got[n], x, rtol=1e-13, atol=1e-14)
+
+
 def private(stage):
     """Clipped gradients of single rows where two leaves do not learn."""
     g = fz.value_and_grad(loss_fn, batch=P("data"), trainable="w|s")

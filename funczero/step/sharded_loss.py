@@ -182,13 +182,19 @@ def per_sample(
     def summed(params: Params, batch: Any) -> dict[str, Tensor]:
         gathered: Any = torch.func.vjp(loss.whole, dict(params))
         whole, scatter = gathered
+        flat, form = tree.flatten(batch)
+        given = [x for x in flat if isinstance(x, Tensor)]
 
-        def one(row: Any) -> dict[str, Tensor]:
-            alone = tree.map(lambda x: x[None], row)
+        def one(row: list[Tensor]) -> dict[str, Tensor]:
+            left = iter(row)
+            alone = tree.unflatten([next(left)[None] if isinstance(x, Tensor) else x for x in flat], form)
             return each(torch.func.grad(lambda p: _local(loss, p, alone))(whole))
 
-        found = torch.func.vmap(one, chunk_size=rows)(batch)
-        out: dict[str, Tensor] = scatter({k: v.sum(0) for k, v in found.items()})[0]
+        if given and not len(given[0]):  # vmap takes no rows, and this rank goes on with the others
+            sums = {k: x * 0 for k, x in whole.items()}
+        else:
+            sums = {k: x.sum(0) for k, x in torch.func.vmap(one, chunk_size=rows)(given).items()}
+        out: dict[str, Tensor] = scatter(sums)[0]
         return out
 
     return summed
