@@ -77,7 +77,8 @@ class Fits:
             raise TypeError(
                 f"step: its first argument is a TrainState from step.init(params), but this is a {type(state).__name__}"
             )
-        unused("step", state)
+        if int(state.step) < 0:
+            unused("step", state)
         if not isinstance(state.params, Slots):
             what = (
                 f"its masters are a {type(state.params).__name__}, but a state holds this rank's parts of them (Slots)"
