@@ -184,9 +184,8 @@ def _measure(g: Grad, views: Slots, state: State, batch: Tree, seed: Seed) -> Te
     """A power of two near the weight of this update, the same on every rank."""
     out, _ = g.apply(views, state, batch, seed._replace(cotangent=seed.cotangent * 0))
     assert isinstance(out, Value)
-    return torch.where(out.weight > 0, torch.exp2(torch.round(torch.log2(out.weight.clamp(min=1e-300)))), 0.0).clamp(
-        min=0.0
-    )
+    weight = out.weight.detach()  # its power of two has no derivative
+    return torch.where(weight > 0, torch.exp2(torch.round(torch.log2(weight.clamp(min=1e-300)))), 0.0).clamp(min=0.0)
 
 
 def _stuck(scaler: ScaleLoss, state: State) -> str:
