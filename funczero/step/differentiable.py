@@ -50,8 +50,8 @@ def differentiable(step: Step) -> DifferentiableStep:
     Laws: a state's values are the step's own, bit for bit (blocks of units and batches of vmap aside, to rounding). Its
     derivatives, from every floating leaf of the state and of the batch to every leaf of the new state and the metrics,
     are those of the unsharded update, at every stage and on any number of ranks, each rank having its part of them. An
-    update that is not finite is skipped, and is the identity; in a batch of vmap or a traced graph, where nobody can see
-    that it is, its reverse mode is nan. The derivative of the norm at 0, and of the root of a
+    update that is not finite is skipped, and is the identity; in a batch of vmap or a traced graph, where nobody can
+    see that it is, its reverse mode is nan. The derivative of the norm at 0, and of the root of a
     second moment at 0, is 0. Loss scales, whose effect is divided out, change nothing.
 
     Views apart from the masters follow from them in every call, so all that depends on the parameters is found at
