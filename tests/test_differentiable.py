@@ -11,6 +11,7 @@ import funczero as fz
 from funczero import P
 from funczero.comm.adjoint import total
 from funczero.core.straight import root
+from funczero.testing import simulate
 
 TOLERANCE = 1e-10
 STEPS = 3
@@ -436,3 +437,207 @@ def loss_of(h, p, b):
 def test_torch_compile_takes_a_loss_and_a_block_and_no_step(run_world):
     for gaps, said in run_world(2, compiled, 3, timeout=300.0):
         assert max(gaps) < 1e-15 and "torch.compile does not go through a step" in said
+
+
+def narrow(stage, mesh, axes, higher):
+    """Is an update with gradients born in bfloat16 and added in float32 the step's own, bit for bit?"""
+    loss = lambda p, b: loss_fn(p, {**b, "y": b["y"].to(p["out"].dtype)})
+    policy = "params=float32,compute=bfloat16,accumulate=float32"
+    states = []
+    for form in (False, higher):
+        source = fz.value_and_grad(loss, batch=P(axes), higher_order=form)
+        step = fz.train_step(*fz.zero(source, fz.adamw(0.03), stage=stage, axis=axes), mesh=mesh, policy=policy)
+        given = step.init(fz.tree.map(torch.Tensor.float, params())), step.local_rows(batches(1)[0])
+        states.append((step if form or not states else fz.differentiable(step))(*given)[0])
+    return all(torch.equal(a, b) for a, b in zip(fz.tree.leaves(states[0]), fz.tree.leaves(states[1]), strict=True))
+
+
+@pytest.mark.parametrize("higher", [False, True], ids=["differentiable", "higher order"])
+def test_gradients_that_are_born_narrow_are_added_as_the_policy_says(run_world, higher):
+    """A leaf that no axis cuts too, and over two axes of rest."""
+    assert all(run_world(2, narrow, 3, {"data": 2}, ("data",), higher))
+    assert all(run_world(4, narrow, 3, {"node": 2, "local": 2}, ("node", "local"), higher))
+
+
+OPTIMIZERS = {
+    "adamw": lambda: fz.adamw(0.03),
+    "momentum": lambda: fz.sgd(0.03, momentum=0.9),
+    "sgd": lambda: fz.sgd(0.03),
+    "adagrad": lambda: fz.adagrad(0.03),
+    "lion": lambda: fz.lion(0.03),
+    "pair": decayed,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_narrow_masters_keep_their_dtype_with_tangents_and_in_a_batch(name):
+    """Rates are float64, which a leaf without dims would take over."""
+    loss = lambda p, b: loss_fn(p, {**b, "y": b["y"].float()})
+    source = fz.value_and_grad(loss, batch=P("data"))
+    step = fz.train_step(*fz.zero(source, OPTIMIZERS[name](), stage=3), mesh={"data": 1})
+    smooth, state = fz.differentiable(step), step.init(fz.tree.map(torch.Tensor.float, params()))
+    rows, p = batches(1)[0], fz.parts(state)
+    moved, along = jvp(lambda p: fz.parts(smooth(fz.with_parts(state, p), rows)[0]), (p,), (p,))
+    assert {x.dtype for x in (*moved.values(), *along.values())} == {torch.float32}
+    together, _ = vmap(smooth, in_dims=(0, None))(fz.stack([state, state]), rows)
+    alone = step(state, rows)[0]
+    for a, b in zip(fz.tree.leaves(fz.unstack(together)[0]), fz.tree.leaves(alone), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_an_update_of_what_is_not_finite_is_the_identity_backwards_too():
+    """Nothing comes back through it, where 0 times inf would be nan; the loss keeps its derivative."""
+    root_loss = lambda p, b: ((p["w"].abs() + b["x"]).sqrt().sum() + (p["v"] ** 2).sum(), b["x"].sum() + 1.0)
+    source = fz.value_and_grad(root_loss)
+    step = fz.train_step(source, fz.clip_by_global_norm(0.5), fz.adamw(0.1), policy="float64")
+    state = step.init({"w": torch.ones(2).double(), "v": torch.ones(3).double()})
+    smooth, p, x = fz.differentiable(step), fz.parts(state), torch.tensor([-1.0, 1.0]).double()  # inf at the first
+
+    def after(p, x):
+        new, metrics = smooth(fz.with_parts(state, p), {"x": x})
+        return fz.parts(new), metrics
+
+    new, pull, metrics = torch.func.vjp(after, p, x, has_aux=True)
+    t = {k: torch.randn_like(y) for k, y in p.items()}
+    back, by_rows = pull(t)
+    assert not metrics.ok and metrics.loss.isfinite() and not by_rows.count_nonzero()
+    assert all(torch.equal(new[k], p[k]) and torch.equal(back[k], t[k]) for k in p)
+    assert grad(lambda p: after(p, x)[1].loss)(p)["v"].tolist() == [2.0] * 3
+
+
+def test_a_clip_of_no_gradient_has_a_derivative_by_the_weights():
+    squares = lambda p, b: ((p["w"] ** 2).sum() * b.sum(), b.sum())
+    step = fz.train_step(fz.value_and_grad(squares), fz.clip_by_global_norm(1.0), fz.sgd(0.1), policy="float64")
+    state = step.init({"w": torch.zeros(3).double()})
+    after = lambda b: fz.parts(fz.differentiable(step)(state, b)[0])["w"].sum()
+    assert grad(after)(torch.ones(4).double()).tolist() == [0.0] * 4
+
+
+def test_a_loss_scale_at_its_floor_changes_nothing():
+    """There the first leaf that is not finite is looked for in every update."""
+    step, plain = made(3, tx=(fz.scale_loss(init=1.0, hysteresis=1), fz.sgd(0.1))), made(3, tx=(fz.sgd(0.1),))
+    rows, found = batches(1)[0], []
+    for each in (step, plain):
+        state, smooth = each.init(params()), fz.differentiable(each)
+        after = lambda p, smooth=smooth, state=state: smooth(fz.with_parts(state, p), rows)
+        found.append(grad(lambda p, after=after: after(p)[1].loss + fz.parts(after(p)[0])["scale"])(fz.parts(state)))
+    for k, x in found[1].items():
+        torch.testing.assert_close(found[0][k], x, rtol=1e-12, atol=1e-14)
+    state = step.init(params())
+    with pytest.raises(RuntimeError, match="scale_loss: its scale is read as a number"):
+        vmap(fz.differentiable(step), in_dims=(0, None))(fz.stack([state, state]), rows)
+    with pytest.raises(RuntimeError, match="scale_loss: its scale is read as a number"):
+        make_fx(fz.differentiable(step))(state, rows)
+
+
+def test_a_state_that_was_donated_is_refused():
+    step = fz.donate(made(3))
+    state, rows = step.init(params()), batches(1)[0]
+    new, _ = step(state, rows)
+    for call in (lambda: fz.differentiable(step)(state, rows), lambda: fz.parts(state)):
+        with pytest.raises(RuntimeError, match="this state was donated at step 0 and its memory is in use"):
+            call()
+    assert fz.differentiable(step)(new, rows)[1].ok
+
+
+def test_what_an_optimizer_captures_is_refused():
+    """Only what is in its state has a derivative."""
+
+    class Learned:
+        def __init__(self, by):
+            self.by = by
+
+        def init(self, p):
+            return ()
+
+        def update(self, g, s, p):
+            return fz.tree.map(lambda x: -self.by * x, g), s
+
+    def moved(by, kind):
+        tx = {
+            "schedule": lambda: fz.sgd(lambda n: by * 0.9**n),
+            "rules": lambda: fz.adamw([("emb", 0.1), ("", lambda n: by * 0.9**n)]),
+            "pair": lambda: fz.lift(
+                (lambda p: (), lambda g, s, p: (fz.tree.map(lambda x: -by * x, g), s)), "pair", True
+            ),
+            "object": lambda: fz.lift(Learned(by), "object", elementwise=True),
+        }[kind]()
+        step = made(3, tx=(tx,))
+        return fz.parts(fz.differentiable(step)(step.init(params()), batches(1)[0])[0])["scale"]
+
+    for kind in ("schedule", "rules", "pair", "object"):
+        assert moved(double(0.1), kind).isfinite()
+        with pytest.raises(TypeError, match="whose derivative would be lost; keep the number in its state"):
+            grad(lambda by, kind=kind: moved(by, kind))(double(0.1))
+        with pytest.raises(TypeError, match="captures a tensor of shape"):
+            moved(double(0.1).requires_grad_(), kind)
+
+
+def test_an_unroll_and_a_block_refuse_what_their_object_holds():
+    class Inner:
+        def __init__(self, by):
+            self.by = by
+
+        def __call__(self, c, x):
+            return c * self.by, x
+
+        def block(self, p, x):
+            return x + torch.tanh(x @ p["w"]) * self.by
+
+    xs = [torch.tensor(1.0)] * 4
+    for fn in (lambda by: Inner(by), lambda by: Inner(by).__call__):
+        with pytest.raises(TypeError, match="unroll: fn captures a tensor"):
+            grad(lambda by, fn=fn: fz.unroll(fn(by), torch.tensor(1.0), xs, remat=2)[0])(torch.tensor(0.5))
+
+    def scaled_by(by):
+        deep = lambda p, b: loss_of(fz.layers(Inner(by).block, p["blocks"], p["emb"][b["word"]]), p, b)
+        step = made(3)
+        state = step.init(params())
+        return fz.sharded_loss(step, deep, state)(fz.parts(state), batches(1)[0])
+
+    with pytest.raises(TypeError, match="the block captures a tensor of shape"):
+        grad(scaled_by)(double(0.5))
+
+
+def test_tensors_of_a_state_that_only_look_like_parts_are_refused():
+    """Two vectors as long as this rank's parts are not its parts: their derivatives would miss the other ranks'."""
+
+    def init(p):
+        return {
+            "first": torch.ones(2).double(),
+            "second": torch.ones(2).double(),
+            "m": fz.tree.map(torch.zeros_like, p),
+        }
+
+    def update(g, s, p):
+        return fz.tree.map(lambda x: -x * s["first"].sum() * s["second"].sum(), g), s
+
+    def run(stage):
+        flat = lambda p, b: ((p["a"] * p["b"]).sum() * b.sum(), b.new_tensor(float(len(b))))
+        tx = fz.lift((init, update), "learned", elementwise=True)
+        source = fz.value_and_grad(flat, batch=P("data"))
+        step = fz.train_step(*fz.zero(source, tx, stage=stage), mesh={"data": 2}, policy="float64")
+        state = step.init({"a": torch.ones(4).double(), "b": torch.ones(4).double()})
+        with pytest.raises(TypeError, match=r"the state of learned holds a tensor of shape \(2,\)"):
+            grad(lambda p: fz.parts(fz.differentiable(step)(fz.with_parts(state, p), torch.ones(2))[0])["a"].sum())(
+                fz.parts(state)
+            )
+
+    simulate({"data": 2})(run, 3)
+
+
+def test_a_first_call_may_be_inside_any_transform():
+    """What a chain keeps from its first call on is of no transform: all second derivatives at once, by torch's own."""
+    found = []
+    for before in (True, False):
+        step = made(3)
+        smooth, state, rows = fz.differentiable(step), step.init(params()), batches(1)[0]
+        after = lambda p, smooth=smooth, state=state, rows=rows: smooth(fz.with_parts(state, p), rows)[1]
+        if before:
+            after(fz.parts(state))
+        found.append(torch.func.hessian(lambda p, after=after: after(p).loss + after(p).grad_norm)(fz.parts(state)))
+        p = fz.parts(state)
+        along = vmap(lambda s, after=after, p=p: after({k: x * s for k, x in p.items()}).loss)
+        assert along(double([1.0, 2.0])).isfinite().all()
+    assert largest(*found) < 1e-13

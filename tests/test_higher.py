@@ -210,6 +210,53 @@ def test_a_block_that_writes_is_refused_by_path():
         one_update(loss)
 
 
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "vmap"])
+def test_closed_parameters_in_a_transform_are_told(transform):
+    """By parameters, as MAML inside a loss is; the remedy is right."""
+
+    def inner(p, b):
+        return critic(p, b["x"]).square().sum()
+
+    def of(p, b):
+        score = lambda p: inner(p, b)
+        return {
+            "grad": lambda: sum((x**2).sum() for x in fz.tree.leaves(grad(score)(p))),
+            "vjp": lambda: torch.func.vjp(score, p)[0],
+            "jvp": lambda: jvp(score, (p,), (p,))[1],
+            "vmap": lambda: vmap(score)(fz.tree.map(lambda x: x[None], p)).sum(),
+        }[transform]()
+
+    with pytest.raises(TypeError, match="which is not open, to a transform of torch.func; open them first"):
+        one_update(of)
+    assert one_update(lambda p, b: of(fz.gather(p), b))[1].ok
+
+
+def test_a_block_sees_the_grad_mode_it_is_called_in():
+    def moded(q, h):
+        return h + torch.tanh(h @ q["w"]) * (1.0 if torch.is_grad_enabled() else 100.0)
+
+    loss = lambda p, b: fz.layers(moded, p["blocks"], b["x"] @ p["inp"]).square().sum()
+    assert one_update(loss)[1].loss == one_update(loss, units=())[1].loss
+
+
+def test_a_sparse_gradient_is_told(run_world):
+    for told in [*run_world(2, sparse, 3), *run_world(2, sparse, 1), sparse(3)]:
+        assert all("is sparse" in x for x in told), told
+
+
+def sparse(stage):
+    loss = lambda p, b: counted(torch.nn.functional.embedding(torch.arange(4), p["inp"], sparse=True).sum(), b)
+    source = fz.value_and_grad(loss, batch=P("data"), higher_order=True)
+    step = fz.train_step(*fz.zero(source, fz.sgd(1.0), stage=stage), mesh={"data": -1}, policy="float64")
+    told, state, b = [], step.init(params()), step.local_rows(rows())
+    for run in (step, fz.differentiable(step)):
+        try:
+            run(state, b)
+        except TypeError as error:
+            told.append(str(error))
+    return told or [""]
+
+
 def test_a_wire_has_no_derivative():
     with pytest.raises(fz.ChainError, match="the wire over 'data' .* has no derivative"):
         one_update(mean_flow, mesh={"data": 2}, gather=fz.cast("bfloat16"))

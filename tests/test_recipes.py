@@ -11,6 +11,7 @@ import torch
 from torch.func import grad, hessian, vmap
 
 import funczero as fz
+from funczero import P
 from funczero.testing import tree_hash
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
@@ -83,6 +84,40 @@ def private(stage):
     moved = {k: whole[k] - x for k, x in step.params(state).items()}
     loss = r.loss_fn(whole, b)[0] / 8
     return {"clipped": gap(moved, want), "loss": abs((metrics.loss - loss) / loss).item()}
+
+
+class Tied(torch.nn.Module):
+    """A weight at two paths, and a bias that does not learn."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        self.b.weight = self.a.weight
+        self.a.bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+def tied(stage):
+    r, limit, b, net = recipes(), 0.05, rows(8), Tied().double()
+    squares = lambda model, b: (((model(b["x"]) - b["y"]) ** 2).sum(), b["y"].new_tensor(float(len(b["y"]))))
+    fn, whole = fz.stateless(net, squares)
+    clip = r.clipped_per_sample(fn, limit)
+    source = fz.value_and_grad(clip, batch=P("data"), trainable=fn.trainable)
+    step = fz.train_step(*fz.zero(source, fz.sgd(1.0), stage=stage), mesh={"data": -1}, policy="float64")
+    state, _ = step(step.init(whole), step.local_rows(b))
+    want = {n: torch.zeros_like(x) for n, x in net.named_parameters()}
+    learns = {n: x for n, x in net.named_parameters() if x.requires_grad}
+    for i in range(8):
+        loss, _ = squares(net, {k: x[i : i + 1] for k, x in b.items()})
+        g = dict(zip(learns, torch.autograd.grad(loss, list(learns.values())), strict=True))
+        norm = sum((x**2).sum() for x in g.values()).sqrt()
+        for k, x in g.items():
+            want[k] += x * (limit / norm).clamp(max=1.0) / 8
+    new = step.params(state)
+    return {"tied": gap({k: whole[k] - new[k] for k in want}, want)}
 
 
 def sharp(stage, k):
@@ -160,7 +195,9 @@ def tangent(stage):
 @pytest.mark.parametrize(
     "stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
-@pytest.mark.parametrize("recipe", [influenced, private, adapted, rated, squared, tangent], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "recipe", [influenced, private, tied, adapted, rated, squared, tangent], ids=lambda f: f.__name__
+)
 def test_a_recipe_is_plain_torchs(run_world, recipe, stage):
     for found in [*run_world(2, recipe, stage), recipe(stage)]:
         assert all(e < TOLERANCE for e in found.values()), found

@@ -14,7 +14,7 @@ G = torch.tensor([3.0, -0.25, 1e-3, -7.0], dtype=torch.float64)
 def test_without_momentum_it_is_the_gradient_times_the_rate():
     found, state = walk(fz.sgd(0.5), [G, -2 * G, 4 * G])
     assert all(torch.equal(p, -0.5 * n * G) for p, n in zip(found, (1, -1, 3), strict=True))
-    assert state.trace is None and set(state.rates) == {"lr", "weight_decay"} and state.count == 3
+    assert state.trace == () and set(state.rates) == {"lr", "weight_decay"} and state.count == 3
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -244,9 +244,75 @@ def test_an_unmodified_module_is_a_loss_of_its_parts(stage):
                 torch.testing.assert_close(got[n], x, rtol=0, atol=1e-12)
 
 
+def test_rows_one_by_one_may_be_none_and_beside_what_is_no_tensor():
+    step, state, loss = sharded(3, {"data": 1}, ("data",))
+    p, b = fz.parts(state), rows()
+    none = fz.per_sample(loss, clipped, rows=2)(p, {k: x[:0] for k, x in b.items()})
+    assert all(not none[n].count_nonzero() and none[n].shape == x.shape for n, x in p.items())
+    want, got = fz.per_sample(loss, clipped)(p, b), fz.per_sample(loss, clipped, rows=3)(p, {**b, "tag": None, "n": 3})
+    for n, x in want.items():
+        torch.testing.assert_close(got[n], x, rtol=1e-13, atol=1e-14)
+
+
+def private(stage):
+    """Clipped gradients of single rows where two leaves do not learn."""
+    g = fz.value_and_grad(loss_fn, batch=P("data"), trainable="w|s")
+    step = fz.train_step(*fz.zero(g, fz.sgd(0.1), stage=stage), mesh={"data": 2}, policy="float64")
+    state = step.init(params())
+    loss = fz.sharded_loss(step, loss_fn, state)
+    return fz.per_sample(loss, clipped)(fz.parts(state), step.local_rows(rows())), loss
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_clip_of_single_rows_does_not_see_what_is_frozen(stage):
+    p = params()
+
+    def one(row):
+        g = grad(lambda q: loss_fn({**p, **q}, {k: x[None] for k, x in row.items()})[0])({k: p[k] for k in ("w", "s")})
+        return clipped(g)
+
+    want = {**fz.tree.map(torch.zeros_like, p), **{k: x.sum(0) for k, x in vmap(one)(rows()).items()}}
+    for got, loss in simulate({"data": 2})(private, stage):
+        for n, x in cut(loss, want).items():
+            torch.testing.assert_close(got[n], x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_loss_is_divided_by_the_weight_that_there_is(dtype):
+    """100001 rows are 99840 in bfloat16, and inf in float16."""
+    narrow = lambda p, b: (loss_fn(p, b)[0].to(dtype), torch.tensor(100001.0))
+    step, state, _ = sharded(3, {"data": 1}, ("data",))
+    loss, want = fz.sharded_loss(step, narrow, state), narrow(params(), rows())[0].float() / 100001.0
+    assert loss(fz.parts(state), rows()).item() == want.item()
+    whole = grad(lambda p: loss_fn(p, rows())[0])(params())
+    for n, x in grad(loss)(fz.parts(state), rows()).items():
+        torch.testing.assert_close(x, whole[n] / 100001.0, rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize("units", [(), ("blocks",)], ids=["whole", "units"])
+def test_a_loss_with_a_key_has_a_hessian(units):
+    """Every coordinate is that of one mask."""
+
+    def keyed(p, b):
+        drop = lambda q, x, key: x + fz.rng.dropout(torch.tanh(x @ q["w"] + q["b"]), 0.5, key)
+        out = fz.layers(drop, p["blocks"], torch.tanh(b["x"] @ p["inp"]), key=3) @ p["out"]
+        return ((out - b["y"]) ** 2).sum(), b["y"].new_tensor(float(len(b["y"])))
+
+    problem = Problem(keyed, deep, units)
+    _, state, loss = sharded(3, {"data": 1}, ("data",), problem)
+    p, t, b, mean = problem.leaves(), problem.leaves(1), rows(), problem.mean()
+    want = jvp(lambda p: grad(mean)(p, b), (p,), (t,))[1]
+    found = fz.hessian(loss)(fz.parts(state), b)
+    for n, x in want.items():
+        along = sum((found[m][n] * t[m].reshape(t[m].shape + (1,) * x.dim())).sum(tuple(range(t[m].dim()))) for m in p)
+        torch.testing.assert_close(along, x, rtol=1e-10, atol=1e-12)
+
+
 def test_what_is_no_tree_of_parts_is_refused():
     _, state, loss = sharded(3, {"data": 1}, ("data",))
     with pytest.raises(TypeError, match=r"give what fz.parts\(state\) returned"):
         loss({"w": torch.zeros(5, 3)}, rows())
     with pytest.raises(ValueError, match=r"'w' has shape \(2, 3\), and this rank's part is \(5, 3\)"):
         loss({**fz.parts(state), "w": torch.zeros(2, 3)}, rows())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode, whose tensors have no derivative"):
+        loss(fz.parts(state), rows())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from torch.autograd import forward_ad
 
 import funczero as fz
 from funczero import P, tree
@@ -143,3 +144,32 @@ def test_specs_mirror_the_state():
         and specs["adamw"].nu["embed"] == P("data")
         and specs["scale_loss"].scale == P() == specs["adamw"].count
     )
+
+
+def test_what_torch_func_transforms_is_refused_and_the_remedy_takes_it():
+    """A tangent of a bare dual level would be wrong in silence; torch's own words for the others name no step."""
+    step = fz.train_step(fz.value_and_grad(lambda p, b: ((p["w"] * b).square().sum(), b.sum())), fz.sgd(0.1))
+    state, ones = step.init({"w": torch.ones(3)}), torch.ones(3)
+    smooth = fz.differentiable(step)
+    of_state = lambda run: lambda w: fz.parts(run(fz.with_parts(state, {"w": w}), ones)[0])["w"].sum()
+    of_rows = lambda run: lambda b: fz.parts(run(state, b)[0])["w"].sum()
+
+    def dual(fn):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(fn(forward_ad.make_dual(ones, ones))).tangent
+
+    transforms = [
+        dual,
+        lambda fn: torch.func.jvp(fn, (ones,), (ones,))[1],
+        lambda fn: torch.func.grad(fn)(ones).sum(),
+        lambda fn: torch.func.vmap(fn)(torch.stack([ones, ones])),
+    ]
+    for transform in transforms:
+        for of, what in ((of_state, "state"), (of_rows, "batch")):
+            with pytest.raises(RuntimeError, match=f"of its {what} is batched or differentiated by torch.func"):
+                transform(of(step))
+            assert transform(of(smooth)).isfinite().all()
+    with pytest.raises(RuntimeError, match="step: it is called inside a transform of torch.func"):
+        torch.func.grad(lambda x: step(state, ones)[1].loss * x)(torch.tensor(2.0))
+    with forward_ad.dual_level():
+        assert step(state, ones)[1].ok  # nothing of it has a tangent

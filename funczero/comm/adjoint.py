@@ -142,9 +142,13 @@ def total(x: Tensor, axis: str, mesh: Mesh, dtype: torch.dtype | None = None, un
     return _apply(_Total, x, axis, mesh, dtype, units)
 
 
-def vary(x: Tensor, axis: str, mesh: Mesh, units: Units = ()) -> Tensor:
-    """One value for all ranks of an axis as a value of this rank, about to meet its own."""
-    return _apply(_Vary, x, axis, mesh, None, units)
+def vary(x: Tensor, axis: str, mesh: Mesh, dtype: torch.dtype | None = None, units: Units = ()) -> Tensor:
+    """One value for all ranks of an axis as a value of this rank, about to meet its own.
+
+    Args:
+      dtype: in which it is returned, and its cotangents travel; they are added in that of x.
+    """
+    return _apply(_Vary, x, axis, mesh, dtype, units)
 
 
 def _apply(fn: Any, x: Tensor, axis: str, mesh: Mesh, dtype: torch.dtype | None, units: Units) -> Tensor:

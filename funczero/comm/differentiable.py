@@ -33,7 +33,7 @@ def outwards(
     Args:
       where: of the parts.
       parts: by leaf number.
-      dtype: in which they travel and are returned.
+      dtype: in which they travel and are returned; their cotangents travel in it too, and are added in their own.
       shared: what is joined is one value for all ranks of the axis, rather than a copy of each.
     """
     axis, size, _ = where.coords[-1]
@@ -43,8 +43,8 @@ def outwards(
     cut = [i for i in parts if not where.structure.leaves[i].cut(axis).replicated]
     units = units_of(where, parts)
     if not shared:
-        whole = {i: x for i, x in out.items() if i not in cut}
-        out |= over_leaves(where, whole, lambda i: (axis,), mesh, partial(vary, units=units))
+        whole = {i: x for i, x in parts.items() if i not in cut}
+        out |= over_leaves(where, whole, lambda i: (axis,), mesh, partial(vary, dtype=dtype, units=units))
     if not cut:
         return out
     lengths = [prod(where.slots[i].block) for i in cut]

@@ -8,7 +8,8 @@ there with the first one, and nothing that the formula computes is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from funczero.core import tree
 
@@ -33,12 +35,12 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, ctx.formula, *xs = inputs
-        ctx.moving = [i for i, x in enumerate(xs) if x.is_floating_point()]
-        ctx.moved = [i for i, y in enumerate(output) if y.is_floating_point()]
+        ctx.moving = [i for i, x in enumerate(xs) if _moves(x)]
+        ctx.moved = [i for i, y in enumerate(output) if _moves(y)]
         ctx.outputs = len(output)
         ctx.save_for_backward(*xs)
         ctx.save_for_forward(*xs)
-        ctx.mark_non_differentiable(*[y for y in output if not y.is_floating_point()])
+        ctx.mark_non_differentiable(*[y for y in output if not _moves(y)])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -86,6 +88,11 @@ class _Function(torch.autograd.Function):
 
 
 _straight: Callable[..., tuple[Tensor, ...]] = _Function.apply
+
+
+def _moves(x: Tensor) -> bool:
+    """Has it derivatives?"""
+    return x.is_floating_point() or x.is_complex()
 
 
 def _along(fn: Flat, at: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
@@ -157,10 +164,27 @@ def root(x: Tensor) -> Tensor:
     return torch.where(x == 0, 1.0, x).sqrt() * (x != 0)
 
 
+@contextmanager
+def outside() -> Iterator[None]:
+    """What is made here is no part of a transform of torch.func or of a graph, and may be kept: torch.tensor would
+    belong to the level that it is called in.
+
+    >>> kept = []
+    >>> def fn(x):
+    ...     with outside():
+    ...         kept.append(torch.tensor(2.0))
+    ...     return x * kept[0]
+    >>> torch.func.grad(fn)(torch.tensor(3.0)), torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
+    (tensor(2.), False)
+    """
+    with torch._C._DisableFuncTorch(), _disable_current_modes():
+        yield
+
+
 def _apart(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Outputs of which none is an input or another output, as autograd wants them."""
+    """Outputs of which none is an input, another output or a view, as autograd wants them."""
     seen, out = {x._cdata for x in xs}, []  # one tensor may have several objects inside torch.func
     for y in ys:
-        out.append(y.clone() if y._cdata in seen else y)
+        out.append(y.clone() if y._cdata in seen or y._is_view() else y)
         seen.add(y._cdata)
     return tuple(out)

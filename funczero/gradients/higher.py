@@ -4,8 +4,8 @@ gradients of a differentiable step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,10 @@ from funczero.comm.adjoint import vary
 from funczero.core import rng, tree
 from funczero.core.types import Apply, ChainError, Env, Seed, State, Sum
 from funczero.gradients import draws
+from funczero.gradients.arrivals import sparse
 from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
 from funczero.gradients.parts import Parts, derivable
+from funczero.gradients.ref import opened_first
 from funczero.layout.slots import Slots
 from funczero.transforms.chain import Source
 
@@ -43,7 +45,8 @@ class Loss(NamedTuple):
             raise RuntimeError(f"value_and_grad(rng=True): {why}; draw outside, and hand the numbers in with the batch")
         key = (rng.fold(seed.key, seed.index),) if self.rng else ()
         own = getattr(self.fn, "keyed", False)
-        with derivable(), nullcontext() if own else draws.keyed(next(iter(key), None), parts.device, drew):
+        drawing = nullcontext() if own else draws.keyed(next(iter(key), None), parts.device, drew)
+        with derivable(), opened_first(), drawing:
             loss, weight, aux = check_loss(self.fn(parts.tree(), batch, *key), self.has_aux)
         parts.left_alone()
         if not self.has_aux:
@@ -88,7 +91,8 @@ def _derived(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor, 
     found: list[Any] = [None] * len(learning)
     if value.requires_grad:
         cotangent = seed.cotangent.to(value.dtype)
-        found = list(torch.autograd.grad(value, list(learning.values()), cotangent, allow_unused=True))
+        with _dense():
+            found = list(torch.autograd.grad(value, list(learning.values()), cotangent, allow_unused=True))
     if learning and all(g is None for g in found) and bool(weight != 0):
         raise RuntimeError(no_gradient())
     early = loss.env.early
@@ -96,7 +100,7 @@ def _derived(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor, 
         early.used.update(i for i, g in zip(learning, found, strict=True) if g is not None)
     grads = {i: torch.zeros_like(x) if g is None else g for (i, x), g in zip(learning.items(), found, strict=True)}
     aux = None if aux is None else (aux[0].detach(), aux[1])
-    return value.detach(), weight.detach(), aux, differentiable.pack(views.where, grads, views)
+    return value.detach(), weight.detach(), aux, _packed(grads, views)
 
 
 def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any, Slots]:
@@ -118,8 +122,26 @@ def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor
     found: Any = torch.func.vjp(fn, moving, has_aux=True)
     value, pull, (weight, *sums) = found
     cotangent = differentiable.over_all(seed.cotangent, loss.batch, mesh, vary)
-    grads = pull(cotangent.to(value.dtype))[0]
-    return value, weight, (sums[0], form[0]) if sums else None, differentiable.pack(where, grads, views)
+    with _dense():
+        grads = pull(cotangent.to(value.dtype))[0]
+    return value, weight, (sums[0], form[0]) if sums else None, _packed(grads, views)
+
+
+def _packed(grads: dict[int, Tensor], views: Slots) -> Slots:
+    odd = next((i for i, g in grads.items() if g.layout != torch.strided), None)
+    if odd is not None:
+        raise TypeError(sparse(views.where.structure.leaves[odd].path))
+    return differentiable.pack(views.where, grads, views)
+
+
+@contextmanager
+def _dense() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if "sparse" in str(error).lower():
+            raise TypeError(sparse()) from error
+        raise
 
 
 def _bad(grads: Slots) -> Tensor:

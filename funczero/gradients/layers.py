@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from funczero.core import rng, tree
+from funczero.core.held import differentiated, held_by
 from funczero.gradients.arrivals import Group
 from funczero.gradients.keep import run_unit
 from funczero.gradients.parts import Parts
@@ -45,7 +45,8 @@ def layers(
     auxes = []
     opened = [tree.flatten(b) for b in blocks]
     groups = [group_of(refs) for refs, _ in opened]
-    _no_captures(block, any(groups))
+    again = any(isinstance(r, Ref) and isinstance(r.tape, Parts) for refs, _ in opened for r in refs[:1])
+    _no_captures(block, any(groups), again)
     for i, params in enumerate(opened):
         kwargs = {} if key is None else {"key": rng.fold(key, i)}
         around = (groups[i - 1] if i else (), groups[i + 1] if i + 1 < len(groups) else ())
@@ -134,38 +135,24 @@ def run_block(
     return tree.unflatten(list(outs), outdef[0]) if outdef else outs[0]
 
 
-def _no_captures(block: Callable[..., Any], units: bool) -> None:
+def _no_captures(block: Callable[..., Any], units: bool, again: bool) -> None:
     """Refuse closures over tensors that need a gradient, which the remat form could not see; with units also over those
-    that torch.func is transforming.
+    that torch.func is transforming; and, where every derivative runs the block again, what its object holds.
     """
-    for x in captured(block, units):
+    for x in captured(block, units, owned=again):
         what = f"parameter {x.path!r}" if isinstance(x, Ref) else f"a tensor of shape {tuple(x.shape)}"
         raise TypeError(
             f"fz.layers: the block captures {what}, which needs a gradient; hand it in: fz.layers(block, blocks, x, it)"
         )
 
 
-def _transformed(x: Tensor) -> bool:
-    """Is it batched by vmap, or differentiated in forward mode?"""
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-
-
-def captured(fn: Callable[..., Any], transformed: bool = False) -> Iterator[Any]:
+def captured(fn: Callable[..., Any], transformed: bool = False, owned: bool = False) -> Iterator[Any]:
     """Closed parameters, and tensors that need a gradient, in the closures of a function and of those that it captures.
 
     Args:
       transformed: also those that torch.func is transforming.
+      owned: also in the object whose method it is, and in global variables.
     """
-    seen: list[Any] = [fn]
-    for inner in seen:
-        plain = getattr(inner, "func", inner)  # functools.partial
-        if not (getattr(plain, "__closure__", None) or plain is not inner):
-            continue
-        cells = [c.cell_contents for c in getattr(plain, "__closure__", None) or () if c.cell_contents is not inner]
-        for x in tree.leaves((cells, getattr(inner, "args", ()), getattr(inner, "keywords", {}))):
-            if isinstance(x, Ref) or isinstance(x, Tensor) and (x.requires_grad or transformed and _transformed(x)):
-                yield x
-            if callable(x) and getattr(x, "__closure__", None) and x not in seen and len(seen) < 16:
-                seen.append(x)
+    for x in held_by(fn, owned):
+        if isinstance(x, Ref) or isinstance(x, Tensor) and (differentiated(x) if transformed else x.requires_grad):
+            yield x

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funczero.comm.adjoint import vary
 from funczero.comm.differentiable import outwards, over_leaves, units_of
+from funczero.core import tree
 from funczero.core.straight import straight
 from funczero.gradients.arrivals import Group
 from funczero.gradients.draws import KINDS, foreseen
@@ -51,7 +52,13 @@ class Parts:
           varied: mesh axes beyond those of `where` along which ranks have rows of their own, and the parts are one
             value for all.
           dtype: in which they travel and are read; by default their own.
+
+        Raises:
+          RuntimeError: it is inference_mode, whose tensors nobody can see a write into.
         """
+        if torch.is_inference_mode_enabled():
+            why = "a loss of parts is called under torch.inference_mode, whose tensors have no derivative or version"
+            raise RuntimeError(f"value_and_grad, sharded_loss: {why}; write torch.no_grad, or step.eval(loss_fn)")
         self.where, self.parts, self.mesh, self.varied = where, parts, mesh, tuple(varied)
         some = next(iter(parts.values()))
         self.whole = Where.whole(where.structure)
@@ -90,21 +97,24 @@ class Parts:
             return {}
         units, where = units_of(self.where, parts), self.where
         out = over_leaves(where, parts, lambda i: self.varied, self.mesh, partial(vary, units=units))
-        while where.coords:
-            out, where = outwards(where, out, self.mesh, self.dtype), where.outer
+        while where.coords:  # narrow over the outermost alone: sums of gradients stay wide
+            last = self.dtype if len(where.coords) == 1 else None
+            out, where = outwards(where, out, self.mesh, last), where.outer
         return {i: x.to(self.dtype) for i, x in out.items()}
 
     def run(self, group: Group, block: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         """block(leaves by number, inputs) -> a tuple, with the units open inside.
 
-        What it draws from torch's generator comes once: runs for a derivative draw the same numbers again.
+        What it draws from torch's generator comes once: runs for a derivative draw the same numbers again. It sees the
+        grad mode that it is called in, and keeps no graph.
         """
-        found, ran = here(self.device), list[bool]()
+        found, ran, mode = here(self.device), list[bool](), torch.is_grad_enabled()
 
         def first(parts: dict[int, Tensor], inputs: Sequence[Tensor]) -> Any:
             ran.append(True)
-            with foreseen(self.device, _drew):
-                return self._run(parts, block, inputs)
+            with foreseen(self.device, _drew), torch.set_grad_enabled(mode):
+                outs = self._run({i: x.detach() for i, x in parts.items()}, block, [x.detach() for x in inputs])
+            return tree.map(lambda y: y.detach() if isinstance(y, Tensor) else y, outs)
 
         def again(parts: dict[int, Tensor], inputs: Sequence[Tensor]) -> Any:
             with restored(found), foreseen(self.device, _drew, KINDS[1:] if ran else KINDS):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -58,3 +60,20 @@ class Ref:
 
     def __repr__(self) -> str:
         return f"<closed parameter {self.path!r} {tuple(self.shape)} {self.dtype}>"
+
+
+@contextmanager
+def opened_first() -> Iterator[None]:
+    """A loss that hands closed parameters to a transform of torch.func is told what to write.
+
+    Raises:
+      TypeError: in place of torch's error, which speaks of a Ref.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        if "Ref'" not in str(error):
+            raise
+        why = "the loss hands parameters inside a unit, which is not open, to a transform of torch.func"
+        remedy = "open them first, as torch.func.grad(inner)(fz.gather(params)), or leave out units"
+        raise TypeError(f"value_and_grad: {why}; {remedy}") from error

@@ -17,7 +17,7 @@ from funczero.transforms.formula import optimizer
 
 
 class SGD(NamedTuple):
-    """The number of applied updates, the momentum buffers (None without momentum), and the rates lr, weight_decay
+    """The number of applied updates, the momentum buffers (() without momentum), and the rates lr, weight_decay
     and momentum.
     """
 
@@ -46,7 +46,7 @@ def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: R
     rate = Rates("sgd", lr=lr, weight_decay=weight_decay, **({"momentum": momentum} if momentum else {}))
 
     def init(params: Any) -> SGD:
-        return SGD(zero(params), tree.map(torch.zeros_like, params) if momentum else None, rate.init(params))
+        return SGD(zero(params), tree.map(torch.zeros_like, params) if momentum else (), rate.init(params))
 
     def leaf(params: list[Tensor], grads: list[Tensor], traces: list[list[Tensor]], s: Scalars) -> None:
         lr, decay, beta = s.rates["lr"], s.rates["weight_decay"], s.rates.get("momentum", 0.0)
@@ -67,5 +67,5 @@ def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: R
             g = g + s.rates["momentum"] * t if nesterov else t
         return p - s.rates["lr"] * g, traces
 
-    held = lambda s: [] if s.trace is None else [s.trace]
+    held = lambda s: [s.trace] if momentum else []  # () has no leaf, where vmap would find a None
     return optimizer("sgd", init, Formula(rate.reads(), held, counted, leaf, smooth=Smooth(rate.smooth, smooth)))

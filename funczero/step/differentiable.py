@@ -10,6 +10,7 @@ import torch
 
 from funczero.comm import differentiable as crossing
 from funczero.core import rng
+from funczero.core.straight import outside
 from funczero.core.types import Grad, Metrics, Seed, TrainState, Updated
 from funczero.step.fits import Fits
 from funczero.step.step import Step, metrics_of, not_compiled
@@ -49,9 +50,9 @@ def differentiable(step: Step) -> DifferentiableStep:
     Laws: values are the step's own, bit for bit; to rounding with units, under vmap, and where attention runs, which is
     made of plain operations here. Derivatives, from every floating leaf of the state and of the batch to every leaf of
     the new state and the metrics, are those of the unsharded update, at every stage and on any number of ranks, each
-    rank having its part of them. A skipped update is the identity; where its loss itself is not finite, reverse mode
-    gives nan. The derivative of the norm at 0, and of the root of a second moment at 0, is 0. Loss scales, whose effect
-    is divided out, change nothing.
+    rank having its part of them. An update that is not finite is skipped, and is the identity; in a batch of vmap or a
+    traced graph, where nobody can see that it is, its reverse mode is nan. The derivative of the norm at 0, and of the
+    root of a second moment at 0, is 0. Loss scales, whose effect is divided out, change nothing.
 
     Views apart from the masters follow from them in every call, so all that depends on the parameters is found at
     `state.params`. What the chain freezes is a constant. Draws need the state's key as a number: under vmap over states
@@ -77,6 +78,7 @@ def differentiable(step: Step) -> DifferentiableStep:
 
     @cache
     def grad() -> Grad:
-        return step.interpreted(step.running().env._replace(donate=False, differentiable=True, early=None))
+        with outside():
+            return step.interpreted(step.running().env._replace(donate=False, differentiable=True, early=None))
 
     return DifferentiableStep(grad, step.fits)

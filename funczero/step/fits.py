@@ -17,7 +17,8 @@ from torch import Tensor
 
 from funczero.comm.collectives import all_gather
 from funczero.comm.wire import Key, as_born
-from funczero.core import tree
+from funczero.core import rng, tree
+from funczero.core.straight import outside
 from funczero.core.types import Grad, TrainState, Tree
 from funczero.layout.lazy import Lazy
 from funczero.layout.place import DEVICE
@@ -42,6 +43,20 @@ class Form(NamedTuple):
     chain: dict[str, Any] | None  # on the meta device; None for an optimizer that looks at values when it starts
 
 
+def unused(who: str, state: TrainState) -> None:
+    """Refuse a state that was donated, as far as its step can be read.
+
+    Raises:
+      RuntimeError: its memory is another state's.
+    """
+    now = rng.known(state.step)
+    if now is not None and now < 0:
+        raise RuntimeError(
+            f"{who}: this state was donated at step {-1 - now} and its memory is in use; go on with the state that"
+            " step(...) returned, or leave fz.donate out"
+        )
+
+
 class Fits:
     """Looks at the states that a step is given."""
 
@@ -63,10 +78,7 @@ class Fits:
                 f"step: its first argument is a TrainState from step.init(params), but this is a {type(state).__name__}"
             )
         if int(state.step) < 0:
-            raise RuntimeError(
-                f"step: this state was donated at step {-1 - int(state.step)} and its memory is in use; go on with the"
-                " state that step(...) returned, or leave fz.donate out"
-            )
+            unused("step", state)
         if not isinstance(state.params, Slots):
             what = (
                 f"its masters are a {type(state.params).__name__}, but a state holds this rank's parts of them (Slots)"
@@ -94,12 +106,14 @@ class Fits:
 
         Raises:
           TypeError, ValueError: as `look`.
+          RuntimeError: it was donated.
         """
         if not isinstance(state, TrainState) or not isinstance(state.params, Slots):
             raise TypeError(
                 "differentiable: its first argument is a TrainState from step.init(params), but this is a"
                 f" {type(state).__name__}"
             )
+        unused("differentiable", state)
         self._compare(state)
 
     def _differentiable(self, state: TrainState) -> None:
@@ -145,6 +159,12 @@ class Fits:
             if known is structure:
                 self.forms.insert(0, self.forms.pop(i))
                 return form
+        with outside():  # it is kept
+            form = self._formed(structure)
+        self.forms = [(structure, form), *self.forms[:7]]
+        return form
+
+    def _formed(self, structure: Structure) -> Form:
         g = self.running()
         own = self.lazy(g, structure.unflatten([torch.empty(leaf.shape, device="meta") for leaf in structure.leaves]))
         inner = next(lay for lay in g.arrows if lay.applied)
@@ -157,9 +177,7 @@ class Fits:
             masters, chain = made.pop("params").where, made
         except (NotImplementedError, RuntimeError):
             pass  # an optimizer that looks at values when it starts
-        form = Form(masters, apart(masters, rest), chain)
-        self.forms = [(structure, form), *self.forms[:7]]
-        return form
+        return Form(masters, apart(masters, rest), chain)
 
     def _compare(self, state: TrainState) -> None:
         form, policy = self.form(state.params.where.structure), self.running().env.policy

@@ -20,8 +20,10 @@ from funczero.core.types import TrainState
 from funczero.gradients.draws import keyed
 from funczero.gradients.loss import check_loss, drew
 from funczero.gradients.parts import Parts, derivable
+from funczero.gradients.ref import opened_first
 from funczero.layout.mesh import Mesh
 from funczero.layout.where import Where
+from funczero.step.fits import unused
 from funczero.step.step import Step
 
 Params = Mapping[str, Tensor]  # by the leaf's path
@@ -45,11 +47,12 @@ class ShardedLoss(NamedTuple):
           DivergenceError: ranks did not open the same units, or did not come here alike.
         """
         parts, own = self._parts(params), getattr(self.loss_fn, "keyed", False)
-        with derivable(), nullcontext() if own else keyed(None, self.mesh.device, drew):
+        with derivable(), opened_first(), nullcontext() if own else keyed(None, self.mesh.device, drew):
             loss, weight, _ = check_loss(self.loss_fn(parts.tree(), batch), has_aux=False)
         if get_proxy_mode() is None:  # nothing is compared in a graph
             sum_and_compare([torch.zeros(1, dtype=torch.int64, device=self.mesh.device)], self.batch, self.mesh)
-        return self.total(loss) / self.total(weight.to(loss))
+        wide = torch.promote_types(loss.dtype, torch.float32)  # a count is rounded in bfloat16, and inf in float16
+        return self.total(loss.to(wide)) / self.total(weight.to(loss.device, wide))
 
     def tree(self, params: Params) -> Any:
         """The whole parameters as the tree that was given to init; a collective that can be differentiated."""
@@ -97,7 +100,8 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
     and whole parameters, each rank having its part of them: `grad`, `vjp`, `jvp`, Hessian-vector products in either
     order, `create_graph`, and `vmap` over whole sets of parameters. Units are opened one by one and run again for every
     derivative. Parameters are gathered at their own dtype; wires are straight-through: they pack nothing. What the step
-    freezes has zero derivatives. All ranks call it alike.
+    freezes has zero derivatives. All ranks call it alike. A loss that draws is given its key here, as
+    `lambda p, b: loss_fn(p, b, key)`.
 
     What torch.func would get wrong over shards has a verb of its own: its `vmap` over rows pairs row i of one rank with
     row i of the others (write `per_sample`), and its `hessian` and `jacrev` run over this rank's coordinates alone,
@@ -123,7 +127,12 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
 
 
 def parts(state: TrainState) -> dict[str, Tensor]:
-    """This rank's part of every parameter by its path, in its logical shape; copies. A tied leaf has its first path."""
+    """This rank's part of every parameter by its path, in its logical shape; copies. A tied leaf has its first path.
+
+    Raises:
+      RuntimeError: the state was donated.
+    """
+    unused("parts", state)
     leaves = state.params.where.structure.leaves
     found = zip(leaves, state.params.leaves(), strict=True)
     return {leaf.path: x.clone() for leaf, x in found if x is not None}
@@ -136,7 +145,9 @@ def with_parts(state: TrainState, params: Params) -> TrainState:
 
     Raises:
       TypeError, ValueError: a path is missing or too many, or a part has another shape.
+      RuntimeError: the state was donated.
     """
+    unused("with_parts", state)
     masters = state.params
     leaves, slots = masters.where.structure.leaves, masters.where.slots
     if set(params) != {leaf.path for leaf in leaves}:
@@ -158,7 +169,7 @@ def per_sample(
     """The sum over all rows of `each(gradient of that row)`: (params, this rank's rows) -> this rank's parts.
 
     Law: `each` is given the whole gradient of one row's loss, unsharded, so that a norm in it is the row's own; with
-    the identity the sum is the gradient of the sum of losses.
+    the identity the sum is the gradient of the sum of losses. What the step freezes has zeros in it.
 
     Args:
       loss: from sharded_loss; its loss function is asked for one row at a time, as a batch of one.
@@ -171,22 +182,30 @@ def per_sample(
     def summed(params: Params, batch: Any) -> dict[str, Tensor]:
         gathered: Any = torch.func.vjp(loss.whole, dict(params))
         whole, scatter = gathered
+        flat, form = tree.flatten(batch)
+        given = [x for x in flat if isinstance(x, Tensor)]
 
-        def one(row: Any) -> dict[str, Tensor]:
-            alone = tree.map(lambda x: x[None], row)
+        def one(row: list[Tensor]) -> dict[str, Tensor]:
+            left = iter(row)
+            alone = tree.unflatten([next(left)[None] if isinstance(x, Tensor) else x for x in flat], form)
             return each(torch.func.grad(lambda p: _local(loss, p, alone))(whole))
 
-        found = torch.func.vmap(one, chunk_size=rows)(batch)
-        out: dict[str, Tensor] = scatter({k: v.sum(0) for k, v in found.items()})[0]
+        if given and not len(given[0]):  # vmap takes no rows, and this rank goes on with the others
+            sums = {k: x * 0 for k, x in whole.items()}
+        else:
+            sums = {k: x.sum(0) for k, x in torch.func.vmap(one, chunk_size=rows)(given).items()}
+        out: dict[str, Tensor] = scatter(sums)[0]
         return out
 
     return summed
 
 
 def _local(loss: ShardedLoss, whole: Params, batch: Any) -> Tensor:
-    """The sum of losses of some rows of this rank."""
-    leaves = [whole[leaf.path] for leaf in loss.where.structure.leaves]
-    return check_loss(loss.loss_fn(loss.where.structure.unflatten(leaves), batch), has_aux=False)[0]
+    """The sum of losses of some rows of this rank; what is frozen is a constant."""
+    structure = loss.where.structure
+    leaves = [whole[leaf.path] for leaf in structure.leaves]
+    still = [x.detach() if structure.frozen(i) else x for i, x in enumerate(leaves)]
+    return check_loss(loss.loss_fn(structure.unflatten(still), batch), has_aux=False)[0]
 
 
 def jacfwd(
@@ -256,7 +275,8 @@ def _by_coordinate(
         units = {k: y.new_zeros((n, *y.shape)) for k, y in like.items()}
         units[leaf.path] = torch.eye(n, dtype=x.dtype, device=x.device).view((n, *leaf.shape))[:, *place]
         if n:
-            found = torch.func.vmap(linear, chunk_size=coordinates)(units)
+            # what is drawn comes from a key, and so is the same for all coordinates
+            found = torch.func.vmap(linear, chunk_size=coordinates, randomness="same")(units)
         else:
             found = tree.map(lambda y: y.new_zeros((0, *y.shape)), linear(dict(like)))
         yield leaf.path, tree.map(partial(_unflattened, leaf.shape), found)

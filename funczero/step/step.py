@@ -13,6 +13,7 @@ from torch import Tensor
 from funczero.comm.collectives import all_gather
 from funczero.comm.integers import sum_and_compare
 from funczero.core import order, tree
+from funczero.core.held import transformed, transforming
 from funczero.core.policy import Policy
 from funczero.core.types import Env, Grad, Metrics, TrainState, Updated
 from funczero.gradients.draws import keyed
@@ -57,10 +58,12 @@ class Step(NamedTuple):
         """One update, or with a streamed chain one micro-batch (metrics None) and, with batch None, the update.
 
         Raises:
-          RuntimeError: it is called inside torch.compile.
+          RuntimeError: it is called inside torch.compile, or on what torch.func is transforming.
         """
         if torch.compiler.is_compiling():
             not_compiled()
+        if transforming():
+            _not_transformed(state, batch)
         return self.update(state, batch)
 
     @property
@@ -236,6 +239,18 @@ def not_compiled() -> None:
     why = "it sends, and writes into buffers of its own, which its compiler cannot trace"
     remedy = "compile the loss function or a block inside it, or trace fz.differentiable(step) with make_fx"
     raise RuntimeError(f"step: torch.compile does not go through a step, because {why}; {remedy}")
+
+
+def _not_transformed(state: TrainState, batch: Any) -> None:
+    """Refuse what has a tangent, a gradient of torch.func or more than one value; and any call inside torch.func."""
+    for what, given in (("state", state), ("batch", batch)):
+        for path, x in tree.paths(given):
+            if isinstance(x, Tensor) and transformed(x):
+                why = "is batched or differentiated by torch.func, and the step's values would be without it"
+                raise RuntimeError(f"step: {path!r} of its {what} {why}; write fz.differentiable(step) in its place")
+    if transforming(forward=False):
+        why = "it is called inside a transform of torch.func, where torch differentiates nothing by itself"
+        raise RuntimeError(f"step: {why}; call it outside, or write fz.differentiable(step) in its place")
 
 
 def metrics_of(out: Updated, state: TrainState) -> Metrics:

@@ -43,7 +43,7 @@ def unroll(
         return _looped(fn, carry, xs)
     if isinstance(remat, bool) or not isinstance(remat, int) or remat < 1:
         raise ValueError(f"unroll: remat={remat!r} is not a number of steps; write an int of at least 1, or None")
-    for x in captured(fn, transformed=True):
+    for x in captured(fn, transformed=True, owned=True):
         what = f"a tensor of shape {tuple(x.shape)}"
         raise TypeError(f"unroll: fn captures {what}, whose derivative would be lost; hand it in through carry or xs")
     ys: list[Any] = []

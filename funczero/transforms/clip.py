@@ -35,7 +35,7 @@ def clip_by_global_norm(limit: float, eps: float = 0.0) -> Transform:
 
         def fn(out: Value, state: State) -> tuple[Value, State]:
             norm = global_norm(out.grads, out.factor, g.layout, g.env) if out.norm is None else out.norm
-            shrink = (limit / (norm + eps)).clamp(max=1)
+            shrink = limit / (norm + eps).clamp(min=limit)  # at most 1, and smooth at 0
             return (
                 out._replace(factor=out.factor * shrink, norm=norm * shrink, logs={"grad_norm": norm, **out.logs}),
                 state,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funczero.core import rng
 from funczero.core.number import flag, number, whole
 from funczero.core.transform import after, refuse, slot_name
 from funczero.core.types import Apply, Grad, Seed, State, Transform, Tree, Value
@@ -158,6 +159,9 @@ def _scaled(g: Grad, key: str, settings: Settings) -> Apply:
 
     def apply(views: Slots, state: State, batch: Tree, seed: Seed) -> tuple[Value | None, State]:
         scaler: ScaleLoss = state[key]
+        if g.env.differentiable and rng.known(scaler.iteration) is None:
+            why = "its scale is read as a number, but the state is batched or traced here"
+            raise RuntimeError(f"scale_loss: {why}; leave it out of a chain for vmap over states or make_fx")
         if settings.dynamic and int(scaler.stuck[0]) >= 0:
             raise FloatingPointError(_stuck(scaler, state))
         if settings.weight is None and float(scaler.weight) == 0:
@@ -180,9 +184,8 @@ def _measure(g: Grad, views: Slots, state: State, batch: Tree, seed: Seed) -> Te
     """A power of two near the weight of this update, the same on every rank."""
     out, _ = g.apply(views, state, batch, seed._replace(cotangent=seed.cotangent * 0))
     assert isinstance(out, Value)
-    return torch.where(out.weight > 0, torch.exp2(torch.round(torch.log2(out.weight.clamp(min=1e-300)))), 0.0).clamp(
-        min=0.0
-    )
+    weight = out.weight.detach()  # its power of two has no derivative
+    return torch.where(weight > 0, torch.exp2(torch.round(torch.log2(weight.clamp(min=1e-300)))), 0.0).clamp(min=0.0)
 
 
 def _stuck(scaler: ScaleLoss, state: State) -> str:

@@ -84,8 +84,8 @@ def _differentiable(out: Sum, lay: Layout, env: Env, places: Tensor) -> Value:
     finite = squares.isfinite()
     norm = torch.where(finite, root(squares) * factor, torch.inf)
     aux = None if out.aux is None else tree.unflatten(list(sums[2:]), out.aux[1])
-    ok = finite & (weight > 0)
-    return Value(loss * factor, weight, aux, out.grads, factor, norm, ok, None, {"rows": table})
+    ok, bad = finite & (weight > 0), None if out.bad is None else torch.full((2,), -1, device=rows.device)
+    return Value(loss * factor, weight, aux, out.grads, factor, norm, ok, bad, {"rows": table})
 
 
 def _squares(grads: Slots, env: Env) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from funczero.comm.adjoint import vary
 from funczero.comm.differentiable import Varied, cut_axes, over_all, over_leaves, pack, unvary
-from funczero.core import tree
+from funczero.core import rng, tree
+from funczero.core.held import differentiated, held_by
 from funczero.core.straight import straight
 from funczero.core.transform import refuse
 from funczero.core.types import Env, Formula, Grad, GradientTransformation, State, Tree, Value
@@ -61,9 +62,9 @@ def by_formula(
         varied = Varied(params.where, mesh, each)
         for i in mine if group.leaves is None else group.leaves:
             p, ms = formula.smooth.leaf(masters[i], grads[i], [column[i] for column in columns], varied.of(i))
-            moved[i] = torch.where(ok, p, masters[i])
+            moved[i] = torch.where(ok, p.to(masters[i].dtype), masters[i])  # a leaf without dims takes the rates' dtype
             for column, m, was in zip(after, ms, columns, strict=True):
-                column[i] = torch.where(ok, m, was[i])
+                column[i] = torch.where(ok, m.to(was[i].dtype), was[i])
     found = {id(m): pack(m.where, column, m) for m, column in zip(moments, after, strict=True)}
     new = new._replace(**{name: found[id(x)] for name, x in new._asdict().items() if id(x) in found})
     return moved, new if reading.rates is None else new._replace(rates=reading.rates), reading.lr
@@ -88,7 +89,7 @@ def by_pair(
         """Every tensor of a tree over the axes whose ranks all have it."""
         flat, form = tree.flatten(x)
         out, left = list(flat), list[tuple[int, int]]()
-        for k, i in enumerate(_numbers(tx.name, flat, params)):
+        for k, i in enumerate(_numbers(tx.name, x, params)):
             if i == ONE and flat[k].is_floating_point():
                 out[k] = over_all(flat[k], axes, mesh, way)
             elif i is not None and i != ONE and flat[k].is_floating_point():
@@ -109,25 +110,29 @@ def by_pair(
     return moved, kept
 
 
-def _numbers(name: str, flat: list[Any], params: Slots) -> list[int | None]:
-    """By leaf of a flat tree: which parameter it lies like, ONE for a number of all ranks, None for no tensor."""
-    where = params.where
-    places, out, at = where.structure.places, list[int | None](), 0
+def _numbers(name: str, x: Tree, params: Slots) -> list[int | None]:
+    """By leaf of a tree: which parameter it lies like, ONE for a number of all ranks, None for no tensor."""
+    where, out = params.where, list[int | None]()
+    places = where.structure.places
     shapes = [where.slots[i].shape if not where.structure.frozen(i) else (0,) for i in places]
-    while at < len(flat):
-        run, x = flat[at : at + len(places)], flat[at]
-        if [tuple(y.shape) if isinstance(y, Tensor) else None for y in run] == shapes:
+
+    def like(node: Any) -> bool:
+        """A tree, or a list of leaves, like the parameters; shapes alone might be anything's."""
+        flat, form = tree.flatten(node)
+        alike = form == where.structure.treedef or type(node) in (list, tuple)
+        return alike and [tuple(y.shape) if isinstance(y, Tensor) else None for y in flat] == shapes
+
+    for node in tree.leaves(x, is_leaf=like):
+        if like(node):
             out += places
-            at += len(places)
-            continue
-        if isinstance(x, Tensor) and x.dim() and any(n > 1 for _, n, _ in where.coords):
+        elif isinstance(node, Tensor) and node.dim() and any(n > 1 for _, n, _ in where.coords):
             why = "and nothing says whether it is a part of something or one for all ranks"
             raise TypeError(
-                f"differentiable: the state of {name} holds a tensor of shape {tuple(x.shape)}, {why}; keep numbers"
+                f"differentiable: the state of {name} holds a tensor of shape {tuple(node.shape)}, {why}; keep numbers"
                 " (0-d), and trees like the parameters"
             )
-        out.append(ONE if isinstance(x, Tensor) else None)
-        at += 1
+        else:
+            out.append(ONE if isinstance(node, Tensor) else None)
     return out
 
 
@@ -155,10 +160,32 @@ def twofold(
         return fn(out._replace(grads=tree.clone(out.grads)), state)
 
     def both(out: Value, state: State) -> tuple[Any, State]:
-        found, own = straight(value, formula, out, {k: state[k] for k in names})
-        return found, {**state, **own}
+        for e in shares.entries:
+            _nothing_held(e.tx)
+        given = tree.map(_still, out) if rng.known(out.ok) == 0 else out  # else 0 times inf comes back from it
+        found, own = straight(value, formula, given, {k: state[k] for k in names})
+        return found._replace(loss=out.loss, weight=out.weight, aux=out.aux), {**state, **own}
 
     return both
+
+
+def _nothing_held(tx: GradientTransformation) -> None:
+    """Refuse a pair or a schedule that somebody wrote around a tensor that is differentiated.
+
+    Raises:
+      TypeError: the derivative by that tensor would be lost.
+    """
+    smooth = None if tx.formula is None else tx.formula.smooth
+    for x in held_by(tx.update if smooth is None else smooth.read, owned=True):
+        if isinstance(x, Tensor) and differentiated(x):
+            what = "its update" if smooth is None else "a schedule of it"
+            why = f"captures a tensor of shape {tuple(x.shape)}, whose derivative would be lost"
+            remedy = "keep the number in its state, as a rate is (step.with_state)"
+            raise TypeError(f"differentiable: {tx.name}: {what} {why}; {remedy}")
+
+
+def _still(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def stepped(
@@ -178,5 +205,5 @@ def stepped(
             continue
         part = old if held is None else pack(where, {i: leaves[i] for i in mine}, old)
         updates, own[e.key] = by_pair(e.tx, state[e.key], part, pack(part.where, mine, part), ok, mesh)
-        leaves |= {i: torch.where(ok, leaves[i] + u, leaves[i]) for i, u in updates.items()}
+        leaves |= {i: torch.where(ok, leaves[i] + u.to(leaves[i].dtype), leaves[i]) for i, u in updates.items()}
     return leaves, own, lr
