@@ -226,7 +226,9 @@ class Watch(threading.Thread):
         wait.
         """
         # An exception on its way out is shown first; others hear before a connection breaks.
-        self.leaving.wait(PATIENCE if self.raised else 2 * PERIOD)
+        raised = self.raised
+        on_its_way = raised[0] + PATIENCE - time.monotonic() if raised else 0.0
+        self.leaving.wait(max(on_its_way, 2 * PERIOD))
         if self.settled:  # the main thread says it
             return
         where = "" if self.leaving.is_set() else place_of(self.caller)
