@@ -14,16 +14,24 @@ of held-out text.
 Expect:
     The losses of all contenders agree to float32 rounding. Memory falls with the stage. Steps take as long as DDP's.
 Found:
-    --rounds=1 --steps=12 --length=64, 3,241,472 parameters, two processes, one life each on a machine with far more
-    work than cores, so times are noise (0.66 to 1.23 of DDP's) and are owed from a quiet one:
-               ms a step    MiB    losses          bits a byte    furthest loss from DDP's
-      ddp           2282    138    5.0178 3.1858        4.9130
-      stage 0       2261    266    5.0178 3.1858        4.9130    2e-7
-      stage 1       1508    256    5.0178 3.1858        4.9130    2e-7
-      stage 2       1901    241    5.0178 3.1858        4.9130    1e-7
-      stage 3       2798    147    5.0178 3.1858        4.9130    1e-7
-    Memory falls with the stage, but below stage 3 it is above DDP's by over 100 MiB, which is not parameters (12 MiB a
-    copy): what it is has not been looked for.
+    --rounds=1 --steps=12 --length=64, 3,241,472 parameters (12 MiB a copy), two processes, one life each, so times are
+    noise (0.56 to 1.05 of DDP's) and are owed from a quiet machine. The second column of memory is with
+    MALLOC_MMAP_THRESHOLD_=1048576 in the environment:
+               ms a step    MiB    MiB    losses          bits a byte    furthest loss from DDP's
+      ddp            212    139    133    5.0178 3.1858        4.9130
+      stage 0        221    293    157    5.0178 3.1858        4.9130    1e-7
+      stage 1        118    230    152    5.0178 3.1858        4.9130    1e-7
+      stage 2        132    214    144    5.0178 3.1858        4.9130    3e-7
+      stage 3        213    150    111    5.0178 3.1858        4.9130    3e-7
+    Memory falls with the stage, but below stage 3 it is above DDP's by 75 to 154 MiB, of which 11 to 24 are left in the
+    second column: the rest is free memory that malloc keeps. An update makes and frees flat buffers of a gradient's
+    size, where DDP has its own for ever; once such a buffer was freed, glibc takes those up to 32 MiB from its heap and
+    no more by mmap, and what lies behind them keeps the heap long. Counted by a dispatch mode at stage 1, tensors are
+    31 MiB between updates where DDP has 50, and 87 at most where DDP has 79; the engine's loop alone shows 181 MiB free
+    within malloc, and DDP's 50. The fixed threshold costs time, DDP's too: every buffer is new pages.
+    With 25.4 M parameters, whose 97 MiB buffers always go by mmap, tensors are 533 MiB at most at stage 1 where DDP has
+    550, and the largest resident set is 620 MiB over the imports where DDP's is 535: a window's sum, what is sent, and
+    what arrives are there at once.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_every_kind_of_entry_has_its_words(entry, words):
 # --- the log ----------------------------------------------------------------------------------------------------------
 @given(st.lists(NUMBERS, max_size=20), st.lists(NUMBERS, max_size=20))
 def test_two_logs_have_one_checksum_if_and_only_if_the_same_was_launched_in_the_same_order(xs, ys):
-    a, b = Log(4), Log(8)
+    a, b = Log(tail=4), Log(tail=8)
     for log, numbers in ((a, xs), (b, ys)):
         for n in numbers:
             log.append(LAUNCHED, n)
@@ -94,8 +94,41 @@ def test_two_logs_have_one_checksum_if_and_only_if_the_same_was_launched_in_the_
 
 
 def test_a_log_remembers_the_last_ones_with_their_numbers_and_sums():
-    log, sums = Log(3), []
+    log, sums = Log(tail=3), []
     for n in range(7):
         log.append(LAUNCHED._replace(nbytes=n), n)
         sums.append(log.sum)
     assert [(n, total, e.nbytes) for n, total, e in log.entries] == [(n + 1, sums[n], n) for n in (4, 5, 6)]
+
+
+def logged(count: int, **sizes: int) -> tuple[Log, list[int]]:
+    """A log after so many launches, and the checksum after each."""
+    log, sums = Log(**sizes), []
+    for n in range(count):
+        log.append(Entry(Context("a call", step=n), "all_gather"), 3 * n)
+        sums.append(log.sum)
+    return log, sums
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 7, 8, 9, 16, 100])
+def test_sums_are_remembered_as_far_back_as_there_is_room_and_no_other_is_told(count):
+    log, sums = logged(count, sums=8, tail=2)
+    told = {n: sums[n - 1] for n in range(max(1, count + 2 - 8), count + 1)}
+    assert {n: log.sum_at(n) for n in range(-20, count + 20) if log.sum_at(n) is not None} == told
+    assert log.count == count and len(told) == min(count, 7)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_the_last_entries_have_their_number_and_checksum(count):
+    log, sums = logged(count, sums=8, tail=2)
+    numbers = list(range(max(0, count - 2), count))
+    assert [(n, total, e.context.step) for n, total, e in log.entries] == [(i + 1, sums[i], i) for i in numbers]
+
+
+def test_equal_launches_have_equal_checksums_and_one_that_differs_changes_all_after_it():
+    one, other = logged(5)[1], logged(5)[1]
+    assert one == other
+    odd = Log()
+    for n in range(5):
+        odd.append(Entry(Context("a call"), "all_gather"), 3 * n + (n == 2))
+    assert [odd.sum_at(n + 1) == one[n] for n in range(5)] == [True, True, False, False, False]

@@ -1,4 +1,7 @@
-"""Ray Train's TorchTrainer starts a step as torchrun does: a local Ray, two workers."""
+"""Ray Train's TorchTrainer starts a step as torchrun does: a local Ray, two workers.
+
+Skipped without Ray, which no extra brings: `pip install "ray[train]"`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def loop(settings):
     engine.backward(engine(torch.full((2, 2), float(rank))).mean())
     engine.step()
     moved = (start - engine.module.state_dict()["weight"]).round(decimals=4).tolist()
-    Path(settings["folder"], f"rank{rank}").write_text(repr((engine.world_size, moved)))
+    Path(settings["folder"], f"stage{settings['stage']}-rank{rank}").write_text(repr((engine.world_size, moved)))
 
 
 @pytest.mark.slow
@@ -47,6 +50,7 @@ def test_torch_trainer_starts_a_step(tmp_path):
                 scaling_config=ScalingConfig(num_workers=2, use_gpu=False),
                 run_config=RunConfig(storage_path=str(tmp_path / "ray"), name=f"stage{stage}"),
             ).fit()
-            assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == ["(2, [[0.5, 0.5]])"] * 2
+            told = [(tmp_path / f"stage{stage}-rank{r}").read_text() for r in (0, 1)]
+            assert told == ["(2, [[0.5, 0.5]])"] * 2
     finally:
         ray.shutdown()

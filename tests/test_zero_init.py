@@ -193,7 +193,7 @@ SAYS = {
     "Init gathered": "the parameter 'weight' of zero.Init, opened",
     "gathered": "GatheredParameters('0.weight')",
     "parameter": "safe_get_full_fp32_param('0.weight')",
-    "moment": "safe_get_full_optimizer_state('0.weight', exp_avg)",
+    "moment": "safe_get_full_optimizer_state('0.weight', 'exp_avg')",
 }
 
 

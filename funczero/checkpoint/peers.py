@@ -78,6 +78,13 @@ class Peers:
         self._mine.append(key)
         self._line.ask("set", f"{self._space}/{key}", value)
 
+    def first(self, key: str) -> bool:
+        """Is this rank the first of all that asks for a key?"""
+        won: bool = self._line.ask("add", f"{self._space}/{key}", 1) == 1
+        if won:
+            self._mine.append(key)
+        return won
+
     def forget(self, number: int) -> None:
         """Take back what this rank published for calls before `number`, which all ranks have left."""
         old = lambda key: key.split("/")[0].isdigit() and int(key.split("/")[0]) < number

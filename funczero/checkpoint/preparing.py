@@ -81,9 +81,17 @@ def _go(peers: Peers, number: int, name: str, error: BaseException | None, join:
             go = {"name": name, "coords": [a["coords"] for a in all_ready], "error": bad}
         except CheckpointError as e:
             go = {"error": (0, spoken(e))}
-        peers.put(f"{number}/go", go)
-    (go,) = peers.wait([(0, f"{number}/go")], "save", join=join + 10)
-    peers.forget(number)  # all are here
+        if peers.first(f"{number}/decided"):
+            peers.put(f"{number}/go", go)
+    heard = lambda: peers.wait([(0, f"{number}/go")], "save", join=join + 10)
+    try:
+        (go,) = heard()
+    except CheckpointError as e:
+        if _withdrawn(peers, number, e):
+            raise
+        (go,) = heard()  # it was being given
+    if "withdrawn" not in go:
+        peers.forget(number)  # all are here
     if go["error"]:
         rank, (kind, text) = go["error"]
         if error is not None:
@@ -92,6 +100,19 @@ def _go(peers: Peers, number: int, name: str, error: BaseException | None, join:
             text if peers.rank == rank or kind == "CheckpointError" else f"{text} (rank {rank})"
         )
     return go
+
+
+def _withdrawn(peers: Peers, number: int, error: CheckpointError) -> bool:
+    """This rank waits no longer for rank 0, which hears that in place of its own word should it come; False where the
+    word is given already.
+    """
+    try:
+        if not peers.first(f"{number}/decided"):
+            return False
+        peers.put(f"{number}/go", {"error": (peers.rank, spoken(error)), "withdrawn": True})
+    except CheckpointError:  # the store is gone: there is nobody to tell
+        pass
+    return True
 
 
 def prepared(asked: Asked, directory: Path, peers: Peers, step: Any, config: Any) -> tuple[Names, Manifest]:

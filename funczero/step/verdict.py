@@ -6,7 +6,6 @@ proof.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
@@ -18,7 +17,6 @@ from funczero.world.difference import ranks_in_words, sentence
 from funczero.world.entries import Entry, Log
 from funczero.world.plain import plain, unpack
 
-TAIL = 1 << 10  # entries that a rank publishes on doubt
 ANSWERS = 1 << 26  # bytes that another rank may publish at most
 
 
@@ -42,18 +40,6 @@ class Verdict:
     def doubted(self) -> bool:
         """Has any rank asked?"""
         return bool(self.doubt or self.store.check(["doubt"]))
-
-    def sum_at(self, count: int) -> int | None:
-        """This rank's checksum after so many launches, as far as it remembers; the main thread goes on meanwhile."""
-        with contextlib.suppress(IndexError):
-            while True:
-                newest = self.log.entries[-1][0]
-                found = self.log.entries[count - newest - 1]
-                if found[0] == count:
-                    return found[1]
-                if newest == self.log.entries[-1][0]:
-                    return None
-        return None
 
     def ended(self, sign: Sign, fails: int) -> bool:
         """Will this rank launch nothing more, though we do? One that raised, as we did, may go on as we do.
@@ -99,7 +85,7 @@ class Verdict:
 
     def publish(self, count: int) -> None:
         """The last entries, and the chains they name."""
-        tail = list(self.log.entries)[-TAIL:]
+        tail = list(self.log.entries)
         for spec in {entry.context.spec for *_, entry in tail} & set(self.texts):
             self.store.set(f"text/{spec}", zlib.compress(json.dumps(self.texts[spec]).encode()))
         self.store.set(f"tail/{self.signs.rank}", zlib.compress(json.dumps(tail).encode()))

@@ -34,7 +34,6 @@ LINGER = 2.0  # seconds that a rank which ends stays, so that the others can com
 PATIENCE = 5.5  # seconds after which an exception that did not end the process says that a rank will not go on
 NOTICE = 10.0  # seconds after which a rank that is awaited, or gives no sign of life, is named
 DEAD = 3.0  # seconds without a sign of life that, with a broken connection, prove a rank's end
-MEMORY = 1 << 14  # entries remembered
 FEW = 32  # ranks up to which each looks at all others, and not at its neighbours alone
 BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Socket Timeout")  # gloo's words
 
@@ -56,7 +55,7 @@ class Watch(threading.Thread):
         number = clone.add(f"funczero/check/{self.rank}", 1)
         self.store: Any = dist.PrefixStore(f"funczero/check/{number}", clone)
         self.lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else the store goes with rank 0
-        self.log, self.gone, self.beat, self.count = Log(MEMORY), "", 0, 0
+        self.log, self.gone, self.beat, self.count = Log(), "", 0, 0
         self.signs = Signs(self.store, self.rank, self.size)
         self.verdict = Verdict(self.store, self.signs, self.log, PERIOD)
         self.told = self.lost = ""  # what all print; that the store is gone
@@ -159,7 +158,7 @@ class Watch(threading.Thread):
 
     def compare(self, sign: Sign, other: Sign) -> None:
         """Raise the doubt where a peer's launches are not ours, or where it is gone and we go on."""
-        differs = 0 < other.launches <= sign.launches and self.verdict.sum_at(other.launches) not in (None, other.sum)
+        differs = 0 < other.launches <= sign.launches and self.log.sum_at(other.launches) not in (None, other.sum)
         left = self.verdict.ended(other, self.fails) and other.launches < sign.launches
         if (differs or left) and not self.verdict.doubt and not self.settled:
             self.verdict.raise_doubt()
@@ -227,7 +226,9 @@ class Watch(threading.Thread):
         wait.
         """
         # An exception on its way out is shown first; others hear before a connection breaks.
-        self.leaving.wait(PATIENCE if self.raised else 2 * PERIOD)
+        raised = self.raised
+        on_its_way = raised[0] + PATIENCE - time.monotonic() if raised else 0.0
+        self.leaving.wait(max(on_its_way, 2 * PERIOD))
         if self.settled:  # the main thread says it
             return
         where = "" if self.leaving.is_set() else place_of(self.caller)

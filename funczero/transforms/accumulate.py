@@ -87,7 +87,7 @@ def _window(g: Grad, k: int, name: str, key: str) -> Apply:
         window: Accumulate = state[key]
         j = int(window.count)
         if batch is None:
-            return _handed_over(window, wide, name), {**state, key: _empty()}
+            return _handed_over(window, wide, name, g.env.donate), {**state, key: _empty()}
         if j == k:
             raise ValueError(f"{name}: the window already holds {k} micro-batches; call step(state, None) to update")
         out, state = g.apply(views, state, batch, seed._replace(index=seed.index + j * stride))
@@ -98,14 +98,14 @@ def _window(g: Grad, k: int, name: str, key: str) -> Apply:
     return apply
 
 
-def _handed_over(window: Accumulate, wide: torch.dtype, name: str) -> Sum:
-    """The sum of a window, in memory that is not the state's."""
+def _handed_over(window: Accumulate, wide: torch.dtype, name: str, donate: bool) -> Sum:
+    """The sum of a window, in memory that is not the state's, unless it is donated."""
     count = int(window.count)
     if count == 0:
         why = "there is nothing to hand over, because no micro-batch came since the last update"
         raise ValueError(f"{name}: {why}; call step(state, micro_batch) first")
     out = window.total(wide)
-    if count & (count - 1) == 0:  # one partial sum, which is the state's tensor
+    if not donate and count & (count - 1) == 0:  # one partial sum, which is the state's tensor
         return out._replace(grads=out.grads.map(torch.clone))
     return out
 

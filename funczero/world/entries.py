@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 UPDATE = "step(state, batch)"
 BEGINS = "begins with"
+TAIL = 1 << 10  # entries that a rank publishes on doubt
+SUMS = 1 << 14  # checksums remembered: a neighbour's sign is up to some seconds old
 
 
 class Context(NamedTuple):
@@ -64,14 +67,32 @@ class Entry(NamedTuple):
 
 
 class Log:
-    """All launches of this process, over all meshes: what watch.py compares where no sum is reached any more."""
+    """All launches of this process, over all meshes: what watch.py compares where no sum is reached any more.
 
-    def __init__(self, kept: int) -> None:
+    Law: `entries` are the last `TAIL`, as a rank publishes them on doubt; checksums reach further back, in memory that
+    is there from the start.
+
+    >>> log = Log(sums=4, tail=2)
+    >>> for n in range(1, 6):
+    ...     log.append(Entry(Context("a call"), "all_gather"), n)
+    >>> log.count, [n for n, *_ in log.entries], [log.sum_at(n) is None for n in range(7)]
+    (5, [4, 5], [True, True, True, False, False, False, True])
+    """
+
+    def __init__(self, sums: int = SUMS, tail: int = TAIL) -> None:
         self.count, self.sum = 0, 0
-        self.entries: deque[tuple[int, int, Entry]] = deque(maxlen=kept)  # (number, checksum so far, entry)
+        self.entries: deque[tuple[int, int, Entry]] = deque(maxlen=tail)  # (number, checksum so far, entry)
+        self._sums = array("q", bytes(8 * sums))  # after launch n, at n modulo their number
 
     def append(self, entry: Entry, number: int) -> None:
         """One more launch; `number` is its own checksum. By the main thread alone."""
-        total = hash((self.sum, number))
-        self.entries.append((self.count + 1, total, entry))
-        self.sum, self.count = total, self.count + 1
+        count, total = self.count + 1, hash((self.sum, number))
+        self._sums[count % len(self._sums)] = total
+        self.entries.append((count, total, entry))
+        self.sum, self.count = total, count
+
+    def sum_at(self, count: int) -> int | None:
+        """The checksum after so many launches, None where it is not remembered; the main thread goes on meanwhile."""
+        found = self._sums[count % len(self._sums)]
+        # the oldest one is given up: the next launch may be taking its place now
+        return found if max(0, self.count + 1 - len(self._sums)) < count <= self.count else None
