@@ -57,7 +57,7 @@ def test_what_is_no_rate_is_named_where_it_stands(bad):
         assert str(e.value).startswith("sgd: ") and where in str(e.value) and "lr=" in str(e.value)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, SCHEDULE], ids=str)
+@pytest.mark.parametrize("beta", [0.0, 0.5, SCHEDULE], ids=["0", "half", "schedule"])
 def test_a_beta_is_one_number_below_one_or_a_schedule(beta):
     assert one_for_all("adamw", "b1", beta) == beta
     for bad in (1.0, -0.1, [0.9], {"w": 0.9}, [("", 0.9)], float):

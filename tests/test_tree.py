@@ -120,3 +120,13 @@ def test_none_in_a_batch_stays_none_in_every_part(n):
 def test_what_has_no_rows_of_its_own_is_refused_for_one_part_as_for_two(n, odd):
     with pytest.raises((TypeError, ValueError), match="^here: "):
         tree.split_rows({"x": ones(4, 2), "y": odd}, n, "here")
+
+
+def test_floats_go_out_and_come_back():
+    t = {"a": [torch.ones(2), torch.tensor(3)], "b": None, "c": torch.zeros((), dtype=torch.float64)}
+    found, join = tree.floats(t)
+    assert list(found) == ["a/0", "c"]
+    again = join({k: x + 1 for k, x in found.items()})
+    assert again["a"][0].tolist() == [2.0, 2.0] and again["a"][1] is t["a"][1] and again["b"] is None
+    with pytest.raises(KeyError, match="floats: 'c' is missing or too many"):
+        join({"a/0": torch.ones(2)})

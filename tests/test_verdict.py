@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from funczero.step.signs import Sign, Signs, farewell
-from funczero.step.verdict import TAIL, Verdict
-from funczero.world.entries import UPDATE, Context, Entry, Log
+from funczero.step.verdict import Verdict
+from funczero.world.entries import TAIL, UPDATE, Context, Entry, Log
 
 SIZE = 3
 CONTEXT = Context(UPDATE, 3, spec=11)
@@ -21,7 +21,7 @@ class Rank:
     """One rank of a world, over one store: its log, its signs and its verdict."""
 
     def __init__(self, store, rank, period=NEVER):
-        self.log, self.signs = Log(4 * TAIL), Signs(store, rank, SIZE)
+        self.log, self.signs = Log(sums=4 * TAIL), Signs(store, rank, SIZE)
         self.verdict = Verdict(store, self.signs, self.log, period)
         self.gone = ""
 
@@ -128,16 +128,6 @@ ENDS = [
 def test_one_that_raised_as_we_did_may_go_on_as_we_do(verb, failed, fails, ended):
     sign = Sign(failed=failed, gone=farewell(verb, "x") if verb else "")
     assert world()[0].verdict.ended(sign, fails) is ended
-
-
-def test_the_checksum_of_any_launch_is_known_while_it_is_remembered():
-    (rank, *_), sums = world(), []
-    rank.log = rank.verdict.log = Log(5)
-    for n in range(12):
-        rank.launches(GATHER._replace(nbytes=n))
-        sums.append(rank.log.sum)
-    assert [rank.verdict.sum_at(n) for n in range(8, 13)] == sums[7:]
-    assert [rank.verdict.sum_at(n) for n in (1, 7, 13)] == [None] * 3 and world()[0].verdict.sum_at(1) is None
 
 
 def test_what_is_published_is_the_tail_with_the_chains_that_it_names():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +47,27 @@ def clone(tree: Tree) -> Tree:
 def tensors(tree: Tree) -> list[Tensor]:
     """The tensors among the leaves."""
     return [x for x in leaves(tree) if isinstance(x, Tensor)]
+
+
+def floats(tree: Tree) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor]], Tree]]:
+    """The floating tensors of a tree by path, and the tree again out of others in their places.
+
+    For torch.func, which differentiates by floats alone: a whole state has integers in it, too.
+
+    >>> found, join = floats({"n": torch.tensor(2), "x": torch.tensor(3.0)})
+    >>> torch.func.grad(lambda f: (lambda t: t["x"] ** t["n"])(join(f)))(found)
+    {'x': tensor(6.)}
+    """
+    named, form = paths(tree), flatten(tree)[1]
+    found = {path: x for path, x in named if isinstance(x, Tensor) and x.is_floating_point()}
+
+    def join(values: Mapping[str, Tensor]) -> Tree:
+        if values.keys() != found.keys():
+            odd = sorted(values.keys() ^ found.keys())[0]
+            raise KeyError(f"floats: {odd!r} is missing or too many; give one value for each of the given paths")
+        return unflatten([values[path] if path in found else x for path, x in named], form)
+
+    return found, join
 
 
 def split_rows(batch: Tree, n: int, what: str) -> list[Tree]:
