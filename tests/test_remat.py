@@ -117,7 +117,8 @@ def test_values_are_those_of_the_plain_loop_bit_for_bit(name):
     """Closed and open, over one rank and two; a world has draws of its own."""
     draws = name in ("a key a block", "torch's generator")
     run = lambda world, units, remat: tree_hash(updated(loss_of(name, remat), world, units, rng=draws))
-    for world in (1, 2):
+    # a default dtype belongs to the process, and ranks are threads here
+    for world in (1,) if name == "default dtype" else (1, 2):
         forms = [("blocks", True), ("blocks", False), ((), True)]
         found = [simulate({"data": world})(run, world, *form) for form in forms]
         assert len({h for hs in found for h in hs}) == 1, found

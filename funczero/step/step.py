@@ -229,7 +229,6 @@ class Step(NamedTuple):
         return f"<Step {' | '.join(self.grad.names)}>"
 
 
-@torch.compiler.disable
 def not_compiled() -> None:
     """Refuse torch.compile of a step: the call that it would trace raises here, as it runs.
 
@@ -239,6 +238,9 @@ def not_compiled() -> None:
     why = "it sends, and writes into buffers of its own, which its compiler cannot trace"
     remedy = "compile the loss function or a block inside it, or trace fz.differentiable(step) with make_fx"
     raise RuntimeError(f"step: torch.compile does not go through a step, because {why}; {remedy}")
+
+
+not_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, which imports dynamo
 
 
 def _not_transformed(state: TrainState, batch: Any) -> None:
