@@ -100,11 +100,11 @@ def ready(process, times, word=b"ready"):
         times -= word in line
 
 
-def until(holds, seconds):
-    """Look again and again until something holds."""
+def until(holds, seconds, seen=lambda: ""):
+    """Look again and again until something holds; seen: what is there instead."""
     since = time.monotonic()
     while not holds():
-        assert time.monotonic() - since < seconds, f"not within {seconds} s"
+        assert time.monotonic() - since < seconds, f"not within {seconds} s: {seen()}"
         time.sleep(0.05)
 
 
@@ -353,7 +353,8 @@ def test_whoever_is_killed_nothing_is_left(world, tmp_path, who):
         assert process.poll() is None and there["rank 0"] in marked(mark)
         process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    until(lambda: not marked(mark) and not os.listdir(tmp_path / "tmp"), 60)
+    left = lambda: (marked(mark), os.listdir(tmp_path / "tmp"))
+    until(lambda: not any(left()), 60, left)
     last = err.splitlines()[-1] if err else ""
     assert {
         "launcher": code == -9,

@@ -66,19 +66,35 @@ def send(pids: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
-class Ending:
-    """The end of a tree: SIGTERM once, SIGKILL to what is left after GRACE, again and again until nothing is."""
+def childless() -> bool:
+    """Has this process no child, alive or still to be reaped? One that adopts orphans then has no descendant either.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock, self.kill_at = clock, clock() + GRACE
-        send(descendants(), signal.SIGTERM)
+    A look through /proc takes a while, in which a parent may end after its child was read and before it is read itself:
+    then nothing seems to be left, and something is.
+    """
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
+
+
+class Ending:
+    """The end of the tree of a process that adopts orphans and reaps: SIGTERM once, SIGKILL to what is left after
+    GRACE, again and again until nothing is.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, look: Callable[[], list[int]] = descendants
+    ) -> None:
+        self.clock, self.look, self.kill_at = clock, look, clock() + GRACE
+        send(look(), signal.SIGTERM)
 
     def over(self) -> bool:
         """One look: whether nothing is left; kills when the grace has passed."""
-        left = descendants()
-        if left and self.clock() >= self.kill_at:
-            send(left, signal.SIGKILL)
-        return not left
+        if self.clock() >= self.kill_at:
+            send(self.look(), signal.SIGKILL)
+        return childless()
 
 
 def exit_status(code: int) -> int:
