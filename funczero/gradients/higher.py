@@ -18,7 +18,7 @@ from funczero.core.types import Apply, ChainError, Env, Seed, State, Sum
 from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
-from funczero.gradients.parts import Parts, derivable
+from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
 from funczero.layout.slots import Slots
 from funczero.transforms.chain import Source
@@ -46,7 +46,7 @@ class Loss(NamedTuple):
         key = (rng.fold(seed.key, seed.index),) if self.rng else ()
         own = getattr(self.fn, "keyed", False)
         drawing = nullcontext() if own else draws.keyed(next(iter(key), None), parts.device, drew)
-        with derivable(), opened_first(), drawing:
+        with Derivable(), opened_first(), drawing:
             loss, weight, aux = check_loss(self.fn(parts.tree(), batch, *key), self.has_aux)
         parts.left_alone()
         if not self.has_aux:

@@ -9,13 +9,13 @@ of it, follows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from funczero.comm.adjoint import vary
 from funczero.comm.differentiable import outwards, over_leaves, units_of
@@ -29,10 +29,36 @@ from funczero.layout.mesh import Mesh
 from funczero.layout.where import Where
 
 
-def derivable() -> AbstractContextManager[None]:
-    """Attention as plain operations: torch's fused kernels have no second derivative."""
-    kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return kernel
+class Derivable(TorchFunctionMode):
+    """Attention as plain operations, for this thread: torch's fused kernels have no second derivative.
+
+    torch's own switch of kernels (sdpa_kernel) is the process's, and two threads that take turns with it leave it off.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The function; of attention what its kernels are made of."""
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """F.scaled_dot_product_attention."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # the plain form adds its mask
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+    found: Any = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return found[0]
 
 
 class Parts:
@@ -125,7 +151,7 @@ class Parts:
     def _run(self, parts: dict[int, Tensor], block: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         leaves = self.opened(parts)
         before, given = {i: x._version for i, x in leaves.items()}, [x._version for x in inputs]
-        with Uncached(), derivable():
+        with Uncached(), Derivable():
             outs = block(leaves, inputs)
         if [x._version for x in inputs] != given:
             why = "changes an input in place, and is run again for every derivative"

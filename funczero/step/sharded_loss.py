@@ -19,7 +19,7 @@ from funczero.core import tree
 from funczero.core.types import TrainState
 from funczero.gradients.draws import keyed
 from funczero.gradients.loss import check_loss, drew
-from funczero.gradients.parts import Parts, derivable
+from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
 from funczero.layout.mesh import Mesh
 from funczero.layout.where import Where
@@ -47,7 +47,7 @@ class ShardedLoss(NamedTuple):
           DivergenceError: ranks did not open the same units, or did not come here alike.
         """
         parts, own = self._parts(params), getattr(self.loss_fn, "keyed", False)
-        with derivable(), opened_first(), nullcontext() if own else keyed(None, self.mesh.device, drew):
+        with Derivable(), opened_first(), nullcontext() if own else keyed(None, self.mesh.device, drew):
             loss, weight, _ = check_loss(self.loss_fn(parts.tree(), batch), has_aux=False)
         if get_proxy_mode() is None:  # nothing is compared in a graph
             sum_and_compare([torch.zeros(1, dtype=torch.int64, device=self.mesh.device)], self.batch, self.mesh)
