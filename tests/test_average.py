@@ -101,3 +101,11 @@ def test_a_projection_is_asked_for_a_tensor_like_the_given_one():
     step = fz.train_step(g, fz.all_reduce("data"), *RIGHT, fz.project(lambda w: w.sum(), "embed"), mesh={"data": 1})
     with pytest.raises(TypeError, match="project: of parameter 'embed' its function makes torch.float32 of shape"):
         step(step.init(zoo.params()), zoo.batch(0))
+
+
+def test_a_projection_that_finds_no_parameter_is_refused():
+    g = fz.value_and_grad(zoo.loss_plain, batch=P("data"))
+    for which, right in (("no such", RIGHT), ("embed", (fz.freeze("embed"), *RIGHT))):
+        step = fz.train_step(g, fz.all_reduce("data"), *right, fz.project(torch.relu, which), mesh={"data": 1})
+        with pytest.raises(ValueError, match=rf"project\('{which}'\): the regex '{which}' matches no parameter"):
+            step.init(zoo.params())

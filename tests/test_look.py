@@ -89,3 +89,15 @@ def test_what_does_not_fit_is_refused():
     )
     with pytest.raises(RuntimeError, match="a streamed window is no one batch"):
         streamed.grads(streamed.init(zoo.params()), zoo.batch(0))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_look_leaves_a_state_alone_whatever_stands_right_of_the_update(stage):
+    """An average and a projection write new parameters, of which a look has none."""
+    right = (fz.adamw(1e-2), fz.project(lambda w: w.clamp(-0.05, 0.05), "embed", elementwise=True), fz.ema(0.5))
+    step = fz.train_step(*fz.zero(zoo.source(), *right, stage=stage), mesh={"data": 1})
+    for one in (step, fz.donate(step)):
+        state = one.init(zoo.params())
+        before = tree_hash(state._asdict()), [b._version for b in state.params.buffers]
+        one.grads(state, zoo.batch(0))
+        assert (tree_hash(state._asdict()), [b._version for b in state.params.buffers]) == before

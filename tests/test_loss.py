@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import pytest
 import torch
 
@@ -183,3 +185,34 @@ def test_a_mean_over_tokens_is_right_for_any_split(split):
 def test_a_weight_is_one_number():
     with pytest.raises(ValueError, match="mean_loss: the weight has shape"):
         fz.mean_loss(lambda p, b: b.mean(), lambda b: b)({}, torch.ones(2))
+
+
+def block(p, x):
+    return torch.tanh(x @ p["w"])
+
+
+def weightless(stage, form):
+    """How far an update is from the whole batch's, where one of two ranks has no token that counts; is it applied?"""
+    g = torch.Generator().manual_seed(0)
+    params = {"blocks": [{"w": torch.randn(190, 190, generator=g).double() / 14} for _ in range(3)]}
+    x, y = torch.randn(4, 190, generator=g).double(), torch.tensor([1, 2, -100, -100])  # large units and their turns
+    remat = form == "remat"
+    nll = lambda p, b: torch.nn.functional.cross_entropy(fz.layers(block, p["blocks"], b["x"], remat=remat), b["y"])
+    loss = fz.mean_loss(nll, lambda b: (b["y"] != -100).sum())
+    source = fz.value_and_grad(
+        loss, batch=P("data"), units=() if form == "whole" else ("blocks",), higher_order=form == "higher"
+    )
+    step = fz.train_step(*fz.zero(source, fz.sgd(1.0), stage=stage), mesh={"data": 2}, policy="float64")
+    state, m = step(step.init(params), step.local_rows({"x": x, "y": y}))
+    ws, moved = [p["w"].clone().requires_grad_() for p in params["blocks"]], step.params(state)["blocks"]
+    plain = torch.nn.functional.cross_entropy(reduce(lambda h, w: torch.tanh(h @ w), ws, x), y)
+    triples = zip(params["blocks"], moved, torch.autograd.grad(plain, ws), strict=True)
+    gaps = [old["w"] - new["w"] - want for old, new, want in triples]
+    return max(g.abs().max().item() for g in gaps), bool(m.ok), int(m.weight)
+
+
+@pytest.mark.parametrize("form", ["whole", "keep", "remat", "higher"])
+def test_a_rank_without_a_token_that_counts_sends_as_the_others_do(run_world, form):
+    for stage in range(4):
+        for gap, ok, weight in run_world(2, weightless, stage, form):
+            assert ok and weight == 2 and gap < 1e-14, (stage, gap)

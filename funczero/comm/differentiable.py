@@ -123,10 +123,6 @@ def _blocks(outer: Where, i: int, axis: str, size: int) -> tuple[int, list[Slot]
 
 
 # --- whole Slots ------------------------------------------------------------------------------------------------------
-def _present(x: Slots) -> dict[int, Tensor]:
-    return {i: leaf for i, leaf in enumerate(x.leaves()) if leaf is not None}
-
-
 def pack(where: Where, leaves: dict[int, Tensor], like: Slots) -> Slots:
     """Leaves of this place as buffers; those of a unit that has none are empty.
 
@@ -148,7 +144,7 @@ def pack(where: Where, leaves: dict[int, Tensor], like: Slots) -> Slots:
 
 def all_gather(x: Slots, edge: Edge | str, mesh: Mesh, key: Key = (0,)) -> Slots:
     """As collectives.all_gather; what is joined is one value for all ranks of the axis."""
-    return pack(x.where.outer, outwards(x.where, _present(x), mesh, shared=True), x)
+    return pack(x.where.outer, outwards(x.where, x.present(), mesh, shared=True), x)
 
 
 def reduce_scatter(
@@ -159,7 +155,7 @@ def reduce_scatter(
     inner = x.where.inner(edge.axis, size, index)
     if size == 1:
         return Slots(x.buffers, inner), None
-    return pack(inner, inwards(x.where, _present(x), edge.axis, mesh, edge.adds), x), None
+    return pack(inner, inwards(x.where, x.present(), edge.axis, mesh, edge.adds), x), None
 
 
 def all_reduce(

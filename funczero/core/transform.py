@@ -75,6 +75,14 @@ def _right_of(g: Grad, name: str, layout: Layout, apply: Apply, init: Callable[[
     return g._replace(init=both, apply=apply, layout=layout, names=(*g.names, name), arrows=(*g.arrows, layout))
 
 
+def beside_update(g: Grad, name: str) -> None:
+    """Refuse a place for what works on new parameters but right of the last optimizer, inside its bracket."""
+    if not g.layout.applied:
+        raise refuse(g, name, "there are no new parameters yet; write it right of the last optimizer")
+    if g.layout.sharded != next(lay.sharded for lay in g.arrows if lay.applied):
+        raise refuse(g, name, "the bracket around the optimizer is closed; write it inside, beside the optimizer")
+
+
 def slot_name(g: Grad, kind: str) -> str:
     """Where a transform keeps its state: its kind, then kind#2, ...
 

@@ -62,7 +62,7 @@ class Arrivals:
         self.large = [u for u in reversed(learning) if whole.lengths[u] >= SMALL]
         self.small = [u for u in learning if whole.lengths[u] < SMALL]
         self.uses: dict[int, int] = {}  # forwards of a unit whose gradient has not arrived
-        self.booking = self.look = False
+        self.booking = self.look = self.void = False
         self._clear()
 
     def _clear(self) -> None:
@@ -74,7 +74,9 @@ class Arrivals:
         self.bad: dict[int, Tensor] = {}
 
     @contextmanager
-    def collecting(self, look: bool = False, retain: bool = False, key: Key | None = None) -> Iterator[None]:
+    def collecting(
+        self, look: bool = False, retain: bool = False, key: Key | None = None, void: bool = False
+    ) -> Iterator[None]:
         """While the backward that the chain asked for runs. Other backwards, as a loss may take on its way, book
         nothing.
 
@@ -82,10 +84,11 @@ class Arrivals:
           look: count non-finite values.
           retain: the same graph will run backward once more.
           key: of this backward, where it was not known when the tape was made.
+          void: what arrives counts as zero.
         """
         self.key = self.key if key is None else key
         before = dict(self.uses)
-        self.booking, self.look = True, look
+        self.booking, self.look, self.void = True, look, void
         try:
             yield
         finally:
@@ -101,6 +104,7 @@ class Arrivals:
         """A use's gradient, in the dtype it was born in: uses are summed here, in the order of arrival."""
         if not self.booking:
             return
+        grads = [None] * len(grads) if self.void else grads
         if self.env.early is not None and self.env.early.used is not None:
             self.env.early.used.update(
                 m for m, g in zip(self.whole.structure.members[unit], grads, strict=True) if g is not None

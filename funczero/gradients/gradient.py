@@ -18,7 +18,7 @@ from funczero.core.types import Apply, ChainError, Env, Grad, Layout, Seed, Sum
 from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.higher import Loss, applied
-from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
+from funczero.gradients.loss import aux_sum, check_loss, drew, is_void, no_gradient
 from funczero.gradients.tape import Tape
 from funczero.layout.lazy import Lazy
 from funczero.layout.slots import Slots
@@ -252,7 +252,8 @@ def _differentiate(
     wanted = {i: x for i, x in open_leaves.items() if x.requires_grad}
     grads: list[Any] = [None] * len(structure.leaves)
     if loss.requires_grad:
-        with tape.collecting(seed.look):
+        void = is_void(loss_fn, weight)
+        with tape.collecting(seed.look, void=void):
             try:
                 found = torch.autograd.grad(
                     loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True
@@ -264,7 +265,7 @@ def _differentiate(
         for i, g in zip(wanted, found, strict=False):
             if g is not None and g.layout != torch.strided:
                 raise TypeError(sparse(structure.leaves[i].path))
-            grads[i] = g
+            grads[i] = None if void else g
     learning = any(not u.frozen and members for u, members in zip(structure.units, structure.members, strict=True))
     if learning and not tape.arrivals.number and all(g is None for g in grads) and bool(weight != 0):
         raise RuntimeError(no_gradient())

@@ -14,14 +14,14 @@ from torch import Tensor
 from funczero.comm import collectives, differentiable
 from funczero.comm.adjoint import vary
 from funczero.core import rng, tree
-from funczero.core.types import Apply, ChainError, Env, Seed, State, Sum
+from funczero.core.types import Apply, Env, Seed, State, Sum
 from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
-from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
+from funczero.gradients.loss import aux_sum, check_loss, drew, is_void, no_gradient
 from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
 from funczero.layout.slots import Slots
-from funczero.transforms.chain import Source
+from funczero.transforms.chain import Source, no_wires
 
 
 class Loss(NamedTuple):
@@ -38,6 +38,11 @@ class Loss(NamedTuple):
         """In which the parts wait to be cast, and their gradients are added."""
         return torch.promote_types(self.env.policy.compute, self.env.policy.accumulate)
 
+    def parts(self, views: Slots, leaves: dict[int, Tensor]) -> Parts:
+        """Leaves of views, as the loss reads them."""
+        void = getattr(self.fn, "void_at_zero", False)
+        return Parts(views.where, leaves, self.env.mesh, dtype=self.env.policy.compute, may_be_void=void)
+
     def __call__(self, parts: Parts, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any]:
         """(sum of losses, sum of weights, (the user's sums as [1, n] float64, the form of their tree) or None)."""
         if self.rng and seed.key == rng.UNKNOWN:
@@ -49,6 +54,7 @@ class Loss(NamedTuple):
         with Derivable(), opened_first(), drawing:
             loss, weight, aux = check_loss(self.fn(parts.tree(), batch, *key), self.has_aux)
         parts.left_alone()
+        parts.void = is_void(self.fn, weight)
         if not self.has_aux:
             return loss, weight.to(loss.device), None
         sums = [aux_sum(path, x, loss.device) for path, x in tree.paths(aux)]
@@ -64,11 +70,8 @@ def applied(source: Source, loss: Loss, index: int) -> Apply:
     Raises:
       ChainError: an axis has a wire, which no derivative knows.
     """
-    env, axes = loss.env, (*source.axes, *source.scatter)
-    packed = next((e for a in axes if not (e := env.edges[a]).exact), None)
-    if packed is not None:
-        what = f"the wire over {packed.axis!r} ({packed}) rounds what it sends, and has no derivative"
-        raise ChainError(f"value_and_grad: {what}; leave it out of this chain")
+    env = loss.env
+    no_wires("value_and_grad", [env.edges[a] for a in (*source.axes, *source.scatter)])
     kind, derive = (differentiable, _derivable) if env.differentiable else (collectives, _derived)
 
     def apply(views: Slots, state: State, batch: Any, seed: Seed) -> tuple[Sum, State]:
@@ -84,10 +87,9 @@ def applied(source: Source, loss: Loss, index: int) -> Apply:
 
 def _derived(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any, Slots]:
     """The loss and its gradient, summed over the axes of rest; nothing is kept."""
-    leaves = {i: x.data.to(loss.wide) for i, x in enumerate(views.leaves()) if x is not None}
+    leaves = {i: x.data.to(loss.wide) for i, x in views.present().items()}
     learning = {i: x.requires_grad_() for i, x in leaves.items() if not views.where.structure.frozen(i)}
-    parts = Parts(views.where, leaves, loss.env.mesh, dtype=loss.env.policy.compute)
-    value, weight, aux = loss(parts, batch, seed)
+    value, weight, aux = loss(loss.parts(views, leaves), batch, seed)
     found: list[Any] = [None] * len(learning)
     if value.requires_grad:
         cotangent = seed.cotangent.to(value.dtype)
@@ -107,15 +109,14 @@ def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor
     """The same as functions of views, batch and cotangent; what is frozen is a constant."""
     mesh, where, wide = loss.env.mesh, views.where, loss.wide
     apart = tuple(a for a in loss.batch if a not in where.axes)
-    each = {i: x.to(wide) for i, x in enumerate(views.leaves()) if x is not None}
+    each = {i: x.to(wide) for i, x in views.present().items()}
     still = {i: x.detach() for i, x in each.items() if where.structure.frozen(i)}
     moving = {i: x for i, x in each.items() if i not in still}
     moving = differentiable.over_leaves(where, moving, lambda i: apart, mesh, vary)
     form: list[Any] = []  # of the user's sums
 
     def fn(learning: dict[int, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        parts = Parts(where, {**still, **learning}, mesh, dtype=loss.env.policy.compute)
-        value, weight, aux = loss(parts, batch, seed)
+        value, weight, aux = loss(loss.parts(views, {**still, **learning}), batch, seed)
         form[:] = [] if aux is None else [aux[1]]
         return value, (weight,) if aux is None else (weight, aux[0])
 

@@ -38,8 +38,9 @@ def _of_mean(loss_fn: Callable[..., Tensor], weight: Callable[[Any], Any]) -> Ca
         full = torch.as_tensor(weight(batch), device=loss.device).to(loss.dtype)
         if full.dim():
             raise ValueError(f"mean_loss: the weight has shape {tuple(full.shape)}; return one number, as mask.sum()")
-        return (loss * full if bool(full != 0) else torch.zeros_like(loss)), full
+        return (loss * full if bool(full != 0) else loss.nan_to_num() * 0), full
 
+    both.void_at_zero = True  # type: ignore[attr-defined]
     both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
     return both
 
@@ -51,6 +52,13 @@ def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tenso
     (tensor(3.), tensor(3.))
     """
     return _of_mean(loss_fn, lambda batch: tree.count_rows(tree.leaves(batch), "per_row"))
+
+
+def is_void(loss_fn: Callable[..., Any], weight: Tensor) -> bool:
+    """Does this micro-batch weigh nothing, of a loss that is 0 / 0 there? Its backward runs, so that ranks send alike,
+    and what comes of it is not a number and counts as zero.
+    """
+    return getattr(loss_fn, "void_at_zero", False) and not bool(weight != 0)
 
 
 def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:

@@ -61,6 +61,33 @@ def _attention(
     return found[0]
 
 
+class _Counted(torch.autograd.Function):
+    """A leaf as it is; what comes back to it counts as zero where the loss turns out to weigh nothing."""
+
+    @staticmethod
+    def forward(x: Tensor, parts: Parts) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Parts], output: Tensor) -> None:
+        ctx.parts = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return torch.zeros_like(g) if ctx.parts.void else g, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
+        return dx.view_as(dx)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, parts: Parts) -> tuple[Tensor, int | None]:
+        return _counted(x, parts), in_dims[0]
+
+
+_counted: Callable[[Tensor, Parts], Tensor] = _Counted.apply
+
+
 class Parts:
     """This rank's parts of all leaves for one forward: whole outside the units, closed inside them until they run."""
 
@@ -71,6 +98,7 @@ class Parts:
         mesh: Mesh,
         varied: Sequence[str] = (),
         dtype: torch.dtype | None = None,
+        may_be_void: bool = False,
     ) -> None:
         """where: of the parts; parts: by leaf number, in their logical shapes.
 
@@ -78,6 +106,7 @@ class Parts:
           varied: mesh axes beyond those of `where` along which ranks have rows of their own, and the parts are one
             value for all.
           dtype: in which they travel and are read; by default their own.
+          may_be_void: is it known only after the forward whether its loss counts? Then `void` says that it does not.
 
         Raises:
           RuntimeError: it is inference_mode, whose tensors nobody can see a write into.
@@ -89,6 +118,7 @@ class Parts:
         some = next(iter(parts.values()))
         self.whole = Where.whole(where.structure)
         self.dtype, self.device, self.differentiate = dtype or some.dtype, some.device, True
+        self.may_be_void, self.void = may_be_void, False
         self.versions = {i: x._version for i, x in parts.items()}
 
     @property
@@ -126,7 +156,8 @@ class Parts:
         while where.coords:  # narrow over the outermost alone: sums of gradients stay wide
             last = self.dtype if len(where.coords) == 1 else None
             out, where = outwards(where, out, self.mesh, last), where.outer
-        return {i: x.to(self.dtype) for i, x in out.items()}
+        out = {i: x.to(self.dtype) for i, x in out.items()}
+        return {i: _counted(x, self) for i, x in out.items()} if self.may_be_void else out
 
     def run(self, group: Group, block: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         """block(leaves by number, inputs) -> a tuple, with the units open inside.

@@ -202,10 +202,12 @@ class Tape:
         self.lent += [(i, weakref.ref(x)) for i, x in leaves.items()]
 
     @contextmanager
-    def collecting(self, look: bool = False, retain: bool = False, key: Key | None = None) -> Iterator[None]:
+    def collecting(
+        self, look: bool = False, retain: bool = False, key: Key | None = None, void: bool = False
+    ) -> Iterator[None]:
         """While the backward that the chain asked for runs; see Arrivals.collecting."""
         self.look = look
-        with self.arrivals.collecting(look, retain, key):
+        with self.arrivals.collecting(look, retain, key, void):
             yield
 
     def open_leaves(self, buffers: dict[int, Tensor], track: bool = False) -> dict[int, Tensor]:

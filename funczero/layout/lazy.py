@@ -46,7 +46,7 @@ class Lazy(NamedTuple):
         for i, x in enumerate(out.leaves()):
             slot = where.slots[i]
             if x is not None and x.numel():
-                x.copy_(self.read(i, tuple(slice(a, a + n) for a, n in zip(slot.start, slot.shape, strict=True))))
+                x.copy_(self.read(i, slot.place))
         return out
 
 

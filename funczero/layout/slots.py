@@ -39,6 +39,14 @@ class Slots(NamedTuple):
         """This rank's parts as the tree the user gave; what a gradient does not have (frozen) is an empty tensor."""
         return self.where.structure.unflatten([self.buffers[0].new_empty(0) if x is None else x for x in self.leaves()])
 
+    def present(self) -> dict[int, Tensor]:
+        """The leaves that are there, by number."""
+        return {i: x for i, x in enumerate(self.leaves()) if x is not None}
+
+    def write(self, leaf: int, whole: Tensor) -> None:
+        """A whole leaf's part, in place."""
+        self.present()[leaf].data.copy_(whole.detach()[self.where.slots[leaf].place])
+
     def map(self, fn: Callable[..., Tensor], *others: Slots) -> Slots:
         """fn on buffers; padding must stay zero."""
         return Slots(tuple(fn(*b) for b in zip(self.buffers, *(o.buffers for o in others), strict=True)), self.where)

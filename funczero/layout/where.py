@@ -33,6 +33,11 @@ class Slot(NamedTuple):
     start: tuple[int, ...]  # of the part in the leaf
     block: tuple[int, ...]  # shape of a full part; that of a late rank may be less
 
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Of the part in the leaf, to index it with."""
+        return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
+
 
 @dataclass(frozen=True)
 class Where:

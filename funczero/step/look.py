@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -11,20 +11,21 @@ from torch import Tensor
 
 from funczero.comm.collectives import all_gather
 from funczero.comm.integers import sum_integers
-from funczero.core import tree
+from funczero.core import rng, tree
 from funczero.core.transform import after
-from funczero.core.types import Grad, State, TrainState, Value
+from funczero.core.types import Grad, Seed, State, TrainState, Value
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 from funczero.step.alike import checksum
-from funczero.transforms.mean import value
+from funczero.step.fits import Fits
+from funczero.transforms import mean
 
 LOOK = "look"  # where a chain that is looked at keeps the gradient
 
 
 def seen(g: Grad) -> Grad:
     """The gradient as it is here, with its factor, goes into the state that a call returns."""
-    g = value(g, LOOK)
+    g = mean.value(g, LOOK)
 
     def fn(out: Value, state: State) -> tuple[Value, State]:
         return out, {**state, LOOK: out.grads.map(lambda b: b * out.factor.to(b.dtype))}
@@ -32,12 +33,39 @@ def seen(g: Grad) -> Grad:
     return after(g, LOOK, g.layout, fn)
 
 
-def by_path(slots: Slots, whole: bool, mesh: Mesh) -> dict[str, Tensor]:
-    """What is there, by path: whole on every rank, or this rank's parts; copies."""
-    if whole:
-        slots = reduce(lambda x, a: all_gather(x, a, mesh), reversed(slots.where.axes), slots)
-    leaves = slots.where.structure.leaves
-    return {leaf.path: x.clone() for leaf, x in zip(leaves, slots.leaves(), strict=True) if x is not None}
+def gathered(slots: Slots, mesh: Mesh) -> Slots:
+    """Every leaf whole on every rank; a collective where they are cut."""
+    return reduce(lambda x, a: all_gather(x, a, mesh), reversed(slots.where.axes), slots)
+
+
+def by_path(slots: Slots) -> dict[str, Tensor]:
+    """Copies of the leaves that are there, by path."""
+    return {slots.where.structure.leaves[i].path: x.clone() for i, x in slots.present().items()}
+
+
+def seed_of(state: TrainState, device: torch.device, look: bool = False) -> Seed:
+    """What an update of a state hands to its gradient."""
+    run, now = int(state.key), int(state.step)
+    return Seed(torch.ones((), device=device), rng.fold(run, now), 0, look, (run, now))
+
+
+def looking(built: Callable[[], Grad], fits: Fits) -> Callable[[TrainState, Any], Slots]:
+    """(state, batch) -> the gradient that an update would hand to its last optimizer.
+
+    Args:
+      built: the chain with `seen` before optimizers that do nothing.
+    """
+
+    def look(state: TrainState, batch: Any) -> Slots:
+        g = built()
+        if g.streams:
+            raise RuntimeError("step.grads: a streamed window is no one batch; look at a chain without stream=True")
+        views = fits.views(state, fits.look(state))
+        given = {**state.chain, "params": state.params}
+        found: Slots = g.apply(views, given, batch, seed_of(state, g.env.mesh.device))[1][LOOK]
+        return found
+
+    return look
 
 
 def written(state: TrainState, values: Mapping[str, Any], mesh: Mesh) -> TrainState:
@@ -55,19 +83,13 @@ def written(state: TrainState, values: Mapping[str, Any], mesh: Mesh) -> TrainSt
         if path not in numbers:
             raise KeyError(f"step.set: there is no parameter {path!r}; paths are {sorted(numbers)[:6]}, ...")
         i = numbers[path]
-        slot, part = masters.where.slots[i], new.leaves()[i]
-        assert part is not None
-        whole = _value(path, x, leaves[i].shape, dtype, mesh.device)
-        sums.append(checksum(whole))
-        part.copy_(whole[tuple(slice(a, a + n) for a, n in zip(slot.start, slot.shape, strict=True))])
+        value = _value(path, x, leaves[i].shape, dtype, mesh.device)
+        sums.append(checksum(value))
+        new.write(i, value)
     own = torch.stack(sums).sum().view(1)
-    if mesh.connected and bool(sum_integers(own, tuple(mesh.axes), mesh) != own * _ranks(mesh)):
+    if mesh.connected and bool(sum_integers(own, tuple(mesh.axes), mesh) != own * mesh.rank(tuple(mesh.axes))[1]):
         raise ValueError("step.set: ranks are given different values; give the same whole tensors on every rank")
     return state._replace(params=new)
-
-
-def _ranks(mesh: Mesh) -> int:
-    return reduce(lambda n, a: n * a, mesh.sizes().values(), 1)
 
 
 def _value(path: str, x: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -76,9 +98,7 @@ def _value(path: str, x: Any, shape: Sequence[int], dtype: torch.dtype, device: 
     if not isinstance(x, Tensor):
         raise TypeError(f"step.set: the value of {path!r} is a {type(x).__name__}; give its whole tensor, or a number")
     if tuple(x.shape) != tuple(shape):
-        raise ValueError(
-            f"step.set: the value of {path!r} has shape {tuple(x.shape)}, the parameter {tuple(shape)}"
-        )
+        raise ValueError(f"step.set: the value of {path!r} has shape {tuple(x.shape)}, the parameter {tuple(shape)}")
     if not x.is_floating_point() or torch.finfo(x.dtype).bits > torch.finfo(dtype).bits:
         raise TypeError(f"step.set: the value of {path!r} is {x.dtype}, but its master is {dtype}; cast it first")
     return x.detach().to(device=device, dtype=dtype)

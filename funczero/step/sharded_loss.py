@@ -24,6 +24,7 @@ from funczero.gradients.ref import opened_first
 from funczero.layout.mesh import Mesh
 from funczero.layout.where import Where
 from funczero.step.fits import unused
+from funczero.step.look import by_path
 from funczero.step.step import Step
 
 Params = Mapping[str, Tensor]  # by the leaf's path
@@ -80,15 +81,8 @@ class ShardedLoss(NamedTuple):
 
     def _parts(self, params: Params) -> Parts:
         where = self.where
-        leaves, apart = where.structure.leaves, [a for a in self.batch if a not in where.axes]
-        if not isinstance(params, Mapping) or set(params) != {leaf.path for leaf in leaves}:
-            have = sorted(params)[:4] if isinstance(params, Mapping) else type(params).__name__
-            raise TypeError(f"sharded_loss: its parameters are {have}; give what fz.parts(state) returned, by path")
-        for leaf, slot in zip(leaves, where.slots, strict=True):
-            shape = tuple(params[leaf.path].shape)
-            if shape != slot.shape:
-                raise ValueError(f"sharded_loss: {leaf.path!r} has shape {shape}, and this rank's part is {slot.shape}")
-        named = {i: params[leaf.path] for i, leaf in enumerate(leaves)}
+        apart = [a for a in self.batch if a not in where.axes]
+        named = _by_number("sharded_loss", where, params)
         parts = {i: x.detach() if where.structure.frozen(i) else x for i, x in named.items()}
         return Parts(where, parts, self.mesh, apart)
 
@@ -133,9 +127,7 @@ def parts(state: TrainState) -> dict[str, Tensor]:
       RuntimeError: the state was donated.
     """
     unused("parts", state)
-    leaves = state.params.where.structure.leaves
-    found = zip(leaves, state.params.leaves(), strict=True)
-    return {leaf.path: x.clone() for leaf, x in found if x is not None}
+    return by_path(state.params)
 
 
 def with_parts(state: TrainState, params: Params) -> TrainState:
@@ -148,19 +140,28 @@ def with_parts(state: TrainState, params: Params) -> TrainState:
       RuntimeError: the state was donated.
     """
     unused("with_parts", state)
-    masters = state.params
-    leaves, slots = masters.where.structure.leaves, masters.where.slots
-    if set(params) != {leaf.path for leaf in leaves}:
-        odd = sorted(set(params) ^ {leaf.path for leaf in leaves})[0]
-        raise TypeError(f"with_parts: {odd!r} is missing or no parameter; give what fz.parts(state) returned, by path")
-    for leaf, slot in zip(leaves, slots, strict=True):
-        if tuple(params[leaf.path].shape) != slot.shape:
-            have = tuple(params[leaf.path].shape)
-            raise ValueError(f"with_parts: {leaf.path!r} has shape {have}, and this rank's part is {slot.shape}")
-    dtype = masters.buffers[0].dtype
-    return state._replace(
-        params=pack(masters.where, {i: params[leaf.path].to(dtype) for i, leaf in enumerate(leaves)}, masters)
-    )
+    masters, dtype = state.params, state.params.buffers[0].dtype
+    named = {i: x.to(dtype) for i, x in _by_number("with_parts", masters.where, params).items()}
+    return state._replace(params=pack(masters.where, named, masters))
+
+
+def _by_number(who: str, where: Where, params: Params) -> dict[int, Tensor]:
+    """Parts by leaf number.
+
+    Raises:
+      TypeError, ValueError: they are no mapping, a path is missing or too many, or a part has another shape.
+    """
+    leaves, given = where.structure.leaves, "give what fz.parts(state) returned, by path"
+    if not isinstance(params, Mapping):
+        raise TypeError(f"{who}: its parameters are a {type(params).__name__}; {given}")
+    odd = sorted({str(k) for k in params} ^ {str(leaf.path) for leaf in leaves})
+    if odd:
+        raise TypeError(f"{who}: {odd[0]!r} is missing or no parameter; {given}")
+    for leaf, slot in zip(leaves, where.slots, strict=True):
+        have = tuple(params[leaf.path].shape)
+        if have != slot.shape:
+            raise ValueError(f"{who}: {leaf.path!r} has shape {have}, and this rank's part is {slot.shape}")
+    return {i: params[leaf.path] for i, leaf in enumerate(leaves)}
 
 
 def per_sample(
@@ -271,9 +272,8 @@ def _by_coordinate(
     """By path a linear function of parts, at every unit vector of the whole leaf: each rank has its part of it."""
     for leaf, slot in zip(loss.where.structure.leaves, loss.where.slots, strict=True):
         n, x = prod(leaf.shape), like[leaf.path]
-        place = tuple(slice(a, a + m) for a, m in zip(slot.start, slot.shape, strict=True))
         units = {k: y.new_zeros((n, *y.shape)) for k, y in like.items()}
-        units[leaf.path] = torch.eye(n, dtype=x.dtype, device=x.device).view((n, *leaf.shape))[:, *place]
+        units[leaf.path] = torch.eye(n, dtype=x.dtype, device=x.device).view((n, *leaf.shape))[:, *slot.place]
         if n:
             # what is drawn comes from a key, and so is the same for all coordinates
             found = torch.func.vmap(linear, chunk_size=coordinates, randomness="same")(units)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from funczero.comm.collectives import all_gather
 from funczero.comm.integers import sum_and_compare
 from funczero.core import order, tree
 from funczero.core.held import transformed, transforming
@@ -26,7 +24,7 @@ from funczero.step.calls import recorded
 from funczero.step.describe import describe
 from funczero.step.fits import Fits, at
 from funczero.step.initial import initial, read_lazily
-from funczero.step.look import by_path, written
+from funczero.step.look import by_path, gathered, written
 from funczero.transforms.chain import Source
 
 Own = TypeVar("Own")  # what a transform keeps
@@ -162,7 +160,8 @@ class Step(NamedTuple):
         Args:
           whole: False gives this rank's part of what is sharded there.
         """
-        return by_path(self.look(state, batch), whole, self.live_mesh)
+        found = self.look(state, batch)
+        return by_path(gathered(found, self.live_mesh) if whole else found)
 
     def set(self, state: TrainState, values: Mapping[str, Any]) -> TrainState:
         """The state with other parameters at some paths: whole tensors, or one number for all of a leaf's values.
@@ -176,8 +175,7 @@ class Step(NamedTuple):
         return recorded("step.set", lambda state: written(state, values, self.live_mesh), self.running)(state)
 
     def _whole(self, state: TrainState) -> Any:
-        mesh = self.live_mesh
-        whole = reduce(lambda x, a: all_gather(x, a, mesh), reversed(state.params.where.axes), state.params)
+        whole = gathered(state.params, self.live_mesh)
         return whole.where.structure.unflatten([x if x is None else x.clone() for x in whole.leaves()])
 
     def specs(self, params: Any) -> dict[str, Any]:
@@ -240,7 +238,8 @@ def not_compiled() -> None:
     raise RuntimeError(f"step: torch.compile does not go through a step, because {why}; {remedy}")
 
 
-not_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, which imports dynamo
+# as torch.compiler.disable says it, which would import the compiler
+not_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _not_transformed(state: TrainState, batch: Any) -> None:

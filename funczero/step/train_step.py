@@ -10,10 +10,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from funczero.comm.edge import Edge
-from funczero.core import rng
 from funczero.core.policy import Policy
 from funczero.core.transform import refuse
-from funczero.core.types import ChainError, Env, Grad, Metrics, Seed, TrainState, Updated
+from funczero.core.types import ChainError, Env, Grad, Metrics, TrainState, Updated
 from funczero.layout.mesh import Mesh, connect, plan_mesh
 from funczero.layout.slots import Slots
 from funczero.step.alike import begin
@@ -21,7 +20,7 @@ from funczero.step.book import Book
 from funczero.step.calls import recorded, watched
 from funczero.step.fits import Fits, packed
 from funczero.step.initial import check_widening, initial, read_lazily
-from funczero.step.look import LOOK, seen
+from funczero.step.look import looking, seed_of, seen
 from funczero.step.notices import Early, narrow, nested, say
 from funczero.step.step import Step, metrics_of
 from funczero.transforms.chain import Source, build, chain, configured
@@ -112,20 +111,11 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
 
     @cache
     def probe() -> Grad:  # the same gradients, and nothing applied
-        return _built(unapplied(parts), env._replace(mesh=running().env.mesh, donate=True))
+        return _built(unapplied(parts), env._replace(mesh=running().env.mesh))
 
     @cache
     def looked() -> Grad:
-        return _built(unapplied(parts, (seen,)), env._replace(mesh=running().env.mesh, donate=True))
-
-    def look(state: TrainState, batch: Any) -> Slots:
-        if running().streams:
-            raise RuntimeError("step.grads: a streamed window is no one batch; look at a chain without stream=True")
-        made, run, now = fits.look(state), int(state.key), int(state.step)
-        seed = Seed(torch.ones((), device=running().env.mesh.device), rng.fold(run, now), 0, False, (run, now))
-        given = {**state.chain, "params": state.params}
-        found: Slots = looked().apply(fits.views(state, made), given, batch, seed)[1][LOOK]
-        return found
+        return _built(unapplied(parts, (seen,)), env._replace(mesh=running().env.mesh))
 
     def init(params: Any, key: int = 0) -> TrainState:
         g = running()
@@ -144,9 +134,7 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         g = running()
         made = fits.look(state)
         now, seen = int(state.step), _seen(book, state, patience)
-        look = options.debug or seen.row > 0
-        run = int(state.key)
-        seed = Seed(torch.ones((), device=g.env.mesh.device), rng.fold(run, now), 0, look, (run, now))
+        seed = seed_of(state, g.env.mesh.device, look=options.debug or seen.row > 0)
         views, given = fits.views(state, made), {**state.chain, "params": state.params}
         if early.open:
             early.before(state.params)
@@ -171,7 +159,7 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
     fits = Fits(book, running, lambda g, meta: read_lazily(source, g, meta, torch.device("meta")))
     rebuild = lambda donating: _make(parts, env, options, donating, book)
     interpreted = lambda env: _built(parts, env)
-    looks = recorded("step.grads", look, running)
+    looks = recorded("step.grads", looking(looked, fits), running)
     return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, interpreted, fits, looks)
 
 

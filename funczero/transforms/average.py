@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funczero.core.number import flag, number
-from funczero.core.transform import after, refuse, slot_name
+from funczero.core.transform import after, beside_update, slot_name
 from funczero.core.types import Grad, State, TrainState, Transform, Updated
 from funczero.layout.lazy import Lazy
 from funczero.layout.slots import Slots
@@ -47,10 +47,7 @@ def ema(decay: float, warmup: bool = False) -> Transform:
     flag("ema", "warmup", warmup)
 
     def transform(g: Grad) -> Grad:
-        if not g.layout.applied:
-            raise refuse(g, name, "there are no new parameters yet; write it right of the last optimizer")
-        if g.layout.sharded != next(lay.sharded for lay in g.arrows if lay.applied):
-            raise refuse(g, name, "the bracket around the optimizer is closed; write it inside, beside the optimizer")
+        beside_update(g, name)
         key, dtype = slot_name(g, "ema"), torch.promote_types(g.env.policy.params, torch.float32)
 
         def init(params: Lazy) -> State:

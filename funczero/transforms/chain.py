@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from funczero.comm.edge import Edge, joined
@@ -90,7 +90,7 @@ def build(parts: Sequence[Any], env: Env) -> Grad:
     g = fold(source.make(source, env._replace(edges=edges)), marked)
     _all_used(source, env)
     if env.differentiable:
-        _no_wires(g)
+        no_wires("differentiable", g.env.edges.values())
     return kept_where_skipped(g)
 
 
@@ -106,12 +106,16 @@ def _once_an_update(source: Source, edges: dict[str, Edge]) -> None:
             raise ChainError(f"shard({axis!r}): {why}; {remedy}")
 
 
-def _no_wires(g: Grad) -> None:
-    """Refuse wires in a differentiable step."""
-    packed = next((e for e in g.env.edges.values() if not e.exact), None)
+def no_wires(who: str, edges: Iterable[Edge]) -> None:
+    """Refuse wires where derivatives are asked for.
+
+    Raises:
+      ChainError: an edge packs what it sends.
+    """
+    packed = next((e for e in edges if not e.exact), None)
     if packed is not None:
         what = f"the wire over {packed.axis!r} ({packed}) rounds what it sends, and has no derivative"
-        raise ChainError(f"differentiable: {what}; leave it out of this chain")
+        raise ChainError(f"{who}: {what}; leave it out of this chain")
 
 
 def _all_used(source: Source, env: Env) -> None:

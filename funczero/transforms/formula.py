@@ -11,6 +11,13 @@ from funczero.core import tree
 from funczero.core.types import Formula, GradientTransformation, Reading, Tree
 from funczero.layout.slots import Slots
 
+IDLE = Formula(
+    lambda own, params, ok, donate: Reading([], None, ok),
+    lambda own: [],
+    lambda own, rates, factor, ok: (own, []),
+    lambda *piece: None,
+)  # of an optimizer that moves nothing and keeps nothing: nothing needs to be copied for it
+
 
 def run(
     formula: Formula,

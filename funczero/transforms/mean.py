@@ -90,7 +90,7 @@ def _differentiable(out: Sum, lay: Layout, env: Env, places: Tensor) -> Value:
 
 def _squares(grads: Slots, env: Env) -> Tensor:
     """The sum of squares over the whole tree, float64, one value for all ranks."""
-    leaves = {i: x for i, x in enumerate(grads.leaves()) if x is not None}
+    leaves = grads.present()
     return dot(grads.where, leaves, leaves, env.mesh)
 
 
@@ -173,7 +173,7 @@ def pointwise(name: str, fn: Callable[[Tensor, Tensor], Tensor]) -> Transform:
             if not g.env.differentiable:
                 return rewritten(out, out.grads.map(lambda b: fn(b, out.factor.to(b.dtype)))), state
             factor = Varied(out.grads.where, g.env.mesh, out.factor)
-            leaves = {i: fn(x, factor.of(i).to(x.dtype)) for i, x in enumerate(out.grads.leaves()) if x is not None}
+            leaves = {i: fn(x, factor.of(i).to(x.dtype)) for i, x in out.grads.present().items()}
             return rewritten(out, pack(out.grads.where, leaves, out.grads)), state
 
         return after(g, name, g.layout, rewrite)

@@ -10,8 +10,9 @@ from torch import Tensor
 from funczero.comm.differentiable import pack
 from funczero.core import tree
 from funczero.core.number import flag
-from funczero.core.transform import after, refuse
+from funczero.core.transform import after, beside_update, refuse
 from funczero.core.types import Grad, State, Transform, Updated
+from funczero.layout.lazy import Lazy
 from funczero.layout.slots import Slots
 
 
@@ -32,6 +33,7 @@ def project(
 
     Raises:
       ChainError: it stands left of the update; a leaf is cut and nothing is promised.
+      ValueError: the regex is found in no path that learns; at init.
       TypeError: fn returns something else; by path, at the first update.
     """
     matches = tree.matcher(which)
@@ -40,14 +42,19 @@ def project(
         flag("project", "elementwise", elementwise)
 
     def transform(g: Grad) -> Grad:
-        if not g.layout.applied:
-            raise refuse(g, name, "there are no new parameters yet; write it right of the last optimizer")
-        if g.layout.sharded != next(lay.sharded for lay in g.arrows if lay.applied):
-            raise refuse(g, name, "the bracket around the optimizer is closed; write it inside, beside the optimizer")
+        beside_update(g, name)
         cut = [a for a in g.layout.sharded if g.env.mesh.axes[a].size > 1]
         if cut and not elementwise:
             why = f"nothing says that it works value by value, but the leaves are cut over {cut} here"
             raise refuse(g, name, f"{why}; write elementwise=True if it does, or a chain without shard")
+
+        def init(params: Lazy) -> State:
+            structure = params.structure
+            learning = [leaf.path for i, leaf in enumerate(structure.leaves) if not structure.frozen(i)]
+            why = tree.unmatched(which, learning) if isinstance(which, str) else ""
+            if why:
+                raise ValueError(f"{name}: {why}; correct it, or leave the projection out")
+            return {}
 
         def after_update(out: Updated, state: State) -> tuple[Updated, State]:
             old, found = out.params, {}
@@ -60,7 +67,7 @@ def project(
                 new = Slots(tuple(b.copy_(n) for b, n in zip(old.buffers, new.buffers, strict=True)), old.where)
             return out._replace(params=new), {**state, "params": new}
 
-        return after(g, name, g.layout, after_update)
+        return after(g, name, g.layout, after_update, init)
 
     transform.__name__ = name
     return transform

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from absl import logging
 from torch import Tensor
 
-from funczero.core.types import Formula, GradientTransformation, Out, Reading, Transform, Updated
+from funczero.core.types import GradientTransformation, Out, Transform, Updated
 from funczero.layout.structure import Leaf
 from funczero.transforms.chain import Bracket, Configure, Lift, Source
+from funczero.transforms.formula import IDLE
 from funczero.transforms.partition import Partition
 
 
@@ -121,14 +122,6 @@ def _words(bad: Tensor | None, one: Unread, leaves: Sequence[Leaf]) -> str:
 
 def _loss(one: Unread) -> str:
     return "" if bool(one.loss.isfinite()) else f"; the loss is {float(one.loss)}"
-
-
-IDLE = Formula(
-    lambda own, params, ok, donate: Reading([], None, ok),
-    lambda own: [],
-    lambda own, rates, factor, ok: (own, []),
-    lambda *piece: None,
-)
 
 
 def _idle(name: str) -> GradientTransformation:

@@ -28,15 +28,10 @@ Leaves = dict[int, Tensor]  # by number
 ONE = -1  # in place of a leaf's number: a number that is one for all ranks
 
 
-def present(x: Slots) -> Leaves:
-    """The leaves that are there."""
-    return {i: leaf for i, leaf in enumerate(x.leaves()) if leaf is not None}
-
-
 def scaled(out: Value, env: Env) -> Leaves:
     """The gradient with its factor, in the masters' dtype; zero where the update is skipped."""
     dtype, each, grads = env.policy.params, Varied(out.grads.where, env.mesh, out.factor), {}
-    for i, g in present(out.grads).items():
+    for i, g in out.grads.present().items():
         wide = torch.promote_types(torch.promote_types(dtype, torch.float32), g.dtype)
         grads[i] = torch.where(out.ok, (g.to(wide) * each.of(i)).to(dtype), 0.0)
     return grads
@@ -55,7 +50,7 @@ def by_formula(
     one = torch.ones((), dtype=torch.float64, device=ok.device)
     reading, moments = formula.smooth.read(own, params, ok), formula.moments(own)
     new, scalars = formula.scalars(own, [group.rates for group in reading.groups], one, ok)
-    masters, columns = present(params), [present(m) for m in moments]
+    masters, columns = params.present(), [m.present() for m in moments]
     moved, after = Leaves(), [dict(column) for column in columns]
     mine = [i for i in grads if held is None or i in held]
     for group, each in zip(reading.groups, scalars, strict=True):
@@ -196,7 +191,7 @@ def stepped(
     Args:
       grads: by leaf number, with their factor.
     """
-    leaves, own, lr = present(old), State(), None
+    leaves, own, lr = old.present(), State(), None
     for e, where, held in shares.of(old.where):
         mine = {i: g for i, g in grads.items() if held is None or i in held}
         if e.tx.formula is not None:

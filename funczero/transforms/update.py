@@ -16,11 +16,11 @@ from funczero.core.transform import after, refuse
 from funczero.core.types import Grad, GradientTransformation, State, Tree, Updated, Value
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
-from funczero.transforms.formula import run
+from funczero.transforms.formula import IDLE, run
 from funczero.transforms.mean import rewritten
 from funczero.transforms.partition import put, taken
 from funczero.transforms.shares import Elsewhere, Optimizer, shares_of
-from funczero.transforms.smooth import present, scaled, stepped, twofold
+from funczero.transforms.smooth import scaled, stepped, twofold
 
 if TYPE_CHECKING:
     from funczero.layout.lazy import Lazy
@@ -65,7 +65,7 @@ def rewrite(g: Grad, tx: Optimizer) -> Grad:
     def formula(out: Value, state: State) -> tuple[Value, State]:
         mine = state["params"].trainable()
         new, own, _ = stepped(shares, mine, scaled(out, g.env), out.ok, state, g.env.mesh)
-        moved = {i: new[i] - x for i, x in present(mine).items()}
+        moved = {i: new[i] - x for i, x in mine.present().items()}
         return rewritten(out, pack(mine.where, moved, mine)), {**state, **own}
 
     return after(g, name, g.layout, twofold(g, shares, fn, formula, last=False) if g.env.differentiable else fn, init)
@@ -91,7 +91,8 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
         having = shares.of(old.where)
         # all, before anything is written
         reads = [e.read(state, old, where, out.ok, donate, elsewhere) for e, where, _ in having]
-        in_place = shares.parts or having[0][0].tx.formula is not None
+        idle = all(e.tx.formula is IDLE for e, *_ in having)
+        in_place = not idle and (shares.parts or having[0][0].tx.formula is not None)
         new = old if donate or not in_place else tree.clone(old)  # the same formula, on clones
         grads, factor = _ready(out, dtype)
         plain = grads.map(lambda b: b * factor.to(b.dtype)) if None in reads else grads  # which formulas write into
@@ -102,7 +103,7 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
                 moved = tree.where(out.ok, before.map(torch.add, updates), before)
                 new = _with(new, moved, held)
             else:
-                mine = state[e.key] if donate else _cloned(state[e.key])
+                mine = state[e.key] if donate or idle else _cloned(state[e.key])
                 assert e.tx.formula is not None
                 own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held)
                 logs = {**logs, "lr": reading.lr.to(out.ok.device)}

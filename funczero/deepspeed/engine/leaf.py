@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from funczero.comm.collectives import gather_leaf
@@ -33,15 +31,10 @@ def write_leaf(state: TrainState, name: str, value: Tensor) -> None:
 def write_part(slots: Slots, name: str, value: Tensor) -> None:
     """A whole leaf's part here."""
     i = number(slots.where.structure, name)
-    part, shape = slots.leaves()[i], slots.where.structure.leaves[i].shape
+    shape = slots.where.structure.leaves[i].shape
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
             f"parameter {name!r} has shape {tuple(shape)}, but the value has {tuple(value.shape)}; "
             "give one of the same shape"
         )
-    assert part is not None
-    part.data.copy_(value.detach()[_place(slots.where.slots[i])])
-
-
-def _place(slot: Any) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(slot.start, slot.shape, strict=True))
+    slots.write(i, value)
