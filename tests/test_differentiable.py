@@ -641,3 +641,35 @@ def test_a_first_call_may_be_inside_any_transform():
         along = vmap(lambda s, after=after, p=p: after({k: x * s for k, x in p.items()}).loss)
         assert along(double([1.0, 2.0])).isfinite().all()
     assert largest(*found) < 1e-13
+
+
+def weightless(stage, units):
+    """A meta-gradient through two updates in which one of two ranks has no row that counts, against plain torch's."""
+    mean = lambda p, b: torch.nn.functional.cross_entropy(
+        fz.layers(block, p["blocks"], p["emb"][b["word"]]) @ p["out"], b["y"]
+    )
+    loss = fz.mean_loss(mean, lambda b: (b["y"] != -100).sum())
+    source = fz.value_and_grad(loss, batch=P("data"), units=units)
+    step = fz.train_step(*fz.zero(source, fz.sgd(0.5), stage=stage), mesh={"data": 2}, policy="float64")
+    state, smooth = step.init(params()), fz.differentiable(step)
+    b = {"word": torch.arange(8) % 5, "y": torch.tensor([0, 1, 1, 0, *[-100] * 4])}
+    size = fz.sharded_loss(step, lambda p, b: (p["out"].square().sum() + p["emb"].square().sum(), double(1.0)), state)
+    rows = step.local_rows(b)
+
+    def after(p):
+        return size(fz.parts(fz.unroll(smooth, fz.with_parts(state, p), [rows] * 2)[0]), rows)
+
+    def plain(p):
+        for _ in range(2):
+            g = grad(lambda p: mean(fz.tree.unflatten(list(p.values()), FORM), b))(p)
+            p = {k: x - 0.5 * g[k] for k, x in p.items()}
+        return p["out"].square().sum() + p["emb"].square().sum()
+
+    got, want = grad(after)(fz.parts(state)), cut(size, grad(plain)(dict(fz.tree.paths(params()))))
+    return max((got[k] - x).abs().max().item() if x.numel() else 0.0 for k, x in want.items())
+
+
+@pytest.mark.parametrize("units", [(), ("blocks",)], ids=["whole", "units"])
+def test_a_rank_whose_rows_count_for_nothing(run_world, units):
+    for stage in (0, 1, 3):
+        assert all(gap < 1e-12 for gap in run_world(2, weightless, stage, units)), stage

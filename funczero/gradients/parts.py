@@ -74,7 +74,8 @@ class _Counted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return torch.zeros_like(g) if ctx.parts.void else g, None
+        # zeros that stay in the graph: a derivative of them is taken, and sends, on every rank
+        return g.masked_fill(torch.ones_like(g, dtype=torch.bool), 0.0) if ctx.parts.void else g, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
