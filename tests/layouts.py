@@ -34,3 +34,12 @@ def ranks(sizes):
     for a, n in enumerate(sizes):
         out = [(*c, (f"axis{a}", n, i)) for c in out for i in range(n)]
     return out
+
+
+def cut(loss, whole):
+    """This rank's part of whole leaves by path, as a sharded loss has them; a leading dim of members is kept."""
+    out = {}
+    for leaf, slot in zip(loss.where.structure.leaves, loss.where.slots, strict=True):
+        lead = whole[leaf.path].dim() - len(leaf.shape)
+        out[leaf.path] = whole[leaf.path][(slice(None),) * lead + slot.place]
+    return out

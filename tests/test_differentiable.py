@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layouts import cut
 from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -123,13 +124,6 @@ def sharded(name, stage, mesh, axes, units):
 
     mine = [step.local_rows({"w": b["weight"]})["w"] for b in batches(STEPS)]
     return step, started, after, (fz.parts(state), double(0.03), double(0.01), mine), loss
-
-
-def cut(loss, whole):
-    out = {}
-    for leaf, slot in zip(loss.where.structure.leaves, loss.where.slots, strict=True):
-        out[leaf.path] = whole[leaf.path][tuple(slice(a, a + n) for a, n in zip(slot.start, slot.shape, strict=True))]
-    return out
 
 
 def compared(name, stage, mesh, axes, units):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from layouts import cut
 from torch.func import grad, hessian, vmap
 
 import funczero as fz
@@ -30,13 +31,6 @@ def rows(n, seed=1):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
     return {"x": draw(n, 2), "y": draw(n, 1)}
-
-
-def cut(loss, whole):
-    out = {}
-    for leaf, slot in zip(loss.where.structure.leaves, loss.where.slots, strict=True):
-        out[leaf.path] = whole[leaf.path][tuple(slice(a, a + n) for a, n in zip(slot.start, slot.shape, strict=True))]
-    return out
 
 
 def gap(a, b):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import cut
 from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 
@@ -110,16 +111,6 @@ def sharded(stage, mesh, axes, problem=FLAT):
     step = fz.train_step(*chain, mesh=mesh, policy="float64")
     state = step.init(problem.params())
     return step, state, fz.sharded_loss(step, problem.loss, state)
-
-
-def cut(loss, whole):
-    """This rank's part of whole leaves; a leading dim of members is kept."""
-    out = {}
-    for leaf, slot in zip(loss.where.structure.leaves, loss.where.slots, strict=True):
-        lead = whole[leaf.path].dim() - len(leaf.shape)
-        place = tuple(slice(a, a + n) for a, n in zip(slot.start, slot.shape, strict=True))
-        out[leaf.path] = whole[leaf.path][(slice(None),) * lead + place]
-    return out
 
 
 def compared(stage, mesh, axes=("data",), problem=FLAT):

@@ -103,6 +103,15 @@ def aux_sum(path: str, x: Any, device: torch.device) -> Tensor:
     return torch.as_tensor(x, device=device).double()
 
 
+def written(path: str) -> RuntimeError:
+    """The error for a loss that writes its parameters: at some stages that is the caller's state, at others a copy."""
+    why, remedy = (
+        "a pure loss may read its parameters alone",
+        "write a new tensor, as w = w.clamp(...), or leave out max_norm",
+    )
+    return RuntimeError(f"the loss writes into parameter {path!r} in place, but {why}; {remedy}")
+
+
 def no_gradient() -> str:
     """Why a loss that weighs something has no gradient at all: an update with zeros would only decay the weights."""
     if not torch.is_grad_enabled():

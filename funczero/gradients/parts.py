@@ -23,6 +23,7 @@ from funczero.core import tree
 from funczero.core.straight import straight
 from funczero.gradients.arrivals import Group
 from funczero.gradients.draws import KINDS, foreseen
+from funczero.gradients.loss import written
 from funczero.gradients.ref import Ref
 from funczero.gradients.surroundings import Uncached, here, restored
 from funczero.layout.mesh import Mesh
@@ -199,13 +200,10 @@ class Parts:
         """Refuse a loss that wrote into this rank's parts."""
         self.untouched({i: x for i, x in self.parts.items() if x._version != self.versions[i]})
 
-    def untouched(self, written: Mapping[int, Tensor]) -> None:
-        """Refuse a loss that wrote its parameters, by path."""
-        for i in written:
-            path = self.where.structure.leaves[i].path
-            why = "a pure loss may read its parameters alone"
-            remedy = "write a new tensor, as w = w.clamp(...), or leave out max_norm"
-            raise RuntimeError(f"the loss writes into parameter {path!r} in place, but {why}; {remedy}")
+    def untouched(self, odd: Mapping[int, Tensor]) -> None:
+        """Refuse a loss that wrote these of its parameters, by path."""
+        for i in odd:
+            raise written(self.where.structure.leaves[i].path)
 
 
 def _drew(kind: str) -> RuntimeError:

@@ -15,6 +15,7 @@ from funczero.comm.units import Travelling, gather_units
 from funczero.comm.wire import Key
 from funczero.core.types import Env
 from funczero.gradients.arrivals import Arrivals, Group
+from funczero.gradients.loss import written
 from funczero.gradients.ref import Ref
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
@@ -253,10 +254,7 @@ class Tape:
         """
         for i, x in leaves.items():
             if not x.is_inference() and x._version or before is not None and not _same_bits(x, before[i]):
-                path = self.whole.structure.leaves[i].path
-                why = "a pure loss may read its parameters alone"
-                remedy = "write a new tensor, as w = w.clamp(...), or leave out max_norm"
-                raise RuntimeError(f"the loss writes into parameter {path!r} in place, but {why}; {remedy}")
+                raise written(self.whole.structure.leaves[i].path)
 
     def left_alone(self, whole: Mapping[int, Tensor], before: Mapping[int, Tensor] | None) -> None:
         """`untouched`, of everything that a loss has had in its hands until its end."""
