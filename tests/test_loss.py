@@ -9,7 +9,7 @@ import torch
 
 import funczero as fz
 from funczero import P
-from funczero.gradients.loss import aux_sum, check_loss, drew, no_gradient
+from funczero.gradients.loss import check_loss, drew, no_gradient
 
 ONE = torch.ones(())
 
@@ -18,7 +18,7 @@ ONE = torch.ones(())
 @pytest.mark.parametrize("weight", [ONE, 3.0, 2, torch.tensor(4)], ids=str)
 def test_two_sums_and_what_the_user_adds_come_as_they_are(weight, aux):
     loss = torch.tensor(2.0, dtype=torch.float64)
-    found, weighed, extra = check_loss((loss, weight, *aux), bool(aux))
+    found, weighed, _, extra = check_loss((loss, weight, *aux), bool(aux))
     assert found is loss and isinstance(weighed, torch.Tensor) and weighed == weight
     assert extra is (aux[0] if aux else None)
 
@@ -49,30 +49,6 @@ def test_what_is_not_two_sums_is_named_by_its_shapes(name):
 def test_an_aux_that_is_asked_for_is_returned():
     with pytest.raises(TypeError, match=r"return \(sum of losses, sum of weights, aux\)$"):
         check_loss((ONE, ONE), True)
-
-
-@pytest.mark.parametrize(
-    "x", [2, 2.0, torch.tensor(2), torch.tensor(2.0, requires_grad=True), torch.tensor(2.0).half()]
-)
-def test_a_sum_of_the_users_is_float64(x):
-    found = aux_sum("n", x, torch.device("cpu"))
-    assert found.dtype == torch.float64 and found == 2 and not found.dim()
-
-
-@pytest.mark.parametrize(
-    ("x", "words"),
-    [
-        (torch.ones(3), "aux 'hits' is a tensor of shape (3,) and float32"),
-        (torch.tensor(1j), "aux 'hits' is a tensor of shape () and complex64"),
-        ("many", "aux 'hits' is a str"),
-        (None, "aux 'hits' is a NoneType"),
-    ],
-)
-def test_what_is_no_sum_is_named_by_its_path(x, words):
-    for path, said in (("hits", words), ("", words.replace("aux 'hits'", "aux"))):
-        with pytest.raises(TypeError) as e:
-            aux_sum(path, x, torch.device("cpu"))
-        assert str(e.value).startswith(f"value_and_grad: {said}, but aux is a tree of 0-d sums")
 
 
 def test_the_reason_is_the_grad_mode_where_that_is_the_reason():

@@ -22,6 +22,7 @@ from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure
 from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
+from funczero.transforms.model_state import ModelState
 
 LONGEST = 2048  # characters of a name
 
@@ -106,8 +107,8 @@ def named(state: TrainState, rank: int = 0, size: int = 1) -> Names:
     for transform, own in state.chain.items():
         if isinstance(own, Accumulate):
             _window(parts, escape(transform), own, rank, size)
-        else:
-            _add(parts, (escape(transform),), own, masters)
+        else:  # a model's state is whole, also where its tree and shapes happen to be those of parameters
+            _add(parts, (escape(transform),), own, None if isinstance(own, ModelState) else masters)
     refuse_collisions(list(parts))
     paths = _paths(masters.where.structure)
     first = {i: p for p, i in reversed(paths)}
@@ -119,13 +120,13 @@ def whole(x: Tensor) -> Part:
     return Part(x, tuple(x.shape), (0,) * x.dim())
 
 
-def _add(parts: dict[str, Part], path: tuple[str, ...], node: Any, masters: Slots) -> None:
+def _add(parts: dict[str, Part], path: tuple[str, ...], node: Any, masters: Slots | None) -> None:
     """The leaves below a node of the state."""
     if node is None:
         return
     if isinstance(node, Slots):
         return _mirror(parts, path, [() if x is None else (x,) for x in node.leaves()], node.where)
-    if (values := _mirrored(node, masters)) is not None:
+    if masters is not None and (values := _mirrored(node, masters)) is not None:
         return _mirror(parts, path, values, masters.where)
     if isinstance(node, Tensor):
         _put(parts, path, whole(node))

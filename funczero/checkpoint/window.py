@@ -18,6 +18,7 @@ from funczero.core.types import Sum, TrainState
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
+from funczero.transforms.outputs import Aux, Form
 
 
 def described(state: TrainState) -> dict[str, Any]:
@@ -30,18 +31,22 @@ def described(state: TrainState) -> dict[str, Any]:
 
 
 def _form(out: Sum) -> dict[str, Any]:
+    aux = out.aux
     try:
-        aux = None if out.aux is None else pytree.treespec_dumps(out.aux[1])
+        spec = None if aux is None else pytree.treespec_dumps(aux.form.treedef)
     except Exception:  # a node type that has no name in JSON
-        aux = ""
-    aux = aux if aux is None or _plain(aux) else ""
-    tensors = {"loss": out.loss, "weight": out.weight, "aux": None if out.aux is None else out.aux[0], "bad": out.bad}
-    forms = {k: None if x is None else [dtype_name(x.dtype), list(x.shape)] for k, x in tensors.items()}
+        spec = ""
+    spec = spec if spec is None or _plain(spec) else ""
+    tensors = {"loss": out.loss, "weight": out.weight, "aux": None if aux is None else aux.sums, "bad": out.bad}
+    lists = {"rows": () if aux is None else aux.rows, "cat": () if aux is None else aux.cat, "moved": out.moved}
+    like = lambda x: None if x is None else [dtype_name(x.dtype), list(x.shape)]
     return {
-        **forms,
-        "spec": aux,
+        **{k: like(x) for k, x in tensors.items()},
+        **{k: [like(x) for x in xs] for k, xs in lists.items()},
+        "spec": spec,
+        "rules": None if aux is None else list(zip(aux.form.rules, aux.form.shapes, strict=True)),
         "axes": list(out.grads.where.axes),
-        "grads": [[dtype_name(b.dtype), list(b.shape)] for b in out.grads.buffers],
+        "grads": [like(b) for b in out.grads.buffers],
     }
 
 
@@ -97,10 +102,14 @@ def _empty(form: dict[str, Any], state: TrainState, restorer: Restorer) -> Sum:
     # gradients lie where a forward reads
     device = (state.params if state.views is None else state.views).buffers[0].device
     lengths = [0 if u.frozen else n for n, u in zip(here.lengths, where.structure.units, strict=True)]
-    make = lambda x: None if x is None else torch.zeros(x[1], dtype=torch_dtype(x[0]), device=device)
+
+    def make(x: Any) -> Any:
+        return None if x is None else torch.zeros(x[1], dtype=torch_dtype(x[0]), device=device)
+
     scalars = [x[1] for k in ("loss", "weight", "aux", "bad") if (x := form[k]) is not None]
+    beside = [x[1] for k in ("rows", "cat", "moved") for x in form.get(k, ())]
     if [x[1] for x in form["grads"]] not in ([[n] for n in lengths], [[n] for n in here.lengths]) or any(
-        prod(x) > 1 << 24 for x in scalars
+        prod(x) > 1 << 24 for x in scalars + beside
     ):
         raise CheckpointError(
             "restore: the open window's sums do not fit this model; restore without the step, and the update is"
@@ -108,7 +117,14 @@ def _empty(form: dict[str, Any], state: TrainState, restorer: Restorer) -> Sum:
         )
     if form["aux"] is not None and not _plain(form["spec"]):
         raise ValueError("its metrics are no plain tree")
-    aux = None if form["aux"] is None else (make(form["aux"]), pytree.treespec_loads(form["spec"]))
+    rows, cat, moved = (tuple(map(make, form.get(k, ()))) for k in ("rows", "cat", "moved"))
+    aux = None if form["aux"] is None else Aux(make(form["aux"]), rows, cat, _aux_form(form))
     buffers: Any = tuple(make(x) for x in form["grads"])
     loss, weight, bad = make(form["loss"]), make(form["weight"]), make(form["bad"])
-    return Sum(loss, weight, aux, Slots(buffers, here), bad=bad)  # type: ignore[arg-type]
+    return Sum(loss, weight, aux, Slots(buffers, here), bad, moved)
+
+
+def _aux_form(form: dict[str, Any]) -> Form:
+    treedef = pytree.treespec_loads(form["spec"])
+    rules = form.get("rules") or [("sum", ())] * treedef.num_leaves  # an older version knew only sums of numbers
+    return Form(treedef, tuple(rule for rule, _ in rules), tuple(tuple(shape) for _, shape in rules))

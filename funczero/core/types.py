@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from torch import Tensor
 
 if TYPE_CHECKING:  # floors above this one, of which only the names are needed
-    from torch.utils._pytree import TreeSpec
-
     from funczero.comm.edge import Edge
     from funczero.core.policy import Policy
     from funczero.layout.cut import Rules
@@ -19,6 +17,8 @@ if TYPE_CHECKING:  # floors above this one, of which only the names are needed
     from funczero.layout.mesh import Mesh
     from funczero.layout.slots import Slots
     from funczero.step.notices import Early
+    from funczero.transforms.model_state import Model
+    from funczero.transforms.outputs import Aux
 
 Tree = Any  # a pytree: nested dicts, lists, tuples and NamedTuples of tensors
 State = dict[str, Tree]  # of a whole chain: each transform's own, by its name
@@ -33,9 +33,10 @@ class Sum(NamedTuple):
 
     loss: Tensor  # [micro-batches], in the order of time
     weight: Tensor  # [micro-batches]
-    aux: tuple[Tensor, TreeSpec] | None  # the user's sums as [micro-batches, n] float64, and the form of their tree
+    aux: Aux | None  # what the user's loss returns beside
     grads: Slots  # at this place of the chain
     bad: Tensor | None = None  # [leaves] int64, only while looking for it: values that are not finite
+    moved: tuple[Tensor, ...] = ()  # the model state that each micro-batch left, by leaf [micro-batches, ...]
 
 
 class Value(NamedTuple):
@@ -43,7 +44,7 @@ class Value(NamedTuple):
 
     loss: Tensor  # 0-d, as all that follow but aux and grads: the mean over the update's weight
     weight: Tensor
-    aux: Tree  # the user's sums over all micro-batches and ranks; None without has_aux
+    aux: Tree  # the user's sums and rows over all micro-batches; None without has_aux
     grads: Slots  # at this place of the chain
     factor: Tensor  # still to be multiplied into grads: mean, unscale and clip touch only this
     norm: Tensor | None  # of factor * grads; None once a transform has rewritten grads
@@ -77,6 +78,7 @@ class Seed(NamedTuple):
     index: int = 0  # type: ignore[assignment]  # global, of the micro-batch; filled in digit by digit
     look: bool = False  # count non-finite values per leaf, to name the first
     at: tuple[int, int] = (0, 0)  # the run's key and the number of this update: what wires of views draw from
+    of: int = 1  # micro-batches of an update
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Env(NamedTuple):
     prefetch: bool = True  # does the next block's gather start while one computes?
     early: Early | None = None  # what the first updates are looked at for
     differentiable: bool = False  # is every leaf of a step a function of every other, for torch.func?
+    model: Model | None = None  # the form of the model's own state
 
     @property
     def rules(self) -> dict[str, Rules]:
@@ -258,6 +261,12 @@ class TrainState(_State):
         """Wider copies of the masters at rest; None where a view is the cast master."""
         return self[1] or None
 
+    @property
+    def model_state(self) -> Tree:
+        """The model's own state, as the loss has it; None where it has none."""
+        own = self.chain.get("model_state")
+        return None if own is None else own.values
+
 
 class Metrics(NamedTuple):
     """What a step reports: 0-d tensors, read without a sync until you print them."""
@@ -270,4 +279,4 @@ class Metrics(NamedTuple):
     scale: Tensor  # loss scale used; 1 without scale_loss
     lr: Tensor  # learning rate used; nan where the optimizer names none
     updates: Tensor  # applied so far
-    aux: Tree = None  # the user's sums
+    aux: Tree = None  # what the loss returned beside: sums, and tensors by their rule

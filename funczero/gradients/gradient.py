@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from funczero.comm.collectives import all_gather
 from funczero.comm.wire import Key
-from funczero.core import order, rng, tree
+from funczero.core import order, tree
 from funczero.core.number import flag
-from funczero.core.types import Apply, ChainError, Env, Grad, Layout, Seed, Sum
-from funczero.gradients import draws
+from funczero.core.types import Apply, ChainError, Env, Grad, Layout, Seed, State, Sum
 from funczero.gradients.arrivals import sparse
+from funczero.gradients.call import Call, Outcome
 from funczero.gradients.higher import Loss, applied
-from funczero.gradients.loss import aux_sum, check_loss, drew, is_void, no_gradient
+from funczero.gradients.loss import no_gradient
 from funczero.gradients.tape import Tape
 from funczero.layout.lazy import Lazy
 from funczero.layout.slots import Slots
@@ -26,6 +25,8 @@ from funczero.layout.spec import P
 from funczero.transforms import feedback
 from funczero.transforms.chain import Configure, Source, opening
 from funczero.transforms.feedback import remembers
+from funczero.transforms.model_state import Rule, model_of
+from funczero.transforms.outputs import Rules, rules_of
 
 
 def value_and_grad(
@@ -33,10 +34,12 @@ def value_and_grad(
     batch: P = P(),
     units: Sequence[str] | None = None,
     trainable: str | Callable[[str], bool] | None = None,
-    has_aux: bool = False,
+    has_aux: bool | Rules = False,
     rng: bool = False,
     replicated: Sequence[str] = (),
     higher_order: bool = False,
+    state: Any = None,
+    rules: Sequence[tuple[str, Rule]] = (),
 ) -> Source:
     """The loss and its gradient, as sums over the examples: a Source, at the left end of a chain.
 
@@ -49,28 +52,44 @@ def value_and_grad(
         and scattered one by one where parameters are sharded. By default what the loss function names (fz.stateless),
         else none.
       trainable: regex or predicate on paths; the other leaves have no gradient, no moments and are not reduced.
-      has_aux: the loss returns (sum, weight, aux); aux is a tree of 0-d sums, summed in the gradients' order.
+      has_aux: the loss returns (sum, weight, aux); aux is a tree of 0-d sums, summed in the gradients' order. Tensors
+        need a rule: has_aux=[(regex, rule), ...], by path, of which the first counts: "sum" adds them, "rows" joins
+        those of this rank's micro-batches, "cat" those of all, in the order of the global batch.
       rng: call loss_fn(params, batch, key) with a key folded from (state.step, global micro-batch index).
       replicated: mesh axes that the batch is not split over, on purpose: ranks along them are given the same rows,
         which is compared.
       higher_order: the loss takes derivatives of its own through units: a gradient penalty, a Hessian-vector product,
         a jvp. A unit then runs up to four times, attention as plain operations, so that the last bits may be
         others. Wires of this gradient's brackets are refused, for they have no derivative.
+      state: the first values of the model's own state, a tree of tensors, as running statistics or a hidden state. The
+        loss is called as loss_fn(params, model_state, batch) and returns (sum, weight, model_state). Every micro-batch
+        reads what the last update left; k of them move it once. It is `state.model_state`, whole on every rank. By
+        default what the loss function names (fz.stateless), else none.
+      rules: (regex, rule) of leaves of that state, of which the first counts: how the values that micro-batches return
+        become one. "mean" by weight (floats, by default), "sum" of changes, "first" of the first micro-batch (others,
+        by default), "rows" in dim 0, where each row of the batch has one of its own and reads that alone, or a function
+        (values [micro-batches, ...], weights, old) -> new.
 
     Raises:
       ChainError: the batch's spec splits another dim than 0.
+      TypeError, ValueError: a rule means nothing, or cannot be that leaf's.
     """
     units = getattr(loss_fn, "units", ()) if units is None else (units,) if isinstance(units, str) else units
     matches = tree.matcher(trainable)
     frozen = (lambda path: False) if trainable is None else (lambda path: not matches(path))
 
+    values = getattr(loss_fn, "state", None) if state is None else state
+    model = None if values is None else model_of(values, (*rules, *getattr(loss_fn, "rules", ())))
+    if model is None and rules:
+        raise ValueError("value_and_grad: there are rules, but no model state; write state=..., or leave them out")
+    call = Call(loss_fn, rules_of(has_aux), rng, model)
+
     def make(source: Source, env: Env) -> Grad:
-        layout = _layout(source, env)
+        layout, env = _layout(source, env), env._replace(model=model)
         if flag("value_and_grad", "higher_order", higher_order) or env.differentiable:
-            loss = Loss(loss_fn, has_aux, rng, env, source.batch)
+            loss = Loss(call, env, source.batch)
             return _grad(source, env, layout, applied(source, loss, order.indices(layout, env.mesh.index)[0]))
-        differentiate = lambda views, micro, seed, tape: _differentiate(loss_fn, views, micro, seed, tape, has_aux, rng)
-        return _grad(source, env, layout, _on_tape(source, env, layout, differentiate))
+        return _grad(source, env, layout, _on_tape(source, env, layout, partial(_differentiate, call)))
 
     ties, patterns = tuple(getattr(loss_fn, "ties", {}).items()), _patterns("value_and_grad(trainable=...)", trainable)
     return Source(
@@ -98,7 +117,7 @@ def pullback(
     matches = tree.matcher(trainable)
     frozen = (lambda path: False) if trainable is None else (lambda path: not matches(path))
 
-    def pulled(whole: list[Tensor], micro: Any, seed: Seed, tape: Tape) -> tuple[Tensor, Tensor, Any, list[Any]]:
+    def pulled(whole: list[Tensor], micro: Any, seed: Seed, state: State, tape: Tape) -> tuple[Outcome, list[Any]]:
         if not isinstance(micro, tuple) or len(micro) != 3 or not callable(micro[0]):
             raise TypeError(
                 f"pullback: its batch is (pull, loss, weight), but this is a {type(micro).__name__}; write step(state,"
@@ -112,7 +131,7 @@ def pullback(
         for place, g in zip(structure.places, flat, strict=True):
             if g is not None:
                 grads[place] = g if grads[place] is None or g is grads[place] else grads[place] + g
-        return loss, weight, None, [None if structure.frozen(i) else g for i, g in enumerate(grads)]
+        return Outcome(loss, weight, None, ()), [None if structure.frozen(i) else g for i, g in enumerate(grads)]
 
     patterns = _patterns("pullback(trainable=...)", trainable)
 
@@ -208,11 +227,12 @@ def _on_tape(
         held = feedback.of_axes(state, axes, seed)
         tape = Tape(views, source.scatter, env, seed.look, at=seed.at, key=(seed.key, seed.index), held=held)
         whole = tape.open_rest(forward)
-        loss, weight, aux, grads = differentiate(whole, batch, mine, tape)
+        found, grads = differentiate(whole, batch, mine, state, tape)
         slots, bad = close(tape, grads)
         for a in held:
             state = feedback.renewed(state, env.edges[a], tape.arrivals.memory(a))
-        return Sum(loss.detach()[None], weight.detach()[None], aux, slots, bad=bad), state
+        found = found.detached()
+        return Sum(found.loss[None], found.weight[None], found.aux, slots, bad, found.moved), state
 
     return apply
 
@@ -227,7 +247,8 @@ def _grad(source: Source, env: Env, layout: Layout, apply: Apply) -> Grad:
     def init(params: Lazy) -> dict[str, Any]:
         left = lambda i: [a for a in source.batch if a not in axes[:i]]
         at = [feedback.empty(params, env, a, axes[:i], left(i)) for i, a in enumerate(axes) if remembers(env, a)]
-        return {name: own for state in at for name, own in state.items()}
+        own = {} if env.model is None else env.model.init(params.device)
+        return own | {name: own for state in at for name, own in state.items()}
 
     rows = f"(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})" if source.batch else ""
     opened = tuple(opening(env.edges[a]) for a in source.axes)
@@ -236,23 +257,18 @@ def _grad(source: Source, env: Env, layout: Layout, apply: Apply) -> Grad:
 
 
 def _differentiate(
-    loss_fn: Callable[..., Any], whole: list[Any], batch: Any, seed: Seed, tape: Tape, has_aux: bool, keyed: bool
-) -> tuple[Tensor, Tensor, Any, list[Any]]:
+    call: Call, whole: list[Any], batch: Any, seed: Seed, state: State, tape: Tape
+) -> tuple[Outcome, list[Any]]:
     structure = tape.whole.structure
-    key = (rng.fold(seed.key, seed.index),) if keyed else ()
     open_leaves = tape.tensors(whole)
     before = tape.copies(open_leaves)
-    with (
-        nullcontext()
-        if getattr(loss_fn, "keyed", False)
-        else draws.keyed(next(iter(key), None), tape.port.device, drew)
-    ):
-        loss, weight, aux = check_loss(loss_fn(structure.unflatten(whole), batch, *key), has_aux)
+    outcome = call(structure.unflatten(whole), batch, seed, state, tape.port.device)
+    loss = outcome.loss
     tape.left_alone(open_leaves, before)
     wanted = {i: x for i, x in open_leaves.items() if x.requires_grad}
     grads: list[Any] = [None] * len(structure.leaves)
     if loss.requires_grad:
-        void = is_void(loss_fn, weight)
+        void = call.void(outcome)
         with tape.collecting(seed.look, void=void):
             try:
                 found = torch.autograd.grad(
@@ -267,13 +283,9 @@ def _differentiate(
                 raise TypeError(sparse(structure.leaves[i].path))
             grads[i] = None if void else g
     learning = any(not u.frozen and members for u, members in zip(structure.units, structure.members, strict=True))
-    if learning and not tape.arrivals.number and all(g is None for g in grads) and bool(weight != 0):
+    if learning and not tape.arrivals.number and all(g is None for g in grads) and bool(outcome.weight != 0):
         raise RuntimeError(no_gradient())
-    rows = None
-    if has_aux:
-        flat, spec = tree.flatten(aux)
-        rows = (torch.stack([aux_sum(path, x, loss.device).detach() for path, x in tree.paths(aux)])[None], spec)
-    return loss, weight.to(loss.device), rows, grads
+    return outcome, grads
 
 
 def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:

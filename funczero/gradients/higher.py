@@ -4,8 +4,8 @@ gradients of a differentiable step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from funczero.comm import collectives, differentiable
 from funczero.comm.adjoint import vary
-from funczero.core import rng, tree
+from funczero.core import tree
+from funczero.core.straight import HOLE
 from funczero.core.types import Apply, Env, Seed, State, Sum
-from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
-from funczero.gradients.loss import aux_sum, check_loss, drew, is_void, no_gradient
+from funczero.gradients.call import Call, Outcome
+from funczero.gradients.loss import no_gradient
 from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
 from funczero.layout.slots import Slots
@@ -27,9 +28,7 @@ from funczero.transforms.chain import Source, no_wires
 class Loss(NamedTuple):
     """A loss function of parts, and where it runs."""
 
-    fn: Callable[..., Any]
-    has_aux: bool
-    rng: bool  # is it given a key?
+    call: Call
     env: Env
     batch: tuple[str, ...]  # mesh axes that rows are split over
 
@@ -40,25 +39,16 @@ class Loss(NamedTuple):
 
     def parts(self, views: Slots, leaves: dict[int, Tensor]) -> Parts:
         """Leaves of views, as the loss reads them."""
-        void = getattr(self.fn, "void_at_zero", False)
+        void = getattr(self.call.fn, "void_at_zero", False)
         return Parts(views.where, leaves, self.env.mesh, dtype=self.env.policy.compute, may_be_void=void)
 
-    def __call__(self, parts: Parts, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any]:
-        """(sum of losses, sum of weights, (the user's sums as [1, n] float64, the form of their tree) or None)."""
-        if self.rng and seed.key == rng.UNKNOWN:
-            why = "the loss draws from a key, but the state's key is batched or traced here"
-            raise RuntimeError(f"value_and_grad(rng=True): {why}; draw outside, and hand the numbers in with the batch")
-        key = (rng.fold(seed.key, seed.index),) if self.rng else ()
-        own = getattr(self.fn, "keyed", False)
-        drawing = nullcontext() if own else draws.keyed(next(iter(key), None), parts.device, drew)
-        with Derivable(), opened_first(), drawing:
-            loss, weight, aux = check_loss(self.fn(parts.tree(), batch, *key), self.has_aux)
+    def __call__(self, parts: Parts, batch: Any, seed: Seed, state: State) -> Outcome:
+        """What it says of this rank's rows."""
+        with Derivable(), opened_first():
+            found = self.call(parts.tree(), batch, seed, state, parts.device)
         parts.left_alone()
-        parts.void = is_void(self.fn, weight)
-        if not self.has_aux:
-            return loss, weight.to(loss.device), None
-        sums = [aux_sum(path, x, loss.device) for path, x in tree.paths(aux)]
-        return loss, weight.to(loss.device), (torch.stack(sums)[None], tree.flatten(aux)[1])
+        parts.void = self.call.void(found)
+        return found
 
 
 def applied(source: Source, loss: Loss, index: int) -> Apply:
@@ -75,37 +65,37 @@ def applied(source: Source, loss: Loss, index: int) -> Apply:
     kind, derive = (differentiable, _derivable) if env.differentiable else (collectives, _derived)
 
     def apply(views: Slots, state: State, batch: Any, seed: Seed) -> tuple[Sum, State]:
-        value, weight, aux, grads = derive(loss, views, batch, seed._replace(index=seed.index + index))
+        found, grads = derive(loss, views, batch, seed._replace(index=seed.index + index), state)
         bad = _bad(grads) if seed.look else None
         for a in source.scatter:
             born = grads.to(env.policy.compute) if not grads.where.coords else grads  # sums travel as they are added
             grads, _ = kind.reduce_scatter(born, env.edges[a], env.mesh)
-        return Sum(value[None], weight[None], aux, grads, bad=bad), state
+        return Sum(found.loss[None], found.weight[None], found.aux, grads, bad, found.moved), state
 
     return apply
 
 
-def _derived(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any, Slots]:
+def _derived(loss: Loss, views: Slots, batch: Any, seed: Seed, state: State) -> tuple[Outcome, Slots]:
     """The loss and its gradient, summed over the axes of rest; nothing is kept."""
     leaves = {i: x.data.to(loss.wide) for i, x in views.present().items()}
     learning = {i: x.requires_grad_() for i, x in leaves.items() if not views.where.structure.frozen(i)}
-    value, weight, aux = loss(loss.parts(views, leaves), batch, seed)
+    outcome = loss(loss.parts(views, leaves), batch, seed, state)
+    value = outcome.loss
     found: list[Any] = [None] * len(learning)
     if value.requires_grad:
         cotangent = seed.cotangent.to(value.dtype)
         with _dense():
             found = list(torch.autograd.grad(value, list(learning.values()), cotangent, allow_unused=True))
-    if learning and all(g is None for g in found) and bool(weight != 0):
+    if learning and all(g is None for g in found) and bool(outcome.weight != 0):
         raise RuntimeError(no_gradient())
     early = loss.env.early
     if early is not None and early.used is not None:
         early.used.update(i for i, g in zip(learning, found, strict=True) if g is not None)
     grads = {i: torch.zeros_like(x) if g is None else g for (i, x), g in zip(learning.items(), found, strict=True)}
-    aux = None if aux is None else (aux[0].detach(), aux[1])
-    return value.detach(), weight.detach(), aux, _packed(grads, views)
+    return outcome.detached(), _packed(grads, views)
 
 
-def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor, Tensor, Any, Slots]:
+def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed, state: State) -> tuple[Outcome, Slots]:
     """The same as functions of views, batch and cotangent; what is frozen is a constant."""
     mesh, where, wide = loss.env.mesh, views.where, loss.wide
     apart = tuple(a for a in loss.batch if a not in where.axes)
@@ -113,19 +103,21 @@ def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed) -> tuple[Tensor
     still = {i: x.detach() for i, x in each.items() if where.structure.frozen(i)}
     moving = {i: x for i, x in each.items() if i not in still}
     moving = differentiable.over_leaves(where, moving, lambda i: apart, mesh, vary)
-    form: list[Any] = []  # of the user's sums
+    form: list[Any] = []  # of the outcome, whose tensors are handed out of the transform
 
-    def fn(learning: dict[int, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        value, weight, aux = loss(loss.parts(views, {**still, **learning}), batch, seed)
-        form[:] = [] if aux is None else [aux[1]]
-        return value, (weight,) if aux is None else (weight, aux[0])
+    def fn(learning: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        outcome = loss(loss.parts(views, {**still, **learning}), batch, seed, state)
+        flat, treedef = tree.flatten(outcome)
+        form[:] = [treedef, [HOLE if isinstance(x, Tensor) else x for x in flat]]
+        return outcome.loss, [x for x in flat if isinstance(x, Tensor)]
 
     found: Any = torch.func.vjp(fn, moving, has_aux=True)
-    value, pull, (weight, *sums) = found
+    value, pull, tensors = found
+    outcome = tree.unflatten([tensors.pop(0) if x is HOLE else x for x in form[1]], form[0])
     cotangent = differentiable.over_all(seed.cotangent, loss.batch, mesh, vary)
     with _dense():
         grads = pull(cotangent.to(value.dtype))[0]
-    return value, weight, (sums[0], form[0]) if sums else None, _packed(grads, views)
+    return outcome._replace(loss=value), _packed(grads, views)
 
 
 def _packed(grads: dict[int, Tensor], views: Slots) -> Slots:

@@ -32,16 +32,21 @@ def mean_loss(
     return _of_mean(loss_fn, rows if weight is None else weight)
 
 
-def _of_mean(loss_fn: Callable[..., Tensor], weight: Callable[[Any], Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def both(params: Any, batch: Any, *key: int) -> tuple[Tensor, Tensor]:
-        loss = loss_fn(params, batch, *key)
+def _of_mean(loss_fn: Callable[..., Any], weight: Callable[[Any], Any]) -> Callable[..., tuple[Any, ...]]:
+    def both(params: Any, *given: Any) -> tuple[Any, ...]:
+        batch = next(x for x in reversed(given) if not isinstance(x, int))  # a model state before it, a key behind it
+        found = loss_fn(params, *given)
+        loss, *state = found if isinstance(found, tuple) else (found,)
         full = torch.as_tensor(weight(batch), device=loss.device).to(loss.dtype)
         if full.dim():
             raise ValueError(f"mean_loss: the weight has shape {tuple(full.shape)}; return one number, as mask.sum()")
-        return (loss * full if bool(full != 0) else loss.nan_to_num() * 0), full
+        return (loss * full if bool(full != 0) else loss.nan_to_num() * 0), full, *state
 
     both.void_at_zero = True  # type: ignore[attr-defined]
     both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
+    for name in ("state", "rules"):
+        if hasattr(loss_fn, name):
+            setattr(both, name, getattr(loss_fn, name))
     return both
 
 
@@ -61,16 +66,17 @@ def is_void(loss_fn: Callable[..., Any], weight: Tensor) -> bool:
     return getattr(loss_fn, "void_at_zero", False) and not bool(weight != 0)
 
 
-def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:
-    """(sum, weight, aux) of what a loss function returned, or one sentence."""
-    want = "(sum of losses, sum of weights, aux)" if has_aux else "(sum of losses, sum of weights)"
+def check_loss(result: Any, has_aux: bool, has_state: bool = False) -> tuple[Tensor, Tensor, Any, Any]:
+    """(sum, weight, model state, aux) of what a loss function returned, or one sentence."""
+    names = ["sum of losses", "sum of weights", *["model state"] * has_state, *["aux"] * has_aux]
+    want = f"({', '.join(names)})"
     if isinstance(result, Tensor):
         raise TypeError(
             f"value_and_grad: the loss function returned one tensor of shape {tuple(result.shape)}, but an update needs"
             f" {want}; return `nll.sum(), mask.sum()`, or wrap a mean over rows: value_and_grad(fz.per_row(loss_fn),"
             " ...)"
         )
-    if not isinstance(result, tuple) or len(result) != 2 + has_aux:
+    if not isinstance(result, tuple) or len(result) != len(names):
         raise TypeError(f"value_and_grad: the loss function returned {_shape_of(result)}; return {want}")
     loss, weight = result[0], torch.as_tensor(result[1])
     if not isinstance(loss, Tensor) or loss.dim() or weight.dim() or not loss.is_floating_point():
@@ -78,29 +84,13 @@ def check_loss(result: Any, has_aux: bool) -> tuple[Tensor, Tensor, Any]:
             f"value_and_grad: the loss function returned {_shape_of(result)}; both are 0-d: the sum of losses and the"
             " sum of weights of this micro-batch"
         )
-    return loss, weight, result[2] if has_aux else None
+    return loss, weight, result[2] if has_state else None, result[-1] if has_aux else None
 
 
 def _shape_of(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"a tensor of shape {tuple(x.shape)}"
     return f"({', '.join(map(_shape_of, x))})" if isinstance(x, tuple) else f"a {type(x).__name__}"
-
-
-def aux_sum(path: str, x: Any, device: torch.device) -> Tensor:
-    """One of the user's sums."""
-    if not isinstance(x, (Tensor, int, float)) or isinstance(x, Tensor) and (x.dim() or x.is_complex()):
-        what = (
-            f"a tensor of shape {tuple(x.shape)} and {str(x.dtype).removeprefix('torch.')}"
-            if isinstance(x, Tensor)
-            else f"a {type(x).__name__}"
-        )
-        where = f"aux {path!r}" if path else "aux"
-        raise TypeError(
-            f"value_and_grad: {where} is {what}, but aux is a tree of 0-d sums, added over micro-batches and ranks;"
-            " write x.sum() for each, or leave it out"
-        )
-    return torch.as_tensor(x, device=device).double()
 
 
 def written(path: str) -> RuntimeError:

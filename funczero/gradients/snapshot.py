@@ -19,6 +19,7 @@ from absl import logging
 from torch import Tensor, nn
 
 from funczero.core import tree
+from funczero.gradients.buffers import computed
 
 # module (its id in the snapshot), box, key, name: the place of a tensor is getattr(module, box)[key]
 Slot = tuple[int, str, Any, str]
@@ -32,6 +33,7 @@ class Unit(NamedTuple):
     path: str
     module: int  # its id in the snapshot
     slots: list[Slot]
+    inside: frozenset[int]  # its modules
     again: bool  # run again in the backward
 
 
@@ -54,6 +56,9 @@ class Snapshot:
                     self.slots.append((m, box, key, name if box == "_parameters" else first[id(x)]))
                 else:
                     self.buffers.append(((m, box, key, name), kept.setdefault(id(x), x.detach().clone())))
+        known: dict[int, str] = {}
+        self.named = [known.setdefault(id(x), slot[3]) for slot, x in self.buffers]  # by their first names
+        self.computed = computed(module)
         _uncompiled(copies.values())
         self.units = self._units(module, copies, remat)
         self.changes = Changes({path: copies[id(m)] for path, m in module.named_modules()})
@@ -66,7 +71,7 @@ class Snapshot:
         for path in self.lists:
             above = [module, *(module.get_submodule(path[:i]) for i, c in enumerate(path) if c == ".")]
             for name, block in module.get_submodule(path).named_children():
-                inside = {id(copies[id(m)]) for m in block.modules()}
+                inside = frozenset(id(copies[id(m)]) for m in block.modules())
                 members = [copies[id(m)] for m in (*above, *block.modules())]
                 asking = [m for m in members if getattr(m, "gradient_checkpointing", False) is True and m.training]
                 for m in asking:
@@ -74,7 +79,13 @@ class Snapshot:
                 m = copies[id(block)]
                 found.setdefault(
                     id(m),
-                    Unit(f"{path}.{name}", id(m), [s for s in self.slots if s[0] in inside], remat or bool(asking)),
+                    Unit(
+                        f"{path}.{name}",
+                        id(m),
+                        [s for s in self.slots if s[0] in inside],
+                        inside,
+                        remat or bool(asking),
+                    ),
                 )
         return list(found.values())
 

@@ -7,9 +7,10 @@ parameters, runs, and lets them go.
 
 from __future__ import annotations
 
+import re
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,16 +20,22 @@ from torch import Tensor, nn
 
 from funczero.core import tree
 from funczero.gradients.blocks import Again, Blocks
+from funczero.gradients.buffers import state_rules
 from funczero.gradients.draws import KINDS, foreseen, keyed
 from funczero.gradients.layers import captured, group_of
 from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.snapshot import Slot, Snapshot, copied, places
 from funczero.gradients.units import find_units
+from funczero.transforms.model_state import Rule
 
 
 def stateless(
-    module: nn.Module, loss: Callable[..., Any], units: Sequence[str] | None = None, remat: bool = False
+    module: nn.Module,
+    loss: Callable[..., Any],
+    units: Sequence[str] | None = None,
+    remat: bool = False,
+    state: str | Sequence[tuple[str, Rule]] = (),
 ) -> tuple[Callable, dict[str, Tensor]]:
     """(loss_fn, params): a module as a pure loss over {dotted name: tensor}, its repeated blocks gathered one by one.
 
@@ -42,31 +49,57 @@ def stateless(
     >>> [x.item() for x in loss_fn({"weight": torch.ones(1, 2)}, torch.ones(3, 2))], list(params)
     ([6.0, 3.0], ['weight'])
 
+    Buffers that a forward changes, as batch norm's running statistics in training, are the model's state: then it is
+    called as loss_fn(params, model_state, batch) and returns (sum, weight, model_state), where model_state is
+    {name: buffer} and begins as `loss_fn.state`. In a step value_and_grad does so, and they are `state.model_state`.
+
     Args:
       module: read once, now, with its training mode, hooks and buffers. To evaluate write another one,
-        stateless(module.eval(), loss). Buffers follow the parameters' device. A forward that changes a buffer, as batch
-        norm in training, a number or a container of its modules is refused. torch.compile is taken off, in print.
+        stateless(module.eval(), loss), which step.eval gives the buffers of the state. Buffers follow the parameters'
+        device. A forward that changes another buffer, a number or a container of its modules is refused. torch.compile
+        is taken off, in print.
       loss: loss(model, batch) -> (sum, weight); model is called like the module.
       units: paths of lists of blocks, as "transformer.h", () for none. By default the lists (ModuleList, ModuleDict,
         Sequential) of blocks.
       remat: save only each block's inputs and run it again in the backward. So does a block that has
         gradient_checkpointing set.
+      state: a regex of buffers that the forward changes, or (regex, rule) pairs with the rules of value_and_grad. Those
+        of torch's own layers are known: statistics of batch and instance norm by their mean, counters and vectors of
+        spectral_norm by the first micro-batch's.
 
     Raises:
-      ValueError: units names no list of blocks, or the module has no values (meta).
+      ValueError: units names no list of blocks, state no buffer, or the module has no values (meta).
       TypeError: the loss captures a tensor that needs a gradient.
     """
     module = _readable(module, loss)
     snapshot = Snapshot(module, find_units(module, units), remat)
+    rules = state_rules(module, list(dict.fromkeys(snapshot.named)), state)
+
+    def run(params: dict[str, Any], batch: Any, key: int | None, values: Mapping[str, Tensor], changes: bool) -> Any:
+        call = partial(_once, snapshot, loss, params, batch, key, values, changes)
+        result = call()
+        return call() if result is None else result
 
     def loss_fn(params: dict[str, Any], batch: Any, key: int | None = None) -> Any:
-        result = _once(snapshot, loss, params, batch, key)
-        return _once(snapshot, loss, params, batch, key) if result is None else result
+        return run(params, batch, key, {}, False)
+
+    def with_state(params: dict[str, Any], model_state: Any, batch: Any = None, key: int | None = None) -> Any:
+        names = [name for name, _ in rules]
+        if not isinstance(model_state, Mapping) or model_state.keys() != set(names):
+            why = f"the forward changes buffers ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            raise TypeError(f"stateless: {why}; call loss_fn(params, model_state, batch), first with loss_fn.state")
+        return run(params, batch, key, model_state, True)
 
     frozen, once = snapshot.frozen, dict[int, Tensor]()
-    loss_fn.units, loss_fn.ties, loss_fn.keyed = snapshot.lists, snapshot.ties, True  # type: ignore[attr-defined]
-    loss_fn.trainable = (lambda path: path not in frozen) if frozen else None  # type: ignore[attr-defined]
-    return loss_fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
+    fn: Any = with_state if rules else loss_fn
+    fn.units, fn.ties, fn.keyed = snapshot.lists, snapshot.ties, True
+    fn.trainable = (lambda path: path not in frozen) if frozen else None
+    if rules:
+        first = {name: x for name, (_, x) in zip(snapshot.named, snapshot.buffers, strict=True)}
+        fn.state = {name: first[name].clone() for name, _ in rules}
+        fn.rules = tuple((f"^{re.escape(n)}$", rule) for n, rule in rules if rule is not None)
+    fn.reading = lambda values: partial(_read, run, values)
+    return fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
 
 
 def _readable(module: nn.Module, loss: Callable[..., Any]) -> nn.Module:
@@ -86,20 +119,39 @@ def _readable(module: nn.Module, loss: Callable[..., Any]) -> nn.Module:
     return module
 
 
-def _once(snapshot: Snapshot, loss: Callable[..., Any], params: dict[str, Any], batch: Any, key: int | None) -> Any:
-    """The loss on a fresh copy; None where the forward has made settings that count from its beginning."""
+def _once(
+    snapshot: Snapshot,
+    loss: Callable[..., Any],
+    params: dict[str, Any],
+    batch: Any,
+    key: int | None,
+    values: Mapping[str, Tensor],
+    changes: bool,
+) -> Any:
+    """The loss on a fresh copy; None where the forward has made settings that count from its beginning.
+
+    Args:
+      values: buffers by name, in place of the module's.
+      changes: may the forward change them? Then they are returned, behind the sum and its weight.
+    """
     call = Call(snapshot, params, refuse=key is None)
-    copies = call.bound(snapshot)
-    versions, lengths = [x._version for _, x in snapshot.buffers], snapshot.changes.lengths()
+    copies, buffers = call.bound(snapshot, values)
+    may = (snapshot.computed | values.keys()) if changes else snapshot.computed
+    fixed = [b for b, name in zip(buffers, snapshot.named, strict=True) if name not in may]
+    versions, lengths = [x._version for _, x in fixed], snapshot.changes.lengths()
     with keyed(key, call.device, partial(_drew, snapshot.root)):
         result = loss(copies[id(snapshot.root)], batch)
-    _check_buffers(copies, snapshot.buffers, versions)
+    _check_buffers(copies, fixed, versions)
     if snapshot.changes.check(copies, lengths):
         return None
     tapes = {r.tape for r in params.values() if isinstance(r, Ref)}
     ports = [x for t in tapes for x in t.ports]  # they stand for what is closed
     snapshot.check_leaves("", result, [*tree.tensors((params, batch)), *ports])
-    return result
+    if not changes:
+        return result
+    places = dict(reversed([(n, slot) for n, (slot, _) in zip(snapshot.named, snapshot.buffers, strict=True)]))
+    new = {n: _at(getattr(copies[m], box), k).clone() for n in values for m, box, k, _ in (places[n],)}
+    return (*result[:2], new, *result[2:]) if isinstance(result, tuple) else (result, new)
 
 
 class Call:
@@ -129,38 +181,85 @@ class Call:
         groups = [group_of([params[name] for *_, name in u.slots]) for u in self.units]
         self.blocks = Blocks([u.path for u in self.units], groups)
 
-    def bound(self, snapshot: Snapshot) -> dict[int, nn.Module]:
-        """A fresh copy of the modules, with parameters in their places; units are closed until they run."""
-        copies = copied(snapshot.wiring)
+    def bound(
+        self, snapshot: Snapshot, values: Mapping[str, Tensor]
+    ) -> tuple[dict[int, nn.Module], list[tuple[Slot, Tensor]]]:
+        """A fresh copy of the modules, with parameters and buffers in their places; units are closed until they run.
+
+        Args:
+          values: of buffers by name; copies of them are bound, and the others as the module has them.
+        """
+        odd = next(iter(values.keys() - snapshot.named), None)
+        if odd is not None:
+            why = f"the model state has {odd!r}, which is no buffer of the module"
+            raise ValueError(f"stateless: {why}; it has {snapshot.named[:8]}")
+        copies, own = copied(snapshot.wiring), {n: x.clone() for n, x in values.items()}
         snapshot.buffers = [(slot, x.to(self.device)) for slot, x in snapshot.buffers]
-        for (m, box, key, _), x in snapshot.buffers:
+        buffers = [(slot, own.get(n, x)) for n, (slot, x) in zip(snapshot.named, snapshot.buffers, strict=True)]
+        for (m, box, key, _), x in buffers:
             getattr(copies[m], box)[key] = x
+        moving = [slot for n, (slot, _) in zip(snapshot.named, snapshot.buffers, strict=True) if n in own]
         _bind(places(snapshot.slots, copies), self.params)
         for i, unit in enumerate(self.units):
             block = copies[unit.module]
             forward = block.__dict__.get("forward")
-            block.__dict__["forward"] = partial(self.run, i, weakref.ref(block), places(unit.slots, copies), forward)
-        return copies
+            held = places([s for s in moving if s[0] in unit.inside], copies)
+            where = places(unit.slots, copies)
+            block.__dict__["forward"] = partial(self.run, i, weakref.ref(block), where, held, forward)
+        return copies, buffers
 
-    def run(self, i: int, block: Any, where: list[Any], forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """Unit i: opened, bound, run, closed."""
+    def run(
+        self, i: int, block: Any, where: list[Any], held: list[Any], forward: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Unit i: opened, bound, run, closed.
+
+        Args:
+          where, held: the places of its parameters and of buffers that it may change.
+        """
         unit, module = self.units[i], block()
-
-        def bound(own: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            _bind(where, own)
-            drew = partial(_drew, module, path=unit.path)
-            try:
-                with foreseen(self.device, drew, KINDS) if self.refuse else nullcontext():
-                    return (forward or partial(type(module).forward, module))(*args, **kwargs)
-            finally:
-                _bind(where, self.params)
-
         closed, again = {name: self.params[name] for _, _, name in where}, None
         if any(isinstance(x, Ref) and isinstance(x.tape, Parts) for x in closed.values()):
             again = Again("stateless", "higher_order", "write fz.stateless(..., units=())", self.check_leaves)
         elif unit.again:
             again = Again("stateless", "remat", "leave out remat", self.check_leaves)
+        first = Once(held if again is not None else [])
+
+        def bound(own: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            _bind(where, own)
+            drew = partial(_drew, module, path=unit.path)
+            try:
+                with foreseen(self.device, drew, KINDS) if self.refuse else nullcontext(), first.run():
+                    return (forward or partial(type(module).forward, module))(*args, **kwargs)
+            finally:
+                _bind(where, self.params)
+
         return self.blocks.run(i, closed, bound, args, kwargs, again)
+
+
+class Once:
+    """Buffers that a block changes, which may run more than once: only its first run counts, and others find what it
+    found.
+    """
+
+    def __init__(self, held: list[tuple[Any, Any, str]]) -> None:
+        self.held, self.ran = held, False
+        self.before = [box[key].clone() for box, key, _ in held]
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """One run."""
+        if not self.ran or not self.held:
+            self.ran = True
+            yield
+            return
+        after = [box[key] for box, key, _ in self.held]
+        for (box, key, _), x in zip(self.held, self.before, strict=True):
+            box[key] = x.clone()
+        try:
+            yield
+        finally:
+            for (box, key, _), x in zip(self.held, after, strict=True):
+                box[key] = x
 
 
 def _bind(where: list[tuple[Any, Any, str]], values: dict[str, Any]) -> None:
@@ -180,10 +279,17 @@ def _check_buffers(copies: dict[int, nn.Module], buffers: list[tuple[Slot, Tenso
             what = "buffer" if box == "_buffers" else "tensor"
             why = f"changes {what} {name!r}, but a pure loss has nowhere to keep it"
             remedy = (
-                "write fz.stateless(module.eval(), ...), "
-                "or use a layer without running state (BatchNorm: track_running_stats=False)"
+                f"write fz.stateless(..., state={re.escape(name)!r}), which makes it a state of the model, or"
+                " fz.stateless(module.eval(), ...) where nothing should change"
             )
             raise RuntimeError(f"stateless: the forward of {type(module).__name__} {why}; {remedy}")
+
+
+def _read(
+    run: Callable[..., Any], values: Mapping[str, Tensor], params: Any, batch: Any, key: int | None = None
+) -> Any:
+    """The loss of an evaluating module, with buffers of a model state."""
+    return run(params, batch, key, values, False)
 
 
 def _at(box: Any, key: Any) -> Any:

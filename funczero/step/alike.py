@@ -15,6 +15,7 @@ from funczero.core import tree
 from funczero.core.types import GradientTransformation
 from funczero.layout.mesh import Mesh
 from funczero.transforms.chain import Bracket, Source
+from funczero.transforms.model_state import Model
 from funczero.transforms.partition import Partition
 from funczero.world.entries import BEGINS, Context
 
@@ -22,8 +23,8 @@ WORDS = 1 << 10  # of 8 bytes, in a row of what is summed
 HOME = "funczero."  # only what stands in this package is looked into
 
 
-def begin(params: Any, structure: Any, key: int, mesh: Mesh) -> None:
-    """Compare what this rank was given to begin with; a collective of a few bytes.
+def begin(params: Any, structure: Any, key: int, mesh: Mesh, model: Model | None = None) -> None:
+    """Compare what this rank was given to begin with, a model's own state too; a collective of a few bytes.
 
     Of tensors the values, of lazy and meta leaves the shape and the dtype alone: nothing is read that this rank would
     not read.
@@ -45,7 +46,9 @@ def begin(params: Any, structure: Any, key: int, mesh: Mesh) -> None:
     }
     for what, value in facts.items():
         ledger.note(BEGINS, what, value)
-    once = {id(x): (path, x) for path, x in reversed(tree.paths(params))}  # tied leaves by their first path
+    beside = [] if model is None else [(f"model state {p}", x) for p, x in zip(model.paths, model.initial, strict=True)]
+    named = [*tree.paths(params), *beside]
+    once = {id(x): (path, x) for path, x in reversed(named)}  # tied leaves by their first path
     whole = {path: x for path, x in reversed(once.values()) if isinstance(x, Tensor) and not x.is_meta}
     sums = torch.stack([checksum(x) for x in whole.values()]).tolist() if whole else []
     numbers = dict(zip(whole, sums, strict=True))

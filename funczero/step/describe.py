@@ -29,6 +29,10 @@ def describe(g: Grad, source: Source) -> str:
         notes.append(
             f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds{more}"
         )
+    if g.env.model is not None:
+        of = g.layout.stride
+        once = f"moved once by the {of} micro-batches of an update" if of > 1 else "moved by every update"
+        notes.append(f"model state: {g.env.model}, {once}")
     edges = g.env.edges.values()
     if any(e.sums == "backend" for e in edges):
         notes.append("gradients are added over ranks by the backend: the same-bits promise is off")

@@ -17,6 +17,7 @@ from funczero.comm.differentiable import dot, pack
 from funczero.comm.integers import sum_and_compare
 from funczero.core import tree
 from funczero.core.types import TrainState
+from funczero.gradients.call import reading
 from funczero.gradients.draws import keyed
 from funczero.gradients.loss import check_loss, drew
 from funczero.gradients.parts import Derivable, Parts
@@ -49,7 +50,7 @@ class ShardedLoss(NamedTuple):
         """
         parts, own = self._parts(params), getattr(self.loss_fn, "keyed", False)
         with Derivable(), opened_first(), nullcontext() if own else keyed(None, self.mesh.device, drew):
-            loss, weight, _ = check_loss(self.loss_fn(parts.tree(), batch), has_aux=False)
+            loss, weight, *_ = check_loss(self.loss_fn(parts.tree(), batch), has_aux=False)
         if get_proxy_mode() is None:  # nothing is compared in a graph
             sum_and_compare([torch.zeros(1, dtype=torch.int64, device=self.mesh.device)], self.batch, self.mesh)
         wide = torch.promote_types(loss.dtype, torch.float32)  # a count is rounded in bfloat16, and inf in float16
@@ -103,8 +104,9 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
 
     Args:
       step: whose mesh and batch axes count.
-      loss_fn: (params, batch) -> (sum of losses, sum of weights), as value_and_grad's.
-      state: a state of the step; only where its masters lie is read.
+      loss_fn: (params, batch) -> (sum of losses, sum of weights), as value_and_grad's; one of fz.stateless reads the
+        buffers of the state.
+      state: a state of the step; of its masters only where they lie is read.
 
     >>> import funczero as fz
     >>> fn = lambda p, b: ((p["w"] ** 3 * b).sum(), b.sum())
@@ -117,7 +119,8 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
     12.0
     """
     step.fits.look(state)
-    return ShardedLoss(loss_fn, state.params.where, step.live_mesh, step.grad.layout.batch)
+    fn = reading(loss_fn, None, step.grad.env.model, state.model_state)
+    return ShardedLoss(fn, state.params.where, step.live_mesh, step.grad.layout.batch)
 
 
 def parts(state: TrainState) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from funczero.core import order, tree
 from funczero.core.held import transformed, transforming
 from funczero.core.policy import Policy
 from funczero.core.types import Env, Grad, Metrics, TrainState, Updated
+from funczero.gradients.call import reading
 from funczero.gradients.draws import keyed
 from funczero.gradients.loss import check_loss, drew
 from funczero.gradients.tape import Tape
@@ -201,19 +202,23 @@ class Step(NamedTuple):
         g = self.running()
         return initial(g, read_lazily(self.source, g, params, torch.device("meta")), 0)
 
-    def eval(self, loss_fn: Callable[..., Any]) -> Callable[[TrainState, Any], Eval]:
+    def eval(self, loss_fn: Callable[..., Any], has_state: bool | None = None) -> Callable[[TrainState, Any], Eval]:
         """A forward of `loss_fn(params, batch) -> (sum, weight)` with the current views: (state, this rank's rows)
         -> Eval.
+
+        Args:
+          has_state: the loss is called as loss_fn(params, model_state, batch), and returns a state, which is dropped.
+            By default so is one of fz.stateless that changes buffers; one of an evaluating module reads the state's.
         """
 
         def evaluate(state: TrainState, batch: Any) -> Eval:
             g = self.running()
             self.fits.look(state)
-            tape = self.tape(state)
+            tape, fn = self.tape(state), reading(loss_fn, has_state, g.env.model, state.model_state)
             with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version counters
                 rest = tape.open_rest()
-                with nullcontext() if getattr(loss_fn, "keyed", False) else keyed(None, g.env.mesh.device, drew):
-                    loss, weight, _ = check_loss(loss_fn(tape.whole.structure.unflatten(rest), batch), has_aux=False)
+                with nullcontext() if getattr(fn, "keyed", False) else keyed(None, g.env.mesh.device, drew):
+                    loss, weight, *_ = check_loss(fn(tape.whole.structure.unflatten(rest), batch), has_aux=False)
                 tape.left_alone(tape.tensors(rest), None)
                 tape.end()
             return _mean_over_ranks(torch.stack([loss.double(), weight.double().to(loss.device)]), g)

@@ -121,7 +121,7 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         g = running()
         own = read_lazily(source, g, params, g.env.mesh.device)
         check_widening(params, g.env.policy)
-        begin(params, own.structure, key, g.env.mesh)
+        begin(params, own.structure, key, g.env.mesh, g.env.model)
         if _speaks(g):
             say(book.said, narrow(params, g.env.policy), nested(params, source.units))
         state = initial(g, own, key)

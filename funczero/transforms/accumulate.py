@@ -126,9 +126,7 @@ def _add(a: Sum, b: Sum, wide: torch.dtype, reuse: bool = False) -> Sum:
         grads = Slots(
             tuple(x.to(wide) + y.to(wide) for x, y in zip(a.grads.buffers, b.grads.buffers, strict=True)), a.grads.where
         )
-    aux = a.aux
-    if aux is not None:
-        assert b.aux is not None
-        aux = torch.cat([aux[0], b.aux[0]]), aux[1]
+    aux = None if a.aux is None or b.aux is None else a.aux.joined(b.aux)
     bad = None if a.bad is None or b.bad is None else a.bad + b.bad
-    return Sum(torch.cat([a.loss, b.loss]), torch.cat([a.weight, b.weight]), aux, grads, bad=bad)
+    moved = tuple(torch.cat([x, y]) for x, y in zip(a.moved, b.moved, strict=True))
+    return Sum(torch.cat([a.loss, b.loss]), torch.cat([a.weight, b.weight]), aux, grads, bad, moved)

@@ -87,11 +87,17 @@ def build(parts: Sequence[Any], env: Env) -> Grad:
     if source.units:
         source, marked = _open_at_seam(source, marked)
     _once_an_update(source, edges)
-    g = fold(source.make(source, env._replace(edges=edges)), marked)
+    g = _counted(fold(source.make(source, env._replace(edges=edges)), marked))
     _all_used(source, env)
     if env.differentiable:
         no_wires("differentiable", g.env.edges.values())
     return kept_where_skipped(g)
+
+
+def _counted(g: Grad) -> Grad:
+    """g, whose Source knows how many micro-batches an update has."""
+    apply, of = g.apply, g.layout.stride
+    return g._replace(apply=lambda views, state, batch, seed: apply(views, state, batch, seed._replace(of=of)))
 
 
 def _once_an_update(source: Source, edges: dict[str, Edge]) -> None:

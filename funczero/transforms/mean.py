@@ -12,11 +12,12 @@ from funczero.comm.adjoint import total
 from funczero.comm.differentiable import Varied, dot, over_all, pack
 from funczero.comm.integers import sum_and_compare
 from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
-from funczero.core import order, tree
+from funczero.core import order
 from funczero.core.straight import root, straight
 from funczero.core.transform import after, refuse
-from funczero.core.types import Env, Grad, Layout, State, Sum, Transform, Value
+from funczero.core.types import Env, Grad, Layout, State, Sum, Transform, Tree, Value
 from funczero.layout.slots import Slots
+from funczero.transforms.model_state import MODEL, SMOOTH
 
 
 def mean(g: Grad) -> Grad:
@@ -36,56 +37,70 @@ def mean(g: Grad) -> Grad:
     if lay.unreduced:
         raise refuse(g, "mean", _partial(lay))
 
-    places = torch.tensor(order.indices(lay, env.mesh.index), device=env.mesh.device)
+    here, model = order.indices(lay, env.mesh.index), env.model
+    places = torch.tensor(here, device=env.mesh.device)
 
-    def fn(out: Sum, state: State) -> tuple[Value, State]:
-        columns = [out.loss[:, None].double(), out.weight[:, None].double()] + ([] if out.aux is None else [out.aux[0]])
-        rows = torch.cat(columns, 1)
-        bits = torch.zeros(lay.stride, rows.shape[1], dtype=torch.int64, device=rows.device)
-        bits.index_copy_(0, places[: len(rows)], rows.view(torch.int64))
-        parts = [bits.view(-1), _norm_bins(out.grads, lay, env)]
+    def fn(out: Sum, given: State) -> tuple[Value, State]:
+        head = torch.stack([out.loss.double(), out.weight.double()], 1).view(torch.int64)
+        columns = [head, torch.ones_like(head[:, :1]), *([] if out.aux is None else out.aux.sent())]
+        rows, first = (head[:, :0], head[0, :0]) if model is None else model.sent(out.moved, here[0] == 0)
+        own = torch.cat([*columns, rows], 1)
+        bits = own.new_zeros(lay.stride, own.shape[1]).index_copy_(0, places[: len(own)], own)
+        parts = [bits.view(-1), first, _norm_bins(out.grads, lay, env)]
         if out.bad is not None:
             parts.append(_place_of(out.bad, lay, env))
         packed, alike = sum_and_compare(parts, lay.batch, env.mesh)
-        table = packed[: bits.numel()].view(torch.float64).view(lay.stride, -1)
-        total = order.tree_sum(table)
-        bins = packed[bits.numel() : bits.numel() + 1 + BINS]
-        bad = None if out.bad is None else _first_bad(packed[bits.numel() + 1 + BINS :], len(out.bad))
-        loss, weight = total[0], total[1]
-        finite, factor = bins[0] == 0 if alike is None else (bins[0] == 0) & alike, 1 / weight.clamp(
-            min=torch.finfo(torch.float64).tiny
+        flat, first, bins, bad = packed.split_with_sizes(
+            [x.numel() for x in parts[:3]] + [sum(x.numel() for x in parts[3:])]
         )
+        table = flat.view(lay.stride, -1)
+        came = None if len(own) == len(here) else table[:, 2] > 0  # a window may close early
+        scalars = table[:, :2].contiguous().view(torch.float64)
+        loss, weight = order.tree_sum(scalars)
+        finite = bins[0] == 0 if alike is None else (bins[0] == 0) & alike
+        factor = 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
         norm = torch.where(finite, norm_of(bins, folds(out.grads.buffers[0].dtype)) * factor, torch.inf)
-        aux = None if out.aux is None else tree.unflatten(list(total[2:]), out.aux[1])
-        return (
-            Value(loss * factor, weight, aux, out.grads, factor, norm, finite & (weight > 0), bad, {"rows": table}),
-            state,
-        )
+        ok, new = finite & (weight > 0), dict[str, Tree]()
+        aux = None if out.aux is None else out.aux.read(table[:, 3:], came)
+        if model is not None:
+            new = model.combined(table[:, own.shape[1] - rows.shape[1] :], first, scalars[:, 1], given, ok, came)
+        where = None if out.bad is None else _first_bad(bad, len(out.bad))
+        return Value(loss * factor, weight, aux, out.grads, factor, norm, ok, where, {"rows": scalars}), new
 
-    def formula(out: Sum) -> Value:
-        return _differentiable(out, lay, env, places)
+    def formula(out: Sum, given: State) -> tuple[Value, State]:
+        return _differentiable(out, given, lay, env, places)
 
     def both(out: Sum, state: State) -> tuple[Value, State]:
-        found: Value = straight(lambda out: fn(out, {})[0], formula, out)
-        return found, state
+        given = {} if model is None else {MODEL: state[MODEL]}
+        if not env.differentiable:
+            found, new = fn(out, given)
+        else:
+            found, new = straight(fn, formula, out, given)
+        return found, {**state, **new}
 
-    return after(g, "mean", replace(lay, phase="value"), both if env.differentiable else fn)
+    return after(g, "mean", replace(lay, phase="value"), both)
 
 
-def _differentiable(out: Sum, lay: Layout, env: Env, places: Tensor) -> Value:
+def _differentiable(out: Sum, given: State, lay: Layout, env: Env, places: Tensor) -> tuple[Value, State]:
     """The same of plain operations, for derivatives."""
-    columns = [out.loss[:, None].double(), out.weight[:, None].double()] + ([] if out.aux is None else [out.aux[0]])
-    rows = torch.cat(columns, 1)
-    own = rows.new_zeros(lay.stride, rows.shape[1]).index_copy(0, places[: len(rows)], rows)
-    table = over_all(own, lay.batch, env.mesh, total)
-    sums = order.tree_sum(table)
-    loss, weight = sums[0], sums[1]
+
+    def everywhere(x: Tensor) -> Tensor:  # [micro-batches of this rank, ...] -> of all
+        own = x.new_zeros(lay.stride, *x.shape[1:]).index_copy(0, places[: len(x)], x)
+        return over_all(own, lay.batch, env.mesh, total)
+
+    scalars = everywhere(torch.stack([out.loss.double(), out.weight.double()], 1))
+    loss, weight = order.tree_sum(scalars)
     squares, factor = _squares(out.grads, env), 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
     finite = squares.isfinite()
     norm = torch.where(finite, root(squares) * factor, torch.inf)
-    aux = None if out.aux is None else tree.unflatten(list(sums[2:]), out.aux[1])
-    ok, bad = finite & (weight > 0), None if out.bad is None else torch.full((2,), -1, device=rows.device)
-    return Value(loss * factor, weight, aux, out.grads, factor, norm, ok, bad, {"rows": table})
+    ok, aux, new = finite & (weight > 0), None, dict[str, Tree]()
+    bad = None if out.bad is None else torch.full((2,), -1, device=scalars.device)
+    if out.aux is not None:
+        aux = out.aux.built(order.tree_sum(everywhere(out.aux.sums)), [everywhere(x) for x in out.aux.cat])
+    if env.model is not None:
+        moved = [everywhere(x) for x in out.moved]
+        new = env.model.ruled(moved, scalars[:, 1], given, ok, SMOOTH)
+    return Value(loss * factor, weight, aux, out.grads, factor, norm, ok, bad, {"rows": scalars}), new
 
 
 def _squares(grads: Slots, env: Env) -> Tensor:
