@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import funczero as fz
 from funczero import P
+from funczero.checkpoint.export import export
 from funczero.gradients.buffers import changing, computed
 from funczero.testing import tree_hash
 from funczero.testing.simulate import simulate
@@ -191,3 +193,17 @@ def test_a_mean_with_a_state():
     step = fz.train_step(fz.value_and_grad(fz.mean_loss(loss_fn)), fz.sgd(0.1), policy="float64")
     state, metrics = step(step.init(params), torch.randn(4, 3, dtype=torch.float64))
     assert metrics.weight == 4 and state.model_state["1.num_batches_tracked"] == 1
+
+
+def test_an_export_is_the_modules_state_dict(tmp_path):
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    loss_fn, params = fz.stateless(module, lambda m, b: (m(b).square().sum(), torch.tensor(4.0)))
+    step = fz.train_step(fz.value_and_grad(loss_fn), fz.sgd(0.1))
+    state, _ = step(step.init(params), torch.randn(4, 3))
+    with fz.Checkpointer(tmp_path) as ck:
+        ck.save(state, "last")
+    export(tmp_path / "last", tmp_path / "out.safetensors")
+    module.load_state_dict(load_file(tmp_path / "out.safetensors"))
+    assert module[1].num_batches_tracked == 1 and torch.equal(
+        module[1].running_mean, state.model_state["1.running_mean"]
+    )

@@ -22,6 +22,7 @@ from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.memory import numpy_view, torch_dtype
 from funczero.checkpoint.names import Names, escape, unescape, whole
 from funczero.checkpoint.tools import find, progress, tensors
+from funczero.transforms.model_state import MODEL
 
 CODES = {
     "float64": "F64",
@@ -68,7 +69,8 @@ def state_dict_key(name: str) -> str:
 def export(
     path: str | Path, out: str | Path, dtype: str | None = None, shard_size: int | None = None, overwrite: bool = False
 ) -> list[Path]:
-    """The parameters of a checkpoint as safetensors, one leaf in memory at a time, tied names with their values.
+    """The parameters of a checkpoint as safetensors, one leaf in memory at a time, tied names with their values; and
+    the buffers that its forward changes, as a module's state_dict has both.
 
     Args:
       path: a checkpoint, or a folder of them, for the latest.
@@ -85,8 +87,8 @@ def export(
     masters = {n: n for n in found.arrays if n == "params" or n.startswith("params/")}
     if not masters:
         raise CheckpointError(f"export: {str(where)!r} holds no parameters")
-    entries = []
-    for name, source in (masters | found.ties).items():
+    entries, buffers = [], {n.removeprefix(f"{MODEL}/"): n for n in found.arrays if n.startswith(f"{MODEL}/values/")}
+    for name, source in (masters | found.ties | buffers).items():
         a = found.arrays[source]
         have = torch_dtype(a.dtype)
         want = torch_dtype(dtype) if dtype and have.is_floating_point else have

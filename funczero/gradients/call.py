@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from funczero.core import rng, tree
 from funczero.core.types import Seed, State
 from funczero.gradients import draws
 from funczero.gradients.loss import check_loss, drew, is_void
+from funczero.gradients.synced import Across
 from funczero.transforms.model_state import Model
 from funczero.transforms.outputs import Aux, Rules, aux_of
 
@@ -34,13 +36,14 @@ class Outcome(NamedTuple):
         return Outcome(self.loss.detach(), self.weight.detach(), aux, tuple(x.detach() for x in self.moved))
 
 
-class Call(NamedTuple):
+class LossCall(NamedTuple):
     """loss_fn(params, [model state], rows, [key]) -> (sum, weight, [model state], [aux])."""
 
     fn: Callable[..., Any]
     aux: Rules | None = None
     rng: bool = False
     model: Model | None = None
+    across: Across | None = None  # for layers whose statistics are those of all ranks' rows
 
     def __call__(self, params: Any, batch: Any, seed: Seed, state: State, device: torch.device) -> Outcome:
         """The loss of one micro-batch.
@@ -56,7 +59,7 @@ class Call(NamedTuple):
         given = [] if self.model is None else [self.model.given(state, seed.index, seed.of)]
         own = getattr(self.fn, "keyed", False)
         with nullcontext() if own else draws.keyed(next(iter(key), None), device, drew):
-            result = self.fn(params, *given, batch, *key)
+            result = self.fn(params, *given, batch, *key, **({"across": self.across} if synced(self.fn) else {}))
         loss, weight, moved, aux = check_loss(result, self.aux is not None, self.model is not None)
         return Outcome(
             loss,
@@ -70,22 +73,33 @@ class Call(NamedTuple):
         return is_void(self.fn, outcome.weight)
 
 
+def synced(loss_fn: Callable[..., Any]) -> bool:
+    """Has the loss layers whose statistics are those of all ranks' rows?"""
+    return getattr(loss_fn, "synced", False)
+
+
 def reading(
-    loss_fn: Callable[..., Any], has_state: bool | None, model: Model | None, values: Any
+    loss_fn: Callable[..., Any], has_state: bool | None, model: Model | None, values: Any, across: Across
 ) -> Callable[..., Any]:
     """A loss of parameters and rows alone, which reads a model state as it is, and forgets what becomes of it.
 
     Args:
       has_state: does the loss take one? None: where it names its own, as fz.stateless does.
       model, values: of the step; None where it has none.
+      across: the step's ranks.
 
     Raises:
       TypeError: it takes one, and there is none that it could read.
     """
     takes = getattr(loss_fn, "state", None) is not None if has_state is None else has_state
+    more: dict[str, Any] = {"across": across} if synced(loss_fn) else {}
     if not takes:
         bind = getattr(loss_fn, "reading", None)
-        return loss_fn if values is None or bind is None else bind(values)
+        found = loss_fn if values is None or bind is None else bind(values)
+        if found is not loss_fn or more:
+            found = partial(found, **more)
+            found.keyed = getattr(loss_fn, "keyed", False)
+        return found
     if model is None:
         why = "the loss takes a model state, but the step has none"
         raise TypeError(f"eval: {why}; write value_and_grad(loss_fn, state=...), or a loss without one")
@@ -95,7 +109,7 @@ def reading(
         raise TypeError(f"eval: {why}; write a loss that begins with a state of its own, and leave out has_state")
 
     def fn(params: Any, batch: Any) -> tuple[Any, Any]:
-        loss, weight, *_ = check_loss(loss_fn(params, tree.clone(values), batch), False, True)
+        loss, weight, *_ = check_loss(loss_fn(params, tree.clone(values), batch, **more), False, True)
         return loss, weight
 
     fn.keyed = getattr(loss_fn, "keyed", False)  # type: ignore[attr-defined]

@@ -15,9 +15,10 @@ from funczero.core import order, tree
 from funczero.core.number import flag
 from funczero.core.types import Apply, ChainError, Env, Grad, Layout, Seed, State, Sum
 from funczero.gradients.arrivals import sparse
-from funczero.gradients.call import Call, Outcome
+from funczero.gradients.call import LossCall, Outcome, synced
 from funczero.gradients.higher import Loss, applied
 from funczero.gradients.loss import no_gradient
+from funczero.gradients.synced import Across
 from funczero.gradients.tape import Tape
 from funczero.layout.lazy import Lazy
 from funczero.layout.slots import Slots
@@ -82,10 +83,10 @@ def value_and_grad(
     model = None if values is None else model_of(values, (*rules, *getattr(loss_fn, "rules", ())))
     if model is None and rules:
         raise ValueError("value_and_grad: there are rules, but no model state; write state=..., or leave them out")
-    call = Call(loss_fn, rules_of(has_aux), rng, model)
 
     def make(source: Source, env: Env) -> Grad:
         layout, env = _layout(source, env), env._replace(model=model)
+        call = LossCall(loss_fn, rules_of(has_aux), rng, model, Across(env.mesh, source.batch))
         if flag("value_and_grad", "higher_order", higher_order) or env.differentiable:
             loss = Loss(call, env, source.batch)
             return _grad(source, env, layout, applied(source, loss, order.indices(layout, env.mesh.index)[0]))
@@ -101,6 +102,7 @@ def value_and_grad(
         ties=ties,
         patterns=patterns,
         replicated=_names(replicated),
+        synced=synced(loss_fn),
     )
 
 
@@ -257,7 +259,7 @@ def _grad(source: Source, env: Env, layout: Layout, apply: Apply) -> Grad:
 
 
 def _differentiate(
-    call: Call, whole: list[Any], batch: Any, seed: Seed, state: State, tape: Tape
+    call: LossCall, whole: list[Any], batch: Any, seed: Seed, state: State, tape: Tape
 ) -> tuple[Outcome, list[Any]]:
     structure = tape.whole.structure
     open_leaves = tape.tensors(whole)

@@ -17,7 +17,7 @@ from funczero.core import tree
 from funczero.core.straight import HOLE
 from funczero.core.types import Apply, Env, Seed, State, Sum
 from funczero.gradients.arrivals import sparse
-from funczero.gradients.call import Call, Outcome
+from funczero.gradients.call import LossCall, Outcome
 from funczero.gradients.loss import no_gradient
 from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
@@ -28,7 +28,7 @@ from funczero.transforms.chain import Source, no_wires
 class Loss(NamedTuple):
     """A loss function of parts, and where it runs."""
 
-    call: Call
+    call: LossCall
     env: Env
     batch: tuple[str, ...]  # mesh axes that rows are split over
 

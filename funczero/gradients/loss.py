@@ -33,9 +33,9 @@ def mean_loss(
 
 
 def _of_mean(loss_fn: Callable[..., Any], weight: Callable[[Any], Any]) -> Callable[..., tuple[Any, ...]]:
-    def both(params: Any, *given: Any) -> tuple[Any, ...]:
+    def both(params: Any, *given: Any, **across: Any) -> tuple[Any, ...]:
         batch = next(x for x in reversed(given) if not isinstance(x, int))  # a model state before it, a key behind it
-        found = loss_fn(params, *given)
+        found = loss_fn(params, *given, **across)
         loss, *state = found if isinstance(found, tuple) else (found,)
         full = torch.as_tensor(weight(batch), device=loss.device).to(loss.dtype)
         if full.dim():
@@ -44,7 +44,7 @@ def _of_mean(loss_fn: Callable[..., Any], weight: Callable[[Any], Any]) -> Calla
 
     both.void_at_zero = True  # type: ignore[attr-defined]
     both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
-    for name in ("state", "rules"):
+    for name in ("state", "rules", "synced"):
         if hasattr(loss_fn, name):
             setattr(both, name, getattr(loss_fn, name))
     return both

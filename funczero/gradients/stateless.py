@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from absl import logging
@@ -26,6 +26,7 @@ from funczero.gradients.layers import captured, group_of
 from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.snapshot import Slot, Snapshot, copied, places
+from funczero.gradients.synced import Across, is_synced, normed
 from funczero.gradients.units import find_units
 from funczero.transforms.model_state import Rule
 
@@ -75,20 +76,25 @@ def stateless(
     snapshot = Snapshot(module, find_units(module, units), remat)
     rules = state_rules(module, list(dict.fromkeys(snapshot.named)), state)
 
-    def run(params: dict[str, Any], batch: Any, key: int | None, values: Mapping[str, Tensor], changes: bool) -> Any:
-        call = partial(_once, snapshot, loss, params, batch, key, values, changes)
-        result = call()
-        return call() if result is None else result
+    def run(params: Any, batch: Any, key: int | None, own: Own) -> Any:
+        result = _once(snapshot, loss, params, batch, key, own)
+        return _once(snapshot, loss, params, batch, key, own) if result is None else result
 
-    def loss_fn(params: dict[str, Any], batch: Any, key: int | None = None) -> Any:
-        return run(params, batch, key, {}, False)
+    def loss_fn(params: dict[str, Any], batch: Any, key: int | None = None, across: Across | None = None) -> Any:
+        return run(params, batch, key, Own({}, False, across))
 
-    def with_state(params: dict[str, Any], model_state: Any, batch: Any = None, key: int | None = None) -> Any:
+    def with_state(
+        params: dict[str, Any],
+        model_state: Any,
+        batch: Any = None,
+        key: int | None = None,
+        across: Across | None = None,
+    ) -> Any:
         names = [name for name, _ in rules]
         if not isinstance(model_state, Mapping) or model_state.keys() != set(names):
             why = f"the forward changes buffers ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
             raise TypeError(f"stateless: {why}; call loss_fn(params, model_state, batch), first with loss_fn.state")
-        return run(params, batch, key, model_state, True)
+        return run(params, batch, key, Own(model_state, True, across))
 
     frozen, once = snapshot.frozen, dict[int, Tensor]()
     fn: Any = with_state if rules else loss_fn
@@ -98,6 +104,7 @@ def stateless(
         first = {name: x for name, (_, x) in zip(snapshot.named, snapshot.buffers, strict=True)}
         fn.state = {name: first[name].clone() for name, _ in rules}
         fn.rules = tuple((f"^{re.escape(n)}$", rule) for n, rule in rules if rule is not None)
+    fn.synced = is_synced(module)
     fn.reading = lambda values: partial(_read, run, values)
     return fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
 
@@ -119,23 +126,33 @@ def _readable(module: nn.Module, loss: Callable[..., Any]) -> nn.Module:
     return module
 
 
+class Own(NamedTuple):
+    """The buffers of one call."""
+
+    values: Mapping[str, Tensor]  # by name, in place of the module's
+    changes: bool  # may the forward change them?
+    across: Across | None = None  # ranks over which layers take statistics
+
+
 def _once(
     snapshot: Snapshot,
     loss: Callable[..., Any],
     params: dict[str, Any],
     batch: Any,
     key: int | None,
-    values: Mapping[str, Tensor],
-    changes: bool,
+    own: Own,
 ) -> Any:
     """The loss on a fresh copy; None where the forward has made settings that count from its beginning.
 
-    Args:
-      values: buffers by name, in place of the module's.
-      changes: may the forward change them? Then they are returned, behind the sum and its weight.
+    A state that changes is returned behind the sum and its weight.
     """
+    values, changes = own.values, own.changes
     call = Call(snapshot, params, refuse=key is None)
     copies, buffers = call.bound(snapshot, values)
+    for m in copies.values():
+        if isinstance(m, nn.SyncBatchNorm):
+            itself: Any = weakref.proxy(m)
+            m.__dict__["forward"] = partial(normed, itself, own.across)
     may = (snapshot.computed | values.keys()) if changes else snapshot.computed
     fixed = [b for b, name in zip(buffers, snapshot.named, strict=True) if name not in may]
     versions, lengths = [x._version for _, x in fixed], snapshot.changes.lengths()
@@ -289,7 +306,7 @@ def _read(
     run: Callable[..., Any], values: Mapping[str, Tensor], params: Any, batch: Any, key: int | None = None
 ) -> Any:
     """The loss of an evaluating module, with buffers of a model state."""
-    return run(params, batch, key, values, False)
+    return run(params, batch, key, Own(values, False))
 
 
 def _at(box: Any, key: Any) -> Any:

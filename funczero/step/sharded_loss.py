@@ -22,6 +22,7 @@ from funczero.gradients.draws import keyed
 from funczero.gradients.loss import check_loss, drew
 from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
+from funczero.gradients.synced import Across
 from funczero.layout.mesh import Mesh
 from funczero.layout.where import Where
 from funczero.step.fits import unused
@@ -119,8 +120,9 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
     12.0
     """
     step.fits.look(state)
-    fn = reading(loss_fn, None, step.grad.env.model, state.model_state)
-    return ShardedLoss(fn, state.params.where, step.live_mesh, step.grad.layout.batch)
+    mesh, axes = step.live_mesh, step.grad.layout.batch
+    fn = reading(loss_fn, None, step.grad.env.model, state.model_state, Across(mesh, axes))
+    return ShardedLoss(fn, state.params.where, mesh, axes)
 
 
 def parts(state: TrainState) -> dict[str, Tensor]:

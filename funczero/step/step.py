@@ -17,6 +17,7 @@ from funczero.core.types import Env, Grad, Metrics, TrainState, Updated
 from funczero.gradients.call import reading
 from funczero.gradients.draws import keyed
 from funczero.gradients.loss import check_loss, drew
+from funczero.gradients.synced import Across
 from funczero.gradients.tape import Tape
 from funczero.layout.mesh import Mesh, located
 from funczero.layout.slots import Slots
@@ -214,7 +215,9 @@ class Step(NamedTuple):
         def evaluate(state: TrainState, batch: Any) -> Eval:
             g = self.running()
             self.fits.look(state)
-            tape, fn = self.tape(state), reading(loss_fn, has_state, g.env.model, state.model_state)
+            tape, fn = self.tape(state), reading(
+                loss_fn, has_state, g.env.model, state.model_state, Across(g.env.mesh, g.layout.batch)
+            )
             with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version counters
                 rest = tape.open_rest()
                 with nullcontext() if getattr(fn, "keyed", False) else keyed(None, g.env.mesh.device, drew):

@@ -30,6 +30,7 @@ class Source(NamedTuple):
     ties: tuple[tuple[str, str], ...] = ()
     patterns: tuple[tuple[str, str], ...] = ()  # (who, regex): each must find a parameter
     replicated: tuple[str, ...] = ()  # mesh axes whose ranks are meant to be given the same rows
+    synced: bool = False  # does a layer take statistics over the rows of all ranks?
 
 
 class Bracket(NamedTuple):
@@ -87,16 +88,26 @@ def build(parts: Sequence[Any], env: Env) -> Grad:
     if source.units:
         source, marked = _open_at_seam(source, marked)
     _once_an_update(source, edges)
-    g = _counted(fold(source.make(source, env._replace(edges=edges)), marked))
+    g = _counted(fold(source.make(source, env._replace(edges=edges)), marked), source)
     _all_used(source, env)
     if env.differentiable:
         no_wires("differentiable", g.env.edges.values())
     return kept_where_skipped(g)
 
 
-def _counted(g: Grad) -> Grad:
-    """g, whose Source knows how many micro-batches an update has."""
+def _counted(g: Grad, source: Source) -> Grad:
+    """g, whose Source knows how many micro-batches an update has.
+
+    Raises:
+      ChainError: a layer takes statistics over ranks, and there is more than one micro-batch a rank.
+    """
     apply, of = g.apply, g.layout.stride
+    if source.synced and any(name == "accumulate" for name, _ in g.layout.order):
+        why = (
+            "a SyncBatchNorm takes its statistics over the rows of all ranks at once, and which micro-batches are at"
+            " once is another question at every stage"
+        )
+        raise refuse(g, source.name, f"{why}; leave accumulate out, or use BatchNorm, whose statistics are averaged")
     return g._replace(apply=lambda views, state, batch, seed: apply(views, state, batch, seed._replace(of=of)))
 
 

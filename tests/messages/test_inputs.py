@@ -211,12 +211,12 @@ INPUTS = {
     ),
     "aux by row": (
         returns_by(lambda p: (p["w"].sum(), ones(()), {"hits": ones(4)}), has_aux=True), TypeError,
-        "value_and_grad: aux 'hits' is a tensor of shape (4,) and float32, but aux is a tree of 0-d sums, added over micro-batches and ranks; "
-        "write x.sum() for each, or leave it out",
+        "value_and_grad: aux 'hits' is a tensor of shape (4,) and float32, but what has no rule is a 0-d sum; "
+        "write x.sum(), or has_aux=[('hits', 'rows')] for this rank's rows, 'cat' for all ranks', 'sum' to add it",
     ),
     "aux in words": (
         returns_by(lambda p: (p["w"].sum(), ones(()), "fine"), has_aux=True), TypeError,
-        "value_and_grad: aux is a str, but aux is a tree of 0-d sums, added over micro-batches and ranks; write x.sum() for each, or leave it out",
+        "value_and_grad: aux is a string, which cannot be added or joined; return numbers and tensors, or leave it out",
     ),
     "a sparse gradient": (
         lambda: run(step(sparse_loss)), TypeError,
