@@ -95,7 +95,7 @@ def reading(
     more: dict[str, Any] = {"across": across} if synced(loss_fn) else {}
     if not takes:
         bind = getattr(loss_fn, "reading", None)
-        found = loss_fn if values is None or bind is None else bind(values)
+        found: Any = loss_fn if values is None or bind is None else bind(values)
         if found is not loss_fn or more:
             found = partial(found, **more)
             found.keyed = getattr(loss_fn, "keyed", False)
