@@ -23,6 +23,7 @@ campaign: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign/kills.py --lives=1000
 	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign/checkpoint_flat.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign/hostile.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign/hugging_models.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
