@@ -17,7 +17,7 @@ from funczero.core import rng, tree
 from funczero.core.types import Apply, Env, Seed, State, Sum
 from funczero.gradients import draws
 from funczero.gradients.arrivals import sparse
-from funczero.gradients.loss import aux_sum, check_loss, drew, is_void, no_gradient
+from funczero.gradients.loss import aux_sum, check_loss, drew, is_void, no_gradient, reentrant
 from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
 from funczero.layout.slots import Slots
@@ -142,6 +142,8 @@ def _dense() -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         if "sparse" in str(error).lower():
             raise TypeError(sparse()) from error
+        if "When use_reentrant=True" in str(error):
+            raise TypeError(reentrant()) from None
         raise
 
 

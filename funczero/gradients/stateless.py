@@ -24,11 +24,15 @@ from funczero.gradients.layers import captured, group_of
 from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.snapshot import Slot, Snapshot, copied, places
-from funczero.gradients.units import find_units
+from funczero.gradients.units import find_units, sometimes
 
 
 def stateless(
-    module: nn.Module, loss: Callable[..., Any], units: Sequence[str] | None = None, remat: bool = False
+    module: nn.Module,
+    loss: Callable[..., Any],
+    units: Sequence[str] | None = None,
+    remat: bool = False,
+    conditional: Sequence[str] | None = None,
 ) -> tuple[Callable, dict[str, Tensor]]:
     """(loss_fn, params): a module as a pure loss over {dotted name: tensor}, its repeated blocks gathered one by one.
 
@@ -49,6 +53,8 @@ def stateless(
       loss: loss(model, batch) -> (sum, weight); model is called like the module.
       units: paths of lists of blocks, as "transformer.h", () for none. By default the lists (ModuleList, ModuleDict,
         Sequential) of blocks.
+      conditional: of the units, the lists whose blocks not every rank runs (see value_and_grad). By default lists
+        called experts, and those whose layers are dropped.
       remat: save only each block's inputs and run it again in the backward. So does a block that has
         gradient_checkpointing set.
 
@@ -57,7 +63,8 @@ def stateless(
       TypeError: the loss captures a tensor that needs a gradient.
     """
     module = _readable(module, loss)
-    snapshot = Snapshot(module, find_units(module, units), remat)
+    lists = find_units(module, units)
+    snapshot = Snapshot(module, lists, remat)
 
     def loss_fn(params: dict[str, Any], batch: Any, key: int | None = None) -> Any:
         result = _once(snapshot, loss, params, batch, key)
@@ -65,6 +72,7 @@ def stateless(
 
     frozen, once = snapshot.frozen, dict[int, Tensor]()
     loss_fn.units, loss_fn.ties, loss_fn.keyed = snapshot.lists, snapshot.ties, True  # type: ignore[attr-defined]
+    loss_fn.conditional = sometimes(module, lists) if conditional is None else conditional  # type: ignore[attr-defined]
     loss_fn.trainable = (lambda path: path not in frozen) if frozen else None  # type: ignore[attr-defined]
     return loss_fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
 

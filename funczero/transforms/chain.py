@@ -30,6 +30,7 @@ class Source(NamedTuple):
     ties: tuple[tuple[str, str], ...] = ()
     patterns: tuple[tuple[str, str], ...] = ()  # (who, regex): each must find a parameter
     replicated: tuple[str, ...] = ()  # mesh axes whose ranks are meant to be given the same rows
+    conditional: tuple[str, ...] = ()  # of the units, those that a rank may leave out where others open them
 
 
 class Bracket(NamedTuple):
