@@ -17,9 +17,9 @@ def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...
     """Paths of the lists named, or of those found: of nested ones those that hold least at a time.
 
     A list inside a layer is gathered with it, for the layer may run its blocks or not, as a router does. A list inside
-    a stage is not: stages are blocks that hold lists and nothing else, or that differ in shape, and none of their lists
-    is called experts. Lists of one type are looked for first. Lists of several (attention and state space blocks in
-    turn) count where they hold less.
+    a stage is not: stages are blocks of which no more than half are alike in shape, or that hold lists of one type and
+    nothing else, and none of these is called experts. Lists of one type are looked for first. Lists of several
+    (attention and state space blocks in turn) count where they hold less.
 
     Raises:
       ValueError: a name is not that of a list of blocks.
@@ -52,14 +52,17 @@ def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...
 
 def _stages(path: str, modules: dict[str, nn.Module], repeated: Sequence[str]) -> bool:
     """Are a list's blocks stages, which run all the lists in them?"""
-    shapes = []
+    shapes, rest, one_type = [], [], True
     for name, block in modules[path].named_children():
         inner = [q for q in repeated if q == f"{path}.{name}" or q.startswith(f"{path}.{name}.")]
         if not inner or any(EXPERTS.search(q.rpartition(".")[2]) for q in inner):
             return False
         inside = {id(p) for q in inner for p in modules[q].parameters()}
-        shapes.append([p.shape for p in block.parameters() if id(p) not in inside])
-    return not any(shapes) or any(s != shapes[0] for s in shapes)
+        shapes.append(tuple(p.shape for p in block.parameters()))
+        rest += [p for p in block.parameters() if id(p) not in inside]
+        one_type = one_type and all(len({type(b) for b in modules[q].children()}) == 1 for q in inner)
+    most = max(map(shapes.count, shapes), default=0)
+    return 2 * most <= len(shapes) or not rest and one_type
 
 
 def sometimes(module: nn.Module, units: Sequence[str]) -> tuple[str, ...]:

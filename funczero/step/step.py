@@ -222,7 +222,7 @@ class Step(NamedTuple):
         return recorded("step.eval", evaluate, self.running)
 
     def __str__(self) -> str:
-        return describe(self.grad, self.source)
+        return describe(self.grad, self.source, self.fits.book.structure)
 
     def __repr__(self) -> str:
         return f"<Step {' | '.join(self.grad.names)}>"
