@@ -15,8 +15,8 @@ from funczero import P
 from funczero.testing import tree_hash
 
 ROWS, LONG, VOCAB = 4, 8, 40
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": VOCAB}
-SMALL |= {"max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+SMALL |= {"vocab_size": VOCAB, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GQA = SMALL | {"num_key_value_heads": 1, "head_dim": 8}
 IMAGE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16}
 IMAGE |= {"patch_size": 4, "num_labels": 3}
@@ -85,19 +85,39 @@ class Model(NamedTuple):
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 CONV = {"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_conv_pos_embeddings": 4}
 CONV |= {"num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0, "layerdrop": 0.0}
-SEQ = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-SEQ |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": VOCAB, "max_position_embeddings": 32}
+SEQ = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+SEQ |= {
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 32,
+}
 SEQ |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 STATES = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 3, "vocab_size": VOCAB, "time_step_rank": 2}
 NEO = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 32}
-CLIPS = {"text_config": SMALL, "vision_config": {k: v for k, v in IMAGE.items() if k != "num_labels"}, "projection_dim": 8}
+CLIPS = {"text_config": SMALL, "vision_config": IMAGE, "projection_dim": 8}
 
 MODELS = {
-    "gpt2": Model("text", "GPT2LMHeadModel", {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": VOCAB, "n_positions": 32}, padded),
-    "gpt_neo": Model("text", "GPTNeoForCausalLM", NEO | {"attention_types": [[["global", "local"], 1]], "window_size": 4}, padded),
+    "gpt2": Model(
+        "text",
+        "GPT2LMHeadModel",
+        {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": VOCAB, "n_positions": 32},
+        padded,
+    ),
+    "gpt_neo": Model(
+        "text", "GPTNeoForCausalLM", NEO | {"attention_types": [[["global", "local"], 1]], "window_size": 4}, padded
+    ),
     "gpt_neox": Model("text", "GPTNeoXForCausalLM", SMALL, padded),
-    "opt": Model("text", "OPTForCausalLM", {k: v for k, v in SMALL.items() if k != "intermediate_size"} | {"ffn_dim": 24, "word_embed_proj_dim": 16}, padded),
-    "bloom": Model("text", "BloomForCausalLM", {"hidden_size": 16, "n_layer": 3, "n_head": 2, "vocab_size": VOCAB}, padded),
+    "opt": Model(
+        "text",
+        "OPTForCausalLM",
+        {k: v for k, v in SMALL.items() if k != "intermediate_size"} | {"ffn_dim": 24, "word_embed_proj_dim": 16},
+        padded,
+    ),
+    "bloom": Model(
+        "text", "BloomForCausalLM", {"hidden_size": 16, "n_layer": 3, "n_head": 2, "vocab_size": VOCAB}, padded
+    ),
     "falcon": Model("text", "FalconForCausalLM", SMALL, padded),
     "llama": Model("text", "LlamaForCausalLM", GQA, padded),
     "mistral": Model("text", "MistralForCausalLM", GQA | {"sliding_window": 4}, padded),
@@ -110,36 +130,148 @@ MODELS = {
     "starcoder2": Model("text", "Starcoder2ForCausalLM", GQA, padded),
     "bert": Model("masked", "BertForMaskedLM", SMALL, padded),
     "roberta": Model("masked", "RobertaForMaskedLM", SMALL, padded),
-    "distilbert": Model("masked", "DistilBertForMaskedLM", {"dim": 16, "hidden_dim": 24, "n_layers": 3, "n_heads": 2, "vocab_size": VOCAB}, padded),
+    "distilbert": Model(
+        "masked",
+        "DistilBertForMaskedLM",
+        {"dim": 16, "hidden_dim": 24, "n_layers": 3, "n_heads": 2, "vocab_size": VOCAB},
+        padded,
+    ),
     "electra": Model("masked", "ElectraForMaskedLM", SMALL | {"embedding_size": 8}, padded),
     "albert": Model("masked", "AlbertForMaskedLM", SMALL | {"embedding_size": 8}, padded),
     "deberta_v2": Model("masked", "DebertaV2ForMaskedLM", SMALL, padded),
-    "t5": Model("both ways", "T5ForConditionalGeneration", {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": VOCAB, "decoder_start_token_id": 0}, both),
+    "t5": Model(
+        "both ways",
+        "T5ForConditionalGeneration",
+        {
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 2,
+            "vocab_size": VOCAB,
+            "decoder_start_token_id": 0,
+        },
+        both,
+    ),
     "bart": Model("both ways", "BartForConditionalGeneration", SEQ, both),
     "marian": Model("both ways", "MarianMTModel", SEQ, both),
     "mixtral": Model("experts", "MixtralForCausalLM", GQA | {"num_local_experts": 4}, padded),
     "qwen3_moe": Model("experts", "Qwen3MoeForCausalLM", GQA | EXPERTS | {"decoder_sparse_step": 1}, padded),
     "olmoe": Model("experts", "OlmoeForCausalLM", SMALL | {"num_experts": 4, "num_experts_per_tok": 2}, padded),
     "mamba": Model("state space", "MambaForCausalLM", STATES, text),
-    "mamba2": Model("state space", "Mamba2ForCausalLM", {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 3, "vocab_size": VOCAB, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}, text),
-    "rwkv": Model("state space", "RwkvForCausalLM", {"hidden_size": 16, "num_hidden_layers": 3, "vocab_size": VOCAB, "attention_hidden_size": 16, "intermediate_size": 24, "use_cache": False}, text, True),
-    "jamba": Model("state space", "JambaForCausalLM", GQA | {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 2, "use_mamba_kernels": False}, padded),
+    "mamba2": Model(
+        "state space",
+        "Mamba2ForCausalLM",
+        {
+            "hidden_size": 16,
+            "state_size": 4,
+            "num_hidden_layers": 3,
+            "vocab_size": VOCAB,
+            "num_heads": 4,
+            "head_dim": 8,
+            "n_groups": 1,
+            "chunk_size": 4,
+        },
+        text,
+    ),
+    "rwkv": Model(
+        "state space",
+        "RwkvForCausalLM",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "vocab_size": VOCAB,
+            "attention_hidden_size": 16,
+            "intermediate_size": 24,
+            "use_cache": False,
+        },
+        text,
+        True,
+    ),
+    "jamba": Model(
+        "state space",
+        "JambaForCausalLM",
+        GQA | {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 2,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 2,
+            "use_mamba_kernels": False,
+        },
+        padded,
+    ),
     "vit": Model("vision", "ViTForImageClassification", IMAGE, image),
     "deit": Model("vision", "DeiTForImageClassification", IMAGE, image),
     "beit": Model("vision", "BeitForImageClassification", IMAGE, image),
     "dinov2": Model("vision", "Dinov2ForImageClassification", IMAGE, image),
-    "swin": Model("vision", "SwinForImageClassification", {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "num_labels": 3}, image),
-    "convnext": Model("vision", "ConvNextForImageClassification", STAGES | {"patch_size": 2, "drop_path_rate": 0.1}, image),
-    "poolformer": Model("vision", "PoolFormerForImageClassification", {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_labels": 3}, large_image),
-    "segformer": Model("vision", "SegformerForImageClassification", {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2], "num_labels": 3}, large_image),
-    "resnet": Model("batch norm", "ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic", "num_labels": 3}, large_image, True),
-    "mobilenet_v2": Model("batch norm", "MobileNetV2ForImageClassification", {"depth_multiplier": 0.25, "num_labels": 3}, large_image, True),
-    "wav2vec2": Model("speech", "Wav2Vec2ForCTC", {k: v for k, v in SMALL.items() if k != "max_position_embeddings"} | CONV, wave),
-    "hubert": Model("speech", "HubertForCTC", {k: v for k, v in SMALL.items() if k != "max_position_embeddings"} | CONV, wave),
-    "whisper": Model("speech", "WhisperForConditionalGeneration", SEQ | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}, mels),
+    "swin": Model(
+        "vision",
+        "SwinForImageClassification",
+        {
+            "image_size": 16,
+            "patch_size": 2,
+            "embed_dim": 8,
+            "depths": [2, 2],
+            "num_heads": [2, 2],
+            "window_size": 4,
+            "num_labels": 3,
+        },
+        image,
+    ),
+    "convnext": Model(
+        "vision", "ConvNextForImageClassification", STAGES | {"patch_size": 2, "drop_path_rate": 0.1}, image
+    ),
+    "poolformer": Model(
+        "vision",
+        "PoolFormerForImageClassification",
+        {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_labels": 3},
+        large_image,
+    ),
+    "segformer": Model(
+        "vision",
+        "SegformerForImageClassification",
+        {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2], "num_labels": 3},
+        large_image,
+    ),
+    "resnet": Model(
+        "batch norm",
+        "ResNetForImageClassification",
+        {
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "layer_type": "basic",
+            "num_labels": 3,
+        },
+        large_image,
+        True,
+    ),
+    "mobilenet_v2": Model(
+        "batch norm",
+        "MobileNetV2ForImageClassification",
+        {"depth_multiplier": 0.25, "num_labels": 3},
+        large_image,
+        True,
+    ),
+    "wav2vec2": Model(
+        "speech", "Wav2Vec2ForCTC", {k: v for k, v in SMALL.items() if k != "max_position_embeddings"} | CONV, wave
+    ),
+    "hubert": Model(
+        "speech", "HubertForCTC", {k: v for k, v in SMALL.items() if k != "max_position_embeddings"} | CONV, wave
+    ),
+    "whisper": Model(
+        "speech",
+        "WhisperForConditionalGeneration",
+        SEQ | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16},
+        mels,
+    ),
     "clip": Model("contrastive", "CLIPModel", CLIPS, pairs),
     "siglip": Model("contrastive", "SiglipModel", {k: v for k, v in CLIPS.items() if k != "projection_dim"}, pairs),
-}  # fmt: skip
+}
 
 
 def loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

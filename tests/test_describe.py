@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import zoo
 
 import funczero as fz
+from funczero import P
+from funczero.step.describe import gathered
 from funczero.testing import simulate, tree_hash
 
 PRINTED = {
@@ -125,3 +128,37 @@ def test_three_ranks_have_the_bits_that_the_note_says(k, kinds):
     )
     more = ", and in other orders of these sums (stages 2 and 3 against 0 and 1)"
     assert str(zoo.make(1, k=k, mesh={"data": 3})).splitlines()[-1] == note + more * (kinds - 1)
+
+
+def test_once_a_state_is_there_what_is_gathered_whole_is_named_in_bytes():
+    def parts(stage, units=("blocks",), **kw):
+        params = {
+            "in": torch.zeros(100, 8),
+            "blocks": [{"w": torch.zeros(8, 8), "b": torch.zeros(8)} for _ in range(3)],
+        }
+        grad = fz.value_and_grad(lambda p, b: None, batch=P("data"), units=units, **kw)
+        step = fz.train_step(*fz.zero(grad, fz.sgd(0.1), stage=stage), mesh={"data": 1}, policy="compute=bfloat16")
+        state = step.init(params)
+        return step, state.params.where.structure
+
+    whole = "gathered whole in every forward are 1.6 kB: 'in' (1.6 kB)"
+    step, structure = parts(3)
+    assert (
+        notes(step)
+        == [f"{whole}; 3 blocks of at most 144 bytes by turns, two at a time"]
+        == [gathered(step.grad, structure)]
+    )
+    # it is said of what counts alone:
+    assert [gathered(step.grad, structure, n) != "" for n in (1, 1599, 1600)] == [True, True, False]
+    assert notes(parts(2)[0]) == []
+    assert notes(parts(3, ())[0]) == [
+        UNITS,
+        (
+            "gathered whole in every forward are 2.03 kB: 'in' (1.6 kB), 'blocks/0/w' (128 bytes), 'blocks/1/w' (128"
+            " bytes) and 4 more"
+        ),
+    ]
+    assert notes(parts(3, conditional=["blocks"])[0])[1:] == [
+        "ranks need not run the same blocks of ['blocks']: they agree on every unit before it is gathered, and none is"
+        " gathered ahead"
+    ]

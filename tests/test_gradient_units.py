@@ -32,6 +32,10 @@ class Holds(nn.Module):
             setattr(self, name, child)
 
 
+class Deep(Holds):
+    """One of another type."""
+
+
 def several(n, make=Block, *args):
     return nn.ModuleList(make(*args) for _ in range(n))
 
@@ -56,9 +60,35 @@ FOUND = {
         lambda: Holds(layers=several(4, lambda: Holds(experts=several(2), up=nn.Linear(40, 40)))),
         ("layers",),
     ),
-    "experts of two layers, which would both be open at once": (
+    "experts are gathered with their layer, which runs them or not": (
         lambda: Holds(layers=several(2, lambda: Holds(experts=several(2), up=nn.Linear(40, 40)))),
-        ("layers.0.experts", "layers.1.experts"),
+        ("layers",),
+    ),
+    "so are those of a layer that holds nothing else": (
+        lambda: Holds(layers=several(2, lambda: Holds(experts=several(2)))),
+        ("layers",),
+    ),
+    "and of layers of which some have none": (
+        lambda: Holds(layers=nn.ModuleList([Holds(mlp=Block()), Holds(mlp=Holds(parts=several(3)))])),
+        ("layers",),
+    ),
+    "stages that shrink": (
+        lambda: Holds(
+            stages=nn.ModuleList(Holds(layers=several(3, Block, n), down=nn.Linear(n, 2 * n)) for n in (2, 4))
+        ),
+        ("stages.0.layers", "stages.1.layers"),
+    ),
+    "stages of several types, as a U-Net's": (
+        lambda: Holds(down=nn.ModuleList([Holds(res=several(2)), Deep(res=several(2), cross=several(2, Other))])),
+        ("down.0.res", "down.1.res", "down.1.cross"),
+    ),
+    "a list of lists": (
+        lambda: Holds(blocks=several(2, lambda: several(3))),
+        ("blocks.0", "blocks.1"),
+    ),
+    "layers of several types, of which some have experts, as Jamba's": (
+        lambda: Holds(layers=nn.ModuleList([Block(), Deep(experts=several(3), up=nn.Linear(4, 4)), Block(), Other()])),
+        ("layers",),
     ),
 }
 

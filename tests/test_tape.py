@@ -131,7 +131,7 @@ def test_the_unit_that_a_forward_opened_first_is_known_to_the_next_one():
         def loss(p, b):
             tape = p["blocks"][0]["w"].tape
             name = lambda u: tape.whole.structure.units[u].name
-            seen.append(([name(u) for u in tape.first()], [name(u) for u in tape.flying]))
+            seen.append(([name(u) for u in tape.course.first()], [name(u) for u in tape.flying]))
             h = fz.layers(lambda q, x: torch.tanh(x @ q["w"] + q["b"]), p["blocks"][::-1], b["x"] @ p["in"])
             return h.sum(), torch.tensor(float(len(h)))
 

@@ -63,6 +63,7 @@ class Arrivals:
         self.small = [u for u in learning if whole.lengths[u] < SMALL]
         self.uses: dict[int, int] = {}  # forwards of a unit whose gradient has not arrived
         self.booking = self.look = self.void = False
+        self.agreed = False  # do gradients leave when all ranks have agreed on it (agree.py)?
         self._clear()
 
     def _clear(self) -> None:
@@ -127,8 +128,29 @@ class Arrivals:
 
     def put(self, unit: int, leaves: list[Tensor]) -> None:
         """A unit's complete gradient: it leaves when its turn has come."""
+        if unit in self.ready:  # a checkpointed block is known here when it runs again, one use at a time
+            leaves = [a + b for a, b in zip(self.ready[unit], leaves, strict=True)]
+        elif unit in self.large[: self.turn]:
+            name = self.whole.structure.units[unit].name
+            why = "has a gradient once more, after it was sent: a reentrant checkpoint runs it again, and uses it twice"
+            raise RuntimeError(f"value_and_grad(units=...): unit {name!r} {why}; write use_reentrant=False")
         self.ready[unit] = leaves
-        while self.turn < len(self.large) and self.large[self.turn] in self.ready:
+        while not self.agreed and self.turn < len(self.large) and self.large[self.turn] in self.ready:
+            self._next()
+
+    def due(self) -> int:
+        """How many of the large units could have left by now: complete ones, and those that no forward here used."""
+        n = self.turn
+        while self.booking and n < len(self.large) and self._whole(self.large[n]):
+            n += 1
+        return n
+
+    def _whole(self, unit: int) -> bool:
+        return unit in self.ready or not self.uses.get(unit, 0) and unit not in self.sums
+
+    def leave(self, turn: int) -> None:
+        """The large units before this turn are sent; all ranks have agreed on it."""
+        while self.turn < turn:
             self._next()
 
     def _next(self) -> None:

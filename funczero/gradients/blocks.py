@@ -54,17 +54,18 @@ class Blocks(NamedTuple):
             differentiated twice (Parts).
         """
         path, group = self.paths[i], self.groups[i]
-        around = tuple(() if j is None else self.groups[j] for j in neighbours(self.paths, i))
+        after = neighbours(self.paths, i)[1]
+        guess = () if after is None else self.groups[after]
         tape = next((r.tape for r in closed.values() if isinstance(r, Ref)), None)
         if again is not None and (torch.is_grad_enabled() or isinstance(tape, Parts)):
             twice = _checked(path, forward, again)
-            return run_block(twice, tree.flatten(closed), group, repeatable(path, args, kwargs), {}, around, True)
+            return run_block(twice, tree.flatten(closed), group, repeatable(path, args, kwargs), {}, guess, True)
         if tape is None or isinstance(tape, Parts):
             return forward(closed, args, kwargs)
         opened = lambda leaves: forward(
             {n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs
         )
-        return run_unit(tape, group, opened, *around)
+        return run_unit(tape, group, opened, guess)
 
 
 def _checked(path: str, forward: Forward, again: Again) -> Forward:

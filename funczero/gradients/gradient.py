@@ -17,9 +17,10 @@ from funczero.core.types import Apply, ChainError, Env, Grad, Layout, Seed, Stat
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.call import LossCall, Outcome, synced
 from funczero.gradients.higher import Loss, applied
-from funczero.gradients.loss import no_gradient
+from funczero.gradients.loss import no_gradient, reentrant
 from funczero.gradients.synced import Across
 from funczero.gradients.tape import Tape
+from funczero.gradients.units import conditional_of
 from funczero.layout.lazy import Lazy
 from funczero.layout.slots import Slots
 from funczero.layout.spec import P
@@ -41,6 +42,7 @@ def value_and_grad(
     higher_order: bool = False,
     state: Any = None,
     rules: Sequence[tuple[str, Rule]] = (),
+    conditional: Sequence[str] | None = None,
 ) -> Source:
     """The loss and its gradient, as sums over the examples: a Source, at the left end of a chain.
 
@@ -70,12 +72,23 @@ def value_and_grad(
         become one. "mean" by weight (floats, by default), "sum" of changes, "first" of the first micro-batch (others,
         by default), "rows" in dim 0, where each row of the batch has one of its own and reads that alone, or a function
         (values [micro-batches, ...], weights, old) -> new.
+      conditional: of `units`, the lists whose blocks a rank may leave out, or run in another order, where others do not
+        (routed experts, dropped layers): ranks then agree on every unit before it is gathered. By default what the loss
+        function names (fz.stateless), and lists that are called experts.
 
     Raises:
-      ChainError: the batch's spec splits another dim than 0.
-      TypeError, ValueError: a rule means nothing, or cannot be that leaf's.
+      ChainError: the batch's spec splits another dim than 0; conditional names no unit, or meets higher_order.
+      TypeError, ValueError: a rule of the state means nothing, or cannot be that leaf's.
     """
-    units = getattr(loss_fn, "units", ()) if units is None else (units,) if isinstance(units, str) else units
+    units = tuple(getattr(loss_fn, "units", ()) if units is None else (units,) if isinstance(units, str) else units)
+    if higher_order and conditional:
+        why = "where every derivative gathers again, ranks must open the same units in the same order"
+        raise ChainError(
+            f"value_and_grad: conditional={conditional!r} is written with higher_order, but {why}; leave out one"
+        )
+    if conditional is None:
+        conditional = getattr(loss_fn, "conditional", None)
+    conditional = conditional_of(units, conditional)
     matches = tree.matcher(trainable)
     frozen = (lambda path: False) if trainable is None else (lambda path: not matches(path))
 
@@ -97,12 +110,13 @@ def value_and_grad(
         "value_and_grad",
         make,
         _batch_axes(batch),
-        tuple(units),
+        units,
         frozen,
         ties=ties,
         patterns=patterns,
         replicated=_names(replicated),
         synced=synced(loss_fn),
+        conditional=conditional,
     )
 
 
@@ -227,7 +241,8 @@ def _on_tape(
     def apply(views: Slots, state: dict[str, Any], batch: Any, seed: Seed) -> tuple[Sum, dict[str, Any]]:
         mine = seed._replace(index=seed.index + order.indices(layout, env.mesh.index)[0])
         held = feedback.of_axes(state, axes, seed)
-        tape = Tape(views, source.scatter, env, seed.look, at=seed.at, key=(seed.key, seed.index), held=held)
+        key, conditional = (seed.key, seed.index), bool(source.conditional)
+        tape = Tape(views, source.scatter, env, seed.look, True, seed.at, key, held, conditional)
         whole = tape.open_rest(forward)
         found, grads = differentiate(whole, batch, mine, state, tape)
         slots, bad = close(tape, grads)
@@ -279,6 +294,8 @@ def _differentiate(
             except RuntimeError as error:
                 if "not implemented for sparse" in str(error):
                     raise TypeError(sparse()) from None
+                if "When use_reentrant=True" in str(error):
+                    raise TypeError(reentrant()) from None
                 raise
         for i, g in zip(wanted, found, strict=False):
             if g is not None and g.layout != torch.strided:

@@ -18,7 +18,7 @@ from funczero.core.straight import HOLE
 from funczero.core.types import Apply, Env, Seed, State, Sum
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.call import LossCall, Outcome
-from funczero.gradients.loss import no_gradient
+from funczero.gradients.loss import no_gradient, reentrant
 from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
 from funczero.layout.slots import Slots
@@ -134,6 +134,8 @@ def _dense() -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         if "sparse" in str(error).lower():
             raise TypeError(sparse()) from error
+        if "When use_reentrant=True" in str(error):
+            raise TypeError(reentrant()) from None
         raise
 
 

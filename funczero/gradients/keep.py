@@ -26,27 +26,25 @@ def _run_open(tape: Tape, leaves: dict[int, Tensor], run: Run) -> Any:
     return out
 
 
-def _run_once(tape: Tape, group: Group, run: Run, after: Group) -> Any:
+def _run_once(tape: Tape, group: Group, run: Run, guess: Group) -> Any:
     """A forward that nothing will differentiate."""
-    opened = {u: tape.take(u) for u in group}
-    tape.ahead(*after)
+    opened, _, _ = tape.enter(group, guess)
     out = _run_open(tape, tape.open_leaves(opened), run)
     tape.count(-len(group))
     return out
 
 
-def run_unit(tape: Tape, group: Group, run: Run, before: Group = (), after: Group = ()) -> Any:
+def run_unit(tape: Tape, group: Group, run: Run, guess: Group = ()) -> Any:
     """`run(leaves)` on one block, keep form. Gradients reach the tape; gathered buffers live only while they are read.
 
     Args:
-      before, after: neighbours in the forward, whose gathers start early.
+      guess: the block that may run after it, whose gather starts early.
     """
     if not tape.seam:
         return _run_open(tape, tape.resting_leaves(group), run)
     if not torch.is_grad_enabled() or not tape.differentiate:
-        return _run_once(tape, group, run, after)
-    buffers = {u: tape.take(u) for u in group}
-    tape.ahead(*after)
+        return _run_once(tape, group, run, guess)
+    buffers, before, after = tape.enter(group, guess)
     leaves = tape.open_leaves(buffers, track=True)
     if not tape.rest:
         return _run_open(tape, leaves, run)
@@ -63,6 +61,7 @@ def run_unit(tape: Tape, group: Group, run: Run, before: Group = (), after: Grou
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         out = _run_open(tape, leaves, run)
+    tape.course.ran(group, out)
     if held:
         tape.keep(held)
     else:

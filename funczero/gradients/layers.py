@@ -49,8 +49,8 @@ def layers(
     _no_captures(block, any(groups), again)
     for i, params in enumerate(opened):
         kwargs = {} if key is None else {"key": rng.fold(key, i)}
-        around = (groups[i - 1] if i else (), groups[i + 1] if i + 1 < len(groups) else ())
-        x = run_block(block, params, groups[i], (x, *shared), kwargs, around, remat)
+        guess = groups[i + 1] if i + 1 < len(groups) else ()
+        x = run_block(block, params, groups[i], (x, *shared), kwargs, guess, remat)
         if isinstance(x, tuple):
             x, aux = x
             auxes.append(aux)
@@ -68,9 +68,7 @@ def gather(params: Any) -> Any:
         leaves = tape.gathered(units)
         return tree.unflatten([leaves[r.leaf] if isinstance(r, Ref) else r for r in flat], treedef)
     if tape.seam:
-        leaves = tape.open_leaves(
-            {u: tape.take(u) for u in units}, track=torch.is_grad_enabled() and tape.differentiate
-        )
+        leaves = tape.open_leaves(tape.enter(units)[0], track=torch.is_grad_enabled() and tape.differentiate)
     else:
         leaves = tape.resting_leaves(units)
     tape.lend(leaves)
@@ -94,7 +92,7 @@ def run_block(
     group: Group,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    around: Any,
+    guess: Group,
     remat: bool,
 ) -> Any:
     """block(params, *args, **kwargs) on one block, in either form; params is flat: (leaves, treedef)."""
@@ -129,9 +127,10 @@ def run_block(
         learning = [u for u in group if not tape.whole.structure.units[u].frozen]
         tape.arrivals.use(tuple(learning))
         ports = [x for u in learning for x in tape.node(u)]
-        outs = Rerun.apply(tape, group, around, run, len(ports), *ports, *inputs)
+        outs = Rerun.apply(tape, group, guess, run, len(ports), *ports, *inputs)
+        tape.course.ran(group, outs)
     else:
-        outs = run_unit(tape, group, lambda leaves: run(leaves, inputs), *around)
+        outs = run_unit(tape, group, lambda leaves: run(leaves, inputs), guess)
     return tree.unflatten(list(outs), outdef[0]) if outdef else outs[0]
 
 

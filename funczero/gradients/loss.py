@@ -44,7 +44,7 @@ def _of_mean(loss_fn: Callable[..., Any], weight: Callable[[Any], Any]) -> Calla
 
     both.void_at_zero = True  # type: ignore[attr-defined]
     both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
-    for name in ("state", "rules", "synced"):
+    for name in ("state", "rules", "synced", "conditional"):
         if hasattr(loss_fn, name):
             setattr(both, name, getattr(loss_fn, name))
     return both
@@ -97,7 +97,7 @@ def written(path: str) -> RuntimeError:
     """The error for a loss that writes its parameters: at some stages that is the caller's state, at others a copy."""
     why, remedy = (
         "a pure loss may read its parameters alone",
-        "write a new tensor, as w = w.clamp(...), or leave out max_norm",
+        "write a new tensor, as w = w.clamp(...), or project after every update: fz.project(fn) in place of max_norm",
     )
     return RuntimeError(f"the loss writes into parameter {path!r} in place, but {why}; {remedy}")
 
@@ -109,6 +109,12 @@ def no_gradient() -> str:
     else:
         why, remedy = "it depends on no parameter that learns", "compute it from `params`, without detach() or .item()"
     return f"value_and_grad: the loss has no gradient, because {why}; {remedy}"
+
+
+def reentrant() -> str:
+    """Why torch.utils.checkpoint(use_reentrant=True) does not run here."""
+    why = "runs its function's backward into .grad, and parameters of a pure loss have none"
+    return f"value_and_grad: torch.utils.checkpoint(..., use_reentrant=True) {why}; write use_reentrant=False"
 
 
 def drew(kind: str) -> RuntimeError:

@@ -28,25 +28,17 @@ class Rerun(torch.autograd.Function):
         ctx: Any,
         tape: Tape,
         group: Group,
-        around: tuple[Group, Group],
+        guess: Group,
         run: Callable[..., Any],
         n: int,
         *tensors: Tensor,
     ) -> Any:
         inputs = tensors[n:]
-        ctx.tape, ctx.group, ctx.before, ctx.run, ctx.n, ctx.needs = (
-            tape,
-            group,
-            around[0],
-            run,
-            n,
-            ctx.needs_input_grad[5 + n :],
-        )
+        ctx.tape, ctx.group, ctx.run, ctx.n, ctx.needs = tape, group, run, n, ctx.needs_input_grad[5 + n :]
         ctx.surroundings = here(tape.port.device)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
-        opened = {u: tape.take(u) for u in group}
-        tape.ahead(*around[1])
+        opened, ctx.before, _ = tape.enter(group, guess)
         # torch chooses kernels by what needs a gradient:
         with torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):
             with foreseen(tape.port.device, _drew):

@@ -27,7 +27,7 @@ from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.snapshot import Slot, Snapshot, copied, places
 from funczero.gradients.synced import Across, is_synced, normed
-from funczero.gradients.units import find_units
+from funczero.gradients.units import find_units, sometimes
 from funczero.transforms.model_state import Rule
 
 
@@ -36,6 +36,7 @@ def stateless(
     loss: Callable[..., Any],
     units: Sequence[str] | None = None,
     remat: bool = False,
+    conditional: Sequence[str] | None = None,
     state: str | Sequence[tuple[str, Rule]] = (),
 ) -> tuple[Callable, dict[str, Tensor]]:
     """(loss_fn, params): a module as a pure loss over {dotted name: tensor}, its repeated blocks gathered one by one.
@@ -62,6 +63,8 @@ def stateless(
       loss: loss(model, batch) -> (sum, weight); model is called like the module.
       units: paths of lists of blocks, as "transformer.h", () for none. By default the lists (ModuleList, ModuleDict,
         Sequential) of blocks.
+      conditional: of the units, the lists whose blocks not every rank runs (see value_and_grad). By default lists
+        called experts, and those whose layers are dropped.
       remat: save only each block's inputs and run it again in the backward. So does a block that has
         gradient_checkpointing set.
       state: a regex of buffers that the forward changes, or (regex, rule) pairs with the rules of value_and_grad. Those
@@ -73,7 +76,8 @@ def stateless(
       TypeError: the loss captures a tensor that needs a gradient.
     """
     module = _readable(module, loss)
-    snapshot = Snapshot(module, find_units(module, units), remat)
+    lists = find_units(module, units)
+    snapshot = Snapshot(module, lists, remat)
     rules = state_rules(module, list(dict.fromkeys(snapshot.named)), state)
 
     def run(params: Any, batch: Any, key: int | None, own: Own) -> Any:
@@ -99,6 +103,7 @@ def stateless(
     frozen, once = snapshot.frozen, dict[int, Tensor]()
     fn: Any = with_state if rules else loss_fn
     fn.units, fn.ties, fn.keyed = snapshot.lists, snapshot.ties, True
+    fn.conditional = sometimes(module, lists) if conditional is None else conditional
     fn.trainable = (lambda path: path not in frozen) if frozen else None
     if rules:
         first = {name: x for name, (_, x) in zip(snapshot.named, snapshot.buffers, strict=True)}

@@ -14,7 +14,9 @@ from funczero.comm.memory import Held
 from funczero.comm.units import Travelling, gather_units
 from funczero.comm.wire import Key
 from funczero.core.types import Env
+from funczero.gradients.agree import Agreement
 from funczero.gradients.arrivals import Arrivals, Group
+from funczero.gradients.course import Course
 from funczero.gradients.loss import written
 from funczero.gradients.ref import Ref
 from funczero.layout.slots import Slots
@@ -34,6 +36,7 @@ class Tape:
         at: Key = (0,),
         key: Key = (0,),
         held: Mapping[str, Held] | None = None,
+        conditional: bool = False,
     ) -> None:
         """One apply's units, closed.
 
@@ -42,6 +45,7 @@ class Tape:
           scatter: axes that gradients are scattered over at the seam beyond those of rest.
           at, key: what wires of views, and of gradients, draw from.
           held: by axis, what wires of gradients remember.
+          conditional: may ranks open other units than others?
         """
         self.at = at
         self.env, self.views, self.rest = env, views, views.where.axes
@@ -52,12 +56,16 @@ class Tape:
         self.differentiate, self.look = differentiate, look
         self.port = torch.zeros((), device=views.buffers[0].device, requires_grad=differentiate)
         self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device, key, held)
+        self.agreement: Agreement | None = None
+        if conditional and self.rest and self.seam:
+            self.agreement = Agreement(env.mesh, self.arrivals, self._gather, lambda: self.count(-1))
+            self.arrivals.agreed = True
         self.flying: dict[int, Travelling] = {}  # gathers under way
         self.open: dict[int, Tensor] = {}  # gathered buffers that the backward reads
         self.kept: set[int] = set()  # of these, the forward's last block
         self.leaves: dict[int, Tensor] = {}  # by leaf number, where nothing is gathered or scattered
         self.lent: list[tuple[int, weakref.ref[Tensor]]] = []  # leaves that a loss holds by itself (fz.gather)
-        self.live = self.peak = 0
+        self.course, self.live, self.peak = Course(self.whole.memo), 0, 0
 
     @property
     def device(self) -> torch.device:
@@ -74,39 +82,53 @@ class Tape:
         """Start to gather units, unless they are here or under way."""
         for unit in group if self.rest and self.seam else ():
             if unit not in self.flying and unit not in self.open:
-                where, edge = self.views.where.outer, self.env.edges[self.rest[-1]]
-                self.flying[unit] = gather_units(
-                    where, (unit,), edge, self.env.mesh, (self.views.buffers[unit],), self.at
-                )
-                self.count(1)
+                self._start(unit)
+
+    def _start(self, unit: int) -> None:
+        where, edge = self.views.where.outer, self.env.edges[self.rest[-1]]
+        self.flying[unit] = gather_units(where, (unit,), edge, self.env.mesh, (self.views.buffers[unit],), self.at)
+        self.count(1)
 
     def ahead(self, *group: int) -> None:
-        """Start gathers that are not needed yet, unless the step says to wait."""
-        if self.env.prefetch:
+        """Start gathers that are not needed yet: of one block at a time, unless the step says to wait, or another rank
+        may need others.
+        """
+        if self.env.prefetch and self.agreement is None and not self.flying.keys() - set(group):
             self.launch(*group)
 
     def take(self, unit: int) -> Tensor:
         """A unit's whole buffer; innermost axis first."""
         if not self.rest or not self.seam:
             return self.views.buffers[unit]
-        if self.whole.structure.units[unit].seam:
-            self.whole.memo.setdefault(FIRST, unit)
         for other in tuple(self.kept):  # it was not the last
             self.drop(other)
         if unit in self.open:  # a backward inside the forward has gathered it
             self.count(1)
             return self.open[unit]
-        self.launch(unit)
+        if self.agreement is not None and self.whole.structure.units[unit].seam:
+            return self.agreement.take(unit)
+        return self._gather(unit)
+
+    def _gather(self, unit: int) -> Tensor:
+        if unit not in self.flying:
+            self._start(unit)
         (buffer,), where = self.flying.pop(unit).wait(), self.views.where.outer
         for axis in reversed(self.rest[:-1]):
             where = where.outer
             (buffer,) = gather_units(where, (unit,), self.env.edges[axis], self.env.mesh, (buffer,), self.at).wait()
         return buffer
 
-    def first(self) -> Group:
-        """The unit that an earlier forward over these parameters opened first; a guess would cost memory."""
-        found = self.whole.memo.get(FIRST)
-        return () if found is None else (found,)
+    def enter(self, group: Group, guess: Group = ()) -> tuple[dict[int, Tensor], Group, Group]:
+        """The next block of a forward: (its units' whole buffers, the block before it, the one after it), whose gathers
+        start.
+
+        Args:
+          guess: the block after it, where no forward has been seen yet.
+        """
+        before, after = self.course.before, self.course.enter(group, guess)
+        buffers = {u: self.take(u) for u in group}
+        self.ahead(*after)
+        return buffers, before, after
 
     def again(self, unit: int, group: Group, before: Group) -> Tensor:
         """The whole buffer for the backward: gathered at first touch, then the gathers of the block before it start."""
@@ -152,9 +174,12 @@ class Tape:
             self.drop(unit)
 
     def end(self) -> None:
-        """After the backward nothing is open or under way."""
+        """After the backward nothing is open or under way, on any rank."""
+        if self.agreement is not None:
+            self.agreement.end()
         self.land()
         self.drop_all()
+        self.course.close()
 
     # --- leaves
     def open_rest(self, forward: bool = True) -> list[Any]:
@@ -174,7 +199,7 @@ class Tape:
             self.count(-1)
             for i, x in self._loose_leaves(u, buffer).items():
                 out[i] = x
-        self.ahead(*self.first())
+        self.ahead(*self.course.first())
         for u in (u for u, unit in enumerate(structure.units) if unit.seam):
             if not self.seam:
                 self.leaves |= self._loose_leaves(u, self.views.buffers[u])
@@ -265,9 +290,6 @@ class Tape:
     def copies(self, leaves: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
         """What `untouched` compares with, while values are looked at (debug)."""
         return {i: x.detach().clone() for i, x in leaves.items()} if self.look else None
-
-
-FIRST = ("tape", "first")  # in Where.memo
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -1,45 +1,99 @@
-"""Which blocks of a module are units: what is gathered, run and dropped together."""
+"""Which blocks of a module are units: what is gathered, run and dropped together; and which a rank may leave out."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from funczero.core.types import ChainError
+
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+EXPERTS = re.compile(r"(^|_)experts?$")  # what lists of experts are called
 
 
 def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...]:
-    """Paths of the lists named, or of those found: of nested ones (stages of blocks, blocks of experts) those that hold
-    least at a time.
+    """Paths of the lists named, or of those found: of nested ones those that hold least at a time.
 
-    Lists of one type are looked for first. Lists of several (attention and state space blocks in turn) count where they
-    hold less.
+    A list inside a layer is gathered with it, for the layer may run its blocks or not, as a router does. A list inside
+    a stage is not: stages are blocks of which no more than half are alike in shape, or that hold lists of one type and
+    nothing else, and none of these is called experts. Lists of one type are looked for first. Lists of several
+    (attention and state space blocks in turn) count where they hold less.
 
     Raises:
       ValueError: a name is not that of a list of blocks.
     """
     modules = dict(module.named_modules())
     lists = {p: list(m.children()) for p, m in modules.items() if p and isinstance(m, LISTS)}
-    found = [p for p, blocks in lists.items() if _repeated(blocks) and len({type(b) for b in blocks}) == 1]
+    repeated = [p for p, blocks in lists.items() if _repeated(blocks)]
     if units is not None:
         units = (units,) if isinstance(units, str) else tuple(units)
         for u in units:
             blocks = list(modules[u].children()) if u in modules else []
             if not any(list(b.parameters()) for b in blocks) or list(modules[u].parameters(recurse=False)):
+                found = [p for p in repeated if len({type(b) for b in lists[p]}) == 1]
                 raise ValueError(
                     f"stateless: units={u!r} names no list of blocks in {type(module).__name__}; its repeated lists are"
                     f" {found}"
                 )
         return units
-    mixed = [p for p, blocks in lists.items() if _repeated(blocks)]
-    choices = [c for c in (_outer(found), _inner(found), _outer(mixed)) if c]
+    layers = [p for p in repeated if not _stages(p, modules, repeated)]
+    free = [p for p in repeated if not any(p.startswith(f"{q}.") for q in layers)]
+    found = [p for p in free if len({type(b) for b in lists[p]}) == 1]
+    choices = [c for c in (_outer(found), _inner(found), _outer(free), _inner(free)) if c]
 
     def held(paths: tuple[str, ...]) -> int:  # the rest and two units, less a constant
         sizes = [sum(p.numel() for p in b.parameters()) for path in paths for b in lists[path]]
         return 2 * max(sizes) - sum(sizes)
 
     return min(choices, key=held) if choices else ()
+
+
+def _stages(path: str, modules: dict[str, nn.Module], repeated: Sequence[str]) -> bool:
+    """Are a list's blocks stages, which run all the lists in them?"""
+    shapes, rest, one_type = [], [], True
+    for name, block in modules[path].named_children():
+        inner = [q for q in repeated if q == f"{path}.{name}" or q.startswith(f"{path}.{name}.")]
+        if not inner or any(EXPERTS.search(q.rpartition(".")[2]) for q in inner):
+            return False
+        inside = {id(p) for q in inner for p in modules[q].parameters()}
+        shapes.append(tuple(p.shape for p in block.parameters()))
+        rest += [p for p in block.parameters() if id(p) not in inside]
+        one_type = one_type and all(len({type(b) for b in modules[q].children()}) == 1 for q in inner)
+    most = max(map(shapes.count, shapes), default=0)
+    return 2 * most <= len(shapes) or not rest and one_type
+
+
+def sometimes(module: nn.Module, units: Sequence[str]) -> tuple[str, ...]:
+    """Of the units, the lists whose blocks not every rank may run: experts, and layers that are dropped in training."""
+    return tuple(u for u in units if EXPERTS.search(u.rpartition(".")[2]) or _drops(module, u.rpartition(".")[0]))
+
+
+def _drops(module: nn.Module, owner: str) -> bool:
+    """Does the module that holds a list leave layers out?"""
+    m = module.get_submodule(owner)
+    settings = {**vars(getattr(m, "config", m)), **vars(m)} if hasattr(getattr(m, "config", m), "__dict__") else vars(m)
+    dropped = (v for k, v in settings.items() if "layerdrop" in k.replace("_", "").lower())
+    return m.training and any(isinstance(v, (int, float)) and v > 0 for v in dropped)
+
+
+def conditional_of(units: Sequence[str], conditional: Sequence[str] | None) -> tuple[str, ...]:
+    """Of the units, the conditional ones: those named, or by default what is called experts.
+
+    Raises:
+      ChainError: a name is not that of a unit.
+    """
+    if conditional is None:
+        return tuple(u for u in units if EXPERTS.search(re.split(r"[./]", u)[-1]))
+    named = (conditional,) if isinstance(conditional, str) else tuple(conditional)
+    odd = next((c for c in named if c not in units), None)
+    if odd is not None:
+        raise ChainError(
+            f"value_and_grad: conditional names {odd!r}, which is not among the units {list(units)}; name it in"
+            " units, too"
+        )
+    return named
 
 
 def _outer(paths: Sequence[str]) -> tuple[str, ...]:

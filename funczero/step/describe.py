@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from funczero.comm.edge import Edge
 from funczero.core.types import Grad
+from funczero.layout.structure import Structure
 from funczero.transforms.chain import Source
 
 
-def describe(g: Grad, source: Source) -> str:
-    """The chain with the layout at every arrow, and what it cannot promise."""
+def describe(g: Grad, source: Source, structure: Structure | None = None) -> str:
+    """The chain with the layout at every arrow, and what it cannot promise.
+
+    Args:
+      structure: of the parameters, where a state was made: then what a forward gathers whole is named, in bytes.
+    """
     depth, lines = 0, []
     for name, layout in zip(g.names, g.arrows, strict=True):
         depth -= name == ")"
@@ -22,6 +29,12 @@ def describe(g: Grad, source: Source) -> str:
         notes.append(
             "parameters are gathered whole in every forward; name their blocks with value_and_grad(...,"
             " units=('blocks',)) to hold two at a time"
+        )
+    notes += [gathered(g, structure)] if structure is not None and g.layout.rest else []
+    if source.conditional and g.layout.rest:
+        notes.append(
+            f"ranks need not run the same blocks of {list(source.conditional)}: they agree on every unit before it is"
+            " gathered, and none is gathered ahead"
         )
     odd = {a: n for a, n in g.layout.order if n & (n - 1)}
     if odd:
@@ -40,6 +53,38 @@ def describe(g: Grad, source: Source) -> str:
     head = f"train_step on {g.env.mesh} ({g.env.mesh.device.type}), {g.env.policy}{', donated' if g.env.donate else ''}"
     return "\n".join(
         [head, *(f"  {a:<{wide}}  -> {b}" if b else f"  {a}" for a, b in lines), *(f"  note: {n}" for n in notes)]
+    )
+
+
+def gathered(g: Grad, structure: Structure, least: int = 0) -> str:
+    """What a forward gathers whole, where parameters rest in shards; "" where it is less than `least` bytes, or no more
+    than two blocks hold.
+    """
+    wide = g.env.policy.compute.itemsize
+    size = lambda leaves: wide * sum(prod(structure.leaves[i].shape) for i in leaves)
+    blocks: dict[str, list[int]] = {}
+    for unit, members in zip(structure.units, structure.members, strict=True):
+        if unit.seam:
+            blocks.setdefault(unit.name, []).extend(members)
+    rest = [i for unit, m in zip(structure.units, structure.members, strict=True) if not unit.seam for i in m]
+    rest.sort(key=lambda i: -prod(structure.leaves[i].shape))
+    largest = max(map(size, blocks.values()), default=0)
+    if least and size(rest) <= max(least, 2 * largest):
+        return ""
+    named = ", ".join(f"{structure.leaves[i].path!r} ({_bytes(size([i]))})" for i in rest[:3])
+    more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+    turns = f"; {len(blocks)} blocks of at most {_bytes(largest)} by turns, two at a time" if blocks else ""
+    whole = (
+        f"gathered whole in every forward are {_bytes(size(rest))}: {named}{more}"
+        if rest
+        else "nothing is gathered whole"
+    )
+    return whole + turns
+
+
+def _bytes(n: int) -> str:
+    return next(
+        f"{n / k:.3g} {name}" for name, k in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if n >= k or k == 1
     )
 
 

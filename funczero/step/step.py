@@ -125,7 +125,8 @@ class Step(NamedTuple):
         """What a forward of your own opens parameters with (see layers.py); with differentiate its leaves want a
         gradient.
         """
-        return Tape(self.views(state), (), self.running().env, False, differentiate, at(state))
+        env, conditional = self.running().env, bool(self.source.conditional)
+        return Tape(self.views(state), (), env, False, differentiate, at(state), conditional=conditional)
 
     def state_of(self, state: TrainState, kind: type[Own]) -> Own | None:
         """The state of the first transform of a kind, as step.state_of(state, ScaleLoss); None where the chain has
@@ -229,7 +230,7 @@ class Step(NamedTuple):
         return recorded("step.eval", evaluate, self.running)
 
     def __str__(self) -> str:
-        return describe(self.grad, self.source)
+        return describe(self.grad, self.source, self.fits.book.structure)
 
     def __repr__(self) -> str:
         return f"<Step {' | '.join(self.grad.names)}>"

@@ -18,6 +18,7 @@ from funczero.layout.slots import Slots
 from funczero.step.alike import begin
 from funczero.step.book import Book
 from funczero.step.calls import recorded, watched
+from funczero.step.describe import gathered
 from funczero.step.fits import Fits, packed
 from funczero.step.initial import check_widening, initial, read_lazily
 from funczero.step.look import looking, seed_of, seen
@@ -26,6 +27,8 @@ from funczero.step.step import Step, metrics_of
 from funczero.transforms.chain import Source, build, chain, configured
 from funczero.transforms.skips import Patience, Skipped, unapplied
 from funczero.world.entries import UPDATE
+
+SAID = 1 << 24  # bytes that a forward gathers whole, from which on the first update says so
 
 
 def train_step(
@@ -148,6 +151,8 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         seen = patience.after(seen, out, now, masters.where.structure.leaves, again)
         if early.open:
             said = early.after(out, masters, batch, g.layout)
+            if early.updates == 1 and g.layout.rest and (whole := gathered(g, masters.where.structure, SAID)):
+                said.append(f"train_step: {whole}; lists of blocks that are not found are named with units=(...)")
             say(book.said, *(said if _speaks(g) else ()))
         wide = None if state.views is None else _renewed(out.params, views)
         fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)

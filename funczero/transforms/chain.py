@@ -31,6 +31,7 @@ class Source(NamedTuple):
     patterns: tuple[tuple[str, str], ...] = ()  # (who, regex): each must find a parameter
     replicated: tuple[str, ...] = ()  # mesh axes whose ranks are meant to be given the same rows
     synced: bool = False  # does a layer take statistics over the rows of all ranks?
+    conditional: tuple[str, ...] = ()  # of the units, those that a rank may leave out where others open them
 
 
 class Bracket(NamedTuple):

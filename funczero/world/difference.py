@@ -94,10 +94,11 @@ def _remedy(odd: Entry, usual: Entry, text_of: Callable[[int], str | None]) -> s
             "every rank must hold the same state and rates: restore the same checkpoint, make as many updates, and let"
             " no schedule depend on the rank"
         )
-    if odd.units != usual.units and odd.verb == usual.verb:
+    if odd.units != usual.units and (odd.verb == usual.verb or "all_gather" in (odd.verb, usual.verb)):
         return (
-            "where parameters rest in shards every rank must open the same units in the same order: no branch of the"
-            " loss may depend on the rank or on its rows (stages 1 and 2 allow it)"
+            "where parameters rest in shards every rank must open the same units in the same order; where that depends"
+            " on its rows, name their list: value_and_grad(..., conditional=[...]) or fz.stateless(...,"
+            " conditional=[...])"
         )
     return "every rank must launch the same collectives: no branch of the loss may depend on the rank or on its rows"
 

@@ -79,7 +79,7 @@ def batch(t, rank, kind, at):
 
 def make(stage, check, lr=1e-2, limit=1.0, policy=None, loss=loss_fn, mesh=None):
     """A step."""
-    grad = fz.value_and_grad(loss, batch=P("data"), units=("experts",))
+    grad = fz.value_and_grad(loss, batch=P("data"), units=("experts",), conditional=())
     return fz.train_step(
         *fz.zero(grad, fz.clip_by_global_norm(limit), fz.adamw(lr), stage=stage),
         mesh=mesh or {"data": -1},

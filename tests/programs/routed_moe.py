@@ -71,5 +71,4 @@ def program():
         batch=batch,
         chain=lambda: (fz.adamw(1e-2, weight_decay=0.1),),
         optimizer=lambda params: torch.optim.AdamW(params, 1e-2, weight_decay=0.1),
-        options={"units": ["blocks"]},
     )
