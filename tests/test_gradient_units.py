@@ -86,6 +86,16 @@ FOUND = {
         lambda: Holds(blocks=several(2, lambda: several(3))),
         ("blocks.0", "blocks.1"),
     ),
+    "a list of lists of one block each, which nobody calls": (
+        lambda: Holds(blocks=nn.ModuleList([several(1), several(1)]), head=several(2)),
+        ("head",),
+    ),
+    "blocks of lists of several types, as T5's": (
+        lambda: Holds(
+            blocks=nn.ModuleList(Deep(layer=nn.ModuleList([Block(), Other()]), n=nn.Linear(i, 4)) for i in (1, 2))
+        ),
+        ("blocks",),
+    ),
     "layers of several types, of which some have experts, as Jamba's": (
         lambda: Holds(layers=nn.ModuleList([Block(), Deep(experts=several(3), up=nn.Linear(4, 4)), Block(), Other()])),
         ("layers",),

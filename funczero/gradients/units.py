@@ -17,8 +17,8 @@ def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...
     """Paths of the lists named, or of those found: of nested ones those that hold least at a time.
 
     A list inside a layer is gathered with it, for the layer may run its blocks or not, as a router does. A list inside
-    a stage is not: stages are blocks of which no more than half are alike in shape, or that hold lists of one type and
-    nothing else, and none of these is called experts. Lists of one type are looked for first. Lists of several
+    a stage is not: stages are blocks that hold lists of one type, and of which no more than half are alike in shape,
+    or that hold nothing else; and none of these lists is called experts. Lists of one type are looked for first. Lists of several
     (attention and state space blocks in turn) count where they hold less.
 
     Raises:
@@ -31,7 +31,8 @@ def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...
         units = (units,) if isinstance(units, str) else tuple(units)
         for u in units:
             blocks = list(modules[u].children()) if u in modules else []
-            if not any(list(b.parameters()) for b in blocks) or list(modules[u].parameters(recurse=False)):
+            missing = not any(list(b.parameters()) for b in blocks) or not all(map(_runs, blocks))
+            if missing or list(modules[u].parameters(recurse=False)):
                 found = [p for p in repeated if len({type(b) for b in lists[p]}) == 1]
                 raise ValueError(
                     f"stateless: units={u!r} names no list of blocks in {type(module).__name__}; its repeated lists are"
@@ -62,7 +63,7 @@ def _stages(path: str, modules: dict[str, nn.Module], repeated: Sequence[str]) -
         rest += [p for p in block.parameters() if id(p) not in inside]
         one_type = one_type and all(len({type(b) for b in modules[q].children()}) == 1 for q in inner)
     most = max(map(shapes.count, shapes), default=0)
-    return 2 * most <= len(shapes) or not rest and one_type
+    return one_type and (2 * most <= len(shapes) or not rest)
 
 
 def sometimes(module: nn.Module, units: Sequence[str]) -> tuple[str, ...]:
@@ -109,10 +110,17 @@ def _apart(paths: Sequence[str], covered: Callable[[str, str], bool]) -> tuple[s
 
 
 def _repeated(blocks: list[nn.Module]) -> bool:
-    """Are these blocks? Bare layers of torch.nn are not: a list of them is as often read as called."""
+    """Are these blocks? Bare layers of torch.nn are not: a list of them is as often read as called. Nor are lists, which
+    nobody calls.
+    """
     return len(blocks) > 1 and all(
-        list(b.parameters()) and (list(b.children()) or not type(b).__module__.startswith("torch.nn.")) for b in blocks
+        list(b.parameters()) and _runs(b) and (list(b.children()) or not type(b).__module__.startswith("torch.nn."))
+        for b in blocks
     )
+
+
+def _runs(block: nn.Module) -> bool:
+    return not isinstance(block, (nn.ModuleList, nn.ModuleDict))
 
 
 def neighbours(paths: Sequence[str], i: int) -> tuple[int | None, int | None]:
