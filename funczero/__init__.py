@@ -75,8 +75,12 @@ from funczero.optim import adagrad as adagrad
 from funczero.optim import adam as adam
 from funczero.optim import adamw as adamw
 from funczero.optim import from_torch as from_torch
+from funczero.optim import lamb as lamb
+from funczero.optim import lars as lars
 from funczero.optim import lift as lift
 from funczero.optim import lion as lion
+from funczero.optim import matrices as matrices
+from funczero.optim import muon as muon
 from funczero.optim import schedules as schedules
 from funczero.optim import sgd as sgd
 from funczero.step.differentiable import differentiable as differentiable

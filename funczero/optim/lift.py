@@ -54,8 +54,8 @@ def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) ->
         )
     if elementwise is not None:
         flag("lift", "elementwise", elementwise)
-    own = pair.elementwise if isinstance(pair, GradientTransformation) else None
-    return GradientTransformation(init, update, None, label, own if elementwise is None else elementwise)
+    own = pair.needs if isinstance(pair, GradientTransformation) else None
+    return GradientTransformation(init, update, None, label, own, elementwise)
 
 
 def same_when_cut(init: Callable[..., Any], update: Callable[..., Any], updates: int = 12) -> bool:

@@ -50,7 +50,9 @@ def _placed(g: Grad, tx: GradientTransformation) -> Grad:
     g, why = value(g, tx.name), foreign(tx)
     if why is not None:
         raise refuse(g, tx.name, why)
-    if not tx.elementwise and any(g.env.mesh.axes[a].size > 1 for a in g.layout.sharded):
+    across = tx.formula is not None and tx.formula.across is not None
+    known = tx.needs == "elementwise" or tx.needs in ("leaf_norms", "leafwise") and across
+    if not known and any(g.env.mesh.axes[a].size > 1 for a in g.layout.sharded):
         raise refuse(g, tx.name, _whole(tx, list(g.layout.sharded)))
     return g
 

@@ -105,7 +105,7 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
             else:
                 mine = state[e.key] if donate or idle else _cloned(state[e.key])
                 assert e.tx.formula is not None
-                own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held)
+                own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held, g.env.mesh)
                 logs = {**logs, "lr": reading.lr.to(out.ok.device)}
         params = new.with_frozen(masters)
         updated = Updated(out.loss, out.weight, out.aux, params, _norm_of(out), out.ok, out.bad, logs)
