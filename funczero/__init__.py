@@ -71,6 +71,7 @@ from funczero.layout.mesh import make_mesh as make_mesh
 from funczero.layout.processes import init_distributed as init_distributed
 from funczero.layout.slots import Slots as Slots
 from funczero.layout.spec import P as P
+from funczero.optim import adafactor as adafactor
 from funczero.optim import adagrad as adagrad
 from funczero.optim import adam as adam
 from funczero.optim import adamw as adamw
@@ -83,6 +84,7 @@ from funczero.optim import matrices as matrices
 from funczero.optim import muon as muon
 from funczero.optim import schedules as schedules
 from funczero.optim import sgd as sgd
+from funczero.optim import shampoo as shampoo
 from funczero.step.differentiable import differentiable as differentiable
 from funczero.step.sharded_loss import ShardedLoss as ShardedLoss
 from funczero.step.sharded_loss import hessian as hessian

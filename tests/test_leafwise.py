@@ -14,6 +14,7 @@ from optimizers import F64, skipping
 
 import funczero as fz
 from funczero import P
+from funczero.checkpoint.names import named
 from funczero.layout.processes import world_size
 from funczero.testing import tree_hash
 from funczero.testing.simulate import simulate
@@ -32,6 +33,10 @@ TX = {
     "muon": with_muon(small=0),
     "muon, small leaves by all": with_muon(small=36),
     "muon, flattened": with_muon(flatten=True, dtype=torch.float32, small=0, nesterov=False),
+    "adafactor": fz.adafactor(0.05, small=0, weight_decay=0.1),
+    "shampoo": fz.partition(
+        [(fz.matrices(but="embed"), fz.shampoo(0.1, 0.9, 0.1, every=2, small=0)), ("", fz.adamw(3e-3))]
+    ),
     "muon, rates by rule": with_muon(lr=[("blocks/1", 0.01), ("", 0.03)], small=0, scale="match_rms_adamw"),
 }
 
@@ -53,7 +58,7 @@ def masters(*args, **kw):
 
 
 # --- the law ----------------------------------------------------------------------------------------------------------
-FAST = ("lamb", "muon, rates by rule")
+FAST = ("lamb", "shampoo", "muon, rates by rule")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in TX])
@@ -178,7 +183,9 @@ def test_a_rank_that_owns_nothing_sends_as_the_others_do():
 def directly(tx, grads, start):
     """A run in a step whose gradients are exactly the given ones."""
     step = fz.train_step(
-        fz.value_and_grad(lambda p, b: ((p["w"] * b["g"][0]).sum(), torch.ones(()))), tx, policy=str(start.dtype).removeprefix("torch.")
+        fz.value_and_grad(lambda p, b: ((p["w"] * b["g"][0]).sum(), torch.ones(()))),
+        tx,
+        policy=str(start.dtype).removeprefix("torch."),
     )
     state, out = step.init({"w": start}), []
     for g in grads:
@@ -243,10 +250,45 @@ def test_lars_is_plain_arithmetic():
         torch.testing.assert_close(mine, p, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "kw", [{}, {"weight_decay": 0.1, "d": 2.0, "beta2_decay": -0.5, "eps": (1e-6, 1e-2)}], ids=["default", "other"]
+)
+@pytest.mark.parametrize("shape", [(6, 10), (3, 4, 5), (7,), ()], ids=str)
+def test_adafactor_is_torchs_class(shape, kw):
+    grads, start = drawn(*shape, dtype=F64)
+    p = torch.nn.Parameter(start.clone())
+    theirs = torch.optim.Adafactor([p], 0.05, **kw)
+    for g, got in zip(grads, directly(fz.adafactor(0.05, **kw), grads, start), strict=True):
+        p.grad = g.clone()
+        theirs.step()
+        torch.testing.assert_close(got, p.detach(), rtol=1e-12, atol=1e-12)
+
+
+def root(x):
+    values, vectors = torch.linalg.eigh(x)
+    return vectors @ torch.diag(values**-0.25) @ vectors.T
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_shampoo_is_plain_arithmetic(every):
+    grads, p = drawn(5, 3, dtype=F64)
+    left, right, t = torch.zeros(5, 5, dtype=F64), torch.zeros(3, 3, dtype=F64), torch.zeros_like(p)
+    got = directly(fz.shampoo(0.1, 0.9, 0.1, eps=0.5, b2=0.8, every=every), grads, p)
+    for n, (g, mine) in enumerate(zip(grads, got, strict=True)):
+        left, right = 0.8 * left + g @ g.T, 0.8 * right + g.T @ g
+        if n % every == 0:
+            a, b = (root(x + 0.5 * torch.eye(len(x), dtype=F64)) for x in (left, right))
+        t = 0.9 * t + a @ g @ b
+        p = p * (1 - 0.1 * 0.1) - 0.1 * t
+        torch.testing.assert_close(mine, p, rtol=1e-10, atol=1e-12)
+
+
 PLAIN = {
     "lamb": fz.lamb(0.02, weight_decay=0.1),
     "lars": fz.lars(1.0, weight_decay=0.1),
     "muon": fz.muon(0.02, dtype=F64, small=0),
+    "adafactor": fz.adafactor(0.1),
+    "shampoo": fz.shampoo(0.1, 0.9, every=2),
 }
 
 
@@ -306,3 +348,80 @@ def test_a_differentiable_step_refuses_them_by_name():
     step = fz.train_step(*fz.zero(zoo.source(), fz.lamb(0.1), stage=1), mesh={"data": 1})
     with pytest.raises(fz.ChainError, match="lamb: its update is a kernel"):
         fz.differentiable(step)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+OWNERS = {"adafactor": TX["adafactor"], "shampoo": TX["shampoo"]}
+
+
+def stepped(name, stage):
+    parts = fz.zero(zoo.source(), OWNERS[name], stage=stage, accumulate=zoo.MICROS // world_size())
+    return fz.train_step(*parts, mesh={"data": -1})
+
+
+def going_on(step, state, updates):
+    for t in updates:
+        state, _ = step(state, step.local_rows(zoo.batch(t)))
+    return tree_hash(step.params(state))
+
+
+def saved(folder, name, stage):
+    step = stepped(name, stage)
+    state = step.init(zoo.params())
+    for t in (0, 1):
+        state, _ = step(state, step.local_rows(zoo.batch(t)))
+    with fz.Checkpointer(folder) as ck:
+        ck.save(state, 1)
+    return going_on(step, state, (2, 4))
+
+
+def restored(folder, name, stage):
+    step = stepped(name, stage)
+    got = fz.Checkpointer(folder).restore(like=(step, zoo.params()))
+    return going_on(step, got.state, (2, 4)), got.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "worlds"), [("shampoo", (1, 2)), pytest.param("adafactor", (1, 2, 4), marks=pytest.mark.slow)]
+)
+def test_states_of_owners_are_read_by_any_world(run_world, tmp_path, name, worlds):
+    """Saved on two ranks at stage 3, and in one process: whoever goes on has the bits of the run that never ended."""
+    want = zoo.everywhere(run_world, 2, saved, tmp_path / "a", name, 3)
+    assert saved(tmp_path / "b", name, 0) == want
+    for folder in ("a", "b"):
+        for world in worlds:
+            assert zoo.everywhere(run_world, world, restored, tmp_path / folder, name, 3) == (want, ())
+
+
+def test_states_of_owners_are_named_by_their_parameters_path():
+    """The same names and whole shapes at every stage; a leaf that another optimizer has is not among them."""
+    parts = [named(trained(TX["shampoo"], stage, updates=0)[1]).parts for stage in (0, 3)]
+    assert parts[0].keys() == parts[1].keys()
+    assert parts[0]["shampoo/left/blocks/0/w"].shape == (5, 5) and parts[0]["shampoo/roots/right/conv"].shape == (
+        3,
+        5,
+        5,
+    )
+    assert "shampoo/trace/head/w" in parts[0] and not any(n.startswith("shampoo") and "embed" in n for n in parts[0])
+
+
+def resharded(name):
+    two, three = (stepped(name, s) for s in (1, 3))
+    state = two.init(zoo.params())
+    for t in (0, 1):
+        state, _ = two(state, two.local_rows(zoo.batch(t)))
+    return going_on(two, state, (2,)), going_on(three, fz.reshard(state, three), (2,))
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_states_of_owners_are_handed_to_another_stage(name):
+    for one, other in simulate({"data": 2})(resharded, name):
+        assert one == other
+
+
+def test_only_the_owner_holds_a_state():
+    """Two ranks together hold each preconditioner once."""
+    chains = simulate({"data": 2})(lambda: trained(TX["shampoo"], 1, updates=0)[1].chain["shampoo"])
+    held = [sum(b.numel() for b in c.left.buffers) for c in chains]
+    alone = sum(b.numel() for b in trained(TX["shampoo"], 1, updates=0)[1].chain["shampoo"].left.buffers)
+    assert sum(held) - alone < 5 * 16 * 3 and min(held) > alone / 4  # the batch of matrices is cut as it lies

@@ -1,5 +1,7 @@
 """Optimizers as optax-shaped pairs, one a file; the fused form is torch's kernel on whole buffers."""
 
+from funczero.optim.adafactor import Adafactor as Adafactor
+from funczero.optim.adafactor import adafactor as adafactor
 from funczero.optim.adagrad import Adagrad as Adagrad
 from funczero.optim.adagrad import adagrad as adagrad
 from funczero.optim.adamw import AdamW as AdamW
@@ -18,4 +20,6 @@ from funczero.optim.muon import Muon as Muon
 from funczero.optim.muon import muon as muon
 from funczero.optim.sgd import SGD as SGD
 from funczero.optim.sgd import sgd as sgd
+from funczero.optim.shampoo import Shampoo as Shampoo
+from funczero.optim.shampoo import shampoo as shampoo
 from funczero.optim.shapes import matrices as matrices
