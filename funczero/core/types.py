@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # floors above this one, of which only the names are needed
     from funczero.layout.lazy import Lazy
     from funczero.layout.mesh import Mesh
     from funczero.layout.slots import Slots
+    from funczero.layout.where import Where
     from funczero.step.notices import Early
 
 Tree = Any  # a pytree: nested dicts, lists, tuples and NamedTuples of tensors
@@ -151,6 +152,8 @@ class Grad(NamedTuple):
     env: Env
     arrows: tuple[Layout, ...] = ()  # the layout right of every name
     streams: bool = False  # does an accumulate to the left take one micro-batch a call?
+    # what a printed chain says of its optimizers, where the place of the parameters is known, and where it is not
+    notes: Callable[[Where | None], list[str]] = lambda where: []
 
 
 Transform = Callable[[Grad], Grad]  # wraps everything to its left in the chain

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from funczero.comm.edge import Edge
 from funczero.core.types import Grad
+from funczero.layout.where import Where
 from funczero.transforms.chain import Source
 
 
-def describe(g: Grad, source: Source) -> str:
-    """The chain with the layout at every arrow, and what it cannot promise."""
+def describe(g: Grad, source: Source, masters: Where | None = None) -> str:
+    """The chain with the layout at every arrow, what its optimizers send of their own, and what it cannot promise.
+
+    Args:
+      masters: where the parameters lie, once that is known.
+    """
     depth, lines = 0, []
     for name, layout in zip(g.names, g.arrows, strict=True):
         depth -= name == ")"
@@ -32,6 +37,7 @@ def describe(g: Grad, source: Source) -> str:
     edges = g.env.edges.values()
     if any(e.sums == "backend" for e in edges):
         notes.append("gradients are added over ranks by the backend: the same-bits promise is off")
+    notes += g.notes(masters)
     notes += [_packs(e, g.env.mesh.axes[e.axis].size) for e in edges if not e.exact]
     head = f"train_step on {g.env.mesh} ({g.env.mesh.device.type}), {g.env.policy}{', donated' if g.env.donate else ''}"
     return "\n".join(

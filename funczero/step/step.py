@@ -221,7 +221,7 @@ class Step(NamedTuple):
         return recorded("step.eval", evaluate, self.running)
 
     def __str__(self) -> str:
-        return describe(self.grad, self.source)
+        return describe(self.grad, self.source, self.fits.forms[0][1].masters if self.fits.forms else None)
 
     def __repr__(self) -> str:
         return f"<Step {' | '.join(self.grad.names)}>"

@@ -52,17 +52,6 @@ class Deal(NamedTuple):
     seats: dict[int, Seat]
     loads: dict[tuple[str, ...], list[float]]  # cost by rank along some axes
 
-    def told(self) -> list[str]:
-        """How evenly the work is dealt, in words."""
-        out = []
-        for axes, loads in self.loads.items():
-            n = sum(seat.axes == axes and seat.owner is not None for seat in self.seats.values())
-            share = max(loads) / sum(loads) if sum(loads) else 0.0
-            out.append(
-                f"{n} leaves dealt among {len(loads)} ranks of {list(axes)}; the busiest has {share:.0%} of the work"
-            )
-        return out
-
 
 def trained(where: Where, held: tuple[int, ...] | None) -> tuple[int, ...]:
     """The numbers of the leaves that an optimizer moves; those without values anywhere are left out."""
@@ -134,6 +123,22 @@ def slices(part: Extent, of: Extent) -> tuple[slice, ...]:
     """A part as an index into what it is a part of; of a part without values, nothing."""
     starts = [a - b if n else 0 for a, b, n in zip(part.start, of.start, part.shape, strict=True)]
     return tuple(slice(a, a + n) for a, n in zip(starts, part.shape, strict=True))
+
+
+def told(where: Where, held: tuple[int, ...] | None, across: Across) -> str:
+    """Who computes how much, and how many values travel, in words."""
+    deal, words = dealt(where, held, across), list[str]()
+    for axes, loads in deal.loads.items():
+        mine = [i for i, seat in deal.seats.items() if seat.axes == axes and seat.owner is not None]
+        away = sum(prod(where.slots[i].block) for i in mine) * (len(loads) - 1)
+        words.append(
+            f"{len(mine)} leaves are dealt among {len(loads)} ranks of {list(axes)}, of which the busiest has"
+            f" {max(loads) / sum(loads):.0%} of the work, and {away:,} values travel each way"
+        )
+    every = sum(bool(seat.axes) and seat.owner is None for seat in deal.seats.values())
+    here = sum(not seat.axes for seat in deal.seats.values())
+    words += [f"{every} small ones are sent to all and computed by each"] * bool(every)
+    return "; ".join(words + [f"{here} are whole where they lie"] * bool(here))
 
 
 # --- states of owners -------------------------------------------------------------------------------------------------

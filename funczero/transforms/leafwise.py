@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from funczero.comm.integers import sum_integers
 from funczero.comm.norm import folds, norm_of, square_bins
 from funczero.comm.owners import from_owners, to_owners
-from funczero.core.types import Across, Asked, Formula, Found, Reading, Tree
+from funczero.core.types import Asked, Formula, Found, Reading, Tree
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
@@ -58,11 +58,13 @@ def run_across(
     mine = trained(where, held)
     for group, each in zip(read.groups, scalars, strict=True):
         leaves = mine if group.leaves is None else tuple(i for i in mine if i in group.leaves)
-        columns = [[_part(t, i) for i in leaves] for t in trees]
+        columns = [[padded(t, i) for i in leaves] for t in trees]
         work.append(Work(leaves, columns, each, across.ready(columns[0], columns[1], columns[2:], each)))
     norms, rows = _norms(where, work, mesh), dict[int, Tensor]()
     if across.whole is not None:
-        rows = Exchange(where, dealt(where, held, across), across, across.own(own), work, mesh).run()
+        asked = {i: [c[k] for c in w.asked.rows] for w in work for k, i in enumerate(w.leaves)}
+        compute = computing(across.whole, across.own(own), {i: w.scalars for w in work for i in w.leaves})
+        rows = Exchange(where, dealt(where, held, across), asked, compute, mesh).run()
     for w in work:
         shapes = [where.structure.leaves[i].shape for i in w.leaves]
         by_what = [[norms[i][k] for i in w.leaves] for k in range(len(w.asked.norms))]
@@ -70,7 +72,14 @@ def run_across(
         formula.leaf(w.columns[0], w.columns[1], w.columns[2:], w.scalars, found)
 
 
-def _part(x: Slots, leaf: int) -> Tensor:
+def computing(
+    whole: Callable[[list[Tensor], list[Tensor], Tree], Tensor], states: list[Slots], scalars: dict[int, Tree]
+) -> Callable[[int, list[Tensor]], Tensor]:
+    """`whole` of a formula by a leaf's number."""
+    return lambda i, values: whole(values, states_of(states, i), scalars[i])
+
+
+def padded(x: Slots, leaf: int) -> Tensor:
     """A leaf's padded slot."""
     slot = x.where.slots[leaf]
     return x.buffers[x.where.structure.leaves[leaf].unit].narrow(0, slot.offset, slot.length)
@@ -105,12 +114,17 @@ class Exchange:
     """Rows out, whole leaves computed by their owners, rows back."""
 
     def __init__(
-        self, where: Where, deal: Deal, across: Across, states: list[Any], work: list[Work], mesh: Mesh
+        self,
+        where: Where,
+        deal: Deal,
+        rows: dict[int, list[Tensor]],
+        compute: Callable[[int, list[Tensor]], Tensor],
+        mesh: Mesh,
     ) -> None:
-        """states: those of owners."""
-        self.where, self.deal, self.across, self.states, self.mesh = where, deal, across, states, mesh
-        self.rows = {i: [c[k] for c in w.asked.rows] for w in work if w.asked.rows for k, i in enumerate(w.leaves)}
-        self.scalars = {i: w.scalars for w in work for i in w.leaves}
+        """rows: by leaf the padded slots that are wanted whole, of one dtype; compute: (leaf, those whole) -> one
+        tensor like the leaf.
+        """
+        self.where, self.deal, self.rows, self.compute, self.mesh = where, deal, rows, compute, mesh
 
     def run(self) -> dict[int, Tensor]:
         """By leaf this rank's part of what was computed, as its padded slot."""
@@ -198,10 +212,9 @@ class Exchange:
         return out
 
     def _whole(self, i: int, values: list[Tensor]) -> Tensor:
-        assert self.across.whole is not None
         if not values[0].numel():
             return values[0]
-        out = self.across.whole(values, states_of(self.states, i), self.scalars[i])
+        out = self.compute(i, values)
         if out.shape != values[0].shape or out.dtype != values[0].dtype:
             path = self.where.structure.leaves[i].path
             raise TypeError(
