@@ -69,18 +69,16 @@ def _placed(g: Grad, tx: GradientTransformation) -> Grad:
 def _undeclared(tx: GradientTransformation, axes: list[str]) -> str:
     """Why this optimizer cannot stand in a bracket."""
     without = f"a chain without shard (stage 0), as all_reduce({axes[-1]!r}) in its place"
-    leafwise = (
-        "needs='leafwise' if each leaf moves by itself (whole leaves are then dealt among the ranks), needs='whole'"
-    )
     if tx.needs is None:
         return (
             f"nothing says that it works value by value, but the leaves are cut over {axes} here; write fz.lift(pair,"
-            " elementwise=True) if every value of its updates and state depends on its own place alone,"
-            f" {leafwise} if it needs all at once, or {without}"
+            " needs=...): 'elementwise' if every value of its updates and state depends on its own place alone,"
+            f" 'leafwise' if each leaf moves by itself, 'whole' if it needs all at once; or {without}"
         )
     return (
         f"it needs whole leaves (elementwise=False), but they are cut over {axes} here; write {without}, fz.lift(pair,"
-        f" ...) with {leafwise} if it needs all at once, or an optimizer that works value by value, as fz.adamw(lr)"
+        " needs='leafwise') if each leaf moves by itself or needs='whole' if it needs all at once, or an optimizer that"
+        " works value by value, as fz.adamw(lr)"
     )
 
 
