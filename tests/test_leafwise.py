@@ -33,7 +33,7 @@ TX = {
     "lars": fz.lars([("blocks", 3.0), ("", 1.0)], weight_decay=0.1),
     "muon": with_muon(small=0),
     "muon, small leaves by all": with_muon(small=36),
-    "muon, flattened": with_muon(flatten=True, dtype=torch.float32, small=0, nesterov=False),
+    "muon, flattened": with_muon(flatten=3, dtype=torch.float32, small=0, nesterov=False),
     "adafactor": fz.adafactor(0.05, small=0, weight_decay=0.1),
     "shampoo": fz.partition(
         [(fz.matrices(but="embed"), fz.shampoo(0.1, 0.9, 0.1, every=2, small=0)), ("", fz.adamw(3e-3))]
@@ -224,7 +224,7 @@ def test_a_batch_of_matrices_is_each_of_them_and_flattened_is_one():
     got = directly(fz.muon(0.02), grads, start)[-1]
     one = [directly(fz.muon(0.02), [g[i] for g in grads], start[i])[-1] for i in range(3)]
     assert torch.equal(got, torch.stack(one))
-    flat = directly(fz.muon(0.02, flatten=True), grads, start)[-1]
+    flat = directly(fz.muon(0.02, flatten=3), grads, start)[-1]
     assert torch.equal(flat, directly(fz.muon(0.02), [g.flatten(1) for g in grads], start.flatten(1))[-1].view(3, 4, 5))
 
 
@@ -332,7 +332,7 @@ REFUSED = {
     "a kernel": (
         lambda: fz.muon(0.1),
         {"k": (2, 3, 3, 3)},
-        "parameter 'k' of shape (2, 3, 3, 3) has more than 3 dims; write flatten=True",
+        "parameter 'k' of shape (2, 3, 3, 3) has more than 3 dims; write flatten=4",
     ),
 }
 

@@ -219,8 +219,8 @@ class Across(NamedTuple):
         leaf, in the dtype of what was asked. It runs once a leaf, on the rank that owns it. None: nothing is exchanged.
       own: state -> those of its fields that lie with a leaf's owner (`deal.owned`).
       cost: shape of a leaf -> what `whole` takes for it, in any unit; leaves are dealt by it.
-      dims: trailing dims that `whole` computes with, each matrix of the other dims by itself, so that a leaf which is
-        cut along those alone stays where it is; None: all of them.
+      dims: shape of a leaf -> how many trailing dims `whole` computes as one, each place in the other dims by itself,
+        so that a leaf which is cut along those alone stays where it is.
       small: leaves of fewer elements are sent to all ranks and computed by each, and nothing goes back.
     """
 
@@ -228,7 +228,7 @@ class Across(NamedTuple):
     whole: Callable[[list[Tensor], list[Tensor], Tree], Tensor] | None = None
     own: Callable[[Tree], list[Tree]] = lambda state: []
     cost: Callable[[tuple[int, ...]], float] = prod
-    dims: int | None = None
+    dims: Callable[[tuple[int, ...]], int] = len
     small: int = 0
 
 

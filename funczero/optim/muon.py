@@ -40,7 +40,7 @@ def muon(
     coefficients: tuple[float, float, float] = COEFFICIENTS,
     eps: float = 1e-7,
     scale: str = "original",
-    flatten: bool = False,
+    flatten: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     small: int = 1 << 10,
 ) -> GradientTransformation:
@@ -59,7 +59,8 @@ def muon(
       weight_decay: decoupled, per update times lr; number, schedule, rules or tree. torch's default is 0.1.
       steps: Newton-Schulz steps, with these coefficients; eps is the least norm that u is divided by.
       scale: s of a matrix [a, b]: "original" is sqrt(max(1, a / b)), "match_rms_adamw" 0.2 sqrt(max(a, b)), "none" 1.
-      flatten: take a leaf of more than 2 dims as the matrix [first dim, all others], as convolutions are.
+      flatten: leaves of so many dims and more are taken as the matrix [first dim, all others], as convolutions want it;
+        0: none.
       dtype: in which u travels and is orthogonalised.
       small: matrices of fewer values are computed by every rank.
 
@@ -77,7 +78,8 @@ def muon(
             f"muon: scale={scale!r} is none of 'original', 'match_rms_adamw' and 'none'; write one of them"
         )
     flag("muon", "nesterov", nesterov)
-    flag("muon", "flatten", flatten)
+    if whole("muon", "flatten", flatten, low=0) in (1, 2):
+        raise ValueError(f"muon: flatten={flatten} takes vectors or matrices apart; write 3 or more, or 0 for none")
     momentum, eps = one_for_all("muon", "momentum", momentum, moves=False), number("muon", "eps", eps, above=True)
     if len(coefficients) != 3:
         raise ValueError(f"muon: coefficients={coefficients!r} are not three numbers; write (a, b, c)")
@@ -99,7 +101,7 @@ def muon(
 
     def orthogonalised(values: list[Tensor], _: list[Tensor], s: Scalars) -> Tensor:
         (x,) = values
-        if flatten or x.dim() == 2:
+        if matrix_of(x.shape, flatten) or x.dim() == 2:
             return one(x.reshape(len(x), -1)).reshape(x.shape)
         return torch.stack([one(y) for y in x])
 
@@ -111,7 +113,7 @@ def muon(
             new = new - move * rate if isinstance(rate, Tensor) else new.add_(move, alpha=-rate)
             p.copy_(torch.where(s.ok, new, p))
 
-    dims = None if flatten else 2
+    dims = lambda shape: len(shape) if matrix_of(shape, flatten) else 2
     across = Across(
         ready,
         orthogonalised,
@@ -140,15 +142,20 @@ def orthogonal(
     return y.T if tall else y
 
 
-def scale_of(scale: str, shape: tuple[int, ...], flatten: bool) -> float:
+def matrix_of(shape: tuple[int, ...], flatten: int) -> tuple[int, int] | None:
+    """What a leaf is as one matrix, where it is flattened."""
+    return (shape[0], math.prod(shape[1:])) if flatten and len(shape) >= flatten else None
+
+
+def scale_of(scale: str, shape: tuple[int, ...], flatten: int) -> float:
     """What the rate of a leaf is multiplied by."""
-    a, b = (shape[0], math.prod(shape[1:])) if flatten else shape[-2:]
+    a, b = matrix_of(shape, flatten) or shape[-2:]
     if scale == "match_rms_adamw":
         return 0.2 * math.sqrt(max(a, b))
     return math.sqrt(max(1, a / b)) if scale == "original" and b else 1.0
 
 
-def cost_of(shape: tuple[int, ...], flatten: bool) -> float:
+def cost_of(shape: tuple[int, ...], flatten: int) -> float:
     """Multiplications of a step on a leaf, to a factor."""
-    a, b = (shape[0], math.prod(shape[1:])) if flatten else shape[-2:]
+    a, b = matrix_of(shape, flatten) or shape[-2:]
     return math.prod(shape) // max(1, a * b) * min(a, b) ** 2 * (2 * max(a, b) + min(a, b))

@@ -79,7 +79,7 @@ def shampoo(
     rate = Rates("shampoo", lr=lr, weight_decay=weight_decay, **({"momentum": momentum} if momentum else {}))
 
     def init(params: Any) -> Shampoo:
-        refuse_shapes("shampoo", params, False)
+        refuse_shapes("shampoo", params)
         leaf = params.buffers[0] if isinstance(params, Slots) else next(iter(tree.tensors(params)))
         dtype = torch.promote_types(leaf.dtype, torch.float32)
         made = [
@@ -127,7 +127,7 @@ def shampoo(
         computed,
         own=lambda s: [s.left, s.right, *([s.roots["left"], s.roots["right"]] if every > 1 else [])],
         cost=_cost,
-        dims=2,
+        dims=lambda shape: 2,
         small=whole("shampoo", "small", small, low=0),
     )
     moments = lambda s: [s.trace] if momentum else []

@@ -39,20 +39,24 @@ def matrices(but: str = "", dims: int = 2) -> Matrices:
     return Matrices(but, dims)
 
 
-def refuse_shapes(who: str, params: Any, flatten: bool, most: int = 3) -> None:
+def refuse_shapes(who: str, params: Any, flatten: int | None = None, most: int = 3) -> None:
     """Refuse leaves that are neither a matrix nor, of `most` dims, a batch of matrices.
+
+    Args:
+      flatten: leaves of so many dims are matrices; None: there is no such argument.
 
     Raises:
       ValueError: by path.
     """
+    rest = f"fz.partition([(fz.matrices(but='embed|head'), fz.{who}(lr)), ('', fz.adamw(lr))])"
     for path, shape in _shapes(params):
-        rest = "fz.partition([(fz.matrices(but='embed|head'), fz." + who + "(lr)), ('', fz.adamw(lr))])"
         if len(shape) < 2:
             raise ValueError(f"{who}: parameter {path!r} of shape {shape} is no matrix; give it to another: {rest}")
-        if len(shape) > most and not flatten:
+        if len(shape) > most and not (flatten and len(shape) >= flatten):
+            flat = "" if flatten is None else f"write flatten={most + 1} to take it as [{shape[0]}, rest], or "
             raise ValueError(
-                f"{who}: parameter {path!r} of shape {shape} has more than {most} dims; write flatten=True to take it"
-                f" as [{shape[0]}, rest], or give it to another: {rest}"
+                f"{who}: parameter {path!r} of shape {shape} has more than {most} dims; {flat}give it to another:"
+                f" {rest}"
             )
 
 

@@ -87,10 +87,10 @@ def _dealt(where: Where, leaves: tuple[int, ...], across: Across) -> Deal:
     return deal
 
 
-def travels(where: Where, leaf: int, dims: int | None) -> tuple[str, ...]:
-    """The axes over which a leaf's rows must travel so that its last `dims` dims are whole."""
+def travels(where: Where, leaf: int, dims: Callable[[Shape], int]) -> tuple[str, ...]:
+    """The axes over which a leaf's rows must travel so that its last dims are whole."""
     info = where.structure.leaves[leaf]
-    batch = 0 if dims is None else len(info.shape) - dims
+    batch = len(info.shape) - dims(info.shape)
     return tuple(a for a, n, _ in where.coords if n > 1 and _parts(info.cut(a), batch))
 
 
