@@ -17,6 +17,7 @@ from funczero import P
 from funczero.layout.processes import world_size
 from funczero.testing import tree_hash
 from funczero.testing.simulate import simulate
+from funczero.transforms import leafwise
 
 # --- the law ----------------------------------------------------------------------------------------------------------
 FAST = ("lamb", "muon, rates by rule")
@@ -69,6 +70,23 @@ def in_processes(name):
 def test_real_processes_have_the_bits_of_threads(run_world):
     want = masters(TX["muon"], 0)
     assert zoo.everywhere(run_world, 2, in_processes, "muon") == [want] * 3
+
+
+def nested_in_processes(kind, name):
+    return nested(kind, TX[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hpz", "rules", "at rest"])
+def test_two_axes_are_crossed_by_real_processes(run_world, kind):
+    assert zoo.everywhere(run_world, 4, nested_in_processes, kind, "muon") == masters(TX["muon"], 0)
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_the_bits_do_not_depend_on_how_leaves_share_messages(monkeypatch, size):
+    monkeypatch.setattr(leafwise, "MESSAGE", size)
+    want = linear(fz.muon(0.02, small=20), SHAPES, 0)[0]
+    assert {h for h, *_ in simulate({"data": 2})(lambda: linear(fz.muon(0.02, small=20), SHAPES, 3))} == {want}
 
 
 # --- what travels -----------------------------------------------------------------------------------------------------
