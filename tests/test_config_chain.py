@@ -133,6 +133,8 @@ TYPES = {
     "RMSprop": ({"alpha": 0.9}, "rmsprop"),
     "NAdam": ({"betas": [0.8, 0.9]}, "nadam"),
     "Rprop": ({"etas": [0.4, 1.1]}, "rprop"),
+    "Lamb": ({"max_coeff": 5.0}, "lamb"),
+    "Adafactor": ({"d": 2.0}, "adafactor"),
 }
 
 

@@ -35,7 +35,7 @@ def everything():
     for path, key in FREE.items():
         if key.kind in ("int", "number") and key.handling != REFUSED and path not in NAMES and not key.choices:
             yield lambda x, path=path: in_force(path, x), path, key
-    for name in (*ELEMENTWISE, "SGD", "Lion"):
+    for name in (*ELEMENTWISE, "SGD", "Lion", "Lamb", "Muon"):
         for k, key in optimizer_keys(name, "", False).items():
             if key.kind in ("int", "number", "rate", "pair") and key.handling == HONOURED:
                 yield (

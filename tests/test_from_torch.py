@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import zoo
@@ -64,12 +66,79 @@ def test_a_state_is_made_of_what_the_class_keeps(name):
     assert all({k: x.shape for k, x in m.items()} == {"a": (7,), "b": (2,)} for m in state.moments.values())
 
 
-@pytest.mark.parametrize("name", ["Adafactor", "Muon", "LBFGS", "SparseAdam", "SGD", "Nothing"])
-def test_a_class_that_reads_more_than_one_place_is_refused(name):
-    with pytest.raises(
-        fz.ChainError, match=f"torch.optim.{name} is not known to work value by value; write one of ASGD"
-    ):
-        fz.from_torch(name, 0.1)
+class Mine(torch.optim.SGD):
+    """A class of somebody's own."""
+
+
+REFUSED = {
+    "LBFGS": ("LBFGS", "torch.optim.LBFGS cannot work here: it runs the forward again inside its step"),
+    "SparseAdam": (torch.optim.SparseAdam, "torch.optim.SparseAdam cannot work here: gradients are dense here"),
+    "no class": ("Nothing", "torch.optim.Nothing is not known here; write one of ASGD, .*SGD, Muon, Adafactor"),
+    "a number": (3, "torch.optim.int is not known here"),
+    "one's own": (Mine, "Mine is no class of torch.optim, and nothing says how much of a leaf it reads; .*fz.lift"),
+    "one's own, made": (lambda p: Mine(p, lr=0.1), "Mine is no class of torch.optim"),
+    "two groups": (
+        lambda p: torch.optim.SGD([{"params": p}, {"params": [torch.nn.Parameter(torch.ones(1))]}], lr=0.1),
+        "does not make one optimizer with one group of parameters",
+    ),
+    "no optimizer": (lambda p: p, "does not make one optimizer with one group of parameters"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_a_value_is_refused_by_name(kind):
+    which, words = REFUSED[kind]
+    with pytest.raises(fz.ChainError, match=f"from_torch: .*{words}"):
+        fz.from_torch(which, 0.1)
+
+
+MADE = {
+    "a name": ("AdamW", lambda p: torch.optim.AdamW(p, foreach=False)),
+    "a class": (torch.optim.RMSprop, lambda p: torch.optim.RMSprop(p, foreach=False)),
+    "a partial": (
+        partial(torch.optim.AdamW, lr=0.02, betas=(0.8, 0.9), weight_decay=0.2),
+        lambda p: torch.optim.AdamW(p, 0.02, (0.8, 0.9), weight_decay=0.2, foreach=False),
+    ),
+    "a function": (
+        lambda p: torch.optim.NAdam(p, lr=torch.tensor(0.03125), momentum_decay=0.1),
+        lambda p: torch.optim.NAdam(p, 0.03125, momentum_decay=0.1, foreach=False),
+    ),
+    "SGD with dampening": (
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),
+    ),
+    "SGD": (torch.optim.SGD, lambda p: torch.optim.SGD(p)),
+    "Adafactor": ("Adafactor", lambda p: torch.optim.Adafactor(p)),
+    "Adafactor, made": (
+        lambda p: torch.optim.Adafactor(p, lr=0.1, eps=(None, 1e-2), d=2.0),
+        lambda p: torch.optim.Adafactor(p, lr=0.1, eps=(None, 1e-2), d=2.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_name_a_class_and_a_function_that_makes_one_are_the_class(kind):
+    which, make = MADE[kind]
+    still = "empty"  # of which torch's Adafactor takes a mean
+    close(masters(fz.from_torch(which), dtype=F64, frozen=still)[0], torchs(make, frozen=still), 1e-12)
+
+
+def test_muon_is_made_with_the_defaults_of_its_class():
+    g = torch.Generator().manual_seed(0)
+    start, grad = (torch.randn(6, 4, generator=g) for _ in range(2))
+    for which, make in ((torch.optim.Muon, torch.optim.Muon), (partial(torch.optim.Muon, ns_steps=3, lr=0.1),) * 2):
+        p = torch.nn.Parameter(start.clone())
+        p.grad, theirs = grad.clone(), make([p])
+        theirs.step()
+        step = fz.train_step(
+            fz.value_and_grad(lambda q, b: ((q["w"] * b[0]).sum(), torch.ones(()))), fz.from_torch(which)
+        )
+        assert torch.equal(step.params(step(step.init({"w": start}), grad[None])[0])["w"], p.detach())
+
+
+def test_what_climbs_is_refused():
+    with pytest.raises(ValueError, match=r"from_torch\('SGD'\): maximize=True climbs; return the negative loss"):
+        fz.from_torch("SGD", 0.1, maximize=True)
 
 
 def test_a_schedule_is_read_at_applied_updates():

@@ -125,7 +125,7 @@ def _boxes(
     slots = [where.slots[part.leaf] for where in places[id(part.where.structure), axes]]
     first, one = [tuple(c[a][1] for a in terms) for c in ranks], (1,) * len(terms)
     boxes = [Box((*at, *s.start), (*one, *s.shape)) for at, s in zip(first, slots, strict=True)]
-    return boxes, (*one, *slots[0].block)
+    return boxes, (*one, *max((s.block for s in slots), key=prod))  # of an owner, where others hold nothing
 
 
 def _meetings(boxes: list[Box], chunk: tuple[int, ...]) -> dict[tuple[int, ...], list[tuple[Box, Box]]]:

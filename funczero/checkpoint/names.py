@@ -126,8 +126,10 @@ def _add(parts: dict[str, Part], path: tuple[str, ...], node: Any, masters: Slot
         return
     if isinstance(node, Slots):
         return _mirror(parts, path, [() if x is None else (x,) for x in node.leaves()], node.where)
-    if masters is not None and (values := _mirrored(node, masters)) is not None:
-        return _mirror(parts, path, values, masters.where)
+    # an optimizer of all leaves keeps them whole on every rank
+    for where in () if masters is None else (masters.where, Where.whole(masters.where.structure)):
+        if (values := _mirrored(node, where)) is not None:
+            return _mirror(parts, path, values, where)
     if isinstance(node, Tensor):
         _put(parts, path, whole(node))
         return
@@ -148,11 +150,11 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
     return list(enumerate(node)) if isinstance(node, (list, tuple)) else None
 
 
-def _mirrored(node: Any, masters: Slots) -> list[tuple[Tensor, ...]] | None:
+def _mirrored(node: Any, where: Where) -> list[tuple[Tensor, ...]] | None:
     """By leaf number the tensors of a tree that is shaped like the parameters, as a lifted optimizer keeps them;
     None for another tree.
     """
-    structure, slots = masters.where.structure, masters.where.slots
+    structure, slots = where.structure, where.slots
     flat, treedef = tree.flatten(node)
     if treedef != structure.treedef or not all(isinstance(x, Tensor) for x in flat):
         return None

@@ -112,6 +112,12 @@ def gather_leaf(x: Slots, leaf: int, mesh: Mesh) -> Tensor | None:
         return None
     for axis, size, _ in reversed(where.coords):
         slot, outer = where.slots[leaf], where.outer
+        if len({outer.inner(axis, size, q).slots[leaf].length for q in range(size)}) > 1:
+            path = where.structure.leaves[leaf].path
+            raise TypeError(
+                f"gather_leaf: {path!r} lies whole with one rank of {axis!r}, as the states of a leaf's owner do; save"
+                " a checkpoint to read it"
+            )
         if not slot.length:
             part = part.new_empty(outer.slots[leaf].shape)
         elif size > 1 and not where.structure.leaves[leaf].cut(axis).replicated:

@@ -100,6 +100,25 @@ def launch_exchange(
         return mesh.flight.note(x, _ops.all_to_all_single(x, [1] * size, [1] * size, group))
 
 
+def launch_uneven(
+    x: Tensor, sent: list[int], received: list[int], axis: str, mesh: Mesh, alike: int, units: tuple[int, ...] = ()
+) -> Tensor:
+    """Start to send the stretches of [n], one a rank; what arrives are the ranks' stretches, one after another.
+
+    Args:
+      sent, received: elements by rank of the axis; some may be 0.
+      alike: bytes that every rank of the mesh says of this launch, since those that it sends may differ.
+    """
+    size, index, group = mesh.axes[axis]
+    if size == 1:
+        return x
+    values = sum(sent) - sent[index]
+    mesh.sent.note((axis, "exchange", _name_of(x.dtype)), values * x.itemsize, values)
+    mesh.ledger.note("exchange", axis, _name_of(x.dtype), alike, units)
+    with torch._C._AutoDispatchBelowAutograd():
+        return mesh.flight.note(x, _ops.all_to_all_single(x, received, sent, group))
+
+
 def launch_backend_scatter(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...]) -> Tensor:
     """Start the backend's own reduce-scatter of [W, n], in whatever order it adds."""
     size, _, group = mesh.axes[axis]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # floors above this one, of which only the names are needed
     from funczero.layout.lazy import Lazy
     from funczero.layout.mesh import Mesh
     from funczero.layout.slots import Slots
+    from funczero.layout.where import Where
     from funczero.step.notices import Early
     from funczero.transforms.model_state import Model
     from funczero.transforms.outputs import Aux
@@ -154,6 +155,8 @@ class Grad(NamedTuple):
     env: Env
     arrows: tuple[Layout, ...] = ()  # the layout right of every name
     streams: bool = False  # does an accumulate to the left take one micro-batch a call?
+    # what a printed chain says of its optimizers, where the place of the parameters is known, and where it is not
+    notes: Callable[[Where | None], list[str]] = lambda where: []
 
 
 Transform = Callable[[Grad], Grad]  # wraps everything to its left in the chain
@@ -187,6 +190,51 @@ class Smooth(NamedTuple):
     leaf: Callable[[Tensor, Tensor, list[Tensor], Tree], tuple[Tensor, list[Tensor]]]
 
 
+Needs = Literal["elementwise", "leaf_norms", "leafwise", "whole", "more"]
+
+
+class Asked(NamedTuple):
+    """What a formula asks of leaves before it moves them, each like the pieces that it was given.
+
+    Args:
+      norms: [what][leaf]: tensors whose norm over the whole leaf is wanted.
+      rows: [what][leaf]: tensors that are wanted whole, all of one dtype.
+    """
+
+    norms: list[list[Tensor]] = []
+    rows: list[list[Tensor]] = []
+
+
+class Found(NamedTuple):
+    """What came back, for the same leaves."""
+
+    shapes: list[tuple[int, ...]]  # of the whole leaves
+    norms: list[list[Tensor]]  # [what][leaf], float64 and 0-d
+    rows: list[Tensor]  # like the pieces: this rank's part of what `whole` returned
+
+
+class Across(NamedTuple):
+    """What a formula reads beyond each value's own place: norms of leaves, or leaves that are whole.
+
+    Args:
+      ready: (params, grads, moments, scalars) -> Asked, in place on lists of flat padded parts, one a leaf.
+      whole: (the tensors of `Asked.rows` of one leaf, whole; its own states, in place; scalars) -> one tensor like the
+        leaf, in the dtype of what was asked. It runs once a leaf, on the rank that owns it. None: nothing is exchanged.
+      own: state -> those of its fields that lie with a leaf's owner (`deal.owned`).
+      cost: shape of a leaf -> what `whole` takes for it, in any unit; leaves are dealt by it.
+      dims: shape of a leaf -> how many trailing dims `whole` computes as one, each place in the other dims by itself,
+        so that a leaf which is cut along those alone stays where it is.
+      small: leaves of fewer elements are sent to all ranks and computed by each, and nothing goes back.
+    """
+
+    ready: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], Tree], Asked]
+    whole: Callable[[list[Tensor], list[Tensor], Tree], Tensor] | None = None
+    own: Callable[[Tree], list[Tree]] = lambda state: []
+    cost: Callable[[tuple[int, ...]], float] = prod
+    dims: Callable[[tuple[int, ...]], int] = len
+    small: int = 0
+
+
 class Formula(NamedTuple):
     """An optimizer's formula, written once for any piece of a tree of parameters; `transforms/formula.py` runs it.
 
@@ -201,32 +249,67 @@ class Formula(NamedTuple):
       scalars: (state, rates by group, factor, ok) -> (the state with its own numbers after the update, scalars by
         group).
       leaf: (params, grads, moments, scalars), in place on lists of tensors, a group at a time; a rank that holds
-        nothing gives empty lists.
+        nothing gives empty lists. With `across` it takes Found as well.
       by_leaf: are the pieces leaves in their shapes, rather than padded flat buffers?
       smooth: the same for fz.differentiable; None: it is refused there.
+      across: what it needs of whole leaves; None: every value is moved by what lies at its own place.
     """
 
     read: Callable[[Tree, Slots | Tree, Tensor, bool], Reading]
     moments: Callable[[Tree], list[Tree]]
     scalars: Callable[[Tree, list[Tree], Tensor, Tensor], tuple[Tree, list[Tree]]]
-    leaf: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], Tree], None]
+    leaf: Callable[..., None]
     by_leaf: bool = False
     smooth: Smooth | None = None
+    across: Across | None = None
 
 
-class GradientTransformation(NamedTuple):
+class _Pair(NamedTuple):
+    init: Callable[[Tree], Tree]
+    update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
+    formula: Formula | None
+    name: str
+    needs: Needs | None
+
+
+class GradientTransformation(_Pair):
     """optax's pair, unchanged; `formula` is the form that runs in place, on any piece.
 
     `init(params) -> state` and `update(updates, state, params) -> (updates, state)` are all that anybody's optimizer
-    needs. `elementwise` promises that each value depends on its own place alone, so that it may be handed whole
-    buffers; False: it needs whole leaves; None: it does not say.
+    needs. `needs` is how much of a leaf moves a value of it, declared and never tried:
+
+    - "elementwise": what lies at its own place; whole buffers may be handed to it.
+    - "leaf_norms": its own place and exact norms of its leaf (a formula with `across`).
+    - "leafwise": its leaf; each leaf is computed by itself.
+    - "whole": all leaves at once.
+    - "more": it needs whole leaves, and nothing says how; None: it does not say. Both run where leaves are whole.
+
+    `elementwise=True` is "elementwise", and `elementwise=False` is "more".
     """
 
-    init: Callable[[Tree], Tree]
-    update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
-    formula: Formula | None = None
-    name: str = "lift"
-    elementwise: bool | None = None
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        init: Callable[[Tree], Tree],
+        update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]],
+        formula: Formula | None = None,
+        name: str = "lift",
+        needs: Needs | None = None,
+        elementwise: bool | None = None,
+    ) -> Self:
+        """As the fields say."""
+        told: dict[bool | None, Needs | None] = {True: "elementwise", False: "more", None: needs}
+        return super().__new__(cls, init, update, formula, name, told[elementwise])
+
+    @classmethod
+    def _make(cls, values: Iterable[Any]) -> Self:  # type: ignore[override]  # it goes through __new__
+        return cls(*values)
+
+    @property
+    def elementwise(self) -> bool | None:
+        """Does each value depend on its own place alone? None where nothing says so."""
+        return None if self.needs is None else self.needs == "elementwise"
 
 
 class _State(NamedTuple):

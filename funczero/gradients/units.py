@@ -18,8 +18,8 @@ def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...
 
     A list inside a layer is gathered with it, for the layer may run its blocks or not, as a router does. A list inside
     a stage is not: stages are blocks that hold lists of one type, and of which no more than half are alike in shape,
-    or that hold nothing else; and none of these lists is called experts. Lists of one type are looked for first. Lists of several
-    (attention and state space blocks in turn) count where they hold less.
+    or that hold nothing else; and none of these lists is called experts. Lists of one type are looked for first. Lists
+    of several (attention and state space blocks in turn) count where they hold less.
 
     Raises:
       ValueError: a name is not that of a list of blocks.
@@ -110,8 +110,8 @@ def _apart(paths: Sequence[str], covered: Callable[[str, str], bool]) -> tuple[s
 
 
 def _repeated(blocks: list[nn.Module]) -> bool:
-    """Are these blocks? Bare layers of torch.nn are not: a list of them is as often read as called. Nor are lists, which
-    nobody calls.
+    """Are these blocks? Bare layers of torch.nn are not: a list of them is as often read as called. Lists are not, for
+    nobody calls them.
     """
     return len(blocks) > 1 and all(
         list(b.parameters()) and _runs(b) and (list(b.children()) or not type(b).__module__.startswith("torch.nn."))

@@ -73,6 +73,10 @@ class Where:
         """What was worked out for this part: neighbours, and plans of what travels."""
         return {}
 
+    def __reduce__(self) -> Any:
+        """For pickles, without what was worked out."""
+        return Where, (self.structure, self.coords, self.place, self.terms, self.memory)
+
     def inner(self, axis: str, size: int, index: int) -> Where:
         """One step inwards."""
         key = (axis, size, index)

@@ -1,9 +1,12 @@
-"""The elementwise classes of torch.optim as optimizers of a chain: their own arithmetic, with the state as a value."""
+"""The classes of torch.optim as optimizers of a chain: the elementwise ones by their own arithmetic, with the state as
+a value; SGD, Muon and Adafactor as this package's own.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +16,15 @@ from funczero.core import tree
 from funczero.core.number import flag, kind, number
 from funczero.core.number import shown as described
 from funczero.core.types import ChainError, Formula, GradientTransformation
+from funczero.optim.adafactor import adafactor
+from funczero.optim.muon import muon
 from funczero.optim.rate import Beta, Rate, lasting, value_at
 from funczero.optim.rates import Rates
+from funczero.optim.sgd import sgd
 from funczero.transforms.formula import optimizer
 
+SAME = ("params", "foreach", "differentiable", "fused", "capturable")  # ways to compute the same
+NEVER = {"LBFGS": "it runs the forward again inside its step", "SparseAdam": "gradients are dense here"}
 ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 
 
@@ -87,26 +95,31 @@ class Kind(NamedTuple):
 
 
 def from_torch(
-    name: str, lr: Beta | None = None, weight_decay: Rate | None = None, **options: Any
+    name: Any, lr: Beta | None = None, weight_decay: Rate | None = None, **options: Any
 ) -> GradientTransformation:
-    """torch.optim's class of this name, value by value; a skipped update leaves its state alone.
+    """torch.optim's class of this name; a skipped update leaves its state alone.
 
     Law: the values of the class's own single-tensor step, on any mesh. What is left out is the class's own default.
 
     Args:
-      name: one of ELEMENTWISE; sgd, adamw, adam and adagrad of this package are the same formulas, faster.
+      name: of a class of torch.optim, the class itself, or a function of parameters that makes one, as
+        functools.partial(torch.optim.AdamW, lr=1e-3), whose arguments are read. SGD, Muon and Adafactor are fz.sgd,
+        fz.muon and fz.adafactor; adamw, adam and adagrad of this package are the same formulas, faster.
       lr: number, or schedule of applied updates.
       weight_decay: as the class means it; number, schedule, rules or tree.
       options: the class's other arguments; betas are leaves of the state (b1, b2), as lr and weight_decay are.
 
     Raises:
-      ChainError: the class reads more of a leaf than one place (Adafactor, Muon, LBFGS, SparseAdam), or does not exist.
+      ChainError: the class is no function of one dense gradient (LBFGS, SparseAdam), or not one of torch.optim.
       TypeError, ValueError: the class does not take such an argument.
 
     >>> from_torch("RMSprop", 1e-3, momentum=0.9).name
     'rmsprop'
     """
-    cls, who = _class(name), f"from_torch({name!r})"
+    name, made = _named(name)
+    cls, who = getattr(torch.optim, name), f"from_torch({name!r})"
+    lr, weight_decay = made.pop("lr", None) if lr is None else lr, made.pop("weight_decay", weight_decay)
+    options = {**made, **options}
     defaults = {
         k: p.default
         for k, p in inspect.signature(cls).parameters.items()
@@ -114,6 +127,11 @@ def from_torch(
     }
     lr = defaults["lr"] if lr is None else lr
     given = _options(who, name, defaults, lr, weight_decay, options)
+    if name in OWN:
+        others = {k: x for k, x in defaults.items() if k not in ("lr", "weight_decay")}
+        return OWN[name](
+            who, lr, defaults["weight_decay"] if weight_decay is None else weight_decay, {**others, **given}
+        )
     options = {k: x for k, x in given.items() if k != "betas"}
     betas = given.get("betas", defaults.get("betas", ()))
     moving = dict(zip(("b1", "b2"), betas, strict=False))
@@ -149,13 +167,64 @@ def from_torch(
     return optimizer(name.lower(), init, Formula(reads, lambda state: [*state.moments.values()], scalars, own.leaf))
 
 
-def _class(name: Any) -> Any:
-    if name in ELEMENTWISE:
-        return getattr(torch.optim, name)
-    shown = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
-    asked = f"write its name, {shown!r}" if shown in ELEMENTWISE else f"write one of {', '.join(ELEMENTWISE)}, or sgd"
-    why = "is no name" if not isinstance(name, str) else "is not known to work value by value"
-    raise ChainError(f"from_torch: torch.optim.{shown} {why}; {asked}")
+def _named(which: Any) -> tuple[str, dict[str, Any]]:
+    """The name of a class of torch.optim, and the arguments with which a function makes one.
+
+    Raises:
+      ChainError: it is none, or none that could be a value.
+    """
+    made: dict[str, Any] = {}
+    if callable(which) and not isinstance(which, type):
+        instance = which([torch.nn.Parameter(torch.zeros(2, 2))])
+        if not isinstance(instance, torch.optim.Optimizer) or len(instance.param_groups) != 1:
+            raise ChainError(
+                f"from_torch: {described(which)} does not make one optimizer with one group of parameters; write a part"
+                " of fz.partition for each group"
+            )
+        known = inspect.signature(type(instance)).parameters
+        made = {
+            k: float(x) if isinstance(x, Tensor) else x
+            for k, x in instance.param_groups[0].items()
+            if k in known and k not in SAME and (k in ("lr", "weight_decay") or x != known[k].default)
+        }
+        which = type(instance)
+    name = which if isinstance(which, str) else getattr(which, "__name__", type(which).__name__)
+    if isinstance(which, type) and getattr(torch.optim, name, None) is not which:
+        raise ChainError(
+            f"from_torch: {name} is no class of torch.optim, and nothing says how much of a leaf it reads; write its"
+            " (init, update) pair and fz.lift(pair, needs=...)"
+        )
+    if name in NEVER:
+        raise ChainError(f"from_torch: torch.optim.{name} cannot work here: {NEVER[name]}; write fz.adamw(lr)")
+    if name not in (*ELEMENTWISE, *OWN) or not isinstance(which, (str, type)):
+        raise ChainError(
+            f"from_torch: torch.optim.{name} is not known here; write one of {', '.join((*ELEMENTWISE, *OWN))}"
+        )
+    return name, made
+
+
+def _sgd(who: str, lr: Any, decay: Any, own: dict[str, Any]) -> GradientTransformation:
+    _downhill(who, own)
+    return sgd(lr, own["momentum"], own["nesterov"], decay, own["dampening"])
+
+
+def _muon(who: str, lr: Any, decay: Any, own: dict[str, Any]) -> GradientTransformation:
+    names = {"ns_coefficients": "coefficients", "ns_steps": "steps"}
+    scale = own.pop("adjust_lr_fn") or "original"
+    return muon(lr, weight_decay=decay, scale=scale, **{names.get(k, k): x for k, x in own.items()})
+
+
+def _adafactor(who: str, lr: Any, decay: Any, own: dict[str, Any]) -> GradientTransformation:
+    _downhill(who, own)
+    return adafactor(lr, weight_decay=decay, **own)
+
+
+def _downhill(who: str, own: dict[str, Any]) -> None:
+    if own.pop("maximize"):
+        raise ValueError(f"{who}: maximize=True climbs; return the negative loss instead")
+
+
+OWN: dict[str, Callable[..., GradientTransformation]] = {"SGD": _sgd, "Muon": _muon, "Adafactor": _adafactor}
 
 
 def _options(
@@ -170,7 +239,7 @@ def _options(
         raise TypeError(
             f"from_torch: torch.optim.{name} takes no weight_decay; leave weight_decay={described(weight_decay)} out"
         )
-    if isinstance(lr, (list, tuple, dict)):
+    if isinstance(lr, (list, tuple, dict)) and name not in OWN:
         raise TypeError(
             f"from_torch: lr is {kind(lr)}, but these classes keep one number for all leaves; write a number or a"
             " schedule"
@@ -183,9 +252,12 @@ def _option(who: str, what: str, default: Any, x: Any) -> Any:
     if isinstance(default, bool):
         return flag(who, what, x)
     if isinstance(default, (int, float)):
-        return number(who, what, x, low=-math.inf)
+        value = number(who, what, x, low=-math.inf)
+        return x if type(default) is type(x) is int else value
     if isinstance(default, tuple):
         if not isinstance(x, (tuple, list)) or len(x) != len(default):
             raise TypeError(f"{who}: {what}={described(x)} is {kind(x)}; write {len(default)} numbers, as {default}")
-        return tuple(number(who, what, y, low=-math.inf) for y in x)
+        return tuple(
+            None if y is None is z else number(who, what, y, low=-math.inf) for y, z in zip(x, default, strict=True)
+        )
     return x

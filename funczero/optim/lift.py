@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,26 +11,32 @@ import torch
 
 from funczero.core import tree
 from funczero.core.number import flag, shown
-from funczero.core.types import GradientTransformation
+from funczero.core.types import GradientTransformation, Needs
 from funczero.transforms.shares import foreign
 
 
-def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) -> GradientTransformation:
+def lift(
+    pair: Any, name: str | None = None, elementwise: bool | None = None, needs: Needs | None = None
+) -> GradientTransformation:
     """An `(init, update)` pair on pytrees of tensors, with parameters <- parameters + updates.
 
-    Inside a bracket it is handed this rank's part of every leaf, so its values must not depend on where leaves are cut.
-    Nothing can try that out: a pair may read whole leaves above a size, or from some update on. So it is promised, or
-    the bracket refuses the pair.
+    Inside a bracket it is handed as much of the leaves as is said here. Nothing can try that out: a pair may read whole
+    leaves above a size, or from some update on. So it is promised, or the bracket refuses the pair.
 
     Args:
-      pair: has `init(params) -> state` and `update(grads, state, params) -> (updates, state)`; any optax-shaped tuple.
+      pair: has `init(params) -> state` and `update(grads, state, params) -> (updates, state)`; any optax-shaped tuple,
+        and torchopt's, whose params and inplace are keywords.
       name: where its state is kept; by default the pair's own name, or "lift".
-      elementwise: True promises that every value of updates and state depends on its own place alone; False says that
-        it needs whole leaves, and None says nothing (what a GradientTransformation says of itself stays): both run
-        where leaves are whole.
+      elementwise: True is needs="elementwise"; False says that it needs whole leaves, and None says nothing (what a
+        GradientTransformation says of itself stays): both run where leaves are whole.
+      needs: "elementwise" promises that every value of updates and state depends on its own place alone: it is handed
+        this rank's part of every leaf. "leafwise": each leaf moves by itself: it is handed trees of one whole leaf, on
+        the rank that owns it, with a state of tensors for each leaf, also where nothing is cut. "whole": it is handed
+        all leaves whole, on every rank, at the cost of a chain without ZeRO.
 
     Raises:
       TypeError: this is no pair, or one of another library.
+      ValueError: needs is none of these.
 
     >>> descend = (lambda params: (), lambda grads, state, params: (tree.map(lambda g: -0.1 * g, grads), state))
     >>> lift(descend, "descend", elementwise=True).name
@@ -54,8 +61,27 @@ def lift(pair: Any, name: str | None = None, elementwise: bool | None = None) ->
         )
     if elementwise is not None:
         flag("lift", "elementwise", elementwise)
-    own = pair.elementwise if isinstance(pair, GradientTransformation) else None
-    return GradientTransformation(init, update, None, label, own if elementwise is None else elementwise)
+    if needs not in (None, "elementwise", "leafwise", "whole") or needs is not None and elementwise is not None:
+        raise ValueError(
+            f"lift: needs={shown(needs)}{f' beside elementwise={elementwise}' * (elementwise is not None)} does not say"
+            " how much of a leaf moves a value; write needs='elementwise', 'leafwise' or 'whole' alone"
+        )
+    own = pair.needs if isinstance(pair, GradientTransformation) else None
+    own = needs or ("leafwise" if own == "leaf_norms" else own)  # without a formula
+    return GradientTransformation(init, _called(update), None, label, own, elementwise)
+
+
+def _called(update: Callable[..., Any]) -> Callable[..., Any]:
+    """An update as it is called here, (grads, state, params), where its parameters are a keyword."""
+    try:
+        known = inspect.signature(update).parameters
+    except (TypeError, ValueError):
+        return update
+    params = known.get("params")
+    if params is None or params.kind is not params.KEYWORD_ONLY:
+        return update
+    still = {"inplace": False} if "inplace" in known else {}
+    return lambda grads, state, params: update(grads, state, params=params, **still)
 
 
 def same_when_cut(init: Callable[..., Any], update: Callable[..., Any], updates: int = 12) -> bool:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.number import flag
+from funczero.core.number import flag, number
 from funczero.core.types import Formula, GradientTransformation, Smooth
 from funczero.optim.count import Scalars, counted, zero
 from funczero.optim.rate import Rate, one_for_all
 from funczero.optim.rates import Rates
 from funczero.transforms.formula import optimizer
+
+TAKE = "taken"  # how much of the gradient goes into the momentum in an update, beside its rates
 
 
 class SGD(NamedTuple):
@@ -26,9 +28,11 @@ class SGD(NamedTuple):
     rates: Any = ()
 
 
-def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: Rate = 0.0) -> GradientTransformation:
-    """p <- p - lr u, with g' = g + wd p, t <- momentum t + g', and u = t (or g' + momentum t with nesterov; g' without
-    momentum).
+def sgd(
+    lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: Rate = 0.0, dampening: float = 0.0
+) -> GradientTransformation:
+    """p <- p - lr u, with g' = g + wd p, t <- momentum t + (1 - dampening) g', and u = t (or g' + momentum t with
+    nesterov; g' without momentum). The first t is g'.
 
     Elementwise: each value depends on its own place alone.
 
@@ -36,6 +40,7 @@ def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: R
       lr: number, schedule of applied updates, rules [(regex, rate), ...] or tree.
       momentum: in [0, 1).
       weight_decay: added to the gradient (not decoupled); number, schedule, rules or tree.
+      dampening: in [0, 1); 0 with nesterov.
     """
     momentum = one_for_all("sgd", "momentum", momentum, moves=False)
     if flag("sgd", "nesterov", nesterov) and not momentum:
@@ -43,6 +48,10 @@ def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: R
             "sgd: momentum=0.0 leaves nesterov=True nothing to look ahead with; write a momentum above 0, or leave"
             " nesterov out"
         )
+    dampening = number("sgd", "dampening", dampening, high=1.0)
+    if dampening and (nesterov or not momentum):
+        why = "and nesterov are not one formula" if nesterov else "damps a momentum, and there is none"
+        raise ValueError(f"sgd: dampening={dampening:g} {why}; leave one of them out")
     rate = Rates("sgd", lr=lr, weight_decay=weight_decay, **({"momentum": momentum} if momentum else {}))
 
     def init(params: Any) -> SGD:
@@ -56,16 +65,22 @@ def sgd(lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: R
             g = g.add_(p * decay) if isinstance(decay, Tensor) else g.add_(p, alpha=decay) if decay else g
             if traces:
                 t = traces[0][i]
-                t.copy_(torch.where(s.ok, beta * t + g, t))
+                t.copy_(torch.where(s.ok, beta * t + (g * s.rates[TAKE].to(g.dtype) if dampening else g), t))
                 g = g + beta * t if nesterov else t
             p.sub_(torch.where(s.ok, g * lr, zero))
 
     def smooth(p: Tensor, g: Tensor, traces: list[Tensor], s: Scalars) -> tuple[Tensor, list[Tensor]]:
         g = g + s.rates["weight_decay"] * p
-        traces = [s.rates["momentum"] * t + g for t in traces]
+        traces = [s.rates["momentum"] * t + (g * s.rates[TAKE].to(g.dtype) if dampening else g) for t in traces]
         for t in traces:
             g = g + s.rates["momentum"] * t if nesterov else t
         return p - s.rates["lr"] * g, traces
 
+    def scalars(state: SGD, now: list[dict[str, Any]], factor: Tensor, ok: Tensor) -> tuple[SGD, list[Scalars]]:
+        if dampening:
+            take = torch.where(state.count == 0, 1.0, 1 - torch.tensor(dampening, dtype=torch.float64))
+            now = [{**each, TAKE: take} for each in now]
+        return counted(state, now, factor, ok)
+
     held = lambda s: [s.trace] if momentum else []  # () has no leaf, where vmap would find a None
-    return optimizer("sgd", init, Formula(rate.reads(), held, counted, leaf, smooth=Smooth(rate.smooth, smooth)))
+    return optimizer("sgd", init, Formula(rate.reads(), held, scalars, leaf, smooth=Smooth(rate.smooth, smooth)))

@@ -108,7 +108,13 @@ def settings(parts: Sequence[Any]) -> list[str]:
         elif isinstance(p, Partition):
             lines += [f"{part}: {line}" for part in p.parts for line in settings([part.tx])]
         elif isinstance(p, GradientTransformation):
-            own = {k: v for fn in (p.init, p.update, *(p.formula or ())) for k, v in _closure(fn, 0).items()}
+            across = None if p.formula is None else p.formula.across
+            own = {
+                k: v
+                for fn in (p.init, p.update, *(p.formula or ()), *(across or ()))
+                for k, v in _closure(fn, 0).items()
+            }
+            own |= {"small": repr(across.small)} if across else {}
             lines.append(f"{p.name}({_in_words(own)})")
         elif callable(p) and (own := _closure(p, 0)):
             lines.append(f"{getattr(p, '__name__', type(p).__name__)}: {_in_words(own)}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from funczero.core.types import TrainState
-from funczero.layout.structure import Structure
+from funczero.layout.where import Where
 from funczero.transforms.skips import Skipped
 
 
@@ -31,11 +31,11 @@ class Book:
     def __init__(self) -> None:
         self.lines: dict[int, Line] = {}
         self.said: set[str] = set()  # notices
-        self.structure: Structure | None = None  # of the parameters that it was given last
+        self.masters: Where | None = None  # where the parameters lie that it was given last
 
     def add(self, state: TrainState, skipped: Skipped | None = None) -> None:
         """A state of this step's making."""
-        buffers, self.structure = buffers_of(state), state.params.where.structure
+        buffers, self.masters = buffers_of(state), state.params.where
         if len(self.lines) > 64:
             self.lines = {i: line for i, line in self.lines.items() if line.step() is not None}
         refs, versions = tuple(map(weakref.ref, buffers)), tuple(0 if x.is_inference() else x._version for x in buffers)

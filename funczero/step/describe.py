@@ -7,14 +7,15 @@ from math import prod
 from funczero.comm.edge import Edge
 from funczero.core.types import Grad
 from funczero.layout.structure import Structure
+from funczero.layout.where import Where
 from funczero.transforms.chain import Source
 
 
-def describe(g: Grad, source: Source, structure: Structure | None = None) -> str:
-    """The chain with the layout at every arrow, and what it cannot promise.
+def describe(g: Grad, source: Source, masters: Where | None = None) -> str:
+    """The chain with the layout at every arrow, what its optimizers send of their own, and what it cannot promise.
 
     Args:
-      structure: of the parameters, where a state was made: then what a forward gathers whole is named, in bytes.
+      masters: where the parameters lie, once a state was made: then what a forward gathers whole is named, in bytes.
     """
     depth, lines = 0, []
     for name, layout in zip(g.names, g.arrows, strict=True):
@@ -30,7 +31,7 @@ def describe(g: Grad, source: Source, structure: Structure | None = None) -> str
             "parameters are gathered whole in every forward; name their blocks with value_and_grad(...,"
             " units=('blocks',)) to hold two at a time"
         )
-    notes += [gathered(g, structure)] if structure is not None and g.layout.rest else []
+    notes += [gathered(g, masters.structure)] if masters is not None and g.layout.rest else []
     if source.conditional and g.layout.rest:
         notes.append(
             f"ranks need not run the same blocks of {list(source.conditional)}: they agree on every unit before it is"
@@ -49,6 +50,7 @@ def describe(g: Grad, source: Source, structure: Structure | None = None) -> str
     edges = g.env.edges.values()
     if any(e.sums == "backend" for e in edges):
         notes.append("gradients are added over ranks by the backend: the same-bits promise is off")
+    notes += g.notes(masters)
     notes += [_packs(e, g.env.mesh.axes[e.axis].size) for e in edges if not e.exact]
     head = f"train_step on {g.env.mesh} ({g.env.mesh.device.type}), {g.env.policy}{', donated' if g.env.donate else ''}"
     return "\n".join(

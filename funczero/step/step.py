@@ -230,7 +230,7 @@ class Step(NamedTuple):
         return recorded("step.eval", evaluate, self.running)
 
     def __str__(self) -> str:
-        return describe(self.grad, self.source, self.fits.book.structure)
+        return describe(self.grad, self.source, self.fits.book.masters)
 
     def __repr__(self) -> str:
         return f"<Step {' | '.join(self.grad.names)}>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,19 @@ from funczero.core import tree
 from funczero.core.number import kind, shown
 from funczero.core.types import GradientTransformation, Tree
 from funczero.layout.slots import Slots
-from funczero.layout.structure import Structure, Unit
+from funczero.layout.structure import Leaf, Structure, Unit
 from funczero.layout.where import Where
 
-Which = str | Callable[[str], bool] | Tree  # a regex, a predicate on paths, or a tree of bools like the parameters
+
+class Chooser(Protocol):
+    """A predicate on leaves, as fz.matrices() gives one."""
+
+    def takes(self, leaf: Leaf) -> bool:
+        """Is this leaf one of them?"""
+
+
+# a regex, a predicate on paths or on leaves, or a tree of bools like the parameters
+Which = str | Callable[[str], bool] | Chooser | Tree
 OTHERS = Unit("(of other optimizers)", False, True)  # where a subset's structure puts the leaves that it does not hold
 SUBSETS = "subsets"
 
@@ -29,7 +38,8 @@ class Part(NamedTuple):
     tx: GradientTransformation
 
     def __str__(self) -> str:
-        which = repr(self.which) if isinstance(self.which, str) else getattr(self.which, "__name__", "mask")
+        named = str(self.which) if hasattr(self.which, "takes") else getattr(self.which, "__name__", "mask")
+        which = repr(self.which) if isinstance(self.which, str) else named
         return f"{self.tx.name}({which})"
 
 
@@ -49,7 +59,7 @@ def partition(parts: Sequence[tuple[Which, Any] | tuple[Which, Any, str]]) -> Pa
 
     Args:
       parts: (which, optimizer) or (which, optimizer, name); which is a regex that is found in a path, a predicate on
-        paths, or a tree of bools like the parameters. A tied leaf is taken by any of its paths.
+        paths, fz.matrices(), or a tree of bools like the parameters. A tied leaf is taken by any of its paths.
 
     Raises:
       TypeError, ValueError: a part is of no such form; at init: a trained leaf that no part takes, or a part that takes
@@ -98,6 +108,7 @@ def _part(i: int, given: Any) -> Part:
             raise ValueError(f"partition: {which!r} is no regex ({e}); write one that is found in the paths") from None
     elif (
         not callable(which)
+        and not hasattr(which, "takes")
         and (bad := next((p for p, x in tree.paths(which) if not isinstance(x, bool)), None)) is not None
     ):
         raise TypeError(
@@ -142,6 +153,8 @@ def owners(parts: Sequence[Part], structure: Structure) -> list[tuple[int, ...]]
 
 def _taken(part: Part, structure: Structure) -> set[int]:
     """The leaves that a part matches."""
+    if hasattr(part.which, "takes"):
+        return {i for i, leaf in enumerate(structure.leaves) if part.which.takes(leaf)}
     if isinstance(part.which, str) or callable(part.which):
         match = tree.matcher(part.which)
         return {i for i, leaf in enumerate(structure.leaves) if match(leaf.path)}
@@ -188,7 +201,7 @@ def holds(structure: Structure, leaf: int) -> bool:
 
 def subsets(where: Where) -> list[Where]:
     """The places that were made of parts of this one."""
-    return list(where.memo.get(SUBSETS, {}).values())
+    return [y for x in where.memo.get(SUBSETS, {}).values() for y in (x, *subsets(x))]
 
 
 def taken(slots: Slots, where: Where) -> Slots:

@@ -125,7 +125,7 @@ def _loss(one: Unread) -> str:
 
 
 def _idle(name: str) -> GradientTransformation:
-    return GradientTransformation(lambda params: (), lambda u, s, params: (u, s), IDLE, name, True)
+    return GradientTransformation(lambda params: (), lambda u, s, params: (u, s), IDLE, name, "elementwise")
 
 
 def unapplied(parts: Sequence[Any], before: tuple[Transform, ...] = ()) -> tuple[Any, ...]:

@@ -149,6 +149,9 @@ def twofold(
         if e.tx.formula is not None and e.tx.formula.smooth is None:
             why = "its update is a kernel that torch.func cannot differentiate"
             raise refuse(g, e.tx.name, f"{why}; write fz.adamw, fz.sgd or a pair of plain operations (fz.lift)")
+        if e.tx.formula is None and (e.by_leaf is not None or e.tx.needs == "whole" and g.layout.sharded):
+            why = "it is handed whole leaves, and what travels for them has no derivative"
+            raise refuse(g, e.tx.name, f"{why}; write a chain without shard, and a pair without needs=")
     names = ("params", *(e.key for e in shares.entries))
 
     def value(out: Value, state: State) -> Any:  # the driver writes into gradients, which are kept here

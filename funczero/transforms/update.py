@@ -13,13 +13,12 @@ from torch import Tensor
 from funczero.comm.differentiable import pack
 from funczero.core import tree
 from funczero.core.transform import after, refuse
-from funczero.core.types import Grad, GradientTransformation, State, Tree, Updated, Value
+from funczero.core.types import Grad, State, Tree, Updated, Value
 from funczero.layout.slots import Slots
-from funczero.layout.where import Where
 from funczero.transforms.formula import IDLE, run
 from funczero.transforms.mean import rewritten
 from funczero.transforms.partition import put, taken
-from funczero.transforms.shares import Elsewhere, Optimizer, shares_of
+from funczero.transforms.shares import Elsewhere, Optimizer, Shares, cuts_of, noting, shares_of
 from funczero.transforms.smooth import scaled, stepped, twofold
 
 if TYPE_CHECKING:
@@ -44,20 +43,19 @@ def rewrite(g: Grad, tx: Optimizer) -> Grad:
     """An optimizer that is not the last: its updates are the gradient of the next."""
     g, name, shares = shares_of(g, tx)
     dtype = g.env.policy.params
+    _not_before_another(g, shares)
 
     def init(params: Lazy) -> State:
         mine = params.at(g.env.mesh.coords(g.layout.sharded), dtype).trainable()
-        return {
-            e.key: e.tx.init((mine if held is None else taken(mine, where)).tree())
-            for e, where, held in shares.of(mine.where)
-        }
+        return shares.init(mine, params, plain=True)
 
     def fn(out: Value, state: State) -> tuple[Value, State]:
         mine, (grads, factor) = state["params"].trainable(), _ready(out, dtype)
         grads = grads.map(lambda b: b * factor.to(b.dtype))
         new = grads if not shares.parts else grads.map(torch.zeros_like)
         for e, where, held in shares.of(mine.where):
-            updates, own = _plainly(e.tx, grads, out.ok, state[e.key], mine, None if held is None else where)
+            before, grad = (mine, grads) if held is None else (taken(mine, where), taken(grads, where))
+            updates, own = e.updates(grad, before, out.ok, state[e.key], g.env.mesh)
             state = {**state, e.key: own}
             new = _with(new, updates, held)
         return rewritten(out, new), state
@@ -68,7 +66,24 @@ def rewrite(g: Grad, tx: Optimizer) -> Grad:
         moved = {i: new[i] - x for i, x in mine.present().items()}
         return rewritten(out, pack(mine.where, moved, mine)), {**state, **own}
 
+    g = g._replace(notes=noting(g, shares))
     return after(g, name, g.layout, twofold(g, shares, fn, formula, last=False) if g.env.differentiable else fn, init)
+
+
+def _not_before_another(g: Grad, shares: Shares) -> None:
+    """Refuse a formula that needs whole leaves where only its plain pair could run, on rows.
+
+    Raises:
+      ChainError: leaves are cut here.
+    """
+    for e in shares.entries:
+        if e.tx.formula is not None and e.tx.formula.across is not None and cuts_of(g):
+            raise refuse(
+                g,
+                e.tx.name,
+                f"leaves are cut over {cuts_of(g)} here, and only the last optimizer of a chain is handed whole ones;"
+                " write it last, or a chain without shard (stage 0)",
+            )
 
 
 def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> Grad:
@@ -82,7 +97,7 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
 
     def init(params: Lazy) -> State:
         masters = params.at(g.env.mesh.coords(g.layout.sharded), dtype)
-        own = shares.init(masters.trainable())
+        own = shares.init(masters.trainable(), params)
         return {"params": masters, **(own if elsewhere is None else {k: x._replace(rates=()) for k, x in own.items()})}
 
     def fn(out: Value, state: State) -> tuple[Updated, State]:
@@ -98,14 +113,14 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
         plain = grads.map(lambda b: b * factor.to(b.dtype)) if None in reads else grads  # which formulas write into
         for (e, where, held), reading in zip(having, reads, strict=True):
             if reading is None:
-                updates, own[e.key] = _plainly(e.tx, plain, out.ok, state[e.key], old, None if held is None else where)
-                before = old if held is None else taken(old, where)
+                before, grad = (old, plain) if held is None else (taken(old, where), taken(plain, where))
+                updates, own[e.key] = e.updates(grad, before, out.ok, state[e.key], g.env.mesh)
                 moved = tree.where(out.ok, before.map(torch.add, updates), before)
                 new = _with(new, moved, held)
             else:
                 mine = state[e.key] if donate or idle else _cloned(state[e.key])
                 assert e.tx.formula is not None
-                own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held)
+                own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held, g.env.mesh)
                 logs = {**logs, "lr": reading.lr.to(out.ok.device)}
         params = new.with_frozen(masters)
         updated = Updated(out.loss, out.weight, out.aux, params, _norm_of(out), out.ok, out.bad, logs)
@@ -123,7 +138,7 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
     if g.env.differentiable and elsewhere is not None:
         raise refuse(g, name, "its rates are kept by an engine; write a chain of its own for a differentiable step")
     applied = twofold(g, shares, fn, formula) if g.env.differentiable else fn
-    return after(g, name, replace(g.layout, phase="updated"), applied, init)
+    return after(g._replace(notes=noting(g, shares)), name, replace(g.layout, phase="updated"), applied, init)
 
 
 def _with(whole: Slots, part: Slots, held: tuple[int, ...] | None) -> Slots:
@@ -144,64 +159,3 @@ def _norm_of(out: Value) -> Tensor:
 def _cloned(own: Tree) -> Tree:
     """A state whose moments may be written; rates are made anew by whoever reads them."""
     return tree.clone(own._replace(rates=()))._replace(rates=own.rates)
-
-
-def _plainly(
-    tx: GradientTransformation, grads: Slots, ok: Tensor, own: Tree, mine: Slots, where: Where | None
-) -> tuple[Slots, Tree]:
-    """The updates of the plain form on the leaves at `where` (None: all), and its new state: the old one, numbers
-    included, where the update is skipped.
-
-    Raises:
-      RuntimeError: `update` wrote into what it was given, so that a state would change which somebody still holds.
-    """
-    if where is not None:
-        grads, mine = taken(grads, where), taken(mine, where)
-    held = {"the parameters": [*mine.buffers], "its state": tree.tensors(own)}
-    versions = {what: [x._version for x in xs] for what, xs in held.items()}
-    updates, new = tx.update(grads.tree(), own, mine.tree())
-    for what, xs in held.items():
-        if versions[what] != [x._version for x in xs]:
-            raise RuntimeError(
-                f"{tx.name}: its update writes into {what}, which stay as they were given; return new tensors, as m = b"
-                " * m + g for m.mul_(b).add_(g)"
-            )
-    state = tree.map(
-        lambda n, o: torch.where(ok, n, o) if isinstance(n, Tensor) else n if n is o or bool(ok) else o, new, own
-    )
-    return _packed(tx.name, updates, mine), state
-
-
-def _packed(name: str, updates: Tree, like: Slots) -> Slots:
-    """A tree of this rank's leaves back in buffers.
-
-    Raises:
-      TypeError, ValueError: it is no tree of tensors like the parameters, or says two things of a tied one; with the
-        leaf's path.
-    """
-    structure = like.where.structure
-    try:
-        flat = structure.treedef.flatten_up_to(updates)
-    except ValueError as e:
-        raise TypeError(
-            f"{name}: its updates are no tree like the parameters ({e}); return one update for every leaf"
-        ) from None
-    by_leaf: list[Tensor | None] = [None] * len(structure.leaves)
-    for place, x in zip(structure.places, flat, strict=True):
-        if not structure.frozen(place):
-            slot, path = like.where.slots[place], structure.leaves[place].path
-            if not isinstance(x, Tensor) or x.shape != slot.shape:
-                have = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-                raise TypeError(
-                    f"{name}: its update of parameter {path!r} is {have}; return a tensor of this part's shape"
-                    f" {slot.shape}"
-                )
-            twin = by_leaf[place]
-            if twin is not None and not ((twin == x) | (twin != twin) & (x != x)).all():
-                raise ValueError(
-                    f"{name}: it gives the tied parameter {path!r} one update at each of its paths, and they differ;"
-                    " return the same at all"
-                )
-            by_leaf[place] = x
-    buffer = like.buffers[0]
-    return Slots.pack(like.where, by_leaf, buffer.dtype, buffer.device)

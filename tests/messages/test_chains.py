@@ -235,8 +235,9 @@ CHAINS = {
     ),
     "an undeclared pair in a bracket": (
         (g, shard("data", Momentum())), FLAT,
-        "Momentum: nothing says that it works value by value, but the leaves are cut over ['data'] here; write fz.lift(pair, elementwise=True) if every value of its "
-        "updates and state depends on its own place alone, and otherwise a chain without shard (stage 0), as all_reduce('data') in its place\n"
+        "Momentum: nothing says that it works value by value, but the leaves are cut over ['data'] here; write fz.lift(pair, needs=...): 'elementwise' if every value of its "
+        "updates and state depends on its own place alone, 'leafwise' if each leaf moves by itself, 'whole' if it needs all at once; or a chain without shard (stage 0), "
+        "as all_reduce('data') in its place\n"
         "  value_and_grad(batch=P('data')) | shard('data', | mean | Momentum  <- here",
     ),
     "an undeclared pair, lifted, in a bracket": (
@@ -245,7 +246,7 @@ CHAINS = {
     "a pair declared to need whole leaves, in a bracket": (
         (g, shard("data", fz.lift((unit_norm_init, unit_norm_update), name="unit_norm", elementwise=False))), FLAT,
         "unit_norm: it needs whole leaves (elementwise=False), but they are cut over ['data'] here; write a chain without shard (stage 0), as all_reduce('data') in its place, "
-        "or an optimizer that works value by value, as fz.adamw(lr)\n  value_and_grad(batch=P('data')) | shard('data', | mean | unit_norm  <- here",
+        "fz.lift(pair, needs='leafwise') if each leaf moves by itself or needs='whole' if it needs all at once, or an optimizer that works value by value, as fz.adamw(lr)\n  value_and_grad(batch=P('data')) | shard('data', | mean | unit_norm  <- here",
     ),
     "a torch optimizer": (
         (g, all_reduce("data"), torch.optim.AdamW([torch.zeros(1)])), FLAT,

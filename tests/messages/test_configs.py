@@ -73,9 +73,9 @@ SAYS = {
         {**B, "train_batch_size": 9, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, 3,
         "config: zero_optimization.zero_hpz_partition_size: groups of 2 ranks do not divide the world of 3; write a divisor of 3",
     ),
-    "whole leaves": (
-        {**B, "optimizer": {"type": "Lamb"}}, 2,
-        "config: optimizer.type: 'Lamb' is not here: it needs whole leaves, which no bracket deals out yet; write AdamW, or Lion",
+    "heads of Muon": (
+        {**B, "optimizer": {"type": "Muon", "params": {"per_head_muon": True}}}, 2,
+        "config: optimizer.params.per_head_muon: true would change the training: matrices are taken as they are; delete the key",
     ),
     "an implementation": (
         {**B, "optimizer": {"type": "FusedAdam"}}, 2,

@@ -13,7 +13,7 @@ from absl import logging
 
 from funczero.comm.wire import as_born, cast
 from funczero.core.transform import after
-from funczero.core.types import Grad, GradientTransformation, State, Sum, Transform
+from funczero.core.types import Grad, State, Sum, Transform
 from funczero.deepspeed.config.crossing import HPZ, crossing
 from funczero.deepspeed.config.key import ConfigError
 from funczero.deepspeed.config.keys import ENGINE, KEYS
@@ -28,6 +28,7 @@ from funczero.transforms.accumulate import accumulate
 from funczero.transforms.clip import clip_by_global_norm
 from funczero.transforms.loss_scale import scale_loss
 from funczero.transforms.mean import value
+from funczero.transforms.shares import Optimizer
 
 CLIP_EPS = 1e-6  # DeepSpeed's and torch's
 
@@ -109,7 +110,7 @@ def _without_engine(config: Config) -> Config:
 def chain_of(
     config: Config,
     source: Any,
-    optimizer: GradientTransformation,
+    optimizer: Optimizer,
     axis: str | tuple[str, ...] | None = None,
     stream: bool = False,
     weight: float | None = None,

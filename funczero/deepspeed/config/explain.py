@@ -9,7 +9,6 @@ import torch
 
 from funczero.comm.wire import as_born
 from funczero.core import tree
-from funczero.core.types import GradientTransformation
 from funczero.deepspeed.config.build import chain_of
 from funczero.deepspeed.config.crossing import crossing
 from funczero.deepspeed.config.key import ConfigError
@@ -20,6 +19,8 @@ from funczero.deepspeed.config.resolved import Config
 from funczero.gradients.gradient import value_and_grad
 from funczero.layout.spec import P
 from funczero.step.train_step import train_step
+from funczero.transforms.partition import Partition
+from funczero.transforms.shares import Optimizer
 
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -38,7 +39,7 @@ class Bytes(NamedTuple):
         return self.copies * ITEM[self.dtype] / self.over
 
 
-def memory(config: Config, optimizer: GradientTransformation) -> list[Bytes]:
+def memory(config: Config, optimizer: Optimizer) -> list[Bytes]:
     """What a rank holds of every parameter above the stage's threshold, activations and messages aside.
 
     >>> page = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "bf16": {"enabled": True},
@@ -48,7 +49,8 @@ def memory(config: Config, optimizer: GradientTransformation) -> list[Bytes]:
     [('masters', 2.0), ('views', 2.0), ('moments', 4.0), ('gradient as it is born', 2.0), ('accumulators', 6.0)]
     """
     stage, w, k = config.value("zero_optimization.stage"), config.world.size, config.triad.steps
-    probe = optimizer.init({"p": torch.zeros(64)})
+    first = optimizer.parts[0].tx if isinstance(optimizer, Partition) else optimizer  # which has most of the values
+    probe = first.init({"p": torch.zeros(8, 8)})
     moments = sum(x.numel() for x in tree.tensors(probe) if x.dim()) / 64
     compute, wide, how = config.compute, config.policy.rsplit("=", 1)[1], crossing(config)
     held = how.mesh["local"] if how.secondary else w  # ranks that parameters are split over at stage 3
@@ -69,6 +71,7 @@ def differences(config: Config) -> list[str]:
     narrow_sums = half and many and config.value("data_types.grad_accum_dtype") is None
     untested = kind not in (None, *_TESTED) and stage > 0 and not config.value("zero_allow_untested_optimizer")
     dynamic, clip = fp16["enabled"] and not fp16["loss_scale"], config.values["gradient_clipping"]
+    reads = "whole leaves" if str(kind).lower() in ("lamb", "adafactor") else "values by themselves"
     pieces = "a flattened leaf" if stage == 3 else "one flat buffer"
     rules = [
         (
@@ -97,7 +100,11 @@ def differences(config: Config) -> list[str]:
             stage == 3,
             "leaves under stage3_param_persistence_threshold also keep whole moments; there those are split",
         ),
-        (untested, f"{kind} runs under ZeRO, value by value; there it needs zero_allow_untested_optimizer"),
+        (untested, f"{kind} runs under ZeRO, on {reads}; there it needs zero_allow_untested_optimizer"),
+        (
+            str(kind).lower() == "lamb" and stage > 0,
+            "a leaf's norms are those of the whole leaf; there they are those of each rank's shard",
+        ),
         (
             config.value("scheduler.type") is not None,
             (
@@ -139,7 +146,7 @@ def _crossings(config: Config) -> list[tuple[bool, str]]:
     ]
 
 
-_TESTED = ("Adam", "AdamW", "Adagrad", "adam", "adamw", "adagrad", "Lion", "lion")
+_TESTED = ("Adam", "AdamW", "Adagrad", "adam", "adamw", "adagrad", "Lion", "lion", "Muon", "muon")
 
 
 def explain(config: Config, parameters: float | None = None) -> str:

@@ -13,6 +13,8 @@ from funczero.deepspeed.config.resolved import Config
 from funczero.optim import schedules
 from funczero.optim.curves import Schedule
 from funczero.optim.rate import Rate
+from funczero.transforms.partition import partition
+from funczero.transforms.shares import Optimizer
 
 GivenOptimizer = GradientTransformation | Callable[[Rate], GradientTransformation]
 
@@ -101,9 +103,7 @@ def schedule_of(kind: str, p: dict[str, Any], own: Any) -> GroupRates:
     return GroupRates(schedules.from_torch(kind, own, **p))
 
 
-def optimizer_of(
-    config: Config, given: GivenOptimizer | None = None, rates: GroupRates | None = None
-) -> GradientTransformation:
+def optimizer_of(config: Config, given: GivenOptimizer | None = None, rates: GroupRates | None = None) -> Optimizer:
     """The config's optimizer with its rates, or the one given.
 
     Args:
@@ -136,7 +136,7 @@ def optimizer_of(
         raise ConfigError(f"{config.where('optimizer.type')}{_remedied(e, 'optimizer.params')}") from None
 
 
-def make_optimizer(kind: str, p: dict[str, Any], lr: Any, momentum: Schedule | None) -> GradientTransformation:
+def make_optimizer(kind: str, p: dict[str, Any], lr: Any, momentum: Schedule | None) -> Optimizer:
     """An optimizer type with its parameters.
 
     Args:
@@ -155,6 +155,11 @@ def make_optimizer(kind: str, p: dict[str, Any], lr: Any, momentum: Schedule | N
         return optim.lion(lr, b1, b2, decay)
     if name == "adagrad":
         return optim.adagrad(lr, p["eps"], decay)
+    if name == "lamb":
+        corrected = "rate" if p["bias_correction"] else "none"
+        return optim.lamb(lr, b1, b2, p["eps"], decay, p["min_coeff"], p["max_coeff"], corrected)
+    if name == "muon":
+        return _muon_and_adam(p, lr, momentum)
     if kind == "SGD":
         return optim.sgd(lr, p["momentum"], p["nesterov"], decay)
     passed = "lr", "weight_decay", "foreach", "differentiable", "fused", "capturable"
@@ -163,3 +168,17 @@ def make_optimizer(kind: str, p: dict[str, Any], lr: Any, momentum: Schedule | N
         why = f"the momentum of torch.optim.{kind} cannot follow a schedule here"
         raise ValueError(f'{why}; write "cycle_momentum": false, or AdamW')
     return optim.from_torch(kind, lr, decay, **own)
+
+
+def _muon_and_adam(p: dict[str, Any], lr: Any, momentum: Schedule | None) -> Optimizer:
+    """DeepSpeed's Muon: matrices by Muon, embeddings, heads and the rest by AdamW, each with its rate."""
+    apart = next((k for k in ("muon_lr", "adam_lr") if p[k] is not None), None)
+    if callable(lr) and apart is not None:
+        raise ValueError(f"the scheduler writes one rate for both halves; delete {apart}, and write lr")
+    if momentum is not None:
+        raise ValueError('Muon\'s momentum does not follow a schedule; write "cycle_momentum": false, or AdamW')
+    rate = lambda own, default: own if own is not None else default if lr is None else lr
+    first = optim.muon(rate(p["muon_lr"], 0.02), p["momentum"], p["weight_decay"], flatten=4)
+    b1, b2 = p["betas"]
+    second = optim.adamw(rate(p["adam_lr"], 3e-4), b1, b2, p["eps"], p["weight_decay"])
+    return partition([(optim.matrices(but="embed|lm_head"), first), ("", second)])

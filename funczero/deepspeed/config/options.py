@@ -40,10 +40,29 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {  # in lower case; any case is understo
         "eps": honour(1e-10, low=1e-300, high=RATE),
         "weight_decay": _RATES["weight_decay"],
     },
+    "lamb": {
+        **_RATES,
+        "bias_correction": honour(True),
+        "max_coeff": honour(10.0, low=0, high=RATE),
+        "min_coeff": honour(0.01, low=0, high=RATE),
+        "eps_inside_sqrt": refuse(False, "eps is added to the root here; delete the key"),
+        "amsgrad": _PLAIN["amsgrad"],
+    },
+    "muon": {
+        "lr": rate(None, "number"),
+        "muon_lr": rate(None, "number"),
+        "adam_lr": rate(None, "number"),
+        "momentum": honour(0.95, low=0, below=1),
+        "weight_decay": _RATES["weight_decay"],
+        "betas": honour((0.9, 0.95), low=0, below=1),
+        "eps": honour(1e-10, low=1e-300, high=RATE),
+        "ns_method": ignore(
+            "gram", "five Newton-Schulz steps are taken as torch.optim.Muon takes them, whatever it says"
+        ),
+        "per_head_muon": refuse(False, "matrices are taken as they are; delete the key"),
+    },
 }
-_WHOLE = "it needs whole leaves, which no bracket deals out yet; write AdamW, or Lion"
 _FOREIGN = {
-    **dict.fromkeys(("lamb", "muon", "adafactor"), _WHOLE),
     **dict.fromkeys(
         ("muadam", "muadamw", "musgd"),
         "its rates by width are rules of your own: fz.adamw([(regex, lr), ...]); write AdamW or SGD",
@@ -141,11 +160,15 @@ def optimizer_keys(name: str, where: str, torch_adam: bool) -> dict[str, Key]:
             "dampening": refuse(0.0, "delete the key"),
         }
         return {**keys, "lr": rate(1e-3, "number"), "momentum": honour(0.0, low=0, below=1)}
+    if name == "Adafactor":
+        keys = {**_signature(torch.optim.Adafactor), "maximize": refuse(False, "delete the key")}
+        bounds = {"beta2_decay": honour(-0.8, "number", low=-10, high=0), "d": honour(1.0, low=1, high=COUNT)}
+        return {**keys, **bounds, "eps": refuse((None, 1e-3), "delete the key", "any")}
     if name in ELEMENTWISE:
         return _signature(getattr(torch.optim, name))
     if name.lower() in _FOREIGN:
         raise ConfigError(f"{where}{name!r} is not here: {_FOREIGN[name.lower()]}")
-    known = ["Adam", "AdamW", "Lion", "Adagrad", "SGD", *ELEMENTWISE]
+    known = ["Adam", "AdamW", "Lion", "Adagrad", "Lamb", "Muon", "SGD", "Adafactor", *ELEMENTWISE]
     raise ConfigError(f"{where}there is no optimizer {name!r}; write {_nearest(name, known)}")
 
 

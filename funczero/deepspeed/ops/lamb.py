@@ -1,5 +1,5 @@
-"""`deepspeed.ops.lamb`: Lamb reads whole leaves, and no optimizer here does yet."""
+"""`deepspeed.ops.lamb`: Lamb is a name in a config."""
 
 from funczero.deepspeed.engine.absent import absent_class
 
-FusedLamb = absent_class("deepspeed.ops.lamb.FusedLamb", "write AdamW")
+FusedLamb = absent_class("deepspeed.ops.lamb.FusedLamb", 'write {"type": "Lamb"} in the config')

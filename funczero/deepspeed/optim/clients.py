@@ -120,7 +120,8 @@ def client_optimizer(client: torch.optim.Optimizer, home: Mapping[str, int]) -> 
             _stepped(client, (keys, eager), params, grads, moments, s)
 
     formula = Formula(_no_rates, lambda state: [*state.moments.values()], scalars, leaf, by_leaf=True)
-    return ByGroup(GradientTransformation(init, _no_update, formula, type(client).__name__.lower(), elementwise), read)
+    tx = GradientTransformation(init, _no_update, formula, type(client).__name__.lower(), elementwise=elementwise)
+    return ByGroup(tx, read)
 
 
 def _no_update(*args: Any) -> Any:

@@ -114,6 +114,12 @@ def group_rates(config: Config, groups: Sequence[Numbers]) -> list[GroupRates]:
 def config_groups(config: Config, given: Sequence[Mapping[str, Any]]) -> list[Numbers]:
     """The config's numbers for every group of the call, which may say lr, weight_decay and betas itself."""
     p, kind = config.block("optimizer.params"), config.value("optimizer.type")
+    if kind.lower() == "muon":
+        why = "it is Muon for matrices and AdamW for the rest, and an engine keeps the rates of one optimizer"
+        raise ConfigError(
+            f"{config.where('optimizer.type')}{why}; write a chain of it with fz.from_deepspeed(config, loss_fn), or"
+            " AdamW"
+        )
     shown = {n: p[n] for n in ("lr", "betas", "weight_decay") if n in p}
     if "lr" not in shown:
         raise ConfigError(f"{config.name}: optimizer.params.lr is missing; add it")
@@ -147,7 +153,8 @@ def config_optimizer(config: Config, home: Mapping[str, int]) -> ByGroup:
     """
     kind, fixed = config.value("optimizer.type"), config.block("optimizer.params")
     tx = make_optimizer(kind, fixed, 0.0, None)
-    ours = kind.lower() in ("adam", "adamw", "lion", "adagrad", "sgd")
+    assert isinstance(tx, GradientTransformation)
+    ours = kind.lower() in ("adam", "adamw", "lion", "adagrad", "lamb", "sgd")
     constant = {"momentum": fixed["momentum"]} if kind == "SGD" else {}
 
     def read(rows: list[Numbers], params: Slots) -> Reading:
