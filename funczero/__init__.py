@@ -83,6 +83,8 @@ from funczero.optim import lion as lion
 from funczero.optim import schedules as schedules
 from funczero.optim import sgd as sgd
 from funczero.step.differentiable import differentiable as differentiable
+from funczero.step.frozen import Frozen as Frozen
+from funczero.step.frozen import frozen as frozen
 from funczero.step.sharded_loss import ShardedLoss as ShardedLoss
 from funczero.step.sharded_loss import hessian as hessian
 from funczero.step.sharded_loss import jacfwd as jacfwd
