@@ -31,6 +31,8 @@ from funczero import data as data
 from funczero.checkpoint import Checkpointer as Checkpointer
 from funczero.checkpoint import CheckpointError as CheckpointError
 from funczero.checkpoint import Notice as Notice
+from funczero.checkpoint.adapters import load_adapters as load_adapters
+from funczero.checkpoint.adapters import save_adapters as save_adapters
 from funczero.checkpoint.reshard import reshard as reshard
 from funczero.comm.launch import count_bytes as count_bytes
 from funczero.comm.memory import difference as difference
@@ -62,6 +64,7 @@ from funczero.gradients.gradient import pullback as pullback
 from funczero.gradients.gradient import value_and_grad as value_and_grad
 from funczero.gradients.layers import gather as gather
 from funczero.gradients.layers import layers as layers
+from funczero.gradients.lora import lora as lora
 from funczero.gradients.loss import mean_loss as mean_loss
 from funczero.gradients.loss import per_row as per_row
 from funczero.gradients.stateless import stateless as stateless
@@ -86,6 +89,8 @@ from funczero.optim import schedules as schedules
 from funczero.optim import sgd as sgd
 from funczero.optim import shampoo as shampoo
 from funczero.step.differentiable import differentiable as differentiable
+from funczero.step.frozen import Frozen as Frozen
+from funczero.step.frozen import frozen as frozen
 from funczero.step.sharded_loss import ShardedLoss as ShardedLoss
 from funczero.step.sharded_loss import hessian as hessian
 from funczero.step.sharded_loss import jacfwd as jacfwd
