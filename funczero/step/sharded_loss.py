@@ -16,6 +16,7 @@ from funczero.comm.adjoint import gather_rows, total
 from funczero.comm.differentiable import dot, pack
 from funczero.comm.integers import sum_and_compare
 from funczero.core import tree
+from funczero.core.rows import counting
 from funczero.core.types import TrainState
 from funczero.gradients.draws import keyed
 from funczero.gradients.loss import check_loss, drew
@@ -117,7 +118,8 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
     12.0
     """
     step.fits.look(state)
-    return ShardedLoss(loss_fn, state.params.where, step.live_mesh, step.grad.layout.batch)
+    layout = step.grad.layout
+    return ShardedLoss(counting(loss_fn, layout.cut), state.params.where, step.live_mesh, layout.batch)
 
 
 def parts(state: TrainState) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ class Source(NamedTuple):
     ties: tuple[tuple[str, str], ...] = ()
     patterns: tuple[tuple[str, str], ...] = ()  # (who, regex): each must find a parameter
     replicated: tuple[str, ...] = ()  # mesh axes whose ranks are meant to be given the same rows
+    cut: Any = 0  # of the batch, see rows.py
+    spec: Any = None  # of the batch, where it is more than rows in dim 0
 
 
 class Bracket(NamedTuple):
