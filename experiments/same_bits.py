@@ -30,6 +30,7 @@ from absl import app, flags
 
 import funczero as fz
 from funczero import P
+from funczero.core.rows import split
 from funczero.testing import WorkerPool, tree_hash
 
 flags.DEFINE_list("worlds", ["1", "2", "4", "8"], "Numbers of processes; powers of two up to 8.")
@@ -112,7 +113,7 @@ def run(world: int, name: str, policy: str, updates: int) -> tuple[str, str, flo
     with fz.count_bytes(step) as sent:
         for t in range(updates):
             rows = step.local_rows(batch(t))
-            calls = [*fz.tree.split_rows(rows, stream, "stream"), None] if stream else [rows]
+            calls = [*split(rows, stream, "stream"), None] if stream else [rows]
             for b in calls:
                 state, m = step(state, b)
             logs.append((m.weight, m.ok, m.scale, m.updates, *((m.loss, m.grad_norm) if m.ok else ())))

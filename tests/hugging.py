@@ -12,6 +12,7 @@ from torch import Tensor
 
 import funczero as fz
 from funczero import P
+from funczero.core.rows import split
 from funczero.testing import tree_hash
 
 ROWS, LONG, VOCAB = 4, 8, 40
@@ -322,7 +323,7 @@ def plain(model: Model) -> dict[str, Tensor]:
     for t in range(UPDATES):
         optimizer.zero_grad()
         replicas = [deepcopy(module) for _ in range(MICROS)]  # each reads the same statistics
-        for replica, micro in zip(replicas, fz.tree.split_rows(model.feed(t), MICROS, "plain"), strict=True):
+        for replica, micro in zip(replicas, split(model.feed(t), MICROS, "plain"), strict=True):
             (loss(replica, micro)[0] / ROWS).backward()
         for p, *copies in zip(module.parameters(), *(r.parameters() for r in replicas), strict=True):
             if p.requires_grad:

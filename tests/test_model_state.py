@@ -7,6 +7,7 @@ import torch
 
 import funczero as fz
 from funczero import P
+from funczero.core.rows import split
 from funczero.testing import tree_hash
 from funczero.testing.simulate import simulate
 
@@ -129,7 +130,7 @@ def test_a_window_that_closes_early_leaves_rows_that_did_not_come():
             policy="float64",
         )
         state = step.init(params())
-        rows = fz.tree.split_rows(step.local_rows(batch(0)), 4, "test")
+        rows = split(step.local_rows(batch(0)), 4, "test")
         for micro in rows[:3]:
             state, _ = step(state, micro)
         return step(state, None)[0].model_state

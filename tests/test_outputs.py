@@ -7,6 +7,7 @@ import torch
 
 import funczero as fz
 from funczero import P
+from funczero.core.rows import split
 from funczero.testing import tree_hash
 from funczero.testing.simulate import simulate
 
@@ -72,7 +73,7 @@ def test_a_window_that_closes_early_joins_what_came():
     grad = fz.value_and_grad(loss, has_aux=RULES)
     step = fz.train_step(grad, fz.accumulate(4, stream=True), fz.sgd(0.1), policy="float64")
     state = step.init(params())
-    for micro in fz.tree.split_rows(batch(), 4, "test")[:3]:
+    for micro in split(batch(), 4, "test")[:3]:
         state, _ = step(state, micro)
     aux = step(state, None)[1].aux
     assert aux["all"].tolist() == [0, 1, 2, 3, 4, 5] and len(aux["logits"]) == 6 and aux["each"].shape == (3,)
@@ -81,7 +82,7 @@ def test_a_window_that_closes_early_joins_what_came():
 def test_an_open_window_is_saved_with_it(tmp_path):
     grad = fz.value_and_grad(loss, has_aux=RULES)
     make = lambda: fz.train_step(grad, fz.accumulate(4, stream=True), fz.sgd(0.1), policy="float64")
-    step, micros = make(), fz.tree.split_rows(batch(), 4, "test")
+    step, micros = make(), split(batch(), 4, "test")
     state = step.init(params())
     for micro in micros[:3]:
         state, _ = step(state, micro)

@@ -47,40 +47,6 @@ def test_a_clone_shares_no_memory():
     assert x["w"].sum() == 2 and y["n"] is None and y["s"] == "text" and tree.tensors(x) == [x["w"]]
 
 
-def test_rows_split_in_order_and_share_memory():
-    batch = {"x": torch.arange(6).view(6, 1), "y": [torch.arange(6)]}
-    parts = tree.split_rows(batch, 3, "here")
-    assert [p["y"][0].tolist() for p in parts] == [[0, 1], [2, 3], [4, 5]]
-    assert parts[1]["x"].data_ptr() == batch["x"][2:].data_ptr()
-    assert tree.split_rows(batch, 1, "here")[0] is batch
-
-
-def test_no_rows_split_into_parts_of_none():
-    assert [p["x"].shape for p in tree.split_rows({"x": ones(0, 3)}, 2, "here")] == [(0, 3)] * 2
-
-
-@pytest.mark.parametrize(
-    ("batch", "error", "words"),
-    [
-        (
-            {"x": ones(5)},
-            ValueError,
-            "here: a batch of 5 rows does not divide into 2 equal parts; give a multiple of 2 rows",
-        ),
-        (
-            {"x": ones(4), "y": ones(2)},
-            ValueError,
-            r"here: the tensors of a batch disagree on their rows \(dim 0\): \[2, 4\]",
-        ),
-        ({"x": ones(())}, TypeError, "one is Tensor without dims"),
-        ({"x": "text"}, TypeError, "one is str"),
-    ],
-)
-def test_rows_that_do_not_split_are_named(batch, error, words):
-    with pytest.raises(error, match=words):
-        tree.split_rows(batch, 2, "here")
-
-
 def test_the_first_rule_that_matches_counts():
     rules = [("bias$", 0.0), ("head", 2.0), ("", 1.0)]
     assert [tree.rule(rules, p, None) for p in ("head/bias", "head/w", "w")] == [0.0, 2.0, 1.0]
@@ -105,21 +71,6 @@ def test_a_path_with_other_names_is_its_first():
     assert tree.unmatched("head", [path, "norm"]) == tree.unmatched(
         "^$", [path]
     ) == "" and "the regex 'tail' matches no parameter" in tree.unmatched("tail", [path])
-
-
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_none_in_a_batch_stays_none_in_every_part(n):
-    parts = tree.split_rows({"x": ones(4, 2), "mask": None, "deep": [None, ones(4)]}, n, "here")
-    assert len(parts) == n and all(
-        p["mask"] is None and p["deep"][0] is None and len(p["x"]) == len(p["deep"][1]) == 4 // n for p in parts
-    )
-
-
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("odd", ["text", 3, ones(()), ones(3)])
-def test_what_has_no_rows_of_its_own_is_refused_for_one_part_as_for_two(n, odd):
-    with pytest.raises((TypeError, ValueError), match="^here: "):
-        tree.split_rows({"x": ones(4, 2), "y": odd}, n, "here")
 
 
 def test_floats_go_out_and_come_back():

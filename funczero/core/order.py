@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from funczero.core import tree
+from funczero.core import rows
 from funczero.core.types import Layout, Tree
 
 T = TypeVar("T")  # what is summed
@@ -35,10 +34,9 @@ def indices(layout: Layout, coordinate: Callable[[str], int]) -> list[int]:
 
 
 def deal(batch: Tree, layout: Layout, coordinate: Callable[[str], int]) -> Tree:
-    """This rank's rows of a global batch: its micro-batches, in the order of time."""
-    micros = tree.split_rows(batch, layout.stride, "local_rows")
-    mine = [micros[i] for i in indices(layout, coordinate)]
-    return mine[0] if len(mine) == 1 else tree.map(lambda *xs: None if xs[0] is None else torch.cat(xs), *mine)
+    """This rank's rows of a global batch: its micro-batches, in the order of time; what has no rows, whole."""
+    micros = rows.split(batch, layout.stride, "local_rows", layout.cut)
+    return rows.joined([micros[i] for i in indices(layout, coordinate)], layout.cut)
 
 
 def tree_sum(parts: list[Tensor] | Tensor) -> Tensor:

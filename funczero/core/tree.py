@@ -70,37 +70,6 @@ def floats(tree: Tree) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Tensor
     return found, join
 
 
-def split_rows(batch: Tree, n: int, what: str) -> list[Tree]:
-    """A batch cut into n equal parts along dim 0, in order; every tensor has the same rows, and None stays None."""
-    flat, treedef = flatten(batch)
-    rows = count_rows(flat, what)
-    if n == 1:
-        return [batch]
-    if rows % n:
-        raise ValueError(
-            f"{what}: a batch of {rows} rows does not divide into {n} equal parts; give a multiple of {n} rows"
-        )
-    parts = [[x] * n if x is None or not rows else x.split(rows // n) for x in flat]
-    return [unflatten([p[i] for p in parts], treedef) for i in range(n)]
-
-
-def count_rows(flat: list[Any], what: str) -> int:
-    """Rows of a batch: dim 0, the same in every tensor; None, for what is not there, has none."""
-    flat = [x for x in flat if x is not None]
-    for x in flat:
-        if not isinstance(x, Tensor) or x.dim() == 0:
-            raise TypeError(
-                f"{what}: every leaf of a batch is a tensor with rows in dim 0, but one is"
-                f" {type(x).__name__}{' without dims' * isinstance(x, Tensor)}"
-            )
-    sizes: set[int] = {x.shape[0] for x in flat}
-    if len(sizes) > 1:
-        raise ValueError(f"{what}: the tensors of a batch disagree on their rows (dim 0): {sorted(sizes)}")
-    if not sizes:
-        raise ValueError(f"{what}: the batch holds no tensor; give one with rows in dim 0")
-    return sizes.pop()
-
-
 class Path(str):
     """A leaf's first name, which knows the others that it has where it is tied."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -96,6 +96,7 @@ class Layout:
     rest: tuple[str, ...] = ()  # mesh axes the views at rest are split over
     order: tuple[tuple[str, int], ...] = ()  # the sums taken so far, first one first
     phase: Phase = "sum"  # what flows: a Sum, a Value, or Updated parameters
+    cut: Tree = field(default=0, compare=False)  # of the batch: a prefix tree of the dims of rows (rows.py)
 
     @property
     def mean(self) -> bool:

@@ -13,6 +13,7 @@ from funczero.comm.collectives import all_gather
 from funczero.comm.wire import Key
 from funczero.core import order, tree
 from funczero.core.number import flag
+from funczero.core.rows import counting
 from funczero.core.types import Apply, ChainError, Env, Grad, Layout, Seed, State, Sum
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.call import LossCall, Outcome, synced
@@ -23,7 +24,7 @@ from funczero.gradients.tape import Tape
 from funczero.gradients.units import conditional_of
 from funczero.layout.lazy import Lazy
 from funczero.layout.slots import Slots
-from funczero.layout.spec import P
+from funczero.layout.spec import P, of_batch
 from funczero.transforms import feedback
 from funczero.transforms.chain import Configure, Source, opening
 from funczero.transforms.feedback import remembers
@@ -33,7 +34,7 @@ from funczero.transforms.outputs import Rules, rules_of
 
 def value_and_grad(
     loss_fn: Callable[..., Any],
-    batch: P = P(),
+    batch: Any = P(),
     units: Sequence[str] | None = None,
     trainable: str | Callable[[str], bool] | None = None,
     has_aux: bool | Rules = False,
@@ -51,6 +52,11 @@ def value_and_grad(
     Args:
       loss_fn: pure; (params, batch) -> (sum of losses, sum of weights), both 0-d; a mean is never taken here.
       batch: P("data") or P(("node", "local")): the mesh axes that dim 0 of every tensor of the batch is split over.
+        Or a prefix tree of the batch, as {"x": P("data"), "tokens": P(None, "data"), "table": P()}: rows in dim 1, as
+        time-major sequences have them, and what has no rows (a graph, another network's parameters, a table): whole on
+        every rank, which is compared in the first updates, and in every micro-batch. Numbers, text, None and tensors
+        without dims are whole anyway. Mappings and dataclasses are opened like dicts. Under one P() for all, rows in
+        dim 0 are split by accumulate alone.
       units: paths of lists of like subtrees, which the loss gets closed and opens by fz.layers or fz.gather: gathered
         and scattered one by one where parameters are sharded. By default what the loss function names (fz.stateless),
         else none.
@@ -77,7 +83,8 @@ def value_and_grad(
         function names (fz.stateless), and lists that are called experts.
 
     Raises:
-      ChainError: the batch's spec splits another dim than 0; conditional names no unit, or meets higher_order.
+      ChainError: the batch's spec splits a leaf in two dims, or two leaves over different axes; conditional names no
+        unit, or meets higher_order.
       TypeError, ValueError: a rule of the state means nothing, or cannot be that leaf's.
     """
     units = tuple(getattr(loss_fn, "units", ()) if units is None else (units,) if isinstance(units, str) else units)
@@ -105,11 +112,13 @@ def value_and_grad(
             return _grad(source, env, layout, applied(source, loss, order.indices(layout, env.mesh.index)[0]))
         return _grad(source, env, layout, _on_tape(source, env, layout, partial(_differentiate, call)))
 
+    axes, cut = of_batch(batch)
+    loss_fn = counting(loss_fn, cut)
     ties, patterns = tuple(getattr(loss_fn, "ties", {}).items()), _patterns("value_and_grad(trainable=...)", trainable)
     return Source(
         "value_and_grad",
         make,
-        _batch_axes(batch),
+        axes,
         units,
         frozen,
         ties=ties,
@@ -117,6 +126,8 @@ def value_and_grad(
         replicated=_names(replicated),
         synced=synced(loss_fn),
         conditional=conditional,
+        cut=cut,
+        spec=None if cut == 0 else batch,
     )
 
 
@@ -158,7 +169,11 @@ def pullback(
         layout = _layout(source, env)
         return _grad(source, env, layout, _on_tape(source, env, layout, pulled, forward=False))
 
-    return Source("pullback", make, _batch_axes(batch), (), frozen, patterns=patterns, replicated=_names(replicated))
+    axes, cut = of_batch(batch)
+    if cut != 0:
+        why = "its rows were read by a forward elsewhere, and nothing of them is dealt or cut here"
+        raise ChainError(f"pullback: batch={batch}, but {why}; write the axes alone: batch={P(axes)}")
+    return Source("pullback", make, axes, (), frozen, patterns=patterns, replicated=_names(replicated))
 
 
 def _names(axes: str | Sequence[str]) -> tuple[str, ...]:
@@ -198,16 +213,6 @@ def _patterns(who: str, which: Any) -> tuple[tuple[str, str], ...]:
     return ((who, which),) if isinstance(which, str) else ()
 
 
-def _batch_axes(batch: P) -> tuple[str, ...]:
-    spec = batch if isinstance(batch, P) else P(batch)
-    if any(d != 0 for _, d in spec.axes()):
-        raise ChainError(
-            f"value_and_grad: batch={spec} splits a dim other than 0, but a batch is split by rows; write"
-            f" P(({', '.join(repr(a) for a, _ in spec.axes())},))"
-        )
-    return tuple(a for a, _ in spec.axes())
-
-
 def _refuse_axes(source: Source, axes: tuple[str, ...]) -> None:
     """Every bracket cuts an axis of the batch, once."""
     for a in axes:
@@ -229,7 +234,7 @@ def _layout(source: Source, env: Env) -> Layout:
     axes = (*source.axes, *source.scatter)
     _refuse_axes(source, axes)
     sizes = tuple((a, env.mesh.axes[a].size) for a in axes)
-    return Layout(source.batch, frozenset(source.batch) - set(axes), axes, source.axes, sizes)
+    return Layout(source.batch, frozenset(source.batch) - set(axes), axes, source.axes, sizes, cut=source.cut)
 
 
 def _on_tape(
@@ -267,10 +272,12 @@ def _grad(source: Source, env: Env, layout: Layout, apply: Apply) -> Grad:
         own = {} if env.model is None else env.model.init(params.device)
         return own | {name: own for state in at for name, own in state.items()}
 
-    rows = f"(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})" if source.batch else ""
+    said = f"(batch={P(source.batch if len(source.batch) > 1 else source.batch[0])})" if source.batch else ""
+    if source.spec is not None:
+        said = f"(batch={source.spec})"
     opened = tuple(opening(env.edges[a]) for a in source.axes)
     arrows = (*[Layout()] * len(opened), layout)
-    return Grad(init, view, apply, layout, (*opened, source.name + rows), env, arrows)
+    return Grad(init, view, apply, layout, (*opened, source.name + said), env, arrows)
 
 
 def _differentiate(

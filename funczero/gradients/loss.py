@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.core import tree
+from funczero.core import rows
+from funczero.core.types import Tree
 
 
 def mean_loss(
@@ -28,8 +29,14 @@ def mean_loss(
     >>> mean_loss(loss, lambda b: b["counts"].sum())({}, batch)
     (tensor(3.), tensor(2.))
     """
-    rows = lambda batch: tree.count_rows(tree.leaves(batch), "mean_loss")
-    return _of_mean(loss_fn, rows if weight is None else weight)
+    return _by_rows(loss_fn, "mean_loss") if weight is None else _of_mean(loss_fn, weight)
+
+
+def _by_rows(loss_fn: Callable[..., Tensor], who: str, cut: Tree = 0) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A mean over the rows of batches that are cut like this; a chain says how its own are (see rows.counting)."""
+    both = _of_mean(loss_fn, lambda batch: rows.count(batch, who, cut))
+    both.cut_like = lambda cut: _by_rows(loss_fn, who, cut)  # type: ignore[attr-defined]
+    return both
 
 
 def _of_mean(loss_fn: Callable[..., Any], weight: Callable[[Any], Any]) -> Callable[..., tuple[Any, ...]]:
@@ -44,9 +51,11 @@ def _of_mean(loss_fn: Callable[..., Any], weight: Callable[[Any], Any]) -> Calla
 
     both.void_at_zero = True  # type: ignore[attr-defined]
     both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
-    for name in ("state", "rules", "synced", "conditional"):
+    for name in ("state", "rules", "synced", "conditional", "trainable", "keyed"):
         if hasattr(loss_fn, name):
             setattr(both, name, getattr(loss_fn, name))
+    if hasattr(loss_fn, "reading"):
+        both.reading = lambda values: _of_mean(loss_fn.reading(values), weight)  # type: ignore[attr-defined]
     return both
 
 
@@ -56,7 +65,7 @@ def per_row(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tenso
     >>> per_row(lambda params, batch: batch["x"].mean())({}, {"x": torch.ones(3)})
     (tensor(3.), tensor(3.))
     """
-    return _of_mean(loss_fn, lambda batch: tree.count_rows(tree.leaves(batch), "per_row"))
+    return _by_rows(loss_fn, "per_row")
 
 
 def is_void(loss_fn: Callable[..., Any], weight: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from funczero.comm.integers import sum_and_compare
-from funczero.core import tree
-from funczero.core.types import GradientTransformation
+from funczero.core import rows, tree
+from funczero.core.types import GradientTransformation, Layout, Tree
 from funczero.layout.mesh import Mesh
 from funczero.transforms.chain import Bracket, Source
 from funczero.transforms.model_state import Model
 from funczero.transforms.partition import Partition
-from funczero.world.entries import BEGINS, Context
+from funczero.world.entries import BEGINS, GIVEN, Context
 
 WORDS = 1 << 10  # of 8 bytes, in a row of what is summed
 HOME = "funczero."  # only what stands in this package is looked into
@@ -60,6 +61,35 @@ def begin(params: Any, structure: Any, key: int, mesh: Mesh, model: Model | None
         sum_and_compare([torch.zeros(0, dtype=torch.int64, device=mesh.device)], (), mesh)
     finally:
         ledger.enter(before)
+
+
+def given(batch: Tree, layout: Layout, mesh: Mesh) -> None:
+    """Note what batch= calls P() in the ledger, so that ranks which were given others are told at the next sum.
+
+    Raises:
+      TypeError, ValueError: the batch is none of what batch= says.
+    """
+    if layout.cut == 0:
+        return
+    leaves = rows.opened(batch, layout.cut, "value_and_grad")[0]
+    if any(x.dim != rows.WHOLE for x in leaves):
+        rows.count(batch, "value_and_grad", layout.cut)
+    if mesh.ledger.ranks == 1:
+        return
+    for path, x, dim in leaves:
+        if dim == rows.WHOLE and isinstance(x, Tensor):
+            what, number = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}", _bits(x)
+        elif dim == rows.WHOLE:
+            text = _plain(x, 0)  # "" for what has no words that every process writes alike
+            what, number = type(x).__name__, zlib.crc32(text.encode())
+        else:
+            continue
+        mesh.ledger.note(GIVEN, f"{path!r} of the batch", what, number)
+
+
+def _bits(x: Tensor) -> int:
+    """A tensor's checksum, of the values that are there where it is sparse."""
+    return int(checksum(x if x.layout == torch.strided else x.to_dense()))
 
 
 def checksum(x: Tensor) -> Tensor:

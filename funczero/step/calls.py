@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from funczero.core import tree
+from funczero.core import rows
 from funczero.core.types import Grad, Metrics, TrainState
 from funczero.layout.mesh import Mesh
 from funczero.layout.processes import init_distributed, world_size
@@ -38,11 +37,11 @@ def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> 
 def _entered(ledger: Ledger, name: str, fn: Callable[..., Any], state: TrainState, *batch: Any) -> Any:
     """fn(state, *batch) with its context in the ledger, and what it raises where others can see it."""
     watch, before, now = ledger.watch, ledger.context, int(state.step)
-    tensors = [x for x in tree.leaves(batch) if isinstance(x, Tensor)]
-    rows = "/".join(sorted({str(len(x)) for x in tensors if x.dim()}))
+    tensors = rows.tensors(batch)
+    have = "/".join(sorted({str(len(x)) for x in tensors if x.dim()}))
     spec, units = ledger.describe(state.params.where.structure)
     names, scalars = ledger.scalars(state.chain)
-    ledger.enter(Context(name, now, int(state.key), scalars, spec, names, rows, units))
+    ledger.enter(Context(name, now, int(state.key), scalars, spec, names, have, units))
     if ledger.replicated and tensors:
         ledger.mix_rows(torch.stack([checksum(x) for x in tensors]).tolist())
     within = watch is not None and watch.inside  # another call, in whose forward this one is made

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.policy import Policy
+from funczero.core.rows import opened
 from funczero.core.types import Layout, Updated
 from funczero.layout.slots import Slots
 
@@ -90,7 +91,10 @@ class Early:
         if self.updates > 1:
             self.used, self.idle = None, {}
         self.alike = (
-            self.alike and bool(out.weight > 0) and self._alike(out.logs.get("rows"), layout) and not _constant(batch)
+            self.alike
+            and bool(out.weight > 0)
+            and self._alike(out.logs.get("rows"), layout)
+            and not _constant(batch, layout)
         )
         if self.alike and self.updates == LOOKS:
             said.append(
@@ -128,10 +132,10 @@ class Early:
         )
 
 
-def _constant(batch: Any) -> bool:
+def _constant(batch: Any, layout: Layout) -> bool:
     """Are all rows of a batch one row? Then equal rows on all ranks are meant."""
-    rows = [x for x in tree.tensors(batch) if x.dim() and len(x)]
-    return all(torch.equal(x, x[:1].expand_as(x)) for x in rows)
+    found = [(x, d) for _, x, d in opened(batch, layout.cut)[0] if isinstance(x, Tensor) and -1 < d < x.dim()]
+    return all(torch.equal(x, x.narrow(d, 0, 1).expand_as(x)) for x, d in found if x.numel())
 
 
 def say(said: set[str], *words: str) -> None:

@@ -16,6 +16,7 @@ from funczero.comm.adjoint import gather_rows, total
 from funczero.comm.differentiable import dot, pack
 from funczero.comm.integers import sum_and_compare
 from funczero.core import tree
+from funczero.core.rows import counting
 from funczero.core.types import TrainState
 from funczero.gradients.call import reading
 from funczero.gradients.draws import keyed
@@ -120,9 +121,10 @@ def sharded_loss(step: Step, loss_fn: Callable[..., Any], state: TrainState) -> 
     12.0
     """
     step.fits.look(state)
-    mesh, axes = step.live_mesh, step.grad.layout.batch
-    fn = reading(loss_fn, None, step.grad.env.model, state.model_state, Across(mesh, axes))
-    return ShardedLoss(fn, state.params.where, mesh, axes)
+    mesh, layout = step.live_mesh, step.grad.layout
+    loss_fn = counting(loss_fn, layout.cut)
+    fn = reading(loss_fn, None, step.grad.env.model, state.model_state, Across(mesh, layout.batch))
+    return ShardedLoss(fn, state.params.where, mesh, layout.batch)
 
 
 def parts(state: TrainState) -> dict[str, Tensor]:

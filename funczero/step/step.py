@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funczero.comm.integers import sum_and_compare
-from funczero.core import order, tree
+from funczero.core import order, rows, tree
 from funczero.core.held import transformed, transforming
 from funczero.core.policy import Policy
 from funczero.core.types import Env, Grad, Metrics, TrainState, Updated
@@ -86,17 +86,16 @@ class Step(NamedTuple):
         return self.grad.env.policy
 
     def local_rows(self, batch: Any) -> Any:
-        """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device; None stays
-        None.
+        """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device; what has no
+        rows (P() in batch=, None, numbers, text, tensors without dims) comes whole.
 
         Raises:
-          ValueError: the rows do not divide by the number of micro-batches.
+          ValueError: the rows do not divide by the number of micro-batches; the batch is none of what batch= says.
+          TypeError: a leaf that is no tensor, or has no such dim.
         """
         mesh = self.live_mesh
-        rows = order.deal(batch, self.grad.layout, mesh.index)
-        if mesh.device.type == "cpu":
-            return rows
-        return tree.map(lambda x: None if x is None else x.to(mesh.device, non_blocking=True), rows)
+        mine = order.deal(batch, self.grad.layout, mesh.index)
+        return mine if mesh.device.type == "cpu" else rows.moved(mine, mesh.device)
 
     def view(self, state: TrainState) -> Any:
         """The whole parameters in the compute dtype as fresh leaves that want a gradient, for a forward of your own
@@ -213,6 +212,8 @@ class Step(NamedTuple):
             By default so is one of fz.stateless that changes buffers; one of an evaluating module reads the state's.
         """
 
+        loss_fn = rows.counting(loss_fn, self.grad.layout.cut)
+
         def evaluate(state: TrainState, batch: Any) -> Eval:
             g = self.running()
             self.fits.look(state)
@@ -253,8 +254,9 @@ not_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 def _not_transformed(state: TrainState, batch: Any) -> None:
     """Refuse what has a tangent, a gradient of torch.func or more than one value; and any call inside torch.func."""
-    for what, given in (("state", state), ("batch", batch)):
-        for path, x in tree.paths(given):
+    inside = [(path, x) for path, x, _ in rows.opened(batch)[0]]
+    for what, found in (("state", tree.paths(state)), ("batch", inside)):
+        for path, x in found:
             if isinstance(x, Tensor) and transformed(x):
                 why = "is batched or differentiated by torch.func, and the step's values would be without it"
                 raise RuntimeError(f"step: {path!r} of its {what} {why}; write fz.differentiable(step) in its place")

@@ -15,7 +15,7 @@ from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Env, Grad, Metrics, TrainState, Updated
 from funczero.layout.mesh import Mesh, connect, plan_mesh
 from funczero.layout.slots import Slots
-from funczero.step.alike import begin
+from funczero.step.alike import begin, given
 from funczero.step.book import Book
 from funczero.step.calls import recorded, watched
 from funczero.step.describe import gathered
@@ -24,6 +24,7 @@ from funczero.step.initial import check_widening, initial, read_lazily
 from funczero.step.look import looking, seed_of, seen
 from funczero.step.notices import Early, narrow, nested, say
 from funczero.step.step import Step, metrics_of
+from funczero.transforms.accumulate import Accumulate
 from funczero.transforms.chain import Source, build, chain, configured
 from funczero.transforms.skips import Patience, Skipped, unapplied
 from funczero.world.entries import UPDATE
@@ -138,15 +139,17 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         made = fits.look(state)
         now, seen = int(state.step), _seen(book, state, patience)
         seed = seed_of(state, g.env.mesh.device, look=options.debug or seen.row > 0)
-        views, given = fits.views(state, made), {**state.chain, "params": state.params}
+        views, own = fits.views(state, made), {**state.chain, "params": state.params}
         if early.open:
             early.before(state.params)
-        out, new = g.apply(views, dict(given), batch, seed)
+            if _begins(state, batch):
+                given(batch, g.layout, g.env.mesh)
+        out, new = g.apply(views, dict(own), batch, seed)
         masters = new.pop("params")
         if out is None:
             return fits.settled(state, views)._replace(chain=new), None
         assert isinstance(out, Updated)
-        once_more = lambda: probe().apply(views, given, batch, seed._replace(look=True))[0]
+        once_more = lambda: probe().apply(views, own, batch, seed._replace(look=True))[0]
         again = None if g.streams or source.name != "value_and_grad" else once_more
         seen = patience.after(seen, out, now, masters.where.structure.leaves, again)
         if early.open:
@@ -181,6 +184,11 @@ def _built(parts: tuple[Any, ...], env: Env) -> Grad:
             f" opened, or all_gather({left[-1]!r}) after it",
         )
     return g
+
+
+def _begins(state: TrainState, batch: Any) -> bool:
+    """Is this the first micro-batch of an update? Of a stream's others a rank may have fewer."""
+    return batch is not None and not any(int(own.count) for own in state.chain.values() if isinstance(own, Accumulate))
 
 
 def _renewed(new: Slots, old: Slots) -> Slots:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from funczero.core import order, tree
+from funczero.core import order, rows
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Apply, Grad, Seed, State, Sum, Transform, Tree
 from funczero.layout.slots import Slots
@@ -30,7 +30,7 @@ def accumulate(k: int, stream: bool = False) -> Transform:
     Layout: unchanged; a digit is added to the order of sums. Memory: log2(k) + 1 partial sums in `policy.accumulate`.
 
     Args:
-      k: micro-batches; the batch is cut into k along dim 0.
+      k: micro-batches; the rows of the batch are cut into k, and what has no rows is in each of them.
       stream: take one micro-batch a call and return no metrics (None); a call with batch None hands over the sum and
         updates. A short window closes with what it has. Only the last accumulate of a chain may stream.
     """
@@ -64,13 +64,14 @@ def accumulate(k: int, stream: bool = False) -> Transform:
 def _loop(g: Grad, k: int, name: str) -> Apply:
     """g on k parts of a batch, one after another."""
     stride, wide, reuse = g.layout.stride, g.env.policy.accumulate, not g.env.differentiable
+    cut = g.layout.cut
 
     def add(a: Sum, b: Sum) -> Sum:
         return _add(a, b, wide, reuse)
 
     def apply(views: Slots, state: State, batch: Tree, seed: Seed) -> tuple[Sum, State]:
         counter: order.Counter[Sum] = ()
-        for j, micro in enumerate(tree.split_rows(batch, k, name)):
+        for j, micro in enumerate(rows.split(batch, k, name, cut)):
             out, state = g.apply(views, state, micro, seed._replace(index=seed.index + j * stride))
             assert isinstance(out, Sum)
             counter = order.push(counter, j, out, add)

@@ -32,6 +32,8 @@ class Source(NamedTuple):
     replicated: tuple[str, ...] = ()  # mesh axes whose ranks are meant to be given the same rows
     synced: bool = False  # does a layer take statistics over the rows of all ranks?
     conditional: tuple[str, ...] = ()  # of the units, those that a rank may leave out where others open them
+    cut: Any = 0  # of the batch, see rows.py
+    spec: Any = None  # of the batch, where it is more than rows in dim 0
 
 
 class Bracket(NamedTuple):

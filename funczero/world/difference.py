@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from funczero.world.entries import BEGINS, UPDATE, Context, Entry
+from funczero.world.entries import BEGINS, GIVEN, UPDATE, Context, Entry
 
 DO_THE_SAME = "every rank must make the same calls, and no branch of the loss may depend on the rank or on its rows"
 
@@ -44,14 +44,15 @@ def _difference(odd: Entry, usual: Entry, others: str) -> str:
     if odd.verb == usual.verb == BEGINS and a.spec != b.spec:
         return f"begins with another chain or other leaves than {others}"
     if (
-        odd.verb == usual.verb == BEGINS
+        odd.verb == usual.verb
+        and odd.verb in (BEGINS, GIVEN)
         and odd.axis == usual.axis
         and a.spec == b.spec
         and odd.compared[5:] != usual.compared[5:]
     ):
-        return f"begins with another value of {odd.axis} than {others}" + f": {odd.dtype} instead of {usual.dtype}" * (
-            odd.dtype != usual.dtype
-        )
+        instead = f": {odd.dtype} instead of {usual.dtype}" * (odd.dtype != usual.dtype)
+        at = f" at step {a.step}" * (odd.verb == GIVEN)
+        return f"{odd.verb} another value of {odd.axis} than {others}{at}{instead}"
     if (a.call, a.step, a.spec) == (b.call, b.step, b.spec) and not odd.text and not usual.text:
         differing = [
             (n, x, y)
@@ -84,6 +85,11 @@ def _remedy(odd: Entry, usual: Entry, text_of: Callable[[int], str | None]) -> s
         return f"every rank must build the same chain from like parameters, but one has {x!r} where others have {y!r}"
     if a.call != b.call:
         return f"every rank must make the same calls: {a.call if a.call != UPDATE else b.call} on all ranks or on none"
+    if odd.verb == GIVEN:
+        return (
+            "what batch= calls P() is whole, and the same on all ranks: give every rank the same, or split it into rows"
+            " with P(...)"
+        )
     if odd.verb == BEGINS:
         return (
             "every rank must begin alike: give init the same parameters (fz.init draws them leaf by leaf from one key)"

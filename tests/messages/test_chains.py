@@ -268,9 +268,25 @@ CHAINS = {
 }  # fmt: skip
 
 CALLS = {
-    "a batch split by columns": (
-        lambda: fz.value_and_grad(zoo.loss_plain, batch=P(None, "data")), fz.ChainError,
-        "value_and_grad: batch=P(None, 'data') splits a dim other than 0, but a batch is split by rows; write P(('data',))",
+    "a batch split in two dims": (
+        lambda: fz.value_and_grad(zoo.loss_plain, batch=P("node", "data")), fz.ChainError,
+        "value_and_grad: batch= is P('node', 'data'), which splits two dims, but rows lie in one; write P(('node', 'data'))",
+    ),
+    "a leaf of a batch split in two dims": (
+        lambda: fz.value_and_grad(zoo.loss_plain, batch={"x": P("data", "node")}), fz.ChainError,
+        "value_and_grad: batch= has 'x': P('data', 'node'), which splits two dims, but rows lie in one; write P(('data', 'node'))",
+    ),
+    "leaves of a batch over different axes": (
+        lambda: fz.value_and_grad(zoo.loss_plain, batch={"x": P("data"), "y": P("node")}), fz.ChainError,
+        "value_and_grad: batch= splits 'x' over ['data'], but 'y' over ['node']; write the same axes for every leaf with rows, and P() for the others",
+    ),
+    "a leaf of a batch with None for a spec": (
+        lambda: fz.value_and_grad(zoo.loss_plain, batch={"x": P("data"), "y": None}), fz.ChainError,
+        "value_and_grad: batch= has 'y': None, which is no spec; write P('data') for rows, P() for what is whole",
+    ),
+    "a pullback of time-major rows": (
+        lambda: fz.pullback(P(None, "data")), fz.ChainError,
+        "pullback: batch=P(None, 'data'), but its rows were read by a forward elsewhere, and nothing of them is dealt or cut here; write the axes alone: batch=P(('data',))",
     ),
     "an optax transform, lifted": (
         lambda: fz.lift(OPTAX), TypeError,

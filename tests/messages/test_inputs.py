@@ -176,15 +176,23 @@ INPUTS = {
     ),
     "unequal rows": (
         lambda: step(k=2).local_rows({"x": ones(4, 3), "y": ones(2)}), ValueError,
-        "local_rows: the tensors of a batch disagree on their rows (dim 0): [2, 4]",
+        "local_rows: the tensors of a batch disagree on their rows: 'x' has 4 in dim 0, but 'y' has 2 in dim 0; in batch= write P() for a leaf that has no rows",
     ),
-    "a batch without rows": (
-        lambda: step(k=2).local_rows({"x": ones(4, 3), "y": ones(())}), TypeError,
-        "local_rows: every leaf of a batch is a tensor with rows in dim 0, but one is Tensor without dims",
+    "numbers in a batch, one a row": (
+        lambda: step(k=2).local_rows({"x": ones(4, 3), "y": [1, 2, 3, 4]}), TypeError,
+        "local_rows: 'y' of the batch is a list of numbers or text, which has no rows to cut; give a tensor, or in batch= write P() for 'y' if it belongs to all rows",
     ),
-    "a batch of no tensors": (
-        lambda: step(k=2).local_rows({"x": ones(4, 3), "y": 3}), TypeError,
-        "local_rows: every leaf of a batch is a tensor with rows in dim 0, but one is int",
+    "an object in a batch": (
+        lambda: step(k=2).local_rows({"x": ones(4, 3), "y": {"z": object()}}), TypeError,
+        "local_rows: 'y/z' of the batch is a object, which has no rows to cut; give a tensor, or in batch= write P() for 'y/z' if it belongs to all rows",
+    ),
+    "a packed sequence in a batch": (
+        lambda: step(k=2).local_rows({"x": torch.nn.utils.rnn.pack_sequence([ones(3), ones(2)])}), TypeError,
+        "local_rows: 'x' of the batch is a PackedSequence, which has no rows to cut; give a tensor, or in batch= write P() for 'x' if it belongs to all rows",
+    ),
+    "a sparse leaf of a batch": (
+        lambda: step(k=2).local_rows({"x": ones(4, 3).to_sparse()}), TypeError,
+        "local_rows: 'x' of the batch is sparse or nested, and is not cut; give it dense, or in batch= write P() for 'x' if it belongs to all rows",
     ),
     "a scalar loss": (
         returns(ones(())), TypeError,
@@ -251,13 +259,9 @@ INPUTS = {
         lambda: run(step(tied_loss()), p={"w": ones(3, 2), "blocks": [{"v": ones(2, 2)}, {"v": 2 * ones(2, 2)}]}), ValueError,
         "init: 'blocks/0/v' and 'blocks/1/v' are one parameter of the module, but here they differ; give both the same values",
     ),
-    "words in a batch": (
-        lambda: step().local_rows({"x": ones(4, 3), "y": "text"}), TypeError,
-        "local_rows: every leaf of a batch is a tensor with rows in dim 0, but one is str",
-    ),
-    "a batch without rows, for one rank": (
-        lambda: step().local_rows({"x": ones(4, 3), "y": ones(())}), TypeError,
-        "local_rows: every leaf of a batch is a tensor with rows in dim 0, but one is Tensor without dims",
+    "words in a batch, one a row": (
+        lambda: step().local_rows({"x": ones(4, 3), "y": ["a"] * 4}), TypeError,
+        "local_rows: 'y' of the batch is a list of numbers or text, which has no rows to cut; give a tensor, or in batch= write P() for 'y' if it belongs to all rows",
     ),
     "a batch of nothing": (
         lambda: step().local_rows({"x": None}), ValueError,

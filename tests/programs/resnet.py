@@ -11,6 +11,7 @@ from torch import nn
 
 import funczero as fz
 from funczero import P
+from funczero.core.rows import split
 
 
 class Block(nn.Module):
@@ -77,7 +78,7 @@ def plain():
     optimizer = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
     for t in range(3):
         optimizer.zero_grad()
-        micros = fz.tree.split_rows(batch(t), MICROS, "plain")
+        micros = split(batch(t), MICROS, "plain")
         replicas = [deepcopy(module) for _ in micros]  # each reads the same statistics
         for replica, micro in zip(replicas, micros, strict=True):
             (loss(replica, micro)[0] / 8).backward()
