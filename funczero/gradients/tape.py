@@ -145,6 +145,16 @@ class Tape:
             self.ahead(*before)
         return self.open[unit]
 
+    def reopened(self, leaf: int) -> Tensor:
+        """A leaf's values, for what runs again inside a block while its backward runs; they are not in its graph."""
+        unit = self.whole.structure.leaves[leaf].unit
+        if not self.seam:
+            return self.leaves[leaf]
+        members, units = self.whole.structure.members[unit], self.whole.structure.units
+        block = tuple(u for u, other in enumerate(units) if other.name == units[unit].name)
+        x = self.whole.views(unit, self.again(unit, block, ()) if self.rest else self.views.buffers[unit])
+        return x[members.index(leaf)].data.requires_grad_(self.differentiate and not units[unit].frozen)
+
     def keep(self, buffers: dict[int, Tensor]) -> None:
         """Hold on to the forward's last block, which the backward reads first."""
         self.count(-len(buffers.keys() & self.open.keys()))
