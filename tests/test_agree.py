@@ -224,6 +224,42 @@ def test_functions_of_parameters_may_branch_as_well():
     assert len({h for stage in (0, 1, 2, 3) for h in simulate(TWO)(functional, stage)}) == 1
 
 
+class Modalities(nn.Module):
+    """A tower that only rows with an image run; what all of them run is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.text = nn.ModuleList(Expert() for _ in range(2)), nn.Linear(DIM, DIM).requires_grad_(False)
+
+    def forward(self, b):
+        x = self.text(b["x"])
+        if b["image"].any():
+            for block in self.tower:
+                x = x + b["image"][:, None] * block(x)
+        return x
+
+
+def modal(stage, b):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Modalities().double()
+    loss_fn, params = fz.stateless(
+        net, lambda m, b: (m(b).square().sum(), torch.tensor(float(len(b["x"])))), conditional="tower"
+    )
+    grad = fz.value_and_grad(loss_fn, batch=P("data"), trainable=loss_fn.trainable)
+    step = fz.train_step(*fz.zero(grad, fz.sgd(0.1), stage=stage), mesh={"data": -1}, policy="float64")
+    state = step.init(params)
+    for _ in range(2):
+        state, m = step(state, step.local_rows(b))
+    return tree_hash((step.params(state), m.loss))
+
+
+@pytest.mark.parametrize("images", [(1, 0), (0, 1), (0, 0)], ids=str)
+def test_a_rank_whose_rows_train_nothing_sends_zeros(images):
+    b = {"x": rows(7), "image": torch.tensor(images, dtype=torch.float64)}
+    assert len({h for stage in (0, 1, 2, 3) for h in simulate(TWO)(modal, stage, b)}) == 1
+
+
 # --- what is conditional ----------------------------------------------------------------------------------------------
 def test_lists_called_experts_are_conditional_and_others_are_named():
     source = lambda **kw: fz.value_and_grad(lambda p, b: None, batch=P("data"), **kw)

@@ -56,10 +56,9 @@ class Tape:
         self.differentiate, self.look = differentiate, look
         self.port = torch.zeros((), device=views.buffers[0].device, requires_grad=differentiate)
         self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device, key, held)
-        self.agreement: Agreement | None = None
-        if conditional and self.rest and self.seam:
-            self.agreement = Agreement(env.mesh, self.arrivals, self._gather, lambda: self.count(-1))
-            self.arrivals.agreed = True
+        self.conditional = conditional
+        self.arrivals.agreed = conditional and bool(self.rest) and self.seam
+        self.agreement = Agreement(env.mesh, self.arrivals) if self.arrivals.agreed else None
         self.flying: dict[int, Travelling] = {}  # gathers under way
         self.open: dict[int, Tensor] = {}  # gathered buffers that the backward reads
         self.kept: set[int] = set()  # of these, the forward's last block
@@ -106,8 +105,12 @@ class Tape:
             self.count(1)
             return self.open[unit]
         if self.agreement is not None and self.whole.structure.units[unit].seam:
-            return self.agreement.take(unit)
+            self.agreement.until(unit, self._lend)
         return self._gather(unit)
+
+    def _lend(self, unit: int) -> None:
+        self._gather(unit)
+        self.count(-1)
 
     def _gather(self, unit: int) -> Tensor:
         if unit not in self.flying:
@@ -186,7 +189,7 @@ class Tape:
     def end(self) -> None:
         """After the backward nothing is open or under way, on any rank."""
         if self.agreement is not None:
-            self.agreement.end()
+            self.agreement.until(None, self._lend)
         self.land()
         self.drop_all()
         self.course.close()
