@@ -18,6 +18,7 @@ from funczero.gradients.agree import Agreement
 from funczero.gradients.arrivals import Arrivals, Group
 from funczero.gradients.course import Course
 from funczero.gradients.loss import written
+from funczero.gradients.node import node
 from funczero.gradients.ref import Ref
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
@@ -256,7 +257,7 @@ class Tape:
             learns = track and not self.whole.structure.units[u].frozen
             if learns:
                 self.arrivals.use((u,))
-            xs = self.node(u, buffer) if learns else [x.data for x in self.whole.views(u, buffer)]
+            xs = node(self, u, buffer) if learns else [x.data for x in self.whole.views(u, buffer)]
             out |= dict(zip(self.whole.structure.members[u], xs, strict=True))
         return out
 
@@ -267,22 +268,6 @@ class Tape:
         """
         members = [i for u in group for i in self.whole.structure.members[u]]
         return {i: x.view_as(x) if x.requires_grad else x for i, x in ((i, self.leaves[i]) for i in members)}
-
-    def node(self, unit: int, buffer: Tensor | None = None) -> tuple[Tensor, ...]:
-        """A unit's leaves in the graph.
-
-        Args:
-          buffer: None: stand-ins of their shapes and of no memory, for who computes the gradients itself.
-        """
-        try:
-            return _Open.apply(self, unit, buffer, self.port)
-        except RuntimeError as error:
-            if "setup_context" not in str(error):
-                raise
-            name = self.whole.structure.units[unit].name
-            why = "is opened inside a torch.func transform, but units are first-order and know no vmap or jvp"
-            remedy = "write value_and_grad(..., higher_order=True)"
-            raise RuntimeError(f"value_and_grad(units=...): unit {name!r} {why}; {remedy}") from None
 
     def untouched(self, leaves: Mapping[int, Tensor], before: Mapping[int, Tensor] | None = None) -> None:
         """Refuse a loss that wrote its parameters: at some stages that is the caller's state, at others a copy.
@@ -307,30 +292,3 @@ class Tape:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-
-
-class _Open(torch.autograd.Function):
-    """A unit's leaves for the forward. Autograd runs this node only for a backward that asks for their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tape: Tape, unit: int, buffer: Tensor | None, port: Tensor) -> tuple[Tensor, ...]:
-        ctx.tape, ctx.unit, ctx.held = tape, unit, buffer is not None
-        ctx.set_materialize_grads(False)
-        if buffer is None:
-            one, leaves = torch.zeros((), dtype=tape.dtype, device=port.device), tape.whole.structure.leaves
-            return tuple(one.expand(leaves[i].shape) for i in tape.whole.structure.members[unit])
-        return tuple(x.data for x in tape.whole.views(unit, buffer))  # .data: each has a version counter of its own
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        first_order()
-        ctx.tape.drop(ctx.unit)
-        ctx.tape.arrivals.arrive(ctx.unit, grads)
-        return None, None, None, None
-
-
-def first_order() -> None:
-    """The seam frees what a second derivative would need; say so instead of being wrong."""
-    if torch.is_grad_enabled():
-        why = "the seam is first-order only, but create_graph=True asks for a second derivative"
-        raise RuntimeError(f"value_and_grad(units=...): {why}; write higher_order=True")

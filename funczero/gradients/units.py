@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
 
 from funczero.core.types import ChainError
@@ -52,16 +54,18 @@ def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...
 
 def _stages(path: str, modules: dict[str, nn.Module], repeated: Sequence[str]) -> bool:
     """Are a list's blocks stages, which run all the lists in them?"""
-    shapes, rest, one_type = [], [], True
+    shapes: list[Counter[torch.Size]] = []
+    rest, one_type = list[nn.Parameter](), True
     for name, block in modules[path].named_children():
         inner = [q for q in repeated if q == f"{path}.{name}" or q.startswith(f"{path}.{name}.")]
         if not inner or any(EXPERTS.search(q.rpartition(".")[2]) for q in inner):
             return False
         inside = {id(p) for q in inner for p in modules[q].parameters()}
-        shapes.append(tuple(p.shape for p in block.parameters()))
+        shapes.append(Counter(p.shape for p in block.parameters()))
         rest += [p for p in block.parameters() if id(p) not in inside]
         one_type = one_type and all(len({type(b) for b in modules[q].children()}) == 1 for q in inner)
-    most = max(map(shapes.count, shapes), default=0)
+    alike = lambda a, b: 4 * (a & b).total() >= 3 * max(a.total(), b.total())  # one may have a layer more
+    most = max((sum(alike(a, b) for b in shapes) for a in shapes), default=0)
     return 2 * most <= len(shapes) or not rest and one_type
 
 
