@@ -224,6 +224,42 @@ def test_functions_of_parameters_may_branch_as_well():
     assert len({h for stage in (0, 1, 2, 3) for h in simulate(TWO)(functional, stage)}) == 1
 
 
+class Modalities(nn.Module):
+    """A tower that only rows with an image run; what all of them run is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.text = nn.ModuleList(Expert() for _ in range(2)), nn.Linear(DIM, DIM).requires_grad_(False)
+
+    def forward(self, b):
+        x = self.text(b["x"])
+        if b["image"].any():
+            for block in self.tower:
+                x = x + b["image"][:, None] * block(x)
+        return x
+
+
+def modal(stage, b):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Modalities().double()
+    loss_fn, params = fz.stateless(
+        net, lambda m, b: (m(b).square().sum(), torch.tensor(float(len(b["x"])))), conditional="tower"
+    )
+    grad = fz.value_and_grad(loss_fn, batch=P("data"), trainable=loss_fn.trainable)
+    step = fz.train_step(*fz.zero(grad, fz.sgd(0.1), stage=stage), mesh={"data": -1}, policy="float64")
+    state = step.init(params)
+    for _ in range(2):
+        state, m = step(state, step.local_rows(b))
+    return tree_hash((step.params(state), m.loss))
+
+
+@pytest.mark.parametrize("images", [(1, 0), (0, 1), (0, 0)], ids=str)
+def test_a_rank_whose_rows_train_nothing_sends_zeros(images):
+    b = {"x": rows(7), "image": torch.tensor(images, dtype=torch.float64)}
+    assert len({h for stage in (0, 1, 2, 3) for h in simulate(TWO)(modal, stage, b)}) == 1
+
+
 # --- what is conditional ----------------------------------------------------------------------------------------------
 def test_lists_called_experts_are_conditional_and_others_are_named():
     source = lambda **kw: fz.value_and_grad(lambda p, b: None, batch=P("data"), **kw)
@@ -248,3 +284,42 @@ def test_a_list_whose_layers_are_dropped_in_training_is_conditional():
 def test_a_list_that_is_named_is_right():
     runs = (simulate(TWO)(trained, "dropped", stage, DIM, 3, {"conditional": "layers"}, "layers") for stage in (1, 3))
     assert len({tuple(hashes) for ranks in runs for hashes, _ in ranks}) == 1
+
+
+def test_layers_that_hugging_face_drops_are_dropped_alike_at_every_stage():
+    """wav2vec2: each micro-batch draws which of its layers run."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=[8, 8],
+        conv_stride=[2, 2],
+        conv_kernel=[3, 3],
+        num_feat_extract_layers=2,
+        layerdrop=0.5,
+        mask_time_prob=0.0,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Wav2Vec2Model(config).double().train()
+    loss_fn, params = fz.stateless(
+        model, lambda m, b: (m(b).last_hidden_state.square().sum(), torch.tensor(float(len(b))))
+    )
+    assert loss_fn.conditional == ("encoder.layers",)
+    x = torch.randn(4, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run(stage, micros):
+        grad = fz.value_and_grad(loss_fn, batch=P("data"), rng=True)
+        step = fz.train_step(
+            *fz.zero(grad, fz.sgd(1e-3), stage=stage, accumulate=micros), mesh={"data": -1}, policy="float64"
+        )
+        state = step.init(params, key=1)
+        for _ in range(3):
+            state, m = step(state, step.local_rows(x))
+        return tree_hash((step.params(state), m.loss))
+
+    assert len({h for w, stage in ((1, 0), (2, 0), (2, 3)) for h in simulate({"data": w})(run, stage, 2 // w)}) == 1

@@ -17,8 +17,12 @@ CASES = {  # what the odd rank did instead: how the sentence goes on after "rank
         GATHER._replace(units=(2,)),
         (
             "launched all_gather of 'blocks/1' .* while ranks 0, 1, 3 launched all_gather of 'blocks/0' .*; .* the same"
-            " units in the same order"
+            " units in the same order; where that depends on its rows, name their list: .*conditional="
         ),
+    ),
+    "gradients where others gather": (
+        GATHER._replace(verb="reduce_scatter", units=(0, 1, 2)),
+        "launched reduce_scatter of .* while ranks 0, 1, 3 launched all_gather of 'blocks/0' .*conditional=",
     ),
     "another collective": (GATHER._replace(verb="all_reduce"), "launched all_reduce .*; .* the same collectives"),
     "another dtype": (GATHER._replace(dtype="bfloat16"), "launched all_gather .* of bfloat16 .*; .*same collectives"),

@@ -307,3 +307,21 @@ def test_what_is_no_tree_of_parts_is_refused():
         loss({**fz.parts(state), "w": torch.zeros(2, 3)}, rows())
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode, whose tensors have no derivative"):
         loss(fz.parts(state), rows())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_loss_that_writes_into_what_it_is_given_is_refused_by_path(stage):
+    def said():
+        def loss_fn(p, b):
+            with torch.no_grad():
+                p["w"].clamp_(-1, 1)
+            return (p["w"] * b).sum(), torch.tensor(float(len(b)))
+
+        grad = fz.value_and_grad(loss_fn, batch=P("data"))
+        step = fz.train_step(*fz.zero(grad, fz.sgd(0.1), stage=stage), mesh={"data": -1})
+        state = step.init({"w": torch.full((4,), 2.0)})
+        with pytest.raises(RuntimeError, match=r"writes into parameter 'w' in place.*fz\.project"):
+            fz.sharded_loss(step, loss_fn, state)(fz.parts(state), torch.ones(2, 4))
+        return True
+
+    assert simulate({"data": 2})(said) == [True, True]

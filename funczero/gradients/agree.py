@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from funczero.comm.integers import sum_integers
 from funczero.gradients.arrivals import Arrivals
@@ -21,31 +20,25 @@ from funczero.layout.mesh import Mesh
 class Agreement:
     """What one tape's ranks agree on, all the ranks of the mesh."""
 
-    def __init__(self, mesh: Mesh, arrivals: Arrivals, gather: Callable[[int], Tensor], forget: Callable[[], None]):
-        """gather: a unit, by all ranks; forget: called where this rank did not want it."""
-        self.mesh, self.arrivals, self.gather, self.forget = mesh, arrivals, gather, forget
+    def __init__(self, mesh: Mesh, arrivals: Arrivals) -> None:
+        """mesh: whose ranks they are, all of them; arrivals: the gradients that leave in between."""
+        self.mesh, self.arrivals = mesh, arrivals
         self.place, self.ranks = mesh.rank(tuple(mesh.axes))
 
-    def take(self, unit: int) -> Tensor:
-        """A unit's whole buffer, once its turn has come."""
+    def until(self, unit: int | None, lend: Callable[[int], None]) -> None:
+        """Returns when all ranks gather this unit next; with None, when no rank wants one any more.
+
+        Args:
+          lend: gathers a unit that another rank wants, and lets it go.
+        """
         while (chosen := self._chosen(unit)) != unit:
-            self._lend(chosen)
-        return self.gather(unit)
-
-    def end(self) -> None:
-        """This rank wants no more units; it returns when no rank does."""
-        while (chosen := self._chosen(None)) is not None:
-            self._lend(chosen)
-
-    def _lend(self, unit: int | None) -> None:
-        assert unit is not None  # some rank wants one: at least this one
-        self.gather(unit)
-        self.forget()
+            assert chosen is not None  # at least this rank wants one
+            lend(chosen)
 
     def _chosen(self, unit: int | None) -> int | None:
         """The unit that all ranks gather now; None where none is wanted. What is due of the gradients leaves first.
 
-        Of several the first in a forward, before the last in a backward: those come one after another there.
+        Of several the first in a forward, and after all forwards the last in a backward: so they follow one another.
         """
         backward = self.arrivals.booking
         table = torch.zeros(self.ranks, 2, dtype=torch.int64, device=self.mesh.device)

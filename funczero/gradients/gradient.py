@@ -93,9 +93,8 @@ def value_and_grad(
         raise ChainError(
             f"value_and_grad: conditional={conditional!r} is written with higher_order, but {why}; leave out one"
         )
-    if conditional is None:
-        conditional = getattr(loss_fn, "conditional", None)
-    conditional = conditional_of(units, conditional)
+    sometimes = getattr(loss_fn, "conditional", None) if conditional is None else conditional
+    conditional = () if higher_order else conditional_of(units, sometimes)
     matches = tree.matcher(trainable)
     frozen = (lambda path: False) if trainable is None else (lambda path: not matches(path))
 
@@ -309,7 +308,8 @@ def _differentiate(
                 raise TypeError(sparse(structure.leaves[i].path))
             grads[i] = None if void else g
     learning = any(not u.frozen and members for u, members in zip(structure.units, structure.members, strict=True))
-    if learning and not tape.arrivals.number and all(g is None for g in grads) and bool(outcome.weight != 0):
+    nothing = learning and not tape.arrivals.number and all(g is None for g in grads)
+    if nothing and not tape.conditional and bool(outcome.weight != 0):  # else its rows may be those that train nothing
         raise RuntimeError(no_gradient())
     return outcome, grads
 

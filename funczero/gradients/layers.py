@@ -19,6 +19,7 @@ from funczero.core import rng, tree
 from funczero.core.held import differentiated, held_by
 from funczero.gradients.arrivals import Group
 from funczero.gradients.keep import run_unit
+from funczero.gradients.node import node
 from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.remat import Rerun, rerun_resting
@@ -126,7 +127,7 @@ def run_block(
     elif remat and torch.is_grad_enabled() and tape.differentiate:
         learning = [u for u in group if not tape.whole.structure.units[u].frozen]
         tape.arrivals.use(tuple(learning))
-        ports = [x for u in learning for x in tape.node(u)]
+        ports = [x for u in learning for x in node(tape, u)]
         outs = Rerun.apply(tape, group, guess, run, len(ports), *ports, *inputs)
         tape.course.ran(group, outs)
     else:

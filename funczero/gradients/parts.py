@@ -121,6 +121,7 @@ class Parts:
         self.whole = Where.whole(where.structure)
         self.dtype, self.device, self.differentiate = dtype or some.dtype, some.device, True
         self.may_be_void, self.void = may_be_void, False
+        self.lent: list[tuple[int, Tensor, int]] = []  # whole leaves in a loss's hands, and their versions
         self.versions = {i: x._version for i, x in parts.items()}
 
     @property
@@ -133,7 +134,7 @@ class Parts:
         structure = self.where.structure
         out: list[Any] = [None] * len(structure.leaves)
         loose = [u for u, unit in enumerate(structure.units) if not unit.seam]
-        for i, x in self.opened(self.parts_of(loose)).items():
+        for i, x in self.gathered(loose).items():
             out[i] = x
         for u, unit in enumerate(structure.units):
             for i in structure.members[u] if unit.seam else ():
@@ -184,8 +185,15 @@ class Parts:
     def _run(self, parts: dict[int, Tensor], block: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         leaves = self.opened(parts)
         before, given = {i: x._version for i, x in leaves.items()}, [x._version for x in inputs]
-        with Uncached(), Derivable():
-            outs = block(leaves, inputs)
+        try:
+            with Uncached(), Derivable():
+                outs = block(leaves, inputs)
+        except RuntimeError as error:
+            if "support saved tensor hooks" not in str(error):
+                raise
+            why = "a block uses torch.utils.checkpoint, or hooks of saved tensors, which torch.func knows nothing of"
+            remedy = "leave that out: such a block saves its inputs alone"
+            raise RuntimeError(f"value_and_grad(higher_order=True): {why}; {remedy}") from None
         if [x._version for x in inputs] != given:
             why = "changes an input in place, and is run again for every derivative"
             raise RuntimeError(f"value_and_grad(higher_order=True): a block {why}; write x = x + y")
@@ -194,10 +202,17 @@ class Parts:
 
     def gathered(self, group: Sequence[int]) -> dict[int, Tensor]:
         """Leaves of some units, whole for as long as a loss holds them."""
-        return self.opened(self.parts_of(group))
+        leaves = self.opened(self.parts_of(group))
+        self.lent += [(i, x, x._version) for i, x in leaves.items()]
+        return leaves
+
+    def reopened(self, leaf: int) -> None:
+        """None: no part of a block runs again by itself here."""
 
     def left_alone(self) -> None:
-        """Refuse a loss that wrote into this rank's parts."""
+        """Refuse a loss that wrote into this rank's parts, or into what it was given whole."""
+        lent, self.lent = self.lent, []
+        self.untouched({i: x for i, x, version in lent if x._version != version})
         self.untouched({i: x for i, x in self.parts.items() if x._version != self.versions[i]})
 
     def untouched(self, odd: Mapping[int, Tensor]) -> None:

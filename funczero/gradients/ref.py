@@ -1,14 +1,18 @@
-"""A parameter inside a unit, before the unit is opened."""
+"""A parameter inside a unit, before the unit is opened; in a backward, of which a part of its block runs again, its
+values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from funczero.core import tree
+from funczero.gradients.course import again
 
 if TYPE_CHECKING:
     from funczero.gradients.parts import Parts
@@ -16,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class Ref:
-    """A parameter inside a unit, before the unit is opened: it has a shape and a dtype, and no values."""
+    """A parameter inside a unit, before the unit is opened: it has a shape and a dtype, and no values.
+
+    What torch.utils.checkpoint runs again inside a block, it runs in the backward, when the block has let its
+    parameters go. There a Ref stands for the leaf of the unit that the backward has opened.
+    """
 
     def __init__(self, tape: Tape | Parts, leaf: int) -> None:
         """Leaf number `leaf` of what the tape holds."""
@@ -30,36 +38,42 @@ class Ref:
         return True
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        """Any use as a tensor is refused, with the correction."""
-        ref = next(x for x in tree.leaves((args, kwargs)) if isinstance(x, Ref))
-        ref._refuse()
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any use as a tensor is refused, with the correction; in a backward it is one of the leaf."""
+        args, kwargs = tree.map(lambda x: x._opened() if isinstance(x, Ref) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        """No tensor method exists here."""
+    def __getattr__(self, name: str) -> Any:
+        """No tensor method exists here, but in a backward."""
         if name.startswith("__"):
             raise AttributeError(name)
-        self._refuse()
+        return getattr(self._opened(), name)
+
+    def _opened(self) -> Tensor:
+        found = self.tape.reopened(self.leaf) if again() else None
+        if found is None:
+            self._refuse()
+        return found
 
     def _refuse(self) -> NoReturn:
-        again = (
-            torch._C._current_graph_task_id() != -1
-        )  # a backward reads it: something inside the block runs once more
         remedy = "run its blocks with fz.layers(block, params[...], x) or open it with fz.gather(params[...])"
         if "/" not in self.path:  # a module's parameter
             remedy = (
                 "a module may read it only inside that block's forward; "
                 "leave its list out of fz.stateless(..., units=[...])"
             )
-        if again:
-            remedy = (
-                "it is read again in the backward, as torch.utils.checkpoint does inside a unit; "
-                "leave that out, and write remat=True"
-            )
         raise TypeError(f"parameter {self.path!r} is inside a unit that is not open; {remedy}")
 
     def __repr__(self) -> str:
         return f"<closed parameter {self.path!r} {tuple(self.shape)} {self.dtype}>"
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda self, *args: getattr(self._opened(), name)(*args)
+
+
+for _name in ("neg", "getitem", "add", "sub", "mul", "truediv", "matmul", "pow", "rsub", "rtruediv", "radd", "rmul"):
+    setattr(Ref, f"__{_name}__", _operator(f"__{_name}__"))  # python looks for these on the type
 
 
 @contextmanager

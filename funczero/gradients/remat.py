@@ -19,7 +19,7 @@ from funczero.gradients.tape import Tape
 class Rerun(torch.autograd.Function):
     """A block that saves only its inputs: run again in the backward, in the surroundings of its first run.
 
-    Its units' leaves come in as stand-ins (Tape.node), so that a backward that does not ask for the parameters books
+    Its units' leaves come in as stand-ins (node.py), so that a backward that does not ask for the parameters books
     none.
     """
 

@@ -60,6 +60,7 @@ class Snapshot:
         self.named = [known.setdefault(id(x), slot[3]) for slot, x in self.buffers]  # by their first names
         self.computed = computed(module)
         _uncompiled(copies.values())
+        _dense(copies.values())
         self.units = self._units(module, copies, remat)
         self.changes = Changes({path: copies[id(m)] for path, m in module.named_modules()})
         self.wiring = _wiring(self.root)
@@ -293,6 +294,17 @@ def _uncompiled(modules: Iterable[nn.Module]) -> None:
         logging.warning(
             "stateless: torch.compile is taken off, because what it made runs on the module that it was given; blocks"
             " run uncompiled"
+        )
+
+
+def _dense(modules: Iterable[nn.Module]) -> None:
+    """Gradients are added and cut as dense rows; copies ask for no other."""
+    sparse = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+    for m in sparse:
+        m.__dict__["sparse"] = False
+    if sparse:
+        logging.warning(
+            "stateless: sparse=True is taken off %d embeddings: their gradients are dense here", len(sparse)
         )
 
 

@@ -18,6 +18,7 @@ from funczero.gradients.agree import Agreement
 from funczero.gradients.arrivals import Arrivals, Group
 from funczero.gradients.course import Course
 from funczero.gradients.loss import written
+from funczero.gradients.node import node
 from funczero.gradients.ref import Ref
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
@@ -56,10 +57,9 @@ class Tape:
         self.differentiate, self.look = differentiate, look
         self.port = torch.zeros((), device=views.buffers[0].device, requires_grad=differentiate)
         self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device, key, held)
-        self.agreement: Agreement | None = None
-        if conditional and self.rest and self.seam:
-            self.agreement = Agreement(env.mesh, self.arrivals, self._gather, lambda: self.count(-1))
-            self.arrivals.agreed = True
+        self.conditional = conditional
+        self.arrivals.agreed = conditional and bool(self.rest) and self.seam
+        self.agreement = Agreement(env.mesh, self.arrivals) if self.arrivals.agreed else None
         self.flying: dict[int, Travelling] = {}  # gathers under way
         self.open: dict[int, Tensor] = {}  # gathered buffers that the backward reads
         self.kept: set[int] = set()  # of these, the forward's last block
@@ -106,8 +106,12 @@ class Tape:
             self.count(1)
             return self.open[unit]
         if self.agreement is not None and self.whole.structure.units[unit].seam:
-            return self.agreement.take(unit)
+            self.agreement.until(unit, self._lend)
         return self._gather(unit)
+
+    def _lend(self, unit: int) -> None:
+        self._gather(unit)
+        self.count(-1)
 
     def _gather(self, unit: int) -> Tensor:
         if unit not in self.flying:
@@ -145,6 +149,16 @@ class Tape:
             self.ahead(*before)
         return self.open[unit]
 
+    def reopened(self, leaf: int) -> Tensor:
+        """A leaf's values, for what runs again inside a block while its backward runs; they are not in its graph."""
+        unit = self.whole.structure.leaves[leaf].unit
+        if not self.seam:
+            return self.leaves[leaf]
+        members, units = self.whole.structure.members[unit], self.whole.structure.units
+        block = tuple(u for u, other in enumerate(units) if other.name == units[unit].name)
+        x = self.whole.views(unit, self.again(unit, block, ()) if self.rest else self.views.buffers[unit])
+        return x[members.index(leaf)].data.requires_grad_(self.differentiate and not units[unit].frozen)
+
     def keep(self, buffers: dict[int, Tensor]) -> None:
         """Hold on to the forward's last block, which the backward reads first."""
         self.count(-len(buffers.keys() & self.open.keys()))
@@ -176,7 +190,7 @@ class Tape:
     def end(self) -> None:
         """After the backward nothing is open or under way, on any rank."""
         if self.agreement is not None:
-            self.agreement.end()
+            self.agreement.until(None, self._lend)
         self.land()
         self.drop_all()
         self.course.close()
@@ -243,7 +257,7 @@ class Tape:
             learns = track and not self.whole.structure.units[u].frozen
             if learns:
                 self.arrivals.use((u,))
-            xs = self.node(u, buffer) if learns else [x.data for x in self.whole.views(u, buffer)]
+            xs = node(self, u, buffer) if learns else [x.data for x in self.whole.views(u, buffer)]
             out |= dict(zip(self.whole.structure.members[u], xs, strict=True))
         return out
 
@@ -254,22 +268,6 @@ class Tape:
         """
         members = [i for u in group for i in self.whole.structure.members[u]]
         return {i: x.view_as(x) if x.requires_grad else x for i, x in ((i, self.leaves[i]) for i in members)}
-
-    def node(self, unit: int, buffer: Tensor | None = None) -> tuple[Tensor, ...]:
-        """A unit's leaves in the graph.
-
-        Args:
-          buffer: None: stand-ins of their shapes and of no memory, for who computes the gradients itself.
-        """
-        try:
-            return _Open.apply(self, unit, buffer, self.port)
-        except RuntimeError as error:
-            if "setup_context" not in str(error):
-                raise
-            name = self.whole.structure.units[unit].name
-            why = "is opened inside a torch.func transform, but units are first-order and know no vmap or jvp"
-            remedy = "write value_and_grad(..., higher_order=True)"
-            raise RuntimeError(f"value_and_grad(units=...): unit {name!r} {why}; {remedy}") from None
 
     def untouched(self, leaves: Mapping[int, Tensor], before: Mapping[int, Tensor] | None = None) -> None:
         """Refuse a loss that wrote its parameters: at some stages that is the caller's state, at others a copy.
@@ -294,30 +292,3 @@ class Tape:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-
-
-class _Open(torch.autograd.Function):
-    """A unit's leaves for the forward. Autograd runs this node only for a backward that asks for their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tape: Tape, unit: int, buffer: Tensor | None, port: Tensor) -> tuple[Tensor, ...]:
-        ctx.tape, ctx.unit, ctx.held = tape, unit, buffer is not None
-        ctx.set_materialize_grads(False)
-        if buffer is None:
-            one, leaves = torch.zeros((), dtype=tape.dtype, device=port.device), tape.whole.structure.leaves
-            return tuple(one.expand(leaves[i].shape) for i in tape.whole.structure.members[unit])
-        return tuple(x.data for x in tape.whole.views(unit, buffer))  # .data: each has a version counter of its own
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        first_order()
-        ctx.tape.drop(ctx.unit)
-        ctx.tape.arrivals.arrive(ctx.unit, grads)
-        return None, None, None, None
-
-
-def first_order() -> None:
-    """The seam frees what a second derivative would need; say so instead of being wrong."""
-    if torch.is_grad_enabled():
-        why = "the seam is first-order only, but create_graph=True asks for a second derivative"
-        raise RuntimeError(f"value_and_grad(units=...): {why}; write higher_order=True")

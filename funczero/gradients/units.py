@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
 
 from funczero.core.types import ChainError
@@ -17,9 +19,9 @@ def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...
     """Paths of the lists named, or of those found: of nested ones those that hold least at a time.
 
     A list inside a layer is gathered with it, for the layer may run its blocks or not, as a router does. A list inside
-    a stage is not: stages are blocks that hold lists of one type, and of which no more than half are alike in shape,
-    or that hold nothing else; and none of these lists is called experts. Lists of one type are looked for first. Lists
-    of several (attention and state space blocks in turn) count where they hold less.
+    a stage is not: stages are blocks that hold lists, and of which no more than half are alike in shape, or that hold
+    lists of one type and nothing else; and none of these lists is called experts. Lists of one type are looked for
+    first. Lists of several (attention and state space blocks in turn) count where they hold less.
 
     Raises:
       ValueError: a name is not that of a list of blocks.
@@ -53,17 +55,19 @@ def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...
 
 def _stages(path: str, modules: dict[str, nn.Module], repeated: Sequence[str]) -> bool:
     """Are a list's blocks stages, which run all the lists in them?"""
-    shapes, rest, one_type = [], [], True
+    shapes: list[Counter[torch.Size]] = []
+    rest, one_type = list[nn.Parameter](), True
     for name, block in modules[path].named_children():
         inner = [q for q in repeated if q == f"{path}.{name}" or q.startswith(f"{path}.{name}.")]
         if not inner or any(EXPERTS.search(q.rpartition(".")[2]) for q in inner):
             return False
         inside = {id(p) for q in inner for p in modules[q].parameters()}
-        shapes.append(tuple(p.shape for p in block.parameters()))
+        shapes.append(Counter(p.shape for p in block.parameters()))
         rest += [p for p in block.parameters() if id(p) not in inside]
         one_type = one_type and all(len({type(b) for b in modules[q].children()}) == 1 for q in inner)
-    most = max(map(shapes.count, shapes), default=0)
-    return one_type and (2 * most <= len(shapes) or not rest)
+    alike = lambda a, b: 4 * (a & b).total() >= 3 * max(a.total(), b.total())  # one may have a layer more
+    most = max((sum(alike(a, b) for b in shapes) for a in shapes), default=0)
+    return 2 * most <= len(shapes) or not rest and one_type
 
 
 def sometimes(module: nn.Module, units: Sequence[str]) -> tuple[str, ...]:

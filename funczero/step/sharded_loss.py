@@ -53,6 +53,7 @@ class ShardedLoss(NamedTuple):
         parts, own = self._parts(params), getattr(self.loss_fn, "keyed", False)
         with Derivable(), opened_first(), nullcontext() if own else keyed(None, self.mesh.device, drew):
             loss, weight, *_ = check_loss(self.loss_fn(parts.tree(), batch), has_aux=False)
+        parts.left_alone()
         if get_proxy_mode() is None:  # nothing is compared in a graph
             sum_and_compare([torch.zeros(1, dtype=torch.int64, device=self.mesh.device)], self.batch, self.mesh)
         wide = torch.promote_types(loss.dtype, torch.float32)  # a count is rounded in bfloat16, and inf in float16

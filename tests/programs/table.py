@@ -34,6 +34,7 @@ class Program(NamedTuple):
     options: Mapping[str, Any] = {}  # of fz.stateless
     grad: Mapping[str, Any] = {}  # of fz.value_and_grad
     same_bits: bool = True  # are its bits those of every stage and world?
+    micros: bool = False  # is its loss another one of rows together? Then plain torch, too, goes by micro-batches
 
     def sharded(self, stage: int, accumulate: int) -> Any:
         """As one rank of a world: parameters and losses after the updates."""
@@ -49,11 +50,11 @@ class Program(NamedTuple):
         return step.params(state), losses
 
     def plain(self) -> Any:
-        """The same with plain torch, in one process and in one batch."""
+        """The same with plain torch, in one process."""
         module, losses = seeded(self.make), []
         optimizer = self.optimizer([p for p in module.parameters() if p.requires_grad])
         for t in range(self.updates):
-            total, weight = self.loss(module, self.batch(t))
+            total, weight = map(sum, zip(*(self.loss(module, b) for b in self._micros(t)), strict=True))
             optimizer.zero_grad()
             (total / weight).backward()
             for p in module.parameters():  # what no row has reached learns from zeros, as in a larger batch
@@ -61,6 +62,12 @@ class Program(NamedTuple):
             optimizer.step()
             losses.append((total / weight).detach())
         return {n: p.detach() for n, p in module.named_parameters(remove_duplicate=False)}, losses
+
+    def _micros(self, t: int) -> list[Any]:
+        batch = self.batch(t)
+        n = len(fz.tree.leaves(batch)[0]) // MICROS
+        part = lambda i: fz.tree.map(lambda x: x[i * n : (i + 1) * n], batch)
+        return [part(i) for i in range(MICROS)] if self.micros else [batch]
 
 
 class Pair(NamedTuple):
