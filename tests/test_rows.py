@@ -103,6 +103,14 @@ def test_a_container_stays_what_it_is_and_knows_its_own_rows(make, cut):
     assert type(again) is type(batch) and rows.opened(again, cut)[0][0].value.tolist() == list(range(6))
 
 
+def test_a_batch_of_a_tokenizer_is_cut():
+    t = pytest.importorskip("transformers")
+    batch = t.BatchEncoding({"input_ids": torch.arange(8).view(4, 2), "labels": torch.arange(4)}, encoding=None)
+    first, second = rows.split(batch, 2, "here")
+    assert type(first) is t.BatchEncoding and second.input_ids.tolist() == [[4, 5], [6, 7]]
+    assert first["labels"].tolist() == [0, 1]
+
+
 def test_a_cut_that_is_no_prefix_of_the_batch_is_refused_by_path():
     batch = {"x": ones(4), "t": {"a": ones(2)}}
     for cut, words in (

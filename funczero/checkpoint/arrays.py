@@ -111,8 +111,9 @@ def write(
             keys.append((name, key_name(key)))
             under_way += values.nbytes
             while under_way > FLIGHT:
-                size, future = waiting.popleft()
+                size, future = waiting[0]
                 future.result()
+                waiting.popleft()
                 under_way -= size
         for _, future in waiting:
             future.result()
@@ -167,18 +168,26 @@ class Reader:
         """
         asked, self._asked = self._asked, []
         waiting: deque[tuple[Ask, Tensor, Any]] = deque()
+        looks: list[Any] = []
         under_way = 0
-        for first in range(0, len(asked), GROUP):
-            for ask, said, tails in [self._start(ask) for ask in asked[first : first + GROUP]]:
-                with _naming(ask.name):
-                    self._check(ask, said, tails)
-                    out = ask.room()
-                    waiting.append((ask, out, self._read(ask, out)))
-                under_way += nbytes(out)
-                while under_way > FLIGHT:
-                    under_way -= self._wait(*waiting.popleft())
-        while waiting:
-            self._wait(*waiting.popleft())
+        try:
+            for first in range(0, len(asked), GROUP):
+                group = [self._start(ask) for ask in asked[first : first + GROUP]]
+                looks = [look for _, said, tails in group for look in (said, *tails)]
+                for ask, said, tails in group:
+                    with _naming(ask.name):
+                        self._check(ask, said, tails)
+                        out = ask.room()
+                        waiting.append((ask, out, self._read(ask, out)))
+                    under_way += nbytes(out)
+                    while under_way > FLIGHT:
+                        under_way -= self._wait(waiting)
+            while waiting:
+                self._wait(waiting)
+        except BaseException:
+            for future in (*looks, *(future for *_, future in waiting if future is not None)):
+                future.exception()  # waits: nothing is written later into memory that somebody else has by then
+            raise
 
     def _start(self, ask: Ask) -> tuple[Ask, Any, list[Any]]:
         """Look at what the store says of an array, and at its checksums, both under way."""
@@ -246,10 +255,13 @@ class Reader:
             source.translate_to[(0,) * source.ndim] if source.ndim else source
         )
 
-    def _wait(self, ask: Ask, out: Tensor, future: Any) -> int:
+    def _wait(self, waiting: deque[tuple[Ask, Tensor, Any]]) -> int:
+        """The oldest read, which is no longer waited for once it has ended."""
+        ask, out, future = waiting[0]
         with _naming(ask.name):
             if future is not None:
                 future.result()
+        waiting.popleft()
         ask.done(out)
         return nbytes(out)
 

@@ -132,6 +132,9 @@ def _tried(
         done = read(path, reading.limit, like, fresh, reading.want, restorer)
     except CheckpointError as e:
         mine = str(e)
+    except BaseException as e:  # it leaves, alive as it is: nobody would wait for its word in vain
+        peers.put(f"{key}/{peers.rank}", f"checkpoint {str(path)!r}: left by {type(e).__name__} while it was read")
+        raise
     peers.put(f"{key}/{peers.rank}", mine)
     reading.passing("awaits")
     all_told = peers.wait([(r, f"{key}/{r}") for r in range(peers.size)], "restore")
