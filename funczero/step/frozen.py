@@ -53,6 +53,11 @@ class Frozen:
             self.lent = [(leaves[i].path, x, x._version) for i, x in tape.tensors(rest).items()]
         return self.views.where.structure.unflatten(rest)
 
+    @property
+    def model_state(self) -> Any:
+        """The model's own state beside it, for a forward to copy; None where there is none."""
+        return None if self.state is None else self.state.model_state
+
     def __eq__(self, other: object) -> bool:
         return self is other
 
