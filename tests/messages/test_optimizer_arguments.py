@@ -56,7 +56,9 @@ NONSENSE = {
 }
 ARGUMENTS = {
     "adamw": {"lr", "b1", "b2", "eps", "weight_decay"}, "adam": {"lr", "b1", "b2", "eps", "weight_decay"}, "lion": {"lr", "b1", "b2", "weight_decay"},
-    "adagrad": {"lr", "eps", "weight_decay"}, "sgd": {"lr", "momentum", "weight_decay"},
+    "adagrad": {"lr", "eps", "weight_decay"}, "sgd": {"lr", "momentum", "weight_decay"}, "lamb": {"lr", "b1", "b2", "eps", "weight_decay", "low"},
+    "lars": {"lr", "momentum", "weight_decay", "trust", "eps"}, "muon": {"lr", "momentum", "weight_decay", "eps"},
+    "adafactor": {"lr", "weight_decay", "d"}, "soap": {"lr", "b1", "b2", "eps", "weight_decay"}, "shampoo": {"lr", "momentum", "weight_decay", "eps", "b2"},
 }  # fmt: skip
 
 
