@@ -27,6 +27,9 @@ TX = {
     "shampoo": fz.partition(
         [(fz.matrices(but="embed"), fz.shampoo(0.1, 0.9, 0.1, every=2, small=0)), ("", fz.adamw(3e-3))]
     ),
+    "soap": fz.partition(
+        [(fz.matrices(but="embed"), fz.soap(0.01, every=2, weight_decay=0.1, small=0)), ("", fz.adamw(3e-3))]
+    ),
     "muon, rates by rule": with_muon(lr=[("blocks/1", 0.01), ("", 0.03)], small=0, scale="match_rms_adamw"),
 }
 

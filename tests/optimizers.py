@@ -62,6 +62,38 @@ class Lion(torch.optim.Optimizer):
                 p.sub_(lr * move)
 
 
+class Trusted(torch.optim.Optimizer):
+    """LAMB and LARS as their papers have them, leaf by leaf, in plain arithmetic."""
+
+    def __init__(self, params, kind, **kw):
+        super().__init__(params, kw)
+        self.kind, self.n = kind, 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.n += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.numel():
+                    p.sub_(
+                        getattr(self, self.kind)(
+                            p, p.grad, self.state[p], **{k: x for k, x in group.items() if k != "params"}
+                        )
+                    )
+
+    def lamb(self, p, g, own, lr, betas, decay):
+        (b1, b2), m, v = betas, own.setdefault("m", torch.zeros_like(p)), own.setdefault("v", torch.zeros_like(p))
+        m.copy_(b1 * m + (1 - b1) * g)
+        v.copy_(b2 * v + (1 - b2) * g * g)
+        u = m / (1 - b1**self.n) / ((v / (1 - b2**self.n)).sqrt() + 1e-6) + decay * p
+        return lr * (p.norm() / u.norm() if p.norm() * u.norm() else 1.0) * u
+
+    def lars(self, p, g, own, lr, momentum, decay, trust):
+        v = own.setdefault("v", torch.zeros_like(p))
+        t = trust * p.norm() / (g.norm() + decay * p.norm()) if p.norm() * g.norm() else 1.0
+        return v.copy_(momentum * v + lr * t * (g + decay * p))
+
+
 # --- the oracle: each formula in plain arithmetic, as somebody writes it against optax --------------------------------
 class Plain(NamedTuple):
     """The number of applied updates, and trees like the parameters."""
@@ -218,6 +250,21 @@ PAIRS = {
     ),
 }
 
+
+PAIRS |= {
+    "lamb": (
+        fz.lamb(1e-2, 0.8, 0.95, weight_decay=0.1),
+        lambda p: Trusted(p, "lamb", lr=1e-2, betas=(0.8, 0.95), decay=0.1),
+    ),
+    "lars": (
+        fz.lars(3.0, 0.8, 0.1, trust=0.01),
+        lambda p: Trusted(p, "lars", lr=3.0, momentum=0.8, decay=0.1, trust=0.01),
+    ),
+    "adafactor": (
+        fz.adafactor(0.05, weight_decay=0.1, small=0),
+        lambda p: torch.optim.Adafactor([x for x in p if x.numel()], 0.05, weight_decay=0.1),
+    ),
+}
 
 OWN = {
     "RMSprop": dict(momentum=0.9, centered=True),

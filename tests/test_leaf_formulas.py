@@ -92,12 +92,29 @@ def test_shampoo_is_plain_arithmetic(every):
         torch.testing.assert_close(mine, p, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_soap_is_plain_arithmetic(every):
+    """On a square, whose first gradient leaves no eigenvector to chance."""
+    grads, p = drawn(4, 4, dtype=F64)
+    left, right, m, v = (torch.zeros(4, 4, dtype=F64) for _ in range(4))
+    got = directly(fz.soap(0.1, 0.8, 0.9, 1e-2, 0.1, every=every), grads, p)
+    for n, (g, mine) in enumerate(zip(grads, got, strict=True), 1):
+        left, right = 0.9 * left + 0.1 * g @ g.T, 0.9 * right + 0.1 * g.T @ g
+        if (n - 1) % every == 0:
+            a, b = (torch.linalg.eigh(x)[1] for x in (left, right))
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * (a.T @ g @ b) ** 2
+        u = a.T @ m @ b / (1 - 0.8**n) / ((v / (1 - 0.9**n)).sqrt() + 1e-2)
+        p = p * (1 - 0.1 * 0.1) - 0.1 * a @ u @ b.T
+        torch.testing.assert_close(mine, p, rtol=1e-10, atol=1e-10)
+
+
 PLAIN = {
     "lamb": fz.lamb(0.02, weight_decay=0.1),
     "lars": fz.lars(1.0, weight_decay=0.1),
     "muon": fz.muon(0.02, dtype=F64, small=0),
     "adafactor": fz.adafactor(0.1),
     "shampoo": fz.shampoo(0.1, 0.9, every=2),
+    "soap": fz.soap(0.1, every=2),
 }
 
 

@@ -15,7 +15,7 @@ from funczero.layout.processes import world_size
 from funczero.testing.simulate import simulate
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
-OWNERS = {"adafactor": TX["adafactor"], "shampoo": TX["shampoo"]}
+OWNERS = {name: TX[name] for name in ("adafactor", "shampoo", "soap")}
 
 
 def stepped(name, stage):

@@ -23,3 +23,5 @@ from funczero.optim.sgd import sgd as sgd
 from funczero.optim.shampoo import Shampoo as Shampoo
 from funczero.optim.shampoo import shampoo as shampoo
 from funczero.optim.shapes import matrices as matrices
+from funczero.optim.soap import Soap as Soap
+from funczero.optim.soap import soap as soap

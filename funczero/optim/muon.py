@@ -83,6 +83,7 @@ def muon(
     momentum, eps = one_for_all("muon", "momentum", momentum, moves=False), number("muon", "eps", eps, above=True)
     if len(coefficients) != 3:
         raise ValueError(f"muon: coefficients={coefficients!r} are not three numbers; write (a, b, c)")
+    coefficients = tuple(number("muon", "coefficients", x, low=-math.inf) for x in coefficients)
     rate = Rates("muon", lr=lr, weight_decay=weight_decay, momentum=momentum)
     one = partial(orthogonal, steps=whole("muon", "steps", steps), coefficients=coefficients, eps=eps)
 

@@ -75,7 +75,7 @@ def shampoo(
     """
     eps = number("shampoo", "eps", eps, above=True)
     momentum, every = one_for_all("shampoo", "momentum", momentum, moves=False), whole("shampoo", "every", every)
-    b2 = 1.0 if b2 == 1 else number("shampoo", "b2", b2, high=1.0)
+    b2 = 1.0 if type(b2) in (int, float) and b2 == 1 else number("shampoo", "b2", b2, high=1.0)
     rate = Rates("shampoo", lr=lr, weight_decay=weight_decay, **({"momentum": momentum} if momentum else {}))
 
     def init(params: Any) -> Shampoo:

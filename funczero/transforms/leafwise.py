@@ -260,5 +260,5 @@ def on_whole(
         values = [column[k].reshape(shape).clone() for column in asked.rows]
         assert across.whole is not None
         own = [s[i] for s in states if i in s]
-        rows.append(across.whole(values, own, scalars).reshape(-1) if values[0].numel() else values[0])
+        rows.append((across.whole(values, own, scalars) if values[0].numel() else values[0]).reshape(-1))
     formula.leaf(flat[0], flat[1], flat[2:], scalars, Found(shapes, norms, rows))

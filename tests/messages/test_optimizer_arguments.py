@@ -8,8 +8,15 @@ import torch
 import funczero as fz
 
 SAID = {
-    "a class that needs whole leaves": (lambda: fz.from_torch("Muon", 1e-3), "from_torch: torch.optim.Muon is not known to work value by value; write one of ASGD"),
-    "a class for its name": (lambda: fz.from_torch(torch.optim.RMSprop, 1e-3), "from_torch: torch.optim.RMSprop is no name; write its name, 'RMSprop'"),
+    "a class of many forwards": (lambda: fz.from_torch("LBFGS", 1e-3), "from_torch: torch.optim.LBFGS cannot work here: it runs the forward again inside its step; write fz.adamw"),
+    "a class that is none": (lambda: fz.from_torch("RMSProp", 1e-3), "from_torch: torch.optim.RMSProp is not known here; write one of ASGD"),
+    "a scale of Muon": (lambda: fz.muon(0.1, scale="rms"), "muon: scale='rms' is none of 'original', 'match_rms_adamw' and 'none'; write one of them"),
+    "a vector flattened": (lambda: fz.muon(0.1, flatten=2), "muon: flatten=2 takes vectors or matrices apart; write 3 or more, or 0 for none"),
+    "a correction of LAMB": (lambda: fz.lamb(0.1, corrected="bias"), "lamb: corrected='bias' is none of 'moments', 'rate' and 'none'; write one of them"),
+    "bounds that cross": (lambda: fz.lamb(0.1, low=2.0, high=1.0), "lamb: high=1.0 is below 2; write a finite number of at least 2"),
+    "a decay that grows": (lambda: fz.adafactor(0.1, beta2_decay=0.8), "adafactor: beta2_decay=0.8 is above 0; write a number of at most 0"),
+    "dampening without momentum": (lambda: fz.sgd(0.1, dampening=0.5), "sgd: dampening=0.5 damps a momentum, and there is none; leave one of them out"),
+    "needs that are none": (lambda: fz.lift((tuple, tuple), needs="rows"), "lift: needs='rows' does not say how much of a leaf moves a value; write needs='elementwise', 'leafwise'"),
     "an option of another class": (lambda: fz.from_torch("RMSprop", 1e-3, betas=(0, 1)), "from_torch: torch.optim.RMSprop takes no 'betas' here; write some of"),
     "rules for a class of torch": (lambda: fz.from_torch("RMSprop", [("", 1.0)]), "from_torch: lr is a list, but these classes keep one number for all leaves"),
     "decay where there is none": (lambda: fz.from_torch("Rprop", 1e-3, 0.1), "from_torch: torch.optim.Rprop takes no weight_decay; leave weight_decay=0.1 out"),
@@ -49,7 +56,9 @@ NONSENSE = {
 }
 ARGUMENTS = {
     "adamw": {"lr", "b1", "b2", "eps", "weight_decay"}, "adam": {"lr", "b1", "b2", "eps", "weight_decay"}, "lion": {"lr", "b1", "b2", "weight_decay"},
-    "adagrad": {"lr", "eps", "weight_decay"}, "sgd": {"lr", "momentum", "weight_decay"},
+    "adagrad": {"lr", "eps", "weight_decay"}, "sgd": {"lr", "momentum", "weight_decay"}, "lamb": {"lr", "b1", "b2", "eps", "weight_decay", "low"},
+    "lars": {"lr", "momentum", "weight_decay", "trust", "eps"}, "muon": {"lr", "momentum", "weight_decay", "eps"},
+    "adafactor": {"lr", "weight_decay", "d"}, "soap": {"lr", "b1", "b2", "eps", "weight_decay"}, "shampoo": {"lr", "momentum", "weight_decay", "eps", "b2"},
 }  # fmt: skip
 
 
