@@ -36,6 +36,13 @@ class Deep(Holds):
     """One of another type."""
 
 
+class Runs(nn.ModuleList):
+    """A list with a forward."""
+
+    def forward(self, x):
+        return x
+
+
 def several(n, make=Block, *args):
     return nn.ModuleList(make(*args) for _ in range(n))
 
@@ -86,6 +93,15 @@ FOUND = {
         lambda: Holds(blocks=several(2, lambda: several(3))),
         ("blocks.0", "blocks.1"),
     ),
+    "a U-Net's lists of what runs together, with layers": (
+        lambda: Holds(downs=several(2, lambda: nn.ModuleList([Block(), Block(), nn.Linear(4, 4), nn.Identity()]))),
+        ("downs.0", "downs.1"),
+    ),
+    "lists of layers alone are read as often as called": (
+        lambda: Holds(heads=several(2, lambda: several(2, nn.Linear, 2, 2))),
+        (),
+    ),
+    "a list that runs is a block": (lambda: Holds(stages=several(2, Runs, [Block(), nn.Linear(4, 4)])), ("stages",)),
     "layers of several types, of which some have experts, as Jamba's": (
         lambda: Holds(layers=nn.ModuleList([Block(), Deep(experts=several(3), up=nn.Linear(4, 4)), Block(), Other()])),
         ("layers",),
