@@ -36,6 +36,13 @@ class Deep(Holds):
     """One of another type."""
 
 
+class Runs(nn.ModuleList):
+    """A list with a forward."""
+
+    def forward(self, x):
+        return x
+
+
 def several(n, make=Block, *args):
     return nn.ModuleList(make(*args) for _ in range(n))
 
@@ -88,7 +95,7 @@ FOUND = {
     ),
     "a list of lists of one block each, which nobody calls": (
         lambda: Holds(blocks=nn.ModuleList([several(1), several(1)]), head=several(2)),
-        ("head",),
+        ("blocks.0", "blocks.1", "head"),
     ),
     "blocks of lists of several types, as T5's": (
         lambda: Holds(
@@ -96,6 +103,15 @@ FOUND = {
         ),
         ("blocks",),
     ),
+    "a U-Net's lists of what runs together, with layers": (
+        lambda: Holds(downs=several(2, lambda: nn.ModuleList([Block(), Block(), nn.Linear(4, 4), nn.Identity()]))),
+        ("downs.0", "downs.1"),
+    ),
+    "lists of layers alone are read as often as called": (
+        lambda: Holds(heads=several(2, lambda: several(2, nn.Linear, 2, 2))),
+        (),
+    ),
+    "a list that runs is a block": (lambda: Holds(stages=several(2, Runs, [Block(), nn.Linear(4, 4)])), ("stages",)),
     "layers of several types, of which some have experts, as Jamba's": (
         lambda: Holds(layers=nn.ModuleList([Block(), Deep(experts=several(3), up=nn.Linear(4, 4)), Block(), Other()])),
         ("layers",),

@@ -28,7 +28,7 @@ def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...
     """
     modules = dict(module.named_modules())
     lists = {p: list(m.children()) for p, m in modules.items() if p and isinstance(m, LISTS)}
-    repeated = [p for p, blocks in lists.items() if _repeated(blocks)]
+    repeated = [p for p, blocks in lists.items() if _repeated(blocks) or _record(p, blocks, lists)]
     if units is not None:
         units = (units,) if isinstance(units, str) else tuple(units)
         for u in units:
@@ -114,17 +114,29 @@ def _apart(paths: Sequence[str], covered: Callable[[str, str], bool]) -> tuple[s
 
 
 def _repeated(blocks: list[nn.Module]) -> bool:
-    """Are these blocks? Bare layers of torch.nn are not: a list of them is as often read as called. Lists are not, for
-    nobody calls them.
-    """
-    return len(blocks) > 1 and all(
-        list(b.parameters()) and _runs(b) and (list(b.children()) or not type(b).__module__.startswith("torch.nn."))
-        for b in blocks
+    """Are these blocks? Bare layers of torch.nn are not: a list of them is as often read as called."""
+    return len(blocks) > 1 and all(list(b.parameters()) and not _bare(b) and _runs(b) for b in blocks)
+
+
+def _record(path: str, blocks: list[nn.Module], lists: dict[str, list[nn.Module]]) -> bool:
+    """Is this one of a list's lists of what runs together, as a U-Net's [block, block, attention, convolution]?"""
+    others = lists.get(path.rpartition(".")[0], ())
+    learning = [b for b in blocks if list(b.parameters())]
+    return (
+        len(others) > 1
+        and not any(map(_runs, others))
+        and all(map(_runs, learning))
+        and any(not _bare(b) for b in learning)
     )
 
 
+def _bare(block: nn.Module) -> bool:
+    return not list(block.children()) and type(block).__module__.startswith("torch.nn.")
+
+
 def _runs(block: nn.Module) -> bool:
-    return not isinstance(block, (nn.ModuleList, nn.ModuleDict))
+    """Has it a forward? A list has none: what is in it is called."""
+    return not isinstance(block, (nn.ModuleList, nn.ModuleDict)) or type(block).forward is not nn.Module.forward
 
 
 def neighbours(paths: Sequence[str], i: int) -> tuple[int | None, int | None]:
