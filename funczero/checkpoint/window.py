@@ -37,7 +37,13 @@ def _form(out: Sum) -> dict[str, Any]:
     except Exception:  # a node type that has no name in JSON
         spec = ""
     spec = spec if spec is None or _plain(spec) else ""
-    tensors = {"loss": out.loss, "weight": out.weight, "aux": None if aux is None else aux.sums, "bad": out.bad}
+    tensors = {
+        "loss": out.loss,
+        "weight": out.weight,
+        "aux": None if aux is None else aux.sums,
+        "bad": out.bad,
+        "used": out.used,
+    }
     lists = {"rows": () if aux is None else aux.rows, "cat": () if aux is None else aux.cat, "moved": out.moved}
     like = lambda x: None if x is None else [dtype_name(x.dtype), list(x.shape)]
     return {
@@ -106,7 +112,7 @@ def _empty(form: dict[str, Any], state: TrainState, restorer: Restorer) -> Sum:
     def make(x: Any) -> Any:
         return None if x is None else torch.zeros(x[1], dtype=torch_dtype(x[0]), device=device)
 
-    scalars = [x[1] for k in ("loss", "weight", "aux", "bad") if (x := form[k]) is not None]
+    scalars = [x[1] for k in ("loss", "weight", "aux", "bad", "used") if (x := form.get(k)) is not None]
     beside = [x[1] for k in ("rows", "cat", "moved") for x in form.get(k, ())]
     if [x[1] for x in form["grads"]] not in ([[n] for n in lengths], [[n] for n in here.lengths]) or any(
         prod(x) > 1 << 24 for x in scalars + beside
@@ -120,8 +126,8 @@ def _empty(form: dict[str, Any], state: TrainState, restorer: Restorer) -> Sum:
     rows, cat, moved = (tuple(map(make, form.get(k, ()))) for k in ("rows", "cat", "moved"))
     aux = None if form["aux"] is None else Aux(make(form["aux"]), rows, cat, _aux_form(form))
     buffers: Any = tuple(make(x) for x in form["grads"])
-    loss, weight, bad = make(form["loss"]), make(form["weight"]), make(form["bad"])
-    return Sum(loss, weight, aux, Slots(buffers, here), bad, moved)
+    loss, weight, bad, used = (make(form.get(k)) for k in ("loss", "weight", "bad", "used"))
+    return Sum(loss, weight, aux, Slots(buffers, here), bad, moved, used)
 
 
 def _aux_form(form: dict[str, Any]) -> Form:

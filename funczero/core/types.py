@@ -38,6 +38,7 @@ class Sum(NamedTuple):
     grads: Slots  # at this place of the chain
     bad: Tensor | None = None  # [leaves] int64, only while looking for it: values that are not finite
     moved: tuple[Tensor, ...] = ()  # the model state that each micro-batch left, by leaf [micro-batches, ...]
+    used: Tensor | None = None  # [leaves] int64: micro-batches that had a gradient for it, where that counts
 
 
 class Value(NamedTuple):
@@ -52,6 +53,7 @@ class Value(NamedTuple):
     ok: Tensor  # bool: may this update be applied?
     bad: Tensor | None = None  # [2] int64, only while looking for it: leaf and rank of the first that is not finite
     logs: dict[str, Tensor] = {}  # scalars for the metrics: scale, lr
+    used: Tensor | None = None  # bool [leaves]: had any micro-batch of any rank a gradient for it? None: it counts not
 
 
 class Updated(NamedTuple):
@@ -135,6 +137,7 @@ class Env(NamedTuple):
     early: Early | None = None  # what the first updates are looked at for
     differentiable: bool = False  # is every leaf of a step a function of every other, for torch.func?
     model: Model | None = None  # the form of the model's own state
+    keeps: bool = False  # is a leaf that nobody used left as it is?
 
     @property
     def rules(self) -> dict[str, Rules]:

@@ -51,6 +51,7 @@ class Arrivals:
         self.errors: dict[str, dict[int, Tensor]] = {a: {} for a in self.held}  # their new memory, by unit
         self.whole, self.axes, self.env, self.dtype, self.device = whole, axes, env, dtype, device
         self.here: Where = whole  # where gradients end up
+        self.used: set[int] = set()  # leaves that this rank's rows had a gradient for
         digits, stride = list[int](), 1
         for a in axes:
             size, index, _ = env.mesh.axes[a]
@@ -106,10 +107,7 @@ class Arrivals:
         if not self.booking:
             return
         grads = [None] * len(grads) if self.void else grads
-        if self.env.early is not None and self.env.early.used is not None:
-            self.env.early.used.update(
-                m for m, g in zip(self.whole.structure.members[unit], grads, strict=True) if g is not None
-            )
+        self.used.update(m for m, g in zip(self.whole.structure.members[unit], grads, strict=True) if g is not None)
         zeros = self._zeros(unit, [i for i, g in enumerate(grads) if g is None])
         full = [zeros[i] if g is None else g for i, g in enumerate(grads)]
         if not all(g.layout == torch.strided for g in full):

@@ -43,6 +43,7 @@ def value_and_grad(
     higher_order: bool = False,
     state: Any = None,
     rules: Sequence[tuple[str, Rule]] = (),
+    unused: str = "zeros",
     conditional: Sequence[str] | None = None,
 ) -> Source:
     """The loss and its gradient, as sums over the examples: a Source, at the left end of a chain.
@@ -81,6 +82,9 @@ def value_and_grad(
       conditional: of `units`, the lists whose blocks a rank may leave out, or run in another order, where others do not
         (routed experts, dropped layers): ranks then agree on every unit before it is gathered. By default what the loss
         function names (fz.stateless), and lists that are called experts.
+      unused: what the optimizer makes of a leaf that no micro-batch on any rank has used: "zeros" is a gradient of
+        zeros, under which moments and weights decay; "keep" leaves its parameter and moments as they are, as torch
+        does where a grad is None. Counts of updates go on, where torch's, one a leaf, do not.
 
     Raises:
       ChainError: the batch's spec splits a leaf in two dims, or two leaves over different axes; conditional names no
@@ -93,6 +97,11 @@ def value_and_grad(
         raise ChainError(
             f"value_and_grad: conditional={conditional!r} is written with higher_order, but {why}; leave out one"
         )
+    if unused not in ("zeros", "keep"):
+        raise ValueError(f"value_and_grad: unused={unused!r} is neither 'zeros' nor 'keep'; write one of them")
+    if higher_order and unused == "keep":
+        why = "higher_order gives every leaf of a message a gradient, so that nobody knows which were used"
+        raise ChainError(f"value_and_grad: unused='keep' is written, but {why}; leave out one of them")
     sometimes = getattr(loss_fn, "conditional", None) if conditional is None else conditional
     conditional = () if higher_order else conditional_of(units, sometimes)
     matches = tree.matcher(trainable)
@@ -104,7 +113,7 @@ def value_and_grad(
         raise ValueError("value_and_grad: there are rules, but no model state; write state=..., or leave them out")
 
     def make(source: Source, env: Env) -> Grad:
-        layout, env = _layout(source, env), env._replace(model=model)
+        layout, env = _layout(source, env), env._replace(model=model, keeps=unused == "keep")
         call = LossCall(loss_fn, rules_of(has_aux), rng, model, Across(env.mesh, source.batch))
         if flag("value_and_grad", "higher_order", higher_order) or env.differentiable:
             loss = Loss(call, env, source.batch)
@@ -252,8 +261,11 @@ def _on_tape(
         slots, bad = close(tape, grads)
         for a in held:
             state = feedback.renewed(state, env.edges[a], tape.arrivals.memory(a))
-        found = found.detached()
-        return Sum(found.loss[None], found.weight[None], found.aux, slots, bad, found.moved), state
+        found, used = found.detached(), None
+        if env.keeps:
+            used = torch.zeros(len(views.where.structure.leaves), dtype=torch.int64, device=env.mesh.device)
+            used[sorted(tape.arrivals.used)] = 1
+        return Sum(found.loss[None], found.weight[None], found.aux, slots, bad, found.moved, used), state
 
     return apply
 
@@ -318,8 +330,9 @@ def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
     """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
     structure, where, device = tape.whole.structure, tape.whole, tape.port.device
     tape.end()
+    tape.arrivals.used.update(i for i, g in enumerate(grads) if g is not None)
     if tape.env.early is not None and tape.env.early.used is not None:
-        tape.env.early.used.update(i for i, g in enumerate(grads) if g is not None)
+        tape.env.early.used.update(tape.arrivals.used)
     if not tape.seam:
         bad = None
         if tape.look:

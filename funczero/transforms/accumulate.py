@@ -130,4 +130,5 @@ def _add(a: Sum, b: Sum, wide: torch.dtype, reuse: bool = False) -> Sum:
     aux = None if a.aux is None or b.aux is None else a.aux.joined(b.aux)
     bad = None if a.bad is None or b.bad is None else a.bad + b.bad
     moved = tuple(torch.cat([x, y]) for x, y in zip(a.moved, b.moved, strict=True))
-    return Sum(torch.cat([a.loss, b.loss]), torch.cat([a.weight, b.weight]), aux, grads, bad, moved)
+    used = None if a.used is None or b.used is None else a.used + b.used
+    return Sum(torch.cat([a.loss, b.loss]), torch.cat([a.weight, b.weight]), aux, grads, bad, moved, used)

@@ -46,12 +46,13 @@ def mean(g: Grad) -> Grad:
         rows, first = (head[:, :0], head[0, :0]) if model is None else model.sent(out.moved, here[0] == 0)
         own = torch.cat([*columns, rows], 1)
         bits = own.new_zeros(lay.stride, own.shape[1]).index_copy_(0, places[: len(own)], own)
-        parts = [bits.view(-1), first, _norm_bins(out.grads, lay, env)]
+        none = first.new_zeros(0)
+        parts = [bits.view(-1), first, _norm_bins(out.grads, lay, env), none if out.used is None else out.used]
         if out.bad is not None:
             parts.append(_place_of(out.bad, lay, env))
         packed, alike = sum_and_compare(parts, lay.batch, env.mesh)
-        flat, first, bins, bad = packed.split_with_sizes(
-            [x.numel() for x in parts[:3]] + [sum(x.numel() for x in parts[3:])]
+        flat, first, bins, used, bad = packed.split_with_sizes(
+            [x.numel() for x in parts[:4]] + [sum(x.numel() for x in parts[4:])]
         )
         table = flat.view(lay.stride, -1)
         came = None if len(own) == len(here) else table[:, 2] > 0  # a window may close early
@@ -65,7 +66,8 @@ def mean(g: Grad) -> Grad:
         if model is not None:
             new = model.combined(table[:, own.shape[1] - rows.shape[1] :], first, scalars[:, 1], given, ok, came)
         where = None if out.bad is None else _first_bad(bad, len(out.bad))
-        return Value(loss * factor, weight, aux, out.grads, factor, norm, ok, where, {"rows": scalars}), new
+        uses = None if out.used is None else used > 0
+        return Value(loss * factor, weight, aux, out.grads, factor, norm, ok, where, {"rows": scalars}, uses), new
 
     def formula(out: Sum, given: State) -> tuple[Value, State]:
         return _differentiable(out, given, lay, env, places)

@@ -20,6 +20,7 @@ from funczero.transforms.mean import rewritten
 from funczero.transforms.partition import put, taken
 from funczero.transforms.shares import Elsewhere, Optimizer, Shares, cuts_of, noting, shares_of
 from funczero.transforms.smooth import scaled, stepped, twofold
+from funczero.transforms.unused import left_alone, not_here
 
 if TYPE_CHECKING:
     from funczero.layout.lazy import Lazy
@@ -67,6 +68,7 @@ def rewrite(g: Grad, tx: Optimizer) -> Grad:
         return rewritten(out, pack(mine.where, moved, mine)), {**state, **own}
 
     g = g._replace(notes=noting(g, shares))
+    not_here(g, name, "it is not the last optimizer")
     return after(g, name, g.layout, twofold(g, shares, fn, formula, last=False) if g.env.differentiable else fn, init)
 
 
@@ -135,9 +137,11 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
         updated = Updated(out.loss, out.weight, out.aux, params, _norm_of(out), out.ok, out.bad, logs)
         return updated, {**state, **own, "params": params}
 
+    if g.env.differentiable:
+        not_here(g, name, "a differentiable step moves every leaf")
     if g.env.differentiable and elsewhere is not None:
         raise refuse(g, name, "its rates are kept by an engine; write a chain of its own for a differentiable step")
-    applied = twofold(g, shares, fn, formula) if g.env.differentiable else fn
+    applied = twofold(g, shares, fn, formula) if g.env.differentiable else left_alone(g, shares, fn)
     return after(g._replace(notes=noting(g, shares)), name, replace(g.layout, phase="updated"), applied, init)
 
 
