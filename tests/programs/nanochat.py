@@ -1,4 +1,4 @@
-"""A small GPT as nanochat trains it: Muon for the matrices of its blocks, AdamW with betas of their own for the rest."""
+"""A small GPT as nanochat trains it: Muon for matrices of its blocks, AdamW with betas of their own for the rest."""
 
 from __future__ import annotations
 
