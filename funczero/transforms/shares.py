@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from absl import logging
 from torch import Tensor
 
 from funczero.core.transform import refuse, slot_name
@@ -21,6 +22,18 @@ from funczero.transforms.partition import Part, Partition, owners, subset, taken
 
 Optimizer = GradientTransformation | Partition
 Elsewhere = Callable[[State, Slots], Reading]  # the rates of an update, which another part of the state keeps
+
+
+SAYS = {
+    "leaf_norms": "squares of its leaves are summed over {axes}, as integers; no rows travel",
+    "leafwise": (
+        "rows of the mean gradient travel over {axes} to the rank that computes a leaf, and rows of its update back"
+    ),
+    "whole": (
+        "all leaves and their gradients are gathered over {axes} at every update, and its state is whole on every"
+        " rank: memory and traffic of a chain without ZeRO"
+    ),
+}
 
 
 def foreign(part: Any) -> str | None:
@@ -105,6 +118,9 @@ class Entry(NamedTuple):
         if self.tx.needs == "whole":
             every, structure = lazy.at((), params.buffers[0].dtype).trainable(), params.where.structure
             held = tuple(i for i in range(len(structure.leaves)) if not structure.frozen(i))
+            axes = [a for a, n, _ in params.where.coords if n > 1]
+            if axes and not params.buffers[0].is_meta and not any(q for _, _, q in params.where.coords):
+                logging.warning("%s: %s", self.tx.name, SAYS["whole"].format(axes=axes))
             params = every if structure == lazy.structure else taken(every, subset(every.where, held))
         return self.tx.init(params.tree())
 
@@ -196,18 +212,6 @@ def noting(g: Grad, shares: Shares) -> Callable[[Where | None], list[str]]:
         return before(where) + [_noted(e, axes, where, held) for e, _, held in having if e.tx.needs in SAYS]
 
     return notes if axes else before
-
-
-SAYS = {
-    "leaf_norms": "squares of its leaves are summed over {axes}, as integers; no rows travel",
-    "leafwise": (
-        "rows of the mean gradient travel over {axes} to the rank that computes a leaf, and rows of its update back"
-    ),
-    "whole": (
-        "all leaves and their gradients are gathered over {axes} at every update, and its state is whole on every"
-        " rank: memory and traffic of a chain without ZeRO"
-    ),
-}
 
 
 def _noted(e: Entry, axes: list[str], where: Where | None, held: tuple[int, ...] | None) -> str:
