@@ -24,7 +24,7 @@ from funczero.gradients.layers import captured, group_of
 from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.snapshot import Slot, Snapshot, copied, places
-from funczero.gradients.units import find_units, sometimes
+from funczero.gradients.units import conditional_of, find_units, sometimes
 
 
 def stateless(
@@ -60,10 +60,12 @@ def stateless(
 
     Raises:
       ValueError: units names no list of blocks, or the module has no values (meta).
+      ChainError: conditional names no unit.
       TypeError: the loss captures a tensor that needs a gradient.
     """
     module = _readable(module, loss)
     lists = find_units(module, units)
+    some = conditional_of("stateless", lists, sometimes(module, lists) if conditional is None else conditional)
     snapshot = Snapshot(module, lists, remat)
 
     def loss_fn(params: dict[str, Any], batch: Any, key: int | None = None) -> Any:
@@ -72,7 +74,7 @@ def stateless(
 
     frozen, once = snapshot.frozen, dict[int, Tensor]()
     loss_fn.units, loss_fn.ties, loss_fn.keyed = snapshot.lists, snapshot.ties, True  # type: ignore[attr-defined]
-    loss_fn.conditional = sometimes(module, lists) if conditional is None else conditional  # type: ignore[attr-defined]
+    loss_fn.conditional = some  # type: ignore[attr-defined]
     loss_fn.trainable = (lambda path: path not in frozen) if frozen else None  # type: ignore[attr-defined]
     return loss_fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}
 
