@@ -266,6 +266,11 @@ def test_lists_called_experts_are_conditional_and_others_are_named():
     assert source(units=("a.experts", "blocks")).conditional == ("a.experts",)
     assert source(units=("blocks",), conditional="blocks").conditional == ("blocks",)
     assert source(units=("experts",), conditional=()).conditional == ()
+    assert source(units=("experts.0.layers", "expert", "expertise", "a/local_experts")).conditional == (
+        "experts.0.layers",
+        "expert",
+        "a/local_experts",
+    )
     with pytest.raises(ChainError, match=r"conditional names 'x', which is not among the units \['blocks'\]"):
         source(units=("blocks",), conditional=("x",))
     with pytest.raises(ChainError, match="conditional=.* is written with higher_order"):
@@ -278,6 +283,9 @@ def test_a_list_whose_layers_are_dropped_in_training_is_conditional():
     net.layerdrop = 0.1
     assert fz.stateless(net, loss)[0].conditional == ("layers",)
     assert fz.stateless(net, loss, conditional=())[0].conditional == ()
+    assert fz.value_and_grad(fz.stateless(net, loss)[0], batch=P("data"), units=()).conditional == ()
+    with pytest.raises(ChainError, match="stateless: conditional names 'head', which is not among the units"):
+        fz.stateless(net, loss, conditional="head")
     assert fz.stateless(net.eval(), loss)[0].conditional == ()
 
 

@@ -102,8 +102,9 @@ def value_and_grad(
     if higher_order and unused == "keep":
         why = "higher_order gives every leaf of a message a gradient, so that nobody knows which were used"
         raise ChainError(f"value_and_grad: unused='keep' is written, but {why}; leave out one of them")
-    sometimes = getattr(loss_fn, "conditional", None) if conditional is None else conditional
-    conditional = () if higher_order else conditional_of(units, sometimes)
+    if conditional is None and hasattr(loss_fn, "conditional"):
+        conditional = [u for u in units if u in loss_fn.conditional]
+    conditional = () if higher_order else conditional_of("value_and_grad", units, conditional)
     matches = tree.matcher(trainable)
     frozen = (lambda path: False) if trainable is None else (lambda path: not matches(path))
 

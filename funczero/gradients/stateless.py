@@ -27,7 +27,7 @@ from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.snapshot import Slot, Snapshot, copied, places
 from funczero.gradients.synced import Across, is_synced, normed
-from funczero.gradients.units import find_units, sometimes
+from funczero.gradients.units import conditional_of, find_units, sometimes
 from funczero.transforms.model_state import Rule
 
 
@@ -73,10 +73,12 @@ def stateless(
 
     Raises:
       ValueError: units names no list of blocks, state no buffer, or the module has no values (meta).
+      ChainError: conditional names no unit.
       TypeError: the loss captures a tensor that needs a gradient.
     """
     module = _readable(module, loss)
     lists = find_units(module, units)
+    some = conditional_of("stateless", lists, sometimes(module, lists) if conditional is None else conditional)
     snapshot = Snapshot(module, lists, remat)
     rules = state_rules(module, list(dict.fromkeys(snapshot.named)), state)
 
@@ -103,7 +105,7 @@ def stateless(
     frozen, once = snapshot.frozen, dict[int, Tensor]()
     fn: Any = with_state if rules else loss_fn
     fn.units, fn.ties, fn.keyed = snapshot.lists, snapshot.ties, True
-    fn.conditional = sometimes(module, lists) if conditional is None else conditional
+    fn.conditional = some
     fn.trainable = (lambda path: path not in frozen) if frozen else None
     if rules:
         first = {name: x for name, (_, x) in zip(snapshot.named, snapshot.buffers, strict=True)}

@@ -12,7 +12,7 @@ from torch import nn
 from funczero.core.types import ChainError
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-EXPERTS = re.compile(r"(^|_)experts?$")  # what lists of experts are called
+EXPERTS = re.compile(r"(^|[_./])experts?([./]|$)")  # paths of lists of experts, and of lists inside one
 
 
 def find_units(module: nn.Module, units: Sequence[str] | None) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def _stages(path: str, modules: dict[str, nn.Module], repeated: Sequence[str]) -
     rest, one_type = list[nn.Parameter](), True
     for name, block in modules[path].named_children():
         inner = [q for q in repeated if q == f"{path}.{name}" or q.startswith(f"{path}.{name}.")]
-        if not inner or any(EXPERTS.search(q.rpartition(".")[2]) for q in inner):
+        if not inner or any(EXPERTS.search(q[len(path) :]) for q in inner):
             return False
         inside = {id(p) for q in inner for p in modules[q].parameters()}
         shapes.append(Counter(p.shape for p in block.parameters()))
@@ -72,31 +72,29 @@ def _stages(path: str, modules: dict[str, nn.Module], repeated: Sequence[str]) -
 
 def sometimes(module: nn.Module, units: Sequence[str]) -> tuple[str, ...]:
     """Of the units, the lists whose blocks not every rank may run: experts, and layers that are dropped in training."""
-    return tuple(u for u in units if EXPERTS.search(u.rpartition(".")[2]) or _drops(module, u.rpartition(".")[0]))
+    return tuple(u for u in units if EXPERTS.search(u) or _drops(module.get_submodule(u.rpartition(".")[0])))
 
 
-def _drops(module: nn.Module, owner: str) -> bool:
+def _drops(owner: nn.Module) -> bool:
     """Does the module that holds a list leave layers out?"""
-    m = module.get_submodule(owner)
-    settings = {**vars(getattr(m, "config", m)), **vars(m)} if hasattr(getattr(m, "config", m), "__dict__") else vars(m)
+    settings = {**getattr(getattr(owner, "config", None), "__dict__", {}), **vars(owner)}
     dropped = (v for k, v in settings.items() if "layerdrop" in k.replace("_", "").lower())
-    return m.training and any(isinstance(v, (int, float)) and v > 0 for v in dropped)
+    return owner.training and any(isinstance(v, (int, float)) and v > 0 for v in dropped)
 
 
-def conditional_of(units: Sequence[str], conditional: Sequence[str] | None) -> tuple[str, ...]:
+def conditional_of(who: str, units: Sequence[str], conditional: Sequence[str] | None) -> tuple[str, ...]:
     """Of the units, the conditional ones: those named, or by default what is called experts.
 
     Raises:
       ChainError: a name is not that of a unit.
     """
     if conditional is None:
-        return tuple(u for u in units if EXPERTS.search(re.split(r"[./]", u)[-1]))
+        return tuple(u for u in units if EXPERTS.search(u))
     named = (conditional,) if isinstance(conditional, str) else tuple(conditional)
     odd = next((c for c in named if c not in units), None)
     if odd is not None:
         raise ChainError(
-            f"value_and_grad: conditional names {odd!r}, which is not among the units {list(units)}; name it in"
-            " units, too"
+            f"{who}: conditional names {odd!r}, which is not among the units {list(units)}; name it in units, too"
         )
     return named
 
