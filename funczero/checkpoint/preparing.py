@@ -20,6 +20,7 @@ from funczero.checkpoint.saving import KINDS, Passing, refuse_taken, spoken
 from funczero.core import tree
 from funczero.core.types import TrainState
 from funczero.layout.slots import Slots
+from funczero.step.describe import describe
 
 
 class Asked(NamedTuple):
@@ -177,7 +178,7 @@ def coords_of(state: TrainState) -> dict[str, tuple[int, int]]:
 
 def chain_of(step: Any) -> str:
     """A step's chain as it is printed, on which mesh; whether it donates is no matter."""
-    return str(step).replace(", donated", "", 1)
+    return describe(step.grad, step.source).replace(", donated", "", 1)
 
 
 def _specs(found: Names) -> dict[str, str]:

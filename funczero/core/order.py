@@ -42,6 +42,7 @@ def deal(batch: Tree, layout: Layout, coordinate: Callable[[str], int]) -> Tree:
 def tree_sum(parts: list[Tensor] | Tensor) -> Tensor:
     """The sum along dim 0 in a balanced binary tree: a fixed order, the same for one rank's time and another's ranks.
 
+    >>> import torch
     >>> tree_sum(torch.tensor([1e8, 1.0, -1e8, 1.0], dtype=torch.float64)).item()
     2.0
     """

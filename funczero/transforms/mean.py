@@ -42,7 +42,8 @@ def mean(g: Grad) -> Grad:
 
     def fn(out: Sum, given: State) -> tuple[Value, State]:
         head = torch.stack([out.loss.double(), out.weight.double()], 1).view(torch.int64)
-        columns = [head, torch.ones_like(head[:, :1]), *([] if out.aux is None else out.aux.sent())]
+        marks = [torch.ones_like(head[:, :1])] if g.streams else []  # a window may close early
+        columns = [head, *marks, *([] if out.aux is None else out.aux.sent())]
         rows, first = (head[:, :0], head[0, :0]) if model is None else model.sent(out.moved, here[0] == 0)
         own = torch.cat([*columns, rows], 1)
         bits = own.new_zeros(lay.stride, own.shape[1]).index_copy_(0, places[: len(own)], own)
@@ -55,14 +56,14 @@ def mean(g: Grad) -> Grad:
             [x.numel() for x in parts[:4]] + [sum(x.numel() for x in parts[4:])]
         )
         table = flat.view(lay.stride, -1)
-        came = None if len(own) == len(here) else table[:, 2] > 0  # a window may close early
+        came = None if len(own) == len(here) else table[:, 2] > 0
         scalars = table[:, :2].contiguous().view(torch.float64)
         loss, weight = order.tree_sum(scalars)
         finite = bins[0] == 0 if alike is None else (bins[0] == 0) & alike
         factor = 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
         norm = torch.where(finite, norm_of(bins, folds(out.grads.buffers[0].dtype)) * factor, torch.inf)
         ok, new = finite & (weight > 0), dict[str, Tree]()
-        aux = None if out.aux is None else out.aux.read(table[:, 3:], came)
+        aux = None if out.aux is None else out.aux.read(table[:, 2 + len(marks) :], came)
         if model is not None:
             new = model.combined(table[:, own.shape[1] - rows.shape[1] :], first, scalars[:, 1], given, ok, came)
         where = None if out.bad is None else _first_bad(bad, len(out.bad))
