@@ -283,3 +283,8 @@ def test_derivatives_go_through_it():
             )
             slope = (moved(1e-6) - moved(-1e-6)) / 2e-6
             torch.testing.assert_close((found[at][name] * along).sum(), slope, rtol=1e-6, atol=1e-7)
+
+
+def test_a_state_without_leaves_is_refused():
+    with pytest.raises(ValueError, match="the model state has no leaf; leave out state"):
+        fz.value_and_grad(loss, batch=P("data"), state={})

@@ -93,3 +93,16 @@ def test_one_rank_is_torchs_layer(training, kw):
         torch.testing.assert_close(normed(mine, None, x), theirs(x), rtol=1e-12, atol=1e-12)
     for name, x in theirs.state_dict().items():
         torch.testing.assert_close(mine.state_dict()[name], x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("own", [True, False], ids=["half layer", "float32 layer"])
+def test_half_precision_counts_and_sums_in_float32(dtype, own):
+    x = (torch.randn(70_001, 2, generator=torch.Generator().manual_seed(0)) * 2 + 3).to(dtype)
+    layers = [kind(2).to(dtype if own else torch.float32) for kind in (nn.SyncBatchNorm, nn.BatchNorm1d)]
+    layers[1] = layers[1].float()
+    ours, torchs = normed(layers[0], None, x), layers[1](x.float())
+    assert ours.dtype == dtype
+    for mine, exact in ((ours, torchs), *zip(layers[0].buffers(), layers[1].buffers(), strict=True)):
+        exact = exact.double()
+        assert (mine.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()

@@ -34,11 +34,13 @@ def is_synced(module: nn.Module) -> bool:
 def normed(layer: nn.SyncBatchNorm, across: Across | None, x: Tensor) -> Tensor:
     """The layer's forward: [rows, channels, ...] -> the same, by the mean and variance of all ranks' rows.
 
-    Values are those of batch norm over the rows of all ranks, and so are the running statistics that it leaves.
+    Values are those of batch norm over the rows of all ranks, and so are the running statistics that it leaves. It
+    returns x's dtype; sums and the count are float32 at least, since a half-precision count ends at 65,504.
     """
     if not layer.training:
         still = layer.running_mean is None
         return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, still, 0.0, layer.eps)
+    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
     dims, channels = [0, *range(2, x.dim())], x.shape[1]
     everywhere = across.sum if across is not None else lambda t: t
     count = x.new_full((1,), x.numel() / max(channels, 1))
@@ -49,7 +51,9 @@ def normed(layer: nn.SyncBatchNorm, across: Across | None, x: Tensor) -> Tensor:
     if layer.running_mean is not None and layer.running_var is not None:
         _follow(layer, sums[:-1].detach() / n.detach(), var.detach() * (n / (n - 1).clamp(min=1)).detach())
     out = away * (var + layer.eps).rsqrt().view(shape)
-    return out if layer.weight is None else out * layer.weight.view(shape) + layer.bias.view(shape)
+    if layer.weight is not None:
+        out = out * layer.weight.view(shape) + layer.bias.view(shape)
+    return out.to(dtype)
 
 
 def _follow(layer: nn.SyncBatchNorm, mean: Tensor, var: Tensor) -> None:

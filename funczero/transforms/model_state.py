@@ -184,6 +184,8 @@ def model_of(initial: Tree, rules: Sequence[tuple[str, Rule]]) -> Model:
       TypeError, ValueError: a leaf is no tensor; a rule is none, finds no leaf, or cannot be that leaf's.
     """
     named = tree.paths(initial)
+    if not named:
+        raise ValueError("value_and_grad: the model state has no leaf; leave out state, and the loss takes none")
     for path, x in named:
         if not isinstance(x, Tensor):
             raise TypeError(
