@@ -70,7 +70,8 @@ def export(
     path: str | Path, out: str | Path, dtype: str | None = None, shard_size: int | None = None, overwrite: bool = False
 ) -> list[Path]:
     """The parameters of a checkpoint as safetensors, one leaf in memory at a time, tied names with their values; and
-    the buffers that its forward changes, as a module's state_dict has both.
+    the model's own state, as a module's state_dict has buffers (one that is not persistent is there, too; one that is
+    tied has its first name).
 
     Args:
       path: a checkpoint, or a folder of them, for the latest.

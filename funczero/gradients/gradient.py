@@ -76,9 +76,9 @@ def value_and_grad(
         reads what the last update left; k of them move it once. It is `state.model_state`, whole on every rank. By
         default what the loss function names (fz.stateless), else none.
       rules: (regex, rule) of leaves of that state, of which the first counts: how the values that micro-batches return
-        become one. "mean" by weight (floats, by default), "sum" of changes, "first" of the first micro-batch (others,
-        by default), "rows" in dim 0, where each row of the batch has one of its own and reads that alone, or a function
-        (values [micro-batches, ...], weights, old) -> new.
+        become one. "mean" by weight (floats, by default); whatever they weigh "sum" of changes, and "first" of the
+        first micro-batch (others, by default); "rows" in dim 0, where each row of the batch has one of its own and
+        reads that alone; or a function (values [micro-batches, ...], weights, old) -> new.
       conditional: of `units`, the lists whose blocks a rank may leave out, or run in another order, where others do not
         (routed experts, dropped layers): ranks then agree on every unit before it is gathered. By default what the loss
         function names (fz.stateless), and lists that are called experts.
