@@ -117,7 +117,9 @@ from funczero.transforms.chain import chain as chain
 from funczero.transforms.clip import clip_by_global_norm as clip_by_global_norm
 from funczero.transforms.clip import clip_by_value as clip_by_value
 from funczero.transforms.loss_scale import scale_loss as scale_loss
+from funczero.transforms.map_leaves import map_leaves as map_leaves
 from funczero.transforms.mean import mean as mean
+from funczero.transforms.noise import add_noise as add_noise
 from funczero.transforms.partition import partition as partition
 from funczero.transforms.project import project as project
 from funczero.transforms.reduce import all_gather as all_gather

@@ -204,6 +204,8 @@ SOURCES = {
     "clip by value": lambda: (fz.clip_by_value(0.05), fz.sgd(0.03)),
     "clip after": lambda: (fz.clip_by_value(0.3), fz.clip_by_global_norm(0.1), fz.sgd(0.03)),
     "scale": lambda: (fz.scale_loss(init=8.0), fz.clip_by_global_norm(0.5), fz.adamw(0.03)),
+    "a map": lambda: (fz.map_leaves(torch.tanh, "b", elementwise=True), fz.sgd(0.03)),
+    "noise": lambda: (fz.add_noise(0.01), fz.sgd(0.03)),
     "frozen": lambda: (fz.freeze("out"), fz.adamw(0.03)),
     "two": lambda: (decayed(), halved()),
 }

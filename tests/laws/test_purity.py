@@ -17,6 +17,7 @@ EXTRA = {
     "two optimizers": (fz.adamw(1.0), fz.sgd(1e-2)),
     "an average": (fz.adamw(1e-2), fz.ema(0.9, warmup=True)),
     "a projection": (fz.adamw(1e-2), fz.project(lambda w: w.clamp(-0.1, 0.1), "w", elementwise=True), fz.ema(0.5)),
+    "noise, and a map": (fz.add_noise(0.01), fz.map_leaves(torch.sign, "w", elementwise=True), fz.adamw(1e-2)),
     "rules of rates": (
         fz.adamw([("blocks", 1e-2), ("", fz.schedules.constant(1e-3))], weight_decay=[("b$", 0.0), ("", 0.1)]),
     ),
