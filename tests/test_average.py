@@ -109,3 +109,34 @@ def test_a_projection_that_finds_no_parameter_is_refused():
         step = fz.train_step(g, fz.all_reduce("data"), *right, fz.project(torch.relu, which), mesh={"data": 1})
         with pytest.raises(ValueError, match=rf"project\('{which}'\): the regex '{which}' matches no parameter"):
             step.init(zoo.params())
+
+
+def test_hugging_face_loads_an_export_of_the_average(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from funczero.checkpoint.export import export
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config).eval()
+
+    def loss(model, ids):
+        logits = model(ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()), torch.tensor(1.0)
+
+    loss_fn, params = fz.stateless(model, loss)
+    step = fz.train_step(
+        *fz.zero(fz.value_and_grad(loss_fn, batch=P("data")), fz.adamw(1e-1), fz.ema(0.5), stage=3), mesh={"data": 1}
+    )
+    state, ids = step.init(params), torch.arange(8)[None]
+    for _ in range(2):
+        state, _ = step(state, ids)
+    mean = fz.averaged(state)
+    with fz.Checkpointer(tmp_path / "ck", step=step) as checkpointer:
+        checkpointer.save(mean, 1)
+        checkpointer.wait()
+    config.save_pretrained(tmp_path / "hf")
+    export(tmp_path / "ck", tmp_path / "hf" / "model.safetensors")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    want = torch.func.functional_call(model, step.params(mean), (ids,)).logits
+    assert torch.equal(again(ids).logits, want) and not torch.equal(want, model(ids).logits)
+    assert step.eval(loss_fn)(mean, ids).loss.item() == pytest.approx(loss(again, ids)[0].item(), rel=1e-5)
