@@ -78,6 +78,7 @@ from funczero.optim import adafactor as adafactor
 from funczero.optim import adagrad as adagrad
 from funczero.optim import adam as adam
 from funczero.optim import adamw as adamw
+from funczero.optim import eval_params as eval_params
 from funczero.optim import from_torch as from_torch
 from funczero.optim import lamb as lamb
 from funczero.optim import lars as lars
@@ -85,6 +86,8 @@ from funczero.optim import lift as lift
 from funczero.optim import lion as lion
 from funczero.optim import matrices as matrices
 from funczero.optim import muon as muon
+from funczero.optim import schedule_free_adamw as schedule_free_adamw
+from funczero.optim import schedule_free_sgd as schedule_free_sgd
 from funczero.optim import schedules as schedules
 from funczero.optim import sgd as sgd
 from funczero.optim import shampoo as shampoo

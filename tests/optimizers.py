@@ -196,6 +196,30 @@ def plain_lion(lr, b1=0.9, b2=0.99, weight_decay=0.0):
     )
 
 
+class Free(torch.optim.Optimizer):
+    """Schedule-free AdamW, or SGD without b2, leaf by leaf, as Algorithm 1 of the paper has it, which keeps x, too."""
+
+    def __init__(self, params, lr, b1, b2=None, eps=0.0, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
+        self.n = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.n += 1
+        for group in self.param_groups:
+            lr, b1, b2, eps, decay = (group[k] for k in ("lr", "b1", "b2", "eps", "weight_decay"))
+            for p in group["params"]:
+                s = self.state[p]
+                x, z = s.setdefault("x", p.clone()), s.setdefault("z", p.clone())
+                g = p.grad
+                if b2 is not None:
+                    v = s.setdefault("v", torch.zeros_like(p)).mul_(b2).add_((1 - b2) * g * g)
+                    g = g / ((v / (1 - b2**self.n)).sqrt() + eps)
+                z.sub_(lr * (g + decay * p))
+                x.copy_(x + (z - x) / self.n)
+                p.copy_((1 - b1) * z + b1 * x)
+
+
 def plain_adagrad(lr=1e-2, eps=1e-10, weight_decay=0.0):
     def formula(p, g, v, n, lr, d):
         g = g + d * p
@@ -231,6 +255,11 @@ ORACLES = {
 }
 
 PAIRS = {
+    "schedule-free adamw": (
+        fz.schedule_free_adamw(1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1),
+        lambda p: Free(p, 1e-2, 0.8, 0.95, 1e-6, 0.1),
+    ),
+    "schedule-free sgd": (fz.schedule_free_sgd(0.5, weight_decay=0.1), lambda p: Free(p, 0.5, 0.9, weight_decay=0.1)),
     "adamw": (
         fz.adamw(1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1),
         lambda p: torch.optim.AdamW(p, 1e-2, (0.8, 0.95), 1e-6, 0.1),

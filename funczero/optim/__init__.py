@@ -18,6 +18,10 @@ from funczero.optim.lion import Lion as Lion
 from funczero.optim.lion import lion as lion
 from funczero.optim.muon import Muon as Muon
 from funczero.optim.muon import muon as muon
+from funczero.optim.schedule_free import ScheduleFree as ScheduleFree
+from funczero.optim.schedule_free import eval_params as eval_params
+from funczero.optim.schedule_free import schedule_free_adamw as schedule_free_adamw
+from funczero.optim.schedule_free import schedule_free_sgd as schedule_free_sgd
 from funczero.optim.sgd import SGD as SGD
 from funczero.optim.sgd import sgd as sgd
 from funczero.optim.shampoo import Shampoo as Shampoo
