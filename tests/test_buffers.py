@@ -195,6 +195,15 @@ def test_a_mean_with_a_state():
     assert metrics.weight == 4 and state.model_state["1.num_batches_tracked"] == 1
 
 
+def test_a_mean_with_a_state_and_an_aux():
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    loss_fn, params = fz.stateless(module, lambda m, b: ((m(b) ** 2).mean(), {"seen": b.sum()}))
+    step = fz.train_step(fz.value_and_grad(fz.per_row(loss_fn), has_aux=True), fz.sgd(0.1), policy="float64")
+    rows = torch.randn(4, 3, dtype=torch.float64)
+    state, metrics = step(step.init(params), rows)
+    assert metrics.aux["seen"] == rows.sum() and state.model_state["1.num_batches_tracked"] == 1
+
+
 def test_an_export_is_the_modules_state_dict(tmp_path):
     module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     loss_fn, params = fz.stateless(module, lambda m, b: (m(b).square().sum(), torch.tensor(4.0)))

@@ -136,3 +136,48 @@ def test_a_write_into_it_is_told():
         step(state, torch.ones(3))
     with pytest.raises(ValueError, match="frozen: stage=4 does not exist"):
         fz.frozen({"w": torch.ones(3)}, step, stage=4)
+
+
+def writing(stage, how):
+    def loss_fn(p, x):
+        w = teacher.params()
+        if how == "twice":
+            teacher.params()
+        leaf = w["head"] if how != "gather" else fz.gather(w["blocks"][0])["w"]
+        with torch.no_grad():
+            leaf.clamp_(max=0.5)
+        return (p["head"] * x.sum()).sum(), torch.tensor(1.0)
+
+    grad = fz.value_and_grad(loss_fn, batch=P("data"), units=("blocks",))
+    step = fz.train_step(*fz.zero(grad, fz.sgd(0.1), stage=3), mesh={"data": -1}, policy="float64")
+    teacher = fz.frozen(params(), step, stage=stage)
+    state, _ = step(step.init(params()), step.local_rows(rows(0)))
+    path = "blocks/0/w" if how == "gather" else "head"
+    with pytest.raises(RuntimeError, match=f"the loss writes into parameter '{path}' in place"):
+        step(state, step.local_rows(rows(0)))
+
+
+@pytest.mark.parametrize("how", ["once", "twice", "gather"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_write_into_what_was_gathered_is_told(stage, how):
+    simulate({"data": 2})(writing, stage, how)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_it_is_opened_inside_torch_func(stage):
+    def run():
+        inside = lambda x: (x @ teacher.params()["head"]).square().sum()
+        loss_fn = lambda p, x: (
+            (p["head"].sum() * torch.func.vmap(torch.func.grad(inside))(x).sum()) ** 2,
+            torch.tensor(1.0),
+        )
+        grad = fz.value_and_grad(loss_fn, batch=P("data"), units=("blocks",))
+        step = fz.train_step(*fz.zero(grad, fz.sgd(0.1), stage=3), mesh={"data": -1}, policy="float64")
+        teacher = fz.frozen(params(0.1), step, stage=stage)
+        return step.grads(step.init(params()), step.local_rows(rows(0)))["head"]
+
+    x, head = rows(0).view(2, 2, 6), params(0.1)["head"]
+    slopes = [(2 * (y @ head) @ head.T).sum() for y in x]
+    want = sum(2 * params()["head"].sum() * s * s for s in slopes) / 2
+    for found in simulate({"data": 2})(run):
+        torch.testing.assert_close(found, want.expand(6, 5), rtol=1e-10, atol=1e-10)

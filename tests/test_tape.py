@@ -183,19 +183,21 @@ def test_a_write_is_seen_by_its_leaf_and_by_copies_where_no_counter_moves(how):
             assert plain == (compared if how in ("in place", "at an index") else "")
 
 
-def test_leaves_that_a_loss_holds_are_looked_at_as_long_as_it_does():
+def test_a_write_into_a_leaf_that_a_loss_held_is_told_and_its_memory_is_not_kept():
     def look(tape, p):
-        held, dropped = (tape.whole.views(u, tape.take(u)) for u in numbers(tape)[:2])
+        held, dropped = (tape.whole.views(u, tape.take(u))[0].data.clone() for u in numbers(tape)[:2])
         index = lambda n: tape.whole.structure.members[numbers(tape)[n]][0]
-        held, dropped = held[0].data, dropped[0].data
         tape.lend({index(0): held})
-        tape.lend({index(1): dropped})
-        dropped.add_(1.0)
-        del dropped
         tape.left_alone({}, None)
-        held.add_(1.0)
-        with pytest.raises(RuntimeError, match="the loss writes into parameter 'blocks/0/"):
-            tape.left_alone({}, None)
+        for n, x in enumerate([held, dropped]):
+            tape.lent.clear()
+            tape.lend({index(n): x})
+            x.add_(1.0)
+            assert tape.lent[0].writes.untyped_storage().nbytes() == 0
+            if n:
+                del x, dropped
+            with pytest.raises(RuntimeError, match=f"the loss writes into parameter 'blocks/{n}/"):
+                tape.left_alone({}, None)
         tape.lent.clear()
 
     simulate(TWO)(within, TWO, look)

@@ -129,3 +129,30 @@ def test_where_it_cannot_be_it_is_refused():
         grad(higher_order=True)
     with pytest.raises(ValueError, match="unused='skip' is neither 'zeros' nor 'keep'"):
         fz.value_and_grad(lambda p, b: None, unused="skip")
+
+
+def hierarchical(form, mesh):
+    """With batch norm in units, rows and what is joined beside the loss, on two axes."""
+
+    def told(model, b):
+        error = (model[2](model[0](b["x"])) if b["deep"] else model[0](b["x"])).square().sum(1)
+        return error.sum(), torch.tensor(float(len(error))), {"all": error.detach(), "mean": error.detach().mean()}
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        block = lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        module = nn.ModuleList([block(), block(), nn.Linear(4, 4)]).double()
+    loss_fn, params = fz.stateless(module, told)
+    grad = fz.value_and_grad(loss_fn, batch=P(tuple(mesh)), unused="keep", has_aux=[("all", "cat")])
+    step = fz.train_step(*form(grad, fz.adamw(1e-2)), mesh=mesh, policy="float64")
+    state, aux = step.init(params), []
+    for t in range(3):
+        state, metrics = step(state, step.local_rows({**batch(t), "deep": t == 0}))
+        aux.append(metrics.aux)
+    return tree_hash((step.params(state), state.model_state, aux))
+
+
+def test_one_hash_on_meshes_of_two_axes():
+    two = {"node": 2, "local": 2}
+    forms = [(fz.hpz, two), (fz.mics, two), (lambda *chain: fz.zero(*chain, stage=3), {"data": 4})]
+    assert len({bits for form, mesh in forms for bits in simulate(mesh)(hierarchical, form, mesh)}) == 1

@@ -175,7 +175,10 @@ def _once(
         return result
     places = dict(reversed([(n, slot) for n, (slot, _) in zip(snapshot.named, snapshot.buffers, strict=True)]))
     new = {n: _at(getattr(copies[m], box), k).clone() for n in values for m, box, k, _ in (places[n],)}
-    return (*result[:2], new, *result[2:]) if isinstance(result, tuple) else (result, new)
+    if not isinstance(result, tuple):
+        return result, new
+    sums = 2 if len(result) > 1 and isinstance(result[1], (Tensor, int, float)) else 1  # a mean may have an aux, too
+    return (*result[:sums], new, *result[sums:])
 
 
 class Call:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ from funczero.gradients.node import node
 from funczero.gradients.ref import Ref
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
+
+
+class Lent(NamedTuple):
+    """A leaf in the hands of a loss."""
+
+    leaf: int
+    itself: weakref.ref[Tensor]
+    writes: Tensor  # its version counter, which outlives it
 
 
 class Tape:
@@ -64,7 +72,7 @@ class Tape:
         self.open: dict[int, Tensor] = {}  # gathered buffers that the backward reads
         self.kept: set[int] = set()  # of these, the forward's last block
         self.leaves: dict[int, Tensor] = {}  # by leaf number, where nothing is gathered or scattered
-        self.lent: list[tuple[int, weakref.ref[Tensor]]] = []  # leaves that a loss holds by itself (fz.gather)
+        self.lent: list[Lent] = []  # leaves that a loss holds by itself (fz.gather)
         self.course, self.live, self.peak = Course(self.whole.memo), 0, 0
 
     @property
@@ -238,8 +246,8 @@ class Tape:
         return {i: x for i, x in enumerate(rest) if isinstance(x, Tensor)} | self.leaves
 
     def lend(self, leaves: Mapping[int, Tensor]) -> None:
-        """Remember leaves that a loss goes on to hold by itself (fz.gather), for as long as it does."""
-        self.lent += [(i, weakref.ref(x)) for i, x in leaves.items()]
+        """Remember leaves that a loss goes on to hold by itself (fz.gather), without their memory."""
+        self.lent += [Lent(i, weakref.ref(x), _writes(x)) for i, x in leaves.items() if not x.is_inference()]
 
     @contextmanager
     def collecting(
@@ -281,8 +289,8 @@ class Tape:
 
     def left_alone(self, whole: Mapping[int, Tensor], before: Mapping[int, Tensor] | None) -> None:
         """`untouched`, of everything that a loss has had in its hands until its end."""
-        alive = {i: x for i, ref in self.lent if (x := ref()) is not None}
-        self.untouched(alive)
+        for lent in self.lent:
+            self.untouched({lent.leaf: lent.writes})
         self.untouched(whole, before)
 
     def copies(self, leaves: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
@@ -292,3 +300,11 @@ class Tape:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def _writes(x: Tensor) -> Tensor:
+    """A tensor without memory whose version is x's, also when x is gone."""
+    with torch._C._DisableFuncTorch():  # a loss may open leaves inside of torch.func
+        counter = x.detach()  # shares the version counter, which new data leaves as it is
+        counter.data = x.new_empty(0)
+    return counter

@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch.utils._pytree as pytree
-from torch import Tensor
 
 from funczero.comm.edge import Edge
 from funczero.comm.wire import Key
 from funczero.core import tree
 from funczero.core.types import Env, TrainState
 from funczero.gradients.loss import written
-from funczero.gradients.tape import Tape
+from funczero.gradients.tape import Lent, Tape
 from funczero.layout.lazy import lazy
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
@@ -28,7 +27,7 @@ class Frozen:
     def __init__(self, views: Slots, env: Env, key: Key, state: TrainState | None = None) -> None:
         """views: this rank's part, in the compute dtype; env: where they are gathered; key: of the wires that do."""
         self.views, self.env, self.key, self.state = Slots(views.buffers, _still(views.where)), env, key, state
-        self.lent: list[tuple[str, Tensor, int]] = []  # leaves that lie in the resting memory itself
+        self.lent: list[Lent] = []  # leaves that losses were given
 
     def params(self) -> Any:
         """The tree, for a forward: whole outside the units, and inside them closed until fz.layers, fz.gather or
@@ -37,20 +36,21 @@ class Frozen:
         A collective where it is cut, so that all ranks call it alike.
 
         Raises:
-          RuntimeError: it was the state of a step that has used it up (fz.donate), or a loss wrote into it.
+          RuntimeError: it was the state of a step that has used it up (fz.donate), or a loss wrote into what it had.
         """
         if self.state is not None and int(self.state.step) < 0:
             why = "its state was donated and its memory is in use"
             raise RuntimeError(f"frozen: {why}; write fz.frozen(state, step) with the state that the step returned")
-        for path, x, version in self.lent:
-            if x._version != version:
-                raise written(path)
+        leaves = self.views.where.structure.leaves
+        for lent in self.lent:
+            if lent.writes._version:
+                raise written(leaves[lent.leaf].path)
         # nothing is started ahead, for nobody would wait for it where a loss stops early
         tape = Tape(self.views, (), self.env._replace(prefetch=False), False, True, self.key)
         rest = tape.open_rest()
-        if not tape.seam:
-            leaves = self.views.where.structure.leaves
-            self.lent = [(leaves[i].path, x, x._version) for i, x in tape.tensors(rest).items()]
+        tape.lent += [lent for lent in self.lent if lent.itself() is not None]
+        tape.lend(tape.tensors(rest))
+        self.lent = tape.lent
         return self.views.where.structure.unflatten(rest)
 
     @property
