@@ -86,6 +86,7 @@ from funczero.optim import lift as lift
 from funczero.optim import lion as lion
 from funczero.optim import matrices as matrices
 from funczero.optim import muon as muon
+from funczero.optim import param_groups as param_groups
 from funczero.optim import schedule_free_adamw as schedule_free_adamw
 from funczero.optim import schedule_free_sgd as schedule_free_sgd
 from funczero.optim import schedules as schedules

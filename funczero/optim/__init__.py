@@ -18,6 +18,7 @@ from funczero.optim.lion import Lion as Lion
 from funczero.optim.lion import lion as lion
 from funczero.optim.muon import Muon as Muon
 from funczero.optim.muon import muon as muon
+from funczero.optim.param_groups import param_groups as param_groups
 from funczero.optim.schedule_free import ScheduleFree as ScheduleFree
 from funczero.optim.schedule_free import eval_params as eval_params
 from funczero.optim.schedule_free import schedule_free_adamw as schedule_free_adamw
