@@ -11,6 +11,7 @@ from torch import Tensor
 from funczero.core.number import number, whole
 from funczero.core.types import Across, Asked, Formula, Found, GradientTransformation
 from funczero.optim.count import zero
+from funczero.optim.matrices import scaled
 from funczero.optim.rate import Rate
 from funczero.optim.rates import Rates
 from funczero.transforms.deal import owned
@@ -83,8 +84,7 @@ def adafactor(
         return state._replace(count=n), [Scalars(ok, factor, each, n.double().clamp(min=1)) for each in now]
 
     def ready(params: list[Tensor], grads: list[Tensor], _: list[list[Tensor]], s: Scalars) -> Asked:
-        for g in grads:
-            g.copy_(torch.where(s.ok, g.mul_(s.factor.to(g.dtype)), 0.0))
+        scaled(grads, s)
         return Asked(norms=[params], rows=[grads])
 
     def computed(values: list[Tensor], states: list[Tensor], s: Scalars) -> Tensor:

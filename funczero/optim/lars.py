@@ -11,6 +11,7 @@ from funczero.core import tree
 from funczero.core.number import number
 from funczero.core.types import Across, Asked, Formula, Found, GradientTransformation
 from funczero.optim.count import Scalars, counted, zero
+from funczero.optim.matrices import scaled
 from funczero.optim.rate import Rate, one_for_all
 from funczero.optim.rates import Rates
 from funczero.transforms.formula import optimizer
@@ -49,8 +50,7 @@ def lars(
         return Lars(zero(params), tree.map(torch.zeros_like, params), rate.init(params))
 
     def ready(params: list[Tensor], grads: list[Tensor], _: list[list[Tensor]], s: Scalars) -> Asked:
-        for g in grads:
-            g.copy_(torch.where(s.ok, g.mul_(s.factor.to(g.dtype)), 0.0))
+        scaled(grads, s)
         return Asked(norms=[params, grads])
 
     def leaf(params: list[Tensor], grads: list[Tensor], traces: list[list[Tensor]], s: Scalars, found: Found) -> None:

@@ -13,6 +13,7 @@ from funczero.core import tree
 from funczero.core.number import flag, number, whole
 from funczero.core.types import Across, Asked, Formula, Found, GradientTransformation
 from funczero.optim.count import Scalars, counted, zero
+from funczero.optim.matrices import scaled
 from funczero.optim.rate import Rate, one_for_all
 from funczero.optim.rates import Rates
 from funczero.optim.shapes import refuse_shapes
@@ -93,8 +94,8 @@ def muon(
 
     def ready(params: list[Tensor], grads: list[Tensor], momenta: list[list[Tensor]], s: Scalars) -> Asked:
         beta, rows = float(s.rates["momentum"]), []
+        scaled(grads, s)
         for g, m in zip(grads, *momenta, strict=True):
-            g.copy_(torch.where(s.ok, g.mul_(s.factor.to(g.dtype)), 0.0))
             new = torch.lerp(m, g, 1 - beta)
             m.copy_(torch.where(s.ok, new, m))
             rows.append((g.lerp(new, beta) if nesterov else new).to(dtype))

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import number, whole
-from funczero.core.types import Across, Asked, Formula, Found, GradientTransformation
+from funczero.core.types import Across, Formula, Found, GradientTransformation
 from funczero.layout.slots import Slots
 from funczero.optim.count import zero
+from funczero.optim.matrices import each, left_of, right_of, rows_of
 from funczero.optim.rate import Rate, one_for_all
 from funczero.optim.rates import Rates
 from funczero.optim.shapes import refuse_shapes
@@ -84,7 +85,12 @@ def shampoo(
         dtype = torch.promote_types(leaf.dtype, torch.float32)
         made = [
             owned(name, params, across, shape, dtype)
-            for name, shape in (("left", _left), ("right", _right), ("left_root", _left), ("right_root", _right))
+            for name, shape in (
+                ("left", left_of),
+                ("right", right_of),
+                ("left_root", left_of),
+                ("right_root", right_of),
+            )
         ]
         trace = tree.map(torch.zeros_like, params) if momentum else ()
         roots = dict(zip(("left", "right"), made[2:], strict=True)) if every > 1 else ()
@@ -94,11 +100,6 @@ def shampoo(
         fresh = every == 1 or int(state.count) % every == 0
         return state._replace(count=state.count + ok), [Scalars(ok, factor, each, fresh) for each in now]
 
-    def ready(params: list[Tensor], grads: list[Tensor], _: list[list[Tensor]], s: Scalars) -> Asked:
-        for g in grads:
-            g.copy_(torch.where(s.ok, g.mul_(s.factor.to(g.dtype)), 0.0))
-        return Asked(rows=[grads])
-
     def one(g: Tensor, states: list[Tensor], s: Scalars) -> Tensor:
         wide = g.to(states[0].dtype)
         sums = [b2 * states[0] + wide @ wide.T, b2 * states[1] + wide.T @ wide]
@@ -106,12 +107,6 @@ def shampoo(
         for x, new in zip(states, [*sums, *roots], strict=False):
             x.copy_(torch.where(s.ok, new, x))
         return (roots[0] @ wide @ roots[1]).to(g.dtype)
-
-    def computed(values: list[Tensor], states: list[Tensor], s: Scalars) -> Tensor:
-        (g,) = values
-        if g.dim() == 2:
-            return one(g, states, s)
-        return torch.stack([one(x, [y[k] for y in states], s) for k, x in enumerate(g)])
 
     def leaf(params: list[Tensor], grads: list[Tensor], traces: list[list[Tensor]], s: Scalars, found: Found) -> None:
         lr, decay = s.rates["lr"], s.rates["weight_decay"]
@@ -123,8 +118,8 @@ def shampoo(
             p.copy_(torch.where(s.ok, p * (1 - lr * decay) - u * lr, p))
 
     across = Across(
-        ready,
-        computed,
+        rows_of,
+        each(one),
         own=lambda s: [s.left, s.right, *([s.roots["left"], s.roots["right"]] if every > 1 else [])],
         cost=_cost,
         dims=lambda shape: 2,
@@ -143,14 +138,6 @@ def inverse_root(x: Tensor, eps: float, power: float = -0.25) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(x + eps * torch.eye(len(x), dtype=x.dtype, device=x.device))
     return vectors * values.clamp(min=eps) ** power @ vectors.T
-
-
-def _left(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-1], shape[-2])
-
-
-def _right(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-2], shape[-1], shape[-1])
 
 
 def _cost(shape: tuple[int, ...]) -> float:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import number, whole
-from funczero.core.types import Across, Asked, Formula, Found, GradientTransformation
+from funczero.core.types import Across, Formula, Found, GradientTransformation
 from funczero.layout.slots import Slots
 from funczero.optim.count import zero
+from funczero.optim.matrices import each, left_of, right_of, rows_of
 from funczero.optim.rate import Rate, lasting, one_for_all
 from funczero.optim.rates import Rates
 from funczero.optim.shapes import refuse_shapes
@@ -83,18 +84,13 @@ def soap(
         lasting("soap", eps, params)
         leaf = params.buffers[0] if isinstance(params, Slots) else next(iter(tree.tensors(params)))
         dtype = torch.promote_types(leaf.dtype, torch.float32)
-        shapes = dict(zip(("mu", "nu", *SIDES), (_same, _same, *(_left, _right) * 2), strict=True))
+        shapes = dict(zip(("mu", "nu", *SIDES), (_same, _same, *(left_of, right_of) * 2), strict=True))
         made = {name: owned(name, params, across, shape, dtype) for name, shape in shapes.items()}
         return Soap(zero(params), made["mu"], made["nu"], {k: made[k] for k in SIDES}, rate.init(params))
 
     def scalars(state: Soap, now: list[dict[str, Any]], factor: Tensor, ok: Tensor) -> tuple[Soap, list[Scalars]]:
         fresh, n = int(state.count) % every == 0, state.count + ok
         return state._replace(count=n), [Scalars(ok, factor, each, n.double().clamp(min=1), fresh) for each in now]
-
-    def ready(params: list[Tensor], grads: list[Tensor], _: list[list[Tensor]], s: Scalars) -> Asked:
-        for g in grads:
-            g.copy_(torch.where(s.ok, g.mul_(s.factor.to(g.dtype)), 0.0))
-        return Asked(rows=[grads])
 
     def one(g: Tensor, states: list[Tensor], s: Scalars) -> Tensor:
         (m, v, left, right, *bases), (beta1, beta2) = states, (float(s.rates[b]) for b in ("b1", "b2"))
@@ -110,20 +106,14 @@ def soap(
             x.copy_(torch.where(s.ok, new, x))
         return (a @ ((a.T @ m @ b) / c1 / ((v / c2).sqrt() + eps)) @ b.T).to(g.dtype)
 
-    def computed(values: list[Tensor], states: list[Tensor], s: Scalars) -> Tensor:
-        (g,) = values
-        if g.dim() == 2:
-            return one(g, states, s)
-        return torch.stack([one(x, [y[k] for y in states], s) for k, x in enumerate(g)])
-
     def leaf(params: list[Tensor], grads: list[Tensor], _: Any, s: Scalars, found: Found) -> None:
         lr, decay = s.rates["lr"], s.rates["weight_decay"]
         for p, u in zip(params, found.rows, strict=True):
             p.copy_(torch.where(s.ok, p * (1 - lr * decay) - u * lr, p))
 
     across = Across(
-        ready,
-        computed,
+        rows_of,
+        each(one),
         own=lambda s: [s.mu, s.nu, *(s.sides[k] for k in SIDES)],
         cost=_cost,
         dims=lambda shape: 2,
@@ -134,14 +124,6 @@ def soap(
 
 def _same(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
-
-
-def _left(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-1], shape[-2])
-
-
-def _right(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-2], shape[-1], shape[-1])
 
 
 def _cost(shape: tuple[int, ...]) -> float:

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from funczero.comm.differentiable import Varied, pack
-from funczero.core import tree
-from funczero.core.number import flag
-from funczero.core.transform import after, refuse
+from funczero.core.transform import after
 from funczero.core.types import Grad, State, Transform, Value
-from funczero.layout.lazy import Lazy
+from funczero.transforms.chosen import Chosen
 from funczero.transforms.mean import rewritten, value
 
 
@@ -42,25 +40,12 @@ def map_leaves(
     >>> step.params(step(step.init({"w": torch.zeros(2)}), torch.tensor([3.0, -0.1]))[0])["w"]
     tensor([-0.5000,  0.5000])
     """
-    matches = tree.matcher(which)
-    name = f"map_leaves({which!r})" if isinstance(which, str) else f"map_leaves({getattr(which, '__name__', 'which')})"
-    if elementwise is not None:
-        flag("map_leaves", "elementwise", elementwise)
+    chosen = Chosen("map_leaves", "the gradient of", fn, which, elementwise).checked()
+    name, matches = chosen.name, chosen.takes()
 
     def transform(g: Grad) -> Grad:
         g = value(g, name)
-        cut = [a for a in g.layout.sharded if g.env.mesh.axes[a].size > 1]
-        if cut and not elementwise:
-            why = f"nothing says that it works value by value, but the leaves are cut over {cut} here"
-            raise refuse(g, name, f"{why}; write elementwise=True if it does, or a chain without shard")
-
-        def init(params: Lazy) -> State:
-            structure = params.structure
-            learning = [leaf.path for i, leaf in enumerate(structure.leaves) if not structure.frozen(i)]
-            why = tree.unmatched(which, learning) if isinstance(which, str) else ""
-            if why:
-                raise ValueError(f"{name}: {why}; correct it, or leave it out")
-            return {}
+        chosen.whole(g)
 
         def each(out: Value, state: State) -> tuple[Value, State]:
             where = out.grads.where
@@ -69,17 +54,10 @@ def map_leaves(
             for i, x in out.grads.present().items():
                 path = where.structure.leaves[i].path
                 x = x * (out.factor if factor is None else factor.of(i)).to(x.dtype)
-                leaves[i] = _like(path, fn(x), x) if matches(path) else x
+                leaves[i] = chosen.of(path, x) if matches(path) else x
             return rewritten(out, pack(where, leaves, out.grads)), state
 
-        return after(g, name, g.layout, each, init)
+        return after(g, name, g.layout, each, chosen.found)
 
     transform.__name__ = name
     return transform
-
-
-def _like(path: str, y: Tensor, x: Tensor) -> Tensor:
-    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
-        have = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        raise TypeError(f"map_leaves: of the gradient of {path!r} its function makes {have}; return one like the given")
-    return y

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from funczero.comm.differentiable import pack
-from funczero.core import tree
-from funczero.core.number import flag
-from funczero.core.transform import after, beside_update, refuse
+from funczero.core.transform import after, beside_update
 from funczero.core.types import Grad, State, Transform, Updated
-from funczero.layout.lazy import Lazy
 from funczero.layout.slots import Slots
+from funczero.transforms.chosen import Chosen
 
 
 def project(
@@ -36,46 +34,25 @@ def project(
       ValueError: the regex is found in no path that learns; at init.
       TypeError: fn returns something else; by path, at the first update.
     """
-    matches = tree.matcher(which)
-    name = f"project({which!r})" if isinstance(which, str) else f"project({getattr(which, '__name__', 'predicate')})"
-    if elementwise is not None:
-        flag("project", "elementwise", elementwise)
+    chosen = Chosen("project", "parameter", fn, which, elementwise).checked()
+    name, matches = chosen.name, chosen.takes()
 
     def transform(g: Grad) -> Grad:
         beside_update(g, name)
-        cut = [a for a in g.layout.sharded if g.env.mesh.axes[a].size > 1]
-        if cut and not elementwise:
-            why = f"nothing says that it works value by value, but the leaves are cut over {cut} here"
-            raise refuse(g, name, f"{why}; write elementwise=True if it does, or a chain without shard")
-
-        def init(params: Lazy) -> State:
-            structure = params.structure
-            learning = [leaf.path for i, leaf in enumerate(structure.leaves) if not structure.frozen(i)]
-            why = tree.unmatched(which, learning) if isinstance(which, str) else ""
-            if why:
-                raise ValueError(f"{name}: {why}; correct it, or leave the projection out")
-            return {}
+        chosen.whole(g)
 
         def after_update(out: Updated, state: State) -> tuple[Updated, State]:
             old, found = out.params, {}
             learning = old.trainable()
             for i, (leaf, x) in enumerate(zip(old.where.structure.leaves, learning.leaves(), strict=True)):
                 if x is not None:
-                    found[i] = torch.where(out.ok, _projected(fn, leaf.path, x), x) if matches(leaf.path) else x
+                    found[i] = torch.where(out.ok, chosen.of(leaf.path, x), x) if matches(leaf.path) else x
             new = pack(old.where, found, learning).with_frozen(old)
             if g.env.donate:
                 new = Slots(tuple(b.copy_(n) for b, n in zip(old.buffers, new.buffers, strict=True)), old.where)
             return out._replace(params=new), {**state, "params": new}
 
-        return after(g, name, g.layout, after_update, init)
+        return after(g, name, g.layout, after_update, chosen.found)
 
     transform.__name__ = name
     return transform
-
-
-def _projected(fn: Callable[[Tensor], Tensor], path: str, x: Tensor) -> Tensor:
-    y = fn(x)
-    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
-        have = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        raise TypeError(f"project: of parameter {path!r} its function makes {have}; return a tensor like the given one")
-    return y
