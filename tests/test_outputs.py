@@ -145,3 +145,38 @@ def test_micro_batches_of_another_form_are_refused():
     step = fz.train_step(fz.value_and_grad(fn, has_aux=[("y", "cat")]), fz.accumulate(2), fz.sgd(0.1))
     with pytest.raises(TypeError, match="the aux of one micro-batch has another form than that of another"):
         step(step.init({"w": torch.ones(1)}), torch.tensor([[1.0], [1.0], [2.0], [2.0]]))
+
+
+ONE_RANK_DIFFERS = {
+    "another key": (
+        True,
+        lambda r, b: {"ab"[r]: b.sum()},
+        "returned aux of 'b' by sum (), while rank 0 returned aux of 'a'",
+    ),
+    "another shape": (
+        [("x", "cat")],
+        lambda r, b: {"x": torch.arange(6).view((2, 3) if r == 0 else (3, 2))},
+        "returned aux of 'x' by cat (3, 2) torch.int64, while rank 0 returned aux of 'x' by cat (2, 3)",
+    ),
+    "another dtype": (
+        [("x", "cat")],
+        lambda r, b: {"x": torch.ones(2, dtype=torch.int32 if r else torch.float32)},
+        "returned aux of 'x' by cat (2,) torch.int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_RANK_DIFFERS)
+def test_a_rank_whose_aux_has_another_form_is_told(name):
+    """Places alone say what is added or joined: values of one size would be mixed without a word."""
+    has_aux, aux, says = ONE_RANK_DIFFERS[name]
+
+    def run():
+        fn = lambda p, b: ((p["w"] * b).sum(), torch.tensor(2.0), aux(torch.distributed.get_rank(), b))
+        chain = fz.zero(fz.value_and_grad(fn, batch=P("data"), has_aux=has_aux), fz.sgd(0.1), stage=1)
+        step = fz.train_step(*chain, mesh={"data": -1})
+        return step(step.init({"w": torch.ones(1)}), torch.ones(2, 1))
+
+    with pytest.raises(RuntimeError) as e:
+        simulate({"data": 2})(run)
+    assert says in str(e.value) and "return one form on every rank" in str(e.value)

@@ -18,6 +18,7 @@ from funczero.core.transform import after, refuse
 from funczero.core.types import Env, Grad, Layout, State, Sum, Transform, Tree, Value
 from funczero.layout.slots import Slots
 from funczero.transforms.model_state import MODEL, SMOOTH
+from funczero.world.entries import RETURNED
 
 
 def mean(g: Grad) -> Grad:
@@ -51,6 +52,8 @@ def mean(g: Grad) -> Grad:
         parts = [bits.view(-1), first, _norm_bins(out.grads, lay, env), none if out.used is None else out.used]
         if out.bad is not None:
             parts.append(_place_of(out.bad, lay, env))
+        if out.aux is not None and env.mesh.ledger.ranks > 1:
+            env.mesh.ledger.note(RETURNED, "aux", str(out.aux))
         packed, alike = sum_and_compare(parts, lay.batch, env.mesh)
         flat, first, bins, used, bad = packed.split_with_sizes(
             [x.numel() for x in parts[:4]] + [sum(x.numel() for x in parts[4:])]

@@ -28,6 +28,11 @@ class Form:
     rules: tuple[str, ...]  # by leaf
     shapes: tuple[tuple[int, ...], ...]  # by leaf, of sums
 
+    @property
+    def paths(self) -> list[tuple[str, str]]:
+        """(path, rule) of every leaf."""
+        return tree.paths(tree.unflatten([*self.rules], self.treedef))
+
 
 class Aux(NamedTuple):
     """The aux of some micro-batches, in the order of time."""
@@ -53,6 +58,15 @@ class Aux(NamedTuple):
             for a, b in ((self.rows, later.rows), (self.cat, later.cat))
         )
         return Aux(torch.cat([self.sums, later.sums]), rows, cat, self.form)
+
+    def __str__(self) -> str:
+        """Its form, which must be the same on every rank: what is added or joined is known by its place alone."""
+        joined, words = iter(self.cat), []
+        for (path, rule), shape in zip(self.form.paths, self.form.shapes, strict=True):
+            x = next(joined) if rule == "cat" else None
+            of = "" if rule == "rows" else f" {shape}" if x is None else f" {tuple(x.shape[1:])} {x.dtype}"
+            words.append(f"{path!r} by {rule}{of}")
+        return ", ".join(words)
 
     def sent(self) -> list[Tensor]:
         """int64 [micro-batches, words]: what travels of it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from funczero.world.entries import BEGINS, GIVEN, UPDATE, Context, Entry
+from funczero.world.entries import BEGINS, GIVEN, RETURNED, UPDATE, Context, Entry
 
 DO_THE_SAME = "every rank must make the same calls, and no branch of the loss may depend on the rank or on its rows"
 
@@ -90,6 +90,8 @@ def _remedy(odd: Entry, usual: Entry, text_of: Callable[[int], str | None]) -> s
             "what batch= calls P() is whole, and the same on all ranks: give every rank the same, or split it into rows"
             " with P(...)"
         )
+    if odd.verb == RETURNED:
+        return "what a loss returns beside its sums is added and joined by its place: return one form on every rank"
     if odd.verb == BEGINS:
         return (
             "every rank must begin alike: give init the same parameters (fz.init draws them leaf by leaf from one key)"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 UPDATE = "step(state, batch)"
 BEGINS = "begins with"
 GIVEN = "was given"
+RETURNED = "returned"
 TAIL = 1 << 10  # entries that a rank publishes on doubt
 SUMS = 1 << 14  # checksums remembered: a neighbour's sign is up to some seconds old
 
@@ -47,7 +48,7 @@ class Entry(NamedTuple):
         c = self.context
         if self.text:
             return f"{self.verb} {self.text}"
-        if self.verb in (BEGINS, GIVEN):
+        if self.verb in (BEGINS, GIVEN, RETURNED):
             return f"{self.verb} {self.axis}" + f" of {self.dtype}" * bool(self.dtype)
         names = [c.units[u] or "the rest" if u < len(c.units) else str(u) for u in self.units[:3]]
         unit = (
