@@ -116,6 +116,15 @@ def test_a_window_counts_every_micro_batch():
     assert all(not torch.equal(after[n], x) for n, x in params.items())
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_where_frozen_leaves_alone_are_unused_all_else_moves(donate):
+    loss_fn = lambda p, b: (((p["w"] + p["still"]) * b).sum(), torch.tensor(float(len(b))))
+    step = fz.train_step(fz.value_and_grad(loss_fn, unused="keep"), fz.freeze("still"), fz.sgd(0.5))
+    step = fz.donate(step) if donate else step
+    state, _ = step(step.init({"w": torch.zeros(2), "still": torch.ones(2)}), torch.ones(4, 2))
+    assert {n: x.tolist() for n, x in step.params(state).items()} == {"w": [-0.5, -0.5], "still": [1.0, 1.0]}
+
+
 def test_where_it_cannot_be_it_is_refused():
     grad = lambda **kw: fz.value_and_grad(lambda p, b: (p["w"].sum(), torch.tensor(1.0)), unused="keep", **kw)
     own = fz.lift((lambda p: (), lambda u, s, p: (u, s)), elementwise=True)

@@ -39,16 +39,15 @@ def left_alone(g: Grad, shares: Shares, fn: Apply) -> Apply:
     for e in shares.entries:
         if e.tx.formula is None:
             not_here(g, e.tx.name, "of a state in a form of its own nobody knows what belongs to one leaf")
-    keys = [e.key for e in shares.entries]
+    keys = ("params", *(e.key for e in shares.entries))
 
     def kept(out: Value, state: State) -> tuple[Updated, State]:
         assert out.used is not None
         idle = (~out.used).nonzero().view(-1).tolist()
-        held = [_parts({k: state[k] for k in ("params", *keys)}, idle, copied=g.env.donate)] if idle else []
+        old = _parts({k: state[k] for k in keys}, idle, copied=g.env.donate)
         updated, new = fn(out, state)
-        for old in held:
-            now = _parts({k: new[k] for k in ("params", *keys)}, idle)
-            torch._foreach_copy_(now, old)
+        if old:  # of frozen leaves alone there is nothing
+            torch._foreach_copy_(_parts({k: new[k] for k in keys}, idle), old)
         return updated, new
 
     return kept
