@@ -113,7 +113,8 @@ def test_killed_at_a_point(run_world, lives, case):
     died = max(e["at"] for rank in told for e in rank["events"] if e["what"] in ("dies", "kills"))
     for rank in {0, 1} - set(victims):
         last = told[rank]["events"][-1]
-        assert last["what"] == "raised" and last["kind"] == "CheckpointError" and last["at"] - died < 10, told
+        assert last["what"] == "raised", f"rank {rank}: {last}\n{told[rank]['stderr']}"  # where it hung, if it did
+        assert last["kind"] == "CheckpointError" and last["at"] - died < 10, told
         assert f"rank {victims[0]}" in last["text"], last
     assert {
         e.path.name.removesuffix(folder.NEW): e.manifest.step for e in folder.listing(directory).entries

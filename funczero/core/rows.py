@@ -213,5 +213,6 @@ def _children(node: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]], A
         return [(name, getattr(node, name)) for name in names], again
     if isinstance(node, Mapping):
         keys = list(node)
-        return [(str(k), node[k]) for k in keys], lambda xs: type(node)(dict(zip(keys, xs, strict=True)))  # type: ignore[call-arg]
+        kind: Any = type(node)
+        return [(str(k), node[k]) for k in keys], lambda xs: kind(dict(zip(keys, xs, strict=True)))
     return None

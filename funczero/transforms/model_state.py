@@ -78,19 +78,10 @@ class Model:
 
     def given(self, state: State, index: int, of: int) -> Tree:
         """What micro-batch `index` of `of` reads: a copy that is its own, of leaves by rows its rows alone."""
-        return tree.unflatten([x.clone() for x in self._of(state, index, of)], self.treedef)
-
-    def _of(self, state: State, index: int, of: int) -> list[Tensor]:
-        flat = tree.leaves(state[MODEL].values)
-        for path, x, rule in zip(self.paths, flat, self.rules, strict=True):
-            if rule == "rows" and len(x) % of:
-                why = f"has {len(x)} rows, which do not divide by the {of} micro-batches of an update"
-                raise ValueError(f"value_and_grad: model state {path!r} {why}; give as many rows as the global batch")
-        n = [len(x) // of if rule == "rows" else 0 for x, rule in zip(flat, self.rules, strict=True)]
-        return [
-            x.narrow(0, index * k, k) if k or rule == "rows" else x
-            for x, k, rule in zip(flat, n, self.rules, strict=True)
-        ]
+        flat = zip(self.paths, tree.leaves(state[MODEL].values), self.rules, strict=True)
+        return tree.unflatten(
+            [_part(p, x, index, of).clone() if rule == "rows" else x.clone() for p, x, rule in flat], self.treedef
+        )
 
     def returned(self, new: Any, given: Tree) -> tuple[Tensor, ...]:
         """What a loss returned as its state, checked, as leaves [1, ...].
@@ -217,6 +208,14 @@ def model_of(initial: Tree, rules: Sequence[tuple[str, Rule]]) -> Model:
                 f"value_and_grad: model state {path!r} is 0-d and has no rows; write 'mean', 'sum' or 'first' for it"
             )
     return Model(tree.flatten(initial)[1], paths, tuple(x.detach() for _, x in named), chosen)
+
+
+def _part(path: str, x: Tensor, index: int, of: int) -> Tensor:
+    """The rows of one micro-batch."""
+    if len(x) % of:
+        why = f"has {len(x)} rows, which do not divide by the {of} micro-batches of an update"
+        raise ValueError(f"value_and_grad: model state {path!r} {why}; give as many rows as the global batch")
+    return x.narrow(0, index * (len(x) // of), len(x) // of)
 
 
 def _default(x: Tensor) -> Rule:
