@@ -22,6 +22,7 @@ from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.memory import numpy_view, torch_dtype
 from funczero.checkpoint.names import Names, escape, unescape, whole
 from funczero.checkpoint.tools import find, progress, tensors
+from funczero.core.number import dtype_name
 from funczero.transforms.model_state import MODEL
 
 CODES = {
@@ -93,7 +94,7 @@ def export(
         a = found.arrays[source]
         have = torch_dtype(a.dtype)
         want = torch_dtype(dtype) if dtype and have.is_floating_point else have
-        if str(want).removeprefix("torch.") not in CODES:
+        if dtype_name(want) not in CODES:
             raise ValueError(f"export: {name!r} is {a.dtype}, which safetensors has no name for; write --dtype=float32")
         entries.append(Entry(state_dict_key(name) or "weight", source, want, a.shape))
     if twice := [key for key, n in Counter(e.key for e in entries).items() if n > 1]:
@@ -131,7 +132,7 @@ def _write(where: Path, found: manifest.Manifest, file: Path, entries: list[Entr
     at = 0
     for e in entries:
         header[e.key] = {
-            "dtype": CODES[str(e.dtype).removeprefix("torch.")],
+            "dtype": CODES[dtype_name(e.dtype)],
             "shape": list(e.shape),
             "data_offsets": [at, at + e.nbytes],
         }

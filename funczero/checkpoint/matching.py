@@ -11,8 +11,9 @@ from funczero.checkpoint import names, terms
 from funczero.checkpoint.arrays import Array
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.memory import dtype_name, torch_dtype
+from funczero.checkpoint.memory import torch_dtype
 from funczero.checkpoint.names import Part
+from funczero.core.number import dtype_name
 
 
 def sources(parts: Iterable[str], manifest: Manifest, rename: Sequence[tuple[str, str]]) -> dict[str, str]:

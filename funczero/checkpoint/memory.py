@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from funczero.checkpoint.error import CheckpointError
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as torch, numpy and zarr call it: float32, bfloat16, float8_e4m3fn."""
-    return str(dtype).removeprefix("torch.")
+from funczero.core.number import dtype_name
 
 
 def torch_dtype(name: str) -> torch.dtype:

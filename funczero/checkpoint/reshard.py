@@ -13,11 +13,11 @@ from torch import Tensor
 
 from funczero.checkpoint import terms
 from funczero.checkpoint.layout import Box, Deal, deal
-from funczero.checkpoint.memory import dtype_name
 from funczero.checkpoint.names import Part, is_rate, listed, named
 from funczero.checkpoint.preparing import coords_of
 from funczero.checkpoint.target import roomy, template, views_of
 from funczero.comm.integers import sum_integers
+from funczero.core.number import dtype_name
 from funczero.core.types import TrainState
 from funczero.layout.mesh import Mesh
 from funczero.step.step import Step

@@ -19,10 +19,11 @@ from funczero.checkpoint.arrays import Array, Reader
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.layout import Box
 from funczero.checkpoint.manifest import ARRAYS, FILE, Manifest
-from funczero.checkpoint.memory import dtype_name, torch_dtype
+from funczero.checkpoint.memory import torch_dtype
 from funczero.checkpoint.names import Part, named
 from funczero.checkpoint.script_rates import ScriptRates
 from funczero.checkpoint.target import Restorer, Want, roomy, views_of
+from funczero.core.number import dtype_name
 from funczero.core.types import TrainState
 
 

@@ -19,9 +19,10 @@ from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Box, Deal, Piece, deal
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.memory import dtype_name, nbytes, numpy_view, room, torch_dtype
+from funczero.checkpoint.memory import nbytes, numpy_view, room, torch_dtype
 from funczero.checkpoint.names import Names, listed
 from funczero.checkpoint.peers import Peers
+from funczero.core.number import dtype_name
 from funczero.world.ending import Work
 
 # The name of a point of a save: what is told it, as this rank passes the point, may fail or end the save there.

@@ -12,8 +12,9 @@ import torch.utils._pytree as pytree
 from funczero.checkpoint import names
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import FILE, Manifest
-from funczero.checkpoint.memory import dtype_name, torch_dtype
+from funczero.checkpoint.memory import torch_dtype
 from funczero.checkpoint.target import Restorer
+from funczero.core.number import dtype_name
 from funczero.core.types import Sum, TrainState
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where

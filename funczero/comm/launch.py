@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from funczero.core.number import dtype_name
 from funczero.layout.mesh import Mesh
 from funczero.world.sent import Sent
 
@@ -51,9 +52,7 @@ def _sent(
     mesh.ledger.note(verb, axis, name, n, units)
 
 
-@cache
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+_name_of = cache(dtype_name)
 
 
 def launch_gather(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funczero.core.number import dtype_name
 from funczero.core.policy import dtype_of
 
 Lengths = tuple[int, ...]  # of the slots that lie one after another in a buffer, padding included
@@ -86,7 +87,7 @@ def cast(dtype: torch.dtype | str) -> Wire:
     cast(bfloat16) 96
     """
     narrow = dtype_of(dtype, "cast")
-    name = f"cast({str(narrow).removeprefix('torch.')})"
+    name = f"cast({dtype_name(narrow)})"
     return Wire(
         name,
         lambda x, lengths, key: x.to(narrow),
@@ -158,10 +159,7 @@ def prove(wire: Wire, born: torch.dtype, dtype: torch.dtype, device: torch.devic
     try:
         before, first = x.clone(), _sent(wire, x, TRIED, 0).clone()
     except (RuntimeError, NotImplementedError) as error:
-        why = (
-            f"cannot pack {str(born).removeprefix('torch.')} values on {device.type}"
-            f" ({str(error).splitlines()[0][:200]})"
-        )
+        why = f"cannot pack {dtype_name(born)} values on {device.type} ({str(error).splitlines()[0][:200]})"
         raise ValueError(f"wire {wire.name!r}: it {why}; write one that it can, as fz.int8(2048)") from None
     if not torch.equal(x, before):
         raise ValueError(f"wire {wire.name!r}: pack writes into the values that it is given; return new ones")

@@ -1,5 +1,5 @@
 """Numbers that somebody wrote: what is none, or lies outside its range, is refused by name, argument and value where
-it is written.
+it is written; and what values are called in messages.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import math
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -84,3 +85,12 @@ def shown(x: Any) -> str:
     """x in a message: short, and a tensor on one line."""
     text = " ".join(repr(x).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as torch, numpy and zarr call it: float32, bfloat16, float8_e4m3fn.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from funczero.core.number import dtype_name
+
 _NAMES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _SHORT = {
     "f64": "float64",
@@ -60,6 +62,4 @@ class Policy(NamedTuple):
         return Policy(**{name: dtype_of(value.strip()) for name, value in given.items()})
 
     def __str__(self) -> str:
-        return ",".join(
-            f"{name}={str(dtype).removeprefix('torch.')}" for name, dtype in zip(self._fields, self, strict=True)
-        )
+        return ",".join(f"{name}={dtype_name(dtype)}" for name, dtype in zip(self._fields, self, strict=True))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.number import kind, number, shown
+from funczero.core.number import dtype_name, kind, number, shown
 from funczero.core.types import Grad
 from funczero.optim.count import COUNTED, Count
 
@@ -137,7 +137,7 @@ def lasting(who: str, eps: float, params: Any) -> None:
     """Refuses an eps that is nothing in the dtype of the parameters, where 0 / 0 would follow."""
     leaf = next(iter(tree.tensors(params)), torch.zeros(()))
     if eps and not float(torch.tensor(eps, dtype=leaf.dtype)):
-        name = str(leaf.dtype).removeprefix("torch.")
+        name = dtype_name(leaf.dtype)
         raise ValueError(
             f"{who}: eps={eps:g} is 0 in {name}, the dtype of the masters; write a larger eps, or"
             f" policy='params=float32,compute={name}'"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.number import kind, number
+from funczero.core.number import dtype_name, kind, number
 from funczero.core.types import Group, Reading
 from funczero.layout.slots import Slots
 from funczero.optim.by_leaf import Leaves, form_of, parts_of, reported, values_of
@@ -126,7 +126,7 @@ class Rates:
             return value if 0 <= value < below else number(f"{self.who}: in its state", what, value, high=below)
         have = kind(x)
         if isinstance(x, Tensor):
-            have = f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)}"
+            have = f"a {dtype_name(x.dtype)} tensor of shape {tuple(x.shape)}"
         raise TypeError(
             f"{self.who}: rates[{what!r}] of its state is {have}; write it in place, as rates[{what!r}].fill_(x),"
             " or as a 0-d float64 tensor"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funczero.comm.integers import sum_and_compare
 from funczero.core import rows, tree
+from funczero.core.number import dtype_name
 from funczero.core.types import GradientTransformation, Layout, Tree
 from funczero.layout.mesh import Mesh
 from funczero.transforms.chain import Bracket, Source
@@ -54,9 +55,7 @@ def begin(params: Any, structure: Any, key: int, mesh: Mesh, model: Model | None
     sums = torch.stack([checksum(x) for x in whole.values()]).tolist() if whole else []
     numbers = dict(zip(whole, sums, strict=True))
     for path, x in reversed(once.values()):
-        ledger.note(
-            BEGINS, f"{path!r}", f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}", numbers.get(path, 0)
-        )
+        ledger.note(BEGINS, f"{path!r}", f"{dtype_name(x.dtype)} {tuple(x.shape)}", numbers.get(path, 0))
     try:
         sum_and_compare([torch.zeros(0, dtype=torch.int64, device=mesh.device)], (), mesh)
     finally:
@@ -78,7 +77,7 @@ def given(batch: Tree, layout: Layout, mesh: Mesh) -> None:
         return
     for path, x, dim in leaves:
         if dim == rows.WHOLE and isinstance(x, Tensor):
-            what, number = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}", _bits(x)
+            what, number = f"{dtype_name(x.dtype)} {tuple(x.shape)}", _bits(x)
         elif dim == rows.WHOLE:
             text = _plain(x, 0)  # "" for what has no words that every process writes alike
             what, number = type(x).__name__, zlib.crc32(text.encode())

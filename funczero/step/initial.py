@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from funczero.core import tree
+from funczero.core.number import dtype_name
 from funczero.core.policy import Policy
 from funczero.core.types import Grad, TrainState
 from funczero.layout.lazy import Lazy, all_find, lazy
@@ -48,7 +49,7 @@ def check_widening(params: Any, policy: Policy) -> None:
     """
     for path, x in tree.paths(params):
         if torch.finfo(x.dtype).bits > torch.finfo(policy.params).bits:
-            have, keep = (str(d).removeprefix("torch.") for d in (x.dtype, policy.params))
+            have, keep = map(dtype_name, (x.dtype, policy.params))
             raise TypeError(
                 f"init: parameter {path!r} is {have}, but the policy keeps masters in {keep}; write policy='{have}', or"
                 " cast the parameters first"

@@ -13,6 +13,7 @@ from absl import logging
 from torch import Tensor
 
 from funczero.core import tree
+from funczero.core.number import dtype_name
 from funczero.core.policy import Policy
 from funczero.core.rows import opened
 from funczero.core.types import Layout, Updated
@@ -28,7 +29,7 @@ def narrow(params: Any, policy: Policy) -> str:
     odd = [(path, x.dtype) for path, x in tree.paths(params) if torch.finfo(x.dtype).bits < bits]
     if not odd:
         return ""
-    have, there = (str(d).removeprefix("torch.") for d in (odd[0][1], policy.compute))
+    have, there = map(dtype_name, (odd[0][1], policy.compute))
     who = f"parameter {odd[0][0]!r}{f' and {len(odd) - 1} more' * (len(odd) > 1)}"
     return (
         f"init: {who} came in {have}, but the policy computes in {there}; write policy='compute={have}' to compute as"

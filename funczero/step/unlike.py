@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
+from funczero.core.number import dtype_name
 from funczero.layout.place import DEVICE
 from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure
@@ -65,7 +66,7 @@ def fit(what: str, have: Slots, dtype: torch.dtype) -> str:
     if lengths != list(have.where.lengths):
         return f"its {what} have {lengths} elements a unit, but this step's have {list(have.where.lengths)}"
     odd = next((b.dtype for b in have.buffers if b.dtype != dtype), dtype)
-    return "" if odd == dtype else f"its {what} are {_name(odd)}, but this step keeps them in {_name(dtype)}"
+    return "" if odd == dtype else f"its {what} are {dtype_name(odd)}, but this step keeps them in {dtype_name(dtype)}"
 
 
 def chains(have: dict[str, Any], want: dict[str, Any] | None) -> str:
@@ -89,10 +90,6 @@ def chains(have: dict[str, Any], want: dict[str, Any] | None) -> str:
         ]
         if a_tree == b_tree and forms[0] != forms[1]:
             i = next(i for i, (x, y) in enumerate(zip(*forms, strict=True)) if x != y)
-            here, there = ("no tensor" if (x := f[i]) is None else f"shape {x[0]} in {_name(x[1])}" for f in forms)
+            here, there = ("no tensor" if (x := f[i]) is None else f"shape {x[0]} in {dtype_name(x[1])}" for f in forms)
             return f"{f'{name}/{tree.paths(ours)[i][0]}'!r} has {here}, but {there} in this step"
     return ""
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")

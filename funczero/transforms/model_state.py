@@ -17,7 +17,7 @@ from torch.utils._pytree import TreeSpec
 
 from funczero.comm.words import count, values, words
 from funczero.core import order, tree
-from funczero.core.number import kind, shown
+from funczero.core.number import dtype_name, kind, shown
 from funczero.core.types import State, Tree
 
 MODEL = "model_state"  # where a chain keeps it
@@ -99,8 +99,8 @@ class Model:
             raise TypeError(f"value_and_grad: {what} ({error}); return one value for every leaf") from None
         for path, x, old in zip(self.paths, flat, tree.leaves(given), strict=True):
             if not isinstance(x, Tensor) or x.shape != old.shape or x.dtype != old.dtype:
-                want = f"a tensor of shape {tuple(old.shape)} and {_short(old.dtype)}"
-                have = f"{tuple(x.shape)} and {_short(x.dtype)}" if isinstance(x, Tensor) else kind(x)
+                want = f"a tensor of shape {tuple(old.shape)} and {dtype_name(old.dtype)}"
+                have = f"{tuple(x.shape)} and {dtype_name(x.dtype)}" if isinstance(x, Tensor) else kind(x)
                 raise TypeError(
                     f"value_and_grad: model state {path!r} came back as {have}; return {want}, as it was given"
                 )
@@ -198,8 +198,8 @@ def model_of(initial: Tree, rules: Sequence[tuple[str, Rule]]) -> Model:
     for (path, x), rule in zip(named, chosen, strict=True):
         if rule == "mean" and not (x.is_floating_point() or x.is_complex()):
             raise ValueError(
-                f"value_and_grad: model state {path!r} is {_short(x.dtype)}, which has no mean; write 'first' or 'sum'"
-                " for it"
+                f"value_and_grad: model state {path!r} is {dtype_name(x.dtype)}, which has no mean; write 'first' or"
+                " 'sum' for it"
             )
         if rule == "sum" and x.dtype == torch.bool:
             raise ValueError(f"value_and_grad: model state {path!r} is bool, which has no sum; write 'first' for it")
@@ -220,7 +220,3 @@ def _part(path: str, x: Tensor, index: int, of: int) -> Tensor:
 
 def _default(x: Tensor) -> Rule:
     return "mean" if x.is_floating_point() or x.is_complex() else "first"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

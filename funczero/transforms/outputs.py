@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec
 
 from funczero.comm.words import count, values, words
 from funczero.core import order, tree
-from funczero.core.number import kind, shown
+from funczero.core.number import dtype_name, kind, shown
 from funczero.core.types import Tree
 
 RULES = ("sum", "rows", "cat")
@@ -126,7 +126,7 @@ def _leaf(path: str, x: Any, rule: str, device: torch.device) -> Tensor:
         remedy = "return numbers and tensors, or leave it out"
         raise TypeError(f"value_and_grad: {where} is {kind(x)}, which cannot be added or joined; {remedy}")
     y = torch.as_tensor(x, device=device)
-    what = f"{where} is a tensor of shape {tuple(y.shape)} and {str(y.dtype).removeprefix('torch.')}"
+    what = f"{where} is a tensor of shape {tuple(y.shape)} and {dtype_name(y.dtype)}"
     if not rule and y.dim():
         remedy = (
             f"write x.sum(), or has_aux=[({path!r}, 'rows')] for this rank's rows, 'cat' for all ranks', 'sum' to"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funczero.core.number import dtype_name
 from funczero.deepspeed.engine.leaf import number, read_leaf, write_part
 from funczero.deepspeed.engine.loader import RepeatingLoader as RepeatingLoader
 from funczero.deepspeed.engine.log import logger as logger
@@ -44,7 +45,7 @@ def noted(engine: Any, call: str, name: str, value: Tensor) -> None:
     ledger = engine.live_mesh.ledger
     if ledger.ranks > 1:
         number = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        dtype, size = str(value.dtype).removeprefix("torch."), value.numel() * value.element_size()
+        dtype, size = dtype_name(value.dtype), value.numel() * value.element_size()
         engine.together(call, lambda: ledger.note(f"write {number:08x}", name, dtype, size))
 
 
