@@ -11,7 +11,7 @@ from optimizers import F32, F64, MAKERS, ORACLES, PAIRS, close, masters
 
 import funczero as fz
 from funczero import P, tree
-from funczero.core.types import Formula, GradientTransformation, Group, Reading
+from funczero.core.optimizer import Formula, GradientTransformation, Group, Reading
 from funczero.layout.lazy import lazy
 from funczero.layout.slots import Slots
 from funczero.testing import tree_hash

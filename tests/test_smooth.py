@@ -7,7 +7,7 @@ import torch
 from optimizers import MAKERS
 
 import funczero as fz
-from funczero.core.types import GradientTransformation
+from funczero.core.optimizer import GradientTransformation
 from funczero.testing import simulate
 
 HAVE = ["adam", "adamw", "adagrad", "lion", "sgd"]

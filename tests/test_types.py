@@ -5,17 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from funczero.core.types import (
-    ChainError,
-    GradientTransformation,
-    Layout,
-    Metrics,
-    Seed,
-    Sum,
-    TrainState,
-    Updated,
-    Value,
-)
+from funczero.core.optimizer import GradientTransformation
+from funczero.core.types import ChainError, Layout, Metrics, Seed, Sum, TrainState, Updated, Value
 
 LAYOUTS = {
     "sum": Layout(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funczero.core.number import number, whole
-from funczero.core.types import Across, Asked, Formula, Found, GradientTransformation
+from funczero.core.optimizer import Across, Asked, Formula, Found, GradientTransformation
 from funczero.optim.count import zero
 from funczero.optim.matrices import scaled
 from funczero.optim.rate import Rate

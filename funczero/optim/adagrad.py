@@ -9,8 +9,8 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import number
+from funczero.core.optimizer import Formula, GradientTransformation, Smooth
 from funczero.core.straight import root
-from funczero.core.types import Formula, GradientTransformation, Smooth
 from funczero.optim.count import Scalars, counted, zero
 from funczero.optim.rate import Rate, lasting
 from funczero.optim.rates import Rates

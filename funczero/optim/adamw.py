@@ -11,8 +11,8 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import number
+from funczero.core.optimizer import Formula, GradientTransformation, Smooth
 from funczero.core.straight import root
-from funczero.core.types import Formula, GradientTransformation, Smooth
 from funczero.optim.count import zero
 from funczero.optim.rate import Beta, Rate, lasting, one_for_all
 from funczero.optim.rates import Rates

@@ -15,7 +15,8 @@ from torch import Tensor
 from funczero.core import tree
 from funczero.core.number import flag, kind, number
 from funczero.core.number import shown as described
-from funczero.core.types import ChainError, Formula, GradientTransformation
+from funczero.core.optimizer import Formula, GradientTransformation
+from funczero.core.types import ChainError
 from funczero.optim.adafactor import adafactor
 from funczero.optim.muon import muon
 from funczero.optim.rate import Beta, Rate, lasting, value_at

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import number
-from funczero.core.types import Across, Asked, Formula, Found, GradientTransformation
+from funczero.core.optimizer import Across, Asked, Formula, Found, GradientTransformation
 from funczero.optim.count import zero
 from funczero.optim.rate import Beta, Rate, lasting, one_for_all
 from funczero.optim.rates import Rates

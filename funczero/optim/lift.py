@@ -11,7 +11,7 @@ import torch
 
 from funczero.core import tree
 from funczero.core.number import flag, shown
-from funczero.core.types import GradientTransformation, Needs
+from funczero.core.optimizer import GradientTransformation, Needs
 from funczero.transforms.shares import foreign
 
 

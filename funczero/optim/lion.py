@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.types import Formula, GradientTransformation, Smooth
+from funczero.core.optimizer import Formula, GradientTransformation, Smooth
 from funczero.optim.count import Scalars, counted, zero
 from funczero.optim.rate import Beta, Rate, one_for_all
 from funczero.optim.rates import Rates

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.core.types import Asked
+from funczero.core.optimizer import Asked
 
 Shape = tuple[int, ...]
 One = Callable[[Tensor, list[Tensor], Any], Tensor]  # (gradient, the owner's states of it, scalars) -> update

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import flag, number, whole
-from funczero.core.types import Across, Asked, Formula, Found, GradientTransformation
+from funczero.core.optimizer import Across, Asked, Formula, Found, GradientTransformation
 from funczero.optim.count import Scalars, counted, zero
 from funczero.optim.matrices import scaled
 from funczero.optim.rate import Rate, one_for_all

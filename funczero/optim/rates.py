@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import dtype_name, kind, number
-from funczero.core.types import Group, Reading
+from funczero.core.optimizer import Group, Reading
 from funczero.layout.slots import Slots
 from funczero.optim.by_leaf import Leaves, form_of, parts_of, reported, values_of
 from funczero.optim.rate import checked, is_plain, is_rules, value_at

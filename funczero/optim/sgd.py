@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import flag, number
-from funczero.core.types import Formula, GradientTransformation, Smooth
+from funczero.core.optimizer import Formula, GradientTransformation, Smooth
 from funczero.optim.count import Scalars, counted, zero
 from funczero.optim.rate import Rate, one_for_all
 from funczero.optim.rates import Rates

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import number, whole
-from funczero.core.types import Across, Formula, Found, GradientTransformation
+from funczero.core.optimizer import Across, Formula, Found, GradientTransformation
 from funczero.layout.slots import Slots
 from funczero.optim.count import zero
 from funczero.optim.matrices import each, left_of, right_of, rows_of

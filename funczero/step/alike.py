@@ -14,7 +14,8 @@ from torch import Tensor
 from funczero.comm.integers import sum_and_compare
 from funczero.core import rows, tree
 from funczero.core.number import dtype_name
-from funczero.core.types import GradientTransformation, Layout, Tree
+from funczero.core.optimizer import GradientTransformation
+from funczero.core.types import Layout, Tree
 from funczero.layout.mesh import Mesh
 from funczero.transforms.chain import Bracket, Source
 from funczero.transforms.model_state import Model

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from funczero.comm.edge import Edge, joined
+from funczero.core.optimizer import GradientTransformation
 from funczero.core.transform import refuse
-from funczero.core.types import ChainError, Env, Grad, GradientTransformation
+from funczero.core.types import ChainError, Env, Grad
 from funczero.transforms.feedback import kept_where_skipped
 from funczero.transforms.partition import Partition
 from funczero.transforms.shares import Optimizer, foreign

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.types import Across, Tree
+from funczero.core.optimizer import Across
+from funczero.core.types import Tree
 from funczero.layout.cut import Cut, Extent, Rows, Whole
 from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.types import Formula, GradientTransformation, Needs, Reading, Tree
+from funczero.core.optimizer import Formula, GradientTransformation, Needs, Reading
+from funczero.core.types import Tree
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 from funczero.transforms.leafwise import on_whole, run_across

@@ -18,7 +18,8 @@ from torch import Tensor
 from funczero.comm.integers import sum_integers
 from funczero.comm.norm import folds, norm_of, square_bins
 from funczero.comm.owners import from_owners, to_owners
-from funczero.core.types import Asked, Formula, Found, Reading, Tree
+from funczero.core.optimizer import Asked, Formula, Found, Reading
+from funczero.core.types import Tree
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from funczero.comm.collectives import all_gather, cut
 from funczero.core import tree
-from funczero.core.types import Across, Asked, GradientTransformation, Tree
+from funczero.core.optimizer import Across, Asked, GradientTransformation
+from funczero.core.types import Tree
 from funczero.layout.lazy import Lazy
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.core.number import kind, shown
-from funczero.core.types import GradientTransformation, Tree
+from funczero.core.optimizer import GradientTransformation
+from funczero.core.types import Tree
 from funczero.layout.slots import Slots
 from funczero.layout.structure import Leaf, Structure, Unit
 from funczero.layout.where import Where

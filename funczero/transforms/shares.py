@@ -9,8 +9,9 @@ import torch
 from absl import logging
 from torch import Tensor
 
+from funczero.core.optimizer import GradientTransformation, Reading
 from funczero.core.transform import refuse, slot_name
-from funczero.core.types import Grad, GradientTransformation, Reading, State, Tree
+from funczero.core.types import Grad, State, Tree
 from funczero.layout.lazy import Lazy
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from absl import logging
 from torch import Tensor
 
-from funczero.core.types import GradientTransformation, Out, Transform, Updated
+from funczero.core.optimizer import GradientTransformation
+from funczero.core.types import Out, Transform, Updated
 from funczero.layout.structure import Leaf
 from funczero.transforms.chain import Bracket, Configure, Lift, Source
 from funczero.transforms.formula import IDLE

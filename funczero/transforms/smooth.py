@@ -17,9 +17,10 @@ from funczero.comm.adjoint import vary
 from funczero.comm.differentiable import Varied, cut_axes, over_all, over_leaves, pack, unvary
 from funczero.core import rng, tree
 from funczero.core.held import differentiated, held_by
+from funczero.core.optimizer import Formula, GradientTransformation
 from funczero.core.straight import straight
 from funczero.core.transform import refuse
-from funczero.core.types import Env, Formula, Grad, GradientTransformation, State, Tree, Value
+from funczero.core.types import Env, Grad, State, Tree, Value
 from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 from funczero.transforms.shares import Shares

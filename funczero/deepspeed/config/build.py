@@ -20,8 +20,8 @@ from funczero.deepspeed.config.keys import ENGINE, KEYS
 from funczero.deepspeed.config.optimizers import GivenOptimizer, optimizer_of
 from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config, dtype_name
-from funczero.gradients.gradient import pullback as pulled
 from funczero.gradients.gradient import value_and_grad
+from funczero.gradients.pullback import pullback as pulled
 from funczero.layout.spec import P
 from funczero.step.zero import zero, zeropp
 from funczero.transforms.accumulate import accumulate

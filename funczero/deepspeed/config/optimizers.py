@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from funczero import optim
-from funczero.core.types import GradientTransformation
+from funczero.core.optimizer import GradientTransformation
 from funczero.deepspeed.config.key import ConfigError
 from funczero.deepspeed.config.options import SCHEDULERS
 from funczero.deepspeed.config.resolved import Config

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from funczero.core.types import ChainError, Env, Grad, Seed, Sum
-from funczero.gradients.gradient import close, pullback
+from funczero.gradients.pullback import pullback
+from funczero.gradients.source import close
 from funczero.gradients.tape import Tape
 from funczero.layout.slots import Slots
 from funczero.layout.spec import P

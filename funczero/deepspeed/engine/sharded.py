@@ -26,8 +26,8 @@ from funczero.deepspeed.engine.seam import seam_pullback
 from funczero.deepspeed.engine.values import whole_values
 from funczero.deepspeed.engine.zero_init import start_of
 from funczero.gradients.blocks import Again, Blocks
-from funczero.gradients.gradient import close
 from funczero.gradients.layers import group_of
+from funczero.gradients.source import close
 from funczero.gradients.tape import Tape
 from funczero.gradients.units import find_units
 from funczero.layout.spec import P

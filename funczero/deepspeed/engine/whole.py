@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from funczero.core.types import TrainState
 from funczero.deepspeed.engine.graphs import differentiate
 from funczero.deepspeed.engine.held import Held, named
-from funczero.gradients.gradient import pullback
+from funczero.gradients.pullback import pullback
 from funczero.layout.spec import P
 from funczero.step.step import Step
 from funczero.transforms.chain import Source

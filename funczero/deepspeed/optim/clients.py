@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funczero.core.number import number
-from funczero.core.types import Formula, GradientTransformation, Group, Reading
+from funczero.core.optimizer import Formula, GradientTransformation, Group, Reading
 from funczero.deepspeed.optim.groups import ByGroup, Numbers, by_group
 from funczero.layout.slots import Slots
 from funczero.optim.from_torch import ELEMENTWISE

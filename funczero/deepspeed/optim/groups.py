@@ -11,8 +11,9 @@ from torch import Tensor
 
 from funczero import optim
 from funczero.core.number import number
+from funczero.core.optimizer import GradientTransformation, Group, Reading
 from funczero.core.transform import refuse, slot_name
-from funczero.core.types import Grad, GradientTransformation, Group, Reading, Transform, Updated
+from funczero.core.types import Grad, Transform, Updated
 from funczero.deepspeed.config.key import ConfigError
 from funczero.deepspeed.config.optimizers import GroupRates, make_optimizer, rates_of
 from funczero.deepspeed.config.resolved import Config, Setting
