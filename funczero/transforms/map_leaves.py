@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from funczero.comm.differentiable import Varied, pack
+from funczero.comm.differentiable import pack
 from funczero.core.transform import after
 from funczero.core.types import Grad, State, Transform, Value
 from funczero.transforms.chosen import Chosen
-from funczero.transforms.mean import rewritten, value
+from funczero.transforms.mean import rewritten, value, with_factor
 
 
 def map_leaves(
@@ -48,12 +48,9 @@ def map_leaves(
         chosen.whole(g)
 
         def each(out: Value, state: State) -> tuple[Value, State]:
-            where = out.grads.where
-            factor = Varied(where, g.env.mesh, out.factor) if g.env.differentiable else None
-            leaves = {}
-            for i, x in out.grads.present().items():
+            leaves, where = with_factor(out, g.env), out.grads.where
+            for i, x in leaves.items():
                 path = where.structure.leaves[i].path
-                x = x * (out.factor if factor is None else factor.of(i)).to(x.dtype)
                 leaves[i] = chosen.of(path, x) if matches(path) else x
             return rewritten(out, pack(where, leaves, out.grads)), state
 

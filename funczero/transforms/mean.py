@@ -203,6 +203,13 @@ def pointwise(name: str, fn: Callable[[Tensor, Tensor], Tensor]) -> Transform:
     return transform
 
 
+def with_factor(out: Value, env: Env) -> dict[int, Tensor]:
+    """The gradient's leaves by number, multiplied by the factor, as this rank's part of each must meet it."""
+    varied = Varied(out.grads.where, env.mesh, out.factor) if env.differentiable else None
+    factors = {i: out.factor if varied is None else varied.of(i) for i in out.grads.present()}
+    return {i: x * factors[i].to(x.dtype) for i, x in out.grads.present().items()}
+
+
 def rewritten(out: Value, grads: Slots) -> Value:
     """A value with other gradients: their factor is one and their norm unknown."""
     logs = out.logs if out.norm is None else {"grad_norm": out.norm, **out.logs}

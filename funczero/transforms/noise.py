@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funczero.comm.differentiable import Varied, pack
+from funczero.comm.differentiable import pack
 from funczero.core import rng
 from funczero.core.number import number
 from funczero.core.transform import around
 from funczero.core.types import Grad, Seed, State, Transform, Value
 from funczero.layout.slots import Slots
 from funczero.layout.where import Slot
-from funczero.transforms.mean import rewritten, value
+from funczero.transforms.mean import rewritten, value, with_factor
 
 
 def add_noise(std: float) -> Transform:
@@ -52,14 +52,11 @@ def add_noise(std: float) -> Transform:
             return seed, rng.fold(seed.key, "add_noise")
 
         def fn(out: Value, state: State, key: int) -> tuple[Value, State]:
-            where = out.grads.where
-            factor = Varied(where, g.env.mesh, out.factor) if g.env.differentiable else None
-            leaves = {}
-            for i, x in out.grads.present().items():
+            leaves, where = with_factor(out, g.env), out.grads.where
+            for i, x in leaves.items():
                 leaf = where.structure.leaves[i]
                 noise = rng.normal_at(rng.fold(key, str(leaf.path)), _places(where.slots[i], leaf.shape, x), x.dtype)
-                scale = out.factor if factor is None else factor.of(i)
-                leaves[i] = x * scale.to(x.dtype) + std * noise
+                leaves[i] = x + std * noise
             return rewritten(out, pack(where, leaves, out.grads)), state
 
         return around(g, name, g.layout, before, fn)
