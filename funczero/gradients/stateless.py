@@ -39,6 +39,7 @@ def stateless(
     function of the key of value_and_grad(loss_fn, rng=True). Without a key drawing is refused. Given whole tensors,
     outside of any step, loss_fn is a plain function.
 
+    >>> import torch
     >>> loss = lambda model, x: (model(x).sum(), torch.tensor(float(len(x))))
     >>> loss_fn, params = stateless(nn.Linear(2, 1, bias=False), loss)
     >>> [x.item() for x in loss_fn({"weight": torch.ones(1, 2)}, torch.ones(3, 2))], list(params)
