@@ -15,9 +15,9 @@ Expect:
 
 Found (float32, 25.2 M values in matrices; two quiet cores; medians of the slower rank; wall and CPU time):
     extra ms of a step over AdamW: 4218 and 4020 at stage 0, 2273 (0.54) and 2092 (0.52) at stage 1, 2404 (0.57) and
-    2335 (0.58) at stage 3, which misses 0.55. The exchange is 4.4 % of a step at stage 1 and 1.2 % at stage 3. Bytes are
-    the closed form on both ranks, 50,331,648, and all stages have one hash. On cores that others kept busy it was 0.49
-    and 0.51. bfloat16 halves the bytes and was not timed.
+    2335 (0.58) at stage 3, which misses 0.55. The exchange is 4.4 % of a step at stage 1 and 1.2 % at stage 3. Bytes
+    are the closed form on both ranks, 50,331,648, and all stages have one hash. On cores that others kept busy it was
+    0.49 and 0.51. bfloat16 halves the bytes and was not timed.
 """
 
 from __future__ import annotations
