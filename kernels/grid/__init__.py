@@ -1,0 +1,1 @@
+"""Sums that have no order: floats as integers on a grid."""
