@@ -8,6 +8,7 @@ from math import prod
 from torch import Tensor
 
 from funczero.comm.edge import Edge
+from funczero.comm.exact import Tally
 from funczero.comm.launch import launch_backend_sum, launch_gather, wait
 from funczero.comm.memory import Held
 from funczero.comm.units import Travelling, gather_units, scatter_units
@@ -43,14 +44,14 @@ def all_gather(x: Slots, edge: Edge | str, mesh: Mesh, key: Key = (0,)) -> Slots
 
 
 def reduce_scatter(
-    x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,), held: Held | None = None
+    x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,), held: Held | None = None, tally: Tally | None = None
 ) -> tuple[Slots, Slots | None]:
     """Sum over an axis and keep this rank's part: the transpose of all_gather. Outer axes come first.
 
     Layout: unreduced over axis, sharded over (...) -> sharded over (..., axis). Sums are taken in `edge.adds`.
 
     Args:
-      key, held: as scatter_units'.
+      key, held, tally: as scatter_units'.
 
     Returns:
       The part, and the new memory of a wire that has one.
@@ -58,11 +59,12 @@ def reduce_scatter(
     size, index, _ = mesh.axes[edge.axis]
     inner = x.where.inner(edge.axis, size, index)
     if size == 1:
-        return Slots(x.buffers, inner), None
+        own = x if tally is None else tally.count_all(x)
+        return Slots(own.buffers, inner), None
     flying = []
     for us in _messages(x):
         leaves = [x.where.views(u, x.buffers[u]) for u in us]
-        flying.append((us, scatter_units(x.where, us, edge, mesh, leaves, key, held)))
+        flying.append((us, scatter_units(x.where, us, edge, mesh, leaves, key, held, tally)))
     new = {u: e for us, f in flying for u, e in zip(us, f.errors, strict=False)}
     return Slots(_landed(flying, x), inner), None if held is None else with_units(held.errors, new)
 
@@ -74,7 +76,7 @@ def all_reduce(
 
     The sum, and the new memory of a wire that has one.
     """
-    if edge.sums == "tree" or mesh.axes[edge.axis].size == 1:
+    if edge.sums != "backend" or mesh.axes[edge.axis].size == 1:
         part, errors = reduce_scatter(x, edge, mesh, key, held)
         return all_gather(part, edge, mesh, key), errors
     flying = [launch_backend_sum(b.to(edge.adds), edge.axis, mesh) for b in x.buffers]

@@ -22,7 +22,7 @@ class Edge(NamedTuple):
     gather: Wire = as_born  # of views, and of what a closing bracket joins
     scatter: Wire = as_born  # of gradients on their way to a sum
     frozen: Wire | None = None  # of views of leaves that do not learn; None: as the others
-    sums: str = "tree"  # how ranks' parts are added: in the one tree, or by the "backend" as it likes
+    sums: str = "tree"  # how ranks' parts are added: in the one tree, as integers ("exact"), or by the "backend"
     adds: torch.dtype = torch.float32  # in which they are added: policy.accumulate
 
     @property
@@ -78,6 +78,9 @@ class Edge(NamedTuple):
         if self.scatter is not as_born and self.sums == "backend":
             why = f"the backend adds what is on the wire, and {self.scatter} packs it"
             raise ValueError(f"sums='backend' over {self.axis!r}: {why}; leave one of them out")
+        if self.scatter is not as_born and self.sums == "exact":
+            why = f"{self.scatter} rounds once for every sum, and how many there are depends on ranks and stage"
+            raise ValueError(f"sums='exact' over {self.axis!r}: {why}; leave one of them out")
         return self
 
     def __str__(self) -> str:

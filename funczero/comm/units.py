@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funczero.comm.edge import Edge
+from funczero.comm.exact import Tally
 from funczero.comm.launch import launch_backend_scatter, launch_exchange, launch_gather, wait
 from funczero.comm.memory import Held, added, remembered
 from funczero.comm.pieces import pairs, plan_of, slot_lengths, travels
@@ -64,6 +65,7 @@ def scatter_units(
     leaves: Sequence[list[Tensor]],
     key: Key = (0,),
     held: Held | None = None,
+    tally: Tally | None = None,
 ) -> Travelling:
     """Start to sum units' leaves over an axis and keep this rank's part; waiting returns their buffers there.
 
@@ -73,6 +75,7 @@ def scatter_units(
     Args:
       key: of this sum, for wires that draw; the same on all ranks.
       held: what a wire with memory remembers; its new memory is the result's `errors`.
+      tally: turns what arrives into integers, which are the result; None: it is added as it is.
 
     Raises:
       RuntimeError: the wire has memory, and none is given.
@@ -99,7 +102,15 @@ def scatter_units(
     if edge.scatter is not as_born and size > 1:
         return _scatter_packed(inner, units, edge, mesh, columns, key, whole, held)
     wire = launch_exchange(send, axis, mesh, tuple(units))
-    return Travelling(lambda: list(tree_sum(wait(wire).to(edge.adds) if size > 1 else wire).split_with_sizes(lengths)))
+
+    def finish() -> list[Tensor]:
+        rows = wait(wire) if size > 1 else wire
+        if tally is not None:
+            parts = rows.split_with_sizes(lengths, 1)
+            return [tally.count(inner, u, part) for u, part in zip(units, parts, strict=True)]
+        return list(tree_sum(rows.to(edge.adds) if size > 1 else rows).split_with_sizes(lengths))
+
+    return Travelling(finish)
 
 
 def _gather_born(

@@ -39,6 +39,9 @@ class Sum(NamedTuple):
     bad: Tensor | None = None  # [leaves] int64, only while looking for it: values that are not finite
     moved: tuple[Tensor, ...] = ()  # the model state that each micro-batch left, by leaf [micro-batches, ...]
     used: Tensor | None = None  # [leaves] int64: micro-batches that had a gradient for it, where that counts
+    # of gradients in integers (exact.py): the code of every leaf's largest value; None: gradients are as born
+    tops: Tensor | None = None
+    high: Slots | None = None  # of gradients in integers: the parts of large values, where the first sum has left them
 
 
 class Value(NamedTuple):
@@ -82,6 +85,7 @@ class Seed(NamedTuple):
     look: bool = False  # count non-finite values per leaf, to name the first
     at: tuple[int, int] = (0, 0)  # the run's key and the number of this update: what wires of views draw from
     of: int = 1  # micro-batches of an update
+    grid: Grid | None = None  # units in which gradients are counted, where sums are exact
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,11 @@ class Env(NamedTuple):
     differentiable: bool = False  # is every leaf of a step a function of every other, for torch.func?
     model: Model | None = None  # the form of the model's own state
     keeps: bool = False  # is a leaf that nobody used left as it is?
+
+    @property
+    def exact(self) -> bool:
+        """Are gradients added as integers?"""
+        return any(e.sums == "exact" for e in self.edges.values())
 
     @property
     def rules(self) -> dict[str, Rules]:

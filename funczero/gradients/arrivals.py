@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funczero.comm.collectives import with_units
+from funczero.comm.exact import Grid, Tally
 from funczero.comm.memory import Held
 from funczero.comm.units import Travelling, scatter_units
 from funczero.comm.wire import Key
@@ -24,6 +26,14 @@ from funczero.layout.where import Where
 
 Group = tuple[int, ...]  # the units of one block: one, or two where some of its leaves are frozen
 SMALL = 1 << 15  # elements under which a unit's gradient is not worth a message of its own
+
+
+class Collected(NamedTuple):
+    """The gradients of one backward."""
+
+    grads: Slots
+    bad: Tensor | None = None  # [leaves]: values that are not finite, where they were counted
+    tally: Tally | None = None  # what was found as they became integers; None: they are as born
 
 
 class Arrivals:
@@ -38,6 +48,7 @@ class Arrivals:
         device: torch.device,
         key: Key = (0,),
         held: Mapping[str, Held] | None = None,
+        grid: Grid | None = None,
     ) -> None:
         """Nothing has arrived.
 
@@ -46,8 +57,9 @@ class Arrivals:
           dtype: in which they are born.
           key: (of the update, the micro-batch's index): what wires draw from.
           held: by axis, the memory of wires that have one.
+          grid: units in which gradients are counted as they arrive; None: they are added as they are.
         """
-        self.key, self.held = key, held or {}
+        self.key, self.held, self.grid = key, held or {}, grid
         self.errors: dict[str, dict[int, Tensor]] = {a: {} for a in self.held}  # their new memory, by unit
         self.whole, self.axes, self.env, self.dtype, self.device = whole, axes, env, dtype, device
         self.here: Where = whole  # where gradients end up
@@ -74,10 +86,16 @@ class Arrivals:
         self.scattering: tuple[Group, Callable[[], list[Tensor]]] | None = None
         self.grads: dict[int, Tensor] = {}
         self.bad: dict[int, Tensor] = {}
+        self.tally = None if self.grid is None else Tally(self.grid)
 
     @contextmanager
     def collecting(
-        self, look: bool = False, retain: bool = False, key: Key | None = None, void: bool = False
+        self,
+        look: bool = False,
+        retain: bool = False,
+        key: Key | None = None,
+        void: bool = False,
+        grid: Grid | None = None,
     ) -> Iterator[None]:
         """While the backward that the chain asked for runs. Other backwards, as a loss may take on its way, book
         nothing.
@@ -87,7 +105,10 @@ class Arrivals:
           retain: the same graph will run backward once more.
           key: of this backward, where it was not known when the tape was made.
           void: what arrives counts as zero.
+          grid: of this backward, where it was not known when the tape was made.
         """
+        if grid is not None:
+            self.grid, self.tally = grid, Tally(grid)
         self.key = self.key if key is None else key
         before = dict(self.uses)
         self.booking, self.look, self.void = True, look, void
@@ -173,7 +194,7 @@ class Arrivals:
         """Over all axes, outermost first; the message before this one is finished meanwhile."""
         mesh, edges, where = self.env.mesh, self.env.edges, self.whole
         first = scatter_units(
-            where, units, edges[self.axes[0]], mesh, leaves, self._key_over(0), self.held.get(self.axes[0])
+            where, units, edges[self.axes[0]], mesh, leaves, self._key_over(0), self.held.get(self.axes[0]), self.tally
         )
         self._remember(self.axes[0], units, first)
 
@@ -183,7 +204,8 @@ class Arrivals:
                 here = here.inner(outer, mesh.axes[outer].size, mesh.index(outer))
                 if mesh.axes[axis].size > 1:
                     parts = [here.views(u, b) for u, b in zip(units, buffers, strict=True)]
-                    sent = scatter_units(here, units, edges[axis], mesh, parts, self._key_over(i), self.held.get(axis))
+                    edge = edges[axis] if self.tally is None else edges[axis]._replace(adds=torch.int64)
+                    sent = scatter_units(here, units, edge, mesh, parts, self._key_over(i), self.held.get(axis))
                     self._remember(axis, units, sent)
                     buffers = sent.wait()
             return buffers
@@ -210,9 +232,8 @@ class Arrivals:
         if sent is not None:
             self.grads |= dict(zip(sent[0], sent[1](), strict=True))
 
-    def close(self, loose: Mapping[int, list[Tensor | None]]) -> tuple[Slots, Tensor | None]:
-        """This rank's gradients of all units, and its non-finite values by leaf where they were counted; ready for
-        another backward.
+    def close(self, loose: Mapping[int, list[Tensor | None]]) -> Collected:
+        """This rank's gradients of all units; ready for another backward.
 
         Args:
           loose: whole gradients of the units outside the seam, by leaf; None is zero.
@@ -231,9 +252,11 @@ class Arrivals:
         if small:
             self._send(tuple(small), [self._taken(u) for u in small])
         self._finish(self.scattering)
-        found, bad = self.grads, self._bad_by_leaf()
+        found, bad, tally = self.grads, self._bad_by_leaf(), self.tally
         self._clear()
-        return Slots(tuple(self._of(u, found) for u in range(len(self.whole.structure.units))), self.here), bad
+        return Collected(
+            Slots(tuple(self._of(u, found) for u in range(len(self.whole.structure.units))), self.here), bad, tally
+        )
 
     def _of(self, unit: int, found: dict[int, Tensor]) -> Tensor:
         """A unit's gradient; a unit without leaves that learn has none."""

@@ -23,6 +23,7 @@ from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
 from funczero.layout.slots import Slots
 from funczero.transforms.chain import Source, no_wires
+from funczero.transforms.exact import scattered
 
 
 class Loss(NamedTuple):
@@ -61,16 +62,24 @@ def applied(source: Source, loss: Loss, index: int) -> Apply:
       ChainError: an axis has a wire, which no derivative knows.
     """
     env = loss.env
+    if env.exact and source.axes and not env.differentiable:
+        why = "its gradients are added over the ranks of a bracket inside the derivative, as floats"
+        raise ChainError(f"value_and_grad(higher_order=True): sums='exact', but {why}; open the bracket right of it")
     no_wires("value_and_grad", [env.edges[a] for a in (*source.axes, *source.scatter)])
     kind, derive = (differentiable, _derivable) if env.differentiable else (collectives, _derived)
 
     def apply(views: Slots, state: State, batch: Any, seed: Seed) -> tuple[Sum, State]:
         found, grads = derive(loss, views, batch, seed._replace(index=seed.index + index), state)
         bad = _bad(grads) if seed.look else None
+        out = Sum(found.loss[None], found.weight[None], found.aux, grads, bad, found.moved)
         for a in source.scatter:
             born = grads.to(env.policy.compute) if not grads.where.coords else grads  # sums travel as they are added
+            if seed.grid is not None:
+                out = scattered(out._replace(grads=out.grads if out.tops is not None else born), env.edges[a], env, seed.grid)
+                continue
             grads, _ = kind.reduce_scatter(born, env.edges[a], env.mesh)
-        return Sum(found.loss[None], found.weight[None], found.aux, grads, bad, found.moved), state
+            out = out._replace(grads=grads)
+        return out, state
 
     return apply
 

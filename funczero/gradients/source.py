@@ -13,12 +13,14 @@ from funczero.comm.collectives import all_gather
 from funczero.comm.wire import Key
 from funczero.core import order
 from funczero.core.types import Apply, ChainError, Env, Grad, Layout, Seed, Sum
+from funczero.gradients.arrivals import Collected
 from funczero.gradients.tape import Tape
 from funczero.layout.lazy import Lazy
 from funczero.layout.slots import Slots
 from funczero.layout.spec import P
 from funczero.transforms import feedback
 from funczero.transforms.chain import Source, opening
+from funczero.transforms.exact import noted
 from funczero.transforms.feedback import remembers
 
 
@@ -54,17 +56,18 @@ def on_tape(source: Source, env: Env, layout: Layout, differentiate: Callable[..
         mine = seed._replace(index=seed.index + order.indices(layout, env.mesh.index)[0])
         held = feedback.of_axes(state, axes, seed)
         key, conditional = (seed.key, seed.index), bool(source.conditional)
-        tape = Tape(views, source.scatter, env, seed.look, True, seed.at, key, held, conditional)
+        tape = Tape(views, source.scatter, env, seed.look, True, seed.at, key, held, conditional, seed.grid)
         whole = tape.open_rest(forward)
         found, grads = differentiate(whole, batch, mine, state, tape)
-        slots, bad = close(tape, grads)
+        closed = close(tape, grads)
         for a in held:
             state = feedback.renewed(state, env.edges[a], tape.arrivals.memory(a))
         found, used = found.detached(), None
         if env.keeps:
             used = torch.zeros(len(views.where.structure.leaves), dtype=torch.int64, device=env.mesh.device)
             used[sorted(tape.arrivals.used)] = 1
-        return Sum(found.loss[None], found.weight[None], found.aux, slots, bad, found.moved, used), state
+        out = Sum(found.loss[None], found.weight[None], found.aux, closed.grads, closed.bad, found.moved, used)
+        return out if closed.tally is None else noted(out, closed.tally), state
 
     return apply
 
@@ -90,7 +93,7 @@ def gradient_of(source: Source, env: Env, layout: Layout, apply: Apply) -> Grad:
     return Grad(init, view, apply, layout, (*opened, source.name + said), env, arrows)
 
 
-def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
+def close(tape: Tape, grads: list[Any]) -> Collected:
     """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
     structure, where, device = tape.whole.structure, tape.whole, tape.port.device
     tape.end()
@@ -102,7 +105,7 @@ def close(tape: Tape, grads: list[Any]) -> tuple[Slots, Tensor | None]:
         if tape.look:
             zero = torch.zeros((), dtype=torch.int64, device=device)
             bad = torch.stack([zero if g is None else (~g.isfinite()).sum() for g in grads])
-        return Slots(Slots.pack(where, grads, tape.dtype, device).buffers, tape.arrivals.here), bad
+        return Collected(Slots(Slots.pack(where, grads, tape.dtype, device).buffers, tape.arrivals.here), bad)
     loose = [u for u, unit in enumerate(structure.units) if not unit.seam and not unit.frozen and structure.members[u]]
     return tape.arrivals.close({u: [grads[i] for i in structure.members[u]] for u in loose})
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funczero.comm.exact import Grid
 from funczero.comm.memory import Held
 from funczero.comm.units import Travelling, gather_units
 from funczero.comm.wire import Key
@@ -46,6 +47,7 @@ class Tape:
         key: Key = (0,),
         held: Mapping[str, Held] | None = None,
         conditional: bool = False,
+        grid: Grid | None = None,
     ) -> None:
         """One apply's units, closed.
 
@@ -55,6 +57,7 @@ class Tape:
           at, key: what wires of views, and of gradients, draw from.
           held: by axis, what wires of gradients remember.
           conditional: may ranks open other units than others?
+          grid: units in which gradients are counted, where sums are exact.
         """
         self.at = at
         self.env, self.views, self.rest = env, views, views.where.axes
@@ -64,7 +67,7 @@ class Tape:
         self.seam = any(env.mesh.axes[a].size > 1 for a in axes)  # over axes of size 1 there is nothing to do
         self.differentiate, self.look = differentiate, look
         self.port = torch.zeros((), device=views.buffers[0].device, requires_grad=differentiate)
-        self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device, key, held)
+        self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device, key, held, grid)
         self.conditional = conditional
         self.arrivals.agreed = conditional and bool(self.rest) and self.seam
         self.agreement = Agreement(env.mesh, self.arrivals) if self.arrivals.agreed else None
@@ -251,11 +254,16 @@ class Tape:
 
     @contextmanager
     def collecting(
-        self, look: bool = False, retain: bool = False, key: Key | None = None, void: bool = False
+        self,
+        look: bool = False,
+        retain: bool = False,
+        key: Key | None = None,
+        void: bool = False,
+        grid: Grid | None = None,
     ) -> Iterator[None]:
         """While the backward that the chain asked for runs; see Arrivals.collecting."""
         self.look = look
-        with self.arrivals.collecting(look, retain, key, void):
+        with self.arrivals.collecting(look, retain, key, void, grid):
             yield
 
     def open_leaves(self, buffers: dict[int, Tensor], track: bool = False) -> dict[int, Tensor]:

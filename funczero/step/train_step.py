@@ -50,8 +50,9 @@ def train_step(
       mesh: axis sizes by name, outermost first, -1 for all that are left; or a DeviceMesh. A dict builds, prints and
         plans in any process; the world is joined at the first init. None: all processes on the one axis of the batch.
       policy: dtypes, as "params=float32,compute=bfloat16,accumulate=float32".
-      sums: how gradients are added over ranks: in the one "tree" (the same bits on any mesh), or by the "backend" as it
-        likes.
+      sums: how gradients are added: in the one "tree" (the same bits on 1, 2, 4, ... ranks, at any stage); "exact", as
+        integers, over time as well (the same bits on any number of ranks, whoever has which micro-batch; sums after the
+        first one send 8 bytes a value, see transforms/exact.py); or over ranks by the "backend" as it likes.
       prefetch: start the next block's gather while one computes: one unit more in memory, the same bits.
       debug: log the first non-finite leaf of any update, and its rank.
       check: a thread compares what ranks launch, for ever, where no sum is reached any more: one that differs, left or
@@ -72,10 +73,8 @@ def train_step(
                 f" mesh={{{', '.join(f'{a!r}: 2' for a in flat[0].batch)}}}"
             )
         mesh = dict.fromkeys(flat[0].batch, -1)
-    if sums not in ("tree", "backend"):
-        raise ValueError(
-            f"train_step: sums={sums!r} is neither 'tree' nor 'backend'; leave it out for the same bits on any mesh"
-        )
+    if sums not in ("tree", "exact", "backend"):
+        raise ValueError(f"train_step: sums={sums!r} is none of 'tree', 'exact' and 'backend'; write one of them")
     planned = plan_mesh(mesh)
     env = Env(planned, Policy.parse(policy), {a: Edge(a, sums=sums) for a in planned.axes}, prefetch=prefetch)
     return _make(flat, env, Options(debug, check, patience), donated=False, book=Book())

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 
+from funczero.comm.exact import Grid
 from funczero.core import order, rows
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Apply, Grad, Seed, State, Sum, Transform, Tree
 from funczero.layout.slots import Slots
+from funczero.transforms import exact
 
 
 class Accumulate(NamedTuple):
@@ -27,7 +29,8 @@ class Accumulate(NamedTuple):
 def accumulate(k: int, stream: bool = False) -> Transform:
     """The sum of k micro-batches; law: accumulate(1) is the identity, and k micro-batches are one big batch.
 
-    Layout: unchanged; a digit is added to the order of sums. Memory: log2(k) + 1 partial sums in `policy.accumulate`.
+    Layout: unchanged; a digit is added to the order of sums. Memory: log2(k) + 1 partial sums in `policy.accumulate`;
+    one of 8 bytes a value where sums are exact.
 
     Args:
       k: micro-batches; the rows of the batch are cut into k, and what has no rows is in each of them.
@@ -66,16 +69,13 @@ def _loop(g: Grad, k: int, name: str) -> Apply:
     stride, wide, reuse = g.layout.stride, g.env.policy.accumulate, not g.env.differentiable
     cut = g.layout.cut
 
-    def add(a: Sum, b: Sum) -> Sum:
-        return _add(a, b, wide, reuse)
-
     def apply(views: Slots, state: State, batch: Tree, seed: Seed) -> tuple[Sum, State]:
         counter: order.Counter[Sum] = ()
         for j, micro in enumerate(rows.split(batch, k, name, cut)):
             out, state = g.apply(views, state, micro, seed._replace(index=seed.index + j * stride))
             assert isinstance(out, Sum)
-            counter = order.push(counter, j, out, add)
-        return order.close(counter, add), state
+            counter = _taken(counter, j, out, seed.grid, wide, reuse)
+        return order.close(counter, lambda a, b: _add(a, b, wide, reuse)), state
 
     return apply
 
@@ -93,7 +93,7 @@ def _window(g: Grad, k: int, name: str, key: str) -> Apply:
             raise ValueError(f"{name}: the window already holds {k} micro-batches; call step(state, None) to update")
         out, state = g.apply(views, state, batch, seed._replace(index=seed.index + j * stride))
         assert isinstance(out, Sum)
-        partial = order.push(window.partial, j, out, lambda a, b: _add(a, b, wide))
+        partial = _taken(window.partial, j, out, seed.grid, wide)
         return None, {**state, key: Accumulate(window.count + 1, partial)}
 
     return apply
@@ -106,13 +106,24 @@ def _handed_over(window: Accumulate, wide: torch.dtype, name: str, donate: bool)
         why = "there is nothing to hand over, because no micro-batch came since the last update"
         raise ValueError(f"{name}: {why}; call step(state, micro_batch) first")
     out = window.total(wide)
-    if not donate and count & (count - 1) == 0:  # one partial sum, which is the state's tensor
+    if not donate and len(window.partial) == 1:  # one partial sum, which is the state's tensor
         return out._replace(grads=out.grads.map(torch.clone))
     return out
 
 
 def _empty() -> Accumulate:
     return Accumulate(torch.zeros((), dtype=torch.int64), ())
+
+
+def _taken(
+    counter: order.Counter[Sum], count: int, out: Sum, grid: Grid | None, wide: torch.dtype, reuse: bool = False
+) -> order.Counter[Sum]:
+    """The partial sums of `count` summands and one more; of integers, which have no order, there is one."""
+    if grid is None:
+        return order.push(counter, count, out, lambda a, b: _add(a, b, wide, reuse))
+    if not counter:
+        return (exact.counted(out, grid),)
+    return (_beside(counter[0], out, exact.added(counter[0], out, grid, reuse)),)
 
 
 def _add(a: Sum, b: Sum, wide: torch.dtype, reuse: bool = False) -> Sum:
@@ -127,8 +138,14 @@ def _add(a: Sum, b: Sum, wide: torch.dtype, reuse: bool = False) -> Sum:
         grads = Slots(
             tuple(x.to(wide) + y.to(wide) for x, y in zip(a.grads.buffers, b.grads.buffers, strict=True)), a.grads.where
         )
+    return _beside(a, b, a._replace(grads=grads))
+
+
+def _beside(a: Sum, b: Sum, both: Sum) -> Sum:
+    """The sum of a and b, whose gradients are those of `both`."""
     aux = None if a.aux is None or b.aux is None else a.aux.joined(b.aux)
     bad = None if a.bad is None or b.bad is None else a.bad + b.bad
     moved = tuple(torch.cat([x, y]) for x, y in zip(a.moved, b.moved, strict=True))
     used = None if a.used is None or b.used is None else a.used + b.used
-    return Sum(torch.cat([a.loss, b.loss]), torch.cat([a.weight, b.weight]), aux, grads, bad, moved, used)
+    loss, weight = torch.cat([a.loss, b.loss]), torch.cat([a.weight, b.weight])
+    return both._replace(loss=loss, weight=weight, aux=aux, bad=bad, moved=moved, used=used)

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from funczero.comm.adjoint import total
+from funczero.comm.exact import Grid
 from funczero.comm.differentiable import Varied, dot, over_all, pack
 from funczero.comm.integers import sum_and_compare
 from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
 from funczero.core import order
 from funczero.core.straight import root, straight
-from funczero.core.transform import after, refuse
-from funczero.core.types import Env, Grad, Layout, State, Sum, Transform, Tree, Value
+from funczero.core.transform import after, around, refuse
+from funczero.core.types import Env, Grad, Layout, Seed, State, Sum, Transform, Tree, Value
 from funczero.layout.slots import Slots
+from funczero.transforms import exact
 from funczero.transforms.model_state import MODEL, SMOOTH
 from funczero.world.entries import RETURNED
 
@@ -38,53 +40,89 @@ def mean(g: Grad) -> Grad:
     if lay.unreduced:
         raise refuse(g, "mean", _partial(lay))
 
+    if env.exact:
+        _countable(g)
     here, model = order.indices(lay, env.mesh.index), env.model
     places = torch.tensor(here, device=env.mesh.device)
 
-    def fn(out: Sum, given: State) -> tuple[Value, State]:
+    def fn(out: Sum, given: State, grid: Grid | None = None) -> tuple[Value, State]:
         head = torch.stack([out.loss.double(), out.weight.double()], 1).view(torch.int64)
         marks = [torch.ones_like(head[:, :1])] if g.streams else []  # a window may close early
         columns = [head, *marks, *([] if out.aux is None else out.aux.sent())]
         rows, first = (head[:, :0], head[0, :0]) if model is None else model.sent(out.moved, here[0] == 0)
         own = torch.cat([*columns, rows], 1)
         bits = own.new_zeros(lay.stride, own.shape[1]).index_copy_(0, places[: len(own)], own)
-        none = first.new_zeros(0)
-        parts = [bits.view(-1), first, _norm_bins(out.grads, lay, env), none if out.used is None else out.used]
+        none, grads, codes = first.new_zeros(0), out.grads, first.new_zeros(0)
+        if grid is not None:
+            out = exact.counted(out, grid)
+            grads, codes = exact.values(out, grid, lay, env), exact.sent(out, lay, env)
+        parts = [bits.view(-1), first, _norm_bins(grads, lay, env), none if out.used is None else out.used, codes]
         if out.bad is not None:
             parts.append(_place_of(out.bad, lay, env))
         if out.aux is not None and env.mesh.ledger.ranks > 1:
             env.mesh.ledger.note(RETURNED, "aux", str(out.aux))
         packed, alike = sum_and_compare(parts, lay.batch, env.mesh)
-        flat, first, bins, used, bad = packed.split_with_sizes(
-            [x.numel() for x in parts[:4]] + [sum(x.numel() for x in parts[4:])]
+        flat, first, bins, used, codes, bad = packed.split_with_sizes(
+            [x.numel() for x in parts[:5]] + [sum(x.numel() for x in parts[5:])]
         )
         table = flat.view(lay.stride, -1)
         came = None if len(own) == len(here) else table[:, 2] > 0
         scalars = table[:, :2].contiguous().view(torch.float64)
         loss, weight = order.tree_sum(scalars)
+        logs: dict[str, Tensor] = {"rows": scalars}
+        ok, moved = weight > 0, dict[str, Tree]()
+        if grid is not None:
+            found = exact.read(codes, out, given, grid, lay, env)
+            moved, ok = found.new, ok & found.finite & found.fits
+            logs["unfit"] = torch.where(found.fits, -1, found.odd)
+            if found.units:
+                grads = exact.with_large(out, found.units, grid, lay, env)
+                bins, _ = sum_and_compare([_norm_bins(grads, lay, env)], lay.batch, env.mesh)
+            grads = exact.joined(grads, lay.sharded, env)
         finite = bins[0] == 0 if alike is None else (bins[0] == 0) & alike
         factor = 1 / weight.clamp(min=torch.finfo(torch.float64).tiny)
-        norm = torch.where(finite, norm_of(bins, folds(out.grads.buffers[0].dtype)) * factor, torch.inf)
-        ok, new = finite & (weight > 0), dict[str, Tree]()
+        norm = torch.where(finite, norm_of(bins, folds(grads.buffers[0].dtype)) * factor, torch.inf)
+        ok, new = ok & finite, moved
         aux = None if out.aux is None else out.aux.read(table[:, 2 + len(marks) :], came)
         if model is not None:
-            new = model.combined(table[:, own.shape[1] - rows.shape[1] :], first, scalars[:, 1], given, ok, came)
+            new |= model.combined(table[:, own.shape[1] - rows.shape[1] :], first, scalars[:, 1], given, ok, came)
         where = None if out.bad is None else _first_bad(bad, len(out.bad))
         uses = None if out.used is None else used > 0
-        return Value(loss * factor, weight, aux, out.grads, factor, norm, ok, where, {"rows": scalars}, uses), new
+        return Value(loss * factor, weight, aux, grads, factor, norm, ok, where, logs, uses), new
 
     def formula(out: Sum, given: State) -> tuple[Value, State]:
         return _differentiable(out, given, lay, env, places)
 
-    def both(out: Sum, state: State) -> tuple[Value, State]:
+    def units(views: Slots, seed: Seed, state: State) -> tuple[Seed, Grid | None]:
+        grid = exact.grid_of(state, seed, env)
+        return seed._replace(grid=grid), grid
+
+    def both(out: Sum, state: State, grid: Grid | None) -> tuple[Value, State]:
         given = {} if model is None else {MODEL: state[MODEL]}
-        if not env.differentiable:
+        if grid is not None:
+            found, new = fn(out, {**given, **{k: state[k] for k in (exact.KEY, "params")}}, grid)
+        elif not env.differentiable:
             found, new = fn(out, given)
         else:
             found, new = straight(fn, formula, out, given)
         return found, {**state, **new}
 
-    return after(g, "mean", replace(lay, phase="value"), both)
+    init = (lambda params: exact.start(params, env)) if env.exact else None
+    return around(g, "mean", replace(lay, phase="value"), units, both, init)
+
+
+def _countable(g: Grad) -> None:
+    """Refuse what exact sums cannot be.
+
+    Raises:
+      ChainError: a differentiable step; more micro-batches than integers can hold.
+    """
+    if g.env.differentiable:
+        why = "integers have no derivative, and sums of another kind would have other bits"
+        raise refuse(g, "mean", f"sums='exact': {why}; build the step to be differentiated with sums='tree'")
+    if g.layout.stride > exact.MOST:
+        why = f"an update of {g.layout.stride} micro-batches has more than the {exact.MOST} that its integers can hold"
+        raise refuse(g, "mean", f"sums='exact': {why}; make micro-batches larger, or write sums='tree'")
 
 
 def _differentiable(out: Sum, given: State, lay: Layout, env: Env, places: Tensor) -> tuple[Value, State]:
@@ -117,7 +155,7 @@ def _squares(grads: Slots, env: Env) -> Tensor:
 
 def _norm_bins(grads: Slots, lay: Layout, env: Env) -> Tensor:
     """This rank's share of the norm: every value counted on one rank only."""
-    first = all(env.mesh.index(a) == 0 for a in lay.batch if a not in lay.sharded)
+    first = all(env.mesh.index(a) == 0 for a in lay.batch if a not in grads.where.axes)
     mine = []
     for u, buffer in enumerate(grads.buffers):
         for axes, start, stop in grads.where.sections[u] if buffer.numel() and first else ():

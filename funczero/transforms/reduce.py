@@ -13,7 +13,7 @@ from funczero.comm.wire import Key, Wire, as_born
 from funczero.core.transform import around, refuse
 from funczero.core.types import Grad, Out, Seed, State, Sum, Transform, Updated
 from funczero.layout.slots import Slots
-from funczero.transforms import feedback
+from funczero.transforms import exact, feedback
 
 
 def with_wires(g: Grad, name: str, edge: Edge) -> Grad:
@@ -59,6 +59,10 @@ def summed(g: Grad, edge: Edge, name: str, scattered: bool) -> Grad:
         return s._replace(index=s.index + offset), s
 
     def after(out: Sum, state: State, s: Seed) -> tuple[Sum, State]:
+        if s.grid is not None:  # what all_reduce sums stays in parts until the mean
+            if scattered:
+                out = out._replace(grads=exact.joined(out.grads, lay.sharded, g.env))
+            return exact.scattered(out, edge, g.env, s.grid), state
         grads, errors = fn(out.grads, edge, mesh, (s.key, s.index), feedback.held(state, axis, s))
         return out._replace(grads=grads), feedback.renewed(state, edge, errors)
 
@@ -156,6 +160,8 @@ def closed(g: Grad, axis: str, name: str) -> Grad:
 
     def after(out: Out, state: State, carried: tuple[Key, Slots]) -> tuple[Out, State]:
         key, views = carried
+        if isinstance(out, Sum) and out.tops is not None:
+            return out._replace(grads=exact.joined(out.grads, layout.sharded, g.env)), state
         if not isinstance(out, Updated):
             return out._replace(grads=join(out.grads, edge, mesh, key)), state
         new = out.params.trainable()

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from funczero.core.types import ChainError, Env, Grad, Seed, Sum
+from funczero.gradients.arrivals import Collected
 from funczero.gradients.pullback import pullback
 from funczero.gradients.source import close
 from funczero.gradients.tape import Tape
-from funczero.layout.slots import Slots
 from funczero.layout.spec import P
 from funczero.transforms.chain import Source
+from funczero.transforms.exact import noted
 
 
 def seam_pullback(batch: P, trainable: Callable[[str], bool], units: tuple[str, ...]) -> Source:
@@ -38,17 +39,18 @@ def seam_pullback(batch: P, trainable: Callable[[str], bool], units: tuple[str, 
             cotangent = seed.cotangent.to(loss.dtype)
             key = seed.key, seed.index
             if getattr(pull, "scatters", False):
-                slots, bad = pull(cotangent, seed.look, key)
+                closed = pull(cotangent, seed.look, key, seed.grid)
             else:
-                slots, bad = _scattered(Tape(views, (), env, seed.look, key=key), pull(cotangent))
-            return Sum(loss[None], weight[None], None, slots, bad=bad), state
+                closed = _scattered(Tape(views, (), env, seed.look, key=key, grid=seed.grid), pull(cotangent))
+            out = Sum(loss[None], weight[None], None, closed.grads, bad=closed.bad)
+            return out if closed.tally is None else noted(out, closed.tally), state
 
         return g._replace(apply=apply)
 
     return plain._replace(make=make, units=units)
 
 
-def _scattered(tape: Tape, whole: Any) -> tuple[Slots, Tensor | None]:
+def _scattered(tape: Tape, whole: Any) -> Collected:
     """A tree of whole gradients as this rank's part."""
     structure = tape.whole.structure
     grads: list[Any] = [None] * len(structure.leaves)

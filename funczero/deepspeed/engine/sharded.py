@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funczero.comm.exact import Grid
 from funczero.comm.wire import Key
 from funczero.core import tree
 from funczero.core.types import TrainState
@@ -25,6 +26,7 @@ from funczero.deepspeed.engine.instances import Block, Method, Spot, asks, bind,
 from funczero.deepspeed.engine.seam import seam_pullback
 from funczero.deepspeed.engine.values import whole_values
 from funczero.deepspeed.engine.zero_init import start_of
+from funczero.gradients.arrivals import Collected
 from funczero.gradients.blocks import Again, Blocks
 from funczero.gradients.layers import group_of
 from funczero.gradients.source import close
@@ -231,15 +233,15 @@ class ShardedParameters:
         self.sound.add(path)
 
     # --- gradients
-    def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[[Tensor, bool, Key], Any]:
+    def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[[Tensor, bool, Key, Grid | None], Collected]:
         """Gradients as this rank's part: units are scattered as their gradients are born."""
         tape, rest = self.tape, self.rest
         if tape is None:
             raise RuntimeError(OLD)
 
-        def vjp(cotangent: Tensor, look: bool, key: Key) -> Any:
+        def vjp(cotangent: Tensor, look: bool, key: Key, grid: Grid | None) -> Collected:
             wanted = {i: x for i, x in tape.tensors(rest).items() if x.requires_grad}
-            with tape.collecting(look, retain, key):  # uses counted too high, a unit is only scattered later
+            with tape.collecting(look, retain, key, grid=grid):  # uses counted too high, a unit is only scattered later
                 leaves = list(wanted.values())
                 found = differentiate(loss, leaves, cotangent, retain, over, (tape.port,), self.owner)
             grads: list[Any] = [None] * len(tape.whole.structure.leaves)
