@@ -22,6 +22,7 @@ from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure
 from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
+from funczero.transforms.exact import ExactSums, filled
 from funczero.transforms.model_state import ModelState
 
 LONGEST = 2048  # characters of a name
@@ -107,8 +108,9 @@ def named(state: TrainState, rank: int = 0, size: int = 1) -> Names:
     for transform, own in state.chain.items():
         if isinstance(own, Accumulate):
             _window(parts, escape(transform), own, rank, size)
-        else:  # a model's state is whole, also where its tree and shapes happen to be those of parameters
-            _add(parts, (escape(transform),), own, None if isinstance(own, ModelState) else masters)
+        else:  # these are whole, also where their tree and shapes happen to be those of parameters
+            own_form = isinstance(own, (ModelState, ExactSums))
+            _add(parts, (escape(transform),), own, None if own_form else masters)
     refuse_collisions(list(parts))
     paths = _paths(masters.where.structure)
     first = {i: p for p, i in reversed(paths)}
@@ -195,7 +197,7 @@ def _window(parts: dict[str, Part], name: str, own: Accumulate, rank: int, size:
     """
     _put(parts, (name, "count"), whole(own.count))
     for i, partial in enumerate(own.partial):
-        for j, x in enumerate(tree.tensors(partial)):
+        for j, x in enumerate(tree.tensors(filled(partial))):
             _put(
                 parts,
                 (name, "partial", str(i), str(j)),

@@ -19,6 +19,7 @@ from funczero.core.types import Sum, TrainState
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
+from funczero.transforms.exact import filled
 from funczero.transforms.outputs import Aux, Form
 
 
@@ -27,7 +28,7 @@ def described(state: TrainState) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, held in state.chain.items():
         if isinstance(held, Accumulate) and held.partial:
-            out[name] = {"count": int(held.count), "partial": [_form(p) for p in held.partial]}
+            out[name] = {"count": int(held.count), "partial": [_form(filled(p)) for p in held.partial]}
     return out
 
 
@@ -44,6 +45,7 @@ def _form(out: Sum) -> dict[str, Any]:
         "aux": None if aux is None else aux.sums,
         "bad": out.bad,
         "used": out.used,
+        "tops": out.tops,
     }
     lists = {"rows": () if aux is None else aux.rows, "cat": () if aux is None else aux.cat, "moved": out.moved}
     like = lambda x: None if x is None else [dtype_name(x.dtype), list(x.shape)]
@@ -54,7 +56,12 @@ def _form(out: Sum) -> dict[str, Any]:
         "rules": None if aux is None else list(zip(aux.form.rules, aux.form.shapes, strict=True)),
         "axes": list(out.grads.where.axes),
         "grads": [like(b) for b in out.grads.buffers],
+        "high": None if out.high is None else _placed(out.high),
     }
+
+
+def _placed(x: Slots) -> dict[str, Any]:
+    return {"axes": list(x.where.axes), "buffers": [[dtype_name(b.dtype), list(b.shape)] for b in x.buffers]}
 
 
 def _plain(spec: str) -> bool:
@@ -104,31 +111,40 @@ def _continued(form: dict[str, Any], state: TrainState, restorer: Restorer) -> t
 
 
 def _empty(form: dict[str, Any], state: TrainState, restorer: Restorer) -> Sum:
-    where: Where = state.params.where
-    here = Where(where.structure, tuple((a, *restorer.coords[restorer.rank][a]) for a in form["axes"]))
     # gradients lie where a forward reads
     device = (state.params if state.views is None else state.views).buffers[0].device
-    lengths = [0 if u.frozen else n for n, u in zip(here.lengths, where.structure.units, strict=True)]
 
     def make(x: Any) -> Any:
         return None if x is None else torch.zeros(x[1], dtype=torch_dtype(x[0]), device=device)
 
-    scalars = [x[1] for k in ("loss", "weight", "aux", "bad", "used") if (x := form.get(k)) is not None]
+    scalars = [x[1] for k in ("loss", "weight", "aux", "bad", "used", "tops") if (x := form.get(k)) is not None]
     beside = [x[1] for k in ("rows", "cat", "moved") for x in form.get(k, ())]
-    if [x[1] for x in form["grads"]] not in ([[n] for n in lengths], [[n] for n in here.lengths]) or any(
-        prod(x) > 1 << 24 for x in scalars + beside
-    ):
-        raise CheckpointError(
-            "restore: the open window's sums do not fit this model; restore without the step, and the update is"
-            " replayed"
-        )
+    if any(prod(x) > 1 << 24 for x in scalars + beside):
+        raise _other_model()
     if form["aux"] is not None and not _plain(form["spec"]):
         raise ValueError("its metrics are no plain tree")
     rows, cat, moved = (tuple(map(make, form.get(k, ()))) for k in ("rows", "cat", "moved"))
     aux = None if form["aux"] is None else Aux(make(form["aux"]), rows, cat, _aux_form(form))
-    buffers: Any = tuple(make(x) for x in form["grads"])
-    loss, weight, bad, used = (make(form.get(k)) for k in ("loss", "weight", "bad", "used"))
-    return Sum(loss, weight, aux, Slots(buffers, here), bad, moved, used)
+    loss, weight, bad, used, tops = (make(form.get(k)) for k in ("loss", "weight", "bad", "used", "tops"))
+    grads, high = _slots(form["axes"], form["grads"], state, restorer, make), form.get("high")
+    large = None if high is None else _slots(high["axes"], high["buffers"], state, restorer, make)
+    return Sum(loss, weight, aux, grads, bad, moved, used, tops, large)
+
+
+def _slots(axes: Any, buffers: Any, state: TrainState, restorer: Restorer, make: Any) -> Slots:
+    """Empty gradients that a form describes."""
+    structure = state.params.where.structure
+    here = Where(structure, tuple((a, *restorer.coords[restorer.rank][a]) for a in axes))
+    lengths = [0 if u.frozen else n for n, u in zip(here.lengths, structure.units, strict=True)]
+    if [x[1] for x in buffers] not in ([[n] for n in lengths], [[n] for n in here.lengths]):
+        raise _other_model()
+    return Slots(tuple(make(x) for x in buffers), here)
+
+
+def _other_model() -> CheckpointError:
+    return CheckpointError(
+        "restore: the open window's sums do not fit this model; restore without the step, and the update is replayed"
+    )
 
 
 def _aux_form(form: dict[str, Any]) -> Form:

@@ -7,7 +7,7 @@ first is the fastest digit. Rows are dealt by it, so the tree over indices is th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -33,10 +33,59 @@ def indices(layout: Layout, coordinate: Callable[[str], int]) -> list[int]:
     return here
 
 
-def deal(batch: Tree, layout: Layout, coordinate: Callable[[str], int]) -> Tree:
-    """This rank's rows of a global batch: its micro-batches, in the order of time; what has no rows, whole."""
-    micros = rows.split(batch, layout.stride, "local_rows", layout.cut)
-    return rows.joined([micros[i] for i in indices(layout, coordinate)], layout.cut)
+class Dealt(NamedTuple):
+    """This rank's rows of a global batch that has fewer micro-batches than there are places for them.
+
+    The last places are empty. A rank runs a copy of the first micro-batch in each of its own, so that all ranks launch
+    the same, and nothing of it counts.
+    """
+
+    rows: Tree  # of this rank's micro-batches, copies included
+    micros: int  # micro-batches of the global batch
+    here: int  # of them, how many this rank has
+    places: int  # of this rank
+
+    def split(self, n: int, cut: Tree = 0) -> list[Dealt]:
+        """n equal parts in the order of time, for the calls of a stream.
+
+        Args:
+          cut: as rows.split's.
+        """
+        if n < 1 or self.places % n:
+            raise ValueError(f"Dealt.split: {self.places} places do not divide into {n} calls; give a divisor of them")
+        each = self.places // n
+        parts = rows.split(self.rows, n, "split", cut)
+        return [Dealt(x, self.micros, min(max(self.here - i * each, 0), each), each) for i, x in enumerate(parts)]
+
+
+    def real(self, cut: Tree = 0) -> Tree:
+        """The rows that count, or one copy where none does."""
+        return rows.joined(rows.split(self.rows, self.places, "local_rows", cut)[: max(self.here, 1)], cut)
+
+
+def deal(batch: Tree, layout: Layout, coordinate: Callable[[str], int], size: int | None = None) -> Tree:
+    """This rank's rows of a global batch: its micro-batches, in the order of time; what has no rows, whole.
+
+    Args:
+      size: rows of a micro-batch, where there may be fewer of them than places; None: as many.
+
+    Raises:
+      ValueError: the rows do not divide, or there are more micro-batches than places.
+    """
+    who, places, mine = "local_rows", layout.stride, indices(layout, coordinate)
+    if size is None:
+        micros = rows.split(batch, places, who, layout.cut)
+    else:
+        n = rows.count(batch, who, layout.cut)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or n % size or not 0 < n // size <= places:
+            what = f"rows={size!r} does not cut a batch of {n} rows into one to {places} micro-batches"
+            raise ValueError(f"{who}: {what}, which is how many this chain has places for")
+        micros = rows.split(batch, n // size, who, layout.cut)
+    have = [micros[i] if i < len(micros) else micros[0] for i in mine]
+    own = rows.joined(have, layout.cut)
+    if len(micros) == places:
+        return own
+    return Dealt(own, len(micros), sum(i < len(micros) for i in mine), len(mine))
 
 
 def tree_sum(parts: list[Tensor] | Tensor) -> Tensor:

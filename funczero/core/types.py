@@ -86,6 +86,12 @@ class Seed(NamedTuple):
     at: tuple[int, int] = (0, 0)  # the run's key and the number of this update: what wires of views draw from
     of: int = 1  # micro-batches of an update
     grid: Grid | None = None  # units in which gradients are counted, where sums are exact
+    micros: int | None = None  # of the global batch, where there are places for more; None: as many as places
+
+    @property
+    def hole(self) -> bool:
+        """Is this place empty? Then a copy of another micro-batch runs, and counts for nothing."""
+        return self.micros is not None and self.index >= self.micros
 
 
 @dataclass(frozen=True)

@@ -56,21 +56,25 @@ class LossCall(NamedTuple):
             why = "the loss draws from a key, but the state's key is batched or traced here"
             raise RuntimeError(f"value_and_grad(rng=True): {why}; draw outside, and hand the numbers in with the batch")
         key = (rng.fold(seed.key, seed.index),) if self.rng else ()
-        given = [] if self.model is None else [self.model.given(state, seed.index, seed.of)]
+        index = 0 if seed.hole else seed.index
+        given = [] if self.model is None else [self.model.given(state, index, seed.of)]
         own = getattr(self.fn, "keyed", False)
         with nullcontext() if own else draws.keyed(next(iter(key), None), device, drew):
             result = self.fn(params, *given, batch, *key, **({"across": self.across} if synced(self.fn) else {}))
         loss, weight, moved, aux = check_loss(result, self.aux is not None, self.model is not None)
+        said = None if self.aux is None else aux_of(aux, self.aux, loss.device)
+        if said is not None and seed.hole:
+            said = said._replace(rows=tuple(x[:0] for x in said.rows))
         return Outcome(
             loss,
             weight.to(loss.device),
-            None if self.aux is None else aux_of(aux, self.aux, loss.device),
+            said,
             () if self.model is None else self.model.returned(moved, given[0]),
         )
 
-    def void(self, outcome: Outcome) -> bool:
-        """Does this micro-batch count for nothing, with a loss that is 0 / 0?"""
-        return is_void(self.fn, outcome.weight)
+    def void(self, outcome: Outcome, seed: Seed) -> bool:
+        """Does this micro-batch count for nothing, with a loss that is 0 / 0, or as a copy in an empty place?"""
+        return seed.hole or is_void(self.fn, outcome.weight)
 
 
 def synced(loss_fn: Callable[..., Any]) -> bool:

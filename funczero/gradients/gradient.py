@@ -158,12 +158,11 @@ def _differentiate(
     open_leaves = tape.tensors(whole)
     before = tape.copies(open_leaves)
     outcome = call(structure.unflatten(whole), batch, seed, state, tape.port.device)
-    loss = outcome.loss
+    loss, void = outcome.loss, call.void(outcome, seed)
     tape.left_alone(open_leaves, before)
     wanted = {i: x for i, x in open_leaves.items() if x.requires_grad}
     grads: list[Any] = [None] * len(structure.leaves)
     if loss.requires_grad:
-        void = call.void(outcome)
         with tape.collecting(seed.look, void=void):
             try:
                 found = torch.autograd.grad(
@@ -181,6 +180,6 @@ def _differentiate(
             grads[i] = None if void else g
     learning = any(not u.frozen and members for u, members in zip(structure.units, structure.members, strict=True))
     nothing = learning and not tape.arrivals.number and all(g is None for g in grads)
-    if nothing and not tape.conditional and bool(outcome.weight != 0):  # else its rows may be those that train nothing
+    if nothing and not void and not tape.conditional and bool(outcome.weight != 0):  # else its rows may be those that train nothing
         raise RuntimeError(no_gradient())
     return outcome, grads

@@ -48,7 +48,7 @@ class Loss(NamedTuple):
         with Derivable(), opened_first():
             found = self.call(parts.tree(), batch, seed, state, parts.device)
         parts.left_alone()
-        parts.void = self.call.void(found)
+        parts.void = self.call.void(found, seed)
         return found
 
 

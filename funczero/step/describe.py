@@ -38,7 +38,10 @@ def describe(g: Grad, source: Source, masters: Where | None = None) -> str:
             " gathered, and none is gathered ahead"
         )
     odd = {a: n for a, n in g.layout.order if n & (n - 1)}
-    if odd:
+    edges = g.env.edges.values()
+    if g.env.exact and all(e.exact for e in edges):
+        notes.append("sums are exact: the same bits on any number of ranks, at any stage, whoever has which micro-batch")
+    elif odd:
         more = ", and in other orders of these sums (stages 2 and 3 against 0 and 1)" if len(g.layout.order) > 1 else ""
         notes.append(
             f"{odd} is no power of two: the same bits at every run of this world, other bits in other worlds{more}"
@@ -47,7 +50,6 @@ def describe(g: Grad, source: Source, masters: Where | None = None) -> str:
         of = g.layout.stride
         once = f"moved once by the {of} micro-batches of an update" if of > 1 else "moved by every update"
         notes.append(f"model state: {g.env.model}, {once}")
-    edges = g.env.edges.values()
     if any(e.sums == "backend" for e in edges):
         notes.append("gradients are added over ranks by the backend: the same-bits promise is off")
     notes += g.notes(masters)

@@ -12,6 +12,7 @@ from torch import Tensor
 from funczero.comm.collectives import all_gather
 from funczero.comm.integers import sum_integers
 from funczero.core import rng, tree
+from funczero.core.order import Dealt
 from funczero.core.transform import after
 from funczero.core.types import Grad, Seed, State, TrainState, Value
 from funczero.layout.mesh import Mesh
@@ -19,6 +20,7 @@ from funczero.layout.slots import Slots
 from funczero.step.alike import checksum
 from funczero.step.fits import Fits
 from funczero.transforms import mean
+from funczero.transforms.chain import Source
 
 LOOK = "look"  # where a chain that is looked at keeps the gradient
 
@@ -49,11 +51,29 @@ def seed_of(state: TrainState, device: torch.device, look: bool = False) -> Seed
     return Seed(torch.ones((), device=device), rng.fold(run, now), 0, look, (run, now))
 
 
-def looking(built: Callable[[], Grad], fits: Fits) -> Callable[[TrainState, Any], Slots]:
+def dealt(batch: Any, source: Source) -> tuple[Any, int | None]:
+    """A rank's rows, and how many micro-batches the global batch has where that is fewer than there are places for.
+
+    Raises:
+      TypeError, RuntimeError: rows with copies among them are given to a chain in which a copy would count.
+    """
+    if not isinstance(batch, Dealt):
+        return batch, None
+    if source.name != "value_and_grad":
+        why = "whose forward ran elsewhere, with rows that nobody here can leave out"
+        raise TypeError(f"step: local_rows(batch, rows=...) is given to a {source.name}, {why}; give whole micro-batches")
+    if source.synced:
+        why = "takes its statistics over the rows of all ranks, copies in empty places among them"
+        raise RuntimeError(f"step: local_rows(batch, rows=...) leaves a place empty, but a SyncBatchNorm {why}")
+    return batch.rows, batch.micros
+
+
+def looking(built: Callable[[], Grad], fits: Fits, source: Source) -> Callable[[TrainState, Any], Slots]:
     """(state, batch) -> the gradient that an update would hand to its last optimizer.
 
     Args:
       built: the chain with `seen` before optimizers that do nothing.
+      source: where it begins.
     """
 
     def look(state: TrainState, batch: Any) -> Slots:
@@ -62,7 +82,9 @@ def looking(built: Callable[[], Grad], fits: Fits) -> Callable[[TrainState, Any]
             raise RuntimeError("step.grads: a streamed window is no one batch; look at a chain without stream=True")
         views = fits.views(state, fits.look(state))
         given = {**state.chain, "params": state.params}
-        found: Slots = g.apply(views, given, batch, seed_of(state, g.env.mesh.device))[1][LOOK]
+        rows, micros = dealt(batch, source)
+        seed = seed_of(state, g.env.mesh.device)._replace(micros=micros)
+        found: Slots = g.apply(views, given, rows, seed)[1][LOOK]
         return found
 
     return look

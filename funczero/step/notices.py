@@ -111,6 +111,8 @@ class Early:
         over = [d for d, (name, n) in enumerate(digits) if name in self.batch and n > 1]
         if rows is None or not over:
             return False
+        if len(rows) < layout.stride:  # dealt unevenly, so that ranks had not the same
+            return False
         table = rows.view(*(n for _, n in digits), -1)
         return all(bool((table == table.narrow(d, 0, 1)).all()) for d in over)
 

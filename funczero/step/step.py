@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from funczero.comm.integers import sum_and_compare
-from funczero.core import order, rows, tree
+from funczero.core import order, tree
 from funczero.core.held import transformed, transforming
+from funczero.core.order import Dealt
 from funczero.core.policy import Policy
+from funczero.core.rows import counting, moved, opened
 from funczero.core.types import Env, Grad, Metrics, TrainState, Updated
 from funczero.gradients.call import reading
 from funczero.gradients.draws import keyed
@@ -85,17 +87,26 @@ class Step(NamedTuple):
         """The dtypes."""
         return self.grad.env.policy
 
-    def local_rows(self, batch: Any) -> Any:
+    def local_rows(self, batch: Any, rows: int | None = None) -> Any:
         """This rank's rows of a global batch, dealt in the chain's order of sums, on the mesh's device; what has no
         rows (P() in batch=, None, numbers, text, tensors without dims) comes whole.
+
+        Args:
+          rows: of one micro-batch. There may then be fewer micro-batches than the chain has places for, as 8 on three
+            ranks with accumulate(3): a rank whose place is empty runs a copy that counts for nothing, and what is
+            returned says so (Dealt); give it to the step as it is. None: a micro-batch for every place.
 
         Raises:
           ValueError: the rows do not divide by the number of micro-batches; the batch is none of what batch= says.
           TypeError: a leaf that is no tensor, or has no such dim.
         """
         mesh = self.live_mesh
-        mine = order.deal(batch, self.grad.layout, mesh.index)
-        return mine if mesh.device.type == "cpu" else rows.moved(mine, mesh.device)
+        mine = order.deal(batch, self.grad.layout, mesh.index, rows)
+        if mesh.device.type == "cpu":
+            return mine
+        if isinstance(mine, Dealt):
+            return mine._replace(rows=moved(mine.rows, mesh.device))
+        return moved(mine, mesh.device)
 
     def view(self, state: TrainState) -> Any:
         """The whole parameters in the compute dtype as fresh leaves that want a gradient, for a forward of your own
@@ -212,7 +223,7 @@ class Step(NamedTuple):
             By default so is one of fz.stateless that changes buffers; one of an evaluating module reads the state's.
         """
 
-        loss_fn = rows.counting(loss_fn, self.grad.layout.cut)
+        loss_fn = counting(loss_fn, self.grad.layout.cut)
 
         def evaluate(state: TrainState, batch: Any) -> Eval:
             g = self.running()
@@ -222,11 +233,15 @@ class Step(NamedTuple):
             )
             with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version counters
                 rest = tape.open_rest()
+                counts = not isinstance(batch, Dealt) or batch.here > 0
+                if isinstance(batch, Dealt):
+                    batch = batch.real(g.layout.cut)
                 with nullcontext() if getattr(fn, "keyed", False) else keyed(None, g.env.mesh.device, drew):
                     loss, weight, *_ = check_loss(fn(tape.whole.structure.unflatten(rest), batch), has_aux=False)
                 tape.left_alone(tape.tensors(rest), None)
                 tape.end()
-            return _mean_over_ranks(torch.stack([loss.double(), weight.double().to(loss.device)]), g)
+            sums = torch.stack([loss.double(), weight.double().to(loss.device)])
+            return _mean_over_ranks(sums if counts else torch.zeros_like(sums), g)
 
         return recorded("step.eval", evaluate, self.running)
 
@@ -254,7 +269,7 @@ not_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 def _not_transformed(state: TrainState, batch: Any) -> None:
     """Refuse what has a tangent, a gradient of torch.func or more than one value; and any call inside torch.func."""
-    inside = [(path, x) for path, x, _ in rows.opened(batch)[0]]
+    inside = [(path, x) for path, x, _ in opened(batch)[0]]
     for what, found in (("state", tree.paths(state)), ("batch", inside)):
         for path, x in found:
             if isinstance(x, Tensor) and transformed(x):

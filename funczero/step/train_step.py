@@ -21,7 +21,7 @@ from funczero.step.calls import recorded, watched
 from funczero.step.describe import gathered
 from funczero.step.fits import Fits, packed
 from funczero.step.initial import check_widening, initial, read_lazily
-from funczero.step.look import looking, seed_of, seen
+from funczero.step.look import dealt, looking, seed_of, seen
 from funczero.step.notices import Early, narrow, nested, say
 from funczero.step.step import Step, metrics_of
 from funczero.transforms.accumulate import Accumulate
@@ -135,9 +135,9 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
         g = running()
-        made = fits.look(state)
+        made, (batch, micros) = fits.look(state), dealt(batch, source)
         now, seen = int(state.step), _seen(book, state, patience)
-        seed = seed_of(state, g.env.mesh.device, look=options.debug or seen.row > 0)
+        seed = seed_of(state, g.env.mesh.device, look=options.debug or seen.row > 0)._replace(micros=micros)
         views, own = fits.views(state, made), {**state.chain, "params": state.params}
         if early.open:
             early.before(state.params)
@@ -166,7 +166,7 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
     fits = Fits(book, running, lambda g, meta: read_lazily(source, g, meta, torch.device("meta")))
     rebuild = lambda donating: _make(parts, env, options, donating, book)
     interpreted = lambda env: _built(parts, env)
-    looks = recorded("step.grads", looking(looked, fits), running)
+    looks = recorded("step.grads", looking(looked, fits, source), running)
     return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, interpreted, fits, looks)
 
 

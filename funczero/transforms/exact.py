@@ -74,16 +74,30 @@ def added(a: Sum, b: Sum, grid: Grid, reuse: bool) -> Sum:
     Args:
       reuse: a's memory may be the result's.
     """
+    if b.tops is not None:
+        return summed(a, b, reuse)
     assert a.tops is not None and a.high is not None
+    tally = Tally(grid)
+    found = noted(b._replace(grads=tally.count_all(b.grads, a.grads if reuse else a.grads.map(torch.clone))), tally)
+    assert found.tops is not None and found.high is not None
+    return a._replace(grads=found.grads, tops=torch.maximum(a.tops, found.tops), high=both(a.high, found.high))
+
+
+def summed(a: Sum, b: Sum, reuse: bool = False) -> Sum:
+    """a with the gradients of b, both in integers; with reuse in a's memory."""
+    assert a.tops is not None and a.high is not None and b.tops is not None and b.high is not None
     low = a.grads if reuse else a.grads.map(torch.clone)
-    if b.tops is None:
-        tally = Tally(grid)
-        low = tally.count_all(b.grads, low)
-        b = noted(b, tally)
-    else:
-        torch._foreach_add_(list(low.buffers), list(b.grads.buffers))
-    assert b.tops is not None and b.high is not None
+    torch._foreach_add_(list(low.buffers), list(b.grads.buffers))
     return a._replace(grads=low, tops=torch.maximum(a.tops, b.tops), high=both(a.high, b.high))
+
+
+def filled(out: Sum) -> Sum:
+    """A sum in which every unit has large parts, zeros where it had none: of one form on every rank, for a save."""
+    if out.high is None:
+        return out
+    pairs = zip(out.high.buffers, out.high.where.lengths, out.grads.buffers, strict=True)
+    full = tuple(b if b.numel() or not low.numel() else b.new_zeros(n) for b, n, low in pairs)
+    return out._replace(high=Slots(full, out.high.where))
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -169,4 +183,14 @@ def with_large(out: Sum, units: list[int], grid: Grid, lay: Layout, env: Env) ->
     have = enumerate(zip(out.high.buffers, where.lengths, strict=True))
     full = (b.new_zeros(n) if u in units and not b.numel() else b if u in units else b[:0] for u, (b, n) in have)
     high = _crossed(Slots(tuple(full), where), out.grads, _pending(lay, env), lay, env)
+    return values_of(out.grads, high, grid, env.policy.accumulate)
+
+
+def so_far(out: Sum, grid: Grid, env: Env) -> Slots:
+    """The gradients of an open window as they lie, in `policy.accumulate`; a collective."""
+    full = filled(out)
+    assert full.high is not None
+    high = full.high
+    for axis in out.grads.where.axes[len(high.where.axes) :]:
+        high, _ = collectives.reduce_scatter(high, Edge(axis, adds=torch.int64), env.mesh)
     return values_of(out.grads, high, grid, env.policy.accumulate)

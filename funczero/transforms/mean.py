@@ -45,12 +45,15 @@ def mean(g: Grad) -> Grad:
     here, model = order.indices(lay, env.mesh.index), env.model
     places = torch.tensor(here, device=env.mesh.device)
 
-    def fn(out: Sum, given: State, grid: Grid | None = None) -> tuple[Value, State]:
+    def fn(out: Sum, given: State, grid: Grid | None = None, micros: int | None = None) -> tuple[Value, State]:
         head = torch.stack([out.loss.double(), out.weight.double()], 1).view(torch.int64)
         marks = [torch.ones_like(head[:, :1])] if g.streams else []  # a window may close early
         columns = [head, *marks, *([] if out.aux is None else out.aux.sent())]
         rows, first = (head[:, :0], head[0, :0]) if model is None else model.sent(out.moved, here[0] == 0)
         own = torch.cat([*columns, rows], 1)
+        if micros is not None:  # copies in empty places count for nothing
+            own = torch.where((places[: len(own)] < micros)[:, None], own, 0)
+            env.mesh.ledger.note(RETURNED, "micro-batches", str(micros))
         bits = own.new_zeros(lay.stride, own.shape[1]).index_copy_(0, places[: len(own)], own)
         none, grads, codes = first.new_zeros(0), out.grads, first.new_zeros(0)
         if grid is not None:
@@ -65,7 +68,7 @@ def mean(g: Grad) -> Grad:
         flat, first, bins, used, codes, bad = packed.split_with_sizes(
             [x.numel() for x in parts[:5]] + [sum(x.numel() for x in parts[5:])]
         )
-        table = flat.view(lay.stride, -1)
+        table = flat.view(lay.stride, -1)[:micros]
         came = None if len(own) == len(here) else table[:, 2] > 0
         scalars = table[:, :2].contiguous().view(torch.float64)
         loss, weight = order.tree_sum(scalars)
@@ -93,16 +96,16 @@ def mean(g: Grad) -> Grad:
     def formula(out: Sum, given: State) -> tuple[Value, State]:
         return _differentiable(out, given, lay, env, places)
 
-    def units(views: Slots, seed: Seed, state: State) -> tuple[Seed, Grid | None]:
+    def units(views: Slots, seed: Seed, state: State) -> tuple[Seed, tuple[Grid | None, int | None]]:
         grid = exact.grid_of(state, seed, env)
-        return seed._replace(grid=grid), grid
+        return seed._replace(grid=grid), (grid, seed.micros)
 
-    def both(out: Sum, state: State, grid: Grid | None) -> tuple[Value, State]:
+    def both(out: Sum, state: State, carried: tuple[Grid | None, int | None]) -> tuple[Value, State]:
         given = {} if model is None else {MODEL: state[MODEL]}
-        if grid is not None:
-            found, new = fn(out, {**given, **{k: state[k] for k in (exact.KEY, "params")}}, grid)
-        elif not env.differentiable:
-            found, new = fn(out, given)
+        if carried[0] is not None:
+            given |= {k: state[k] for k in (exact.KEY, "params")}
+        if not env.differentiable:
+            found, new = fn(out, given, *carried)
         else:
             found, new = straight(fn, formula, out, given)
         return found, {**state, **new}

@@ -31,6 +31,7 @@ class Unread(NamedTuple):
     weight: Tensor
     searching: Tensor | None  # is a dynamic scale on its way down?
     bad: Tensor | None  # (leaf, rank)
+    unfit: Tensor | None = None  # the leaf whose units do not fit, -1 for none (exact.py)
 
 
 class Skipped(NamedTuple):
@@ -75,7 +76,8 @@ class Patience:
           leaves: with their paths.
           again: the same update run once more to look for the leaf, and nothing applied; None where it cannot.
         """
-        last = Unread(now, out.ok, out.loss, out.weight, out.logs.get("searching"), out.bad)
+        logs = out.logs
+        last = Unread(now, out.ok, out.loss, out.weight, logs.get("searching"), out.bad, logs.get("unfit"))
         late = out.ok.device.type != "cpu"  # reading waits for the device: the last update stays unread
         unread = (*seen.unread, last)
         for one in unread[: -1 if late else None]:
@@ -101,7 +103,8 @@ class Patience:
         row, total = seen.row + counts, seen.total + counts
         tell = counts and (total & (total - 1) == 0 or row == self.limit)
         bad = one.bad
-        if tell and bad is None and again is not None:
+        unfit = one.unfit is not None and int(one.unfit) >= 0
+        if tell and bad is None and again is not None and not unfit:
             out = again()
             bad = None if out is None else out.bad
         words = _words(bad, one, leaves)
@@ -114,6 +117,9 @@ class Patience:
 def _words(bad: Tensor | None, one: Unread, leaves: Sequence[Leaf]) -> str:
     if one.weight != one.weight:
         return f"the weight is {float(one.weight)}"
+    if one.unfit is not None and int(one.unfit) >= 0:
+        why = "is so much larger or smaller than in the last update that its exact sum does not fit"
+        return f"the gradient of {leaves[int(one.unfit)].path!r} {why}; the next update has units for it"
     if bad is None:
         return "the gradient is not finite (debug=True names the leaf and the rank)"
     if int(bad[0]) < 0:

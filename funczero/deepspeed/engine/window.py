@@ -10,9 +10,10 @@ from torch import Tensor
 
 from funczero.comm.collectives import all_gather, all_reduce
 from funczero.comm.edge import Edge
-from funczero.core.types import Sum, TrainState
+from funczero.core.types import Seed, TrainState
 from funczero.layout.slots import Slots
 from funczero.step.step import Step
+from funczero.transforms import exact
 from funczero.transforms.accumulate import Accumulate
 from funczero.transforms.loss_scale import ScaleLoss
 
@@ -35,9 +36,13 @@ def amended(step: Step, state: TrainState, micro: Any) -> TrainState:
     empty = Accumulate(torch.zeros_like(own.count), ())
     new, _ = step(step.with_state(state, empty), micro)
     more, last, wide = window_of(step, new).partial[0], own.partial[-1], step.policy.accumulate
-    grads = last.grads.map(lambda a, b: a.to(wide) + b.to(wide), more.grads)
+    if last.tops is None:
+        both = last._replace(grads=last.grads.map(lambda a, b: a.to(wide) + b.to(wide), more.grads))
+    else:
+        both = exact.summed(last, more)
     bad = None if last.bad is None or more.bad is None else last.bad + more.bad
-    both = Sum(_added_to_last(last.loss, more.loss), _added_to_last(last.weight, more.weight), None, grads, bad=bad)
+    loss, weight = _added_to_last(last.loss, more.loss), _added_to_last(last.weight, more.weight)
+    both = both._replace(loss=loss, weight=weight, aux=None, bad=bad)
     return step.with_state(new, Accumulate(own.count, (*own.partial[:-1], both)))
 
 
@@ -77,13 +82,21 @@ def mean_gradient(step: Step, state: TrainState, k: int) -> Slots | None:
     if not own.partial:
         return None
     mesh, wide, axes = step.live_mesh, step.policy.accumulate, step.grad.layout.batch
-    grads = own.total(wide).grads.to(wide)
+    scale = step.state_of(state, ScaleLoss)
+    factor = 1.0 if scale is None else float(scale.weight / scale.scale)
+    total = own.total(wide)
+    if total.tops is None:
+        grads = total.grads.to(wide)
+    else:
+        env = step.running().env
+        seed = Seed(torch.tensor(1 / factor, dtype=torch.float64), 0)
+        grid = exact.grid_of({**state.chain, "params": state.params}, seed, env)
+        assert grid is not None
+        grads = exact.so_far(total, grid, env)
     for axis in axes:
         if axis not in grads.where.axes:
             grads, _ = all_reduce(grads, Edge(axis, adds=wide), mesh)  # read, not trained with: exact under every wire
     for axis in reversed(grads.where.axes):
         grads = all_gather(grads, axis, mesh)
-    scale = step.state_of(state, ScaleLoss)
-    factor = 1.0 if scale is None else float(scale.weight / scale.scale)
     weight = k * mesh.rank(axes)[1]  # every rank's window weighs alike
     return grads.map(lambda b: b * (factor / weight))
