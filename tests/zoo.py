@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import funczero as fz
 from funczero import P, rng
 from funczero.comm import collectives
+from funczero.core.order import Dealt
 from funczero.core.types import Env, Seed
 from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
@@ -183,14 +184,29 @@ def nested_chains(g, k, right):
     }
 
 
-def train(parts, mesh, stream=0, updates=UPDATES, dtype=torch.float32, policy=None, donate=False, micros=MICROS, **kw):
-    """A run: (whole masters, metrics by update, the last state, the step)."""
+def train(
+    parts,
+    mesh,
+    stream=0,
+    updates=UPDATES,
+    dtype=torch.float32,
+    policy=None,
+    donate=False,
+    micros=MICROS,
+    rows=None,
+    **kw,
+):
+    """A run: (whole masters, metrics by update, the last state, the step).
+
+    With `rows` of a micro-batch there may be fewer of them than places.
+    """
     step = fz.train_step(*parts, mesh=mesh, policy=policy, **kw)
     step = fz.donate(step) if donate else step
     state, log = step.init(params(dtype), key=7), []
     for t in range(updates):
-        rows = step.local_rows(batch(t, dtype, micros))
-        for b in [*split(rows, stream), None] if stream else [rows]:
+        mine = step.local_rows(batch(t, dtype, micros), rows)
+        cut = mine.split if isinstance(mine, Dealt) else partial(split, mine)
+        for b in [*cut(stream), None] if stream else [mine]:
             state, m = step(state, b)
         log.append(m)
     return step.params(state), log, state, step
@@ -222,7 +238,7 @@ def bits(run):
         [
             masters,
             moments,
-            {n: x for n, x in own.items() if n == "scale_loss"},
+            {n: x for n, x in own.items() if n in ("scale_loss", "exact_sums")},
             state.step,
             state.updates,
             state.key,

@@ -46,6 +46,7 @@ def _form(out: Sum) -> dict[str, Any]:
         "bad": out.bad,
         "used": out.used,
         "tops": out.tops,
+        "micros": out.micros,
     }
     lists = {"rows": () if aux is None else aux.rows, "cat": () if aux is None else aux.cat, "moved": out.moved}
     like = lambda x: None if x is None else [dtype_name(x.dtype), list(x.shape)]
@@ -117,7 +118,9 @@ def _empty(form: dict[str, Any], state: TrainState, restorer: Restorer) -> Sum:
     def make(x: Any) -> Any:
         return None if x is None else torch.zeros(x[1], dtype=torch_dtype(x[0]), device=device)
 
-    scalars = [x[1] for k in ("loss", "weight", "aux", "bad", "used", "tops") if (x := form.get(k)) is not None]
+    scalars = [
+        x[1] for k in ("loss", "weight", "aux", "bad", "used", "tops", "micros") if (x := form.get(k)) is not None
+    ]
     beside = [x[1] for k in ("rows", "cat", "moved") for x in form.get(k, ())]
     if any(prod(x) > 1 << 24 for x in scalars + beside):
         raise _other_model()
@@ -125,10 +128,12 @@ def _empty(form: dict[str, Any], state: TrainState, restorer: Restorer) -> Sum:
         raise ValueError("its metrics are no plain tree")
     rows, cat, moved = (tuple(map(make, form.get(k, ()))) for k in ("rows", "cat", "moved"))
     aux = None if form["aux"] is None else Aux(make(form["aux"]), rows, cat, _aux_form(form))
-    loss, weight, bad, used, tops = (make(form.get(k)) for k in ("loss", "weight", "bad", "used", "tops"))
+    loss, weight, bad, used, tops, micros = (
+        make(form.get(k)) for k in ("loss", "weight", "bad", "used", "tops", "micros")
+    )
     grads, high = _slots(form["axes"], form["grads"], state, restorer, make), form.get("high")
     large = None if high is None else _slots(high["axes"], high["buffers"], state, restorer, make)
-    return Sum(loss, weight, aux, grads, bad, moved, used, tops, large)
+    return Sum(loss, weight, aux, grads, bad, moved, used, tops, large, micros)
 
 
 def _slots(axes: Any, buffers: Any, state: TrainState, restorer: Restorer, make: Any) -> Slots:

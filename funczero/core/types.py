@@ -35,13 +35,14 @@ class Sum(NamedTuple):
     loss: Tensor  # [micro-batches], in the order of time
     weight: Tensor  # [micro-batches]
     aux: Aux | None  # what the user's loss returns beside
-    grads: Slots  # at this place of the chain
+    grads: Slots  # at this place of the chain; where sums are exact, integers from the first sum on
     bad: Tensor | None = None  # [leaves] int64, only while looking for it: values that are not finite
     moved: tuple[Tensor, ...] = ()  # the model state that each micro-batch left, by leaf [micro-batches, ...]
     used: Tensor | None = None  # [leaves] int64: micro-batches that had a gradient for it, where that counts
     # of gradients in integers (exact.py): the code of every leaf's largest value; None: gradients are as born
     tops: Tensor | None = None
     high: Slots | None = None  # of gradients in integers: the parts of large values, where the first sum has left them
+    micros: Tensor | None = None  # 0-d int64, micro-batches of the global batch; None: as many as places
 
 
 class Value(NamedTuple):
@@ -148,11 +149,12 @@ class Env(NamedTuple):
     differentiable: bool = False  # is every leaf of a step a function of every other, for torch.func?
     model: Model | None = None  # the form of the model's own state
     keeps: bool = False  # is a leaf that nobody used left as it is?
+    sums: str = "tree"  # how gradients are added, as every edge says of its axis
 
     @property
     def exact(self) -> bool:
         """Are gradients added as integers?"""
-        return any(e.sums == "exact" for e in self.edges.values())
+        return self.sums == "exact"
 
     @property
     def rules(self) -> dict[str, Rules]:

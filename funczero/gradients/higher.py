@@ -15,12 +15,13 @@ from funczero.comm import collectives, differentiable
 from funczero.comm.adjoint import vary
 from funczero.core import tree
 from funczero.core.straight import HOLE
-from funczero.core.types import Apply, Env, Seed, State, Sum
+from funczero.core.types import Apply, ChainError, Env, Seed, State, Sum
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.call import LossCall, Outcome
 from funczero.gradients.loss import no_gradient, reentrant
 from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
+from funczero.gradients.source import dealt
 from funczero.layout.slots import Slots
 from funczero.transforms.chain import Source, no_wires
 from funczero.transforms.exact import scattered
@@ -71,11 +72,13 @@ def applied(source: Source, loss: Loss, index: int) -> Apply:
     def apply(views: Slots, state: State, batch: Any, seed: Seed) -> tuple[Sum, State]:
         found, grads = derive(loss, views, batch, seed._replace(index=seed.index + index), state)
         bad = _bad(grads) if seed.look else None
-        out = Sum(found.loss[None], found.weight[None], found.aux, grads, bad, found.moved)
+        out = dealt(Sum(found.loss[None], found.weight[None], found.aux, grads, bad, found.moved), seed)
         for a in source.scatter:
             born = grads.to(env.policy.compute) if not grads.where.coords else grads  # sums travel as they are added
             if seed.grid is not None:
-                out = scattered(out._replace(grads=out.grads if out.tops is not None else born), env.edges[a], env, seed.grid)
+                out = scattered(
+                    out._replace(grads=out.grads if out.tops is not None else born), env.edges[a], env, seed.grid
+                )
                 continue
             grads, _ = kind.reduce_scatter(born, env.edges[a], env.mesh)
             out = out._replace(grads=grads)

@@ -143,6 +143,11 @@ def _add(a: Sum, b: Sum, wide: torch.dtype, reuse: bool = False) -> Sum:
 
 def _beside(a: Sum, b: Sum, both: Sum) -> Sum:
     """The sum of a and b, whose gradients are those of `both`."""
+    counts = [None if x.micros is None else int(x.micros) for x in (a, b)]
+    if counts[0] != counts[1]:
+        said = ["as many as places" if n is None else str(n) for n in counts]
+        why = f"micro-batches of one update were dealt out of batches of {said[0]} and of {said[1]}"
+        raise ValueError(f"accumulate: {why}; deal one global batch with step.local_rows")
     aux = None if a.aux is None or b.aux is None else a.aux.joined(b.aux)
     bad = None if a.bad is None or b.bad is None else a.bad + b.bad
     moved = tuple(torch.cat([x, y]) for x, y in zip(a.moved, b.moved, strict=True))

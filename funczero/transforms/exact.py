@@ -170,8 +170,15 @@ def _at_hand(out: Sum, lay: Layout, env: Env) -> bool:
 
 
 def values(out: Sum, grid: Grid, lay: Layout, env: Env) -> Slots:
-    """The gradients of a sum, of the large parts that this rank has at hand."""
+    """The gradients of a sum, of the large parts that this rank has at hand.
+
+    Raises:
+      TypeError: a transform has made something else of the integers.
+    """
     assert out.high is not None
+    if any(b.dtype != torch.int64 for b in out.grads.buffers):
+        why = "a transform left of the mean has rewritten gradients, which are integers there"
+        raise TypeError(f"sums='exact': {why}; write it right of the mean (pointwise), or left of the first sum")
     high = out.high if _at_hand(out, lay, env) else out.high.map(lambda b: b[:0])
     return values_of(out.grads, high, grid, env.policy.accumulate)
 

@@ -45,7 +45,8 @@ def mean(g: Grad) -> Grad:
     here, model = order.indices(lay, env.mesh.index), env.model
     places = torch.tensor(here, device=env.mesh.device)
 
-    def fn(out: Sum, given: State, grid: Grid | None = None, micros: int | None = None) -> tuple[Value, State]:
+    def fn(out: Sum, given: State, grid: Grid | None = None) -> tuple[Value, State]:
+        micros = None if out.micros is None else int(out.micros)
         head = torch.stack([out.loss.double(), out.weight.double()], 1).view(torch.int64)
         marks = [torch.ones_like(head[:, :1])] if g.streams else []  # a window may close early
         columns = [head, *marks, *([] if out.aux is None else out.aux.sent())]
@@ -96,16 +97,16 @@ def mean(g: Grad) -> Grad:
     def formula(out: Sum, given: State) -> tuple[Value, State]:
         return _differentiable(out, given, lay, env, places)
 
-    def units(views: Slots, seed: Seed, state: State) -> tuple[Seed, tuple[Grid | None, int | None]]:
+    def units(views: Slots, seed: Seed, state: State) -> tuple[Seed, Grid | None]:
         grid = exact.grid_of(state, seed, env)
-        return seed._replace(grid=grid), (grid, seed.micros)
+        return seed._replace(grid=grid), grid
 
-    def both(out: Sum, state: State, carried: tuple[Grid | None, int | None]) -> tuple[Value, State]:
+    def both(out: Sum, state: State, grid: Grid | None) -> tuple[Value, State]:
         given = {} if model is None else {MODEL: state[MODEL]}
-        if carried[0] is not None:
+        if grid is not None:
             given |= {k: state[k] for k in (exact.KEY, "params")}
         if not env.differentiable:
-            found, new = fn(out, given, *carried)
+            found, new = fn(out, given, grid)
         else:
             found, new = straight(fn, formula, out, given)
         return found, {**state, **new}

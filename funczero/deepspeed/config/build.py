@@ -12,7 +12,7 @@ import torch
 from absl import logging
 
 from funczero.comm.wire import as_born, cast
-from funczero.core.transform import after
+from funczero.core.transform import after, refuse
 from funczero.core.types import Grad, State, Sum, Transform
 from funczero.deepspeed.config.crossing import HPZ, crossing
 from funczero.deepspeed.config.key import ConfigError
@@ -205,6 +205,11 @@ def rounded(dtype: torch.dtype) -> Transform:
     name = f"rounded({str(dtype).removeprefix('torch.')!r})"
 
     def transform(g: Grad) -> Grad:
+        if g.env.exact:
+            raise refuse(
+                g, name, "exact sums are integers, which have no narrower form; delete communication_data_type"
+            )
+
         def narrowed(out: Sum, state: State) -> tuple[Sum, State]:
             return out._replace(grads=out.grads.to(dtype)), state
 

@@ -68,6 +68,7 @@ _TOP: dict[str, Key] = {
     "data_efficiency": Key("off", None, REFUSED, "order and choice of the data are the batches' own; delete the block"),
     "autotuning": Key("off", None, REFUSED, "nothing here tunes a config; write the values it should have"),
     "tensor_parallel": Key("off", None, REFUSED, "there is no tensor parallelism here; delete the block"),
+    "funczero.sums": honour("tree", choices=("tree", "exact", "backend")),  # ours; DeepSpeed reads over the block
     "compile": ignore(None, "DeepCompile schedules the same values, and it does not exist here", "any"),
 }
 _REMOVED = {

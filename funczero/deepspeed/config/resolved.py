@@ -66,7 +66,8 @@ class Config(NamedTuple):
     @property
     def arguments(self) -> dict[str, Any]:
         """What `train_step` needs beside the chain: train_step(*chain, **config.arguments)."""
-        return {"mesh": self.mesh or {"data": self.world.size}, "policy": self.policy}
+        mesh = self.mesh or {"data": self.world.size}
+        return {"mesh": mesh, "policy": self.policy, "sums": self.value("funczero.sums")}
 
 
 def dtype_name(text: str | None) -> str | None:
