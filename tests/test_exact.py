@@ -251,21 +251,21 @@ def first_half(folder, axes, stage, stream):
         mine = step.local_rows(zoo.batch(2), ROWS)
         for b in (mine.split(stream) if hasattr(mine, "micros") else zoo.split(mine, stream))[:1]:
             state, _ = step(state, b)
-    with fz.Checkpointer(folder) as saver:
-        saver.save(state, step)
+    with fz.Checkpointer(folder, step=step) as saver:
+        saver.save(state, "half")
         saver.wait()
 
 
 def second_half(folder, axes, stage, stream, opened):
     step, _ = _begun(axes, stage, stream)
-    with fz.Checkpointer(folder) as saver:
-        state = saver.restore(like=(step, zoo.params()))
+    with fz.Checkpointer(folder, step=step) as saver:
+        state = saver.restore(like=(step, zoo.params())).state
     if stream and opened:
         mine = step.local_rows(zoo.batch(2), ROWS)
         for b in [*(mine.split(stream) if hasattr(mine, "micros") else zoo.split(mine, stream))[1:], None]:
             state, _ = step(state, b)
     state = _some(step, state, range(int(state.step), 5), stream)
-    return zoo.tree_hash(step.params(state))
+    return tree_hash(step.params(state))
 
 
 def _begun(axes, stage, stream):

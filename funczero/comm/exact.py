@@ -67,10 +67,9 @@ class Tally:
 
     def count_all(self, x: Slots, low: Slots | None = None) -> Slots:
         """All units of a tree; those without values (frozen) stay so."""
-        pairs = enumerate(x.buffers if low is None else zip(x.buffers, low.buffers, strict=True))
-        if low is None:
-            return Slots(tuple(self.count(x.where, u, b) if b.numel() else b.long() for u, b in pairs), x.where)
-        return Slots(tuple(self.count(x.where, u, b, to) if b.numel() else to for u, (b, to) in pairs), x.where)
+        to = [None] * len(x.buffers) if low is None else low.buffers
+        both = enumerate(zip(x.buffers, to, strict=True))
+        return Slots(tuple(self.count(x.where, u, b, t) if b.numel() else b.long() for u, (b, t) in both), x.where)
 
     def tops(self, structure: Structure) -> Tensor:
         """int64 [leaves]: the code of every leaf's largest value so far."""

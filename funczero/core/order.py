@@ -57,7 +57,6 @@ class Dealt(NamedTuple):
         parts = rows.split(self.rows, n, "split", cut)
         return [Dealt(x, self.micros, min(max(self.here - i * each, 0), each), each) for i, x in enumerate(parts)]
 
-
     def real(self, cut: Tree = 0) -> Tree:
         """The rows that count, or one copy where none does."""
         return rows.joined(rows.split(self.rows, self.places, "local_rows", cut)[: max(self.here, 1)], cut)

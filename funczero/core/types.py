@@ -11,6 +11,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # floors above this one, of which only the names are needed
     from funczero.comm.edge import Edge
+    from funczero.comm.exact import Grid
     from funczero.core.policy import Policy
     from funczero.layout.cut import Rules
     from funczero.layout.lazy import Lazy

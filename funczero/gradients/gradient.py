@@ -180,6 +180,8 @@ def _differentiate(
             grads[i] = None if void else g
     learning = any(not u.frozen and members for u, members in zip(structure.units, structure.members, strict=True))
     nothing = learning and not tape.arrivals.number and all(g is None for g in grads)
-    if nothing and not void and not tape.conditional and bool(outcome.weight != 0):  # else its rows may be those that train nothing
+    if (
+        nothing and not void and not tape.conditional and bool(outcome.weight != 0)
+    ):  # else its rows may be those that train nothing
         raise RuntimeError(no_gradient())
     return outcome, grads

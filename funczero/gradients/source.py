@@ -7,7 +7,6 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from funczero.comm.collectives import all_gather
 from funczero.comm.wire import Key

@@ -40,7 +40,9 @@ def describe(g: Grad, source: Source, masters: Where | None = None) -> str:
     odd = {a: n for a, n in g.layout.order if n & (n - 1)}
     edges = g.env.edges.values()
     if g.env.exact and all(e.exact for e in edges):
-        notes.append("sums are exact: the same bits on any number of ranks, at any stage, whoever has which micro-batch")
+        notes.append(
+            "sums are exact: the same bits on any number of ranks, at any stage, whoever has which micro-batch"
+        )
     elif odd:
         more = ", and in other orders of these sums (stages 2 and 3 against 0 and 1)" if len(g.layout.order) > 1 else ""
         notes.append(

@@ -61,7 +61,9 @@ def dealt(batch: Any, source: Source) -> tuple[Any, int | None]:
         return batch, None
     if source.name != "value_and_grad":
         why = "whose forward ran elsewhere, with rows that nobody here can leave out"
-        raise TypeError(f"step: local_rows(batch, rows=...) is given to a {source.name}, {why}; give whole micro-batches")
+        raise TypeError(
+            f"step: local_rows(batch, rows=...) is given to a {source.name}, {why}; give whole micro-batches"
+        )
     if source.synced:
         why = "takes its statistics over the rows of all ranks, copies in empty places among them"
         raise RuntimeError(f"step: local_rows(batch, rows=...) leaves a place empty, but a SyncBatchNorm {why}")

@@ -112,7 +112,9 @@ def _counted(g: Grad, source: Source) -> Grad:
             " once is another question at every stage"
         )
         raise refuse(g, source.name, f"{why}; leave accumulate out, or use BatchNorm, whose statistics are averaged")
-    return g._replace(apply=lambda views, state, batch, seed: apply(views, state, batch, seed._replace(of=seed.micros or of)))
+    return g._replace(
+        apply=lambda views, state, batch, seed: apply(views, state, batch, seed._replace(of=seed.micros or of))
+    )
 
 
 def _once_an_update(source: Source, edges: dict[str, Edge]) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from funczero.comm.adjoint import total
-from funczero.comm.exact import Grid
 from funczero.comm.differentiable import Varied, dot, over_all, pack
+from funczero.comm.exact import Grid
 from funczero.comm.integers import sum_and_compare
 from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
 from funczero.core import order

@@ -2,7 +2,8 @@
 
 A value x of a leaf with shift s is d = x * 2**s units. What is less than 2**46 units is rounded to one integer, to
 nearest even. A larger one is split exactly: `high` counts 2**46 units, `low` what is left, at most 2**45. Sums of
-2**16 values then fit into 64 bits. What is not finite, or has 2**92 units or more, counts as nothing, and its code tells.
+2**16 values then fit into 64 bits. What is not finite, or has 2**92 units or more, counts as nothing, and its code
+tells.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from funczero.core.types import ChainError, Env, Grad, Seed, Sum
 from funczero.gradients.arrivals import Collected
