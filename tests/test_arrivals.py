@@ -74,7 +74,7 @@ def one_backward(arrivals, units, seed, order):
     with arrivals.collecting():
         for u in (units[i] for i in order):
             arrivals.arrive(u, gradient(arrivals, u, seed))
-        return arrivals.close(loose(arrivals, seed))
+        return arrivals.close(loose(arrivals, seed))[:2]
 
 
 def by_rank(sizes, order_of):
@@ -161,7 +161,7 @@ def test_uses_are_summed_in_the_order_in_which_they_arrive_and_leave_after_the_l
         for n, part in enumerate(parts):
             assert (unit in arrivals.sums, arrivals.number) == (n > 0, n)
             arrivals.arrive(unit, part)
-        found, _ = arrivals.close({})
+        found = arrivals.close({}).grads
     want = [(a + b) + c for a, b, c in zip(*parts, strict=True)]  # not in another order: these do not add exactly
     assert equal(of(found, arrivals, unit), want) and not any(x.any() for x in of(found, arrivals, other))
 
@@ -173,7 +173,7 @@ def test_a_leaf_without_a_gradient_is_zero():
     w, _ = gradient(arrivals, unit, 0)
     with arrivals.collecting():
         arrivals.arrive(unit, [w, None])
-        found, _ = arrivals.close({})
+        found = arrivals.close({}).grads
     got = of(found, arrivals, unit)
     assert torch.equal(got[0], w) and got[1].tolist() == [0, 0, 0]
     frozen = [i for i in range(len(arrivals.whole.structure.leaves)) if arrivals.whole.structure.frozen(i)]
@@ -189,7 +189,7 @@ def test_what_another_backward_does_is_not_booked():
     assert arrivals.number == 0 and arrivals.uses == {unit: 1}
     with arrivals.collecting():
         arrivals.arrive(unit, gradient(arrivals, unit, 1))
-        found, _ = arrivals.close({})
+        found = arrivals.close({}).grads
     assert equal(of(found, arrivals, unit), gradient(arrivals, unit, 1))
 
 
@@ -201,7 +201,7 @@ def test_a_graph_that_runs_backward_twice_books_its_uses_twice():
     for retain in (True, False):
         with arrivals.collecting(retain=retain):
             arrivals.arrive(unit, gradient(arrivals, unit, 0))
-            out.append(arrivals.close({})[0])
+            out.append(arrivals.close({}).grads)
         assert arrivals.uses == {unit: int(retain)}
     assert equal(out[0].leaves(), out[1].leaves())
 
@@ -218,7 +218,7 @@ def test_values_that_are_not_finite_are_counted_by_leaf_where_somebody_looks():
         arrivals.use((unit,))
         with arrivals.collecting(look=look):
             arrivals.arrive(unit, [w])
-            _, bad = arrivals.close(rest)
+            bad = arrivals.close(rest).bad
         if not look:
             assert bad is None
     paths = {leaf.path: n for leaf, n in zip(arrivals.whole.structure.leaves, bad.tolist(), strict=True) if n}

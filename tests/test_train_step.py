@@ -104,8 +104,8 @@ def test_a_chain_that_is_no_step_is_refused_with_what_to_write(name):
     assert str(e.value).startswith(words)
 
 
-def test_sums_are_the_trees_or_the_backends():
-    with pytest.raises(ValueError, match="sums='ring' is neither 'tree' nor 'backend'"):
+def test_sums_are_the_trees_integers_or_the_backends():
+    with pytest.raises(ValueError, match="sums='ring' is none of 'tree', 'exact' and 'backend'"):
         zoo.make(0, sums="ring")
 
 

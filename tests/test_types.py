@@ -38,7 +38,7 @@ def test_layouts_are_values():
 
 
 def test_fields_keep_their_order():
-    assert Sum._fields == ("loss", "weight", "aux", "grads", "bad", "moved", "used")
+    assert Sum._fields == ("loss", "weight", "aux", "grads", "bad", "moved", "used", "tops", "high", "micros")
     assert Value._fields[:4] == Sum._fields[:4] and Updated._fields[:4] == ("loss", "weight", "aux", "params")
     assert Seed._fields[:4] == ("cotangent", "key", "index", "look")
     assert TrainState._fields == ("params", "views", "chain", "step", "updates", "key")

@@ -76,7 +76,8 @@ def train_step(
     if sums not in ("tree", "exact", "backend"):
         raise ValueError(f"train_step: sums={sums!r} is none of 'tree', 'exact' and 'backend'; write one of them")
     planned = plan_mesh(mesh)
-    env = Env(planned, Policy.parse(policy), {a: Edge(a, sums=sums) for a in planned.axes}, prefetch, sums=sums)
+    edges = {a: Edge(a, sums=sums) for a in planned.axes}
+    env = Env(planned, Policy.parse(policy), edges, prefetch=prefetch, sums=sums)
     return _make(flat, env, Options(debug, check, patience), donated=False, book=Book())
 
 
