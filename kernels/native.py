@@ -42,8 +42,8 @@ class Missing(Exception):
 def library(name: str) -> ctypes.CDLL | None:
     """The library of kernels/<name>/<name>.cpp; None, said once on every machine, where it cannot be built.
 
-    Law: a folder holds complete libraries alone, since each is built beside them and renamed. Several processes build one
-    once; one that is killed while it builds holds up nobody.
+    Law: a folder holds complete libraries alone, since each is built beside them and renamed. Several processes build
+    one once; one that is killed while it builds holds up nobody.
 
     Source: FUNCZERO_CACHE, else $XDG_CACHE_HOME/funczero, else ~/.cache/funczero.
     """

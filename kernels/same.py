@@ -10,8 +10,8 @@ ODD = (float("nan"), float("inf"), -float("inf"))
 
 
 def hard(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """n values on the CPU: of many sizes, with zeros of both signs, ties, subnormal and the largest numbers, and at last
-    what is not finite.
+    """n values on the CPU: of many sizes, with zeros of both signs, ties, subnormal and the largest numbers, and in
+    their last third what is not finite.
     """
     g = torch.Generator().manual_seed(seed)
     info = torch.finfo(dtype)

@@ -40,8 +40,8 @@ def quantise(
     Args:
       x: [n] in any floating dtype; it is computed in float32, or float64, and the magnitudes come in that.
       form: "int8", "int4" (two to a byte), "e4m3" or "e5m2".
-      generator: of integers: rounds up with the probability of the remainder, so that the mean of many draws is x. None:
-        to nearest.
+      generator: of integers: rounds up with the probability of the remainder, so that the mean of many draws is x;
+        None: to nearest.
       out: uint8 [payload], written and returned.
 
     >>> quantise(torch.tensor([1.0, -2.0, 4.0]), (3,), 4, "int8")
