@@ -110,8 +110,9 @@ def _build(command: list[str], path: Path) -> None:
         part = Path(made) / path.name
         done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True, timeout=BUILDS)
         if done.returncode or not part.exists():
-            last = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
-            raise Missing(f"{command[0]} does not compile {path.name.split('-')[0]}.cpp: {last}")
+            lines = done.stderr.strip().splitlines() or ["it says nothing"]
+            first = next((x for x in lines if "error" in x), lines[0])
+            raise Missing(f"{command[0]} does not compile {path.name.split('-')[0]}.cpp: {first}")
         os.replace(part, path)
 
 
@@ -137,7 +138,7 @@ def plain(*tensors: Tensor) -> bool:
         return False
     return all(
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.is_contiguous()
         and not x.requires_grad
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)

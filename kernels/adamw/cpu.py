@@ -1,5 +1,5 @@
-"""AdamW and Adam in C++, with the bits of torch's fused kernel: gradients are not written, leaves are cut anywhere, and a
-skipped update reads nothing.
+"""AdamW and Adam in C++, with the bits of torch's fused kernel: gradients are not written, and a skipped update reads
+nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,18 @@ class _Call(ctypes.Structure):
         ("count", ctypes.c_int64),
         *(
             (name, ctypes.c_double)
-            for name in ("lr", "beta1", "beta2", "weight_decay", "eps", "updates", "multiply", "divide")
+            for name in (
+                "lr",
+                "beta1",
+                "beta2",
+                "weight_decay",
+                "eps",
+                "updates",
+                "multiply",
+                "divide",
+                "size",
+                "correction",
+            )
         ),
         *((name, ctypes.c_int) for name in ("decoupled", "dtype", "threads")),
     )
@@ -46,18 +57,25 @@ def update(
 ) -> None:
     """As the reference's."""
     leaves = [*zip(params, grads, mu, nu, strict=True)]
-    if not (leaves and native.plain(count, factor, found) and _takes(leaves)):
+    if not (leaves and _takes(leaves) and native.plain(count, factor, found, *params, *grads, *mu, *nu)):
         reference.update(params, grads, mu, nu, count, factor, found, rates)
         return
     if float(found):
         return
+    single, times = params[0].dtype == torch.float32, float(factor)
+    if single and not 1e-37 < times < 1e37:  # its inverse is no normal number
+        reference.update(params, grads, mu, nu, count, factor, found, rates)
+        return
     dtype, library = params[0].dtype, native.library("adamw")
     assert library is not None  # the registry has asked
-    held = (_Leaf * len(leaves))(*[(*(x.data_ptr() for x in leaf), leaf[0].numel()) for leaf in leaves])
-    divide = float((1 / factor).float()) if dtype == torch.float32 else 1.0
+    held = (_Leaf * len(leaves))(
+        *[(p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel()) for p, g, m, v in leaves]
+    )
+    divide = ctypes.c_float(1 / times).value if single else 1.0  # rounded twice, which here is as once
     call = _Call(
         ctypes.addressof(held), len(leaves), float(rates.lr), rates.beta1, rates.beta2, rates.weight_decay, rates.eps,
-        float(count), float(factor.to(dtype)), divide, rates.decoupled, native.DTYPES[dtype], torch.get_num_threads()
+        float(count), 1.0 if single else float(factor.to(dtype)), divide, 0.0, 0.0, rates.decoupled,
+        native.DTYPES[dtype], torch.get_num_threads()
     )  # fmt: skip
     library.update(ctypes.byref(call))
 
@@ -65,5 +83,6 @@ def update(
 def _takes(leaves: list[tuple[Tensor, ...]]) -> bool:
     dtype = leaves[0][0].dtype
     return dtype in native.DTYPES and all(
-        native.plain(*leaf) and all(x.dtype == dtype and x.numel() == leaf[0].numel() for x in leaf) for leaf in leaves
+        p.dtype == g.dtype == m.dtype == v.dtype == dtype and p.numel() == g.numel() == m.numel() == v.numel()
+        for p, g, m, v in leaves
     )

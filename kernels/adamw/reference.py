@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+VECTOR = 16  # values; torch's kernel on a CPU rounds what is left over at a leaf's end in another way
+
 
 class Rates(NamedTuple):
     """The numbers of one update."""
@@ -34,8 +36,8 @@ def update(
 ) -> None:
     """p, m and v after one update, in place.
 
-    Law: elementwise: a value depends on its own place alone, in leaves of whole vectors (multiples of 16 values here;
-    the form in C++ in any). Gradients may be written into, and nobody reads them afterwards.
+    Law: elementwise: a value depends on its own old values alone, wherever it lies in however long a leaf. Gradients
+    may be written into, and nobody reads them afterwards.
 
     Args:
       params, grads, mu, nu: leaves in one dtype.
@@ -50,6 +52,10 @@ def update(
     >>> p[0], m[0]
     (tensor(0.9000), tensor(0.2000))
     """
+    odd = [i for i, x in enumerate(params) if x.is_cpu and x.numel() % VECTOR]
+    if odd:
+        _on_whole_vectors([params, grads, mu, nu], odd, count, factor, found, rates)
+        return
     inverse = (1 / factor).float()
     if grads and grads[0].dtype != torch.float32:  # the kernel takes its scale in float32
         torch._foreach_mul_(grads, factor.to(grads[0].dtype))
@@ -72,3 +78,17 @@ def update(
         grad_scale=inverse,
         found_inf=found,
     )
+
+
+def _on_whole_vectors(
+    trees: list[list[Tensor]], odd: list[int], count: Tensor, factor: Tensor, found: Tensor, rates: Rates
+) -> None:
+    """The update, with copies that zeros fill up in place of the odd leaves."""
+    padded = [[*tree] for tree in trees]
+    for tree in padded:
+        for i in odd:
+            tree[i] = torch.nn.functional.pad(tree[i].flatten(), (0, -tree[i].numel() % VECTOR))
+    update(*padded, count, factor, found, rates)
+    for old, new in zip(trees, padded, strict=True):
+        for i in odd:
+            old[i].copy_(new[i][: old[i].numel()].view_as(old[i]))

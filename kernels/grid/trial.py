@@ -30,7 +30,11 @@ def cases(
                 words = f"{dtype}, bounds={bounds}, shift={shift}"
                 rows = torch.stack([hard(205, dtype, k) for k in range(2)]).to(device)
                 yield f"to_grid_add, {words}", "to_grid_add", (rows, bounds, moved, low)
-                yield f"to_grid_add of finite values, {words}", "to_grid_add", (rows[0, :99].sin(), bounds[:2], moved[:2], low[:99])
+                yield (
+                    f"to_grid_add of finite values, {words}",
+                    "to_grid_add",
+                    (rows[0, :99].sin(), bounds[:2], moved[:2], low[:99]),
+                )
                 yield f"add_high, {words}", "add_high", (rows, bounds, moved, low)
                 for split in (None, high):
                     yield f"from_grid, {words}", "from_grid", (low, split, bounds, moved, dtype)
