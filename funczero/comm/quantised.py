@@ -6,7 +6,6 @@ is not cut stay equal, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from funczero.comm.wire import Lengths, Wire
 from funczero.core import rng
-from funczero.kernels.block_quantise import reference as kernel
-
-FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+from funczero.kernels.block_quantise.reference import FLOATS, payload
+from funczero.kernels.registry import kernel
 
 
 def int8(block: int = 2048, stochastic: bool = False, hadamard: int = 0) -> Wire:
@@ -42,7 +40,7 @@ def int8(block: int = 2048, stochastic: bool = False, hadamard: int = 0) -> Wire
     >>> wire.unpack(wire.pack(torch.tensor([1.0, -2.0, 4.0]), (3,), 0), (3,), torch.float32)
     tensor([ 1.0079, -2.0157,  4.0000])
     """
-    return _integers("int8", 127, block, stochastic, hadamard)
+    return _integers("int8", block, stochastic, hadamard)
 
 
 def int4(block: int = 512, stochastic: bool = False, hadamard: int = 0) -> Wire:
@@ -54,7 +52,7 @@ def int4(block: int = 512, stochastic: bool = False, hadamard: int = 0) -> Wire:
     >>> int4(512).nbytes((1024,), torch.float32)
     520
     """
-    return _integers("int4", 7, block, stochastic, hadamard)
+    return _integers("int4", block, stochastic, hadamard)
 
 
 def fp8(block: int = 2048, form: str = "e4m3") -> Wire:
@@ -73,28 +71,19 @@ def fp8(block: int = 2048, form: str = "e4m3") -> Wire:
     fp8(64) 132
     """
     _sizes("fp8", block, 0)
-    if form not in FP8:
-        raise ValueError(f"fp8: form={form!r} does not exist; write one of {list(FP8)}")
-    dtype = FP8[form]
-    codec = _Codec(
-        block,
-        0,
-        lambda n: n,
-        lambda x, tops, lengths, key: kernel.code_fp8(x, tops, lengths, block, dtype).view(torch.uint8),
-        lambda codes, tops, lengths: kernel.read_fp8(codes.view(dtype), tops, lengths, block),
-    )
-    return _wire(f"fp8({block}{'' if form == 'e4m3' else f', {form}'})", codec)
+    if form not in FLOATS:
+        raise ValueError(f"fp8: form={form!r} does not exist; write one of {list(FLOATS)}")
+    return _wire(f"fp8({block}{'' if form == 'e4m3' else f', {form}'})", _Codec(form, block))
 
 
 # --- how a buffer is made ---------------------------------------------------------------------------------------------
 class _Codec(NamedTuple):
-    """Codes of a format. A buffer holds the scales, then the codes, padded to whole scales."""
+    """Codes of a form. A buffer holds the scales, then the codes, padded to whole scales."""
 
+    form: str
     block: int
-    hadamard: int
-    payload: Callable[[int], int]  # bytes of the codes of n values
-    code: Callable[[Tensor, Tensor, Lengths, int], Tensor]  # (x, tops, lengths, key) -> uint8 [payload]
-    read: Callable[[Tensor, Tensor, Lengths], Tensor]  # (uint8 [payload], tops, lengths) -> [n] as tops
+    hadamard: int = 0
+    stochastic: bool = False
 
     def parts(self, lengths: Lengths) -> Lengths:
         """What blocks restart at: slots, and in each the values that no group of a rotation takes."""
@@ -111,51 +100,38 @@ class _Codec(NamedTuple):
 
     def nbytes(self, lengths: Lengths, dtype: torch.dtype) -> int:
         width = self.scale_dtype(dtype).itemsize
-        return self.scales(lengths) * width + -(-self.payload(sum(lengths)) // width) * width
+        return self.scales(lengths) * width + -(-payload(sum(lengths), self.form) // width) * width
 
 
-def _integers(name: str, qmax: int, block: int, stochastic: bool, hadamard: int) -> Wire:
-    _sizes(name, block, hadamard)
-    nibbles, join = qmax == 7, kernel.join_nibbles
-
-    def code(x: Tensor, tops: Tensor, lengths: Lengths, key: int) -> Tensor:
-        generator = rng.generator(key, x.device) if stochastic else None
-        codes: Tensor = kernel.code_int(x, tops, lengths, block, qmax, generator)
-        return join(codes) if nibbles else codes.view(torch.uint8)
-
-    def read(codes: Tensor, tops: Tensor, lengths: Lengths) -> Tensor:
-        whole = kernel.split_nibbles(codes, sum(lengths)) if nibbles else codes.view(torch.int8)
-        x: Tensor = kernel.read_int(whole, tops, lengths, block, qmax)
-        return x
-
+def _integers(form: str, block: int, stochastic: bool, hadamard: int) -> Wire:
+    _sizes(form, block, hadamard)
     more = ", stochastic" * stochastic + (f", hadamard={hadamard}" if hadamard else "")
-    return _wire(
-        f"{name}({block}{more})",
-        _Codec(block, hadamard, (lambda n: -(-n // 2)) if nibbles else (lambda n: n), code, read),
-    )
+    return _wire(f"{form}({block}{more})", _Codec(form, block, hadamard, stochastic))
 
 
 def _wire(name: str, codec: _Codec) -> Wire:
     def pack(x: Tensor, lengths: Lengths, key: int) -> Tensor:
         keep, size = codec.scale_dtype(x.dtype), codec.nbytes(lengths, x.dtype)
+        start, stop = (n := codec.scales(lengths) * keep.itemsize), n + payload(sum(lengths), codec.form)
         lengths = codec.parts(lengths)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if codec.hadamard:
-            wide = kernel.hadamard(wide, lengths, codec.hadamard)
-        tops = kernel.absmax(wide, lengths, codec.block)
-        codes = codec.code(wide, tops, lengths, key)
-        out = torch.zeros(size, dtype=torch.uint8, device=x.device)
-        start = len(tops) * keep.itemsize
+            x = kernel("hadamard", x.device).hadamard(x.to(keep), lengths, codec.hadamard)
+        generator = rng.generator(key, x.device) if codec.stochastic else None
+        out = torch.empty(size, dtype=torch.uint8, device=x.device)
+        quantise = kernel("block_quantise", x.device).quantise
+        _, tops = quantise(x, lengths, codec.block, codec.form, generator, out[start:stop])
         out[:start] = tops.to(keep).view(torch.uint8)
-        out[start : start + len(codes)] = codes
+        out[stop:] = 0
         return out.view(keep)
 
     def unpack(sent: Tensor, lengths: Lengths, dtype: torch.dtype) -> Tensor:
         n, wide = codec.scales(lengths), torch.promote_types(sent.dtype, torch.float32)
-        codes, lengths = sent[n:].view(torch.uint8)[: codec.payload(sum(lengths))], codec.parts(lengths)
-        x = codec.read(codes, sent[:n].to(wide), lengths)
+        codes, lengths = sent[n:].view(torch.uint8)[: payload(sum(lengths), codec.form)], codec.parts(lengths)
+        dequantise = kernel("block_quantise", sent.device).dequantise
+        to = wide if codec.hadamard else dtype
+        x: Tensor = dequantise(codes, sent[:n].to(wide), lengths, codec.block, codec.form, to)
         if codec.hadamard:
-            x = kernel.hadamard_back(x, lengths, codec.hadamard)
+            x = kernel("hadamard", x.device).hadamard_back(x, lengths, codec.hadamard)
         return x.to(dtype)
 
     return Wire(name, pack, unpack, codec.nbytes)

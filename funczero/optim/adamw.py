@@ -13,6 +13,8 @@ from funczero.core import tree
 from funczero.core.number import number
 from funczero.core.optimizer import Formula, GradientTransformation, Smooth
 from funczero.core.straight import root
+from funczero.kernels.adamw.reference import Rates as KernelRates
+from funczero.kernels.registry import kernel
 from funczero.optim.count import zero
 from funczero.optim.rate import Beta, Rate, lasting, one_for_all
 from funczero.optim.rates import Rates
@@ -31,12 +33,11 @@ class AdamW(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What torch's kernel takes beside the leaves."""
+    """What the kernel takes beside the leaves."""
 
     count: Tensor
     found: Tensor  # 1 where the update is skipped
     factor: Tensor
-    inverse: Tensor
     rates: dict[str, Any]
 
 
@@ -46,7 +47,7 @@ def adamw(
     """p <- p (1 - lr wd) - lr m' / (sqrt(v') + eps), with m', v' the bias-corrected moments of the gradient and its
     square.
 
-    Elementwise: each value depends on its own place alone. The formula is torch's fused kernel.
+    Elementwise: each value depends on its own place alone. The formula is torch's fused kernel, bit for bit.
 
     Args:
       lr: number, schedule of applied updates, rules [(regex, rate), ...] or tree; DeepSpeed: optimizer.params.lr.
@@ -71,7 +72,6 @@ def _adam(name: str, lr: Rate, b1: Beta, b2: float, eps: float, weight_decay: Ra
     eps = number(name, "eps", eps, above=True)
     b1, b2 = one_for_all(name, "b1", b1), one_for_all(name, "b2", b2, moves=False)
     rate = Rates(name, lr=lr, weight_decay=weight_decay, b1=b1, b2=b2)
-    kernel = torch._fused_adamw_ if name == "adamw" else torch._fused_adam_
 
     def init(params: Any) -> AdamW:
         kept = rate.init(params)
@@ -91,31 +91,13 @@ def _adam(name: str, lr: Rate, b1: Beta, b2: float, eps: float, weight_decay: Ra
         return p - step, [mu, nu]
 
     def scalars(state: AdamW, now: list[dict[str, Any]], factor: Tensor, ok: Tensor) -> tuple[AdamW, list[Scalars]]:
-        n, found, inverse = state.count + ok, (~ok).float(), (1 / factor).float()
-        return state._replace(count=n), [Scalars(n, found, factor, inverse, each) for each in now]
+        n, found = state.count + ok, (~ok).float()
+        return state._replace(count=n), [Scalars(n, found, factor, each) for each in now]
 
     def leaf(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], s: Scalars) -> None:
-        inverse, (mu, nu) = s.inverse, moments
-        if grads and grads[0].dtype != torch.float32:  # the kernel takes its scale in float32
-            torch._foreach_mul_(grads, s.factor.to(grads[0].dtype))
-            inverse = torch.ones_like(inverse)
-        kernel(
-            params,
-            grads,
-            mu,
-            nu,
-            [],
-            [s.count] * len(params),
-            lr=s.rates["lr"],
-            beta1=float(s.rates["b1"]),
-            beta2=float(s.rates["b2"]),
-            weight_decay=float(s.rates["weight_decay"]),
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=inverse,
-            found_inf=s.found,
-        )
+        beta1, beta2, decay = (float(s.rates[what]) for what in ("b1", "b2", "weight_decay"))
+        rates = KernelRates(s.rates["lr"], beta1, beta2, decay, eps, name == "adamw")
+        kernel("adamw", s.count.device).update(params, grads, *moments, s.count, s.factor, s.found, rates)
 
     return optimizer(
         name, init, Formula(rate.reads(), lambda s: [s.mu, s.nu], scalars, leaf, smooth=Smooth(rate.smooth, smooth))

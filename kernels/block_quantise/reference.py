@@ -1,5 +1,7 @@
 """Symmetric block-wise quantisation in plain torch: the largest magnitude of a block, and a code for every value.
 
+`quantise`, `dequantise` and `requantise` are what is called; the others are what they are made of.
+
 A flat x[n] is made of parts, whose lengths add up to n. Blocks restart at every part, and the last block of a part may
 be short, so no value depends on another part's. A code is `round(x / absmax * qmax)` and reads `(code / qmax) *
 absmax`: the largest value of a block is exact, and the error of the others is at most absmax / (2 qmax).
@@ -16,6 +18,80 @@ import torch
 from torch import Tensor
 
 Lengths = tuple[int, ...]
+INTEGERS = {"int8": 127, "int4": 7}  # the largest code by form
+FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def payload(n: int, form: str) -> int:
+    """Bytes of the codes of n values."""
+    return -(-n // 2) if form == "int4" else n
+
+
+def quantise(
+    x: Tensor,
+    lengths: Lengths,
+    block: int,
+    form: str,
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The codes of x, uint8 [payload(n, form)], and the largest magnitude of every block, [blocks].
+
+    Args:
+      x: [n] in any floating dtype; it is computed in float32, or float64, and the magnitudes come in that.
+      form: "int8", "int4" (two to a byte), "e4m3" or "e5m2".
+      generator: of integers: rounds up with the probability of the remainder, so that the mean of many draws is x;
+        None: to nearest.
+      out: uint8 [payload], written and returned.
+
+    >>> quantise(torch.tensor([1.0, -2.0, 4.0]), (3,), 4, "int8")
+    (tensor([ 32, 192, 127], dtype=torch.uint8), tensor([4.]))
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    tops = absmax(x, lengths, block)
+    if form in FLOATS:
+        codes = code_fp8(x, tops, lengths, block, FLOATS[form]).view(torch.uint8)
+    else:
+        codes = code_int(x, tops, lengths, block, INTEGERS[form], generator)
+        codes = join_nibbles(codes) if form == "int4" else codes.view(torch.uint8)
+    return (codes if out is None else out.copy_(codes)), tops
+
+
+def dequantise(
+    codes: Tensor, tops: Tensor, lengths: Lengths, block: int, form: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The values of codes, [n], computed in tops' dtype and rounded to `dtype`.
+
+    >>> dequantise(*quantise(torch.tensor([1.0, -2.0, 4.0]), (3,), 4, "int8"), (3,), 4, "int8")
+    tensor([ 1.0079, -2.0157,  4.0000])
+    """
+    if form in FLOATS:
+        x = read_fp8(codes.view(FLOATS[form]), tops, lengths, block)
+    else:
+        whole = split_nibbles(codes, sum(lengths)) if form == "int4" else codes.view(torch.int8)
+        x = read_int(whole, tops, lengths, block, INTEGERS[form])
+    return x.to(dtype or x.dtype)
+
+
+def requantise(
+    codes: Tensor,
+    tops: Tensor,
+    x: Tensor,
+    lengths: Lengths,
+    block: int,
+    form: str,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes and magnitudes of what these codes read as, plus x: dequantise, add, quantise.
+
+    Args:
+      x: [n] in any floating dtype, added in tops' dtype.
+
+    >>> coded = quantise(torch.tensor([1.0, -2.0, 4.0]), (3,), 4, "e4m3")
+    >>> requantise(*coded, torch.tensor([0.0, 0.0, 4.0]), (3,), 4, "e4m3")[1]
+    tensor([8.])
+    """
+    return quantise(dequantise(codes, tops, lengths, block, form) + x.to(tops.dtype), lengths, block, form, generator)
 
 
 @lru_cache(maxsize=256)
@@ -124,31 +200,3 @@ def split_nibbles(joined: Tensor, n: int) -> Tensor:
     pairs = joined.to(torch.int16)
     both = ((pairs | (pairs << 4)) & 0x0F0F).view(torch.int8)
     return both[:n] - 8
-
-
-def hadamard(x: Tensor, lengths: Lengths, width: int) -> Tensor:
-    """Every group of `width` neighbours of a part times the Hadamard matrix of ones and minus ones; a part that is no
-    multiple of width stays.
-
-    Source: Jia et al., SDP4Bit, arXiv 2410.15526.
-
-    >>> hadamard(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), (4, 1), 4)
-    tensor([10., -2., -4.,  0.,  5.])
-    """
-    parts = [part if part.numel() % width else _butterflies(part, width) for part in x.split(lengths)]
-    return torch.cat(parts) if parts else x
-
-
-def hadamard_back(x: Tensor, lengths: Lengths, width: int) -> Tensor:
-    """What `hadamard` was given: the matrix is its own inverse, but for a factor of width."""
-    parts = [part if part.numel() % width else _butterflies(part, width).div_(width) for part in x.split(lengths)]
-    return torch.cat(parts) if parts else x
-
-
-def _butterflies(x: Tensor, width: int) -> Tensor:
-    step = 1
-    while step < width:
-        low, high = x.view(-1, 2, step).unbind(1)
-        x = torch.stack([low + high, low - high], 1).view(-1)
-        step *= 2
-    return x

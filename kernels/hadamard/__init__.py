@@ -1,0 +1,1 @@
+"""Groups of neighbours times the Hadamard matrix: `reference.py` is the truth."""
