@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from funczero.kernels.grid import reference as kernel
 from funczero.kernels.grid.reference import BAD, HALF, OFFSET
+from funczero.kernels.registry import kernel
 from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure
 from funczero.layout.where import Where
@@ -57,12 +57,14 @@ class Tally:
         self.where, bounds, shifts = where, bounds_of(where, unit), self.grid.by_unit[unit]
         if low is None:
             low = torch.zeros(rows.shape[-1], dtype=torch.int64, device=rows.device)
-        codes = kernel.to_grid_add(rows, bounds, shifts, low)
-        self.codes.append((unit, codes))
-        if self.grid.wide(unit, codes):
-            if unit not in self.high:
-                self.high[unit] = torch.zeros_like(low)
-            kernel.add_high(rows, bounds, shifts, self.high[unit])
+        grid = kernel("grid", rows.device)
+        for row in rows.unbind() if rows.dim() > 1 else (rows,):
+            codes = grid.to_grid_add(row, bounds, shifts, low)
+            self.codes.append((unit, codes))
+            if self.grid.wide(unit, codes):
+                if unit not in self.high:
+                    self.high[unit] = torch.zeros_like(low)
+                grid.add_high(row, bounds, shifts, self.high[unit])
         return low
 
     def count_all(self, x: Slots, low: Slots | None = None) -> Slots:
@@ -100,11 +102,11 @@ def bounds_of(where: Where, unit: int) -> tuple[tuple[int, int], ...]:
 
 def values_of(low: Slots, high: Slots, grid: Grid, dtype: torch.dtype) -> Slots:
     """The values of integer sums, in dtype."""
-    out = []
+    out, from_grid = [], kernel("grid", low.buffers[0].device).from_grid
     for u, (x, large) in enumerate(zip(low.buffers, high.buffers, strict=True)):
         more = large if large.numel() else None
         bounds = bounds_of(low.where, u)
-        out.append(kernel.from_grid(x, more, bounds, grid.by_unit[u], dtype) if x.numel() else x.to(dtype))
+        out.append(from_grid(x, more, bounds, grid.by_unit[u], dtype) if x.numel() else x.to(dtype))
     return Slots(tuple(out), low.where)
 
 
