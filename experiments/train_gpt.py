@@ -84,6 +84,16 @@ flags.DEFINE_float(
     "scale_loss", 0.0, "First dynamic loss scale, for compute=float16, such as 65536; 0: none.", lower_bound=0.0
 )
 flags.DEFINE_integer("accumulate", 1, "Micro-batches an update, in each process.", lower_bound=1)
+flags.DEFINE_integer(
+    "micro_batch",
+    None,
+    "Windows of a micro-batch, in place of --accumulate: as many as --batch has are dealt over the processes, whatever"
+    " their number.",
+    lower_bound=1,
+)
+flags.DEFINE_enum(
+    "sums", "tree", ["tree", "exact", "backend"], "How gradients are added; exact: one result on any number of ranks."
+)
 flags.DEFINE_bool(
     "remat",
     False,
@@ -188,7 +198,13 @@ def plan() -> Plan:
 def from_flags(mesh: dict[str, int], loss_fn: partial) -> fz.Step:
     """The step that the flags spell out."""
     micros = math.prod(mesh.values()) * F.accumulate
-    if F.batch % micros:
+    if F.micro_batch is not None:
+        if F["accumulate"].present:
+            raise ValueError(f"--accumulate={F.accumulate} and --micro_batch say it twice; leave one of them out")
+        if F.batch % F.micro_batch:
+            raise ValueError(f"--batch={F.batch} windows are no multiple of --micro_batch={F.micro_batch}; write one")
+        F.accumulate = math.ceil(F.batch / F.micro_batch / math.prod(mesh.values()))
+    elif F.batch % micros:
         near = micros * math.ceil(F.batch / micros)
         raise ValueError(
             f"--batch={F.batch} windows do not divide into {micros} micro-batches (processes x"
@@ -204,6 +220,7 @@ def from_flags(mesh: dict[str, int], loss_fn: partial) -> fz.Step:
         *fz.zero(grad, *scale, *clip, adamw, stage=F.stage, axis=axis, accumulate=F.accumulate),
         mesh=mesh,
         policy=F.policy,
+        sums=F.sums,
     )
 
 
@@ -211,7 +228,19 @@ def from_deepspeed(mesh: dict[str, int], loss_fn: partial) -> fz.Step:
     """The step that --deepspeed_config describes; --stage, --batch and --accumulate become the file's."""
     said = [
         name
-        for name in ("stage", "policy", "scale_loss", "accumulate", "batch", "lr", "warmup", "weight_decay", "clip")
+        for name in (
+            "stage",
+            "policy",
+            "scale_loss",
+            "accumulate",
+            "micro_batch",
+            "sums",
+            "batch",
+            "lr",
+            "warmup",
+            "weight_decay",
+            "clip",
+        )
         if F[name].present
     ]
     if said:
@@ -379,7 +408,9 @@ def train(own: Plan) -> None:
     def measure(number: int) -> None:
         batches = fz.data.sample_batches(own.held_out, F.eval_batches, F.batch, F.length)
         bits = (
-            sum(evaluate(state, step.local_rows(batch)).loss.item() for batch in batches) / F.eval_batches / math.log(2)
+            sum(evaluate(state, step.local_rows(batch, F.micro_batch)).loss.item() for batch in batches)
+            / F.eval_batches
+            / math.log(2)
         )
         report.write(step=number, held_out_bits_per_byte=bits, unigram_bits_per_byte=unigram)
         report.say(f"step {number:5d}  held-out bits/byte {bits:.4f}  (single bytes: {unigram:.4f})")
@@ -390,9 +421,8 @@ def train(own: Plan) -> None:
             if number % F.eval_every == 0:
                 measure(number)
             with fz.count_bytes(step) as sent:
-                state, metrics = step(
-                    state, step.local_rows(fz.data.batch(own.train, F.seed, number, F.batch, F.length))
-                )
+                batch = fz.data.batch(own.train, F.seed, number, F.batch, F.length)
+                state, metrics = step(state, step.local_rows(batch, F.micro_batch))
             report.update(number + 1, metrics, sum(sent.values()))
             if notice:
                 checkpoints.poll()

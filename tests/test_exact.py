@@ -26,7 +26,9 @@ def source(axes=("data",), **kw):
 
 
 def bits(parts, mesh, stream=0, policy="fp32", **kw):
-    return zoo.bits(zoo.train(parts, mesh, stream, policy=POLICIES[policy], sums="exact", rows=ROWS, **kw))
+    """Of a run whose last update is skipped."""
+    how = dict(policy=POLICIES[policy], sums="exact", rows=ROWS, updates=zoo.BAD + 1)
+    return zoo.bits(zoo.train(parts, mesh, stream, **how, **kw))
 
 
 @cache
@@ -36,23 +38,26 @@ def truth(policy):
     return bits(parts, {"data": 1}, policy=policy)
 
 
-def hashes(policy, axes):
+FEW = "0 grad ar acc", "1 grad acc [", "3 [grad acc", "3 stream", "HSDP-1", "ZeRO-2", "hpZ once"
+
+
+def hashes(policy, axes, few=False):
     """The bits of every chain on a mesh, with a place for every micro-batch and as few empty ones as there can be."""
     k, table = -(-zoo.MICROS // world_size()), zoo.flat_chains if len(axes) == 1 else zoo.nested_chains
     chains = table(source(axes), k, zoo.tx(scale=True)).items()
-    return {n: bits(parts, axes, s, policy, donate=i % 2 == 1) for i, (n, (parts, s)) in enumerate(chains)}
+    chains = [(n, *how) for n, how in chains if n in FEW or not few]
+    return {n: bits(parts, axes, s, policy, donate=i % 2 == 1) for i, (n, parts, s) in enumerate(chains)}
 
 
 @pytest.mark.parametrize(
     ("policy", "world"),
     [
         ("fp32", 3),
-        ("bf16", 2),
         *(pytest.param(p, n, marks=pytest.mark.slow) for p in ("fp32", "bf16", "fp16") for n in (1, 2, 4, 5, 6, 7, 8)),
     ],
 )
 def test_one_hash_on_any_number_of_ranks(policy, world):
-    found = simulate({"data": world}, timeout=300)(hashes, policy, {"data": world})
+    found = simulate({"data": world}, timeout=300)(hashes, policy, {"data": world}, world == 3 and policy == "fp32")
     assert {name: h for ranks in found for name, h in ranks.items() if h != truth(policy)} == {}
 
 
@@ -60,7 +65,7 @@ def test_one_hash_on_any_number_of_ranks(policy, world):
     "sizes", [{"node": 2, "local": 3}, pytest.param({"node": 3, "local": 2}, marks=pytest.mark.slow)]
 )
 def test_one_hash_in_every_nest(sizes):
-    found = simulate(sizes, timeout=300)(hashes, "fp32", sizes)
+    found = simulate(sizes, timeout=300)(hashes, "fp32", sizes, sizes["node"] == 2)
     assert {name: h for ranks in found for name, h in ranks.items() if h != truth("fp32")} == {}
 
 
@@ -108,11 +113,11 @@ def _nested(parts, steps, tail, around):
 
 
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_one_hash_of_random_chains(seed):
-    parts, mesh = random_chain(seed)
-    found = simulate(mesh, timeout=120)(bits, parts, mesh)
-    assert set(found) == {truth("fp32")}, (seed, mesh)
+    (parts, mesh), policy = random_chain(seed), list(POLICIES)[seed % 3]
+    found = simulate(mesh, timeout=120)(bits, parts, mesh, 0, policy)
+    assert set(found) == {truth(policy)}, (seed, mesh)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

@@ -327,6 +327,22 @@ def test_what_is_lost_is_made_again_with_the_same_bits(hostfile, tmp_path, unint
         assert what not in hosts or f"{what} lost; start 1 of at most 1 again, on " in err
 
 
+def test_fewer_hosts_go_on_with_the_same_bits(tmp_path):
+    """Three ranks, two micro-batches of which one has none in its second place; a host is lost, and two ranks go on."""
+    exact = [*LONG, "--sums=exact", "--micro_batch=2", "--batch=10", "--stage=1"]
+    (tmp_path / "hostfile").write_text("worker-1 slots=2\nworker-2 slots=1\n")
+    want = losses_of(tmp_path / "one", "experiments/train_gpt.py", *exact, "--nproc=1")
+    with machines.cluster() as hosts:
+        words = [f"--hostfile={tmp_path / 'hostfile'}", "--max_restarts=1", "--lost_after=5"]
+        process = start(hosts, *words, "experiments/train_gpt.py", *exact, f"--out={tmp_path / 'many'}")
+        until_updates(process, tmp_path / "many", 12)
+        hosts["worker-2"].kill()
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "worker-2 lost; start 1 of at most 1 again, on worker-1" in err
+        assert losses(tmp_path / "many") == want and len(want) == 60
+
+
 def test_a_notice_saves_and_the_run_goes_on_elsewhere(hosts, hostfile, tmp_path, uninterrupted):
     words = [hostfile, "tests/elastic.py", *LONG, f"--out={tmp_path}"]
     process = start(hosts, *words)
