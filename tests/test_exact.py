@@ -166,7 +166,7 @@ def sums_of(case, stage, world):
 def test_sums_are_those_in_float64_and_what_cannot_be_counted_is_skipped(case):
     runs = [
         simulate({"data": world}, timeout=60)(sums_of, case, stage, world)[0]
-        for world, stage in ((1, 0), (2, 1), (2, 2), (4, 0), (4, 3), (3, 1))
+        for world, stage in ((1, 0), (2, 1), (4, 3), (3, 1))
     ]
     assert len({tree_hash(run) for run in runs}) == 1
     for t, (grads, ok, norm) in enumerate(runs[0]):
