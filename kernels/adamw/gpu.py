@@ -1,7 +1,7 @@
 """AdamW and Adam in Triton, for CUDA and ROCm: one pass that neither writes gradients nor waits for the host.
 
-It has the formula of torch's kernel, and not its bits: which products and sums a device's compiler fuses is not the same
-for both. So it runs where FUNCZERO_KERNELS=bounded asks for it.
+It has the formula of torch's kernel, and not its bits: which products and sums a device's compiler fuses is not the
+same for both. So it runs where FUNCZERO_KERNELS=bounded asks for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from funczero.kernels.adamw import reference
 from funczero.kernels.adamw.reference import Rates
 from funczero.kernels.segments import divided, narrow, stored
 
-BOUND = "moments within 4 units in the last place of torch's fused AdamW, steps within 8"
+BOUND = "moments within 4 units in the last place of their largest term, parameters within 8"
 WIDTH = 1024
 
 

@@ -104,7 +104,17 @@ def _quantised(
 
 
 @triton.jit
-def _read(codes, top, start, n, WIDE: tl.constexpr, NIBBLES: tl.constexpr, KEPT: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr):  # noqa: E501
+def _read(
+    codes,
+    top,
+    start,
+    n,
+    WIDE: tl.constexpr,
+    NIBBLES: tl.constexpr,
+    KEPT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # noqa: E501
     """The values of a block's codes."""
     lane = tl.arange(0, WIDTH)
     at = start + lane
@@ -166,7 +176,9 @@ def _quantise(
         unit = tl.full([WIDTH], (127 + 24 - BIAS - KEPT) << 23, tl.int32)
         whole = scaled.to(tl.float32).to(tl.int32, bitcast=True)
         size = whole & 0x7FFFFFFF
-        small = (size.to(tl.float32, bitcast=True) + unit.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - unit
+        small = (size.to(tl.float32, bitcast=True) + unit.to(tl.float32, bitcast=True)).to(
+            tl.int32, bitcast=True
+        ) - unit
         odd = (size >> (23 - KEPT)) & 1
         normal = (size - ((127 - BIAS) << 23) + (1 << (22 - KEPT)) - 1 + odd) >> (23 - KEPT)
         code = tl.where(size < ((128 - BIAS) << 23), small, normal) | tl.where(whole < 0, 128, 0)
