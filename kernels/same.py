@@ -18,7 +18,7 @@ def hard(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     x = torch.randn(n, generator=g, dtype=torch.float64) * 2.0 ** torch.randint(-9, 9, (n,), generator=g)
     special = [0.0, -0.0, 1.0, -1.0, 0.5, 2.5, -3.5, info.tiny, info.smallest_normal / 4, -info.tiny / 2]
     late = [info.max / 128, info.max, -info.max, *ODD]
-    for values, places in ((special, torch.arange(3, n, 4)), (late, torch.arange(9, n, 16)[n // 24 :])):
+    for values, places in ((special, torch.arange(n)[3::4]), (late, torch.arange(n)[9::16][n // 24 :])):
         x[places] = torch.tensor(values, dtype=torch.float64)[torch.arange(len(places)) % len(values)]
     return x.to(dtype)
 

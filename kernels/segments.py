@@ -36,9 +36,19 @@ def bounds_of(lengths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(zip([0, *stops], stops, strict=False))
 
 
-def stored(out: Tensor) -> Tensor:
-    """What `narrow` is stored into: bfloat16 as its bits."""
-    return out.view(torch.int16) if out.dtype == torch.bfloat16 else out
+def stored(x: Tensor) -> Tensor:
+    """What `widen` is loaded from and `narrow` is stored into: bfloat16 as its bits, which the interpreter, too, reads
+    and rounds rightly.
+    """
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+@triton.jit
+def widen(x, C: tl.constexpr, BFLOAT: tl.constexpr):
+    """A loaded value in the dtype that it is computed in."""
+    if BFLOAT:
+        x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(C)
 
 
 @triton.jit
