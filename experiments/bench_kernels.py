@@ -5,9 +5,10 @@ Run:
     python experiments/bench_kernels.py --threads=2 --rounds=30
 
 How: rounds visit every contender once, in turn and in the opposite turn, so that what else the machine does falls on
-all; a figure is the median of the rounds, with the quartiles. "x" is a copy of the values, "moved" one that reads and
-writes as many bytes as the kernel does; into fresh memory where the kernel returns a new tensor. The ratios are their
-times over the kernel's: above 1 the kernel is faster than memory is copied.
+all; a figure is the median of the rounds, with the quartiles, of CPU time with one thread and of wall time with more.
+"x" is a copy of the values, "moved" one that reads and writes as many bytes as the kernel does; into fresh memory where
+the kernel returns a new tensor. The ratios are their times over the kernel's: above 1 the kernel is faster than memory
+is copied.
 
 Expect:
     int8 quantise at least 0.8 of a copy with one thread; AdamW with unscale, clip and skip no slower than torch's fused
@@ -121,13 +122,14 @@ def updates(n: int) -> dict[str, Call]:
 
 def timed(contenders: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Quartiles of milliseconds by contender; the first round warms up."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for visit in range(rounds + 1):
         for name in list(contenders)[:: 1 if visit % 2 else -1]:
-            begin = time.perf_counter()
+            begin = clock()
             contenders[name]()
             if visit:
-                found[name].append((time.perf_counter() - begin) * 1e3)
+                found[name].append((clock() - begin) * 1e3)
     return {name: statistics.quantiles(x, n=4) for name, x in found.items()}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import os
 import subprocess
@@ -142,6 +144,13 @@ def test_what_is_traced_batched_or_strided_goes_the_references_way():
     assert fast.hadamard(leaf, (64,), 8).requires_grad
 
 
+@pytest.mark.parametrize("name", [*(f"{name}.reference" for name in registry.NAMES), "registry"])
+def test_examples_run(name):
+    module = importlib.import_module(f"funczero.kernels.{name}")
+    tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert tried.attempted and not tried.failed
+
+
 def test_a_word_that_does_not_exist_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="kernel: 'fft' does not exist; write one of"):
         registry.kernel("fft", CPU)
@@ -219,38 +228,22 @@ def test_without_a_library_the_reference_runs_and_says_so_once_on_a_machine(why,
 
 
 INTERPRETED = """
-import test_kernels as t
+import test_kernels as t, triton_targets
 few = {**t.TABLE, "block_quantise": (lambda: t.blocks.cases(t.CPU, t.DTYPES), t.returned)}
 bad = {name: t.differing(name, "gpu", few) for name in ("block_quantise", "hadamard", "grid")}
-print(json.dumps([bad, t.beyond()]))
+print(json.dumps([bad, triton_targets.beyond()]))
 """
-
-
-def beyond():
-    """The updates in which AdamW in Triton is outside its bound."""
-    from funczero.kernels.adamw import gpu
-
-    bad = []
-    for words, (trees, count, factor, found, rates) in updates.cases(CPU, DTYPES):
-        k, case = len(trees[0]), (trees, count, factor, found, rates)
-        news, wants = updates.called(gpu, case), updates.called(adamw, case)
-        for i in range(k):
-            p, g, m, v = (tree[i].double() for tree in trees)
-            g = g * factor.double()
-            g = g.abs() if rates.decoupled else g.abs() + rates.weight_decay * p.abs()
-            size = rates.lr / (1 - rates.beta1 ** float(count))
-            root = (wants[2 * k + i].double() / (1 - rates.beta2 ** float(count))).sqrt() + rates.eps
-            term = (m.abs() + g, v + g * g)
-            terms = (p.abs() + size * term[0] / root, *term)
-            for which, (units, top) in enumerate(zip((8, 4, 4), terms, strict=True)):
-                new, want, info = news[which * k + i], wants[which * k + i], torch.finfo(trees[0][i].dtype)
-                near = (new.double() - want.double()).abs() <= units * info.eps * top + info.tiny
-                if not bool((near | (new == want) | ~(top < info.max / 64)).all()):
-                    bad.append(f"{words}, leaf {i}, {'pmv'[which]}")
-    return bad
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_triton_in_its_interpreter_has_the_references_bits_and_adamw_its_bound():
     (bad,), _ = script(INTERPRETED, TRITON_INTERPRET=1)
     assert bad == [{"block_quantise": [], "hadamard": [], "grid": []}, []]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_triton_compiles_every_kernel_for_cuda_and_rocm_without_a_gpu(tmp_path):
+    code = "import triton_targets as t\nprint(json.dumps(t.compiled()))"
+    (made,), _ = script(code, TRITON_CACHE_DIR=tmp_path)
+    assert len(made) > 60 and min(made.values()) > 500
