@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +53,12 @@ def library(name: str) -> ctypes.CDLL | None:
     except (Missing, OSError, RuntimeError, subprocess.SubprocessError) as e:
         say(name, f"{e}")
         return None
+
+
+def build(names: tuple[str, ...]) -> None:
+    """Compile what is not in the cache yet, all at once: before ranks start that would wait for it in a step."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(library, names))
 
 
 def say(name: str, why: str) -> None:

@@ -291,21 +291,20 @@ static void dequantised(const Call& c) {
 }
 
 template <Form form>
-static void with_width(const Call& c, bool reads, bool wide) {
-  if (reads) return wide ? dequantised<form, double>(c) : dequantised<form, float>(c);
-  return wide ? quantised<form, double>(c) : quantised<form, float>(c);
+static void with_form(const Call& c, bool reads) {
+  return reads ? dequantised<form, float>(c) : quantised<form, float>(c);  // twice the forms take twice the compiler
 }
 
-static void with_form(const Call& c, int form, bool reads, bool wide) {
+static void run(const Call& c, int form, bool reads) {
   switch (form) {
-    case INT8: return with_width<INT8>(c, reads, wide);
-    case INT4: return with_width<INT4>(c, reads, wide);
-    case E4M3: return with_width<E4M3>(c, reads, wide);
-    default: return with_width<E5M2>(c, reads, wide);
+    case INT8: return with_form<INT8>(c, reads);
+    case INT4: return with_form<INT4>(c, reads);
+    case E4M3: return with_form<E4M3>(c, reads);
+    default: return with_form<E5M2>(c, reads);
   }
 }
 
-// Quantises x; with read_codes, what these read as plus x. wide: computed in float64.
-EXPORT void quantise(const Call* call, int form, int wide) { with_form(*call, form, false, wide); }
+// Quantises x; with read_codes, what these read as plus x.
+EXPORT void quantise(const Call* call, int form) { run(*call, form, false); }
 
-EXPORT void dequantise(const Call* call, int form, int wide) { with_form(*call, form, true, wide); }
+EXPORT void dequantise(const Call* call, int form) { run(*call, form, true); }
