@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ HERE = Path(__file__).parent
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # as in common.h
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden")
 LINKS = ("-shared", "-fPIC", "-pthread")
-WIDTH = {"x86_64": ("-march=native", "-mprefer-vector-width=256"), "aarch64": ("-mcpu=native",)}
+NATIVE = {"x86_64": ("-march=native",), "aarch64": ("-mcpu=native",)}  # whose tuning knows how wide vectors pay
 WAITS = 120.0  # seconds for another process that builds the same; then this one builds its own
 BUILDS = 300.0  # seconds for the compiler
 
@@ -52,6 +53,12 @@ def library(name: str) -> ctypes.CDLL | None:
     except (Missing, OSError, RuntimeError, subprocess.SubprocessError) as e:
         say(name, f"{e}")
         return None
+
+
+def build(names: tuple[str, ...]) -> None:
+    """Compile what is not in the cache yet, all at once: before ranks start that would wait for it in a step."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(library, names))
 
 
 def say(name: str, why: str) -> None:
@@ -84,7 +91,7 @@ def _command(name: str) -> list[str]:
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise Missing("no C++ compiler is found; install g++, or write the path of one in CXX")
-    native = WIDTH.get(platform.machine(), ())
+    native = NATIVE.get(platform.machine(), ())
     return [compiler, *FLAGS, *native, *LINKS, f"-I{HERE}", str(HERE / name / f"{name}.cpp")]
 
 

@@ -9,18 +9,21 @@ from functools import lru_cache
 from types import ModuleType
 
 import torch
+from absl import logging
 
 from funczero.kernels import native
 
 NAMES = ("adamw", "block_quantise", "grid", "hadamard")
 FORMS = {"cpu": "cpu", "cuda": "gpu"}  # by a device's type; torch calls ROCm cuda too
+WORDS = ("auto", "bounded", "reference")
 
 
 def kernel(name: str, device: torch.device) -> ModuleType:
     """The fastest form of a kernel that has shown the reference's bits on this device; the reference where none has.
 
     Law: every form has the reference's functions. The first use on a device runs small cases both ways; a form that
-    differs in one bit is told by name and not used. FUNCZERO_KERNELS=reference takes the reference everywhere.
+    differs in one bit is told by name and not used. FUNCZERO_KERNELS=reference takes the reference everywhere;
+    "bounded" also takes forms that state a bound (BOUND) in place of equal bits, and says so.
 
     Args:
       name: "adamw", "block_quantise", "grid" or "hadamard".
@@ -34,16 +37,20 @@ def kernel(name: str, device: torch.device) -> ModuleType:
     """
     if name not in NAMES:
         raise ValueError(f"kernel: {name!r} does not exist; write one of {list(NAMES)}")
-    chosen = os.environ.get("FUNCZERO_KERNELS", "")
-    if chosen not in ("", "auto", "reference"):
-        raise ValueError(f"FUNCZERO_KERNELS={chosen!r} does not exist; write 'reference', or 'auto' for the fastest")
+    chosen = os.environ.get("FUNCZERO_KERNELS", "auto")
+    if chosen not in WORDS:
+        raise ValueError(f"FUNCZERO_KERNELS={chosen!r} does not exist; write one of {list(WORDS)}")
     if chosen == "reference" or device.type not in FORMS:
         return _module(name, "reference")
-    return _proved(name, device)
+    return _proved(name, device, chosen == "bounded")
 
 
 def used(name: str, device: torch.device) -> str:
-    """What runs there, in a word: "cpu", "gpu" or "reference"."""
+    """What runs there, in a word: "cpu", "gpu" or "reference".
+
+    >>> used("grid", torch.device("meta"))
+    'reference'
+    """
     return kernel(name, device).__name__.rsplit(".", 1)[1]
 
 
@@ -52,22 +59,31 @@ def _module(name: str, form: str) -> ModuleType:
 
 
 @lru_cache(maxsize=64)
-def _proved(name: str, device: torch.device) -> ModuleType:
+def _proved(name: str, device: torch.device, bounded: bool) -> ModuleType:
     reference = _module(name, "reference")
     try:
         fast = _there(name, device)
-        why = None if fast is None else _module(name, "trial").differs(fast, device)
+        if fast is None:
+            return reference
+        if hasattr(fast, "BOUND"):
+            if bounded:
+                logging.warning("kernels: %s on %s has not its reference's bits, but %s", name, device, fast.BOUND)
+            return fast if bounded else reference
+        why = _module(name, "trial").differs(fast, device)
     except Exception as e:  # a form that fails on this machine, however it fails, must not end a run
-        fast, why = None, f"it failed with {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        native.say(name, f"its fast form fails on {device} with {why}")
+        return reference
     if why:
-        native.say(name, f"on {device} its fast form does not give the same bits: {why}")
-    return reference if fast is None or why else fast
+        native.say(name, f"its fast form has other bits on {device}: {why}")
+    return reference if why else fast
 
 
 def _there(name: str, device: torch.device) -> ModuleType | None:
+    """The fast form, where what it needs is there."""
     if device.type == "cpu":
         return None if native.library(name) is None else _module(name, "cpu")
     if importlib.util.find_spec("triton") is None:
-        native.say(name, "triton is not installed; install it")
+        native.say(name, f"on {device} it needs triton, which is not installed")
         return None
     return _module(name, "gpu")

@@ -18,11 +18,8 @@ def hard(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     x = torch.randn(n, generator=g, dtype=torch.float64) * 2.0 ** torch.randint(-9, 9, (n,), generator=g)
     special = [0.0, -0.0, 1.0, -1.0, 0.5, 2.5, -3.5, info.tiny, info.smallest_normal / 4, -info.tiny / 2]
     late = [info.max / 128, info.max, -info.max, *ODD]
-    for i in range(n):
-        if i % 4 == 3:
-            x[i] = special[i // 4 % len(special)]
-        if i % 16 == 9 and i > n * 2 // 3:
-            x[i] = late[i // 16 % len(late)]
+    for values, places in ((special, torch.arange(n)[3::4]), (late, torch.arange(n)[9::16][n // 24 :])):
+        x[places] = torch.tensor(values, dtype=torch.float64)[torch.arange(len(places)) % len(values)]
     return x.to(dtype)
 
 

@@ -11,12 +11,18 @@ import hypothesis
 import pytest
 import torch
 
+from funczero.kernels import native, registry
 from funczero.testing import WorkerPool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)  # bits of large sums depend on the number of threads
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
+
+
+def pytest_sessionstart() -> None:
+    """Kernels are compiled before a rank would wait for them; a cache keeps them."""
+    native.build(registry.NAMES)
 
 
 LONG = (

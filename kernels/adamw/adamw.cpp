@@ -1,5 +1,5 @@
-// AdamW and Adam in one pass, as torch's fused kernel computes whole vectors: the same operations, fused and not, in the
-// same order for every value, wherever it lies. Gradients are read and not written.
+// AdamW and Adam in one pass, as torch's fused kernel computes whole vectors: the same operations, fused and not, in
+// the same order for every value, wherever it lies. Gradients are read and not written.
 #include "common.h"
 
 #include <cmath>

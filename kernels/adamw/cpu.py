@@ -69,7 +69,7 @@ def update(
     dtype, library = params[0].dtype, native.library("adamw")
     assert library is not None  # the registry has asked
     held = (_Leaf * len(leaves))(
-        *[(p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel()) for p, g, m, v in leaves]
+        *[_Leaf(p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel()) for p, g, m, v in leaves]
     )
     divide = ctypes.c_float(1 / times).value if single else 1.0  # rounded twice, which here is as once
     call = _Call(
@@ -80,7 +80,7 @@ def update(
     library.update(ctypes.byref(call))
 
 
-def _takes(leaves: list[tuple[Tensor, ...]]) -> bool:
+def _takes(leaves: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> bool:
     dtype = leaves[0][0].dtype
     return dtype in native.DTYPES and all(
         p.dtype == g.dtype == m.dtype == v.dtype == dtype and p.numel() == g.numel() == m.numel() == v.numel()

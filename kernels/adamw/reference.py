@@ -88,7 +88,8 @@ def _on_whole_vectors(
     for tree in padded:
         for i in odd:
             tree[i] = torch.nn.functional.pad(tree[i].flatten(), (0, -tree[i].numel() % VECTOR))
-    update(*padded, count, factor, found, rates)
+    params, grads, mu, nu = padded
+    update(params, grads, mu, nu, count, factor, found, rates)
     for old, new in zip(trees, padded, strict=True):
         for i in odd:
             old[i].copy_(new[i][: old[i].numel()].view_as(old[i]))

@@ -27,13 +27,12 @@ Case = tuple[list[list[Tensor]], Tensor, Tensor, Tensor, Rates]
 def cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Case]]:
     """(words, the arguments of `update` with the four lists as one)."""
     for dtype in dtypes:
+        columns = [hard(sum(SIZES), dtype, k).to(device) for k in range(4)]
+        trees = [[*x.split(SIZES)] for x in (*columns[:3], columns[3].abs())]
         for rates in RATES:
             for k, factor in enumerate(FACTORS):
-                trees = [[hard(n, dtype, k + 7 * i + j) for j, n in enumerate(SIZES)] for i in range(4)]
-                trees[3] = [x.abs() for x in trees[3]]
                 count, scale, found = (torch.tensor(x, device=device) for x in (k * 40.0 + 1, factor, 0.0))
-                moved = [[x.to(device) for x in tree] for tree in trees]
-                yield f"{dtype}, {rates}, factor={factor}", (moved, count, scale, found, rates)
+                yield f"{dtype}, {rates}, factor={factor}", (trees, count, scale, found, rates)
 
 
 def called(module: ModuleType, case: Case) -> list[Tensor]:

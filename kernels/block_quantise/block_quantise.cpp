@@ -5,11 +5,13 @@
 #include <cmath>
 #include <limits>
 
+#define NOINLINE __attribute__((noinline))  // once in the library, however many call it
+
 enum Form { INT8, INT4, E4M3, E5M2 };  // as in cpu.py
 
 // --- the largest magnitude, compared as bits, which keeps nan ---
 template <class C>
-__attribute__((noinline)) static C absmax(const C* x, int64_t n) {
+NOINLINE static C absmax(const C* x, int64_t n) {
   using Bits = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;  // of a positive number: signed compares as well
   const Bits positive = std::numeric_limits<Bits>::max();
   Bits top = 0;
@@ -18,11 +20,13 @@ __attribute__((noinline)) static C absmax(const C* x, int64_t n) {
     top = bits > top ? bits : top;
   }
   C found = cast<C>(top);
-  return found <= std::numeric_limits<C>::max() ? found : cast<C>(sizeof(C) == 8 ? Bits(0x7ff8LL << 48) : Bits(0x7fc00000));
+  const Bits nan = sizeof(C) == 8 ? Bits(0x7ff8LL << 48) : Bits(0x7fc00000);
+  return found <= std::numeric_limits<C>::max() ? found : cast<C>(nan);
 }
 
 // --- codes ---
-inline uint8_t rounded(float x) { return uint8_t(cast<uint32_t>(x + 12582912.0f)); }  // to even: 1.5 * 2**23 has no fraction
+// To even: a sum with 1.5 * 2**23 has no fraction, and its low bits are the integer.
+inline uint8_t rounded(float x) { return uint8_t(cast<uint32_t>(x + 12582912.0f)); }
 inline uint8_t rounded(double x) { return uint8_t(cast<uint64_t>(x + 6755399441055744.0)); }
 
 template <class C>
@@ -54,9 +58,41 @@ inline uint8_t coded(C scaled) {
   else return eight<form>(float(scaled));
 }
 
+// x / by, correctly rounded and without a division, which is the slowest thing here: a first quotient within a unit of
+// its last place is made exact by one correction, one within two units by two (Markstein, "Computation of elementary
+// functions on the IBM RISC System/6000 processor", 1990). Where x is so small that a remainder is not exact, its code
+// is 0 either way. The sign of a zero is lost.
+struct Quotient {
+  float by, part;
+  bool works, once;
+
+  explicit Quotient(float by) : by(by), part(1 / by), works(false), once(false) {
+#ifdef __FP_FAST_FMAF
+    works = by > 0x1p-60f && by < 0x1p60f;
+    once = std::fabs(std::fma(part, by, -1.0f)) < 0x1p-25f;
+#endif
+  }
+
+  template <bool twice>
+  float of(float x) const {
+    float found = x * part;
+    if constexpr (twice) found = std::fma(std::fma(-by, found, x), part, found);
+    return std::fma(std::fma(-by, found, x), part, found);
+  }
+};
+
+template <Form form, bool twice>
+NOINLINE static void code_by(const float* __restrict x, const Quotient by, int64_t n, uint8_t* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) {
+    float scaled = by.of<twice>(x[i]) * limit<form, float>();
+    uint32_t sign = cast<uint32_t>(x[i]) & 0x80000000u;
+    out[i] = coded<form, float>(form == INT8 || form == INT4 ? scaled : cast<float>(cast<uint32_t>(scaled) | sign));
+  }
+}
+
 // A block with inf or nan: what is not finite counts as 0, and the rest is clamped.
 template <Form form, class C>
-__attribute__((noinline)) static void code_odd(const C* x, const C* draws, int64_t n, uint8_t* out) {
+NOINLINE static void code_odd(const C* x, const C* draws, int64_t n, uint8_t* out) {
   const C top = limit<form, C>();
   for (int64_t i = 0; i < n; ++i) {
     C scaled = x[i] * top;
@@ -70,10 +106,14 @@ __attribute__((noinline)) static void code_odd(const C* x, const C* draws, int64
 }
 
 template <Form form, class C>
-__attribute__((noinline)) static void code(const C* __restrict x, const C* __restrict draws, C top, int64_t n, uint8_t* __restrict out) {
+NOINLINE static void code(const C* __restrict x, const C* __restrict draws, C top, int64_t n, uint8_t* __restrict out) {
   const C largest = limit<form, C>();
   if (!(top >= 0)) return code_odd<form, C>(x, draws, n, out);
   const C divisor = top > 0 ? top : C(1);
+  if constexpr (std::is_same_v<C, float>) {
+    const Quotient by(divisor);
+    if (by.works && !draws) return by.once ? code_by<form, false>(x, by, n, out) : code_by<form, true>(x, by, n, out);
+  }
   if (draws) {
     for (int64_t i = 0; i < n; ++i) {
       C scaled = x[i] / divisor * largest, below = std::floor(scaled);
@@ -85,7 +125,7 @@ __attribute__((noinline)) static void code(const C* __restrict x, const C* __res
 }
 
 // Codes from place `start` on, two to a byte: the first in the low bits. An odd last one has a code of 0 beside it.
-__attribute__((noinline)) static void join(const uint8_t* __restrict codes, int64_t start, int64_t n, uint8_t* __restrict out) {
+NOINLINE static void join(const uint8_t* __restrict codes, int64_t start, int64_t n, uint8_t* __restrict out) {
   if (n && start % 2) {
     uint8_t& byte = out[start / 2];
     byte = uint8_t((byte & 15) | ((codes[0] + 8) << 4));
@@ -101,7 +141,7 @@ __attribute__((noinline)) static void join(const uint8_t* __restrict codes, int6
   if (n % 2) out[n / 2] = uint8_t(((codes[n - 1] + 8) & 15) | 0x80);
 }
 
-__attribute__((noinline)) static void split(const uint8_t* __restrict joined, int64_t start, int64_t n, uint8_t* __restrict codes) {
+NOINLINE static void split(const uint8_t* __restrict joined, int64_t start, int64_t n, uint8_t* __restrict codes) {
   if (n && start % 2) {
     *codes++ = uint8_t((joined[start / 2] >> 4) - 8);
     ++start, --n;
@@ -126,7 +166,7 @@ struct Values {
       } else {
         constexpr int kept = form == E4M3 ? 3 : 2, bias = form == E4M3 ? 7 : 15;
         int exponent = (code & 127) >> kept, rest = code & ((1 << kept) - 1);
-        C x = exponent ? std::ldexp(C((1 << kept) | rest), exponent - bias - kept) : std::ldexp(C(rest), 1 - bias - kept);
+        C x = std::ldexp(C(exponent ? (1 << kept) | rest : rest), (exponent ? exponent : 1) - bias - kept);
         if (form == E4M3 ? (code & 127) == 127 : exponent == 31) {
           x = form == E5M2 && !rest ? std::numeric_limits<C>::infinity() : std::numeric_limits<C>::quiet_NaN();
         }
@@ -137,7 +177,8 @@ struct Values {
 };
 
 template <Form form, class C>
-__attribute__((noinline)) static void read(const uint8_t* __restrict codes, C top, int64_t n, const Values<form, C>& values, C* __restrict out) {
+NOINLINE static void read(const uint8_t* __restrict codes, C top, int64_t n, const Values<form, C>& values,
+                          C* __restrict out) {
   if constexpr (form == INT8 || form == INT4) {
     const C largest = limit<form, C>();
     for (int64_t i = 0; i < n; ++i) out[i] = C(int8_t(codes[i])) / largest * top;
@@ -174,7 +215,7 @@ struct Call {
 
 // Some values in another dtype, beginning at a place.
 template <class C>
-__attribute__((noinline)) static void take(const void* from, int dtype, int64_t start, int64_t n, C* __restrict out) {
+NOINLINE static void take(const void* from, int dtype, int64_t start, int64_t n, C* __restrict out) {
   with(dtype, [&](auto s) {
     const auto* __restrict at = static_cast<const decltype(s)*>(from) + start;
     for (int64_t i = 0; i < n; ++i) out[i] = C(widen(at[i]));
@@ -182,7 +223,7 @@ __attribute__((noinline)) static void take(const void* from, int dtype, int64_t 
 }
 
 template <class C>
-__attribute__((noinline)) static void give(const C* __restrict x, int dtype, int64_t start, int64_t n, void* to) {
+NOINLINE static void give(const C* __restrict x, int dtype, int64_t start, int64_t n, void* to) {
   with(dtype, [&](auto d) {
     auto* __restrict at = static_cast<decltype(d)*>(to) + start;
     for (int64_t i = 0; i < n; ++i) narrow(x[i], at[i]);
@@ -250,21 +291,20 @@ static void dequantised(const Call& c) {
 }
 
 template <Form form>
-static void with_width(const Call& c, bool reads, bool wide) {
-  if (reads) return wide ? dequantised<form, double>(c) : dequantised<form, float>(c);
-  return wide ? quantised<form, double>(c) : quantised<form, float>(c);
+static void with_form(const Call& c, bool reads) {
+  return reads ? dequantised<form, float>(c) : quantised<form, float>(c);  // twice the forms take twice the compiler
 }
 
-static void with_form(const Call& c, int form, bool reads, bool wide) {
+static void run(const Call& c, int form, bool reads) {
   switch (form) {
-    case INT8: return with_width<INT8>(c, reads, wide);
-    case INT4: return with_width<INT4>(c, reads, wide);
-    case E4M3: return with_width<E4M3>(c, reads, wide);
-    default: return with_width<E5M2>(c, reads, wide);
+    case INT8: return with_form<INT8>(c, reads);
+    case INT4: return with_form<INT4>(c, reads);
+    case E4M3: return with_form<E4M3>(c, reads);
+    default: return with_form<E5M2>(c, reads);
   }
 }
 
-// Quantises x; with read_codes, what these read as plus x. wide: computed in float64.
-EXPORT void quantise(const Call* call, int form, int wide) { with_form(*call, form, false, wide); }
+// Quantises x; with read_codes, what these read as plus x.
+EXPORT void quantise(const Call* call, int form) { run(*call, form, false); }
 
-EXPORT void dequantise(const Call* call, int form, int wide) { with_form(*call, form, true, wide); }
+EXPORT void dequantise(const Call* call, int form) { run(*call, form, true); }

@@ -1,5 +1,5 @@
 """Block quantisation in C++, with the reference's bits: a block is read once, and its codes are made while it lies in
-the nearest cache.
+the nearest cache. What is computed in float64 is left to the reference.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def quantise(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's."""
-    if not _takes(x, lengths, out):
+    if x.dtype == torch.float64 or not _takes(x, lengths, out):
         return reference.quantise(x, lengths, block, form, generator, out)
-    return _quantised(x, lengths, block, form, generator, out, None, torch.promote_types(x.dtype, torch.float32))
+    return _quantised(x, lengths, block, form, generator, out, None)
 
 
 def dequantise(
@@ -54,7 +54,7 @@ def dequantise(
         ctypes.addressof(numbers), len(lengths), block, n, None, None, codes.data_ptr(), tops.data_ptr(),
         out.data_ptr(), None, native.DTYPES[dtype], torch.get_num_threads()
     )  # fmt: skip
-    _library().dequantise(ctypes.byref(call), FORMS[form], int(tops.dtype == torch.float64))
+    _library().dequantise(ctypes.byref(call), FORMS[form])
     return out
 
 
@@ -70,7 +70,7 @@ def requantise(
     """As the reference's."""
     if not (_takes(x, lengths, None) and _coded(codes, tops, lengths, block, form)):
         return reference.requantise(codes, tops, x, lengths, block, form, generator)
-    return _quantised(x, lengths, block, form, generator, None, (codes, tops), tops.dtype)
+    return _quantised(x, lengths, block, form, generator, None, (codes, tops))
 
 
 def _quantised(
@@ -81,20 +81,19 @@ def _quantised(
     generator: torch.Generator | None,
     out: Tensor | None,
     read: tuple[Tensor, Tensor] | None,
-    wide: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     n, numbers = x.numel(), native.integers(lengths)
     out = torch.empty(payload(n, form), dtype=torch.uint8) if out is None else out
-    tops = torch.empty(sum(-(-m // block) for m in lengths), dtype=wide)
+    tops = torch.empty(sum(-(-m // block) for m in lengths), dtype=torch.float32)
     drawn = generator is not None and form not in FLOATS
-    draws = torch.rand(x.shape, generator=generator, dtype=wide) if drawn else None
+    draws = torch.rand(x.shape, generator=generator, dtype=torch.float32) if drawn else None
     codes_at, tops_at = (None, None) if read is None else (y.data_ptr() for y in read)
     draws_at = None if draws is None else draws.data_ptr()
     call = _Call(
         ctypes.addressof(numbers), len(lengths), block, n, x.data_ptr(), draws_at, codes_at, tops_at,
         out.data_ptr(), tops.data_ptr(), native.DTYPES[x.dtype], torch.get_num_threads()
     )  # fmt: skip
-    _library().quantise(ctypes.byref(call), FORMS[form], int(wide == torch.float64))
+    _library().quantise(ctypes.byref(call), FORMS[form])
     return out, tops
 
 
@@ -111,7 +110,7 @@ def _coded(codes: Tensor, tops: Tensor, lengths: Lengths, block: int, form: str)
     return (
         native.plain(codes, tops)
         and codes.dtype == torch.uint8
-        and tops.dtype in (torch.float32, torch.float64)
+        and tops.dtype == torch.float32
         and codes.numel() == payload(sum(lengths), form)
         and tops.numel() == sum(-(-m // block) for m in lengths)
     )

@@ -23,18 +23,17 @@ def cases(
     many: tuple[tuple[tuple[int, ...], ...], tuple[int, ...]] = (LENGTHS, BLOCKS),
 ) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """(words, function, its arguments); many: lengths and blocks."""
-    for form in (*reference.INTEGERS, *reference.FLOATS):
-        for dtype in dtypes:
-            wide = torch.promote_types(dtype, torch.float32)
-            for lengths in many[0]:
-                for block in many[1]:
-                    x = hard(sum(lengths), dtype).to(device)
-                    words = f"{form}, {dtype}, lengths={lengths}, block={block}"
-                    yield f"quantise, {words}", "quantise", (x, lengths, block, form)
-                    codes, tops = reference.quantise(hard(len(x), wide, 1).to(device), lengths, block, form)
-                    coded = (codes, tops.to(device))
-                    yield f"dequantise, {words}", "dequantise", (*coded, lengths, block, form, dtype)
-                    yield f"requantise, {words}", "requantise", (*coded, x, lengths, block, form)
+    for dtype in dtypes:
+        wide = torch.promote_types(dtype, torch.float32)
+        for lengths in many[0]:
+            x, other = hard(sum(lengths), dtype).to(device), hard(sum(lengths), wide, 1).to(device)
+            for block in many[1]:
+                for form in (*reference.INTEGERS, *reference.FLOATS):
+                    words, given = f"{form}, {dtype}, lengths={lengths}, block={block}", (lengths, block, form)
+                    coded = reference.quantise(other, *given)
+                    yield f"quantise, {words}", "quantise", (x, *given)
+                    yield f"dequantise, {words}", "dequantise", (*coded, *given, dtype)
+                    yield f"requantise, {words}", "requantise", (*coded, x, *given)
 
 
 def differs(fast: ModuleType, device: torch.device) -> str:

@@ -1,5 +1,5 @@
-// Floats to integers on a grid and back: the reference's sums, one piece of a leaf at a time. The largest magnitude of a
-// piece is found first, so that the loop over values need not ask which of them are large.
+// Floats to integers on a grid and back: the reference's sums, one piece of a leaf at a time. The largest magnitude of
+// a piece is found first, so that the loop over values need not ask which of them are large.
 #include "common.h"
 
 #include <cmath>

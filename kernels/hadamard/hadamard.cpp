@@ -49,13 +49,15 @@ static void all(const C* x, C* out, const int64_t* lengths, int64_t leaves, int6
     const int parts = pieces(n, threads);
     parallel(parts, [&](int k) {
       const int64_t end = k + 1 == parts ? groups : groups / parts * (k + 1);
-      for (int64_t i = groups / parts * k; i < end; ++i) group(x + start + i * width, width, back, out + start + i * width);
+      for (int64_t i = groups / parts * k; i < end; ++i) {
+        group(x + start + i * width, width, back, out + start + i * width);
+      }
     });
   }
 }
 
-EXPORT void hadamard(const void* x, void* out, const int64_t* lengths, int64_t leaves, int64_t width, int back, int wide,
-                     int threads) {
+EXPORT void hadamard(const void* x, void* out, const int64_t* lengths, int64_t leaves, int64_t width, int back,
+                     int wide, int threads) {
   if (wide) all(static_cast<const double*>(x), static_cast<double*>(out), lengths, leaves, width, back, threads);
   else all(static_cast<const float*>(x), static_cast<float*>(out), lengths, leaves, width, back, threads);
 }
