@@ -23,8 +23,8 @@ def run(*command: str, cwd: Path) -> str:
 def test_example_runs_alone_and_under_torchrun(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     first, stages, exact, function, wires, checkpoints = blocks[:6]
-    script = tmp_path / "example.py"
-    script.write_text(first + checkpoints + function + "\nlr = 3e-4\n" + stages + exact + wires)  # the four stages build, too
+    script = tmp_path / "example.py"  # in which the four stages build, too
+    script.write_text(first + checkpoints + function + "\nlr = 3e-4\n" + stages + exact + wires)
     (tmp_path / "both").mkdir()
     alone = run(sys.executable, str(script), cwd=tmp_path)
     both = run(
