@@ -85,6 +85,16 @@ def test_large_buffers_are_cut_into_threads_anywhere_with_the_same_bits():
 
 
 @NATIVE
+def test_what_is_written_in_place_is_refused_by_a_graph_that_saved_it():
+    x = torch.rand(32)
+    y = (x * torch.ones(32, requires_grad=True)).sum()
+    case = ([[x], [torch.ones(32)], [torch.zeros(32)], [torch.zeros(32)]], torch.tensor(1.0), torch.tensor(1.0))
+    registry.kernel("adamw", CPU).update(*case[0], *case[1:], torch.tensor(0.0), updates.RATES[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@NATIVE
 def test_draws_are_the_references():
     fast, truth = (registry._module("block_quantise", x) for x in ("cpu", "reference"))
     for dtype in DTYPES:

@@ -94,6 +94,7 @@ def _quantised(
         out.data_ptr(), tops.data_ptr(), native.DTYPES[x.dtype], torch.get_num_threads()
     )  # fmt: skip
     _library().quantise(ctypes.byref(call), FORMS[form])
+    native.written(out)
     return out, tops
 
 
