@@ -27,9 +27,9 @@ Found (two shared cores, never quiet: three other jobs ran on them; torch 2.13, 
     hadamard 16                 6.90      0.48  0.40   64.0
     to grid and add             7.33      0.40  1.01   70.8            6.70       0.24  1.07   85.1
     from grid                   6.31      0.47  0.69   15.4            6.20       0.24  0.57   13.1
-    int8 quantise is at its aim beside a copy of what it reads (0.72 and 0.84 in two runs), and short of it beside a copy
-    of as many bytes in all: its arithmetic takes 0.65 ns a value, and this CPU has vectors of 16 bytes. 16-bit values
-    cost what 32-bit ones do.
+    int8 quantise is at its aim beside a copy of what it reads (0.72 and 0.84 in two runs), and short of it beside a
+    copy of as many bytes in all: its arithmetic takes 0.65 ns a value, and this CPU has vectors of 16 bytes. 16-bit
+    values cost what 32-bit ones do.
     AdamW of 50 M, one thread: torch's alone 94 (91-96), torch's with unscale and skip 114 (111-115); ours with unscale,
     clip and skip 110 (109-112), and 93 (92-99) where the factor is a power of two. So it is 17 % short of its aim with
     any other factor: torch's bits want a division a value more, and divisions are what an update waits for here. It is
