@@ -153,6 +153,11 @@ def plain(*tensors: Tensor) -> bool:
     )
 
 
+def written(*tensors: Tensor) -> None:
+    """Tells autograd that a library has written into these, so that a graph that saved one refuses to go on."""
+    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+
+
 def integers(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
     """Numbers as a C array."""
     return (ctypes.c_int64 * len(values))(*values)

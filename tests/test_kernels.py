@@ -85,6 +85,32 @@ def test_large_buffers_are_cut_into_threads_anywhere_with_the_same_bits():
 
 
 @NATIVE
+def test_what_is_written_in_place_is_refused_by_a_graph_that_saved_it():
+    x = torch.rand(32)
+    y = (x * torch.ones(32, requires_grad=True)).sum()
+    case = ([[x], [torch.ones(32)], [torch.zeros(32)], [torch.zeros(32)]], torch.tensor(1.0), torch.tensor(1.0))
+    registry.kernel("adamw", CPU).update(*case[0], *case[1:], torch.tensor(0.0), updates.RATES[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@NATIVE
+def test_sizes_that_do_not_fit_never_reach_the_library():
+    fast, x = registry._module("block_quantise", "cpu"), torch.rand(40)
+    codes, tops = fast.quantise(x, (40,), 16, "int8")
+    for call in (
+        lambda: fast.quantise(x, (41,), 16, "int8"),
+        lambda: fast.quantise(x, (40,), 16, "int8", None, torch.empty(39, dtype=torch.uint8)),
+        lambda: fast.dequantise(codes[:39], tops, (40,), 16, "int8"),
+        lambda: fast.dequantise(codes, tops[:2], (40,), 16, "int8"),
+        lambda: fast.requantise(codes, tops, x[:39], (40,), 16, "int8"),
+        lambda: registry._module("hadamard", "cpu").hadamard(x, (41,), 8),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+@NATIVE
 def test_draws_are_the_references():
     fast, truth = (registry._module("block_quantise", x) for x in ("cpu", "reference"))
     for dtype in DTYPES:

@@ -78,6 +78,7 @@ def update(
         native.DTYPES[dtype], torch.get_num_threads()
     )  # fmt: skip
     library.update(ctypes.byref(call))
+    native.written(*params, *mu, *nu)
 
 
 def _takes(leaves: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> bool:

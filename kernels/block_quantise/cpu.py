@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funczero.kernels import native
 from funczero.kernels.block_quantise import reference
-from funczero.kernels.block_quantise.reference import FLOATS, Lengths, payload
+from funczero.kernels.block_quantise.reference import FLOATS, Lengths, fits, payload
 
 FORMS = {"int8": 0, "int4": 1, "e4m3": 2, "e5m2": 3}  # as in block_quantise.cpp
 
@@ -36,7 +36,7 @@ def quantise(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's."""
-    if x.dtype == torch.float64 or not _takes(x, lengths, out):
+    if x.dtype == torch.float64 or not (_takes(x, out) and fits(x, out, None, lengths, block, form)):
         return reference.quantise(x, lengths, block, form, generator, out)
     return _quantised(x, lengths, block, form, generator, out, None)
 
@@ -46,7 +46,7 @@ def dequantise(
 ) -> Tensor:
     """As the reference's."""
     n, dtype = sum(lengths), dtype or tops.dtype
-    if not (_coded(codes, tops, lengths, block, form) and dtype in native.DTYPES):
+    if not (_coded(codes, tops) and fits(None, codes, tops, lengths, block, form) and dtype in native.DTYPES):
         return reference.dequantise(codes, tops, lengths, block, form, dtype)
     out = torch.empty(n, dtype=dtype)
     numbers = native.integers(lengths)
@@ -68,7 +68,7 @@ def requantise(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's."""
-    if not (_takes(x, lengths, None) and _coded(codes, tops, lengths, block, form)):
+    if not (_takes(x, None) and _coded(codes, tops) and fits(x, codes, tops, lengths, block, form)):
         return reference.requantise(codes, tops, x, lengths, block, form, generator)
     return _quantised(x, lengths, block, form, generator, None, (codes, tops))
 
@@ -94,26 +94,16 @@ def _quantised(
         out.data_ptr(), tops.data_ptr(), native.DTYPES[x.dtype], torch.get_num_threads()
     )  # fmt: skip
     _library().quantise(ctypes.byref(call), FORMS[form])
+    native.written(out)
     return out, tops
 
 
-def _takes(x: Tensor, lengths: Lengths, out: Tensor | None) -> bool:
-    return (
-        native.plain(x, *([] if out is None else [out]))
-        and x.dtype in native.DTYPES
-        and x.dim() == 1
-        and x.numel() == sum(lengths)
-    )
+def _takes(x: Tensor, out: Tensor | None) -> bool:
+    return native.plain(x, *([] if out is None else [out])) and x.dtype in native.DTYPES
 
 
-def _coded(codes: Tensor, tops: Tensor, lengths: Lengths, block: int, form: str) -> bool:
-    return (
-        native.plain(codes, tops)
-        and codes.dtype == torch.uint8
-        and tops.dtype == torch.float32
-        and codes.numel() == payload(sum(lengths), form)
-        and tops.numel() == sum(-(-m // block) for m in lengths)
-    )
+def _coded(codes: Tensor, tops: Tensor) -> bool:
+    return native.plain(codes, tops) and tops.dtype == torch.float32
 
 
 def _library() -> ctypes.CDLL:

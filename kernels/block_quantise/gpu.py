@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from funczero.kernels.block_quantise import reference
-from funczero.kernels.block_quantise.reference import FLOATS, INTEGERS, Lengths, payload
+from funczero.kernels.block_quantise.reference import FLOATS, INTEGERS, Lengths, fits, payload
 from funczero.kernels.segments import bounds_of, divided, magnitude, narrow, segments, stored
 
 MOST = 1 << 15  # values of a block that one program holds
@@ -26,7 +26,9 @@ def quantise(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's."""
-    if not _takes(x, block):
+    if not (_takes(x, block) and fits(x, out, None, lengths, block, form)) or (
+        out is not None and not out.is_contiguous()
+    ):
         return reference.quantise(x, lengths, block, form, generator, out)
     wide = torch.promote_types(x.dtype, torch.float32)
     return _quantised(x, lengths, block, form, generator, out, None, wide)
@@ -37,7 +39,13 @@ def dequantise(
 ) -> Tensor:
     """As the reference's."""
     dtype = dtype or tops.dtype
-    if not (_takes(codes, block) and tops.is_contiguous() and dtype.is_floating_point and dtype.itemsize > 1):
+    if not (
+        _takes(codes, block)
+        and fits(None, codes, tops, lengths, block, form)
+        and tops.is_contiguous()
+        and dtype.is_floating_point
+        and dtype.itemsize > 1
+    ):
         return reference.dequantise(codes, tops, lengths, block, form, dtype)
     out = torch.empty(sum(lengths), dtype=dtype, device=codes.device)
     _, starts, sizes = segments(bounds_of(lengths), block, codes.device)
@@ -60,7 +68,12 @@ def requantise(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's."""
-    if not (_takes(x, block) and codes.is_contiguous() and tops.is_contiguous()):
+    if not (
+        _takes(x, block)
+        and fits(x, codes, tops, lengths, block, form)
+        and codes.is_contiguous()
+        and tops.is_contiguous()
+    ):
         return reference.requantise(codes, tops, x, lengths, block, form, generator)
     return _quantised(x, lengths, block, form, generator, None, (codes, tops), tops.dtype)
 

@@ -27,6 +27,18 @@ def payload(n: int, form: str) -> int:
     return -(-n // 2) if form == "int4" else n
 
 
+def fits(x: Tensor | None, codes: Tensor | None, tops: Tensor | None, lengths: Lengths, block: int, form: str) -> bool:
+    """Are these as long as parts of such lengths have values, codes and blocks? A fast form does not look again."""
+    n = sum(lengths)
+    return (
+        block > 0
+        and min(lengths, default=0) >= 0
+        and (x is None or x.shape == (n,))
+        and (codes is None or (codes.shape == (payload(n, form),) and codes.dtype == torch.uint8))
+        and (tops is None or tops.shape == (sum(-(-m // block) for m in lengths),))
+    )
+
+
 def quantise(
     x: Tensor,
     lengths: Lengths,

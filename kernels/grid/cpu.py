@@ -54,6 +54,7 @@ def to_grid_add(rows: Tensor, bounds: Bounds, shifts: Tensor, low: Tensor) -> Te
         tops.data_ptr(), native.DTYPES[rows.dtype], torch.get_num_threads()
     )  # fmt: skip
     _library().to_grid_add(ctypes.byref(call))
+    native.written(low)
     return tops
 
 

@@ -21,7 +21,8 @@ SPLIT = tl.constexpr(2.0**HALF)
 
 def to_grid_add(rows: Tensor, bounds: Bounds, shifts: Tensor, low: Tensor) -> Tensor:
     """As the reference's."""
-    if not (rows.is_contiguous() and low.is_contiguous()) or rows.requires_grad:
+    fits = rows.shape[-1:] == low.shape and len(shifts) == len(bounds) and _inside(bounds, low)
+    if not (fits and rows.is_contiguous() and low.is_contiguous()) or rows.requires_grad:
         return reference.to_grid_add(rows, bounds, shifts, low)
     leaf, starts, sizes = segments(tuple(map(tuple, bounds)), WIDTH, low.device)
     found = torch.zeros(len(starts), dtype=torch.int64, device=low.device)
@@ -36,7 +37,8 @@ def to_grid_add(rows: Tensor, bounds: Bounds, shifts: Tensor, low: Tensor) -> Te
 
 def from_grid(low: Tensor, high: Tensor | None, bounds: Bounds, shifts: Tensor, dtype: torch.dtype) -> Tensor:
     """As the reference's."""
-    if not low.is_contiguous() or (high is not None and not high.is_contiguous()):
+    fits = len(shifts) == len(bounds) and _inside(bounds, low) and (high is None or high.shape == low.shape)
+    if not (fits and low.is_contiguous()) or (high is not None and not high.is_contiguous()):
         return reference.from_grid(low, high, bounds, shifts, dtype)
     leaf, starts, sizes = segments(tuple(map(tuple, bounds)), WIDTH, low.device)
     out = torch.zeros(len(low), dtype=dtype, device=low.device)
@@ -47,6 +49,10 @@ def from_grid(low: Tensor, high: Tensor | None, bounds: Bounds, shifts: Tensor, 
             dtype == torch.bfloat16, dtype == torch.float16, WIDTH, enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def _inside(bounds: Bounds, low: Tensor) -> bool:
+    return all(0 <= a <= b <= len(low) for a, b in bounds)
 
 
 @triton.jit

@@ -16,17 +16,17 @@ LEAST, MOST = 1024, 8192  # values of a program
 
 def hadamard(x: Tensor, lengths: Lengths, width: int) -> Tensor:
     """As the reference's."""
-    return _turned(x, lengths, width, False) if _takes(x, width) else reference.hadamard(x, lengths, width)
+    return _turned(x, lengths, width, False) if _takes(x, lengths, width) else reference.hadamard(x, lengths, width)
 
 
 def hadamard_back(x: Tensor, lengths: Lengths, width: int) -> Tensor:
     """As the reference's."""
-    return _turned(x, lengths, width, True) if _takes(x, width) else reference.hadamard_back(x, lengths, width)
+    return _turned(x, lengths, width, True) if _takes(x, lengths, width) else reference.hadamard_back(x, lengths, width)
 
 
-def _takes(x: Tensor, width: int) -> bool:
+def _takes(x: Tensor, lengths: Lengths, width: int) -> bool:
     known = x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and not x.requires_grad
-    return known and 0 < width <= MOST and width & (width - 1) == 0
+    return known and x.shape == (sum(lengths),) and 0 < width <= MOST and width & (width - 1) == 0
 
 
 def _turned(x: Tensor, lengths: Lengths, width: int, back: bool) -> Tensor:
