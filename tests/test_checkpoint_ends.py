@@ -166,7 +166,7 @@ def test_the_readme_resumes_under_torchrun(ends, tmp_path):
     """Its lines as they stand: a first run saves, a second one restores before anything has joined the world, and saves
     again.
     """
-    first, *_, lines = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[:5]
+    first, *_, lines = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[:6]
     built, trained = first.split("state = step.init(params)")
     saves, restores = [next(x for x in lines.splitlines() if f".{verb}(" in x) for verb in ("save", "restore")]
     opened, after = lines.splitlines()[0], lines.splitlines()[-1]
