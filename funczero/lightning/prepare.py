@@ -1,0 +1,95 @@
+"""A module before its engines: what lies on meta gets values, and all ranks have rank 0's, on their device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.held import Closed, Held, named
+from funczero.deepspeed.engine.zero_init import cut, reopen
+
+
+def prepared(root: nn.Module, device: torch.device, stage: int, dtype: torch.dtype | None = None) -> None:
+    """Rank 0's values on this process's device; what earlier engines hold is given back to the module before.
+
+    Args:
+      stage: at 3, parameters that lie on meta are cut as soon as they have values.
+      dtype: of floating buffers; None: as they are.
+    """
+    given_back(root, stage == 3)
+    _materialised(root, device, stage == 3)
+    closed = [p for p in named(root).values() if isinstance(p, Closed)]
+    if stage < 3:
+        for p in dict.fromkeys(closed):
+            reopen(p)
+    if not closed or stage < 3:
+        root.to(device)
+    for b in root.buffers():
+        b.data = b.data.to(device, dtype if dtype is not None and b.is_floating_point() else b.dtype)
+    ranks.broadcast_module(root)
+
+
+def given_back(root: nn.Module, cut: bool) -> None:
+    """Engines of an earlier loop let go of the module's parameters.
+
+    Raises:
+      RuntimeError: the engine of a sharded parameter is gone, and its values with it.
+    """
+    engines: dict[int, Any] = {}
+    for name, p in named(root).items():
+        home = getattr(p, "home", None)
+        if home is None or home[0] is None:
+            continue
+        engine = home[0]()
+        if engine is not None:
+            engines[id(engine)] = engine
+        elif isinstance(p, Closed):
+            why = "belonged to a loop at stage 3 that is gone, and its values with it"
+            raise RuntimeError(f"parameter {name!r} {why}; keep the Trainer, or load a checkpoint into a new module")
+        else:
+            p.__class__ = nn.Parameter
+            del p.home  # type: ignore[attr-defined]
+    for engine in engines.values():
+        engine.give_back(cut)
+
+
+def is_held(root: nn.Module) -> bool:
+    """Has an engine, or zero.Init, any of the module's parameters?"""
+    return any(isinstance(p, Held) for p in named(root).values())
+
+
+def _materialised(root: nn.Module, device: torch.device, sharded: bool) -> None:
+    """Values for what lies on meta, by each module's own reset_parameters, children first; ties stay tied."""
+    new: dict[int, Any] = {}
+    for path, m in reversed(list(root.named_modules())):
+        params = {k: p for k, p in m._parameters.items() if p is not None and p.is_meta and not isinstance(p, Closed)}
+        buffers = {k: b for k, b in m._buffers.items() if b is not None and b.is_meta}
+        if not params and not buffers:
+            continue
+        reset = getattr(m, "reset_parameters", None)
+        if not callable(reset):
+            name = f"{path}.{next(iter({**params, **buffers}))}".lstrip(".")
+            raise TypeError(
+                f"{name!r} lies on meta, and {type(m).__name__} has no reset_parameters() that could give it values;"
+                " write one, or build the module without torch.device('meta')"
+            )
+        for k, p in params.items():
+            made = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+            m._parameters[k] = new.setdefault(id(p), made)
+        for k, b in buffers.items():
+            m._buffers[k] = new.setdefault(id(b), torch.empty_like(b, device=device))
+        reset()
+        if sharded:
+            _cut_own(m, path)
+
+
+def _cut_own(m: nn.Module, path: str) -> None:
+    """A module's own parameters are cut, those of its children are not touched."""
+    alone = nn.Module()
+    for k, p in m._parameters.items():
+        if p is not None:
+            alone.register_parameter(k, p)
+    cut(alone, None)
