@@ -200,3 +200,91 @@ def fit(stage, folder, resume=None, stop=None, late=False, meta=False):
     }
     t.save_checkpoint(str(Path(folder, "last.ckpt")))
     return out
+
+
+def mlp(i, h, o, seed):
+    torch.manual_seed(seed)
+    inner = nn.Sequential(*(nn.Sequential(nn.Linear(h, h), nn.Tanh()) for _ in range(2)))
+    return nn.Sequential(nn.Linear(i, h), nn.Tanh(), inner, nn.Linear(h, o))
+
+
+def real_and_noise():
+    g = torch.Generator().manual_seed(3)
+    return TensorDataset(torch.randn(24, 6, generator=g), torch.randn(24, 3, generator=g))
+
+
+def gan_step(nets, optimizers, backward, batch, order, toggled):
+    """One round as the pages write it; returns both losses.
+
+    Args:
+      order: "before" clears gradients right before a backward, "after" right after a step.
+      toggled: a context manager of an optimizer.
+    """
+    (g, d), (og, od), (real, noise) = nets, optimizers, batch
+    bce = F.binary_cross_entropy_with_logits
+    losses = []
+    for who, o in (("d", od), ("g", og)):
+        with toggled(o):
+            if who == "d":
+                out, fake = d(real), d(g(noise).detach())
+                loss = bce(out, torch.ones_like(out)) + bce(fake, torch.zeros_like(fake))
+            else:
+                out = d(g(noise))
+                loss = bce(out, torch.ones_like(out))
+            if order == "before":
+                o.zero_grad()
+            backward(loss)
+            o.step()
+            if order == "after":
+                o.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def gan_optimizers(g, d):
+    both = torch.optim.Adam(g.parameters(), lr=1e-2, betas=(0.5, 0.9)), torch.optim.AdamW(d.parameters(), lr=2e-2)
+    return both, [torch.optim.lr_scheduler.StepLR(o, 2, 0.5) for o in both]
+
+
+def gan_by_hand(order="before"):
+    """Plain torch."""
+    from contextlib import nullcontext
+
+    g, d = mlp(3, 8, 6, 1), mlp(6, 8, 1, 0)
+    optimizers, schedules = gan_optimizers(g, d)
+    losses = []
+    for batch in zip(*(x.split(4) for x in real_and_noise().tensors), strict=True):
+        losses += gan_step((g, d), optimizers, lambda x: x.backward(), batch, order, lambda o: nullcontext())
+        for s in schedules:
+            s.step()
+    return losses, {"g": g.state_dict(), "d": d.state_dict()}
+
+
+def gan_fit(stage, folder, order="before", toggle=False):
+    """Two optimizers and manual optimization."""
+    from contextlib import nullcontext
+
+    import lightning as L
+
+    class Gan(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.g, self.d, self.losses = mlp(3, 8, 6, 1), mlp(6, 8, 1, 0), []
+
+        def training_step(self, batch, i):
+            own = (lambda o: o.toggle_model()) if toggle else (lambda o: nullcontext())
+            nets, optimizers = (self.g, self.d), self.optimizers()
+            self.losses += gan_step(nets, optimizers, self.manual_backward, batch, order, own)
+            for s in self.lr_schedulers():
+                s.step()
+
+        def configure_optimizers(self):
+            both, schedules = gan_optimizers(self.g, self.d)
+            return list(both), schedules
+
+    module = Gan()
+    t = trainer(ours(stage), folder)
+    t.fit(module, loader(real_and_noise()))
+    t.save_checkpoint(str(Path(folder, "gan.ckpt")))
+    return mean_over_ranks(module.losses), t.global_step
