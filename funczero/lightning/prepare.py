@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
+from funczero.comm.launch import broadcast
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.held import Closed, Held, named
-from funczero.deepspeed.engine.zero_init import cut, reopen
+from funczero.deepspeed.engine.zero_init import close, reopen
 
 
 def prepared(root: nn.Module, device: torch.device, stage: int, dtype: torch.dtype | None = None) -> None:
@@ -63,33 +65,36 @@ def is_held(root: nn.Module) -> bool:
 
 def _materialised(root: nn.Module, device: torch.device, sharded: bool) -> None:
     """Values for what lies on meta, by each module's own reset_parameters, children first; ties stay tied."""
+    named_modules = list(root.named_modules())
+    owners = Counter(id(p) for _, m in named_modules for p in m._parameters.values() if p is not None)
     new: dict[int, Any] = {}
-    for path, m in reversed(list(root.named_modules())):
+    for path, m in reversed(named_modules):
         params = {k: p for k, p in m._parameters.items() if p is not None and p.is_meta and not isinstance(p, Closed)}
         buffers = {k: b for k, b in m._buffers.items() if b is not None and b.is_meta}
         if not params and not buffers:
             continue
-        reset = getattr(m, "reset_parameters", None)
-        if not callable(reset):
-            name = f"{path}.{next(iter({**params, **buffers}))}".lstrip(".")
-            raise TypeError(
-                f"{name!r} lies on meta, and {type(m).__name__} has no reset_parameters() that could give it values;"
-                " write one, or build the module without torch.device('meta')"
-            )
         for k, p in params.items():
             made = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
             m._parameters[k] = new.setdefault(id(p), made)
         for k, b in buffers.items():
             m._buffers[k] = new.setdefault(id(b), torch.empty_like(b, device=device))
-        reset()
-        if sharded:
-            _cut_own(m, path)
+        _reset(m, path, next(iter({**params, **buffers})))
+        for k, p in params.items():
+            owners[id(p)] -= 1
+            if sharded and not owners[id(p)]:  # whoever shares it has given it values, too
+                _cut(m._parameters[k], f"{path}.{k}".lstrip("."))
 
 
-def _cut_own(m: nn.Module, path: str) -> None:
-    """A module's own parameters are cut, those of its children are not touched."""
-    alone = nn.Module()
-    for k, p in m._parameters.items():
-        if p is not None:
-            alone.register_parameter(k, p)
-    cut(alone, None)
+def _reset(m: nn.Module, path: str, name: str) -> None:
+    reset = getattr(m, "reset_parameters", None)
+    if not callable(reset):
+        raise TypeError(
+            f"{f'{path}.{name}'.lstrip('.')!r} lies on meta, and {type(m).__name__} has no reset_parameters() that could"
+            " give it values; write one, or build the module without torch.device('meta')"
+        )
+    reset()
+
+
+def _cut(p: Any, name: str) -> None:
+    with ranks.called(f"the values of {name!r}") as mesh:
+        close(p, name, broadcast(p.detach(), 0, mesh))

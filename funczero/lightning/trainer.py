@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.zero_init import Init
 from funczero.lightning.engines import Engines, broadcast_buffers
 from funczero.lightning.kept import KeptPrecision
@@ -24,6 +25,9 @@ from funczero.lightning.prepare import is_held, prepared
 from funczero.lightning.refusals import check_optimizers, check_trainer, clip_of
 from funczero.lightning.settings import Settings, check_device
 from funczero.lightning.weights import load_module, module_state
+
+
+NAMES = {"validate": "val"}  # of the arguments limit_*_batches
 
 
 class TrainerPrecision(KeptPrecision, Precision):  # type: ignore[misc]
@@ -155,6 +159,8 @@ class FunczeroStrategy(DDPStrategy):
                 self.optimizers = self.engines.add(module, self.optimizers)
             elif stage == 3:
                 self.engines.add(module, [])
+        else:
+            broadcast_buffers([module])
         self.precision_plugin.engines = self.engines
         self.setup_precision_plugin()
 
@@ -165,7 +171,7 @@ class FunczeroStrategy(DDPStrategy):
     def _under(self, context: Any, name: str, *args: Any, inside: bool = True, **kwargs: Any) -> Any:
         module = self.lightning_module
         assert module is not None
-        if self.buffers_from_first:
+        if self.buffers_from_first and module.trainer.state.fn == TrainerFn.FITTING:
             broadcast_buffers([module])
         with context:
             step = getattr(module, name)
@@ -194,6 +200,39 @@ class FunczeroStrategy(DDPStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's."""
         return self._evaluated(self.precision_plugin.predict_step_context(), "predict_step", *args, **kwargs)
+
+    # --- where a loop starts
+    def on_train_start(self) -> None:
+        """Refuse ranks with unlike numbers of batches: every update sends."""
+        self._check_even("train", self.lightning_module.trainer.fit_loop.max_batches)
+
+    def on_validation_start(self) -> None:
+        """Refuse them where a forward sends."""
+        trainer = self.lightning_module.trainer
+        fits = trainer.state.fn == TrainerFn.FITTING
+        loop = trainer.fit_loop.epoch_loop.val_loop if fits else trainer.validate_loop
+        if self.settings.stage == 3 or fits and self.buffers_from_first:
+            self._check_even("validate", loop.max_batches)
+
+    def on_test_start(self) -> None:
+        """Refuse them where a forward sends."""
+        if self.settings.stage == 3:
+            self._check_even("test", self.lightning_module.trainer.test_loop.max_batches)
+
+    def on_predict_start(self) -> None:
+        """Refuse them where a forward sends."""
+        if self.settings.stage == 3:
+            self._check_even("predict", self.lightning_module.trainer.predict_loop.max_batches)
+
+    def _check_even(self, loop: str, batches: Any) -> None:
+        said = ranks.gather_texts(str(batches))
+        odd = next((r for r, other in enumerate(said) if other != said[0]), None)
+        if odd is not None:
+            raise ValueError(
+                f"FunczeroStrategy: {loop}: rank 0 has {said[0]} batches and rank {odd} has {said[odd]}, but all ranks"
+                f" compute together (stage {self.settings.stage}); deal as many to each, as with drop_last, or"
+                f" limit_{NAMES.get(loop, loop)}_batches"
+            )
 
     def grad_norm(self, optimizer: Any = None) -> float | None:
         """Of an optimizer's last update: the norm of the mean gradient before a clip; None before the first."""

@@ -18,6 +18,15 @@ CLIP = (
     "clip_grad_norm_: gradients of an engine's parameters are the chain's, not .grad; "
     "write \"gradient_clipping\" in the config, and read engine.get_global_grad_norm()"
 )
+NORM = (
+    "grad_norm: gradients of an engine's parameters are the chain's, not .grad, so it would find none; "
+    "read strategy.grad_norm() after the step"
+)
+READERS = {  # modules that read .grad and take None for no gradient at all
+    "torch.nn.utils.clip_grad": CLIP,
+    "lightning.pytorch.utilities.grads": NORM,
+    "pytorch_lightning.utilities.grads": NORM,
+}
 _GRAD: Any = Tensor.grad  # torch's own property
 
 
@@ -28,9 +37,10 @@ class Held(nn.Parameter):
 
     @property
     def grad(self) -> Any:
-        """None, as far as the engine goes; torch's clip is refused here, because it would clip nothing."""
-        if sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.clip_grad":
-            raise RuntimeError(CLIP)
+        """None, as far as the engine goes; who would take that for an answer, as torch's clip, is refused."""
+        refused = READERS.get(sys._getframe(1).f_globals.get("__name__", ""))
+        if refused is not None:
+            raise RuntimeError(refused)
         return _GRAD.__get__(self)
 
     @grad.setter
