@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -62,16 +63,23 @@ def optimizer_of(params):
     return o, torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1 / (1 + n))
 
 
-def by_hand(clip=CLIP, algorithm="norm", k=K, updates=2 * EPOCH):
-    """Plain torch's losses of micro-batches, its norms, and the net."""
+def by_hand(clip=CLIP, algorithm="norm", k=K, updates=2 * EPOCH, half=None):
+    """Plain torch's losses of micro-batches, its norms, and the net.
+
+    Args:
+      half: forwards and backwards of a copy in this dtype.
+    """
     net, losses, norms = GPT(), [], []
     o, schedule = optimizer_of(net.parameters())
     micro = tokens().tensors[0].split(ROWS) * 2
     for u in range(updates):
         o.zero_grad()
+        copied = net if half is None else copy.deepcopy(net).to(half)
         for x in micro[u * k : u * k + k]:
-            loss = loss_of(net, x)
-            (loss / k).backward()
+            loss = loss_of(copied, x)
+            grads = torch.autograd.grad(loss / k, list(copied.parameters()))
+            for p, g in zip(net.parameters(), grads, strict=True):
+                p.grad = g.float() if p.grad is None else p.grad + g.float()
             losses.append(loss.item())
         if clip and algorithm == "value":
             nn.utils.clip_grad_value_(net.parameters(), clip)
@@ -109,7 +117,7 @@ def quiet():
 
 
 def modules():
-    """The Lightning modules; made here, because importing lightning takes seconds."""
+    """The class; made here, because importing lightning takes seconds."""
     import lightning as L
 
     class Text(L.LightningModule):
@@ -164,16 +172,22 @@ def ours(stage, **more):
     return FunczeroStrategy(stage=stage, zero=SMALL, **more)
 
 
-def fit(stage, folder, resume=None, stop=None, late=False, meta=False):
-    """The losses of a fit, whole weights, and what validate, test and predict say."""
+def fit(stage, folder, resume=None, stop=None, end=None):
+    """The losses of a fit, and what validate, test and predict say; whole weights are in folder/last.ckpt.
+
+    Args:
+      stop: the update after which the loop ends in the middle of an epoch, by `end`, or with the losses so far.
+    """
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, i):
             if trainer.global_step == stop:
+                if end is not None:
+                    end(mean_over_ranks(module.losses))
                 raise ZeroDivisionError
 
-    module = modules()(late, meta)
+    module = modules()()
     saves = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     t = trainer(
         ours(stage),
@@ -288,3 +302,209 @@ def gan_fit(stage, folder, order="before", toggle=False):
     t.fit(module, loader(real_and_noise()))
     t.save_checkpoint(str(Path(folder, "gan.ckpt")))
     return mean_over_ranks(module.losses), t.global_step
+
+
+def fabric_gan(stage, folder, resume=None):
+    """The same round under Fabric: two modules, each with its optimizer."""
+    from contextlib import nullcontext
+
+    from lightning.fabric import Fabric
+
+    from funczero.lightning import FabricStrategy
+
+    quiet()
+    f = Fabric(accelerator="cpu", devices=world(), strategy=FabricStrategy(stage, zero=SMALL))
+    f.launch()
+    with f.init_module():
+        g, d = mlp(3, 8, 6, 1), mlp(6, 8, 1, 0)
+    (og, od), _ = gan_optimizers(g, d)
+    (g, og), (d, od) = f.setup(g, og), f.setup(d, od)
+    schedules, losses, first = [torch.optim.lr_scheduler.StepLR(o, 2, 0.5) for o in (og, od)], [], 0
+    if resume:
+        rest = f.load(resume, {"g": g, "d": d, "og": og, "od": od})
+        first = rest["n"]
+        for s, kept in zip(schedules, rest["schedules"], strict=True):
+            s.load_state_dict(kept)
+    for n, batch in enumerate(f.setup_dataloaders(loader(real_and_noise()), use_distributed_sampler=False)):
+        if n < first:
+            continue
+        losses += gan_step((g, d), (og, od), f.backward, batch, "before", lambda o: nullcontext())
+        for s in schedules:
+            s.step()
+        if n == 2 and not resume:
+            kept = {"n": 3, "schedules": [s.state_dict() for s in schedules]}
+            f.save(str(Path(folder, "half.ckpt")), {"g": g, "d": d, "og": og, "od": od, **kept})
+    return mean_over_ranks(losses)
+
+
+def beside(stage, kind):
+    """(losses of ours, losses under Lightning's DDPStrategy) of one more way to use a Trainer."""
+    more, late = {}, False
+    if kind in ("bf16-mixed", "bf16-true", "16-mixed"):
+        more = {"precision": kind}
+    elif kind == "clip by value":
+        more = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}
+    elif kind == "a short window":
+        more = {"accumulate_grad_batches": 4, "max_epochs": 2}
+    elif kind == "configure_model":
+        late = True
+    out = []
+    for strategy in (ours(stage), "ddp"):
+        torch.manual_seed(7)
+        module, t = modules()(late), trainer(strategy, **more)
+        first = t.validate(module, loader(tokens(8)), verbose=False)[0]["validated"]
+        t.fit(module, loader(tokens()), loader(tokens(8)))
+        last = t.validate(module, loader(tokens(8)), verbose=False)[0]["validated"]
+        out.append(mean_over_ranks(module.losses) + mean_over_ranks(module.validated) + [first, last])
+    return out
+
+
+def late_on_meta(stage):
+    """Losses of a module that configure_model builds on meta; and the largest part that a rank holds."""
+    torch.manual_seed(7)
+    module = modules()(late=True, meta=True)
+    t = trainer(ours(stage))
+    t.fit(module, loader(tokens()))
+    return mean_over_ranks(module.losses), module.net.head.weight is module.net.wte.weight
+
+
+def normed(stage):
+    """Batch norm: (numbers of ours, numbers under Lightning's DDPStrategy), running statistics included."""
+    import lightning as L
+
+    class Normed(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+            self.losses = []
+
+        def training_step(self, batch, i):
+            loss = self.net(batch[0]).square().mean()
+            self.losses.append(loss.item())
+            return loss
+
+        def validation_step(self, batch, i):
+            self.losses.append(self.net(batch[0]).square().mean().item())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    out = []
+    for strategy in (ours(stage), "ddp"):
+        module, t = Normed(), trainer(strategy, max_epochs=2)
+        t.fit(module, loader(real_and_noise()), loader(real_and_noise()))
+        state = t.strategy.lightning_module_state_dict()
+        out.append(mean_over_ranks(module.losses) + (state["net.1.running_var"].tolist() if rank() == 0 else []))
+    return out
+
+
+def demos(stage):
+    """Lightning's own models, unmodified: the largest gap of weights to those under its DDPStrategy."""
+    import lightning as L
+    from lightning.pytorch.demos import Transformer, boring_classes
+
+    class Words(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = Transformer(vocab_size=17, ninp=16, nhead=2, nhid=16, nlayers=2, dropout=0.0)
+
+        def training_step(self, batch, i):
+            x = batch[0]
+            return F.nll_loss(self.layer(x[:, :-1], x[:, 1:]), x[:, 1:].reshape(-1))
+
+        def train_dataloader(self):
+            return loader(tokens())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    gaps = {}
+    for made in (boring_classes.BoringModel, boring_classes.ManualOptimBoringModel, Words):
+        found = []
+        for strategy in (ours(stage), "ddp"):
+            torch.manual_seed(1)
+            module, dealt = made(), made is not Words
+            t = trainer(strategy, use_distributed_sampler=dealt, limit_train_batches=6, limit_val_batches=2, max_epochs=2)
+            t.fit(module)
+            found.append(t.strategy.lightning_module_state_dict())
+        if rank() == 0:
+            gaps[made.__name__] = max((found[1][n] - x).abs().max().item() for n, x in found[0].items())
+    return gaps
+
+
+def refused(stage):
+    """What is refused, with its words."""
+    from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+    from lightning.pytorch.utilities import grad_norm
+
+    base = modules()
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)
+
+    class Manual(base):
+        automatic_optimization = False
+
+    class Backward(base):
+        def backward(self, loss):
+            loss.backward()
+
+    class Nothing(base):
+        def configure_optimizers(self):
+            return None
+
+    class Shared(Manual):
+        def configure_optimizers(self):
+            return [sgd(self.parameters()), sgd(self.net.blocks.parameters())]
+
+    class Mixed(Manual):
+        def configure_optimizers(self):
+            params = list(self.parameters())
+            return [sgd([p for p in params if p.dim() > 1]), sgd([p for p in params if p.dim() < 2])]
+
+    class Direct(Manual):
+        def training_step(self, batch, i):
+            super().training_step(batch, i).backward()
+            self.optimizers().step()
+
+    class Kept(Manual):
+        def training_step(self, batch, i):
+            self.manual_backward(super().training_step(batch, i))
+            self.optimizers().step()
+
+    class Normed(base):
+        def on_before_optimizer_step(self, optimizer):
+            grad_norm(self, 2)
+
+    class Unfrozen(base):
+        def on_train_batch_start(self, batch, i):
+            self.optimizers().add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+    asked = {
+        "backward": (Backward, {}),
+        "nothing": (Nothing, {}),
+        "shared": (Shared, {}),
+        "mixed": (Mixed, {}),
+        "direct": (Direct, {}),
+        "kept": (Kept, {}),
+        "normed": (Normed, {}),
+        "unfrozen": (Unfrozen, {}),
+        "swa": (base, {"callbacks": [StochasticWeightAveraging(1e-2)]}),
+        "averaged": (base, {"callbacks": [WeightAveraging()]}),
+        "sync_batchnorm": (base, {"sync_batchnorm": True}),
+        "64-true": (base, {"precision": "64-true"}),
+    }
+    said = {}
+    for name, (made, more) in asked.items():
+        try:
+            trainer(ours(stage), **more).fit(made(), loader(tokens()))
+            said[name] = "went through"
+        except (ValueError, TypeError, RuntimeError) as e:
+            said[name] = str(e)
+    t = trainer(ours(stage))
+    t.fit(base(), loader(tokens()))
+    try:
+        uneven = TensorDataset(tokens().tensors[0][: 5 - rank()])
+        t.predict(t.lightning_module, DataLoader(uneven, 1))
+    except ValueError as e:
+        said["uneven"] = str(e)
+    return said
