@@ -58,7 +58,10 @@ def loss_of(net, x):
 
 def optimizer_of(params):
     params = list(params)
-    groups = [{"params": [p for p in params if p.dim() > 1]}, {"params": [p for p in params if p.dim() < 2], "lr": 2e-2}]
+    groups = [
+        {"params": [p for p in params if p.dim() > 1]},
+        {"params": [p for p in params if p.dim() < 2], "lr": 2e-2},
+    ]
     o = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
     return o, torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1 / (1 + n))
 
@@ -425,7 +428,9 @@ def demos(stage):
         for strategy in (ours(stage), "ddp"):
             torch.manual_seed(1)
             module, dealt = made(), made is not Words
-            t = trainer(strategy, use_distributed_sampler=dealt, limit_train_batches=6, limit_val_batches=2, max_epochs=2)
+            t = trainer(
+                strategy, use_distributed_sampler=dealt, limit_train_batches=6, limit_val_batches=2, max_epochs=2
+            )
             t.fit(module)
             found.append(t.strategy.lightning_module_state_dict())
         if rank() == 0:

@@ -35,7 +35,7 @@ def same_weights(path, net):
 
 @pytest.mark.parametrize(("stage", "world"), EVERYWHERE)
 def test_a_fit_is_plain_torchs_and_goes_on_elsewhere(run_world, tmp_path, stage, world):
-    """A clip, accumulation, two groups and a schedule; a checkpoint of one stage and world is gone on with in another."""
+    """A clip, accumulation, two groups and a schedule; a checkpoint goes on at another stage and world."""
     losses, norms, net = truth()
     got = run_world(world, lightnings.fit, stage, str(tmp_path), timeout=TIME)[0]
     assert furthest(got["losses"], losses) < 1e-6 and abs(got["norm"] / norms[-1] - 1) < 1e-6
@@ -47,7 +47,9 @@ def test_a_fit_is_plain_torchs_and_goes_on_elsewhere(run_world, tmp_path, stage,
     same_weights(tmp_path / "last.ckpt", net)
     other = {(2, 2): (3, 2), (3, 2): (2, 2)}.get((stage, world), (3 - stage, 3 - world))
     again = run_world(other[1], lightnings.fit, other[0], str(tmp_path), f"{tmp_path}/epoch=0.ckpt", timeout=TIME)[0]
-    assert furthest(again["losses"], losses[6:]) < 1e-6 and again["validate"] == pytest.approx(got["validate"], rel=1e-6)
+    assert furthest(again["losses"], losses[6:]) < 1e-6 and again["validate"] == pytest.approx(
+        got["validate"], rel=1e-6
+    )
 
 
 def _rates():
@@ -77,7 +79,9 @@ def test_fabric_is_plain_torchs_and_goes_on_elsewhere(run_world, tmp_path, stage
     got = run_world(world, lightnings.fabric_gan, stage, str(tmp_path), timeout=TIME)[0]
     assert furthest(got, want) < 1e-6
     other = (3 - stage, 2) if (stage, world) in FAST else (3 - stage, 3 - world)
-    again = run_world(other[1], lightnings.fabric_gan, other[0], str(tmp_path), f"{tmp_path}/half.ckpt", timeout=TIME)[0]
+    again = run_world(other[1], lightnings.fabric_gan, other[0], str(tmp_path), f"{tmp_path}/half.ckpt", timeout=TIME)[
+        0
+    ]
     assert furthest(again, want[6:]) < 1e-6
 
 
@@ -86,15 +90,29 @@ SAID = {
     "nothing": "configure_optimizers returned None, so nothing that the strategy knows of would be trained; return the",
     "shared": "optimizers 0 and 1 both have parameter 'net.blocks.0.norm.weight', and its gradient can only be one",
     "mixed": "optimizer 0 has 'net.blocks.0.qkv.weight' but not all parameters of 'net.blocks.0.qkv', and at stage 3",
-    "direct": "has a .grad, so loss.backward() was called directly and nothing here has heard of it; write self.manual_b",
-    "kept": "a backward came after the last step() and before zero_grad(), so that in plain torch the gradient that was",
-    "normed": "grad_norm: gradients of an engine's parameters are the chain's, not .grad, so it would find none; read str",
+    "direct": (
+        "has a .grad, so loss.backward() was called directly and nothing here has heard of it; write self.manual_b"
+    ),
+    "kept": (
+        "a backward came after the last step() and before zero_grad(), so that in plain torch the gradient that was"
+    ),
+    "normed": (
+        "grad_norm: gradients of an engine's parameters are the chain's, not .grad, so it would find none; read str"
+    ),
     "unfrozen": "the groups are fixed once the strategy is set up, so callbacks that unfreeze later (BaseFinetuning)",
-    "swa": "callback StochasticWeightAveraging: it writes averages into parameters whose masters are the chain's; leave",
-    "averaged": "callback WeightAveraging: it swaps averages with parameters whose masters are the chain's; leave it out",
-    "sync_batchnorm": "sync_batchnorm: sums of batch norms over ranks inside a forward have not been tried here; leave it",
+    "swa": (
+        "callback StochasticWeightAveraging: it writes averages into parameters whose masters are the chain's; leave"
+    ),
+    "averaged": (
+        "callback WeightAveraging: it swaps averages with parameters whose masters are the chain's; leave it out"
+    ),
+    "sync_batchnorm": (
+        "sync_batchnorm: sums of batch norms over ranks inside a forward have not been tried here; leave it"
+    ),
     "64-true": "precision='64-true': masters are float32 here; write one of 32-true, bf16-mixed, 16-mixed, bf16-true,",
-    "uneven": "predict: rank 0 has [5] batches and rank 1 has [4], but all ranks compute together (stage 3); deal as many",
+    "uneven": (
+        "predict: rank 0 has [5] batches and rank 1 has [4], but all ranks compute together (stage 3); deal as many"
+    ),
 }
 
 

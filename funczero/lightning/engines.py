@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,13 +32,28 @@ class One:
         self.spent = False  # updated, and no zero_grad since
         self.passed_by = False  # a backward came meanwhile
         self.strict = False  # the next update raises where its gradient is not finite
+        self.clipped = False  # since the last backward
         if engine.optimizer is not None:  # otherwise it only evaluates
             engine.optimizer = LoopOptimizer(engine, self.forget)
+            refuse_step(engine.optimizer.client)
 
     def forget(self) -> None:
         """The window is empty, and the next backward counts."""
+        if self.clipped:
+            self.engine.keep(none())
         self.engine.forget()
-        self.spent = self.passed_by = False
+        self.spent = self.passed_by = self.clipped = False
+
+    def backward(self, loss: Tensor, retain_graph: bool) -> None:
+        """The gradient of a loss into the window.
+
+        Raises:
+          RuntimeError: the window is to be clipped already.
+        """
+        if self.clipped:
+            why = "in torch this gradient would be added to a clipped one, and here the sum would be clipped"
+            raise RuntimeError(f"backward: it comes after clip_gradients, and {why}; clip right before step()")
+        self.engine.backward(loss, retain_graph=retain_graph)
 
     def learns(self) -> bool:
         """Has the optimizer a parameter that wants a gradient now? toggle_optimizer switches them off."""
@@ -65,7 +81,8 @@ class One:
         ledger = e.live_mesh.ledger
         call = f"clip_gradients(norm={norm}, value={value})"
         e.together(call, lambda: ledger.note("clip", f"{norm} {value}"))
-        e.state = e.train_step.with_state(e.state, asked)
+        e.keep(asked)
+        self.clipped = True
 
     def step(self) -> None:
         """The update from what backwards have added since the last; nothing where there was none, as in torch.
@@ -83,11 +100,11 @@ class One:
             name = e.stray_gradient()
             if name is not None:
                 raise RuntimeError(
-                    f"optimizer.step: parameter {name!r} has a .grad, so loss.backward() was called directly and nothing"
-                    " here has heard of it; write self.manual_backward(loss), or fabric.backward(loss)"
+                    f"optimizer.step: parameter {name!r} has a .grad, so loss.backward() was called directly and"
+                    " nothing here has heard of it; write self.manual_backward(loss), or fabric.backward(loss)"
                 )
             return
-        strict, self.strict = self.strict, False
+        strict, self.strict, self.clipped = self.strict, False, False
         e.step()
         self.spent = True
         if not e.was_step_applied() and e.train_step.state_of(e.state, ScaleLoss) is None:
@@ -101,6 +118,19 @@ class One:
                     RuntimeWarning,
                     stacklevel=2,
                 )
+
+
+def refuse_step(client: Any) -> None:
+    """The user's own optimizer, whose groups the engine reads, can no longer be stepped: it would find no gradient."""
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            f"{type(self).__name__}.step: a strategy has taken this optimizer over, so it would find no gradient and do"
+            " nothing; step self.optimizers(), or the optimizer that fabric.setup returned"
+        )
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # what torch's schedulers look for
+    client.step = MethodType(step, client)
 
 
 class Engines:
@@ -163,7 +193,7 @@ class Engines:
         others = _others(loss) if len(counting) > 1 else []
         for i, x in enumerate(counting):
             kept = [y.grad for y in others] if i else []
-            x.engine.backward(loss, retain_graph=retain_graph or i + 1 < len(counting))
+            x.backward(loss, retain_graph or i + 1 < len(counting))
             for y, g in zip(others if i else (), kept, strict=True):
                 y.grad = g
 

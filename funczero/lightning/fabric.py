@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
@@ -17,11 +16,11 @@ from funczero.deepspeed.engine.zero_init import Init
 from funczero.lightning.engines import Engines, broadcast_buffers
 from funczero.lightning.kept import KeptPrecision
 from funczero.lightning.prepare import prepared
-from funczero.lightning.settings import Settings, check_device
+from funczero.lightning.settings import Settings, join
 from funczero.lightning.weights import load_module, module_state
 
 
-class FabricPrecision(KeptPrecision, Precision):  # type: ignore[misc]
+class FabricPrecision(KeptPrecision, Precision):
     """What Fabric calls its precision plugin for."""
 
     def __init__(self, inner: Precision) -> None:
@@ -91,7 +90,7 @@ class FabricStrategy(DDPStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self._backward_sync_control = NoSync()
+        self._backward_sync_control: Any = NoSync()
 
     @property
     def precision(self) -> Any:
@@ -110,12 +109,11 @@ class FabricStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         """Joins the world; what a launcher of Lightning's leaves out of the environment is written there."""
         super().setup_environment()
-        os.environ.setdefault("RANK", str(self.global_rank))
-        check_device(self.root_device)
+        join(self.root_device, self.global_rank, self.world_size)
 
     # --- modules and optimizers
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
-        """At stage 3 a module is cut while it is built, so that no rank holds it; empty_init makes no difference then."""
+        """At stage 3 a module is cut while it is built, so that no rank holds it, whatever empty_init says."""
         if self.settings.stage < 3:
             return super().module_init_context(empty_init)
         stack = ExitStack()
@@ -135,7 +133,7 @@ class FabricStrategy(DDPStrategy):
         faces = self.engines.add(module, optimizers)
         return Forward(module, self.engines, self.buffers_from_first), list(faces), scheduler
 
-    def setup_module(self, module: nn.Module) -> nn.Module:
+    def setup_module(self, module: nn.Module) -> Any:
         """A module that is only evaluated."""
         prepared(module, self.root_device, self.settings.stage, self.precision.buffers())
         if self.settings.stage == 3:
@@ -213,7 +211,7 @@ class FabricStrategy(DDPStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """"funczero", at stage 2, and "funczero_stage_0" to "funczero_stage_3"."""
+        """ "funczero", at stage 2, and "funczero_stage_0" to "funczero_stage_3"."""
         strategy_registry.register(cls.strategy_name, cls, description="ZeRO-2 as a chain of funczero", override=True)
         for stage in range(4):
             name, what = f"{cls.strategy_name}_stage_{stage}", f"ZeRO-{stage} as a chain of funczero"

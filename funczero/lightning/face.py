@@ -27,7 +27,7 @@ class LoopOptimizer(EngineOptimizer):
         """The gradients since the last update are not used."""
         self.let_go()
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Refused: the loop steps.
 
         Raises:
@@ -46,8 +46,9 @@ class LoopOptimizer(EngineOptimizer):
         """
         if hasattr(self, "_engine"):
             raise RuntimeError(
-                "optimizer.add_param_group: the groups are fixed once the strategy is set up, so callbacks that unfreeze"
-                " later (BaseFinetuning) cannot work; give all groups in configure_optimizers, with lr 0 for a start"
+                "optimizer.add_param_group: the groups are fixed once the strategy is set up, so callbacks that"
+                " unfreeze later (BaseFinetuning) cannot work; give all groups in configure_optimizers, with lr 0 for a"
+                " start"
             )
         super().add_param_group(param_group)
 

@@ -65,5 +65,3 @@ class KeptPrecision:
     def convert_output(self, data: Any) -> Any:
         """The inner one's."""
         return self.inner.convert_output(data)
-
-

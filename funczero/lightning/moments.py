@@ -1,8 +1,9 @@
-"""An engine's optimizer state in the form of torch's own state_dict, whole: any world, stage and plain torch read it."""
+"""An engine's optimizer state in the form of torch's own state_dict, whole, for any world and stage and for torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ def optimizer_state(engine: Engine) -> dict[str, Any]:
     for i, name, leaf in names if bool(own.started) else ():
         found = {k: x[leaf].clone().cpu() for k, x in own.scalars.items()}
         for k, slots in own.moments.items():
-            value = engine.together(f"optimizer.state_dict, {name!r}", lambda s=slots, n=name: _read(s, n, engine))
+            read = partial(read_leaf, slots, name, engine.live_mesh)
+            value = engine.together(f"optimizer.state_dict, {name!r}", read)
+            assert value is not None
             found[k] = value.cpu() if rank == 0 else value
         if rank == 0:
             out[i] = found
@@ -35,10 +38,6 @@ def optimizer_state(engine: Engine) -> dict[str, Any]:
     if scale is not None:
         beside |= {"scale": {k: x.cpu() for k, x in scale._asdict().items()}}  # type: ignore[dict-item]
     return {"state": out, "param_groups": _packed(engine.optimizer.param_groups), BESIDE: beside}
-
-
-def _read(slots: Any, name: str, engine: Engine) -> Any:
-    return read_leaf(slots, name, engine.live_mesh)
 
 
 def restore_optimizer(engine: Engine, saved: Mapping[str, Any]) -> None:
@@ -75,8 +74,9 @@ def restore_optimizer(engine: Engine, saved: Mapping[str, Any]) -> None:
         g.update({k: v for k, v in other.items() if k != "params"})
     state = engine.train_step.with_state(engine.state, own._replace(started=torch.full_like(own.started, started)))
     beside = saved.get(BESIDE, {})
-    for n in beside.keys() & {"step", "updates"}:
-        state = state._replace(**{n: torch.full_like(getattr(state, n), beside[n])})
+    if beside:
+        step, updates = (torch.full_like(x, beside[n]) for n, x in (("step", state.step), ("updates", state.updates)))
+        state = state._replace(step=step, updates=updates)
     scale = engine.train_step.state_of(state, ScaleLoss)
     if scale is not None and "scale" in beside:
         moved = {k: beside["scale"][k].to(x.device) for k, x in scale._asdict().items()}

@@ -89,8 +89,8 @@ def _reset(m: nn.Module, path: str, name: str) -> None:
     reset = getattr(m, "reset_parameters", None)
     if not callable(reset):
         raise TypeError(
-            f"{f'{path}.{name}'.lstrip('.')!r} lies on meta, and {type(m).__name__} has no reset_parameters() that could"
-            " give it values; write one, or build the module without torch.device('meta')"
+            f"{f'{path}.{name}'.lstrip('.')!r} lies on meta, and {type(m).__name__} has no reset_parameters() that"
+            " could give it values; write one, or build the module without torch.device('meta')"
         )
     reset()
 

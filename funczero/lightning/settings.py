@@ -1,7 +1,8 @@
-"""What a strategy is told: the stage, keys of DeepSpeed's zero_optimization block, and a precision by Lightning's name."""
+"""What a strategy is told: a stage, keys of DeepSpeed's zero_optimization block, a precision by Lightning's name."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -41,7 +42,6 @@ class Settings(NamedTuple):
         if "stage" in self.zero:
             raise ValueError("FunczeroStrategy: zero= names the stage, too; write stage= alone")
         check_precision(self.precision)
-        self.config()
         return self
 
     def config(self) -> Config:
@@ -72,6 +72,17 @@ def check_precision(precision: str) -> None:
     if precision not in KNOWN:
         why = "masters are float32 here" if precision.startswith("64") else "no chain has it"
         raise ValueError(f"FunczeroStrategy: precision={precision!r}: {why}; write one of {', '.join(KNOWN)}")
+
+
+def join(device: torch.device, rank: int, size: int) -> None:
+    """What Lightning's own launcher leaves out of the environment is written there; the device must be this process's.
+
+    Raises:
+      ValueError: see check_device.
+    """
+    os.environ.setdefault("RANK", str(rank))
+    os.environ.setdefault("WORLD_SIZE", str(size))
+    check_device(device)
 
 
 def check_device(device: torch.device) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,13 @@ from funczero.lightning.engines import Engines, broadcast_buffers
 from funczero.lightning.kept import KeptPrecision
 from funczero.lightning.prepare import is_held, prepared
 from funczero.lightning.refusals import check_optimizers, check_trainer, clip_of
-from funczero.lightning.settings import Settings, check_device
+from funczero.lightning.settings import Settings, join
 from funczero.lightning.weights import load_module, module_state
-
 
 NAMES = {"validate": "val"}  # of the arguments limit_*_batches
 
 
-class TrainerPrecision(KeptPrecision, Precision):  # type: ignore[misc]
+class TrainerPrecision(KeptPrecision, Precision):
     """What the Trainer calls its precision plugin for, over engines."""
 
     engines: Engines | None = None
@@ -49,12 +46,14 @@ class TrainerPrecision(KeptPrecision, Precision):  # type: ignore[misc]
         if args or kwargs:
             named = ", ".join(kwargs) or "a gradient"
             raise TypeError(
-                f"backward: the gradient of a loss is all that an engine takes, and {named} was given; multiply the loss"
-                " instead, or leave it out"
+                f"backward: the gradient of a loss is all that an engine takes, and {named} was given; multiply the"
+                " loss instead, or leave it out"
             )
         self._there().backward(tensor, bool(retain))
 
-    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(  # type: ignore[override]  # as Lightning's own over Fabric's
+        self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
         """The closure, the hooks before a step, and the update."""
         if kwargs:
             raise TypeError(f"optimizer.step: {', '.join(kwargs)} is nothing that an engine takes; leave it out")
@@ -119,7 +118,9 @@ class FunczeroStrategy(DDPStrategy):
     @property
     def precision_plugin(self) -> Any:
         """Lightning's own, kept inside of one that hands gradients to engines."""
-        return self._precision_plugin if self._precision_plugin is not None else TrainerPrecision(Precision())
+        if self._precision_plugin is None:
+            self._precision_plugin = TrainerPrecision(Precision())
+        return self._precision_plugin
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
@@ -132,8 +133,7 @@ class FunczeroStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         """Joins the world; what a launcher of Lightning's leaves out of the environment is written there."""
         super().setup_environment()
-        os.environ.setdefault("RANK", str(self.global_rank))
-        check_device(self.root_device)
+        join(self.root_device, self.global_rank, self.world_size)
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
@@ -143,12 +143,10 @@ class FunczeroStrategy(DDPStrategy):
 
     def setup(self, trainer: Any) -> None:
         """The module on its device, its optimizers, and their engines."""
-        assert self.accelerator is not None and self.lightning_module is not None
+        assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        module, fits, stage = self.lightning_module, trainer.state.fn == TrainerFn.FITTING, self.settings.stage
+        module, fits, stage = self._there(), trainer.state.fn == TrainerFn.FITTING, self.settings.stage
         check_trainer(trainer, module, self, fits)
-        if self.precision_plugin is not self._precision_plugin:
-            self.precision_plugin = self.precision_plugin
         self.model = module
         if fits or not self._holds(module):
             self.engines = Engines(self.settings)
@@ -156,7 +154,7 @@ class FunczeroStrategy(DDPStrategy):
             if fits:
                 self.setup_optimizers(trainer)
                 check_optimizers(self.optimizers)
-                self.optimizers = self.engines.add(module, self.optimizers)
+                self.optimizers = [*self.engines.add(module, self.optimizers)]
             elif stage == 3:
                 self.engines.add(module, [])
         else:
@@ -164,13 +162,16 @@ class FunczeroStrategy(DDPStrategy):
         self.precision_plugin.engines = self.engines
         self.setup_precision_plugin()
 
+    def _there(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
     def _holds(self, module: nn.Module) -> bool:
         return bool(self.engines.each) and is_held(module)
 
     # --- steps
     def _under(self, context: Any, name: str, *args: Any, inside: bool = True, **kwargs: Any) -> Any:
-        module = self.lightning_module
-        assert module is not None
+        module = self._there()
         if self.buffers_from_first and module.trainer.state.fn == TrainerFn.FITTING:
             broadcast_buffers([module])
         with context:
@@ -179,8 +180,7 @@ class FunczeroStrategy(DDPStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's, in which parameters can be read; with manual optimization in the modules' own forwards alone."""
-        assert self.lightning_module is not None
-        inside = self.lightning_module.automatic_optimization
+        inside = self._there().automatic_optimization
         return self._under(self.precision_plugin.train_step_context(), "training_step", *args, inside=inside, **kwargs)
 
     def _evaluated(self, context: Any, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -204,11 +204,11 @@ class FunczeroStrategy(DDPStrategy):
     # --- where a loop starts
     def on_train_start(self) -> None:
         """Refuse ranks with unlike numbers of batches: every update sends."""
-        self._check_even("train", self.lightning_module.trainer.fit_loop.max_batches)
+        self._check_even("train", self._there().trainer.fit_loop.max_batches)
 
     def on_validation_start(self) -> None:
         """Refuse them where a forward sends."""
-        trainer = self.lightning_module.trainer
+        trainer = self._there().trainer
         fits = trainer.state.fn == TrainerFn.FITTING
         loop = trainer.fit_loop.epoch_loop.val_loop if fits else trainer.validate_loop
         if self.settings.stage == 3 or fits and self.buffers_from_first:
@@ -217,12 +217,12 @@ class FunczeroStrategy(DDPStrategy):
     def on_test_start(self) -> None:
         """Refuse them where a forward sends."""
         if self.settings.stage == 3:
-            self._check_even("test", self.lightning_module.trainer.test_loop.max_batches)
+            self._check_even("test", self._there().trainer.test_loop.max_batches)
 
     def on_predict_start(self) -> None:
         """Refuse them where a forward sends."""
         if self.settings.stage == 3:
-            self._check_even("predict", self.lightning_module.trainer.predict_loop.max_batches)
+            self._check_even("predict", self._there().trainer.predict_loop.max_batches)
 
     def _check_even(self, loop: str, batches: Any) -> None:
         said = ranks.gather_texts(str(batches))
@@ -247,13 +247,11 @@ class FunczeroStrategy(DDPStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole weights on rank 0, shapes elsewhere; all ranks call it."""
-        assert self.lightning_module is not None
-        return module_state(self.lightning_module, self.engines)
+        return module_state(self._there(), self.engines)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Whole weights into what each rank keeps of them."""
-        assert self.lightning_module is not None
-        load_module(self.lightning_module, self.engines, checkpoint["state_dict"], strict)
+        load_module(self._there(), self.engines, checkpoint["state_dict"], strict)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """In torch's form, whole, on rank 0; all ranks call it."""
@@ -272,10 +270,9 @@ class FunczeroStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """The file; one on this host is mapped, so that its ranks do not each read all of it into memory."""
-        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
-            if type(self.checkpoint_io) is TorchCheckpointIO:
-                read = partial(torch.load, checkpoint_path, map_location="cpu", weights_only=weights_only)
-                return read(mmap=True)
+        here = isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file()
+        if here and type(self.checkpoint_io) is TorchCheckpointIO:
+            return torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def teardown(self) -> None:
@@ -288,7 +285,7 @@ class FunczeroStrategy(DDPStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """"funczero", at stage 2, and "funczero_stage_0" to "funczero_stage_3"."""
+        """ "funczero", at stage 2, and "funczero_stage_0" to "funczero_stage_3"."""
         strategy_registry.register(cls.strategy_name, cls, description="ZeRO-2 as a chain of funczero", override=True)
         for stage in range(4):
             name, what = f"{cls.strategy_name}_stage_{stage}", f"ZeRO-{stage} as a chain of funczero"

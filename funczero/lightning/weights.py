@@ -36,7 +36,9 @@ def load_module(root: nn.Module, engines: Engines, state_dict: Mapping[str, Any]
     Raises:
       RuntimeError: names or shapes differ, in torch's words.
     """
-    homes = {id(p): (one.engine, n) for one, part in zip(engines.each, engines.roots, strict=True) for n, p in _named(part)}
+    homes = {
+        id(p): (one.engine, n) for one, part in zip(engines.each, engines.roots, strict=True) for n, p in _named(part)
+    }
     names = {n: homes[id(p)] for n, p in _named(root) if id(p) in homes}
     taken = loaded(root, state_dict, strict, set(names))
     written: dict[int, tuple[Engine, dict[str, Tensor]]] = {}

@@ -1,7 +1,6 @@
 """A Trainer that is killed, or that goes on: `lit.py STAGE FOLDER killed|resumed`."""
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch

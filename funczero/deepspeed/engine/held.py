@@ -27,7 +27,8 @@ READERS = {  # modules that read .grad and take None for no gradient at all
     "lightning.pytorch.utilities.grads": NORM,
     "pytorch_lightning.utilities.grads": NORM,
 }
-_GRAD: Any = Tensor.grad  # torch's own property
+_GRAD: Any = Tensor.grad  # torch's own properties
+_DATA: Any = Tensor.data
 
 
 class Held(nn.Parameter):
@@ -50,6 +51,15 @@ class Held(nn.Parameter):
     @grad.deleter
     def grad(self) -> None:
         _GRAD.__delete__(self)
+
+    @property
+    def data(self) -> Any:
+        """The same memory with the same count of writes, so that the engine hears of `p.data.clamp_(...)`."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        _DATA.__set__(self, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy is an ordinary parameter."""

@@ -205,6 +205,10 @@ class Loop(nn.Module):
         self._micro = self._backwards = 0
         self._again = False
 
+    def keep(self, own: Any) -> None:
+        """Another state of one transform, for the next update; parameters and the open window stand still."""
+        self._state = self._step.with_state(self._state, own)
+
     def inside(self, fn: Callable[..., Found], /, *args: Any, **kwargs: Any) -> Found:
         """fn(*args, **kwargs), which may read the module's parameters; at stage 3 all ranks call it alike."""
         return self._holder.inside(fn, *args, **kwargs)
