@@ -105,9 +105,9 @@ def initialize(
     if evaluates:
         return engine, None, _loader(engine, training_data, collate_fn), None
     shown = {} if client is not None else resolved.block("optimizer.params")
-    fixed = {name: x for name, x in shown.items() if name not in numbers[0]}
+    fixed, state = {name: x for name, x in shown.items() if name not in numbers[0]}, engine.state
     engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), client, fixed)
-    engine.optimizer.pull(engine.state)
+    engine.optimizer.pull(state)
     engine.lr_scheduler, engine.client_lr_scheduler = _scheduler(engine.optimizer, lr_scheduler, resolved, rates)
     return engine, engine.optimizer, _loader(engine, training_data, collate_fn), engine.lr_scheduler
 
@@ -129,8 +129,9 @@ def engine_over(
         groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in optimizer.param_groups]
     engine, numbers, _ = _engine_of(config, model, groups, optimizer, None, between)
     if optimizer is not None:
+        state = engine.state
         engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), optimizer)
-        engine.optimizer.pull(engine.state)
+        engine.optimizer.pull(state)
     return engine
 
 
