@@ -484,7 +484,30 @@ def refused(stage):
         def on_train_batch_start(self, batch, i):
             self.optimizers().add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
+    class Raw(Manual):
+        def training_step(self, batch, i):
+            self.manual_backward(super().training_step(batch, i))
+            self.raw.step()
+
+        def configure_optimizers(self):
+            self.raw = sgd(self.parameters())
+            return self.raw
+
+    class Clipped(Manual):
+        def training_step(self, batch, i):
+            loss = super().training_step(batch, i)
+            self.manual_backward(loss, retain_graph=True)
+            self.clip_gradients(self.optimizers(), 0.1, "norm")
+            self.manual_backward(loss)
+
+    class Written(base):
+        def on_train_batch_start(self, batch, i):
+            self.net.wte.weight.data.clamp_(-0.1, 0.1)
+
     asked = {
+        "raw": (Raw, {}),
+        "clipped": (Clipped, {}),
+        "written": (Written, {}),
         "backward": (Backward, {}),
         "nothing": (Nothing, {}),
         "shared": (Shared, {}),
