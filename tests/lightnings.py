@@ -345,6 +345,11 @@ def beside(stage, kind):
     more, late = {}, False
     if kind in ("bf16-mixed", "bf16-true", "16-mixed"):
         more = {"precision": kind}
+    elif kind == "16-mixed with a scaler":
+        from lightning.pytorch.plugins import MixedPrecision
+
+        more = {"gradient_clip_val": CLIP}
+        scaled = lambda: MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20))
     elif kind == "clip by value":
         more = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}
     elif kind == "a short window":
@@ -354,6 +359,8 @@ def beside(stage, kind):
     out = []
     for strategy in (ours(stage), "ddp"):
         torch.manual_seed(7)
+        if kind == "16-mixed with a scaler":
+            more["plugins"] = scaled()
         module, t = modules()(late), trainer(strategy, **more)
         first = t.validate(module, loader(tokens(8)), verbose=False)[0]["validated"]
         t.fit(module, loader(tokens()), loader(tokens(8)))

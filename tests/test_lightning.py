@@ -139,7 +139,7 @@ def test_what_cannot_be_right_is_refused_by_name(run_world, stage):
                 assert words in said[name], (name, said[name])
 
 
-KINDS = "bf16-mixed", "16-mixed", "clip by value", "a short window", "configure_model"
+KINDS = "bf16-mixed", "16-mixed", "16-mixed with a scaler", "clip by value", "a short window", "configure_model"
 
 
 @pytest.mark.slow

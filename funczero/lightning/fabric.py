@@ -103,7 +103,9 @@ class FabricStrategy(DDPStrategy):
     def precision(self, plugin: Any) -> None:
         self._precision = plugin if plugin is None or isinstance(plugin, FabricPrecision) else FabricPrecision(plugin)
         if self._precision is not None:
-            self.settings = self.settings._replace(precision=str(self._precision.precision)).checked()
+            self.settings = self.settings._replace(
+                precision=str(self._precision.precision), scaler=self._precision.scaler
+            ).checked()
             self.engines.settings = self.settings
 
     def setup_environment(self) -> None:

@@ -23,6 +23,7 @@ class KeptPrecision:
 
     inner: Any
     precision: Any
+    scaler: tuple[float, int] | None
 
     def keep(self, inner: Any) -> None:
         """inner: one of Lightning's.
@@ -36,7 +37,7 @@ class KeptPrecision:
                 f"FunczeroStrategy: the precision plugin {type(inner).__name__} does more than a chain knows of; write"
                 " precision= with one of Lightning's names"
             )
-        self.inner, self.precision = inner, inner.precision
+        self.inner, self.precision, self.scaler = inner, inner.precision, scaler_of(getattr(inner, "scaler", None))
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """As it is: the engine casts, from masters that have lost nothing."""
@@ -65,3 +66,18 @@ class KeptPrecision:
     def convert_output(self, data: Any) -> Any:
         """The inner one's."""
         return self.inner.convert_output(data)
+
+
+def scaler_of(scaler: Any) -> tuple[float, int] | None:
+    """What a chain needs of a torch.amp.GradScaler: its first scale, and the updates until it doubles.
+
+    Raises:
+      ValueError: it grows or falls by another factor than two.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return None
+    factors = scaler.get_growth_factor(), scaler.get_backoff_factor()
+    if factors != (2.0, 0.5):
+        why = f"it grows by {factors[0]} and falls by {factors[1]}, and a chain's scale doubles and halves"
+        raise ValueError(f"FunczeroStrategy: GradScaler: {why}; leave growth_factor and backoff_factor out")
+    return float(scaler.get_scale()), int(scaler.get_growth_interval())

@@ -15,11 +15,10 @@ from funczero.layout.processes import default_device, world_size
 from funczero.lightning.clip import asked_clip
 from funczero.transforms.loss_scale import scale_loss
 
-SCALE = 2.0**16  # torch.amp.GradScaler's, as its growth_interval
-GROWTH = 2000
+FLOOR = 2.0**-24  # of a loss scale; torch.amp.GradScaler has none
 HALF: dict[str, dict[str, Any]] = {
     "bf16-true": {"bf16": {"enabled": True}},
-    "16-true": {"fp16": {"enabled": True, "initial_scale_power": 16, "loss_scale_window": GROWTH, "hysteresis": 1}},
+    "16-true": {"fp16": {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}},
 }
 KNOWN = "32-true", "bf16-mixed", "16-mixed", *HALF
 
@@ -30,6 +29,7 @@ class Settings(NamedTuple):
     stage: int
     zero: Mapping[str, Any]
     precision: str = "32-true"
+    scaler: tuple[float, int] | None = None  # of mixed precision in float16: first scale, updates until it doubles
 
     def checked(self) -> Settings:
         """Refuse what does not exist.
@@ -58,8 +58,9 @@ class Settings(NamedTuple):
 
     def between(self) -> tuple[Transform, ...]:
         """What stands between the mean and the optimizer."""
-        if self.precision == "16-mixed":
-            return scale_loss(SCALE, 1.0, True, GROWTH, 1, 2.0**-24), asked_clip()
+        if self.scaler is not None:
+            first, window = self.scaler
+            return scale_loss(first, 1.0, True, window, 1, FLOOR), asked_clip()
         return (asked_clip(),)
 
 

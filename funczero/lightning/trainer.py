@@ -127,7 +127,7 @@ class FunczeroStrategy(DDPStrategy):
         kept = plugin if plugin is None or isinstance(plugin, TrainerPrecision) else TrainerPrecision(plugin)
         self._precision_plugin = kept
         if kept is not None:
-            self.settings = self.settings._replace(precision=str(kept.precision)).checked()
+            self.settings = self.settings._replace(precision=str(kept.precision), scaler=kept.scaler).checked()
 
     # --- setting up
     def setup_environment(self) -> None:
