@@ -17,6 +17,7 @@ from funczero.deepspeed.engine.initialize import engine_over
 from funczero.lightning.clip import AskedClip, none
 from funczero.lightning.face import LoopOptimizer
 from funczero.lightning.parts import parts_of
+from funczero.lightning.prepare import keep
 from funczero.lightning.settings import Settings
 from funczero.transforms.loss_scale import ScaleLoss
 
@@ -149,14 +150,14 @@ class Engines:
         """
         s, config = self.settings, self.settings.config()
         if not optimizers:
-            self.each.append(One(engine_over(root, config)))
-            self.roots.append(root)
-            return []
-        parts = parts_of(root, optimizers, s.stage)
-        new = [One(engine_over(p, config, o, s.between())) for p, o in zip(parts, optimizers, strict=True)]
+            parts, new = [root], [One(engine_over(root, config))]
+        else:
+            parts = parts_of(root, optimizers, s.stage)
+            new = [One(engine_over(p, config, o, s.between())) for p, o in zip(parts, optimizers, strict=True)]
         self.each += new
         self.roots += parts
-        return [one.engine.optimizer for one in new]
+        keep(root, [one.engine for one in new])
+        return [one.engine.optimizer for one in new if one.engine.optimizer is not None]
 
     def of(self, optimizer: Any) -> One:
         """The one of an optimizer that `add` returned, wrapped or not.
@@ -202,11 +203,10 @@ class Engines:
         one = next((x for x, r in zip(self.each, self.roots, strict=True) if r is root), None)
         return fn(*args, **kwargs) if one is None else one.engine.inside(fn, *args, **kwargs)
 
-    def release(self, cut: bool) -> None:
-        """Every module is its user's again; see Engine.give_back."""
-        for x in self.each:
-            x.engine.give_back(cut)
-        self.each, self.roots = [], []
+    def hold(self, module: nn.Module) -> bool:
+        """Has one of them a parameter of this module?"""
+        own = {id(p) for r in self.roots for p in r.parameters()}
+        return any(id(p) in own for p in module.parameters())
 
 
 def _others(loss: Tensor) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 
 from funczero.comm.launch import broadcast
 from funczero.deepspeed.engine import ranks
-from funczero.deepspeed.engine.held import Closed, Held, named
+from funczero.deepspeed.engine.held import Closed, named
 from funczero.deepspeed.engine.zero_init import close, reopen
+
+KEPT = "funczero_engines"  # in a module's __dict__
 
 
 def prepared(root: nn.Module, device: torch.device, stage: int, dtype: torch.dtype | None = None) -> None:
@@ -56,11 +59,27 @@ def given_back(root: nn.Module, cut: bool) -> None:
             del p.home  # type: ignore[attr-defined]
     for engine in engines.values():
         engine.give_back(cut)
+    root.__dict__.pop(KEPT, None)
 
 
-def is_held(root: nn.Module) -> bool:
-    """Has an engine, or zero.Init, any of the module's parameters?"""
-    return any(isinstance(p, Held) for p in named(root).values())
+class Kept:
+    """Engines that live as long as a module whose values they have; a copy of the module has none."""
+
+    def __init__(self, engines: Sequence[Any] = ()) -> None:
+        """engines: over the module's parts."""
+        self.engines = tuple(engines)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
+
+
+def keep(root: nn.Module, engines: Sequence[Any]) -> None:
+    """The module keeps its engines alive until another loop takes it over."""
+    before = root.__dict__.get(KEPT, Kept()).engines
+    root.__dict__[KEPT] = Kept((*before, *engines))
 
 
 def _materialised(root: nn.Module, device: torch.device, sharded: bool) -> None:

@@ -13,13 +13,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.zero_init import Init
 from funczero.lightning.engines import Engines, broadcast_buffers
 from funczero.lightning.kept import KeptPrecision
-from funczero.lightning.prepare import is_held, prepared
+from funczero.lightning.prepare import prepared
 from funczero.lightning.refusals import check_optimizers, check_trainer, clip_of
 from funczero.lightning.settings import Settings, join
 from funczero.lightning.weights import load_module, module_state
@@ -148,9 +148,9 @@ class FunczeroStrategy(DDPStrategy):
         module, fits, stage = self._there(), trainer.state.fn == TrainerFn.FITTING, self.settings.stage
         check_trainer(trainer, module, self, fits)
         self.model = module
-        if fits or not self._holds(module):
-            self.engines = Engines(self.settings)
+        if fits or not self.engines.hold(module):
             prepared(module, self.root_device, stage, self.precision_plugin.buffers())
+            self.engines = Engines(self.settings)
             if fits:
                 self.setup_optimizers(trainer)
                 check_optimizers(self.optimizers)
@@ -165,9 +165,6 @@ class FunczeroStrategy(DDPStrategy):
     def _there(self) -> Any:
         assert self.lightning_module is not None
         return self.lightning_module
-
-    def _holds(self, module: nn.Module) -> bool:
-        return bool(self.engines.each) and is_held(module)
 
     # --- steps
     def _under(self, context: Any, name: str, *args: Any, inside: bool = True, **kwargs: Any) -> Any:
