@@ -15,14 +15,16 @@ Expect:
     The losses of all contenders agree to float32 rounding. Memory falls with the stage. Steps take as long as DDP's.
 Found:
     --rounds=1 --steps=12 --length=64, 3,307,008 parameters (13 MiB a copy), two processes, one life each on two cores
-    that five people used, so times are noise (the load was nine) and are owed from a quiet machine:
+    that five people used, so times are noise (the load was nine) and are owed from a quiet machine.
+    Stage 3's life was started by itself:
            ms an update     MiB    losses           bits a byte    furthest loss from DDP's
       ddp           1914     125    5.8142 2.9881         4.6734
       stage 0        948     244    5.8142 2.9881         4.6734    1e-07
       stage 1       2290     216    5.8142 2.9881         4.6734    1e-07
       stage 2       1852     242    5.8142 2.9881         4.6734    9e-08
       stage 3        934     144    5.8142 2.9881         4.6734    9e-08
-    Losses agree to 2e-7. Below stage 3 memory is above DDP's, as under Hugging Face's Trainer (hf_finetune.py says why).
+    Losses agree to 2e-7. Memory is above DDP's at every stage, and least at stage 3; hf_finetune.py says what malloc
+    has to do with it.
 """
 
 from __future__ import annotations
