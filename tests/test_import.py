@@ -17,7 +17,7 @@ assert not face(), face()
 assert not hasattr(fz, "nothing_of_that_name")
 assert not face(), face()
 %s
-assert face()
+assert face() and "lightning" not in sys.modules
 """
 
 

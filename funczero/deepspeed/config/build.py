@@ -114,11 +114,13 @@ def chain_of(
     axis: str | tuple[str, ...] | None = None,
     stream: bool = False,
     weight: float | None = None,
+    between: Sequence[Transform] = (),
 ) -> tuple[Any, ...]:
     """A Source and an optimizer with everything between them that the config asks for.
 
     Args:
       axis: as from_deepspeed's.
+      between: what works on the mean right of what the config asks for, and left of the optimizer.
       stream: micro-batches come one a call, and a call with None closes the window.
       weight: as scale_loss's.
     """
@@ -132,7 +134,7 @@ def chain_of(
         else:  # nothing travels, but DeepSpeed rounds all the same
             first, over_time = ((source, alone), over_time) if stage == 2 else (source, (*over_time, alone))
     threshold = config.value("zero_optimization.stage3_param_persistence_threshold") + 1 if stage == 3 else 0
-    parts, how = (first, *on_values(config, weight), optimizer), crossing(config)
+    parts, how = (first, *on_values(config, weight), *between, optimizer), crossing(config)
     axes = how.axes if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
     if not how.nested:
         return zero(

@@ -56,7 +56,7 @@ class Engine(Checkpoints):
         if own is None or self.window_length():
             why = "the scale stands still within a window, and only fp16 has one; call it right after an update"
             raise RuntimeError(f"override_loss_scale: {why}")
-        self._state = self.train_step.with_state(self._state, own._replace(scale=torch.full_like(own.scale, scale)))
+        self.keep(own._replace(scale=torch.full_like(own.scale, scale)))
 
     def __getattr__(self, name: str) -> Any:
         try:

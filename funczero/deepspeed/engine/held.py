@@ -18,7 +18,17 @@ CLIP = (
     "clip_grad_norm_: gradients of an engine's parameters are the chain's, not .grad; "
     "write \"gradient_clipping\" in the config, and read engine.get_global_grad_norm()"
 )
-_GRAD: Any = Tensor.grad  # torch's own property
+NORM = (
+    "grad_norm: gradients of an engine's parameters are the chain's, not .grad, so it would find none; "
+    "read strategy.grad_norm() after the step"
+)
+READERS = {  # modules that read .grad and take None for no gradient at all
+    "torch.nn.utils.clip_grad": CLIP,
+    "lightning.pytorch.utilities.grads": NORM,
+    "pytorch_lightning.utilities.grads": NORM,
+}
+_GRAD: Any = Tensor.grad  # torch's own properties
+_DATA: Any = Tensor.data
 
 
 class Held(nn.Parameter):
@@ -28,9 +38,10 @@ class Held(nn.Parameter):
 
     @property
     def grad(self) -> Any:
-        """None, as far as the engine goes; torch's clip is refused here, because it would clip nothing."""
-        if sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.clip_grad":
-            raise RuntimeError(CLIP)
+        """None, as far as the engine goes; who would take that for an answer, as torch's clip, is refused."""
+        refused = READERS.get(sys._getframe(1).f_globals.get("__name__", ""))
+        if refused is not None:
+            raise RuntimeError(refused)
         return _GRAD.__get__(self)
 
     @grad.setter
@@ -40,6 +51,15 @@ class Held(nn.Parameter):
     @grad.deleter
     def grad(self) -> None:
         _GRAD.__delete__(self)
+
+    @property
+    def data(self) -> Any:
+        """The same memory with the same count of writes, so that the engine hears of `p.data.clamp_(...)`."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        _DATA.__set__(self, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy is an ordinary parameter."""

@@ -50,6 +50,9 @@ class Holder(Protocol):
     def inside(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """fn(*args, **kwargs), which reads the module's parameters; all ranks call it alike."""
 
+    def owns(self, leaf: Tensor) -> bool:
+        """Does this leaf of a loss's graph stand for parameters of the module?"""
+
     def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[..., Any]:
         """The vector-Jacobian product of a loss for the chain; what else learns gets the .grad of loss / over.
 

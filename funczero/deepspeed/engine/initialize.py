@@ -10,6 +10,7 @@ import torch
 from absl import logging
 from torch import Tensor, nn
 
+from funczero.core.types import Transform
 from funczero.deepspeed.config.build import chain_of
 from funczero.deepspeed.config.crossing import crossing
 from funczero.deepspeed.config.key import ConfigError
@@ -100,21 +101,52 @@ def initialize(
     client = optimizer if optimizer is None or isinstance(optimizer, torch.optim.Optimizer) else optimizer(groups)
     if client is not None:
         groups = [dict(g) for g in client.param_groups]
-    made, holder, numbers, rates = _built(resolved, model, groups, client, lr_scheduler)
-    step = made(resolved)
-    threshold = resolved.value("zero_optimization.stage3_param_persistence_threshold") + 1
-    state = step.init(holder.start(threshold, step))
-    engine = Engine(holder, resolved, step, state, rates, made)
-    take(model, engine, holder.kind)
-    holder.attach()
+    engine, numbers, rates = _engine_of(resolved, model, groups, client, lr_scheduler)
     if evaluates:
         return engine, None, _loader(engine, training_data, collate_fn), None
     shown = {} if client is not None else resolved.block("optimizer.params")
-    fixed = {name: x for name, x in shown.items() if name not in numbers[0]}
+    fixed, state = {name: x for name, x in shown.items() if name not in numbers[0]}, engine.state
     engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), client, fixed)
     engine.optimizer.pull(state)
     engine.lr_scheduler, engine.client_lr_scheduler = _scheduler(engine.optimizer, lr_scheduler, resolved, rates)
     return engine, engine.optimizer, _loader(engine, training_data, collate_fn), engine.lr_scheduler
+
+
+def engine_over(
+    model: nn.Module, config: Config, optimizer: torch.optim.Optimizer | None = None, between: Sequence[Transform] = ()
+) -> Engine:
+    """An engine for a loop of another library: over a module, a resolved config and the module's own optimizer.
+
+    Law: as initialize's. What the optimizer has and needs no gradient is not trained.
+
+    Args:
+      model: on this process's device, with rank 0's values on all ranks.
+      optimizer: one of torch.optim over the model's parameters; None: the engine evaluates.
+      between: transforms between the mean and the optimizer, right of those that the config asks for.
+    """
+    groups: Groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    if optimizer is not None:
+        groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in optimizer.param_groups]
+    engine, numbers, _ = _engine_of(config, model, groups, optimizer, None, between)
+    if optimizer is not None:
+        state = engine.state
+        engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), optimizer)
+        engine.optimizer.pull(state)
+    return engine
+
+
+def _engine_of(
+    config: Config, model: nn.Module, groups: Groups, client: Any, scheduler: Any, between: Sequence[Transform] = ()
+) -> tuple[Engine, list[Numbers], list[GroupRates]]:
+    """The engine over a placed module, which it takes over; the groups' numbers and the config's rates."""
+    made, holder, numbers, rates = _built(config, model, groups, client, scheduler, between)
+    step = made(config)
+    threshold = config.value("zero_optimization.stage3_param_persistence_threshold") + 1
+    state = step.init(holder.start(threshold, step))
+    engine = Engine(holder, config, step, state, rates, made)
+    take(model, engine, holder.kind)
+    holder.attach()
+    return engine, numbers, rates
 
 
 def _loader(engine: Engine, data: Any, collate_fn: Any) -> Any:
@@ -206,7 +238,7 @@ def _groups(model: nn.Module, given: Iterable[Any] | None, evaluates: bool) -> G
 
 
 def _built(
-    config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any
+    config: Config, model: nn.Module, groups: Groups, client: Any, lr_scheduler: Any, between: Sequence[Transform]
 ) -> tuple[Callable[[Config], Step], Holder, list[Numbers], list[GroupRates]]:
     """What makes the step of a config over the module's parameters, how forwards read them, the groups' numbers and the
     config's rates.
@@ -223,7 +255,7 @@ def _built(
     optimizer: Any = grouped(name, make, numbers, rates)
 
     def made(config: Config) -> Step:
-        chain = chain_of(config, source, optimizer, stream=True, weight=config.triad.weight)
+        chain = chain_of(config, source, optimizer, stream=True, weight=config.triad.weight, between=between)
         return train_step(*chain, **config.arguments, check=10 if whole else True)
 
     return made, holder, numbers, rates

@@ -14,12 +14,12 @@ from funczero.core.types import Metrics, TrainState
 from funczero.deepspeed.config.optimizers import GroupRates
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
-from funczero.deepspeed.engine.graphs import stamp
+from funczero.deepspeed.engine.graphs import leaves_under, stamp
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.leaf import write_leaf
 from funczero.deepspeed.engine.log import logger
 from funczero.deepspeed.engine.throughput import Throughput
-from funczero.deepspeed.engine.window import amended, filled, multiplied, taken
+from funczero.deepspeed.engine.window import amended, emptied, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
 from funczero.layout.mesh import Mesh
 from funczero.step.calls import recorded
@@ -193,6 +193,25 @@ class Loop(nn.Module):
     def window_is_open(self, writes: bool) -> bool:
         """Do parameters stand still now? From a backward to its step(), and for who writes until the update."""
         return self._backwards > 0 or writes and self.window_length() > 0
+
+    def reached_by(self, loss: Tensor) -> bool:
+        """Does a loss depend on parameters of this engine?"""
+        return any(self._holder.owns(x) for x in leaves_under(loss))
+
+    def forget(self) -> None:
+        """The open window is empty again: its gradients are not used. Nothing is sent, and all ranks call it alike."""
+        if self.window_length():
+            self._state = emptied(self._step, self._state)
+        self._micro = self._backwards = 0
+        self._again = False
+
+    def keep(self, own: Any) -> None:
+        """Another state of one transform, for the next update; parameters and the open window stand still."""
+        self._state = self._step.with_state(self._state, own)
+
+    def inside(self, fn: Callable[..., Found], /, *args: Any, **kwargs: Any) -> Found:
+        """fn(*args, **kwargs), which may read the module's parameters; at stage 3 all ranks call it alike."""
+        return self._holder.inside(fn, *args, **kwargs)
 
     def together(self, call: str, fn: Callable[[], Found]) -> Found:
         """fn(), which sends; where a rank makes this call and another does not, all are told."""

@@ -233,6 +233,10 @@ class ShardedParameters:
         self.sound.add(path)
 
     # --- gradients
+    def owns(self, leaf: Tensor) -> bool:
+        """Opened for a window, of this state or of an older one."""
+        return getattr(leaf, "home", None) is self.owner
+
     def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[[Tensor, bool, Key, Grid | None], Collected]:
         """Gradients as this rank's part: units are scattered as their gradients are born."""
         tape, rest = self.tape, self.rest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,11 @@ from torch import Tensor
 
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.facts import Facts
+from funczero.deepspeed.engine.held import filled_in
+from funczero.deepspeed.engine.leaf import read_leaf
+from funczero.deepspeed.engine.loop import Found
 from funczero.deepspeed.engine.values import module_state
+from funczero.deepspeed.engine.zero_init import close
 
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
@@ -112,3 +118,35 @@ class Weights(Facts):
         self.write_parameters({n: state_dict[n] for n in named.keys() & state_dict.keys()})
         for n in buffers.keys() & state_dict.keys():
             buffers[n].copy_(state_dict[n])
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every master, whole, under its first name, one after another. A collective each."""
+        structure = self._state.params.where.structure
+        for leaf in structure.leaves:
+            read = partial(read_leaf, self._state.params, leaf.path, self.live_mesh)
+            value = self.together(f"engine.masters, {leaf.path!r}", read)
+            assert value is not None
+            yield leaf.path, value
+
+    def names_of(self, values: Mapping[str, Found]) -> dict[str, Found]:
+        """Values of leaves by their first name, under every name that the module has for them."""
+        structure = self._state.params.where.structure
+        numbers: dict[str, int] = structure.unflatten(range(len(structure.leaves)))
+        return {n: values[structure.leaves[i].path] for n, i in numbers.items()}
+
+    def give_back(self, cut: bool) -> None:
+        """The module is its user's again, with the masters as ordinary parameters, and this engine is done with.
+
+        A collective, leaf after leaf.
+
+        Args:
+          cut: parameters hold this rank's rows alone, as after zero.Init, until another engine takes them.
+        """
+        self.destroy()
+        for name, value in self.masters():
+            p: Any = self._holder.named[name]
+            filled_in(p, value)
+            del p.home
+            p.__dict__.pop("part", None)
+            if cut:
+                close(p, name, value)

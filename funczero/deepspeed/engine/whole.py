@@ -66,6 +66,10 @@ class WholeParameters:
         """fn as it is: parameters are always open."""
         return fn(*args, **kwargs)
 
+    def owns(self, leaf: Tensor) -> bool:
+        """A parameter of the module."""
+        return any(leaf is p for p in self.params)
+
     def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[[Tensor], Any]:
         """Gradients of the whole parameters."""
 

@@ -33,8 +33,7 @@ def taken(step: Step, state: TrainState) -> int:
 def amended(step: Step, state: TrainState, micro: Any) -> TrainState:
     """The state with one more (pull, loss, weight) added to the last micro-batch of the window: sums are linear."""
     own = window_of(step, state)
-    empty = Accumulate(torch.zeros_like(own.count), ())
-    new, _ = step(step.with_state(state, empty), micro)
+    new, _ = step(emptied(step, state), micro)
     more, last, wide = window_of(step, new).partial[0], own.partial[-1], step.policy.accumulate
     if last.tops is None:
         both = last._replace(grads=last.grads.map(lambda a, b: a.to(wide) + b.to(wide), more.grads))
@@ -48,6 +47,12 @@ def amended(step: Step, state: TrainState, micro: Any) -> TrainState:
 
 def _added_to_last(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a[:-1], a[-1:] + b])
+
+
+def emptied(step: Step, state: TrainState) -> TrainState:
+    """The state with a window that holds nothing."""
+    own = window_of(step, state)
+    return step.with_state(state, Accumulate(torch.zeros_like(own.count), ()))
 
 
 def filled(step: Step, state: TrainState, k: int) -> TrainState:

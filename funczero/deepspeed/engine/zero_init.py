@@ -93,9 +93,9 @@ class Init:
 
 
 def cut(module: nn.Module, dtype: torch.dtype | None, within: Init | None = None) -> None:
-    """Leaves of every parameter this rank's rows of rank 0's values."""
+    """Leaves of every parameter this rank's rows of rank 0's values; what lies on meta has none, and stays as it is."""
     for name, p in module.named_parameters():
-        if not hasattr(p, "home"):
+        if not hasattr(p, "home") and not p.is_meta:
             whole = p.detach() if dtype is None else p.detach().to(dtype)
             with ranks.called(f"zero.Init, parameter {name!r}") as mesh:
                 close(p, name, broadcast(whole, 0, mesh), within)
