@@ -191,15 +191,20 @@ class Checkpointer:
         refuse_collisions(list(found.parts))
         refuse_taken(self.directory, name, overwrite=False)
         about = {"config": self._config}
-        told = Manifest(
-            name, 0, step, updates, {}, found.ties, {}, encoded, 1, {}, about, manifest.versions()
-        )
+        told = Manifest(name, 0, step, updates, {}, found.ties, {}, encoded, 1, {}, about, manifest.versions())
         share = deal(found.parts, [{}], 0)
         peers = Peers(alone=True)
         self._start(peers.begin(), peers, False, told, found, share, Values(found, share, read))
 
     def _start(
-        self, number: int, peers: Peers, overwrite: bool, told: Manifest, found: Names, share: Deal, values: Iterable[Any]
+        self,
+        number: int,
+        peers: Peers,
+        overwrite: bool,
+        told: Manifest,
+        found: Names,
+        share: Deal,
+        values: Iterable[Any],
     ) -> None:
         arrays = arrays_of(found, share)
         where = self.directory, self.keep, self.max_metadata, overwrite

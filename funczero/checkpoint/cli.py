@@ -42,8 +42,10 @@ def add(commands: Any) -> None:
     p.add_argument(
         "source",
         metavar="SOURCE",
-        help="safetensors (a file, an index, a folder), a file of torch.save, a DCP folder, a folder of DeepSpeed's at"
-        " ZeRO stages 1 to 3, or an orbax tree",
+        help=(
+            "safetensors (a file, an index, a folder), a file of torch.save, a DCP folder, a folder of DeepSpeed's at"
+            " ZeRO stages 1 to 3, or an orbax tree"
+        ),
     )
     p.add_argument("directory", metavar="DIRECTORY", help="the folder of checkpoints")
     p.add_argument("--name", default="0", help="of the new checkpoint")

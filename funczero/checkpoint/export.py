@@ -136,10 +136,14 @@ def _entries(where: Path, found: Manifest, dtype: str | None, exclude: str | Non
         try:
             gone = {e.name for e in out if re.search(exclude, e.key)}
         except re.error as e:
-            raise ValueError(f"export: exclude={exclude!r} is no regex ({e}); write one that is found in keys") from None
+            raise ValueError(
+                f"export: exclude={exclude!r} is no regex ({e}); write one that is found in keys"
+            ) from None
         if not gone or len(gone) == len({e.name for e in out}):
             what = "every key" if gone else "no key"
-            raise ValueError(f"export: exclude={exclude!r} is found in {what}; they begin with {[e.key for e in out][:4]}")
+            raise ValueError(
+                f"export: exclude={exclude!r} is found in {what}; they begin with {[e.key for e in out][:4]}"
+            )
         out = [e for e in out if e.name not in gone]
     if twice := [key for key, n in Counter(e.key for e in out).items() if n > 1]:
         raise CheckpointError(

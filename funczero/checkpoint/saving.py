@@ -58,7 +58,9 @@ class Job(NamedTuple):
     told: Manifest  # without arrays
     arrays: dict[str, Array]
     deal: Deal
-    values: Iterable[tuple[Piece, Tensor]]  # of this rank's pieces, in any order; gone through once where all are its own
+    values: Iterable[
+        tuple[Piece, Tensor]
+    ]  # of this rank's pieces, in any order; gone through once where all are its own
     named: set[str]  # what was found in the folder that is not ours, and said already
     passing: Passing
 

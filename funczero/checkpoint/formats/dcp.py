@@ -16,7 +16,7 @@ from funczero.checkpoint import manifest
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.formats.leaf import Found, Leaf, sizes
 from funczero.checkpoint.formats.naming import Taken, by_path
-from funczero.checkpoint.formats.pickles import DTYPES, Thing, loads, things
+from funczero.checkpoint.formats.pickles import Thing, dtypes, loads, things
 from funczero.checkpoint.formats.torch_file import Part, flat
 from funczero.checkpoint.formats.torch_file import read as read_zip
 
@@ -33,7 +33,7 @@ KNOWN = {
     "collections OrderedDict": lambda: OrderedDict,
     "torch Size": lambda: tuple,
     "torch.serialization _get_layout": lambda: str,
-    **{f"torch {name}": lambda dtype=dtype: dtype for name, dtype in DTYPES.items()},
+    **dtypes(),
 }  # fmt: skip
 CHUNKS = 1 << 22  # of all tensors
 
@@ -136,9 +136,7 @@ def _tensor(folder: Path, key: str, told: dict[str, Any], stored: dict[Any, dict
 def _overlap(boxes: list[Any]) -> bool:
     """Do two chunks share a value? Those that are cut in dim 0 alone are compared in order."""
     boxes = sorted(boxes, key=lambda b: b[0])
-    apart = lambda a, b: any(
-        x + n <= y or y + m <= x for x, n, y, m in zip(a[0], a[1], b[0], b[1], strict=True)
-    )
+    apart = lambda a, b: any(x + n <= y or y + m <= x for x, n, y, m in zip(a[0], a[1], b[0], b[1], strict=True))
     for i, a in enumerate(boxes):
         for b in boxes[i + 1 :]:
             if b[0] and b[0][0] >= a[0][0] + a[1][0]:

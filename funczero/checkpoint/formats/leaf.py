@@ -68,7 +68,7 @@ def bytes_at(path: Path, at: int, dtype: torch.dtype, shape: tuple[int, ...]) ->
     out = torch.empty(prod(shape), dtype=dtype)
     if not out.numel():
         return out.view(shape)
-    raw = memoryview(out.view(torch.uint8).numpy())
+    raw = memoryview(out.view(torch.uint8).numpy().data)
     with path.open("rb", buffering=0) as f:
         f.seek(at)
         done = 0
@@ -121,7 +121,9 @@ def chosen(found: Found, exclude: str | None, dtype: torch.dtype | None) -> Foun
         try:
             pattern = re.compile(exclude)
         except re.error as e:
-            raise ValueError(f"import: exclude={exclude!r} is no regex ({e}); write one that is found in names") from None
+            raise ValueError(
+                f"import: exclude={exclude!r} is no regex ({e}); write one that is found in names"
+            ) from None
         gone = {n for n in (*leaves, *ties) if pattern.search(n)}
         if not gone:
             raise ValueError(f"import: exclude={exclude!r} is found in no name; they begin with {list(leaves)[:4]}")
@@ -129,7 +131,9 @@ def chosen(found: Found, exclude: str | None, dtype: torch.dtype | None) -> Foun
         for second, first in ties.items():  # a value whose first name goes is stored under a name that stays
             if first in gone and second not in gone and not any(kept.get(n) is leaves[first] for n in kept):
                 kept[second] = leaves[first]
-        ties = {a: next(n for n in kept if kept[n] is leaves[b]) for a, b in ties.items() if a not in gone and a not in kept}
+        ties = {
+            a: next(n for n in kept if kept[n] is leaves[b]) for a, b in ties.items() if a not in gone and a not in kept
+        }
         leaves = kept
     if dtype is not None:
         leaves = {n: cast(x, dtype) if n.startswith("params/") else x for n, x in leaves.items()}

@@ -9,6 +9,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +45,9 @@ class _Pickler(pickle._Pickler):  # the one in python: its persistent_id is aske
     def reducer_override(self, x: Any) -> Any:
         if not isinstance(x, _Tensor):
             return NotImplemented
-        e, stride = x.storage.entry, [1]
-        for n in reversed(e.shape):
-            stride.insert(0, stride[0] * max(1, n))
-        args = (x.storage, 0, e.shape, tuple(stride[1:]), False, OrderedDict())
+        e = x.storage.entry
+        stride = tuple(prod(max(1, n) for n in e.shape[i + 1 :]) for i in range(len(e.shape)))
+        args: Any = (x.storage, 0, e.shape, stride, False, OrderedDict())
         if e.dtype in TYPES:
             return torch._utils._rebuild_tensor_v2, args
         return torch._utils._rebuild_tensor_v3, (*args, e.dtype)
@@ -77,7 +77,12 @@ def write(tree: Any, file: Path, read: Callable[[Entry], Tensor]) -> None:
             _member(z, f"archive/{name}", [what], len(what))
         for x in stored.values():
             name = f"archive/data/{x.storage.key}"
-            _member(z, name, (numpy_view(read(e).view(-1)).view("uint8").data for e in (x.storage.entry,)), x.storage.entry.nbytes)
+            _member(
+                z,
+                name,
+                (numpy_view(read(e).view(-1)).view("uint8").data for e in (x.storage.entry,)),
+                x.storage.entry.nbytes,
+            )
         _member(z, "archive/version", [b"3\n"], 2)
 
 

@@ -12,6 +12,7 @@ import pickle
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ import torch
 from funczero.checkpoint.error import CheckpointError
 
 LIMIT = 64 << 20  # bytes of a pickle
-COUNTED = ("BINBYTES", "BINBYTES8", "BINUNICODE", "BINUNICODE8", "BYTEARRAY8", "LONG4", "BINSTRING")
 CODE = ("EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEXT_BUFFER", "READONLY_BUFFER", "BYTEARRAY8", "PERSID")
 
 STORAGES: dict[str, torch.dtype | None] = {
@@ -98,6 +98,11 @@ def _size(values: Any) -> tuple[Any, ...]:
     return tuple(values)
 
 
+def dtypes() -> dict[str, Callable[[], Any]]:
+    """torch's dtypes, as themselves."""
+    return {f"torch {name}": partial(getattr, torch, name) for name in DTYPES}
+
+
 TORCH: dict[str, Callable[[], Any]] = {
     "collections OrderedDict": lambda: OrderedDict,
     "torch Size": lambda: _size,
@@ -106,9 +111,9 @@ TORCH: dict[str, Callable[[], Any]] = {
     "torch._utils _rebuild_tensor_v3": lambda: _tensor,
     "torch._utils _rebuild_parameter": lambda: _parameter,
     "torch._tensor _rebuild_from_type_v2": lambda: _of_type,
-    **{f"torch {name}": lambda dtype=dtype: Kind(dtype) for name, dtype in STORAGES.items()},
+    **{f"torch {name}": partial(Kind, dtype) for name, dtype in STORAGES.items()},
     "torch.storage UntypedStorage": lambda: Kind(None),
-    **{f"torch {name}": lambda dtype=dtype: dtype for name, dtype in DTYPES.items()},
+    **dtypes(),
 }
 
 
@@ -143,8 +148,8 @@ def loads(text: bytes, file: str, known: Mapping[str, Callable[[], Any]] = TORCH
         return _Closed(text, known).load()
     except Unknown as e:
         raise CheckpointError(
-            f"import: {file!r} names {str(e)[:200]!r}, which is not among what is read; nothing of it was run. Write the"
-            " weights alone, as torch.save(model.state_dict()), or safetensors"
+            f"import: {file!r} names {str(e)[:200]!r}, which is not among what is read; nothing of it was run. Write"
+            " the weights alone, as torch.save(model.state_dict()), or safetensors"
         ) from None
     except Exception as e:  # whatever an unpickler makes of a malformed text
         raise CheckpointError(
@@ -159,7 +164,7 @@ def _scan(text: bytes) -> None:
     for code, value, at in pickletools.genops(text):
         if code.name in CODE:
             raise ValueError(f"it holds the code {code.name}")
-        if code.name in ("LONG_BINPUT", "PUT") and not 0 <= int(value) <= len(text):
+        if code.name in ("LONG_BINPUT", "PUT") and not 0 <= int(value or 0) <= len(text):
             raise ValueError("it numbers more values than it can hold")
-        if code.name == "FRAME" and value > len(text) - (at or 0):
+        if code.name == "FRAME" and int(value or 0) > len(text) - (at or 0):
             raise ValueError("it names a frame that is longer than itself")

@@ -122,9 +122,14 @@ def header(file: Path) -> dict[str, Leaf]:
             " was cut"
         ) from None
     ends = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
-    if any(a[1] != b[0] for a, b in zip(ends, ends[1:], strict=False)) or ends and (ends[0][0], ends[-1][1]) != (
-        0,
-        size - 8 - n,
+    if (
+        any(a[1] != b[0] for a, b in zip(ends, ends[1:], strict=False))
+        or ends
+        and (ends[0][0], ends[-1][1])
+        != (
+            0,
+            size - 8 - n,
+        )
     ):
         raise CheckpointError(f"import: {str(file)!r} has leaves that overlap, or bytes that belong to none")
     return leaves

@@ -79,7 +79,8 @@ def read(part: Path | Part, known: Mapping[str, Callable[[], Any]] = TORCH) -> A
 
 
 def _read(f: BinaryIO, part: Part, known: Mapping[str, Callable[[], Any]]) -> Any:
-    z = zipfile.ZipFile(_Window(f, part))  # type: ignore[arg-type,call-overload]
+    window: Any = _Window(f, part)
+    z = zipfile.ZipFile(window)
     infos = z.infolist()
     if len(infos) > MEMBERS or any(i.compress_type or i.flag_bits & 1 or i.file_size != i.compress_size for i in infos):
         raise ValueError("it is compressed or encrypted, which torch.save never does")
@@ -128,11 +129,7 @@ def _leaf(f: BinaryIO, part: Part, members: dict[str, zipfile.ZipInfo], top: str
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    out: list[int] = []
-    for n in reversed(shape):
-        out.insert(0, out[0] * size if out else 1)
-        size = max(1, n)
-    return tuple(out)
+    return tuple(prod(max(1, n) for n in shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _filled(x: Any, leaf: Callable[[Pickled], Leaf], left: list[int], depth: int) -> Any:

@@ -92,7 +92,8 @@ def read(folder: Path, want: Taken) -> Found:
         plain = want._replace(buffers=None)
         masters = dict(_flat(files, None))
         leaves |= {named(key, x, plain): x for key, x in masters.items()}
-        notes, kept = [], {}
+        notes: list[str] = []
+        kept: dict[tuple[str, str], Any] = {}
         if want.moments:
             fields = sorted({f for optim in files.optims for state in _states(optim, files.stage) for f in state})
             for field in fields:
@@ -105,9 +106,9 @@ def read(folder: Path, want: Taken) -> Found:
         if files.stage < 3:  # frozen ones, of which stage 1 has no list
             leaves |= {named(k, first["module"][k], plain): first["module"][k] for k in lost}
             lost = []
-        notes += [
-            f"{', '.join(lost[:5])}: other names of parameters, of which the files do not say of which"
-        ] * bool(lost)
+        notes += [f"{', '.join(lost[:5])}: other names of parameters, of which the files do not say of which"] * bool(
+            lost
+        )
         scale = getattr(files.optims[0].get("loss_scaler"), "fields", {}).get("cur_scale", 1)
         notes += [f"its loss scale, {scale}, is not taken; begin with scale_loss(init={scale})"] * (scale != 1)
         steps, skipped = int(first["global_steps"]), int(first["skipped_steps"])
@@ -159,8 +160,12 @@ def _files(folder: Path) -> Files:
             f" {str(stage)[:20]} by {str(count)[:40]}; every rank's file is needed"
         )
     if [r for r, _ in sorted(optims)] != list(range(len(states))):
-        raise CheckpointError(f"import: {str(folder)!r} lacks the optimizer states of a rank; it holds {sorted(optims)}")
-    models = {int(m[1]): n for n in names if (m := MODEL.search(n))} if stage == 3 else {0: "mp_rank_00_model_states.pt"}
+        raise CheckpointError(
+            f"import: {str(folder)!r} lacks the optimizer states of a rank; it holds {sorted(optims)}"
+        )
+    models = (
+        {int(m[1]): n for n in names if (m := MODEL.search(n))} if stage == 3 else {0: "mp_rank_00_model_states.pt"}
+    )
     lost = next((r for r in range(len(states) if stage == 3 else 1) if r not in models), None)
     if lost is not None:
         raise CheckpointError(f"import: {str(folder)!r} lacks the model states of rank {lost}")
@@ -201,7 +206,9 @@ def _flats(files: Files, rank: int, field: str | None) -> list[Any]:
 
 def _flat(files: Files, field: str | None) -> Iterator[tuple[str, Any]]:
     """(key, leaf) of every trainable parameter; a field that is one number for a flat tensor is that number."""
-    groups = [{str(k): sizes(v, str(k), str(files.folder)) for k, v in g.items()} for g in files.models[0]["param_shapes"]]
+    groups = [
+        {str(k): sizes(v, str(k), str(files.folder)) for k, v in g.items()} for g in files.models[0]["param_shapes"]
+    ]
     ranks = [_flats(files, r, field) for r in range(len(files.optims))]
     if all(not isinstance(x, Leaf) or x.shape == () for flats in ranks for x in flats):
         values = {int(x.read().item()) if isinstance(x, Leaf) else int(x) for flats in ranks for x in flats}
