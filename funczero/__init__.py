@@ -33,6 +33,7 @@ from funczero.checkpoint import CheckpointError as CheckpointError
 from funczero.checkpoint import Notice as Notice
 from funczero.checkpoint.adapters import load_adapters as load_adapters
 from funczero.checkpoint.adapters import save_adapters as save_adapters
+from funczero.checkpoint.pretrained import from_pretrained as from_pretrained
 from funczero.checkpoint.reshard import reshard as reshard
 from funczero.comm.launch import count_bytes as count_bytes
 from funczero.comm.memory import difference as difference

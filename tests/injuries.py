@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import funczero as fz
-from funczero.checkpoint import Checkpointer, CheckpointError, arrays, export, manifest, tools
+from funczero.checkpoint import Checkpointer, CheckpointError, arrays, export, importing, manifest, tools
 
 BIG = 1 << 15  # squared, in float32: 4 GiB
 
@@ -372,7 +372,7 @@ def tried(name, path, place):
             "export": lambda: export.export(path, out / "x.safetensors", overwrite=True),
         }
     else:
-        uses = {"import": lambda: export.import_weights(path, out / "run", name.replace("/", "-"))}
+        uses = {"import": lambda: importing.import_weights(path, out / "run", name.replace("/", "-"))}
     said = {}
     for use, call in uses.items():
         before, start = memory(), time.perf_counter()

@@ -258,7 +258,7 @@ assert not {{"torch", "funczero"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    from funczero.checkpoint.export import import_weights
+    from funczero.checkpoint.importing import import_weights
 
     import_weights(tmp_path / "stock", tmp_path / "imported")
     got = Checkpointer(tmp_path / "imported").restore(like=state)

@@ -19,7 +19,8 @@ from torch import nn
 
 import funczero as fz
 from funczero.checkpoint import Checkpointer, CheckpointError
-from funczero.checkpoint.export import export, import_weights
+from funczero.checkpoint.export import export
+from funczero.checkpoint.importing import import_weights
 from funczero.checkpoint.tools import verify
 from funczero.cli import main
 from funczero.testing import tree_hash
@@ -118,7 +119,7 @@ def test_export_loads_strictly_with_tied_names(saved, capsys, tmp_path):
     )
     assert all(tree_hash(x) == tree_hash(whole[k].bfloat16()) for part in parts for k, x in part.items())
     for bad, why in (
-        (("x.bin",), "does not end in .safetensors"),
+        (("x.onnx",), "does not end in .safetensors"),
         (("x.safetensors", "complex"), "no dtype"),
         (("x.safetensors", "complex64"), "no name for"),
     ):

@@ -82,7 +82,7 @@ class Strange(nn.Module):
     [
         (lambda: Norm(), {}, TypeError, "the forward changes buffers .*call loss_fn\\(params, model_state, batch"),
         (lambda: Cached(True), {}, RuntimeError, "changes buffer 'table'"),
-        (lambda: nn.Linear(2, 2, device="meta"), {}, ValueError, "'weight' is on the meta device and has no values"),
+        (lambda: nn.BatchNorm1d(2, device="meta"), {}, ValueError, "buffer 'running_mean' is on the meta device"),
         (
             lambda: Net(),
             {"units": "layers"},

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
+
+from torch import Tensor
 
 from funczero.checkpoint import client, folder, lines, manifest
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Deal, deal
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.names import Names, refuse_collisions
+from funczero.checkpoint.names import Names, refuse_collisions, whole
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.preparing import Asked, agreed
 from funczero.checkpoint.reading import Reading, Restored, restored
-from funczero.checkpoint.saving import Job, Passing, Save, Staging, arrays_of, refuse_taken, sentence, spoken
+from funczero.checkpoint.saving import Job, Passing, Save, Staging, Values, arrays_of, refuse_taken, sentence, spoken
 from funczero.checkpoint.target import Want
 from funczero.core.types import TrainState
 from funczero.world import ending, presence
@@ -166,21 +168,43 @@ class Checkpointer:
             if not begun:
                 peers.over(number)
 
-    def save_named(self, found: Names, name: str) -> None:
+    def save_named(
+        self,
+        found: Names,
+        name: str,
+        read: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
+        *,
+        step: int = 0,
+        updates: int = 0,
+        client_state: Any = None,
+    ) -> None:
         """Save leaves by their names as one process, without a state and without a copy: the tensors stay untouched
         until `wait`.
+
+        Args:
+          read: leaves that are made when they are written, one after the other, of which `found` has shapes on the
+            meta device.
         """
         self.wait()
+        encoded, arrays = client.encode(client_state)
+        found = found._replace(parts=found.parts | {key: whole(x)._replace(first=True) for key, x in arrays.items()})
         refuse_collisions(list(found.parts))
         refuse_taken(self.directory, name, overwrite=False)
-        told = Manifest(name, 0, 0, 0, {}, found.ties, {}, None, 1, {}, {"config": self._config}, manifest.versions())
+        about = {"config": self._config}
+        told = Manifest(name, 0, step, updates, {}, found.ties, {}, encoded, 1, {}, about, manifest.versions())
         share = deal(found.parts, [{}], 0)
-        values = [(p, found.parts[p.name].value.detach().contiguous()[p.box.slices()]) for p in share.pieces]
         peers = Peers(alone=True)
-        self._start(peers.begin(), peers, False, told, found, share, values)
+        self._start(peers.begin(), peers, False, told, found, share, Values(found, share, read))
 
     def _start(
-        self, number: int, peers: Peers, overwrite: bool, told: Manifest, found: Names, share: Deal, values: list[Any]
+        self,
+        number: int,
+        peers: Peers,
+        overwrite: bool,
+        told: Manifest,
+        found: Names,
+        share: Deal,
+        values: Iterable[Any],
     ) -> None:
         arrays = arrays_of(found, share)
         where = self.directory, self.keep, self.max_metadata, overwrite

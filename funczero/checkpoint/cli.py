@@ -26,18 +26,34 @@ def add(commands: Any) -> None:
     p = command("diff", _diff, "how two checkpoints differ, leaf by leaf")
     p.add_argument("a", **one)
     p.add_argument("b", **one)
-    p = command("export", _export, "the parameters as safetensors")
+    p = command("export", _export, "the parameters as safetensors, for Hugging Face, for torch, as a DCP folder")
     p.add_argument("path", **one)
-    p.add_argument("out", metavar="OUT.safetensors")
-    p.add_argument("--dtype", help="of floating values, as bfloat16; default: as they are")
+    p.add_argument("out", metavar="OUT", help="a file that ends in .safetensors, .pt, .pth or .bin; or a folder")
+    p.add_argument("--format", choices=("safetensors", "huggingface", "dcp", "torch"), help="default: by OUT's end")
+    p.add_argument("--config", metavar="FOLDER", help="of --format=huggingface: the model it began as, or config.json")
+    p.add_argument("--dtype", help="of floating parameters, as bfloat16; default: as they are")
+    p.add_argument("--exclude", metavar="REGEX", help="parameters that are left out, by key")
+    p.add_argument("--tied", choices=("all", "first"), help="which names of a tied parameter have its values")
+    p.add_argument("--moments", action="store_true", help="of dcp and torch: the optimizer's state by leaf, too")
+    p.add_argument("--prefix", metavar="KEY", help="of dcp and torch: the key that the parameters lie under")
     p.add_argument("--shard-size", "--shard_size", type=size, help="largest file, as 5GB; default: one file")
     p.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    p = command("import", _import, "a checkpoint of parameters from safetensors or a tree of stock orbax")
+    p = command("import", _import, "a checkpoint of what somebody else saved; nothing that is read is run")
     p.add_argument(
-        "source", metavar="SOURCE", help="a .safetensors file, its index, a folder of them, or an orbax tree"
+        "source",
+        metavar="SOURCE",
+        help=(
+            "safetensors (a file, an index, a folder), a file of torch.save, a DCP folder, a folder of DeepSpeed's at"
+            " ZeRO stages 1 to 3, or an orbax tree"
+        ),
     )
     p.add_argument("directory", metavar="DIRECTORY", help="the folder of checkpoints")
     p.add_argument("--name", default="0", help="of the new checkpoint")
+    p.add_argument("--dtype", help="of floating parameters, as float32; default: as they are")
+    p.add_argument("--exclude", metavar="REGEX", help="leaves that are left out, by name")
+    p.add_argument("--buffers", metavar="REGEX", help="leaves that are the model's own state, and no parameters")
+    p.add_argument("--without-moments", "--without_moments", action="store_true", help="the parameters alone")
+    p.add_argument("--optimizer", metavar="NAME", help="the transform that moments are for; default: by what there is")
     p.add_argument(
         "--zeros",
         action="store_true",
@@ -99,13 +115,17 @@ def _diff(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from funczero.checkpoint.export import export
 
-    for file in export(args.path, args.out, args.dtype, args.shard_size, args.overwrite):
-        print(f"{file}: {file.stat().st_size:,} bytes")
+    plain = args.path, args.out, args.dtype, args.shard_size, args.overwrite
+    more = {k: getattr(args, k) for k in ("format", "config", "exclude", "tied", "moments", "prefix")}
+    for file in export(*plain, **more):
+        print(f"{file}: {file.stat().st_size:,} bytes" if file.is_file() else str(file))
     return 0
 
 
 def _import(args: argparse.Namespace) -> int:
-    from funczero.checkpoint.export import import_weights
+    from funczero.checkpoint.importing import import_weights
 
-    print(f"{args.directory}/{import_weights(args.source, args.directory, args.name, args.zeros)}")
+    more = {k: getattr(args, k) for k in ("dtype", "exclude", "buffers", "optimizer")}
+    more["moments"] = not args.without_moments
+    print(f"{args.directory}/{import_weights(args.source, args.directory, args.name, args.zeros, **more)}")
     return 0

@@ -37,6 +37,14 @@ def _source(name: str, manifest: Manifest, known: dict[str, str], rename: Sequen
     return name
 
 
+def twins(
+    ties: dict[str, str], source: dict[str, str], manifest: Manifest, rename: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    """Second names of the state's tied leaves -> what the checkpoint holds under them beside the first one."""
+    mine = sources([n for n, first in ties.items() if first in source], manifest, rename)
+    return {n: stored for n, stored in mine.items() if stored in manifest.arrays and stored != source[ties[n]]}
+
+
 def present(
     parts: dict[str, Part], source: dict[str, str], manifest: Manifest, strict: bool, notes: list[str]
 ) -> dict[str, Part]:

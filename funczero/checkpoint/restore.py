@@ -40,7 +40,7 @@ def fill(
     state, dropped = window.reopened(
         like if restorer.donated else roomy(like, restorer.device), manifest, restorer, notes
     )
-    everything = named(state, restorer.rank, restorer.size).parts
+    everything, ties = named(state, restorer.rank, restorer.size)
     kept = {n for n in everything if _are_views(n, state)}
     if kept and not any(_are_views(n, state) for n in manifest.arrays):
         everything, kept = {n: p for n, p in everything.items() if n not in kept}, set()
@@ -52,8 +52,9 @@ def fill(
     )
     sought = {n: p for n, p in asked.items() if n not in rates.parts or source[n] in manifest.arrays}
     parts = matching.present(sought, source, manifest, want.strict, notes)
+    twins = matching.twins(ties, source, manifest, want.rename)
     if want.strict and not want.only:
-        matching.refuse_strangers(source, manifest, notes)
+        matching.refuse_strangers(source | twins, manifest, notes)
     casts = Counter(c for n, p in parts.items() if (c := matching.cast_of(n, p, manifest.arrays[source[n]])))
     notes += _folded(parts, source, manifest)
     views = {} if state.views is None else views_of(state.views, everything)
@@ -64,6 +65,9 @@ def fill(
     for name, part in [*parts.items(), *((n, v) for n, v in views.items() if n in parts)]:
         _read(reader, source[name], manifest.arrays[source[name]], part)
     reader.finish()
+    for second in twins:
+        if ties[second] in parts:
+            _compare(reader, twins[second], source[ties[second]], manifest, parts[ties[second]])
     notes += rates.settled(set(parts))
     notes += [f"{n} leaves were cast from {a} to {b}, as the policy says" for (a, b), n in casts.items()]
     return state, notes
@@ -129,6 +133,24 @@ def _read(reader: Reader, name: str, array: Array, part: Part) -> None:
         (lambda: x) if direct else (lambda: torch.empty(box.shape, dtype=torch_dtype(array.dtype))),
         lambda read: [c.copy_(read) for c in copies],
     )
+
+
+def _compare(reader: Reader, twin: str, name: str, manifest: Manifest, part: Part) -> None:
+    """Refuse a leaf that is one in the state and two in the checkpoint, where this rank's parts of them differ.
+
+    Raises:
+      CheckpointError: they do, so that one of the values would be lost.
+    """
+    array, box = manifest.arrays[twin], Box(part.start, tuple(part.value.shape))
+    made: list[Tensor] = []
+    if array.shape == part.shape:
+        reader.ask(twin, box, lambda: torch.empty(box.shape, dtype=torch_dtype(array.dtype)), made.append)
+        reader.finish()
+    if not made or not torch.equal(made[0].to(part.value), part.value):
+        raise CheckpointError(
+            f"restore: {name!r} and {twin!r} are one parameter of the state, but in the checkpoint they differ; leave"
+            " one of them out when it is imported (--exclude)"
+        )
 
 
 def load_client(path: Path, manifest: Manifest) -> Any:

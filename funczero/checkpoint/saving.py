@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +58,9 @@ class Job(NamedTuple):
     told: Manifest  # without arrays
     arrays: dict[str, Array]
     deal: Deal
-    values: list[tuple[Piece, Tensor]]
+    values: Iterable[
+        tuple[Piece, Tensor]
+    ]  # of this rank's pieces, in any order; gone through once where all are its own
     named: set[str]  # what was found in the folder that is not ours, and said already
     passing: Passing
 
@@ -93,6 +97,20 @@ class Staging:
         if out:
             torch._foreach_copy_([x for _, x in out], sources)
         return out
+
+
+@dataclass(frozen=True)
+class Values:
+    """Pieces of leaves of one process, where they lie, or made leaf by leaf as they are gone through."""
+
+    found: Names
+    own: Deal
+    read: Mapping[str, Callable[[], Tensor]]
+
+    def __iter__(self) -> Iterator[Any]:
+        for name, pieces in groupby(self.own.pieces, key=lambda p: p.name):
+            x = (self.read[name]() if name in self.read else self.found.parts[name].value).detach().contiguous()
+            yield from ((p, x[p.box.slices()]) for p in pieces)
 
 
 def refuse_taken(directory: Path, name: str, overwrite: bool) -> None:
@@ -144,7 +162,7 @@ def _follow(job: Job, peers: Peers) -> None:
     (where,) = peers.wait([(0, f"{job.number}/dir")], what)
     if where is not None:
         try:
-            said: Any = {"tails": _pieces(Path(where), job, peers), "odd": _odd(job)}
+            said: Any = _pieces(Path(where), job, peers)
         except BaseException as e:
             said = {"error": f"rank {peers.rank}: {sentence(e)}"}
         peers.put(f"{job.number}/done/{peers.rank}", said)
@@ -164,7 +182,7 @@ def _commit(job: Job, peers: Peers) -> list[str]:
 
     def everybody(path: Path) -> None:
         peers.put(f"{job.number}/dir", str(path))
-        mine = {"tails": _pieces(path, job, peers), "odd": _odd(job)}
+        mine = _pieces(path, job, peers)
         for theirs in (
             mine,
             *peers.wait([(r, f"{job.number}/done/{r}") for r in range(1, peers.size)], f"save {name!r}"),
@@ -205,15 +223,9 @@ def _commit(job: Job, peers: Peers) -> list[str]:
     return list(odd)
 
 
-def _odd(job: Job) -> list[str]:
-    """The leaves of this rank's pieces that hold NaN, or, of parameters, infinity; not the client's."""
-    return list(
-        dict.fromkeys(
-            p.name
-            for p, x in job.values
-            if not p.name.startswith("client/") and not sound(x, p.name.split("/")[0] == "params")
-        )
-    )
+def _is_odd(name: str, x: Tensor) -> bool:
+    """Does a leaf, not the client's, hold NaN, or, of parameters, infinity?"""
+    return not name.startswith("client/") and not sound(x, name.split("/")[0] == "params")
 
 
 def sound(x: Tensor, finite: bool) -> bool:
@@ -239,35 +251,43 @@ def _warn(job: Job, odd: list[str]) -> None:
         )
 
 
-def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, dict[str, str]]:
-    """Send what others write, write what is this rank's; checksums by leaf and chunk."""
-    rank = peers.rank
+def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, Any]:
+    """Send what others write, write what is this rank's: "tails", checksums by leaf and chunk, and "odd", the leaves of
+    this rank's pieces that hold what no training should.
+    """
+    rank, odd = peers.rank, dict[str, None]()
     job.passing("made")
     key_of = lambda p: f"{job.number}/rows/{p.name}/{p.key}/{p.box.start}"
-    for piece, x in job.values:
-        if piece.writer != rank:
-            peers.put_bytes(key_of(piece), x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    chunks: list[tuple[str, tuple[int, ...], Box, np.ndarray]] = [
-        (p.name, p.key, p.box, numpy_view(x)) for p, x in job.values if p.writer == rank
-    ]
+    if any(p.writer != rank for p in job.deal.pieces):
+        for piece, x in job.values:
+            if piece.writer != rank:
+                odd |= {piece.name: None} if _is_odd(piece.name, x) else {}
+                peers.put_bytes(key_of(piece), x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    received: list[tuple[str, tuple[int, ...], Box, np.ndarray]] = []
     for piece in job.deal.pieces:
         if piece.writer == rank != piece.holder:
             (rows,) = peers.wait([(piece.holder, key_of(piece))], f"save {job.told.name!r}", raw=True)
             x = torch.frombuffer(bytearray(rows), dtype=torch_dtype(job.arrays[piece.name].dtype)).view(piece.box.shape)
-            chunks.append((piece.name, piece.key, piece.box, numpy_view(x)))
+            received.append((piece.name, piece.key, piece.box, numpy_view(x)))
     # without values: rank 0 says that they are there
-    mine = {name for name, *_ in chunks} | {n for n, a in job.arrays.items() if rank == 0 and not prod(a.shape)}
-    if not mine:
-        return {}
+    mine = {p.name for p in job.deal.pieces if p.writer == rank}
+    mine |= {n for n, a in job.arrays.items() if rank == 0 and not prod(a.shape)}
 
-    def passed() -> Iterator[Any]:
-        for chunk in chunks:
+    def chunks() -> Iterator[tuple[str, tuple[int, ...], Box, np.ndarray]]:
+        for p, x in job.values:
+            if p.writer == rank:
+                odd.update({p.name: None} if _is_odd(p.name, x) else {})
+                job.passing("chunk")
+                yield p.name, p.key, p.box, numpy_view(x)
+        for chunk in received:
             job.passing("chunk")
             yield chunk
 
-    tails = write(path / f"ocdbt.process_{rank}", {n: a for n, a in job.arrays.items() if n in mine}, passed())
-    job.passing("written")
-    return tails
+    tails: dict[str, dict[str, str]] = {}
+    if mine:
+        tails = write(path / f"ocdbt.process_{rank}", {n: a for n, a in job.arrays.items() if n in mine}, chunks())
+        job.passing("written")
+    return {"tails": tails, "odd": list(odd)}
 
 
 def sentence(e: BaseException) -> str:

@@ -5,6 +5,7 @@ chunk that is missing is no zero.
 from __future__ import annotations
 
 import json
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from funczero.checkpoint import manifest
 from funczero.checkpoint.error import CheckpointError
+from funczero.checkpoint.formats.leaf import Leaf
 from funczero.checkpoint.memory import numpy_view, torch_dtype
 from funczero.checkpoint.names import escape
 from funczero.checkpoint.tools import progress
@@ -22,8 +24,8 @@ from funczero.checkpoint.tools import progress
 FREE, RATIO = 64 << 20, 1000
 
 
-def read(source: Path, zeros: bool) -> dict[str, Tensor]:
-    """Arrays by their names here: of an orbax tree, and of its "params" alone where it has them.
+def read(source: Path, zeros: bool) -> dict[str, Leaf]:
+    """Leaves by their names here: of an orbax tree, and of its "params" alone where it has them.
 
     Args:
       zeros: chunks that are not there are zeros.
@@ -59,20 +61,34 @@ def read(source: Path, zeros: bool) -> dict[str, Tensor]:
             chunk = values.chunk_layout.read_chunk.shape or values.shape
             if any(c > max(1, n) for c, n in zip(chunk, values.shape, strict=True)):
                 raise ValueError(f"its chunks of {list(chunk)} are larger than its shape {list(values.shape)}")
-            x = torch.empty(tuple(values.shape), dtype=torch_dtype(values.dtype.name))
-            numpy_view(x)[...] = values.read().result()
         except Exception as e:
-            hint = (
-                ""
-                if tree.get("store_array_data_equal_to_fill_value") or "missing" not in str(e)
-                else "; its writer may have left out chunks of zeros: if so, write --zeros"
-            )
-            raise CheckpointError(
-                f"import: {key!r} of {str(root)!r} cannot be read"
-                f" ({str(e).split(' [tensorstore')[0].split(' [source')[0][:400]}{hint})"
-            ) from None
+            raise _unread(key, root, tree, e) from None
+        rows = partial(_rows, values, partial(_unread, key, root, tree))
+        x = Leaf(torch_dtype(values.dtype.name), tuple(values.shape), rows, str(root))
         out["/".join(("params", *(escape(p) for p in (path[1:] if mine else path))))] = x
     return out
+
+
+def _rows(values: Any, unread: Any, a: int, b: int) -> Tensor:
+    """Some rows of an array."""
+    try:
+        part = values[a:b] if values.ndim else values
+        x = torch.empty(tuple(part.shape), dtype=torch_dtype(values.dtype.name))
+        numpy_view(x)[...] = part.read().result()
+        return x
+    except Exception as e:
+        raise unread(e) from None
+
+
+def _unread(key: str, root: Path, tree: dict[str, Any], e: Exception) -> CheckpointError:
+    """Why an array cannot be read."""
+    hint = (
+        ""
+        if tree.get("store_array_data_equal_to_fill_value") or "missing" not in str(e)
+        else "; its writer may have left out chunks of zeros: if so, write --zeros"
+    )
+    why = str(e).split(" [tensorstore")[0].split(" [source")[0][:400]
+    return CheckpointError(f"import: {key!r} of {str(root)!r} cannot be read ({why}{hint})")
 
 
 def _opened(root: Path, kind: str, key: str, zeros: bool) -> Any:

@@ -172,7 +172,8 @@ class AdaptedLayer(nn.Module):
         weight: Any = base.weight
         self.turned = not isinstance(base, nn.Linear)  # Conv1D keeps [in, out]
         n, m = weight.shape[::-1] if self.turned else weight.shape
-        like = {"dtype": weight.dtype, "device": weight.device}
+        # beside a base that is read later, adapters have values already
+        like = {"dtype": weight.dtype, "device": "cpu" if weight.is_meta else weight.device}
         self.base_layer, self.scale = base, own.scale
         self.lora_A, self.lora_B = nn.Linear(m, own.rank, False, **like), nn.Linear(own.rank, n, False, **like)
         self.dropout = nn.Dropout(own.dropout) if own.dropout else nn.Identity()

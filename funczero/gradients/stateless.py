@@ -50,7 +50,8 @@ def stateless(
     {name: buffer} and begins as `loss_fn.state`. In a step value_and_grad does so, and they are `state.model_state`.
 
     Args:
-      module: read once, now, with its training mode, hooks and buffers. To evaluate write another one,
+      module: read once, now, with its training mode, hooks and buffers. Its parameters may be on meta, where step.init
+        gets what fz.from_pretrained or fz.init made. To evaluate write another one,
         stateless(module.eval(), loss), which step.eval gives the buffers of the state. Buffers follow the parameters'
         device. A forward that changes another buffer, a number or a container of its modules is refused. torch.compile
         is taken off, in print.
@@ -66,7 +67,7 @@ def stateless(
         spectral_norm by the first micro-batch's.
 
     Raises:
-      ValueError: units names no list of blocks, state no buffer, or the module has no values (meta).
+      ValueError: units names no list of blocks, state no buffer, or a buffer has no values (meta).
       ChainError: conditional names no unit.
       TypeError: the loss captures a tensor that needs a gradient.
     """
@@ -117,10 +118,10 @@ def _readable(module: nn.Module, loss: Callable[..., Any]) -> nn.Module:
         why = "what it made runs on the module that it was given; blocks run uncompiled"
         logging.warning("stateless: torch.compile is taken off, because %s", why)
         module = original
-    meta = next((n for n, p in [*module.named_parameters(), *module.named_buffers()] if p.is_meta), None)
+    meta = next((n for n, b in module.named_buffers() if b.is_meta), None)
     if meta is not None:
-        remedy = "write module.to_empty(device=...) and load them first"
-        raise ValueError(f"stateless: {meta!r} is on the meta device and has no values; {remedy}")
+        remedy = "make the module with fz.from_pretrained, or with buffers on a device"
+        raise ValueError(f"stateless: buffer {meta!r} is on the meta device and has no values; {remedy}")
     for x in captured(loss):
         what = f"captures a tensor of shape {tuple(x.shape)} that needs a gradient, which nobody would hear of"
         raise TypeError(f"stateless: the loss {what}; register it as a parameter of the module, or detach it")

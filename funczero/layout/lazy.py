@@ -22,11 +22,22 @@ from funczero.layout.where import Where
 
 @dataclass(frozen=True, eq=False)
 class Fill:
-    """A parameter that is not there yet: its shape, its dtype, and how to draw the whole leaf (see fz.init)."""
+    """A parameter that is not there yet: its shape, its dtype, and how to draw or read the whole leaf (see fz.init,
+    fz.from_pretrained).
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[..., Tensor]
+    rows: Callable[[int, int], Tensor] | None = None  # from and to, where some can be had without the others
+
+    def part(self, cut: tuple[slice, ...]) -> Tensor:
+        """A part of it."""
+        if self.rows is None or not cut:
+            whole: Tensor = self.make()
+            return whole[cut]
+        first, last, _ = cut[0].indices(self.shape[0])
+        return self.rows(first, max(first, last))[(slice(None), *cut[1:])]
 
 
 class Lazy(NamedTuple):
@@ -95,7 +106,14 @@ def lazy(
 
     def read(i: int, cut: tuple[slice, ...]) -> Tensor:
         x = values[i]
-        return (x.make() if isinstance(x, Fill) else x.detach())[cut]
+        if isinstance(x, Fill):
+            return x.part(cut)
+        if x.is_meta and device.type != "meta":
+            raise ValueError(
+                f"init: parameter {leaves[i].path!r} is on the meta device and has no values; give what fz.init or"
+                " fz.from_pretrained returned for it"
+            )
+        return x.detach()[cut]
 
     return Lazy(Structure(treedef, places, tuple(leaves), tuple(kinds)), read, device)
 

@@ -160,9 +160,17 @@ class Step(NamedTuple):
             )
         return state._replace(chain={**state.chain, name: own})
 
-    def params(self, state: TrainState) -> Any:
-        """The whole masters as the tree given to init; a collective, and a copy."""
+    def params(self, state: TrainState, trained: bool = False) -> Any:
+        """The whole masters as the tree given to init; a collective, and a copy.
+
+        Args:
+          trained: only those that learn, as {path: whole leaf}: adapters without what they stand beside, of which
+            nothing is gathered.
+        """
         self.fits.look(state)
+        if trained:
+            learning = lambda state: by_path(gathered(state.params.trainable(), self.live_mesh))
+            return recorded("step.params(trained=True)", learning, self.running)(state)
         return recorded("step.params", self._whole, self.running)(state)
 
     def grads(self, state: TrainState, batch: Any, whole: bool = True) -> dict[str, Tensor]:

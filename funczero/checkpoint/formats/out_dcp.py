@@ -1,0 +1,47 @@
+"""A folder of torch.distributed.checkpoint, written by torch's own writer, leaf by leaf: a tensor is read when its turn
+comes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+
+from funczero.checkpoint.formats.entry import Entry
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans by shapes alone; `read` gives the values of one of them."""
+
+    def __init__(self, entries: dict[int, Entry], read: Callable[[Entry], Tensor]) -> None:
+        super().__init__()
+        self._entries, self._read = entries, read
+
+    def lookup_object(self, index: Any) -> Any:
+        x = self.state_dict[index.fqn]
+        return self._read(self._entries[id(x)]) if id(x) in self._entries else x
+
+
+def write(tree: dict[str, Any], folder: Path, read: Callable[[Entry], Tensor]) -> None:
+    """A nested dict with an `Entry` in the place of every tensor, as dcp.save writes it in one process."""
+    entries: dict[int, Entry] = {}
+    held: list[Tensor] = []
+
+    def shaped(x: Any) -> Any:
+        if isinstance(x, Entry):
+            held.append(torch.empty(x.shape, dtype=x.dtype, device="meta"))
+            entries[id(held[-1])] = x
+            return held[-1]
+        return {k: shaped(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+    writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*single process.*")  # which is what is wanted
+        torch_checkpoint.save(shaped(tree), storage_writer=writer, planner=_Planner(entries, read), no_dist=True)
