@@ -113,7 +113,8 @@ def lazy(
                 f"init: parameter {leaves[i].path!r} is on the meta device and has no values; give what fz.init or"
                 " fz.from_pretrained returned for it"
             )
-        return x.detach()[cut]
+        part: Tensor = x.detach()[cut]
+        return part
 
     return Lazy(Structure(treedef, places, tuple(leaves), tuple(kinds)), read, device)
 
