@@ -15,7 +15,11 @@ Expect:
     without; at stages 0 and 1 with several micro-batches they send 8 bytes a value where the tree sends 4.
 
 Found:
-    FOUND
+    (`--sizes=tiny,small --rounds=3 --nomemory`, two cores under load, torch 2.13, one thread a process; a quiet run is
+    owed) CPU time against the tree at the small size: 1.04 and 1.01 at stages 0 and 1 with the kernel, 1.10 and 1.08
+    without; wall ratios lie between 0.67 and 1.64 in a round. Tiny: 1.09 to 1.20, without the kernel 1.9 to 2.3. One
+    micro-batch a rank sends the bytes of the tree. On an earlier, quiet machine the tree took 1.01, 0.97, 0.97 and 0.98
+    of the backend's own sums at stages 0 to 3 (small).
 """
 
 import os
