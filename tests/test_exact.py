@@ -162,6 +162,44 @@ def sums_of(case, stage, world):
     return out
 
 
+@pytest.mark.parametrize("mesh", [{"a": 2, "b": 1}, {"a": 1, "b": 2}], ids=["inner", "outer"])
+def test_axes_of_size_1_sum_nothing(mesh):
+    """Whichever of the axes is the one of size 1: large parts cross every axis once, and the first sum is the one that
+    adds.
+    """
+    grad = fz.value_and_grad(linear, P(("a", "b")))
+    acc, tx = fz.accumulate(3), fz.sgd(1.0)
+    chains = {
+        "MiCS": (fz.shard("b", grad, fz.all_reduce("a"), acc, tx),),
+        "MiCS, a inside": (fz.shard("a", grad, fz.all_reduce("b"), acc, tx),),
+        "ZeRO-3": (fz.shard("a", fz.shard("b", grad, acc, tx)),),
+        "ZeRO-2": (grad, fz.shard("b", fz.shard("a", acc, tx))),
+        "DDP": (grad, fz.all_reduce("b"), fz.all_reduce("a"), acc, tx),
+        "joined": (
+            grad, fz.reduce_scatter("b"), fz.all_reduce("a"), fz.all_gather("b"), acc, tx
+        ),
+        "higher order": (
+            fz.value_and_grad(linear, P(("a", "b")), higher_order=True), fz.shard("b", fz.shard("a", acc, tx))
+        ),
+    }  # fmt: skip
+
+    def run():
+        out = {}
+        for name, parts in chains.items():
+            step = fz.train_step(*parts, mesh=mesh, sums="exact")
+            state = step.init({n: torch.zeros(shape) for n, shape in SHAPES.items()})
+            for t, size in enumerate((1.0, 2.0**10)):
+                state, m = step(state, step.local_rows(rows_of(t, size)))
+            out[name] = step.params(state), float(m.grad_norm)
+        return out
+
+    want = [{n: x.double().sum(0) / 6 for n, x in rows_of(t, size).items()} for t, size in ((0, 1.0), (1, 2.0**10))]
+    for name, (found, norm) in simulate(mesh, timeout=60)(run)[0].items():
+        for n, x in found.items():
+            torch.testing.assert_close(x.double(), -want[0][n] - want[1][n], rtol=1e-6, atol=1e-4, msg=f"{name} {n}")
+        assert norm == pytest.approx(float(torch.cat([x.flatten() for x in want[1].values()]).norm()), rel=1e-6), name
+
+
 @pytest.mark.parametrize("case", SIZES)
 def test_sums_are_those_in_float64_and_what_cannot_be_counted_is_skipped(case):
     runs = [

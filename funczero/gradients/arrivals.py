@@ -193,8 +193,10 @@ class Arrivals:
     def _send(self, units: Group, leaves: list[list[Tensor]]) -> None:
         """Over all axes, outermost first; the message before this one is finished meanwhile."""
         mesh, edges, where = self.env.mesh, self.env.edges, self.whole
+        counts = next((a for a in self.axes if mesh.axes[a].size > 1), None)  # the first sum of more than one part
+        tally = self.tally if counts == self.axes[0] else None
         first = scatter_units(
-            where, units, edges[self.axes[0]], mesh, leaves, self._key_over(0), self.held.get(self.axes[0]), self.tally
+            where, units, edges[self.axes[0]], mesh, leaves, self._key_over(0), self.held.get(self.axes[0]), tally
         )
         self._remember(self.axes[0], units, first)
 
@@ -204,8 +206,10 @@ class Arrivals:
                 here = here.inner(outer, mesh.axes[outer].size, mesh.index(outer))
                 if mesh.axes[axis].size > 1:
                     parts = [here.views(u, b) for u, b in zip(units, buffers, strict=True)]
-                    edge = edges[axis] if self.tally is None else edges[axis]._replace(adds=torch.int64)
-                    sent = scatter_units(here, units, edge, mesh, parts, self._key_over(i), self.held.get(axis))
+                    tally = self.tally if axis == counts else None
+                    later = self.tally is not None and tally is None
+                    edge = edges[axis]._replace(adds=torch.int64) if later else edges[axis]
+                    sent = scatter_units(here, units, edge, mesh, parts, self._key_over(i), self.held.get(axis), tally)
                     self._remember(axis, units, sent)
                     buffers = sent.wait()
             return buffers

@@ -76,9 +76,8 @@ def applied(source: Source, loss: Loss, index: int) -> Apply:
         for a in source.scatter:
             born = grads.to(env.policy.compute) if not grads.where.coords else grads  # sums travel as they are added
             if seed.grid is not None:
-                out = scattered(
-                    out._replace(grads=out.grads if out.tops is not None else born), env.edges[a], env, seed.grid
-                )
+                out = scattered(out._replace(grads=born), env.edges[a], env, seed.grid)
+                grads = out.grads
                 continue
             grads, _ = kind.reduce_scatter(born, env.edges[a], env.mesh)
             out = out._replace(grads=grads)

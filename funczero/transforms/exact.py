@@ -109,8 +109,10 @@ def joined(x: Slots, axes: tuple[str, ...], env: Env) -> Slots:
 
 
 def scattered(out: Sum, edge: Edge, env: Env, grid: Grid) -> Sum:
-    """A sum over one more axis, in integers, each rank keeping its part."""
-    if out.tops is not None:
+    """A sum over one more axis, in integers, each rank keeping its part; over an axis of size 1 nothing is added, and
+    what was born as floats stays so.
+    """
+    if out.tops is not None or env.mesh.axes[edge.axis].size == 1:
         grads, _ = collectives.reduce_scatter(out.grads, edge._replace(adds=torch.int64), env.mesh)
         return out._replace(grads=grads)
     tally = Tally(grid)
@@ -131,8 +133,12 @@ def _crossed(high: Slots, to: Slots, axes: tuple[str, ...], lay: Layout, env: En
 
 
 def _pending(lay: Layout, env: Env) -> tuple[str, ...]:
-    """Axes that are summed after the first sum: small parts have crossed them, and large ones have not."""
-    return tuple(a for a, n in lay.order[1:] if a in env.mesh.axes and n > 1)
+    """Axes that are summed after the first sum: small parts have crossed them, and large ones have not.
+
+    Over an axis of size 1 there is no sum.
+    """
+    sums = [a for a, n in lay.order if a not in env.mesh.axes or n > 1]
+    return tuple(a for a in sums[1:] if a in env.mesh.axes)
 
 
 # --- at the mean ------------------------------------------------------------------------------------------------------

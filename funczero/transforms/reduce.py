@@ -160,7 +160,7 @@ def closed(g: Grad, axis: str, name: str) -> Grad:
 
     def after(out: Out, state: State, carried: tuple[Key, Slots]) -> tuple[Out, State]:
         key, views = carried
-        if isinstance(out, Sum) and out.tops is not None:
+        if isinstance(out, Sum) and g.env.exact:
             return out._replace(grads=exact.joined(out.grads, layout.sharded, g.env)), state
         if not isinstance(out, Updated):
             return out._replace(grads=join(out.grads, edge, mesh, key)), state
