@@ -200,6 +200,56 @@ def test_axes_of_size_1_sum_nothing(mesh):
         assert norm == pytest.approx(float(torch.cat([x.flatten() for x in want[1].values()]).norm()), rel=1e-6), name
 
 
+def frozen_run(world, stage):
+    def loss(p, b):
+        return (p["w"] * b["x"].sum(0)).sum() * p["f"].sum() + p["e"].sum(), torch.tensor(float(len(b["x"])))
+
+    source = fz.value_and_grad(loss, P("data"), trainable=lambda path: path != "f")
+    step = fz.train_step(
+        *fz.zero(source, fz.sgd(0.1), stage=stage, accumulate=4 // world), mesh={"data": world}, sums="exact"
+    )
+    state = step.init({"w": torch.zeros(3), "e": torch.zeros(0, 2), "f": torch.ones(2)})
+    state, m = step(state, step.local_rows({"x": torch.arange(12.0).view(4, 3)}))
+    return tree_hash((step.params(state), m))
+
+
+def test_leaves_without_gradients_are_no_floats_among_integers():
+    """Frozen and empty leaves, where the first sum is over ranks."""
+    found = {simulate({"data": n}, timeout=60)(frozen_run, n, s)[0] for n, s in ((1, 0), (4, 0), (4, 1), (2, 2), (2, 3))}
+    assert len(found) == 1
+
+
+def second_order(world, stage):
+    source = fz.value_and_grad(zoo.loss_plain, P("data"), units=("blocks",), higher_order=world > 1)
+    parts = fz.zero(source, *zoo.tx(), stage=stage, accumulate=-(-5 // world))
+    step = fz.train_step(*parts, mesh={"data": world}, sums="exact", policy="compute=bfloat16")
+    state = step.init(zoo.params())
+    state, m = step(state, step.local_rows(zoo.batch(0, micros=5), ROWS))
+    return tree_hash((step.params(state), m))
+
+
+def test_second_order_gradients_have_the_bits_of_first_order():
+    """At every stage that they have; copies in empty places count for nothing."""
+    found = {simulate({"data": n}, timeout=60)(second_order, n, s)[0] for n, s in ((1, 0), (2, 1), (3, 2))}
+    assert len(found) == 1
+
+
+def test_a_deal_splits_where_its_rows_lie():
+    def loss(p, b):
+        return (p["w"] * b["x"].sum(1)).sum(), torch.tensor(float(b["x"].shape[1]))
+
+    source = fz.value_and_grad(loss, {"x": P(None, "data")})
+    parts = source, fz.accumulate(4, stream=True), fz.all_reduce("data"), fz.sgd(1.0)
+    step = fz.train_step(*parts, mesh={"data": 1}, sums="exact")
+    state, x = step.init({"w": torch.zeros(4)}), torch.arange(12.0).view(4, 3)
+    mine = step.local_rows({"x": x}, 1)
+    assert step.eval(loss)(state, mine).weight == 3
+    for b in [*mine.split(4), None]:
+        state, m = step(state, b)
+    assert m.weight == 3
+    assert torch.equal(step.params(state)["w"], -x.mean(1))
+
+
 @pytest.mark.parametrize("case", SIZES)
 def test_sums_are_those_in_float64_and_what_cannot_be_counted_is_skipped(case):
     runs = [

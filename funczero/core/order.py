@@ -44,22 +44,21 @@ class Dealt(NamedTuple):
     micros: int  # micro-batches of the global batch
     here: int  # of them, how many this rank has
     places: int  # of this rank
+    cut: Tree = 0  # in which dims the rows lie, as rows.split's
 
-    def split(self, n: int, cut: Tree = 0) -> list[Dealt]:
-        """n equal parts in the order of time, for the calls of a stream.
-
-        Args:
-          cut: as rows.split's.
-        """
+    def split(self, n: int) -> list[Dealt]:
+        """n equal parts in the order of time, for the calls of a stream."""
         if n < 1 or self.places % n:
             raise ValueError(f"Dealt.split: {self.places} places do not divide into {n} calls; give a divisor of them")
         each = self.places // n
-        parts = rows.split(self.rows, n, "split", cut)
-        return [Dealt(x, self.micros, min(max(self.here - i * each, 0), each), each) for i, x in enumerate(parts)]
+        parts = rows.split(self.rows, n, "split", self.cut)
+        here = [min(max(self.here - i * each, 0), each) for i in range(n)]
+        return [self._replace(rows=x, here=k, places=each) for x, k in zip(parts, here, strict=True)]
 
-    def real(self, cut: Tree = 0) -> Tree:
+    def real(self) -> Tree:
         """The rows that count, or one copy where none does."""
-        return rows.joined(rows.split(self.rows, self.places, "local_rows", cut)[: max(self.here, 1)], cut)
+        parts = rows.split(self.rows, self.places, "local_rows", self.cut)
+        return rows.joined(parts[: max(self.here, 1)], self.cut)
 
 
 def deal(batch: Tree, layout: Layout, coordinate: Callable[[str], int], size: int | None = None) -> Tree:
@@ -84,7 +83,7 @@ def deal(batch: Tree, layout: Layout, coordinate: Callable[[str], int], size: in
     own = rows.joined(have, layout.cut)
     if len(micros) == places:
         return own
-    return Dealt(own, len(micros), sum(i < len(micros) for i in mine), len(mine))
+    return Dealt(own, len(micros), sum(i < len(micros) for i in mine), len(mine), layout.cut)
 
 
 def tree_sum(parts: list[Tensor] | Tensor) -> Tensor:

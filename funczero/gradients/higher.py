@@ -39,9 +39,9 @@ class Loss(NamedTuple):
         """In which the parts wait to be cast, and their gradients are added."""
         return torch.promote_types(self.env.policy.compute, self.env.policy.accumulate)
 
-    def parts(self, views: Slots, leaves: dict[int, Tensor]) -> Parts:
+    def parts(self, views: Slots, leaves: dict[int, Tensor], seed: Seed) -> Parts:
         """Leaves of views, as the loss reads them."""
-        void = getattr(self.call.fn, "void_at_zero", False)
+        void = seed.hole or getattr(self.call.fn, "void_at_zero", False)
         return Parts(views.where, leaves, self.env.mesh, dtype=self.env.policy.compute, may_be_void=void)
 
     def __call__(self, parts: Parts, batch: Any, seed: Seed, state: State) -> Outcome:
@@ -72,6 +72,8 @@ def applied(source: Source, loss: Loss, index: int) -> Apply:
     def apply(views: Slots, state: State, batch: Any, seed: Seed) -> tuple[Sum, State]:
         found, grads = derive(loss, views, batch, seed._replace(index=seed.index + index), state)
         bad = _bad(grads) if seed.look else None
+        if seed.grid is not None:  # counted as they are born at every stage
+            grads = grads.to(env.policy.compute)
         out = dealt(Sum(found.loss[None], found.weight[None], found.aux, grads, bad, found.moved), seed)
         for a in source.scatter:
             born = grads.to(env.policy.compute) if not grads.where.coords else grads  # sums travel as they are added
@@ -90,7 +92,7 @@ def _derived(loss: Loss, views: Slots, batch: Any, seed: Seed, state: State) -> 
     """The loss and its gradient, summed over the axes of rest; nothing is kept."""
     leaves = {i: x.data.to(loss.wide) for i, x in views.present().items()}
     learning = {i: x.requires_grad_() for i, x in leaves.items() if not views.where.structure.frozen(i)}
-    outcome = loss(loss.parts(views, leaves), batch, seed, state)
+    outcome = loss(loss.parts(views, leaves, seed), batch, seed, state)
     value = outcome.loss
     found: list[Any] = [None] * len(learning)
     if value.requires_grad:
@@ -117,7 +119,7 @@ def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed, state: State) -
     form: list[Any] = []  # of the outcome, whose tensors are handed out of the transform
 
     def fn(learning: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        outcome = loss(loss.parts(views, {**still, **learning}), batch, seed, state)
+        outcome = loss(loss.parts(views, {**still, **learning}, seed), batch, seed, state)
         flat, treedef = tree.flatten(outcome)
         form[:] = [treedef, [HOLE if isinstance(x, Tensor) else x for x in flat]]
         return outcome.loss, [x for x in flat if isinstance(x, Tensor)]

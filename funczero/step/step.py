@@ -243,7 +243,7 @@ class Step(NamedTuple):
                 rest = tape.open_rest()
                 counts = not isinstance(batch, Dealt) or batch.here > 0
                 if isinstance(batch, Dealt):
-                    batch = batch.real(g.layout.cut)
+                    batch = batch.real()
                 with nullcontext() if getattr(fn, "keyed", False) else keyed(None, g.env.mesh.device, drew):
                     loss, weight, *_ = check_loss(fn(tape.whole.structure.unflatten(rest), batch), has_aux=False)
                 tape.left_alone(tape.tensors(rest), None)

@@ -117,6 +117,7 @@ def scattered(out: Sum, edge: Edge, env: Env, grid: Grid) -> Sum:
         return out._replace(grads=grads)
     tally = Tally(grid)
     grads, _ = collectives.reduce_scatter(out.grads, edge, env.mesh, tally=tally)
+    grads = grads.map(lambda b: b if b.numel() else b.long())  # what is empty (frozen) does not travel
     return noted(out._replace(grads=grads), tally)
 
 
@@ -182,7 +183,7 @@ def values(out: Sum, grid: Grid, lay: Layout, env: Env) -> Slots:
       TypeError: a transform has made something else of the integers.
     """
     assert out.high is not None
-    if any(b.dtype != torch.int64 for b in out.grads.buffers):
+    if any(b.numel() and b.dtype != torch.int64 for b in out.grads.buffers):
         why = "a transform left of the mean has rewritten gradients, which are integers there"
         raise TypeError(f"sums='exact': {why}; write it right of the mean (pointwise), or left of the first sum")
     high = out.high if _at_hand(out, lay, env) else out.high.map(lambda b: b[:0])
