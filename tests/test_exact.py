@@ -317,6 +317,21 @@ def test_what_cannot_be_counted_is_said(caplog):
     assert "the gradient of 'w' is so much larger or smaller than in the last update that its exact sum" in caplog.text
 
 
+def test_what_cannot_be_counted_is_said_and_leaves_the_loss_scale():
+    """It did not overflow: a dynamic scale neither falls for it nor takes it for its own search."""
+    grad, scale = fz.value_and_grad(linear, P("data")), fz.scale_loss(2.0**4, weight=1.0, hysteresis=1)
+    step = fz.train_step(
+        grad, fz.all_reduce("data"), scale, fz.sgd(0.0), mesh={"data": 1}, sums="exact", patience=1
+    )
+    state = step.init({n: torch.zeros(shape) for n, shape in SHAPES.items()})
+    state, m = step(state, rows_of(0, 2.0**-40))
+    assert m.ok
+    state, m = step(state, rows_of(1, 2.0**20))
+    assert not m.ok and state.chain["scale_loss"].scale == 2.0**4
+    with pytest.raises(FloatingPointError, match="its exact sum does not fit"):
+        step(state, rows_of(2, 2.0**20))
+
+
 # --- bytes ------------------------------------------------------------------------------------------------------------
 def sent(sums, stage, k):
     step = zoo.make(stage, k=k, mesh={"data": 2}, sums=sums)

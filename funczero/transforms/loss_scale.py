@@ -98,6 +98,8 @@ class Settings(NamedTuple):
         if not self.dynamic:
             return scaler, logs
         counts = out.weight > 0  # an update of weight 0 is skipped without touching the scale
+        if "unfit" in out.logs:  # and so is one whose exact sums have no units yet: it did not overflow
+            counts = counts & (out.logs["unfit"] < 0)
         overflow = ~out.ok & counts
         moved = update_scale(scaler, overflow, self.window, self.hysteresis, self.floor, self.consecutive)
         dead = overflow & (scaler.scale <= self.floor) & (scaler.hysteresis <= 1)

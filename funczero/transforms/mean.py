@@ -78,7 +78,7 @@ def mean(g: Grad) -> Grad:
         if grid is not None:
             found = exact.read(codes, out, given, grid, lay, env)
             moved, ok = found.new, ok & found.finite & found.fits
-            logs["unfit"] = torch.where(found.fits, -1, found.odd)
+            logs["unfit"] = torch.where(found.fits | ~found.finite, -1, found.odd)
             if found.units:
                 grads = exact.with_large(out, found.units, grid, lay, env)
                 bins, _ = sum_and_compare([_norm_bins(grads, lay, env)], lay.batch, env.mesh)
