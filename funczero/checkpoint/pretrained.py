@@ -105,9 +105,10 @@ def _made(what: Any, folder: Path) -> nn.Module:
         if hasattr(what, "from_config") and not isinstance(what, nn.Module) and not hasattr(what, "config_class"):
             import transformers
 
-            return _plain(what.from_config(_plain(transformers.AutoConfig.from_pretrained(home, trust_remote_code=False))))
-        if isinstance(what, type) and getattr(what, "config_class", None) is not None:
-            return _plain(what(_plain(what.config_class.from_pretrained(home))))
+            config = transformers.AutoConfig.from_pretrained(home, trust_remote_code=False)
+            return _plain(what.from_config(_plain(config)))
+        if isinstance(what, type) and (kind_of := getattr(what, "config_class", None)) is not None:
+            return _plain(what(_plain(kind_of.from_pretrained(home))))
         if hasattr(what, "architectures"):
             import transformers
 
@@ -148,7 +149,7 @@ def _on_meta() -> Iterator[None]:
             p = nn.Parameter(p.detach().to("meta"), p.requires_grad)
         register(self, name, p)
 
-    nn.Module.register_parameter = without  # type: ignore[method-assign]
+    nn.Module.register_parameter = without  # type: ignore[method-assign,assignment]
     try:
         with torch.random.fork_rng(devices=[]):
             yield
