@@ -221,7 +221,8 @@ def _fill(name: str, p: Tensor, leaf: Leaf, grows: bool, folder: str) -> Fill:
     if not grows or leaf.shape[1:] != shape[1:]:
         raise CheckpointError(
             f"from_pretrained: {name!r} has shape {list(leaf.shape)} in {folder!r} and {list(shape)} in the model; give"
-            " the config of these files" + ", or vocabulary= for embeddings" * (leaf.shape[1:] == shape[1:])
+            " the config of these files"
+            + ", or vocabulary= for embeddings" * (leaf.shape[1:] == shape[1:])
         )
     rows = partial(_grown, leaf)
     return Fill(shape, leaf.dtype, partial(rows, 0, shape[0]), rows)
