@@ -215,7 +215,8 @@ def frozen_run(world, stage):
 
 def test_leaves_without_gradients_are_no_floats_among_integers():
     """Frozen and empty leaves, where the first sum is over ranks."""
-    found = {simulate({"data": n}, timeout=60)(frozen_run, n, s)[0] for n, s in ((1, 0), (4, 0), (4, 1), (2, 2), (2, 3))}
+    runs = (1, 0), (4, 0), (4, 1), (2, 2), (2, 3)
+    found = {simulate({"data": n}, timeout=60)(frozen_run, n, s)[0] for n, s in runs}
     assert len(found) == 1
 
 

@@ -243,8 +243,8 @@ import torch
 import funczero as fz
 from torch import nn
 
-layers = lambda: nn.Sequential(*(nn.Linear({side}, {side}, False) for _ in range({layers})))
-module, params = fz.from_pretrained(layers, sys.argv[1])
+model = lambda: nn.Sequential(*(nn.Linear({side}, {side}, False) for _ in range({layers})))
+module, params = fz.from_pretrained(model, sys.argv[1])
 loss_fn, _ = fz.stateless(module, lambda m, x: (m(x).sum(), torch.tensor(1.0)))
 grad = fz.value_and_grad(loss_fn, batch=fz.P("data"))
 step = fz.train_step(fz.shard("data", grad, fz.sgd(0.1)), mesh={{"data": 2}})

@@ -107,9 +107,8 @@ def _made(what: Any, folder: Path) -> nn.Module:
 
             config = transformers.AutoConfig.from_pretrained(home, trust_remote_code=False)
             return _plain(what.from_config(_plain(config)))
-        if isinstance(what, type) and getattr(what, "config_class", None) is not None:
-            of: Any = what
-            return _plain(of(_plain(of.config_class.from_pretrained(home))))
+        if isinstance(what, type) and (kind_of := getattr(what, "config_class", None)) is not None:
+            return _plain(what(_plain(kind_of.from_pretrained(home))))
         if hasattr(what, "architectures"):
             import transformers
 
@@ -150,7 +149,7 @@ def _on_meta() -> Iterator[None]:
             p = nn.Parameter(p.detach().to("meta"), p.requires_grad)
         register(self, name, p)
 
-    nn.Module.register_parameter = without  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = without  # type: ignore[method-assign,assignment]
     try:
         with torch.random.fork_rng(devices=[]):
             yield
@@ -222,7 +221,8 @@ def _fill(name: str, p: Tensor, leaf: Leaf, grows: bool, folder: str) -> Fill:
     if not grows or leaf.shape[1:] != shape[1:]:
         raise CheckpointError(
             f"from_pretrained: {name!r} has shape {list(leaf.shape)} in {folder!r} and {list(shape)} in the model; give"
-            " the config of these files" + ", or vocabulary= for embeddings" * (leaf.shape[1:] == shape[1:])
+            " the config of these files"
+            + ", or vocabulary= for embeddings" * (leaf.shape[1:] == shape[1:])
         )
     rows = partial(_grown, leaf)
     return Fill(shape, leaf.dtype, partial(rows, 0, shape[0]), rows)

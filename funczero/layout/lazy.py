@@ -37,7 +37,8 @@ class Fill:
             whole: Tensor = self.make()
             return whole[cut]
         first, last, _ = cut[0].indices(self.shape[0])
-        return self.rows(first, max(first, last))[(slice(None), *cut[1:])]
+        some: Tensor = self.rows(first, max(first, last))
+        return some[(slice(None), *cut[1:])]
 
 
 class Lazy(NamedTuple):
@@ -113,8 +114,8 @@ def lazy(
                 f"init: parameter {leaves[i].path!r} is on the meta device and has no values; give what fz.init or"
                 " fz.from_pretrained returned for it"
             )
-        part: Tensor = x.detach()[cut]
-        return part
+        found: Tensor = x.detach()[cut]
+        return found
 
     return Lazy(Structure(treedef, places, tuple(leaves), tuple(kinds)), read, device)
 

@@ -147,7 +147,7 @@ def _overlap(boxes: list[Any]) -> bool:
 
 
 def _rows(key: str, dtype: torch.dtype, shape: tuple[int, ...], boxes: list[Any], a: int, b: int) -> torch.Tensor:
-    out = torch.empty((b - a, *shape[1:]) if shape else (), dtype=dtype)
+    out = torch.empty((b - a, *shape[1:]) if shape and len(boxes) != 1 else (), dtype=dtype)
     for start, size, part in boxes:
         low, high = (max(a, start[0]), min(b, start[0] + size[0])) if shape else (0, 1)
         if low >= high:
@@ -159,6 +159,8 @@ def _rows(key: str, dtype: torch.dtype, shape: tuple[int, ...], boxes: list[Any]
             )
         if not shape:
             return leaf.read()
+        if len(boxes) == 1:
+            return leaf.rows(a, b)
         at = (slice(low - a, high - a), *(slice(s, s + n) for s, n in zip(start[1:], size[1:], strict=True)))
         out[at] = leaf.rows(low - start[0], high - start[0])
     return out
