@@ -100,7 +100,8 @@ class _Codec(NamedTuple):
 
     def nbytes(self, lengths: Lengths, dtype: torch.dtype) -> int:
         width = self.scale_dtype(dtype).itemsize
-        return self.scales(lengths) * width + -(-payload(sum(lengths), self.form) // width) * width
+        codes: int = payload(sum(lengths), self.form)
+        return self.scales(lengths) * width + -(-codes // width) * width
 
 
 def _integers(form: str, block: int, stochastic: bool, hadamard: int) -> Wire:
