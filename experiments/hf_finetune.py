@@ -36,37 +36,23 @@ Found:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import accelerate
+import contenders
 import torch
 from absl import app, flags
-from rich.console import Console
-from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from funczero.data import corpus
 
-flags.DEFINE_list("contenders", ["ddp", "0", "1", "2", "3"], "Contenders: ddp, and ZeRO stages.")
-flags.DEFINE_string("contender", "", "Be this contender, in the world of the launcher.")
-flags.DEFINE_string("out", "", "The file in which a contender leaves what it measured.")
-flags.DEFINE_integer("world", 2, "Processes.")
-flags.DEFINE_integer("rounds", 2, "Lives of every contender.")
-flags.DEFINE_integer("steps", 40, "Updates.")
-flags.DEFINE_integer("rows", 8, "Rows of an update on all ranks, in two micro-batches.")
-flags.DEFINE_integer("length", 128, "Bytes of a row.")
-flags.DEFINE_integer("width", 256, "Of the model.")
-flags.DEFINE_integer("layers", 4, "Of the model.")
 F = flags.FLAGS
 
 
@@ -147,46 +133,11 @@ def contend(run: str) -> dict[str, Any]:
     return {"losses": losses, "bits": bits, "step": clock.median(), "peak": peak, "size": size}
 
 
-def started(run: str, out: Path) -> dict[str, Any]:
-    """A contender's life in processes of its own."""
-    own = [str(Path(__file__).resolve()), f"--contender={run}", f"--out={out}"]
-    own += [f"--{n}={F[n].value}" for n in ("steps", "rows", "length", "width", "layers")]
+def launch(name: str) -> list[str]:
+    """What starts a contender."""
     zero = [sys.executable, "-m", "funczero.cli", "launch", "--as_deepspeed", f"--num_gpus={F.world}"]
-    ddp = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={F.world}", "--standalone"]
-    root = str(Path(__file__).resolve().parent.parent)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    subprocess.run([*(ddp if run == "ddp" else zero), *own], env=env, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(out.read_text())
-
-
-def main(_: list[str]) -> None:
-    """Contend, or start all contenders and print the table."""
-    if F.contender:
-        found = contend(F.contender)
-        if F.out and int(os.environ.get("RANK", "0")) == 0:
-            Path(F.out).write_text(json.dumps(found))
-        return
-    lives: dict[str, list[dict[str, Any]]] = {run: [] for run in F.contenders}
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(F.rounds):
-            for run in F.contenders:
-                lives[run].append(started(run, Path(folder, f"{run}-{i}.json")))
-    first = lives[F.contenders[0]][0]
-    table = Table(
-        "", "ms a step", "ratio", "MiB over imports", "first loss", "last loss", "bits a byte", "furthest loss"
-    )
-    fastest = {run: min(x["step"] for x in found) for run, found in lives.items()}
-    for run, found in lives.items():
-        x = found[0]
-        far = max(abs(a / b - 1) for y in found for a, b in zip(y["losses"], first["losses"], strict=True))
-        table.add_row(
-            run if run == "ddp" else f"stage {run}", f"{1e3 * fastest[run]:.0f}",
-            f"{fastest[run] / fastest[F.contenders[0]]:.2f}", f"{min(y['peak'] for y in found) / 2**20:.0f}",
-            f"{x['losses'][0]:.4f}", f"{x['losses'][-1]:.4f}", f"{x['bits']:.4f}", f"{far:.0e}",
-        )  # fmt: skip
-    Console(width=120).print(f"{first['size']:,} parameters, {F.world} processes, {F.steps} updates", table)
+    return contenders.torchrun() if name == "ddp" else zero
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(lambda _: contenders.run(__file__, contend, launch))

@@ -29,43 +29,26 @@ Found:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import resource
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+import contenders
 import lightning
 import torch
 import torch.nn.functional as F
 from absl import app, flags
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from funczero.data import corpus
 from funczero.lightning import FunczeroStrategy
 
-flags.DEFINE_list("contenders", ["ddp", "0", "1", "2", "3"], "Contenders: ddp, and ZeRO stages.")
-flags.DEFINE_string("contender", "", "Be this contender, in the world of the launcher.")
-flags.DEFINE_string("out", "", "The file in which a contender leaves what it measured.")
-flags.DEFINE_integer("world", 2, "Processes.")
-flags.DEFINE_integer("rounds", 2, "Lives of every contender.")
-flags.DEFINE_integer("steps", 40, "Updates.")
-flags.DEFINE_integer("rows", 8, "Rows of an update on all ranks, in two micro-batches.")
-flags.DEFINE_integer("length", 128, "Bytes of a row.")
-flags.DEFINE_integer("width", 256, "Of the model.")
-flags.DEFINE_integer("layers", 4, "Of the model.")
 FLAGS = flags.FLAGS
-PASSED = "steps", "rows", "length", "width", "layers"
 
 
 class Text(Dataset):
@@ -173,43 +156,5 @@ def contend(run: str) -> dict[str, Any]:
     return {"losses": losses, "bits": bits, "step": clock.median(), "peak": peak, "size": size}
 
 
-def started(run: str, out: Path) -> dict[str, Any]:
-    """A contender's life in processes of its own."""
-    own = [str(Path(__file__).resolve()), f"--contender={run}", f"--out={out}"]
-    own += [f"--{n}={FLAGS[n].value}" for n in PASSED]
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={FLAGS.world}", "--standalone"]
-    root = str(Path(__file__).resolve().parent.parent)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    subprocess.run([*launch, *own], env=env, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(out.read_text())
-
-
-def main(_: list[str]) -> None:
-    """Contend, or start all contenders and print the table."""
-    if FLAGS.contender:
-        found = contend(FLAGS.contender)
-        if FLAGS.out and int(os.environ.get("RANK", "0")) == 0:
-            Path(FLAGS.out).write_text(json.dumps(found))
-        return
-    lives: dict[str, list[dict[str, Any]]] = {run: [] for run in FLAGS.contenders}
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(FLAGS.rounds):
-            for run in FLAGS.contenders:
-                lives[run].append(started(run, Path(folder, f"{run}-{i}.json")))
-    first = lives[FLAGS.contenders[0]][0]
-    table = Table("", "ms an update", "ratio", "MiB over imports", "first loss", "last loss", "bits a byte", "furthest")
-    fastest = {run: min(x["step"] for x in found) for run, found in lives.items()}
-    for run, found in lives.items():
-        x = found[0]
-        far = max(abs(a / b - 1) for y in found for a, b in zip(y["losses"], first["losses"], strict=True))
-        table.add_row(
-            run if run == "ddp" else f"stage {run}", f"{1e3 * fastest[run]:.0f}",
-            f"{fastest[run] / fastest[FLAGS.contenders[0]]:.2f}", f"{min(y['peak'] for y in found) / 2**20:.0f}",
-            f"{x['losses'][0]:.4f}", f"{x['losses'][-1]:.4f}", f"{x['bits']:.4f}", f"{far:.0e}",
-        )  # fmt: skip
-    Console(width=120).print(f"{first['size']:,} parameters, {FLAGS.world} processes, {FLAGS.steps} updates", table)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    app.run(lambda _: contenders.run(__file__, contend, lambda name: contenders.torchrun()))
