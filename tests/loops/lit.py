@@ -1,6 +1,7 @@
 """A Trainer that is killed, or that goes on: `lit.py STAGE FOLDER killed|resumed`."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ init_distributed(verbose=False)
 def end(losses):
     tell(FOLDER, killed=losses)
     die()
+    time.sleep(60)  # the launcher ends this rank; one that went on would fail first, by the lost connection
 
 
 if LIFE == "killed":
