@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from golden.deepspeed.write import Model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -28,27 +29,6 @@ from funczero.testing import tree_hash
 
 GOLDEN = Path(__file__).parent / "golden" / "deepspeed"
 STAGES = ("stage1", "stage2", "stage3", "stage1bf16", "stage3bf16")
-
-
-class Model(nn.Module):
-    """The model of golden/deepspeed/write.py."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(7, 5)
-        self.first, self.second = nn.Linear(5, 3), nn.Linear(3, 5, bias=False)
-        self.norm = nn.LayerNorm(5)
-        self.frozen = nn.Parameter(torch.arange(4.0) / 8, requires_grad=False)
-        self.unused = nn.Parameter(torch.full((3,), 0.5))
-        self.head = nn.Linear(5, 7, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("seen", torch.tensor([3, 1], dtype=torch.int64))
-        self.register_buffer("mean", torch.tensor([0.25, -1.5]))
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        x = self.norm(x + self.second(torch.tanh(self.first(x)) * self.frozen[:3]))
-        return self.head(x).log_softmax(-1).pow(2).mean()
 
 
 def rows(t):
