@@ -518,6 +518,14 @@ def test_refused(call, error, words):
         call()
 
 
+def test_copies_do_not_reach_a_loss_that_would_count_them():
+    """A differentiable step cuts a batch by itself, and knows of no empty places."""
+    step = fz.train_step(*fz.zero(zoo.source(), fz.sgd(0.1), stage=1, accumulate=3), mesh={"data": 1})
+    state, mine = step.init(zoo.params()), step.local_rows(zoo.batch(0, micros=2), ROWS)
+    with pytest.raises(TypeError, match="has copies in empty places, which would count here"):
+        fz.differentiable(step)(state, mine)
+
+
 def test_what_is_promised_is_printed():
     step = fz.train_step(*fz.zero(zoo.source(), *zoo.tx(), stage=2, accumulate=3), mesh={"data": 3}, sums="exact")
     assert "sums are exact: the same bits on any number of ranks" in str(step) and "power of two" not in str(step)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import rng, tree
+from funczero.core.order import Dealt
 from funczero.core.types import Seed, State
 from funczero.gradients import draws
 from funczero.gradients.loss import check_loss, drew, is_void
@@ -50,8 +51,13 @@ class LossCall(NamedTuple):
 
         Raises:
           RuntimeError: it draws without a key, or with one that cannot be read here.
-          TypeError: it returns something else.
+          TypeError: it returns something else; the rows still have copies among them, which would count.
         """
+        if isinstance(batch, Dealt):
+            why = "what local_rows(batch, rows=...) gave has copies in empty places, which would count here"
+            raise TypeError(
+                f"value_and_grad: {why}; hand it to a step, or deal as many micro-batches as there are places"
+            )
         if self.rng and seed.key == rng.UNKNOWN:
             why = "the loss draws from a key, but the state's key is batched or traced here"
             raise RuntimeError(f"value_and_grad(rng=True): {why}; draw outside, and hand the numbers in with the batch")
