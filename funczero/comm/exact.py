@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -29,17 +28,29 @@ class Grid:
         """
         self.scale = torch.frexp(cotangent.detach().double())[1].to(torch.int64) - 1
         self.shifts = (bits - exponents - self.scale).clamp(-FAR, FAR)
-        order = [i for members in structure.members for i in members]
-        sizes = [len(members) for members in structure.members]
-        in_order = order == list(range(len(order)))
-        self.by_unit = (self.shifts if in_order else self.shifts[order]).split(sizes)
+        order, sizes = _by_unit(structure)
+        self.by_unit = (self.shifts if order is None else self.shifts[order]).split(sizes)
 
     def wide(self, unit: int, codes: Tensor) -> bool:
         """May a unit hold values that need more than one integer? On an accelerator nobody asks, and it may."""
-        if codes.device.type != "cpu":
-            return True
-        both = zip(codes.tolist(), self.by_unit[unit].tolist(), strict=True)
-        return any(code and code - OFFSET + shift > HALF for code, shift in both)
+        return codes.device.type != "cpu" or any(_split(codes, self.by_unit[unit]))
+
+
+def _by_unit(structure: Structure) -> tuple[list[int] | None, list[int]]:
+    """The leaves in the order of units, None where that is their own, and how many each unit has. Worked out once."""
+    key = "leaves by unit"
+    if key not in structure.memo:
+        order = [i for members in structure.members for i in members]
+        own = order == list(range(len(order)))
+        structure.memo[key] = None if own else order, [len(members) for members in structure.members]
+    found: tuple[list[int] | None, list[int]] = structure.memo[key]
+    return found
+
+
+def _split(codes: Tensor, shifts: Tensor) -> list[bool]:
+    """By leaf: is its largest value one that is split?"""
+    both = zip(codes.tolist(), shifts.tolist(), strict=True)
+    return [bool(code) and code - OFFSET + shift > HALF for code, shift in both]
 
 
 class Tally:
@@ -144,8 +155,7 @@ def exponents_of(codes: Tensor, old: Tensor, grid: Grid) -> Tensor:
     return torch.where((codes > 0) & (codes < BAD), codes - OFFSET - grid.scale, old)
 
 
-def units_of(codes: Sequence[int], structure: Structure, grid: Grid) -> list[int]:
+def units_of(codes: Tensor, structure: Structure, grid: Grid) -> list[int]:
     """The units in which some rank may have large parts."""
-    shifts = grid.shifts.tolist()
-    wide = [bool(code) and code - OFFSET + shift > HALF for code, shift in zip(codes, shifts, strict=True)]
+    wide = _split(codes, grid.shifts)
     return [u for u, members in enumerate(structure.members) if any(wide[i] for i in members)]

@@ -150,7 +150,7 @@ class Env(NamedTuple):
     differentiable: bool = False  # is every leaf of a step a function of every other, for torch.func?
     model: Model | None = None  # the form of the model's own state
     keeps: bool = False  # is a leaf that nobody used left as it is?
-    sums: str = "tree"  # how gradients are added, as every edge says of its axis
+    sums: str = "tree"  # how gradients are added; every edge has it from here
 
     @property
     def exact(self) -> bool:

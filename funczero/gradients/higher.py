@@ -21,7 +21,7 @@ from funczero.gradients.call import LossCall, Outcome
 from funczero.gradients.loss import no_gradient, reentrant
 from funczero.gradients.parts import Derivable, Parts
 from funczero.gradients.ref import opened_first
-from funczero.gradients.source import dealt
+from funczero.gradients.source import of_deal
 from funczero.layout.slots import Slots
 from funczero.transforms.chain import Source, no_wires
 from funczero.transforms.exact import scattered
@@ -74,7 +74,7 @@ def applied(source: Source, loss: Loss, index: int) -> Apply:
         bad = _bad(grads) if seed.look else None
         if seed.grid is not None:  # counted as they are born at every stage
             grads = grads.to(env.policy.compute)
-        out = dealt(Sum(found.loss[None], found.weight[None], found.aux, grads, bad, found.moved), seed)
+        out = of_deal(Sum(found.loss[None], found.weight[None], found.aux, grads, bad, found.moved), seed)
         for a in source.scatter:
             born = grads.to(env.policy.compute) if not grads.where.coords else grads  # sums travel as they are added
             if seed.grid is not None:

@@ -66,13 +66,13 @@ def on_tape(source: Source, env: Env, layout: Layout, differentiate: Callable[..
             used = torch.zeros(len(views.where.structure.leaves), dtype=torch.int64, device=env.mesh.device)
             used[sorted(tape.arrivals.used)] = 1
         out = Sum(found.loss[None], found.weight[None], found.aux, closed.grads, closed.bad, found.moved, used)
-        out = dealt(out, seed)
+        out = of_deal(out, seed)
         return out if closed.tally is None else noted(out, closed.tally), state
 
     return apply
 
 
-def dealt(out: Sum, seed: Seed) -> Sum:
+def of_deal(out: Sum, seed: Seed) -> Sum:
     """A sum of a micro-batch that says how many there are, where that is not as many as there are places."""
     return out if seed.micros is None else out._replace(micros=torch.tensor(seed.micros))
 

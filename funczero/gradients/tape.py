@@ -253,17 +253,10 @@ class Tape:
         self.lent += [Lent(i, weakref.ref(x), _writes(x)) for i, x in leaves.items() if not x.is_inference()]
 
     @contextmanager
-    def collecting(
-        self,
-        look: bool = False,
-        retain: bool = False,
-        key: Key | None = None,
-        void: bool = False,
-        grid: Grid | None = None,
-    ) -> Iterator[None]:
+    def collecting(self, look: bool = False, **how: Any) -> Iterator[None]:
         """While the backward that the chain asked for runs; see Arrivals.collecting."""
         self.look = look
-        with self.arrivals.collecting(look, retain, key, void, grid):
+        with self.arrivals.collecting(look, **how):
             yield
 
     def open_leaves(self, buffers: dict[int, Tensor], track: bool = False) -> dict[int, Tensor]:

@@ -87,8 +87,7 @@ def watched(
     """
     arrows = [f"{name} -> {layout.describe()}" for name, layout in zip(grad.names, grad.arrows, strict=True)]
     ledger: Ledger = mesh.ledger
-    sums = next((e.sums for e in grad.env.edges.values()), "tree")
-    head = f"mesh {grad.env.mesh}, {grad.env.policy}, sums={sums!r}"
+    head = f"mesh {grad.env.mesh}, {grad.env.policy}, sums={grad.env.sums!r}"
     ledger.chain, ledger.replicated = [head, *arrows, *settings(parts)], replicated
     if not check or world_size() == 1 or prod(mesh.sizes().values()) != world_size():
         return mesh

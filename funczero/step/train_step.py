@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from funczero.comm.edge import Edge
 from funczero.core.policy import Policy
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Env, Grad, Metrics, TrainState, Updated
@@ -76,8 +75,7 @@ def train_step(
     if sums not in ("tree", "exact", "backend"):
         raise ValueError(f"train_step: sums={sums!r} is none of 'tree', 'exact' and 'backend'; write one of them")
     planned = plan_mesh(mesh)
-    edges = {a: Edge(a, sums=sums) for a in planned.axes}
-    env = Env(planned, Policy.parse(policy), edges, prefetch=prefetch, sums=sums)
+    env = Env(planned, Policy.parse(policy), {}, prefetch=prefetch, sums=sums)
     return _make(flat, env, Options(debug, check, patience), donated=False, book=Book())
 
 

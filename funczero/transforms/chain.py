@@ -287,7 +287,7 @@ def _edges(bracketed: Sequence[Edge], source: Source, env: Env) -> dict[str, Edg
     """
 
     def known(e: Edge) -> Edge:
-        return e._replace(sums=env.edges.get(e.axis, e).sums, adds=env.policy.accumulate)
+        return e._replace(sums=env.sums, adds=env.policy.accumulate)
 
     try:
         out = {a: known(e).proven(env.policy.compute, env.mesh.device) for a, e in joined(bracketed).items()}

@@ -8,6 +8,7 @@ its large part waits where the first sum left it until the mean, where all ranks
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -95,9 +96,15 @@ def filled(out: Sum) -> Sum:
     """A sum in which every unit has large parts, zeros where it had none: of one form on every rank, for a save."""
     if out.high is None:
         return out
-    pairs = zip(out.high.buffers, out.high.where.lengths, out.grads.buffers, strict=True)
-    full = tuple(b if b.numel() or not low.numel() else b.new_zeros(n) for b, n, low in pairs)
-    return out._replace(high=Slots(full, out.high.where))
+    return out._replace(high=_filled(out.high, {u for u, low in enumerate(out.grads.buffers) if low.numel()}))
+
+
+def _filled(high: Slots, units: Collection[int]) -> Slots:
+    """Large parts of these units alone, zeros where one has none."""
+    have = enumerate(zip(high.buffers, high.where.lengths, strict=True))
+    return Slots(
+        tuple(b[:0] if u not in units else b if b.numel() else b.new_zeros(n) for u, (b, n) in have), high.where
+    )
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -165,7 +172,7 @@ def read(flat: Tensor, out: Sum, state: State, grid: Grid, lay: Layout, env: Env
     codes = unpacked(flat, env.mesh.rank(lay.batch)[1], len(old))
     size = codes - OFFSET + grid.shifts  # the largest value is below 2 ** size units
     odd = (codes > 0) & (codes < BAD) & ((size > 2 * HALF) | (size < KEPT))
-    units = [] if _at_hand(out, lay, env) else units_of(codes.tolist(), structure, grid)
+    units = [] if _at_hand(out, lay, env) else units_of(codes, structure, grid)
     new = {KEY: ExactSums(exponents_of(codes, old, grid))}
     return Read((codes < BAD).all(), ~odd.any(), odd.byte().argmax(), new, units)
 
@@ -193,10 +200,7 @@ def values(out: Sum, grid: Grid, lay: Layout, env: Env) -> Slots:
 def with_large(out: Sum, units: list[int], grid: Grid, lay: Layout, env: Env) -> Slots:
     """The gradients of a sum, with the large parts of all ranks in these units; a collective."""
     assert out.high is not None
-    where = out.high.where
-    have = enumerate(zip(out.high.buffers, where.lengths, strict=True))
-    full = (b.new_zeros(n) if u in units and not b.numel() else b if u in units else b[:0] for u, (b, n) in have)
-    high = _crossed(Slots(tuple(full), where), out.grads, _pending(lay, env), lay, env)
+    high = _crossed(_filled(out.high, units), out.grads, _pending(lay, env), lay, env)
     return values_of(out.grads, high, grid, env.policy.accumulate)
 
 

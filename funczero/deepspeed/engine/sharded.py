@@ -245,7 +245,9 @@ class ShardedParameters:
 
         def vjp(cotangent: Tensor, look: bool, key: Key, grid: Grid | None) -> Collected:
             wanted = {i: x for i, x in tape.tensors(rest).items() if x.requires_grad}
-            with tape.collecting(look, retain, key, grid=grid):  # uses counted too high, a unit is only scattered later
+            with tape.collecting(
+                look, retain=retain, key=key, grid=grid
+            ):  # uses counted too high, a unit is only scattered later
                 leaves = list(wanted.values())
                 found = differentiate(loss, leaves, cotangent, retain, over, (tape.port,), self.owner)
             grads: list[Any] = [None] * len(tape.whole.structure.leaves)
