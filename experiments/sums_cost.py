@@ -43,9 +43,9 @@ flags.DEFINE_integer("rounds", 8, "Visits of each contender.", lower_bound=1)
 flags.DEFINE_integer("steps", 2, "Counted steps of a visit.", lower_bound=1)
 flags.DEFINE_bool("memory", True, "Measure peak memory, too, in fresh processes.")
 CONTENDERS = {
-    "backend": ("backend", ""),
-    "tree": ("tree", ""),
-    "exact": ("exact", ""),
+    "backend": ("backend", "auto"),
+    "tree": ("tree", "auto"),
+    "exact": ("exact", "auto"),
     "exact, torch": ("exact", "reference"),
 }
 
