@@ -25,6 +25,9 @@ def pytest_sessionstart() -> None:
     native.build(registry.NAMES)
 
 
+# What workers would import one by one, each in every life: the server that they are forked from has it. No thread is started by it.
+IMPORTED = ("pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint", "transformers.modeling_utils")
+
 LONG = (
     "test_train_gpt.py",
     "test_optimizers.py",
@@ -50,7 +53,7 @@ def run_world() -> Iterator[Callable[..., list[Any]]]:
     def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
         __tracebackhide__ = True
         if size not in pools:
-            pools[size] = WorkerPool(size, preload=("pytest", "hypothesis"))
+            pools[size] = WorkerPool(size, preload=IMPORTED)
         return pools[size].run(fn, *args, timeout=timeout)
 
     yield run
