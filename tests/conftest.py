@@ -25,7 +25,7 @@ def pytest_sessionstart() -> None:
     native.build(registry.NAMES)
 
 
-# What workers would import one by one, each in every life: the server that they are forked from has it. No thread is started by it.
+# What every worker would import in each of its lives: the server that they are forked from has it, and has no thread.
 IMPORTED = ("pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint", "transformers.modeling_utils")
 
 LONG = (
@@ -59,6 +59,16 @@ def run_world() -> Iterator[Callable[..., list[Any]]]:
     yield run
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def ends():
+    """`ends.run(folder, script, size)`: scripts run to their very end, as tests/ends.py says."""
+    from ends import Ends
+
+    e = Ends()
+    yield e
+    e.close()
 
 
 @pytest.fixture(scope="session")
