@@ -25,6 +25,9 @@ def pytest_sessionstart() -> None:
     native.build(registry.NAMES)
 
 
+# What every worker would import in each of its lives: the server that they are forked from has it, and has no thread.
+IMPORTED = ("pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint", "transformers.modeling_utils")
+
 LONG = (
     "test_train_gpt.py",
     "test_optimizers.py",
@@ -50,12 +53,22 @@ def run_world() -> Iterator[Callable[..., list[Any]]]:
     def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
         __tracebackhide__ = True
         if size not in pools:
-            pools[size] = WorkerPool(size, preload=("pytest", "hypothesis"))
+            pools[size] = WorkerPool(size, preload=IMPORTED)
         return pools[size].run(fn, *args, timeout=timeout)
 
     yield run
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def ends():
+    """`ends.run(folder, script, size)`: scripts run to their very end, as tests/ends.py says."""
+    from ends import Ends
+
+    e = Ends()
+    yield e
+    e.close()
 
 
 @pytest.fixture(scope="session")

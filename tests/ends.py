@@ -2,8 +2,8 @@
 from one process that has imported everything.
 
 `python ends.py` reads a life as a line of JSON, {"place", "size", "script"}, runs the script in every rank to the very
-end of its interpreter, and leaves in `<place>/told.json` by rank the exit code, what was printed, and the seconds it
-took. A rank without RANK in its environment is a world of one.
+end of its interpreter, and leaves in `<place>/told.json` by rank the exit code, what was printed, the seconds it took,
+and when it ended (since the epoch). A rank without RANK in its environment is a world of one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Ends:
         self.process.stdin.flush()
 
     def told(self, place):
-        """By rank {"code", "out", "err", "seconds"}."""
+        """By rank {"code", "out", "err", "seconds", "when"}."""
         stop = time.monotonic() + LIMIT + 40
         while not (place / "told.json").exists():
             assert time.monotonic() < stop and self.process.poll() is None, f"{place}: no word"
@@ -60,7 +60,7 @@ class Ends:
 
 
 def main():
-    """The script of a rank that is to be run, in its own process; None where all lines are done."""
+    """The script of a rank that is to be run, in its own process, as a file; None where all lines are done."""
     import orbax.checkpoint  # noqa: F401
     import sympy  # noqa: F401  # which the first update would import
     import torch
@@ -79,8 +79,9 @@ def main():
 
 
 def guardian(life):
-    """Fork the ranks; in each of them its script, otherwise None once all have ended."""
+    """Fork the ranks; in each of them its script's file, otherwise None once all have ended."""
     place, size = Path(life["place"]), life["size"]
+    (place / "script.py").write_text(life["script"])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -100,13 +101,14 @@ def guardian(life):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             for fd, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(place / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
-            return life["script"]
+            return place / "script.py"
         ranks.append(pid)
     start, told = time.monotonic(), {}
     while len(told) < size:
         for rank, pid in enumerate(ranks):
             if rank not in told and (done := os.waitpid(pid, os.WNOHANG))[0]:
                 told[rank] = {"code": os.waitstatus_to_exitcode(done[1]), "seconds": time.monotonic() - start}
+                told[rank]["when"] = time.time()
             elif rank not in told and time.monotonic() - start > LIMIT:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
@@ -119,4 +121,4 @@ def guardian(life):
 if __name__ == "__main__":
     to_run = main()
     if to_run is not None:
-        exec(compile(to_run, "script", "exec"), {"__name__": "__main__"})
+        exec(compile(to_run.read_text(), to_run, "exec"), {"__name__": "__main__", "__file__": str(to_run)})

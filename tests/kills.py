@@ -92,6 +92,7 @@ def guardian(life):
         if pid == 0:
             os._exit(one(rank, life, store))
         ranks.append(pid)
+    kept = [] if life.get("tcp") else [keep(store)]  # after the forks: it has threads
     if "clock" in life:
         while not all(
             (place / f"rank{r}").exists() and life["after"] in (place / f"rank{r}").read_text() for r in range(2)
@@ -127,7 +128,22 @@ def guardian(life):
     ]
     (place / "told.new").write_text(json.dumps(told))
     (place / "told.new").rename(place / "told.json")
+    kept.clear()
     return 0
+
+
+def keep(place):
+    """A store of this process's, and the file that tells the others its port.
+
+    Why no file as a store: who is killed amid a record of torch's FileStore leaves half of it, and every later question
+    of everybody reads at the end of the file for ever, whatever the timeout.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    place.with_suffix(".new").write_text(str(store.port))
+    place.with_suffix(".new").rename(place)
+    return store
 
 
 def one(rank, life, store):
@@ -146,18 +162,14 @@ def one(rank, life, store):
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo"
     )
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(not life.get("tcp"))  # who holds the store: torchrun says so, too
     try:
-        if life.get("tcp"):  # rank 0 keeps the world's store, and takes it along
-            if rank == 0:
-                world = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
-                store.with_suffix(".new").write_text(str(world.port))
-                store.with_suffix(".new").rename(store)
-            else:
-                while not store.exists():
-                    time.sleep(0.002)
-                world = dist.TCPStore("127.0.0.1", int(store.read_text()), 2, is_master=False)
+        if life.get("tcp") and rank == 0:  # the world's store dies with it
+            world = keep(store)
         else:
-            world = dist.FileStore(str(store), 2)
+            while not store.exists():
+                time.sleep(0.002)
+            world = dist.TCPStore("127.0.0.1", int(store.read_text()), 2, is_master=False)
         dist.init_process_group("gloo", store=world, rank=rank, world_size=2)
         say("joined")
         {"point": at_point, "clock": by_clock}["clock" if "clock" in life else "point"](rank, life, say)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import checkpoints
 import pytest
-from ends import Ends
 
 from funczero.checkpoint import Checkpointer, folder, manifest
 
@@ -54,13 +53,6 @@ if SIZE == 1:
 child()
 """, 0),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def ends():
-    e = Ends()
-    yield e
-    e.close()
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])

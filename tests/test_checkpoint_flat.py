@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from ends import Ends
 
 SAVES = """
 import gc, json, os, threading
@@ -47,18 +46,14 @@ print(json.dumps([*out, held()]))
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_forty_saves_hold_as_much_as_twenty(tmp_path, size):
+def test_forty_saves_hold_as_much_as_twenty(ends, tmp_path, size):
     """The store is rank 0's."""
-    ends = Ends()
-    try:
-        script = SAVES.replace("{directory!r}", repr(str(tmp_path / "run"))).replace("{saves}", "40")
-        for told in ends.run(tmp_path / "life", script, size):
-            assert told["code"] == 0, told
-            half, whole, others = json.loads(told["out"])
-            native = [x.pop("threads") for x in (half, whole, others)]  # of pools that grow up to a size
-            held = (half, whole, others)
-            assert all(later[what] <= half[what] for later in held for what in half), held
-            assert half["python's"] == size, held  # the main thread, and the pulse
-            assert max(native) - native[0] < 8, native  # and not one a save
-    finally:
-        ends.close()
+    script = SAVES.replace("{directory!r}", repr(str(tmp_path / "run"))).replace("{saves}", "40")
+    for told in ends.run(tmp_path / "life", script, size):
+        assert told["code"] == 0, told
+        half, whole, others = json.loads(told["out"])
+        native = [x.pop("threads") for x in (half, whole, others)]  # of pools that grow up to a size
+        held = (half, whole, others)
+        assert all(later[what] <= half[what] for later in held for what in half), held
+        assert half["python's"] == size, held  # the main thread, and the pulse
+        assert max(native) - native[0] < 8, native  # and not one a save

@@ -1,16 +1,11 @@
 """Ranks that go apart are told so, all of them, within seconds; ranks that do not are left alone.
 
-Every case is a script, run as real processes.
+Every case is a script, run as real processes to the end of their interpreters.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 from typing import NamedTuple
 
 import pytest
@@ -60,36 +55,12 @@ class End(NamedTuple):
     when: float
 
 
-def start(folder, text, size=2):
-    """The script as `size` processes, each until its own end, of which 90 seconds are waited for."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    script = folder / "script.py"
-    script.write_text(PRELUDE + text)
-    world = {
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    envs = [{**os.environ, **world, "RANK": str(r)} for r in range(size)]
-    ranks = [
-        subprocess.Popen([sys.executable, script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for env in envs
+@pytest.fixture(scope="module")
+def start(ends):
+    """`start(folder, text, size=2)`: the script as so many processes, each until its own end."""
+    return lambda folder, text, size=2: [
+        End(t["code"], t["out"], t["err"], t["when"]) for t in ends.run(folder, PRELUDE + text, size)
     ]
-    ended: dict[int, float] = {}
-    until = time.monotonic() + 90
-    while len(ended) < size and time.monotonic() < until:
-        ended |= {r: time.time() for r, p in enumerate(ranks) if r not in ended and p.poll() is not None}
-        time.sleep(0.05)
-    for p in ranks:
-        if p.poll() is None:
-            p.kill()
-    texts = [p.communicate() for p in ranks]
-    assert len(ended) == size, f"ranks {sorted(set(range(size)) - set(ended))} hang\n{texts}"
-    return [End(p.returncode, *texts[r], ended[r]) for r, p in enumerate(ranks)]
 
 
 def told(ends):
@@ -106,7 +77,7 @@ def told(ends):
     return lines[0][0]
 
 
-def test_one_evaluation_more_on_one_rank(tmp_path):
+def test_one_evaluation_more_on_one_rank(start, tmp_path):
     ends = start(tmp_path, """
 step = make(stage=1, accumulate=1)
 state = step.init(params)
@@ -131,7 +102,7 @@ for t in range(6):
     )  # unless gloo broke the wait first
 
 
-def test_one_batch_fewer_on_one_rank(tmp_path):
+def test_one_batch_fewer_on_one_rank(start, tmp_path):
     message = told(start(tmp_path, """
 step = make()
 state = step.init(params)
@@ -149,7 +120,7 @@ apart()
     ), message
 
 
-def test_an_error_in_the_loss_of_one_rank(tmp_path):
+def test_an_error_in_the_loss_of_one_rank(start, tmp_path):
     ends = start(tmp_path, """
 step = make()
 state = step.init(params)
@@ -169,7 +140,7 @@ for t in range(6):
 
 
 @pytest.mark.slow
-def test_an_error_that_one_rank_survives(tmp_path):
+def test_an_error_that_one_rank_survives(start, tmp_path):
     message = told(start(tmp_path, """
 step = make()
 state = step.init(params)
@@ -189,7 +160,7 @@ for t in range(6):
 
 
 @pytest.mark.parametrize("at", [3, pytest.param(5, marks=pytest.mark.slow)], ids=["in the middle", "at the end"])
-def test_saving_on_rank_0_only(tmp_path, at):
+def test_saving_on_rank_0_only(start, tmp_path, at):
     message = told(start(tmp_path, f"""
 step = make()
 state = step.init(params)
@@ -217,7 +188,7 @@ for t in range(6):
 
 
 @pytest.mark.slow
-def test_another_chain_on_one_rank(tmp_path):
+def test_another_chain_on_one_rank(start, tmp_path):
     message = told(start(tmp_path, """
 step = make(accumulate=2 + 2 * RANK)
 apart()
@@ -236,7 +207,7 @@ for t in range(6):
 
 
 @pytest.mark.slow
-def test_another_spec_on_one_rank(tmp_path):
+def test_another_spec_on_one_rank(start, tmp_path):
     message = told(start(tmp_path, """
 grad = fz.value_and_grad(loss_fn, batch=P("data"))
 step = fz.train_step(fz.shard("data", grad, fz.adamw(1e-2), threshold=100 * RANK), mesh={"data": -1})
@@ -253,7 +224,7 @@ for t in range(6):
 
 
 @pytest.mark.slow
-def test_other_rows_on_one_rank_are_right(tmp_path):
+def test_other_rows_on_one_rank_are_right(start, tmp_path):
     ends = start(tmp_path, """
 step = make(stage=0, accumulate=1)
 state = step.init(params)
@@ -288,7 +259,7 @@ print("end")
 
 
 @pytest.mark.parametrize("seconds", [0, pytest.param(12, marks=pytest.mark.slow)])
-def test_ranks_that_do_the_same_are_left_alone(tmp_path, seconds):
+def test_ranks_that_do_the_same_are_left_alone(start, tmp_path, seconds):
     """One that is late for longer than ten seconds is named by the one that waits for it, once a launch."""
     ends = start(tmp_path, f"SLEEP = {seconds}\n{HEALTHY}")
     lines = [[line for line in e.err.splitlines() if "funczero" in line or "TCPStore" in line] for e in ends]
@@ -298,7 +269,7 @@ def test_ranks_that_do_the_same_are_left_alone(tmp_path, seconds):
 
 
 @pytest.mark.slow
-def test_a_text_in_the_store_that_nothing_supports_ends_nobody(tmp_path):
+def test_a_text_in_the_store_that_nothing_supports_ends_nobody(start, tmp_path):
     ends = start(tmp_path, """
 import torch.distributed as dist
 step = make()
@@ -316,7 +287,7 @@ print("end", flush=True)
 
 
 @pytest.mark.slow
-def test_a_long_wait_for_a_rank_elsewhere_is_said_and_not_ended(tmp_path):
+def test_a_long_wait_for_a_rank_elsewhere_is_said_and_not_ended(start, tmp_path):
     ends = start(tmp_path, """
 step = make()
 state = step.init(params)
@@ -349,7 +320,7 @@ for t in range(25):
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on(tmp_path):
+def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on(start, tmp_path):
     stop = "subprocess.Popen(['sh', '-c', f'sleep 16; kill -CONT {os.getpid()}']); os.kill(os.getpid(), signal.SIGSTOP)"
     ends = start(tmp_path, SILENT.replace("VICTIM", "1").replace("END", stop))
     assert [e.code for e in ends] == [0, 0], ends
@@ -367,7 +338,7 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on(tmp_path):
     ["os._exit(3)", pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", marks=pytest.mark.slow)],
     ids=["exit", "segv"],
 )
-def test_a_rank_that_dies_after_the_first_updates_is_named_with_its_step(tmp_path, victim, end):
+def test_a_rank_that_dies_after_the_first_updates_is_named_with_its_step(start, tmp_path, victim, end):
     ends = start(tmp_path, SILENT.replace("VICTIM", str(victim)).replace("END", end))
     dead, left = ends[victim], ends[1 - victim]
     assert dead.code in (3, -11) and left.code == 1, ends
