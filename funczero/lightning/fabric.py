@@ -16,7 +16,7 @@ from funczero.deepspeed.engine.zero_init import Init
 from funczero.lightning.engines import Engines, broadcast_buffers
 from funczero.lightning.kept import KeptPrecision
 from funczero.lightning.prepare import prepared
-from funczero.lightning.settings import Settings, join
+from funczero.lightning.settings import Settings, join, named
 from funczero.lightning.weights import load_module, module_state
 
 
@@ -214,10 +214,7 @@ class FabricStrategy(DDPStrategy):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """ "funczero", at stage 2, and "funczero_stage_0" to "funczero_stage_3"."""
-        strategy_registry.register(cls.strategy_name, cls, description="ZeRO-2 as a chain of funczero", override=True)
-        for stage in range(4):
-            name, what = f"{cls.strategy_name}_stage_{stage}", f"ZeRO-{stage} as a chain of funczero"
-            strategy_registry.register(name, cls, description=what, stage=stage, override=True)
+        named(cls, cls.strategy_name, strategy_registry)
 
 
 def _inner(module: nn.Module) -> nn.Module:

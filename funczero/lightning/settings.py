@@ -64,6 +64,14 @@ class Settings(NamedTuple):
         return (asked_clip(),)
 
 
+def named(strategy: type, name: str, registry: Any) -> None:
+    """A strategy in a registry of Lightning's, by its name at stage 2, and by one for each stage."""
+    registry.register(name, strategy, description="ZeRO-2 as a chain of funczero", override=True)
+    for stage in range(4):
+        what = f"ZeRO-{stage} as a chain of funczero"
+        registry.register(f"{name}_stage_{stage}", strategy, description=what, stage=stage, override=True)
+
+
 def check_precision(precision: str) -> None:
     """Refuse a precision that no chain has.
 
