@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from funczero.core.number import dtype_name
+from funczero.core.spans import span
 from funczero.layout.mesh import Mesh
 from funczero.world.sent import Sent
 
@@ -46,10 +47,12 @@ def count_bytes(step: HasMesh | Mesh) -> Iterator[Sent]:
 
 def _sent(
     mesh: Mesh, axis: str, verb: str, form: torch.dtype | str, n: int, values: int, units: tuple[int, ...] = ()
-) -> None:
+) -> AbstractContextManager[Any]:
+    """Counted and entered in the ledger; what is launched inside has its name in a trace."""
     name = form if isinstance(form, str) else _name_of(form)
     mesh.sent.note((axis, verb, name), n, values)
     mesh.ledger.note(verb, axis, name, n, units)
+    return span(verb, axis)
 
 
 _name_of = cache(dtype_name)
@@ -69,8 +72,8 @@ def launch_gather(
     if size == 1:
         return x.view(1, -1)
     values = x.numel() if values is None else values
-    _sent(mesh, axis, "all_gather", form or x.dtype, x.nbytes * (size - 1), values * (size - 1), units)
-    return _gather_rows(x, size, group, mesh)
+    with _sent(mesh, axis, "all_gather", form or x.dtype, x.nbytes * (size - 1), values * (size - 1), units):
+        return _gather_rows(x, size, group, mesh)
 
 
 def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
@@ -94,8 +97,8 @@ def launch_exchange(
     if size == 1:
         return x
     values = x.numel() // size if values is None else values
-    _sent(mesh, axis, "reduce_scatter", form or x.dtype, x.nbytes * (size - 1) // size, values * (size - 1), units)
-    with torch._C._AutoDispatchBelowAutograd():
+    n, sent = x.nbytes * (size - 1) // size, values * (size - 1)
+    with _sent(mesh, axis, "reduce_scatter", form or x.dtype, n, sent, units), torch._C._AutoDispatchBelowAutograd():
         return mesh.flight.note(x, _ops.all_to_all_single(x, [1] * size, [1] * size, group))
 
 
@@ -114,15 +117,15 @@ def launch_uneven(
     values = sum(sent) - sent[index]
     mesh.sent.note((axis, "exchange", _name_of(x.dtype)), values * x.itemsize, values)
     mesh.ledger.note("exchange", axis, _name_of(x.dtype), alike, units)
-    with torch._C._AutoDispatchBelowAutograd():
+    with span("exchange", axis), torch._C._AutoDispatchBelowAutograd():
         return mesh.flight.note(x, _ops.all_to_all_single(x, received, sent, group))
 
 
 def launch_backend_scatter(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...]) -> Tensor:
     """Start the backend's own reduce-scatter of [W, n], in whatever order it adds."""
     size, _, group = mesh.axes[axis]
-    _sent(mesh, axis, "reduce_scatter", x.dtype, x.nbytes * (size - 1) // size, x.numel() * (size - 1) // size, units)
-    with torch._C._AutoDispatchBelowAutograd():
+    n, values = x.nbytes * (size - 1) // size, x.numel() * (size - 1) // size
+    with _sent(mesh, axis, "reduce_scatter", x.dtype, n, values, units), torch._C._AutoDispatchBelowAutograd():
         return mesh.flight.note(x, _ops.reduce_scatter_tensor(x, "sum", size, group))
 
 
@@ -130,14 +133,16 @@ def launch_backend_sum(x: Tensor, axis: str, mesh: Mesh) -> Tensor:
     """Start the backend's own all-reduce of [n], in whatever order it adds."""
     size, _, group = mesh.axes[axis]
     sent = 2 * x.nbytes * (size - 1) // size
-    _sent(mesh, axis, "all_reduce", x.dtype, sent, sent // x.dtype.itemsize)
-    with torch._C._AutoDispatchBelowAutograd():
+    with (
+        _sent(mesh, axis, "all_reduce", x.dtype, sent, sent // x.dtype.itemsize),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
         return mesh.flight.note(x, _ops.all_reduce(x, "sum", group))
 
 
 def wait(x: Tensor) -> Tensor:
     """The tensor of a launched collective, complete."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with span("wait"), torch._C._AutoDispatchBelowAutograd():
         out: Tensor = _ops.wait_tensor(x)
     return out
 
@@ -151,10 +156,9 @@ def broadcast(x: Tensor, root: int, mesh: Mesh) -> Tensor:
     if mesh.ledger.place == root:
         mesh.sent.note((axes, "broadcast", _name_of(x.dtype)), nbytes, nbytes // x.dtype.itemsize)
     mesh.ledger.note("broadcast", axes, _name_of(x.dtype), nbytes)
-    with torch._C._AutoDispatchBelowAutograd():
-        sent = _ops.broadcast(x.detach().contiguous(), root, mesh.world_group)
-        out: Tensor = _ops.wait_tensor(mesh.flight.note(x, sent))
-    return out
+    with span("broadcast", axes), torch._C._AutoDispatchBelowAutograd():
+        sent = mesh.flight.note(x, _ops.broadcast(x.detach().contiguous(), root, mesh.world_group))
+    return wait(sent)
 
 
 def sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: bool) -> Tensor:
@@ -170,8 +174,6 @@ def sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: boo
         _sent(mesh, name, "all_reduce", x.dtype, nbytes, 0)
     else:  # it stands in the ledger already, by its own checksum
         mesh.sent.note((name, "all_reduce", _name_of(x.dtype)), nbytes, 0)
-    if short:
-        return wait(_gather_rows(x, size, group, mesh)).sum(0)
-    with torch._C._AutoDispatchBelowAutograd():
-        out: Tensor = _ops.wait_tensor(mesh.flight.note(x, _ops.all_reduce(x, "sum", group)))
-    return out
+    with span("all_reduce", name), torch._C._AutoDispatchBelowAutograd():
+        flying = _gather_rows(x, size, group, mesh) if short else mesh.flight.note(x, _ops.all_reduce(x, "sum", group))
+    return wait(flying).sum(0) if short else wait(flying)

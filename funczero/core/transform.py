@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from funczero.core.exhausted import told
+from funczero.core.spans import span
 from funczero.core.types import Apply, ChainError, Grad, Layout, Out, Seed, State, Tree
 
 if TYPE_CHECKING:
@@ -40,7 +42,14 @@ def after(
     def apply(views: Slots, state: State, batch: Tree, s: Seed) -> tuple[Out | None, State]:
         out: Any  # an `In`, as the phase of g's layout says
         out, state = g.apply(views, state, batch, s if seed is None else seed(s, state))
-        return (None, state) if out is None else fn(out, state)
+        if out is None:
+            return None, state
+        with span(name):
+            try:
+                return fn(out, state)
+            except (RuntimeError, MemoryError) as error:
+                told(error, lambda: f"in {name}")
+                raise
 
     return _right_of(g, name, layout, apply, init)
 
@@ -65,7 +74,14 @@ def around(
         s, carried = before(views, s, state)
         out: Any  # an `In`, as the phase of g's layout says
         out, state = g.apply(views, state, batch, s)
-        return (None, state) if out is None else fn(out, state, carried)
+        if out is None:
+            return None, state
+        with span(name):
+            try:
+                return fn(out, state, carried)
+            except (RuntimeError, MemoryError) as error:
+                told(error, lambda: f"in {name}")
+                raise
 
     return _right_of(g, name, layout, apply, init)
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from funczero.core import order, tree
+from funczero.core.exhausted import told
 from funczero.core.number import flag
 from funczero.core.rows import counting
+from funczero.core.spans import span
 from funczero.core.types import ChainError, Env, Grad, Seed, State
 from funczero.gradients.arrivals import sparse
 from funczero.gradients.call import LossCall, Outcome, synced
@@ -157,18 +159,24 @@ def _differentiate(
     structure = tape.whole.structure
     open_leaves = tape.tensors(whole)
     before = tape.copies(open_leaves)
-    outcome = call(structure.unflatten(whole), batch, seed, state, tape.port.device)
+    with span("forward"):
+        try:
+            outcome = call(structure.unflatten(whole), batch, seed, state, tape.port.device)
+        except (RuntimeError, MemoryError) as error:
+            told(error, lambda: "in the forward, outside the units")
+            raise
     loss, void = outcome.loss, call.void(outcome, seed)
     tape.left_alone(open_leaves, before)
     wanted = {i: x for i, x in open_leaves.items() if x.requires_grad}
     grads: list[Any] = [None] * len(structure.leaves)
     if loss.requires_grad:
-        with tape.collecting(seed.look, void=void):
+        with span("backward"), tape.collecting(seed.look, void=void):
             try:
                 found = torch.autograd.grad(
                     loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True
                 )
             except RuntimeError as error:
+                told(error, lambda: "in the backward")
                 if "not implemented for sparse" in str(error):
                     raise TypeError(sparse()) from None
                 if "When use_reentrant=True" in str(error):

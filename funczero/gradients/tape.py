@@ -14,6 +14,7 @@ from funczero.comm.exact import Grid
 from funczero.comm.memory import Held
 from funczero.comm.units import Travelling, gather_units
 from funczero.comm.wire import Key
+from funczero.core.exhausted import told
 from funczero.core.types import Env
 from funczero.gradients.agree import Agreement
 from funczero.gradients.arrivals import Arrivals, Group
@@ -96,9 +97,19 @@ class Tape:
                 self._start(unit)
 
     def _start(self, unit: int) -> None:
-        where, edge = self.views.where.outer, self.env.edges[self.rest[-1]]
-        self.flying[unit] = gather_units(where, (unit,), edge, self.env.mesh, (self.views.buffers[unit],), self.at)
+        where, edge, part = self.views.where.outer, self.env.edges[self.rest[-1]], self.views.buffers[unit]
+        try:
+            self.flying[unit] = gather_units(where, (unit,), edge, self.env.mesh, (part,), self.at)
+        except (RuntimeError, MemoryError) as error:
+            told(error, lambda: self._gathered(unit))
+            raise
         self.count(1)
+
+    def _gathered(self, unit: int) -> str:
+        units = self.whole.structure.units
+        others = ", ".join(repr(units[u].name) for u in dict.fromkeys((*self.open, *self.flying)))
+        beside = f", beside those of {others}" if others else ""
+        return f"for the gathered parameters of unit {units[unit].name!r}{beside}"
 
     def ahead(self, *group: int) -> None:
         """Start gathers that are not needed yet: of one block at a time, unless the step says to wait, or another rank

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from funczero.core import rows
+from funczero.core import exhausted, rows, tree
+from funczero.core.spans import span
 from funczero.core.types import Grad, Metrics, TrainState
 from funczero.layout.mesh import Mesh
-from funczero.layout.processes import init_distributed, world_size
+from funczero.layout.processes import init_distributed, world_rank, world_size
 from funczero.layout.slots import Slots
 from funczero.step.alike import checksum, settings
 from funczero.step.watch import Watch, in_words
@@ -27,11 +28,24 @@ def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> 
     def call(state: Any, *batch: Any) -> Any:
         whole = isinstance(state, TrainState) and isinstance(state.params, Slots)
         ledger = running().env.mesh.ledger if whole else None
-        if ledger is None or ledger.ranks == 1:
-            return fn(state, *batch)
-        return _entered(ledger, name, fn, state, *batch)
+        with span(name):
+            try:
+                if ledger is None or ledger.ranks == 1:
+                    return fn(state, *batch)
+                return _entered(ledger, name, fn, state, *batch)
+            except (RuntimeError, MemoryError) as error:
+                exhausted.held(error, lambda: _holding(name, state))
+                raise
 
     return call
+
+
+def _holding(name: str, state: TrainState) -> str:
+    """What a state takes on this rank, by class."""
+    kinds = {"parameters": state.params, "views": state.views, **state.chain}
+    sizes = [f"{kind} {exhausted.size(tree.tensors(x))}" for kind, x in kinds.items() if tree.tensors(x)]
+    where = f"rank {world_rank()} of {world_size()}, {name} at step {int(state.step)}"
+    return f"{where}: its state holds {', '.join(sizes)}; all else is gathered parameters, activations and gradients"
 
 
 def _entered(ledger: Ledger, name: str, fn: Callable[..., Any], state: TrainState, *batch: Any) -> Any:

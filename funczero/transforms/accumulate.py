@@ -9,6 +9,7 @@ import torch
 
 from funczero.comm.exact import Grid
 from funczero.core import order, rows
+from funczero.core.spans import span
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Apply, Grad, Seed, State, Sum, Transform, Tree
 from funczero.layout.slots import Slots
@@ -74,8 +75,10 @@ def _loop(g: Grad, k: int, name: str) -> Apply:
         for j, micro in enumerate(rows.split(batch, k, name, cut)):
             out, state = g.apply(views, state, micro, seed._replace(index=seed.index + j * stride))
             assert isinstance(out, Sum)
-            counter = _taken(counter, j, out, seed.grid, wide, reuse)
-        return order.close(counter, lambda a, b: _add(a, b, wide, reuse)), state
+            with span(name):
+                counter = _taken(counter, j, out, seed.grid, wide, reuse)
+        with span(name):
+            return order.close(counter, lambda a, b: _add(a, b, wide, reuse)), state
 
     return apply
 
@@ -93,7 +96,8 @@ def _window(g: Grad, k: int, name: str, key: str) -> Apply:
             raise ValueError(f"{name}: the window already holds {k} micro-batches; call step(state, None) to update")
         out, state = g.apply(views, state, batch, seed._replace(index=seed.index + j * stride))
         assert isinstance(out, Sum)
-        partial = _taken(window.partial, j, out, seed.grid, wide)
+        with span(name):
+            partial = _taken(window.partial, j, out, seed.grid, wide)
         return None, {**state, key: Accumulate(window.count + 1, partial)}
 
     return apply

@@ -4,6 +4,7 @@ around it.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from funczero.comm.differentiable import pack
 from funczero.core import tree
+from funczero.core.spans import span
 from funczero.core.transform import after, refuse
 from funczero.core.types import Grad, State, Tree, Updated, Value
 from funczero.layout.slots import Slots
@@ -122,7 +124,8 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
             else:
                 mine = state[e.key] if donate or idle else _cloned(state[e.key])
                 assert e.tx.formula is not None
-                own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held, g.env.mesh)
+                with span(e.key) if shares.parts else nullcontext():
+                    own[e.key] = run(e.tx.formula, reading, new, grads, factor, mine, out.ok, held, g.env.mesh)
                 logs = {**logs, "lr": reading.lr.to(out.ok.device)}
         params = new.with_frozen(masters)
         updated = Updated(out.loss, out.weight, out.aux, params, _norm_of(out), out.ok, out.bad, logs)
