@@ -24,7 +24,7 @@ Found (2 cores, torch 2.13, one thread a process):
     the one with differentiable steps, on worlds 1, 2, 4, 8, have deddc9742af4 and 662f70e3851d.
     --sums=exact --updates=6, worlds 1 to 8 (in two runs, 1,2,3,5,6 and 4,7,8): one hash in float32 (76ed31dd7b01) and
     one with bfloat16 compute (dab6544d38bd), resumes from three ranks on five and two included; engines at stages 0 to
-    3: one hash each. The second run took 25 minutes beside seven other jobs.
+    3 on 1, 2, 3, 4 and 6 ranks: one hash each. The second run took 25 minutes beside seven other jobs.
 """
 
 import sys
