@@ -97,6 +97,7 @@ from funczero.optim import soap as soap
 from funczero.step.differentiable import differentiable as differentiable
 from funczero.step.frozen import Frozen as Frozen
 from funczero.step.frozen import frozen as frozen
+from funczero.step.generate import generate as generate
 from funczero.step.sharded_loss import ShardedLoss as ShardedLoss
 from funczero.step.sharded_loss import hessian as hessian
 from funczero.step.sharded_loss import jacfwd as jacfwd
