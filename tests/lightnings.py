@@ -226,7 +226,7 @@ def dealt(data, k=4, rows=2):
 
 
 def exact(stages, folder):
-    """Hashes of whole weights after a fit of the Trainer, and after updates by Fabric, by stage; nothing but on rank 0."""
+    """Hashes of whole weights after a fit of the Trainer, and after updates by Fabric, by stage, on rank 0."""
     from lightning.fabric import Fabric
 
     from funczero.lightning import FabricStrategy
