@@ -96,7 +96,9 @@ from funczero.optim import shampoo as shampoo
 from funczero.optim import soap as soap
 from funczero.step.differentiable import differentiable as differentiable
 from funczero.step.frozen import Frozen as Frozen
+from funczero.step.frozen import beside as beside
 from funczero.step.frozen import frozen as frozen
+from funczero.step.generate import generate as generate
 from funczero.step.profile import profile as profile
 from funczero.step.sharded_loss import ShardedLoss as ShardedLoss
 from funczero.step.sharded_loss import hessian as hessian

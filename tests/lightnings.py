@@ -219,6 +219,40 @@ def fit(stage, folder, resume=None, stop=None, end=None):
     return out
 
 
+def dealt(data, k=4, rows=2):
+    """Whole micro-batches in turns, k an update over all ranks: the same ones in every world."""
+    micros = [list(range(i, i + rows)) for i in range(0, len(data) // (k * rows) * k * rows, rows)]
+    return DataLoader(data, batch_sampler=micros[rank() :: world()])
+
+
+def exact(stages, folder):
+    """Hashes of whole weights after a fit of the Trainer, and after updates by Fabric, by stage, on rank 0."""
+    from lightning.fabric import Fabric
+
+    from funczero.lightning import FabricStrategy
+    from funczero.testing import tree_hash
+
+    out = {}
+    for stage in stages:
+        module, k = modules()(), 4 // world()
+        torch.manual_seed(0)
+        t = trainer(ours(stage, sums="exact"), accumulate_grad_batches=k, gradient_clip_val=CLIP)
+        t.fit(module, dealt(tokens()))
+        weights = t.strategy.lightning_module_state_dict()
+        f = Fabric(accelerator="cpu", devices=world(), strategy=FabricStrategy(stage, zero=SMALL, sums="exact"))
+        f.launch()
+        net, o = f.setup(*(lambda net: (net, optimizer_of(net.parameters())[0]))(GPT()))
+        for n, (x,) in enumerate(dealt(tokens())):
+            f.backward(loss_of(net, x) / k)
+            if n % k == k - 1:
+                o.step()
+                o.zero_grad()
+        f.save(str(Path(folder, "net.ckpt")), {"net": net})
+        if rank() == 0:
+            out[stage] = tree_hash(weights), tree_hash(torch.load(Path(folder, "net.ckpt"))["net"])
+    return out
+
+
 def mlp(i, h, o, seed):
     torch.manual_seed(seed)
     inner = nn.Sequential(*(nn.Sequential(nn.Linear(h, h), nn.Tanh()) for _ in range(2)))

@@ -20,7 +20,7 @@ def again(seen):
 
 
 def test_a_block_is_its_forward_and_may_run_again():
-    blocks, seen = Blocks(["h.0", "h.1"], [(), ()]), []
+    blocks, seen = Blocks(["h.0", "h.1"], [{}, {}]), []
     w, x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, dtype=torch.float64)
     want = (x @ w * 2.0).sum()
     (grad,) = torch.autograd.grad(want, w)
@@ -35,7 +35,7 @@ def test_a_block_that_changes_its_input_does_not_run_again():
         args[0].add_(1)
         return args[0] @ own["w"]
 
-    blocks, x = Blocks(["h.0"], [()]), torch.ones(2, 3)
+    blocks, x = Blocks(["h.0"], [{}]), torch.ones(2, 3)
     why = (
         r"engine: unit 'h.0' runs again in the backward \(gradient checkpointing\), but changes an input in place;"
         r" write x = x \+ y, or leave it out"

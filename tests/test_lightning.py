@@ -154,6 +154,25 @@ def test_other_ways_are_those_of_lightnings_own_strategy(run_world, stage, world
     assert len(gaps) == 3 and max(gaps.values()) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "worlds",
+    [{1: (0,), 2: (2, 3)}, pytest.param({1: (1, 2, 3), 2: (0, 1), 4: (2, 3)}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_exact_sums_have_one_hash_whatever_the_world(run_world, tmp_path, worlds):
+    found = [run_world(w, lightnings.exact, stages, str(tmp_path), timeout=TIME)[0] for w, stages in worlds.items()]
+    (trainer,), (fabric,) = (set(x) for x in zip(*(both for rank in found for both in rank.values()), strict=True))
+    assert trainer != fabric
+
+
+def test_sums_are_refused_by_name():
+    from funczero.lightning import FabricStrategy, FunczeroStrategy
+
+    for strategy in (FabricStrategy, FunczeroStrategy):
+        with pytest.raises(ValueError, match="sums='integer' is none of tree, exact, backend; write one of them"):
+            strategy(sums="integer")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_module_on_meta_gets_one_start_at_every_stage(run_world, world):

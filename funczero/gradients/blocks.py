@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funczero.core import tree
 from funczero.gradients.arrivals import Group
-from funczero.gradients.keep import run_unit
+from funczero.gradients.keep import run_units
 from funczero.gradients.layers import run_block
 from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
@@ -34,7 +34,7 @@ class Blocks(NamedTuple):
     """The blocks of one forward in the module's order."""
 
     paths: list[str]
-    groups: list[Group]  # the units that each one's parameters lie in
+    groups: list[dict[Any, Group]]  # by tape, the units that each one's parameters lie in
 
     def run(
         self,
@@ -53,19 +53,25 @@ class Blocks(NamedTuple):
           again: the block saves only its inputs, and runs again in the backward; always given where it may be
             differentiated twice (Parts).
         """
-        path, group = self.paths[i], self.groups[i]
+        path, groups = self.paths[i], self.groups[i]
         after = neighbours(self.paths, i)[1]
-        guess = () if after is None else self.groups[after]
-        tape = next((r.tape for r in closed.values() if isinstance(r, Ref)), None)
-        if again is not None and (torch.is_grad_enabled() or isinstance(tape, Parts)):
+        guess = {} if after is None else self.groups[after]
+        parts = [(tape, group, guess.get(tape, ())) for tape, group in groups.items()]
+        again_asked = again is not None and torch.is_grad_enabled()
+        if len(parts) > 1 and (again_asked or any(isinstance(tape, Parts) for tape in groups)):
+            why = "its parameters lie with the step and beside it (fz.beside), and it runs again for its derivatives"
+            raise TypeError(f"stateless: unit {path!r}: {why}; leave out remat, gradient_checkpointing or higher_order")
+        tape, group, ahead = parts[0] if parts else (None, (), ())
+        if again is not None and (again_asked or isinstance(tape, Parts)):
             twice = _checked(path, forward, again)
-            return run_block(twice, tree.flatten(closed), group, repeatable(path, args, kwargs), {}, guess, True)
+            return run_block(twice, tree.flatten(closed), group, repeatable(path, args, kwargs), {}, ahead, True)
         if tape is None or isinstance(tape, Parts):
             return forward(closed, args, kwargs)
+        order = {tape: n for n, tape in enumerate(groups)}
         opened = lambda leaves: forward(
-            {n: leaves[r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs
+            {n: leaves[order[r.tape]][r.leaf] if isinstance(r, Ref) else r for n, r in closed.items()}, args, kwargs
         )
-        return run_unit(tape, group, opened, guess)
+        return run_units(parts, opened)
 
 
 def _checked(path: str, forward: Forward, again: Again) -> Forward:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from funczero.core import tree
 from funczero.gradients.blocks import Again, Blocks
 from funczero.gradients.draws import KINDS, foreseen, keyed
-from funczero.gradients.layers import group_of
+from funczero.gradients.layers import groups_of
 from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
 from funczero.gradients.snapshot import Slot, Snapshot, copied, places
@@ -96,7 +96,7 @@ class Call:
             raise TypeError(f"stateless: parameter {taught!r} {why}; {remedy}")
         self.units, self.check_leaves, self.params, self.refuse = snapshot.units, snapshot.check_leaves, params, refuse
         self.device = next((x.device for x in params.values()), torch.device("cpu"))
-        groups = [group_of([params[name] for *_, name in u.slots]) for u in self.units]
+        groups = [groups_of([params[name] for *_, name in u.slots]) for u in self.units]
         self.blocks = Blocks([u.path for u in self.units], groups)
 
     def bound(

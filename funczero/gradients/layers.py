@@ -78,13 +78,25 @@ def gather(params: Any) -> Any:
 
 def group_of(leaves: list[Any]) -> Group:
     """The units that one block's closed parameters lie in."""
-    refs = {r.unit: r for r in leaves if isinstance(r, Ref)}
-    names = {r.tape.whole.structure.units[u].name for u, r in refs.items()}
-    if len(names) > 1:
-        raise TypeError(
-            f"fz.layers: one block holds parameters of the units {sorted(names)}; give it a list with one tree a block"
-        )
-    return tuple(refs)
+    groups = groups_of(leaves)
+    if len(groups) > 1:
+        why = "one block holds parameters of a step and of what lies beside it (fz.frozen)"
+        raise TypeError(f"fz.layers: {why}; open those with fz.gather, or write the model as a module (fz.beside)")
+    return next(iter(groups.values()), ())
+
+
+def groups_of(leaves: list[Any]) -> dict[Any, Group]:
+    """The same by tape: parameters of one block may lie on two, as adapters and their base."""
+    found: dict[Any, dict[int, None]] = {}
+    for r in leaves:
+        if isinstance(r, Ref):
+            found.setdefault(r.tape, {})[r.unit] = None
+    for tape, units in found.items():
+        names = {tape.whole.structure.units[u].name for u in units}
+        if len(names) > 1:
+            why = f"one block holds parameters of the units {sorted(names)}"
+            raise TypeError(f"fz.layers: {why}; give it a list with one tree a block")
+    return {tape: tuple(units) for tape, units in found.items()}
 
 
 def run_block(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from funczero.gradients.bound import Own, run_once
 from funczero.gradients.buffers import state_rules
 from funczero.gradients.layers import captured
+from funczero.gradients.plans import planned
 from funczero.gradients.snapshot import Snapshot
 from funczero.gradients.synced import Across, is_synced
 from funczero.gradients.units import conditional_of, find_units, sometimes
@@ -57,7 +58,7 @@ def stateless(
         is taken off, in print.
       loss: loss(model, batch) -> (sum, weight); model is called like the module.
       units: paths of lists of blocks, as "transformer.h", () for none. By default the lists (ModuleList, ModuleDict,
-        Sequential) of blocks.
+        Sequential) of blocks that look like layers. "auto": those that the module names itself, in print (plans.py).
       conditional: of the units, the lists whose blocks not every rank runs (see value_and_grad). By default lists
         called experts, and those whose layers are dropped.
       remat: save only each block's inputs and run it again in the backward. So does a block that has
@@ -67,11 +68,15 @@ def stateless(
         spectral_norm by the first micro-batch's.
 
     Raises:
-      ValueError: units names no list of blocks, state no buffer, or a buffer has no values (meta).
+      ValueError: units names no list of blocks, or "auto" finds none named; state names no buffer, or a buffer has no
+        values (meta).
       ChainError: conditional names no unit.
       TypeError: the loss captures a tensor that needs a gradient.
     """
     module = _readable(module, loss)
+    if units == "auto":
+        units, words = planned(module)
+        logging.warning("%s", words)
     lists = find_units(module, units)
     some = conditional_of("stateless", lists, sometimes(module, lists) if conditional is None else conditional)
     snapshot = Snapshot(module, lists, remat)

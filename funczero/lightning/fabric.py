@@ -59,7 +59,7 @@ class FabricStrategy(DDPStrategy):
     nothing: `strategy.grad_norm(optimizer)` is the norm, after the step.
 
     Args:
-      stage, zero, broadcast_buffers: as FunczeroStrategy's.
+      stage, zero, broadcast_buffers, sums: as FunczeroStrategy's.
       accelerator, parallel_devices, cluster_environment, checkpoint_io, precision, process_group_backend, timeout: as
         DDPStrategy's.
     """
@@ -78,8 +78,9 @@ class FabricStrategy(DDPStrategy):
         precision: Any = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
+        sums: str = "tree",
     ) -> None:
-        self.settings = Settings(stage, dict(zero or {})).checked()
+        self.settings = Settings(stage, dict(zero or {}), sums=sums).checked()
         self.buffers_from_first, self.engines = broadcast_buffers, Engines(self.settings)
         super().__init__(
             accelerator=accelerator,

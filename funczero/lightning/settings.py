@@ -20,6 +20,7 @@ HALF: dict[str, dict[str, Any]] = {
     "bf16-true": {"bf16": {"enabled": True}},
     "16-true": {"fp16": {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}},
 }
+SUMS = "tree", "exact", "backend"
 KNOWN = "32-true", "bf16-mixed", "16-mixed", *HALF
 
 
@@ -30,6 +31,7 @@ class Settings(NamedTuple):
     zero: Mapping[str, Any]
     precision: str = "32-true"
     scaler: tuple[float, int] | None = None  # of mixed precision in float16: first scale, updates until it doubles
+    sums: str = "tree"  # how gradients add, as train_step's
 
     def checked(self) -> Settings:
         """Refuse what does not exist.
@@ -41,6 +43,8 @@ class Settings(NamedTuple):
             raise ValueError(f"FunczeroStrategy: stage={self.stage!r} does not exist; write 0, 1, 2 or 3")
         if "stage" in self.zero:
             raise ValueError("FunczeroStrategy: zero= names the stage, too; write stage= alone")
+        if self.sums not in SUMS:
+            raise ValueError(f"FunczeroStrategy: sums={self.sums!r} is none of {', '.join(SUMS)}; write one of them")
         check_precision(self.precision)
         return self
 
@@ -52,6 +56,7 @@ class Settings(NamedTuple):
             "gradient_clipping": 0,
             "steps_per_print": float("inf"),
             "zero_optimization": {**self.zero, "stage": self.stage},
+            "funczero": {"sums": self.sums},
             **HALF.get(self.precision, {}),
         }
         return resolve(page, world_size())

@@ -83,6 +83,9 @@ class FunczeroStrategy(DDPStrategy):
       broadcast_buffers: rank 0's buffers count before every forward, as with DistributedDataParallel.
       accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
         timeout: as DDPStrategy's.
+      sums: how gradients add: "tree", "exact" or "backend", as fz.train_step's. With "exact" weights have the same bits
+        on any number of processes that are dealt the same micro-batches, 2, 4, 8, ... of them an update, for Lightning
+        divides each loss by the number that its process has.
 
     Raises:
       ValueError, TypeError, RuntimeError: what cannot be right at this stage, by name, when training is set up.
@@ -102,8 +105,9 @@ class FunczeroStrategy(DDPStrategy):
         precision_plugin: Any = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
+        sums: str = "tree",
     ) -> None:
-        self.settings = Settings(stage, dict(zero or {})).checked()
+        self.settings = Settings(stage, dict(zero or {}), sums=sums).checked()
         self.buffers_from_first, self.engines = broadcast_buffers, Engines(self.settings)
         super().__init__(
             accelerator=accelerator,

@@ -28,7 +28,7 @@ from funczero.deepspeed.engine.values import whole_values
 from funczero.deepspeed.engine.zero_init import start_of
 from funczero.gradients.arrivals import Collected
 from funczero.gradients.blocks import Again, Blocks
-from funczero.gradients.layers import group_of
+from funczero.gradients.layers import groups_of
 from funczero.gradients.source import close
 from funczero.gradients.tape import Tape
 from funczero.gradients.units import find_units
@@ -177,7 +177,7 @@ class ShardedParameters:
 
         def call(state: TrainState, *batch: Any) -> Any:
             values = self.state.params.where.structure.unflatten(self._open())
-            groups = [group_of([values[s.name] for s in b.spots]) for b in self.blocks]
+            groups = [groups_of([values[s.name] for s in b.spots]) for b in self.blocks]
             self.seam = Blocks([b.path for b in self.blocks], groups)
             asking = [m for m in self.modules if m.training and asks(m)]
             self.again = (
