@@ -28,10 +28,10 @@ Found (a quiet machine, two cores; torch 2.13, AMD EPYC of the first kind, g++ 1
     hadamard 16                 6.99      0.38  0.38   51.6
     to grid and add             7.19      0.39  0.94   60.4            5.42       0.25  1.06   56.1
     from grid                   5.88      0.44  0.63   12.9            5.60       0.21  0.59   10.9
-    int8 quantise is short of its aim (0.69 of a copy of what it reads): its arithmetic takes 0.6 ns a value, and this CPU
-    has vectors of 16 bytes. A product with 127 / absmax in place of a quotient would reach it, with other codes than the
-    reference's. 16-bit values cost what 32-bit ones do.
-    AdamW of 50 M, one thread: torch's alone 88.7 (85-91), torch's with unscale and skip 106 (105-111); ours with unscale,
+    int8 quantise is short of its aim (0.69 of a copy of what it reads): its arithmetic takes 0.6 ns a value, and this
+    CPU has vectors of 16 bytes. A product with 127 / absmax in place of a quotient would reach it, with other codes
+    than the reference's. 16-bit values cost what 32-bit ones do.
+    AdamW of 50 M, one thread: torch's alone 88.7 (85-91), with unscale and skip 106 (105-111); ours with unscale,
     clip and skip 103 (102-105), and 85.7 (84-87) where the factor is a power of two, where it is met. So it is 17 %
     short of its aim with any other factor: torch's bits want a division a value more, and divisions are what an update
     waits for here. It is never slower than what ran before. A skipped update takes 0.2 ms; moving as many bytes 117.

@@ -16,10 +16,10 @@ Expect:
 
 Found:
     (`--rounds=8`, tiny and small, two cores of which one was sometimes taken, torch 2.13, one thread a process)
-    CPU time against the tree at stages 0 to 3: small, exact with the kernel 1.00, 1.03, 1.02, 1.02, in torch 1.09, 1.09,
-    1.09, 1.10, the backend 0.99 to 1.00; tiny, exact 1.10, 1.07, 1.10, 1.22, in torch 1.70 to 1.84. One micro-batch a
-    rank sends the tree's bytes at every stage. Peak memory at the small size: 4 to 10 MiB over the tree's 179 to 195.
-    Wall ratios lie between 0.7 and 1.6 within one row and say nothing. So both aims hold at the small size.
+    CPU time against the tree at stages 0 to 3: small, exact with the kernel 1.00, 1.03, 1.02, 1.02, in torch 1.09,
+    1.09, 1.09, 1.10, the backend 0.99 to 1.00; tiny, exact 1.10, 1.07, 1.10, 1.22, in torch 1.70 to 1.84. One
+    micro-batch a rank sends the tree's bytes at every stage. Peak memory at the small size: 4 to 10 MiB over the tree's
+    179 to 195. Wall ratios lie between 0.7 and 1.6 within one row and say nothing. So both aims hold at the small size.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Frozen parameters that rest in fewer bits than a forward reads them in, and are widened unit by unit as it opens them.
+"""Frozen parameters that rest in fewer bits than a forward reads them in, and are widened as it opens their unit.
 
 Law: what a forward reads is a function of the leaf alone, on any mesh and at any stage: a row of a matrix is coded by
 itself, in blocks that begin anew at every row, and rows are what is cut.
@@ -17,7 +17,6 @@ from torch import Tensor
 from funczero.comm.units import gather_units
 from funczero.comm.wire import Key
 from funczero.core.types import Env
-from funczero.gradients.arrivals import Group
 from funczero.gradients.tape import Tape
 from funczero.kernels.registry import kernel
 from funczero.layout.lazy import Lazy
