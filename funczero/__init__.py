@@ -35,6 +35,8 @@ from funczero.checkpoint.adapters import load_adapters as load_adapters
 from funczero.checkpoint.adapters import save_adapters as save_adapters
 from funczero.checkpoint.pretrained import from_pretrained as from_pretrained
 from funczero.checkpoint.reshard import reshard as reshard
+from funczero.checkpoint.stored import load_frozen as load_frozen
+from funczero.checkpoint.stored import save_frozen as save_frozen
 from funczero.comm.launch import count_bytes as count_bytes
 from funczero.comm.memory import difference as difference
 from funczero.comm.memory import feedback as feedback

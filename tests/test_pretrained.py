@@ -128,6 +128,10 @@ def test_a_larger_vocabulary_has_the_mean_of_the_old_rows(tmp_path):
         assert torch.equal(params[key].make(), torch.cat([old, mean.expand(3, -1)]))
         assert torch.equal(params[key].part((slice(62, 64),)), mean.expand(2, -1))
         assert torch.equal(params[key].part((slice(60, 62),)), torch.stack([old[60], mean]))
+        more = fz.from_pretrained(kind, tmp_path / name, vocabulary=64, new_rows="zeros").params[key]
+        assert torch.equal(more.make()[61:], torch.zeros(3, old.shape[1])) and torch.equal(more.make()[:61], old)
+        more = fz.from_pretrained(kind, tmp_path / name, vocabulary=64, new_rows="drawn", key=1).params[key]
+        assert 0 < more.make()[61:].std() < 1 and torch.equal(more.part((slice(60, 64),)), more.make()[60:])
         fewer = fz.from_pretrained(kind, tmp_path / name, vocabulary=60).params[key]
         assert torch.equal(fewer.make(), old[:60])
 
@@ -209,6 +213,8 @@ W, V = torch.arange(6.0).view(3, 2), torch.ones(3, 2)
         (Two, {"a.weight": W.int()}, {}, CheckpointError, "torch.int32, and no floating parameter"),
         (Two, {"a.weight": W, "mean": torch.ones(3)}, {}, CheckpointError, r"buffer 'mean' has shape \[3\]"),
         (Two, {"a.weight": W}, {"vocabulary": 5}, ValueError, "vocabulary=5 is a number of rows for one of"),
+        (Two, {"a.weight": W}, {"new_rows": "ones"}, ValueError, "new_rows='ones' does not exist; write one of mean"),
+        (Two, {"a.weight": W}, {"new_rows": "zeros"}, ValueError, "new_rows='zeros' is written without vocabulary="),
         (lambda: 3, {"a.weight": W}, {}, TypeError, "is no class or config of transformers, no module"),
     ],
 )

@@ -25,6 +25,7 @@ from funczero.gradients.lora import Lora
 from funczero.layout.init import init
 from funczero.layout.lazy import Fill
 
+ROWS = "mean", "zeros", "drawn"
 CHUNK = 16 << 20  # values of which a mean is taken, or two leaves are compared, at a time
 
 
@@ -41,6 +42,7 @@ def from_pretrained(
     *,
     adapters: Lora | None = None,
     vocabulary: int | None = None,
+    new_rows: str = "mean",
     key: int | None = None,
     strict: bool = True,
 ) -> Pretrained:
@@ -66,7 +68,9 @@ def from_pretrained(
         function that makes a module, or a module, on meta if it is large.
       folder: as save_pretrained, `funczero export` or torch.save wrote it; or a file of it, or an index.
       adapters: fz.lora: the module with adapters, drawn from `key` or 0, and everything else frozen.
-      vocabulary: rows of the input and output embeddings; new ones are the mean of those that the files have.
+      vocabulary: rows of the input and output embeddings; of fewer than the files have the first ones are read.
+      new_rows: rows that the files do not have: the "mean" of theirs, "zeros", or "drawn" from the key as the model
+        draws its own.
       key: draw what the files lack, as fz.init does; by default that is an error.
       strict: what the files hold and the model does not know is an error; otherwise it is left out, in print.
 
@@ -78,13 +82,15 @@ def from_pretrained(
     """
     folder = Path(folder)
     base = _made(what, folder)
+    _check_rows(new_rows, vocabulary, key)
     if vocabulary is not None:
         _resize(base, vocabulary)
     names: dict[str, Any] = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
     found = by_name(base, {_key(n): x for n, x in read(folder, Taken(False)).leaves.items()}, names)
     module = base if adapters is None else adapters.module(base, key or 0)
     drawn = partial(_drawn, base, key)
-    params = _params(module, found, _embeddings(base) if vocabulary is not None else set(), drawn, str(folder))
+    growing = dict.fromkeys(_embeddings(base) if vocabulary is not None else (), new_rows)
+    params = _params(module, found, growing, drawn, str(folder))
     _buffers(module, found, str(folder))
     _left(base, set(found) - set(names), strict, str(folder))
     return Pretrained(module.eval(), params)
@@ -157,6 +163,14 @@ def _on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def _check_rows(new_rows: str, vocabulary: int | None, key: int | None) -> None:
+    if new_rows not in ROWS:
+        raise ValueError(f"from_pretrained: new_rows={new_rows!r} does not exist; write one of {', '.join(ROWS)}")
+    if new_rows != "mean" and vocabulary is None or new_rows == "drawn" and key is None:
+        needs = "vocabulary=" if vocabulary is None else "key="
+        raise ValueError(f"from_pretrained: new_rows={new_rows!r} is written without {needs}; write that, too")
+
+
 def _resize(model: nn.Module, rows: int) -> None:
     if not is_model(model) or type(rows) is not int or rows < 1:
         raise ValueError(f"from_pretrained: vocabulary={rows!r} is a number of rows for one of transformers' models")
@@ -174,7 +188,7 @@ def _embeddings(model: nn.Module) -> set[str]:
 
 
 def _params(
-    module: nn.Module, found: dict[str, Leaf], growing: set[str], drawn: Callable[[str], Any], folder: str
+    module: nn.Module, found: dict[str, Leaf], growing: dict[str, str], drawn: Callable[[str], Any], folder: str
 ) -> dict[str, Any]:
     """Every parameter by name, tied ones as one object.
 
@@ -193,7 +207,8 @@ def _params(
         if len(there) > 1:
             _alike(found, there, folder)
         if there:
-            made[at] = _fill(there[0], p, found[there[0]], there[0] in growing, folder)
+            new = growing.get(there[0], "")
+            made[at] = _fill(there[0], p, found[there[0]], new, drawn if new == "drawn" else None, folder)
         elif not p.is_meta:
             made[at] = p.detach()  # of an adapter, or of a module that came with values
         elif (fill := drawn(_base_name(same[0]))) is not None:
@@ -212,28 +227,36 @@ def _base_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _fill(name: str, p: Tensor, leaf: Leaf, grows: bool, folder: str) -> Fill:
+def _fill(name: str, p: Tensor, leaf: Leaf, new: str, drawn: Callable[[str], Any] | None, folder: str) -> Fill:
     shape = tuple(p.shape)
     if not leaf.dtype.is_floating_point:
         raise CheckpointError(f"from_pretrained: {name!r} in {folder!r} is {leaf.dtype}, and no floating parameter")
     if leaf.shape == shape:
         return Fill(shape, leaf.dtype, leaf.read, leaf.rows if shape else None)
-    if not grows or leaf.shape[1:] != shape[1:]:
+    if not new or leaf.shape[1:] != shape[1:]:
         raise CheckpointError(
             f"from_pretrained: {name!r} has shape {list(leaf.shape)} in {folder!r} and {list(shape)} in the model; give"
             " the config of these files"
             + ", or vocabulary= for embeddings" * (leaf.shape[1:] == shape[1:])
         )
-    rows = partial(_grown, leaf)
+    rows = partial(_grown, leaf, new if drawn is None else drawn(name))
     return Fill(shape, leaf.dtype, partial(rows, 0, shape[0]), rows)
 
 
-def _grown(leaf: Leaf, a: int, b: int) -> Tensor:
-    """Rows of a leaf that has more of them than its file: the others are the mean of all that are there."""
+def _grown(leaf: Leaf, new: str | Fill, a: int, b: int) -> Tensor:
+    """Rows of a leaf that has more of them than its file.
+
+    Args:
+      new: the others are the "mean" of all that are there, "zeros", or those of another leaf.
+    """
     n = leaf.shape[0]
     old = leaf.rows(min(a, n), min(b, n))
     if b <= n:
         return old
+    if isinstance(new, Fill):
+        return torch.cat([old, new.part((slice(max(a, n), b),)).to(leaf.dtype)])
+    if new == "zeros":
+        return torch.cat([old, old.new_zeros(b - max(a, n), *leaf.shape[1:])])
     total = torch.zeros(leaf.shape[1:], dtype=torch.float64)
     step = max(1, CHUNK // max(1, total.numel()))
     for i in range(0, n, step):

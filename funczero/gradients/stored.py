@@ -6,10 +6,10 @@ itself, in blocks that begin anew at every row, and rows are what is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,17 @@ class Stored(NamedTuple):
         """Bytes that rest on this rank."""
         return sum(b.nbytes for slots in (self.rest, self.codes) if slots is not None for b in slots.buffers)
 
+    def leaves(self) -> list[tuple[Tensor, Tensor | None]]:
+        """By leaf: what rests of it beside codes, and its codes, as views of this rank's part."""
+        codes = [None] * len(self.plain.structure.leaves) if self.codes is None else self.codes.leaves()
+        each = zip(self.rest.leaves(), codes, self.coded or [False] * len(codes), strict=True)
+        return [(r, c if yes else None) for r, c, yes in each if r is not None]
+
+    def gathered(self, unit: int, env: Env, key: Key = (0,)) -> tuple[Tensor, Tensor | None]:
+        """A unit's two buffers, whole on every rank. A collective where they are cut."""
+        rest = _gathered(self.rest, unit, env, key)
+        return rest, None if self.codes is None else _gathered(self.codes, unit, env, key)
+
     def leaf(self, i: int, codes: Tensor | None, rest: Tensor) -> Tensor:
         """A leaf's values, or those of some of its rows, from what rests of them."""
         if codes is None or not self.coded[i]:
@@ -50,8 +61,29 @@ class Stored(NamedTuple):
         width = prod(codes.shape[1:])
         tops = rest.reshape(-1).to(torch.promote_types(rest.dtype, torch.float32))
         read = kernel("block_quantise", codes.device).dequantise
-        flat: Tensor = read(codes.reshape(-1), tops, *_blocks(len(codes), width), "int8", self.dtype)
+        flat: Tensor = read(codes.reshape(-1), tops, *blocks(len(codes), width), "int8", self.dtype)
         return flat.view(codes.shape)
+
+
+def empty(structure: Structure, coords: Coords, dtype: torch.dtype, coded: Sequence[bool], device: Any) -> Stored:
+    """A place for this rank's part, of zeros.
+
+    Args:
+      structure: of leaves that are all frozen.
+      dtype: in which a forward reads them, and in which vectors and scales rest.
+      coded: by leaf, has it codes? Empty: all rest in bfloat16.
+    """
+    plain = Where(structure, coords)
+    if not coded:
+        return Stored(plain, Slots.zeros(plain, torch.bfloat16, device), None, (), dtype)
+    scales, shapes = [], []
+    for x, yes in zip(structure.leaves, coded, strict=True):
+        lengths, block = blocks(1, prod(x.shape[1:]))
+        scales.append((x.shape[0], sum(-(-n // block) for n in lengths)) if yes else x.shape)
+        shapes.append(x.shape if yes else (0,))
+    rest = Slots.zeros(Where(_shaped(structure, scales), coords), dtype, device)
+    return Stored(plain, rest, Slots.zeros(Where(_shaped(structure, shapes), coords), torch.uint8, device),
+                  tuple(coded), dtype)  # fmt: skip
 
 
 def stored(
@@ -69,40 +101,32 @@ def stored(
     Raises:
       ValueError: a block to be coded holds inf or nan.
     """
-    plain = Where(structure, coords)
-    if storage != "int8":
-        return Stored(plain, own.at(coords, torch.bfloat16)._replace(where=plain), None, (), dtype)
-    coded = tuple(len(x.shape) > 1 and prod(x.shape) > 0 and not keep(x.path) for x in structure.leaves)
-    scales = [
-        (x.shape[0], sum(-(-n // block) for n in lengths)) if yes else x.shape
-        for x, yes in zip(structure.leaves, coded, strict=True)
-        for lengths, block in (_blocks(1, prod(x.shape[1:])),)
-    ]
-    shapes = [x.shape if yes else (0,) for x, yes in zip(structure.leaves, coded, strict=True)]
-    rest, codes = (
-        Slots.zeros(Where(_shaped(structure, each), coords), kind, own.device)
-        for each, kind in ((scales, dtype), (shapes, torch.uint8))
-    )
-    views = zip(rest.leaves(), codes.leaves(), strict=True)
-    for i, (r, c) in enumerate(views):
-        place = plain.slots[i].place
-        if r is None or c is None or not r.numel():
+    most = lambda x: len(x.shape) > 1 and prod(x.shape) > 0 and not keep(x.path)
+    coded = [most(x) for x in structure.leaves] if storage == "int8" else []
+    out = empty(structure, coords, dtype, coded, own.device)
+    write = kernel("block_quantise", own.device).quantise
+    for i, (r, c) in enumerate(out.leaves()):
+        if not r.numel():
             continue
-        x = own.read(i, place).to(own.device, dtype)
-        if not coded[i]:
+        x = own.read(i, out.plain.slots[i].place).to(own.device)
+        if c is None:
             r.copy_(x)
             continue
-        write = kernel("block_quantise", own.device).quantise
-        found, tops = write(x.contiguous().view(-1), *_blocks(len(x), prod(x.shape[1:])), "int8")
+        flat = x.to(dtype).contiguous().view(-1)
+        codes, tops = write(flat, *blocks(len(x), prod(x.shape[1:])), "int8")
         if not bool(torch.isfinite(tops).all()):
             raise ValueError(f"frozen: {structure.leaves[i].path!r} holds inf or nan, which no code of int8 stands for")
-        c.copy_(found.view(c.shape))
+        c.copy_(codes.view(c.shape))
         r.copy_(tops.view(r.shape))
-    return Stored(plain, rest, codes, coded, dtype)
+    return out
 
 
-def _blocks(rows: int, width: int) -> tuple[tuple[int, ...], int]:
-    """Lengths and block of so many rows, each of which begins a new block."""
+def blocks(rows: int, width: int) -> tuple[tuple[int, ...], int]:
+    """Lengths and block of so many rows, each of which begins a new block.
+
+    >>> blocks(3, 512), blocks(2, 300), blocks(2, 8)
+    (((1536,), 256), ((300, 300), 256), ((16,), 8))
+    """
     block = min(BLOCK, max(1, width))
     return ((rows * width,) if width % block == 0 else (width,) * rows), block
 
@@ -136,10 +160,9 @@ class StoredTape(Tape):
         if unit in self.open:
             return self.open[unit]
         own = self.stored
-        rest = self._arrived(own.rest, unit)
-        if own.codes is None:
+        rest, codes = own.gathered(unit, self.env, self.at)
+        if own.codes is None or codes is None:
             return rest.to(own.dtype)
-        codes = self._arrived(own.codes, unit)
         parts = Where.whole(own.codes.where.structure).views(unit, codes)
         others = Where.whole(own.rest.where.structure).views(unit, rest)
         out = torch.zeros(self.whole.lengths[unit], dtype=own.dtype, device=rest.device)
@@ -148,10 +171,11 @@ class StoredTape(Tape):
             x.copy_(own.leaf(i, c, r))
         return out
 
-    def _arrived(self, slots: Slots, unit: int) -> Tensor:
-        where, buffer = slots.where, slots.buffers[unit]
-        for axis in reversed(where.axes):
-            where = where.outer
-            if slots.where.lengths[unit]:
-                (buffer,) = gather_units(where, (unit,), self.env.edges[axis], self.env.mesh, (buffer,), self.at).wait()
-        return buffer
+
+def _gathered(slots: Slots, unit: int, env: Env, key: Key) -> Tensor:
+    where, buffer = slots.where, slots.buffers[unit]
+    for axis in reversed(where.axes):
+        where = where.outer
+        if slots.where.lengths[unit]:
+            (buffer,) = gather_units(where, (unit,), env.edges[axis], env.mesh, (buffer,), key).wait()
+    return buffer

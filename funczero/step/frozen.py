@@ -19,8 +19,10 @@ from funczero.core.types import Env, TrainState
 from funczero.gradients.loss import written
 from funczero.gradients.stored import STORAGES, Stored, StoredTape, stored
 from funczero.gradients.tape import Lent, Tape
-from funczero.layout.lazy import lazy
+from funczero.layout.lazy import Lazy, lazy
+from funczero.layout.mesh import Coords
 from funczero.layout.slots import Slots
+from funczero.layout.structure import Structure
 from funczero.layout.where import Where
 from funczero.step.fits import at
 from funczero.step.step import Step
@@ -142,25 +144,38 @@ def frozen(
             raise ValueError(f"frozen: {told} {why}; give step.params(state), or leave it out")
         step.fits.look(what)
         return Frozen(step.views(what), env, at(what), what)
+    own, coords, env = placed(what, step, stage, units, axes)
+    dtype = env.policy.compute
+    if keep is not None:
+        why = tree.unmatched(keep, [leaf.path for leaf in own.structure.leaves])
+        if storage != "int8" or why:
+            raise ValueError(f"frozen: keep={keep!r}: {why or 'storage=int8 alone has codes'}; leave it out")
+    if storage is None or storage == dtype_name(dtype):
+        return Frozen(own.at(coords, dtype), env)
+    kept = lambda path: keep is not None and re.search(keep, path) is not None
+    return Frozen(stored(own, still(own.structure), coords, dtype, storage, kept), env)
+
+
+def placed(
+    what: Any, step: Step, stage: int, units: Sequence[str] | None, axes: Sequence[str] | None
+) -> tuple[Lazy, Coords, Env]:
+    """A tree part by part, which part is this rank's, and how it is crossed; arguments as frozen's.
+
+    Raises:
+      ValueError: there is no such stage or axis.
+    """
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"frozen: stage={stage!r} does not exist; write 3, or 0 for whole parameters on every rank")
+    env = step.running().env
     env = env._replace(edges={a: Edge(a, sums=e.sums, adds=e.adds) for a, e in env.edges.items()})
     if units is None:
         names = [path for path, _ in tree.paths(what)]
         units = [u for u in step.source.units if any(n.startswith((f"{u}/", f"{u}.")) for n in names)]
-    own = lazy(what, units, {}, lambda path: True, env.mesh.device)
     over = tuple(step.source.batch if axes is None else axes) if stage == 3 else ()
     odd = next((a for a in over if a not in env.mesh.axes), None)
     if odd is not None:
         raise ValueError(f"frozen: {odd!r} is no axis of the mesh; it has {list(env.mesh.axes)}")
-    coords, dtype = env.mesh.coords(over), env.policy.compute
-    if keep is not None:
-        why = tree.unmatched(keep, [leaf.path for leaf in own.structure.leaves])
-        if storage != "int8" or why:
-            raise ValueError(f"frozen: keep={keep!r}: {why or 'only storage=int8 has codes'}; leave it out")
-    if storage is None or storage == dtype_name(dtype):
-        return Frozen(own.at(coords, dtype), env)
-    structure = _still(Where.whole(own.structure)).structure
-    kept = lambda path: keep is not None and re.search(keep, path) is not None
-    return Frozen(stored(own, structure, coords, dtype, storage, kept), env)
+    return lazy(what, units, {}, lambda path: True, env.mesh.device), env.mesh.coords(over), env
 
 
 # --- a base beside what learns ----------------------------------------------------------------------------------------
@@ -218,14 +233,18 @@ def beside(loss_fn: Callable[..., Any], params: Mapping[str, Any], base: Callabl
     return Beside(fn, mine, rest)
 
 
+def still(structure: Structure) -> Structure:
+    """The same leaves, all frozen."""
+    found: Structure | None = structure.memo.get("still")
+    if found is None:
+        units = tuple(u._replace(frozen=True) for u in structure.units)
+        found = structure.memo["still"] = replace(structure, units=units)
+    return found
+
+
 def _still(where: Where) -> Where:
     """The same place of leaves that are all frozen."""
     found: Where | None = where.memo.get("still")
     if found is None:
-        structure = where.structure
-        still = structure.memo.get("still")
-        if still is None:
-            units = tuple(u._replace(frozen=True) for u in structure.units)
-            still = structure.memo["still"] = replace(structure, units=units)
-        found = where.memo["still"] = replace(where, structure=still)
+        found = where.memo["still"] = replace(where, structure=still(where.structure))
     return found
