@@ -32,8 +32,10 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-tests: $(READY)  # two files at a time: much of the time is spent waiting for processes to start and to be missed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Two files at a time: much of the time is spent waiting for processes to start and to be missed. Bytecode is kept, also
+# where the environment says otherwise: a thousand processes import the same files.
+tests: $(READY)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # About two minutes: a small GPT under ZeRO-3 on two processes.
 train: $(READY)

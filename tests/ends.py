@@ -1,7 +1,7 @@
 """Scripts that come to their end in every way Python has, as ranks of a world with a store of its own. They are forked
 from one process that has imported everything.
 
-`python ends.py` reads a life as a line of JSON, {"place", "size", "script"}, runs the script in every rank to the very
+`python ends.py` reads a life as a line of JSON, {"place", "size", "script", "limit"}, runs the script in every rank to the very
 end of its interpreter, and leaves in `<place>/told.json` by rank the exit code, what was printed, the seconds it took,
 and when it ended (since the epoch). A rank without RANK in its environment is a world of one.
 """
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIMIT = 60.0  # seconds, after which a life is ended
+LIMIT = 60.0  # seconds, after which a life is ended if it does not say otherwise
 
 
 class Ends:
@@ -34,24 +34,25 @@ class Ends:
         env = {k: v for k, v in env.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=env)
 
-    def start(self, place, script, size=1):
+    def start(self, place, script, size=1, limit=LIMIT):
         """A life in a folder of its own."""
         place.mkdir(parents=True, exist_ok=True)
-        self.process.stdin.write(json.dumps({"place": str(place), "size": size, "script": script}) + "\n")
+        life = {"place": str(place), "size": size, "script": script, "limit": limit}
+        self.process.stdin.write(json.dumps(life) + "\n")
         self.process.stdin.flush()
 
-    def told(self, place):
+    def told(self, place, limit=LIMIT):
         """By rank {"code", "out", "err", "seconds", "when"}."""
-        stop = time.monotonic() + LIMIT + 40
+        stop = time.monotonic() + limit + 40
         while not (place / "told.json").exists():
             assert time.monotonic() < stop and self.process.poll() is None, f"{place}: no word"
             time.sleep(0.02)
         return json.loads((place / "told.json").read_text())
 
-    def run(self, place, script, size=1):
+    def run(self, place, script, size=1, limit=LIMIT):
         """`start` and `told`."""
-        self.start(place, script, size)
-        return self.told(place)
+        self.start(place, script, size, limit)
+        return self.told(place, limit)
 
     def close(self):
         """End it."""
@@ -109,7 +110,7 @@ def guardian(life):
             if rank not in told and (done := os.waitpid(pid, os.WNOHANG))[0]:
                 told[rank] = {"code": os.waitstatus_to_exitcode(done[1]), "seconds": time.monotonic() - start}
                 told[rank]["when"] = time.time()
-            elif rank not in told and time.monotonic() - start > LIMIT:
+            elif rank not in told and time.monotonic() - start > life["limit"]:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     said = [told[r] | {n: (place / f"{n}{r}").read_text(errors="replace") for n in ("out", "err")} for r in range(size)]

@@ -37,7 +37,7 @@ TX = {
 def trained(tx, stage=3, updates=4, donate=False, mesh=None, parts=None, **kw):
     """A run of the zoo, whose fourth and last update is skipped."""
     made = parts or (lambda k: fz.zero(zoo.source(**kw), tx, stage=stage, accumulate=k))
-    step = fz.train_step(*made(zoo.MICROS // world_size()), mesh=mesh or {"data": -1})
+    step = fz.train_step(*made(zoo.FEW // world_size()), mesh=mesh or {"data": -1})
     step = fz.donate(step) if donate else step
     state = step.init(zoo.params())
     for t in range(updates):

@@ -13,13 +13,14 @@ from funczero import tree
 from funczero.layout.processes import world_size
 
 MESH = {"data": -1}
+MICROS = 2  # of an update: nothing is asked of sums here, and worlds have one rank or two
 F32, F64 = torch.float32, torch.float64
 
 
 def masters(tx, stage=3, dtype=F32, updates=4, policy=None, frozen=None, units=("blocks",), **kw):
     """Whole masters after some updates of the zoo, and its metrics."""
     still = () if frozen is None else (fz.freeze(frozen),)
-    parts = fz.zero(zoo.source(units=units), *still, tx, stage=stage, accumulate=zoo.MICROS // world_size())
+    parts = fz.zero(zoo.source(units=units), *still, tx, stage=stage, accumulate=MICROS // world_size())
     got, log, state, _ = zoo.train(
         parts, MESH, dtype=dtype, updates=updates, policy=policy or str(dtype).removeprefix("torch."), **kw
     )

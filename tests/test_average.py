@@ -16,7 +16,7 @@ CLAMPED = fz.project(lambda w: w.clamp(-0.15, 0.15), "blocks|embed", elementwise
 
 def trained(stage, size, warmup=False, donate=False, policy=None):
     """Hashes of masters and of averages, and a loss of each."""
-    chain = fz.zero(zoo.source(), *RIGHT, CLAMPED, fz.ema(0.8, warmup), stage=stage, accumulate=zoo.MICROS // size)
+    chain = fz.zero(zoo.source(), *RIGHT, CLAMPED, fz.ema(0.8, warmup), stage=stage, accumulate=zoo.FEW // size)
     masters, _, state, step = zoo.train(chain, {"data": size}, donate=donate, policy=policy)
     mean = fz.averaged(state)
     rows = step.local_rows(zoo.batch(9))

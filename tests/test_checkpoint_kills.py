@@ -10,6 +10,7 @@ from functools import cache
 import checkpoints
 import pytest
 import zoo
+from cover import cover
 from kills import CHAIN, nursery
 
 from funczero.checkpoint import Checkpointer, folder, manifest
@@ -56,17 +57,26 @@ POINTS = [
 ]
 
 
-def name_of(case):
+def form_of(case):
+    """The point, who dies, and how the world is."""
     point, victims, _, more = case
-    world = [k for k in more if k in ("tcp", "quick", "poll", "signal")]
-    return "-".join([point, "".join(map(str, victims)), *world])
+    return point, "".join(map(str, victims)), "-".join(k for k in more if k in ("tcp", "quick", "poll", "signal"))
+
+
+def name_of(case):
+    return "-".join(filter(None, form_of(case)))
+
+
+FEW = cover(map(form_of, POINTS), by=1)  # every point, every one who dies, every world: the others are slow
+CASES = [pytest.param(c, marks=() if form_of(c) in FEW else pytest.mark.slow, id=name_of(c)) for c in POINTS]
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory):
-    """All worlds, a few at a time: by name (its folder, what its ranks told)."""
+def lives(request, tmp_path_factory):
+    """All worlds that are asked for, a few at a time: by name (its folder, what its ranks told)."""
     root, out, running = tmp_path_factory.mktemp("kills"), {}, []
-    waiting = sorted(POINTS, key=lambda case: case[3].get("quick", True) and "signal" not in case[3])  # first the long
+    calls = [item.callspec for item in request.session.items if "lives" in getattr(item, "fixturenames", ())]
+    waiting = sorted((c.params["case"] for c in calls), key=lambda case: case[3].get("quick", True) and "signal" not in case[3])  # first the long
     with nursery() as n:
         while waiting or running:
             while waiting and len(running) < 10:
@@ -106,7 +116,7 @@ def go_on(directory, stop):
     return found.step, first, checkpoints.parts(state)
 
 
-@pytest.mark.parametrize("case", POINTS, ids=name_of)
+@pytest.mark.parametrize("case", CASES)
 def test_killed_at_a_point(run_world, lives, case):
     directory, told = lives[name_of(case)]
     _, victims, expected, _ = case

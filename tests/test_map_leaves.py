@@ -13,7 +13,7 @@ RIGHT = (fz.scale_loss(init=2.0**10), fz.map_leaves(torch.sign, "blocks", elemen
 
 
 def trained(stage, size):
-    chain = fz.zero(zoo.source(), *RIGHT, stage=stage, accumulate=zoo.MICROS // size)
+    chain = fz.zero(zoo.source(), *RIGHT, stage=stage, accumulate=zoo.FEW // size)
     return tree_hash(zoo.train(chain, {"data": size})[0])
 
 

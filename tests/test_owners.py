@@ -19,7 +19,7 @@ OWNERS = {name: TX[name] for name in ("adafactor", "shampoo", "soap")}
 
 
 def stepped(name, stage):
-    parts = fz.zero(zoo.source(), OWNERS[name], stage=stage, accumulate=zoo.MICROS // world_size())
+    parts = fz.zero(zoo.source(), OWNERS[name], stage=stage, accumulate=zoo.FEW // world_size())
     return fz.train_step(*parts, mesh={"data": -1})
 
 

@@ -49,7 +49,7 @@ PAIRS = {
 
 def trained(tx, stage=3, updates=5, donate=False, dtype="float32", units=("blocks",), left=(), frozen=None):
     still = () if frozen is None else (fz.freeze(frozen),)
-    parts = fz.zero(zoo.source(units=units), *still, *left, tx, stage=stage, accumulate=zoo.MICROS // world_size())
+    parts = fz.zero(zoo.source(units=units), *still, *left, tx, stage=stage, accumulate=zoo.FEW // world_size())
     step = fz.train_step(*parts, mesh={"data": -1}, policy=dtype)
     step = fz.donate(step) if donate else step
     state, log = step.init(zoo.params(getattr(torch, dtype))), []
@@ -235,7 +235,7 @@ def save_at(stage, directory):
 
 def _step(stage, name="rules inside"):
     return fz.train_step(
-        *fz.zero(zoo.source(), both(name), stage=stage, accumulate=zoo.MICROS // world_size()), mesh={"data": -1}
+        *fz.zero(zoo.source(), both(name), stage=stage, accumulate=zoo.FEW // world_size()), mesh={"data": -1}
     )
 
 

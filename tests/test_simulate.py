@@ -126,6 +126,19 @@ def test_a_rank_that_is_long_is_named():
         simulate({"data": 2}, timeout=0.2)(long)
 
 
+def test_what_is_compiled_runs_as_it_is_written():
+    """A rank draws from its own generator, and compiled code would draw in ways of its own."""
+
+    def drawn(draw):
+        torch.manual_seed(dist.get_rank())
+        return draw(torch.ones(3))
+
+    written = lambda x: x * torch.rand(3)
+    compiled, plain = (simulate({"data": 2})(drawn, f) for f in (torch.compile(written), written))
+    assert all(torch.equal(x, y) for x, y in zip(compiled, plain, strict=True))
+    assert not torch.equal(*plain)
+
+
 def test_sizes_are_numbers_of_ranks():
     for sizes in ({}, {"data": -1}, {"data": 0}, {"data": True}):
         with pytest.raises(ValueError, match="are not the sizes of a mesh; write a positive number of ranks"):

@@ -19,7 +19,7 @@ RULES = [("blocks/1", 1e-2), ("embed", fz.schedules.warmup_cosine(1e-2, 2, 8)), 
 
 def made(tx, stage=3, donate=False, dtype="float32"):
     step = fz.train_step(
-        *fz.zero(zoo.source(), tx, stage=stage, accumulate=zoo.MICROS // world_size()), mesh={"data": -1}, policy=dtype
+        *fz.zero(zoo.source(), tx, stage=stage, accumulate=zoo.FEW // world_size()), mesh={"data": -1}, policy=dtype
     )
     return fz.donate(step) if donate else step
 

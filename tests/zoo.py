@@ -18,6 +18,7 @@ from funczero.testing import tree_hash
 from funczero.transforms.chain import build
 
 MICROS, ROWS, TIME, BAD, UPDATES = 8, 3, 6, 3, 5
+FEW = 4  # micro-batches where nothing is asked of sums, on four ranks at most
 LR, CLIP, B1, B2, EPS, DECAY = 1e-2, 0.15, 0.9, 0.99, 1e-8, 0.01
 TX = dict(lr=LR, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy.random
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from funczero.gradients.own_draws import own_generator
 
 KINDS = ("torch", "python", "numpy")
 
@@ -36,48 +37,6 @@ class Marks(NamedTuple):
     torch: tuple[bytes, ...]
     python: Any
     numpy: Any
-
-
-class OwnGenerator(TorchDispatchMode):
-    """Every draw inside comes from a generator of one's own, as a simulated rank wants it: torch's is shared by all
-    threads.
-    """
-
-    def __init__(self, lock: threading.Lock) -> None:
-        """lock: shared by all who draw at the same time; an op that draws waits for nobody."""
-        super().__init__()
-        self.lock, self.generator = lock, torch.Generator()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The op; one that draws finds our state in torch's generator."""
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **(kwargs or {}))
-        with self.lock:
-            shared, state = torch.default_generator, torch.default_generator.get_state()
-            shared.set_state(self.generator.get_state())
-            try:
-                return func(*args, **(kwargs or {}))
-            finally:
-                self.generator.set_state(shared.get_state())
-                shared.set_state(state)
-
-
-def own_generator() -> torch.Generator | None:
-    """That of the simulated rank that this thread is, if it is one."""
-    found = [m for m in _get_current_dispatch_mode_stack() if isinstance(m, OwnGenerator)]
-    return found[-1].generator if found else None
-
-
-class Routed:
-    """Stands for torch's generator in torch.random while ranks are simulated: manual_seed and get_rng_state mean the
-    rank's own.
-    """
-
-    def __init__(self, shared: torch.Generator) -> None:
-        self.shared = shared
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(own_generator() or self.shared, name)
 
 
 def generators(device: torch.device) -> list[torch.Generator]:

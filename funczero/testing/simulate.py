@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from funczero.gradients.draws import OwnGenerator, Routed
+from funczero.gradients.own_draws import OwnGenerator, Routed, turns
 
 GRACE = 5.0  # seconds that the other ranks have to end once one has failed
 POLL = 0.05  # seconds between two looks at the ranks
@@ -73,7 +73,7 @@ def simulate(sizes: Mapping[str, int], timeout: float = 60.0) -> Callable[..., l
 def _run(size: int, timeout: float, call: Callable[[], Any]) -> list[Any]:
     from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-    group, store, width, lock = threaded.ProcessLocalGroup, dist.HashStore(), torch.get_num_threads(), threading.Lock()
+    group, store, width, lock = threaded.ProcessLocalGroup, dist.HashStore(), torch.get_num_threads(), turns()
     results: dict[int, Any] = {}
     failures: list[Failure] = []
 
@@ -124,7 +124,8 @@ def _threaded_world(threaded: Any) -> Iterator[None]:
     isolate(True)  # before the world is replaced: groups of the same name belong to different ranks
     threaded._install_threaded_pg()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # what is compiled draws in ways of its own
+            yield
     finally:
         threaded._uninstall_threaded_pg()
         isolate(False)

@@ -83,11 +83,13 @@ def run(kind: str, stage: int, at: int, check: int, patience: float = 60.0) -> l
             texts.append([f.read() for f in pair])
             for f in pair:
                 f.close()
-    went = [float(m.group(1)) for out, _ in texts if (m := re.search(r"apart ([\d.]+)", out))]
-    return [
-        End(p.returncode, *texts[r], ended.get(r, float("inf")) - max(went) if went else float("nan"))
-        for r, p in enumerate(ranks)
-    ]
+    return ends_of([(p.returncode, *texts[r], ended.get(r, float("inf"))) for r, p in enumerate(ranks)])
+
+
+def ends_of(ranks: list[tuple[int, str, str, float]]) -> list[End]:
+    """From each rank's exit code, stdout, stderr, and when it ended."""
+    went = [float(m.group(1)) for _, out, _, _ in ranks if (m := re.search(r"apart ([\d.]+)", out))]
+    return [End(code, out, err, when - max(went) if went else float("nan")) for code, out, err, when in ranks]
 
 
 def sentence(err: str) -> str:

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 import zoo
-from optimizers import F64, PAIRS, Lion, masters, plain_adagrad, plain_adam, plain_lion, plain_sgd, torchs
+from optimizers import F64, MICROS, PAIRS, Lion, masters, plain_adagrad, plain_adam, plain_lion, plain_sgd, torchs
 
 import funczero as fz
 from funczero import tree
@@ -190,7 +190,7 @@ def random_chains(seeds):
             dict(
                 tree.paths(
                     zoo.train(
-                        fz.zero(zoo.source(), *left, t, stage=stage, accumulate=zoo.MICROS // world_size()),
+                        fz.zero(zoo.source(), *left, t, stage=stage, accumulate=MICROS // world_size()),
                         {"data": -1},
                         dtype=F64,
                         policy="float64",

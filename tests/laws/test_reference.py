@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from cover import EACH
 
 from funczero.layout.processes import world_size
 
@@ -26,11 +27,13 @@ def distance(run, truth):
     return max((a - b).nan_to_num(0).abs().max().item() for a, b in pairs if a.numel())
 
 
-def runs(table, axes, k, **form):
-    """Every chain of a table: its distance, which updates were applied, and its bits."""
+def runs(table, axes, k, names=None, **form):
+    """Every chain of a table, or those of some names: its distance, which updates were applied, and its bits."""
     micros = k * world_size()
     truth, out = zoo.reference(micros=micros, skip=(zoo.BAD,)), {}
     for name, (parts, stream) in table(zoo.source(tuple(axes), **form), k, zoo.tx(scale=True)).items():
+        if names is not None and name not in names:
+            continue
         run = zoo.train(parts, axes, stream, dtype=torch.float64, policy="float64", micros=micros)
         out[name] = (
             distance(run, truth),
@@ -47,14 +50,15 @@ def check(found, one_hash=True):
     assert len({h for *_, h in found.values()}) == 1 or not one_hash
 
 
-def flat(form, k):
-    return runs(zoo.flat_chains, {"data": world_size()}, k, **FORMS[form])
+def flat(form, k, names=None):
+    return runs(zoo.flat_chains, {"data": world_size()}, k, names, **FORMS[form])
 
 
 def nested(form, k):
     return runs(zoo.nested_chains, {"node": 2, "local": 2}, k, **FORMS[form])
 
 
+@EACH
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("world", "k"),
@@ -64,13 +68,21 @@ def nested(form, k):
         *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, "all"), (2, "one"), (4, "one"), (4, "all"))),
     ],
 )
-def test_every_stage_is_the_reference(run_world, world, k, form):
-    check(zoo.everywhere(run_world, world, flat, form, 1 if k == "one" else zoo.MICROS // world))
+def test_every_stage_is_the_reference(run_world, world, k, form, whole):
+    """Without `whole`: two chains in every form, and each of the others in one."""
+    count, names = 1 if k == "one" else zoo.MICROS // world, None
+    if not whole:
+        chains = zoo.flat_chains(zoo.source(), count, zoo.tx())
+        ours = list(chains)[list(FORMS).index(form) :: len(FORMS)]
+        names = {"0 grad acc ar", "3 [grad acc", *ours}
+    check(zoo.everywhere(run_world, world, flat, form, count, names))
 
 
-def test_three_ranks_are_the_reference_too(run_world):
+@EACH
+def test_three_ranks_are_the_reference_too(run_world, whole):
     """A world that is no power of two keeps its values, and its bits at each chain."""
-    check(zoo.everywhere(run_world, 3, flat, "keep", 2), one_hash=False)
+    names = None if whole else ["0 grad ar acc", "1 grad acc [", "2 grad [acc", "3 [grad acc", "3 stream"]
+    check(zoo.everywhere(run_world, 3, flat, "keep", 2, names), one_hash=False)
 
 
 @pytest.mark.parametrize("form", ["keep", *(pytest.param(x, marks=pytest.mark.slow) for x in ("whole", "remat"))])

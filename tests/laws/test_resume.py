@@ -7,6 +7,7 @@ from __future__ import annotations
 import checkpoints
 import pytest
 import zoo
+from cover import EACH
 
 from funczero.checkpoint import Checkpointer
 
@@ -40,8 +41,18 @@ def restored(directory, chain, size, policy=None):
     )
 
 
+def readers(size, whole):
+    """(world, chain) to read what `size` ranks wrote: one of each world; of two ranks, every stage of two, too. `whole`:
+    every stage of all worlds.
+    """
+    for world, chains in ((1, STAGES), (2, STAGES), (3, STAGES), (4, NESTED)):
+        every = size == 2 and (whole or world == 2)
+        yield from ((world, chain) for chain in (chains if every else chains[-1:]))
+
+
+@EACH
 @pytest.mark.parametrize(("size", "chain"), SAVED)
-def test_from_any_mesh_to_any_mesh(run_world, tmp_path, size, chain):
+def test_from_any_mesh_to_any_mesh(run_world, tmp_path, size, chain, whole):
     before = checkpoints.joined(
         run_world(size, saved, tmp_path, chain, size) if size > 1 else [saved(tmp_path, chain, 1)]
     )
@@ -49,13 +60,12 @@ def test_from_any_mesh_to_any_mesh(run_world, tmp_path, size, chain):
     end = checkpoints.joined(
         [checkpoints.parts(checkpoints.train(whole, whole.init(zoo.params(), key=7), 0, zoo.UPDATES))]
     )
-    for world, chains in ((1, STAGES), (2, STAGES), (3, STAGES), (4, NESTED)):
-        for other in chains if size == 2 else chains[-1:]:
-            got = run_world(world, restored, tmp_path, other, world) if world > 1 else [restored(tmp_path, other, 1)]
-            assert not checkpoints.same(before, checkpoints.joined([g[0] for g in got])), (world, other)
-            assert got[0][1] == ()
-            if got[0][2] is not None and size != 3:
-                assert not checkpoints.same(end, checkpoints.joined([g[2] for g in got])), (world, other)
+    for world, other in readers(size, whole):
+        got = run_world(world, restored, tmp_path, other, world) if world > 1 else [restored(tmp_path, other, 1)]
+        assert not checkpoints.same(before, checkpoints.joined([g[0] for g in got])), (world, other)
+        assert got[0][1] == ()
+        if got[0][2] is not None and size != 3:
+            assert not checkpoints.same(end, checkpoints.joined([g[2] for g in got])), (world, other)
 
 
 MIXED = "params=float32,compute=bfloat16,accumulate=float32"

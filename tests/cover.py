@@ -1,0 +1,43 @@
+"""Which rows of a table stand for all of them: those that hold every two values that stand together in any row.
+
+What goes wrong for one value, or for two together, is found by such a cover. It is what `make test` asks; the whole
+table waits for `make test-all`.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+# Of a test that goes through a table by itself: `rows if whole else cover(rows)`.
+EACH = pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["cover", "whole"])
+
+
+def cover(rows, by=2):
+    """Rows that hold every `by` values that stand together in any row, in the table's order: the one that has most of
+    what is missing is taken first, then the next.
+
+    >>> cover([(x, y, z) for x in "ab" for y in "cd" for z in "ef"])
+    [('a', 'c', 'e'), ('a', 'd', 'f'), ('b', 'c', 'f'), ('b', 'd', 'e')]
+    """
+    rows = list(rows)
+    held = [set(combinations(enumerate(row), by)) for row in rows]
+    left, taken = set().union(*held), []
+    while left:
+        best = max(range(len(rows)), key=lambda i: (len(held[i] & left), -i))
+        taken.append(best)
+        left -= held[best]
+    return [rows[i] for i in sorted(taken)]
+
+
+def params(rows, by=2, ids=None):
+    """A parametrization by these rows, of which those outside the cover are slow.
+
+    Args:
+      ids: row -> its name; without it the values with dashes between them.
+    """
+    rows = list(rows)
+    few = cover(rows, by)
+    name = ids or (lambda row: "-".join(map(str, row)))
+    return [pytest.param(*row, marks=() if row in few else pytest.mark.slow, id=name(row)) for row in rows]
