@@ -1,5 +1,5 @@
-"""Reading through tensorstore alone, which finds, checks and decodes the chunks: the way of a machine that cannot compile
-a checksum of our own.
+"""Reading through tensorstore alone, which finds, checks and decodes the chunks: the way of a machine on which no
+checksum of our own can be compiled.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ class Decoded(Reader):
             "kvstore": kvstore(self.folder, stored(ask.name) + "/"),
             "metadata": metadata(array),
             "fill_missing_data_reads": False,
-            "assume_metadata": True,
         }
-        opened = self._ts.open(spec, open=True, read=True, context=self._context).result()
+        opened = self._ts.open(spec, open=True, assume_metadata=True, read=True, context=self._context).result()
         source = opened[ask.box.slices()]
         return self._ts.array(numpy_view(out), copy=False, write=True).write(
             source.translate_to[(0,) * source.ndim] if source.ndim else source

@@ -134,7 +134,9 @@ def described(name: str, array: Array, text: bytes) -> None:
       CheckpointError: it is missing, too long, or says something else.
     """
     if not text or len(text) > DESCRIPTION:
-        raise CheckpointError(damaged(name, f"its zarr.json is {f'longer than {DESCRIPTION} bytes' if text else 'missing'}"))
+        raise CheckpointError(
+            damaged(name, f"its zarr.json is {f'longer than {DESCRIPTION} bytes' if text else 'missing'}")
+        )
     found = json.loads(text)
     have = found.get("data_type"), found.get("shape"), found["chunk_grid"]["configuration"]["chunk_shape"]
     if have != (array.dtype, list(array.shape), list(array.chunk)):

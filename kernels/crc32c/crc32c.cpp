@@ -1,11 +1,12 @@
-// CRC-32C by the processor's own instruction, or eight bytes at a time by tables. A part of a file is read in pieces that
-// stay in a near cache until they are checked.
+// CRC-32C by the processor's own instruction, or eight bytes at a time by tables; where it multiplies polynomials, 64
+// bytes at a time, which takes half the time. A part of a file is read in pieces that stay in a near cache until they are
+// checked.
 #include "common.h"
 
 #include <cerrno>
 #include <unistd.h>
-#if defined(__SSE4_2__)
-#include <nmmintrin.h>
+#if defined(__SSE4_2__) && defined(__x86_64__)
+#include <immintrin.h>
 #elif defined(__ARM_FEATURE_CRC32)
 #include <arm_acle.h>
 #endif
@@ -41,8 +42,43 @@ static inline uint32_t eight(uint32_t crc, uint64_t x) {
 static inline uint32_t one(uint32_t crc, uint8_t x) { return tables.of[0][(crc ^ x) & 255] ^ crc >> 8; }
 #endif
 
+#if defined(__SSE4_2__) && defined(__x86_64__) && defined(__PCLMUL__)
+static inline __m128i load(const uint8_t* x) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)); }
+
+// What 16 bytes leave of themselves further on: they are worth b there, once multiplied by powers of x that fit a word.
+static inline __m128i fold(__m128i a, __m128i powers, __m128i b) {
+  return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(a, powers, 0x00), _mm_clmulepi64_si128(a, powers, 0x11)), b);
+}
+
+// n is a multiple of 64, and not 0. Source: Gopal et al., Fast CRC Computation for Generic Polynomials Using PCLMULQDQ,
+// Intel 2009; the powers are x^(512 + 32), x^(512 - 32), x^(128 + 32) and x^(128 - 32), reflected.
+static uint32_t folded(uint32_t crc, const uint8_t* x, int64_t n) {
+  const __m128i far = _mm_setr_epi32(0x740eef02, 0, int(0x9e4addf8u), 0);
+  const __m128i near = _mm_setr_epi32(int(0xf20c0dfeu), 0, 0x493c7d27, 0);
+  __m128i a = _mm_xor_si128(load(x), _mm_cvtsi32_si128(int(crc))), b = load(x + 16), c = load(x + 32), d = load(x + 48);
+  for (int64_t i = 64; i < n; i += 64) {
+    a = fold(a, far, load(x + i)), b = fold(b, far, load(x + i + 16));
+    c = fold(c, far, load(x + i + 32)), d = fold(d, far, load(x + i + 48));
+  }
+  a = fold(fold(fold(a, near, b), near, c), near, d);
+  return eight(eight(0, uint64_t(_mm_extract_epi64(a, 0))), uint64_t(_mm_extract_epi64(a, 1)));
+}
+#else
+static uint32_t folded(uint32_t crc, const uint8_t* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t bytes;
+    std::memcpy(&bytes, x + i, 8);
+    crc = eight(crc, bytes);
+  }
+  return crc;
+}
+#endif
+
 EXPORT uint32_t crc32c(const uint8_t* x, int64_t n, uint32_t before) {
   uint32_t crc = ~before;
+  const int64_t even = n / 64 * 64;
+  if (even) crc = folded(crc, x, even);
+  x += even, n -= even;
   for (; n >= 8; x += 8, n -= 8) {
     uint64_t bytes;
     std::memcpy(&bytes, x, 8);
