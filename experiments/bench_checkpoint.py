@@ -3,6 +3,7 @@
 Run:
     python experiments/bench_checkpoint.py                          # 200 MB and 600 MB of state on two processes
     python experiments/bench_checkpoint.py --megabytes=20 --rounds=3 --contenders=dcp,dcp-async,copy
+    FUNCZERO_KERNELS=reference python experiments/bench_checkpoint.py   # reads and writes through tensorstore alone
 
 How: float32 parameters and AdamW's two moments of a transformer, whose bytes are the same for all: a TrainState of a
 stage-3 chain, or DTensors in Shard(0). Two gloo processes of one thread save; both restore, then a third restores alone
@@ -10,8 +11,10 @@ what two have written. A round visits everyone in a new order; `sync` comes befo
 compared. `stall`: save() returns; `total`: committed, on disk; `read 2`, `read 1`: a restore by two processes and by
 one, from a warm page cache (funczero and `dcp` into tensors that are there, `dcp-async` and `funczero-new` into new
 ones). All times are the slower rank's. `disk`: bytes stored. `+save`, `+read`: the most by which a rank's memory grew
-in any round, the first included, so that buffers kept from then on count. `copy` is one copy of the rank's state into
-memory that is there, `clone` into new memory: what a stall is measured by.
+in any round, the first included, so that buffers kept from then on count. `cpu`: CPU time of both ranks and all their
+threads, which other jobs on a machine disturb less than the clock; `share`: bytes that the ranks read from files over
+the bytes of the state. `copy` is one copy of the rank's state into memory that is there, `clone` into new memory:
+what a stall is measured by. All three processes hold less than 14 times the state, and say so.
 
 Expect:
     funczero stalls for no more than one copy, and saves and restores no slower than DCP; DCP async stalls for about
@@ -60,7 +63,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 NAMES = ["funczero", "funczero-new", "dcp", "dcp-async", "copy", "clone"]
-TIMES, BYTES = ["stall", "total", "read 2", "read 1"], ["disk", "+save", "+read"]
+TIMES, BYTES = ["stall", "total", "read 2", "read 1", "cpu save", "cpu read"], ["disk", "+save", "+read", "share"]
+SUMS = ("cpu save", "cpu read", "share")  # over the ranks, where others are the slowest's or the largest
 flags.DEFINE_list("megabytes", ["200", "600"], "Sizes of the whole state, in millions of bytes.")
 flags.DEFINE_list("contenders", NAMES, "Whom to run.")
 flags.DEFINE_integer("rounds", 7, "Visits of everyone that count; one more comes before.")
@@ -108,29 +112,31 @@ def zero_state(tree: dict[str, Any]) -> Any:
     return state
 
 
-def zero_contender(tree: dict[str, Any], folder: Path, reader: bool, new: bool) -> Contender:
-    """funczero's checkpointer, kept over the rounds as a run keeps it; the reader opens one only while nobody writes.
+def zero_contenders(tree: dict[str, Any], folder: Path, reader: bool) -> dict[str, Contender]:
+    """funczero's checkpointers, kept over the rounds as a run keeps them; the reader's only while nobody writes.
 
-    `new`: restores into new memory.
+    `funczero-new` restores into new memory, `funczero` into a state that both have.
     """
     import funczero as fz
 
     state = zero_state(tree)
     there = fz.tree.clone(state)
-    ck = None if reader else fz.Checkpointer(folder, keep=None)
 
-    def restore(path: Path) -> Pairs:
-        own = ck or fz.Checkpointer(path.parent, keep=None)
-        got = own.restore(like=there, name=int(path.name), donate=not new).state
-        if reader:
-            own.close()
-        return list(zip(fz.tree.tensors(got), fz.tree.tensors(state), strict=True))
+    def one(name: str, new: bool) -> Contender:
+        ck = None if reader else fz.Checkpointer(folder / name, keep=None)
 
-    return (
-        Contender(restore=restore)
-        if ck is None
-        else Contender(lambda path: ck.save(state, int(path.name)), ck.wait, restore, ck.close)
-    )
+        def restore(path: Path) -> Pairs:
+            own = ck or fz.Checkpointer(path.parent, keep=None)
+            got = own.restore(like=there, name=int(path.name), donate=not new).state
+            if reader:
+                own.close()
+            return list(zip(fz.tree.tensors(got), fz.tree.tensors(state), strict=True))
+
+        if ck is None:
+            return Contender(restore=restore)
+        return Contender(lambda path: ck.save(state, int(path.name)), ck.wait, restore, ck.close)
+
+    return {name: one(name, new=name == "funczero-new") for name in NAMES if name.startswith("funczero")}
 
 
 def torch_contenders(tree: dict[str, Any]) -> dict[str, Contender]:
@@ -140,12 +146,11 @@ def torch_contenders(tree: dict[str, Any]) -> dict[str, Contender]:
     """
     mesh, group, pending = init_device_mesh("cpu", (dist.get_world_size(),)), dist.new_group(), []
     leaves = {f"{i}/{name}": x for i, block in enumerate(tree["blocks"]) for name, x in block.items()}
-    named = {
-        f"{kind}/{name}": y
+    shards = {
+        f"{kind}/{name}": distribute_tensor(y, mesh, [Shard(0)], src_data_rank=None).clone()
         for name, x in leaves.items()
         for kind, y in zip(("params", "mu", "nu"), (x, *moments(x)), strict=True)
     }
-    shards = {name: distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None).clone() for name, x in named.items()}
     there = {name: torch.zeros_like(x) for name, x in shards.items()}
     mine, buffers = [x.to_local() for x in shards.values()], list[torch.Tensor]()
 
@@ -176,36 +181,53 @@ def memory(field: str) -> int:
     )
 
 
-def timed(barrier: Callable[[], Any], *parts: Callable[[], Any]) -> tuple[list[float], int, Any]:
-    """Seconds from the start until each part is done, the growth of memory, and what the last returned; the disk is
-    quiet before.
-    """
+class Cost(NamedTuple):
+    """What some parts took on this rank."""
+
+    ends: list[float]  # seconds from the start until each part is done
+    grown: int  # bytes by which memory grew at most
+    cpu: float  # seconds, of all threads
+    read: int  # bytes
+
+
+def spent() -> tuple[float, int]:
+    """CPU seconds of this process, and the bytes that it has asked files for."""
+    io = Path("/proc/self/io").read_text().splitlines()
+    return time.process_time(), int(next(line for line in io if line.startswith("rchar")).split()[1])
+
+
+def timed(barrier: Callable[[], Any], *parts: Callable[[], Any]) -> tuple[Cost, Any]:
+    """What parts cost, and what the last returned; the disk is quiet before."""
     os.sync()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before, ends, got = memory("VmRSS"), [], None
     barrier()
-    start = time.perf_counter()
+    (cpu, read), start = spent(), time.perf_counter()
     for part in parts:
         got = part()
         ends.append(time.perf_counter() - start)
-    return ends, memory("VmHWM") - before, got
+    after = spent()
+    return Cost(ends, memory("VmHWM") - before, after[0] - cpu, after[1] - read), got
 
 
 def visit(c: Contender, path: Path, reader: bool, all_three: Barrier) -> dict[str, float]:
     """One save, a restore by two, a restore by one; what this process has to say about them."""
-    cost: dict[str, float] = {}
+    cost: dict[str, float] = {"held": memory("VmHWM")}  # with what was built before
     if not reader:
-        (cost["stall"], cost["total"]), cost["+save"], _ = timed(dist.barrier, lambda: c.save(path), c.wait)
+        c_save, _ = timed(dist.barrier, lambda: c.save(path), c.wait)
+        cost |= {"stall": c_save.ends[0], "total": c_save.ends[1], "+save": c_save.grown, "cpu save": c_save.cpu}
     all_three.wait()
     cost["disk"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     for mine in (not reader, reader):
         if mine and c.restore:
-            (seconds,), grown, pairs = timed(dist.barrier, lambda: c.restore(path))
+            took, pairs = timed(dist.barrier, lambda: c.restore(path))
             assert all(torch.equal(a, b) for a, b in pairs), f"{path} did not read back what was written"
-            cost |= {"read 1": seconds} if reader else {"read 2": seconds, "+read": grown}
+            more = {"read 2": took.ends[0], "+read": took.grown, "cpu read": took.cpu, "share": took.read}
+            cost |= {"read 1": took.ends[0]} if reader else more
             for a, _ in pairs:
                 a.zero_()  # so that the next restore cannot leave it as it is
             del pairs
+        cost["held"] = max(cost["held"], memory("VmHWM"))
         all_three.wait()
     if dist.get_rank() == 0 and not reader:
         shutil.rmtree(path, ignore_errors=True)
@@ -216,8 +238,9 @@ def visit(c: Contender, path: Path, reader: bool, all_three: Barrier) -> dict[st
 def measure(o: dict, tree: dict[str, Any], folder: Path, reader: bool, all_three: Barrier) -> list[Costs]:
     """All rounds of one size: what everyone cost, as this process saw it."""
     contenders = torch_contenders(tree)
-    for name in (n for n in o["contenders"] if n.startswith("funczero")):
-        contenders[name] = zero_contender(tree, folder / name, reader, new=name == "funczero-new")
+    if any(n.startswith("funczero") for n in o["contenders"]):
+        contenders |= zero_contenders(tree, folder, reader)
+    tree.clear()
     rounds = []
     for number in range(o["rounds"] + 1):
         names = random.Random(number).sample(o["contenders"], len(o["contenders"]))
@@ -241,27 +264,30 @@ def worker(index: int, folder: str, o: dict, all_three: Barrier) -> None:
     dist.destroy_process_group()
 
 
+def figures(column: str, name: str, processes: list[list[Costs]]) -> list[float]:
+    """Of every round what a contender cost: the slower or larger process's, or the sum of the ranks."""
+    together = sum if column in SUMS else max
+    found = [[p[name][column] for p in of_round if column in p[name]] for of_round in zip(*processes, strict=True)]
+    return [together(of_round) if of_round else 0.0 for of_round in found]
+
+
 def table(megabytes: str, names: list[str], processes: list[list[Costs]]) -> None:
-    """A line for everyone: medians over the rounds of the slowest process, and in brackets the range; memory is the
-    most of all rounds.
-    """
+    """A line for everyone: medians over the rounds, and in brackets the range; of memory the most of all rounds."""
     count = 12 * sum(x.numel() for block in whole_tree(int(megabytes))["blocks"] for x in block.values())
     print(f"\n{count / 1e6:.0f} MB of state, {len(processes[0]) - 1} rounds; ms and MB")
-    print(f"{'':10}" + "".join(f"{c:>19}" for c in TIMES) + "".join(f"{c:>7}" for c in BYTES))
+    print(f"{'':12}" + "".join(f"{c:>19}" for c in TIMES) + "".join(f"{c:>7}" for c in BYTES))
     for name in names:
-        line = f"{name:10}"
+        line = f"{name:12}"
         for column in TIMES + BYTES:
-            costs = [
-                max((p[name][column] for p in of_round if column in p[name]), default=0.0)
-                for of_round in zip(*processes, strict=True)
-            ]
+            costs = figures(column, name, processes)
             ms = [1e3 * x for x in costs[1:]]
-            line += (
-                f"{statistics.median(ms):8.0f} ({min(ms):4.0f}-{max(ms):4.0f})"
-                if column in TIMES
-                else f"{max(costs) / 1e6:7.0f}"
-            )
+            if column in TIMES:
+                line += f"{statistics.median(ms):8.0f} ({min(ms):4.0f}-{max(ms):4.0f})"
+            else:
+                line += f"{max(costs) / count:7.3f}" if column == "share" else f"{max(costs) / 1e6:7.0f}"
         print(line, flush=True)
+    held = [max(c["held"] for of_round in p for c in of_round.values()) for p in processes]
+    print(f"held at most, by the two ranks and the reader: {', '.join(f'{x / 1e6:.0f}' for x in held)} MB", flush=True)
 
 
 def main(_: list[str]) -> None:

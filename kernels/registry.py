@@ -13,7 +13,7 @@ from absl import logging
 
 from funczero.kernels import native
 
-NAMES = ("adamw", "block_quantise", "grid", "hadamard")
+NAMES = ("adamw", "block_quantise", "crc32c", "grid", "hadamard")
 FORMS = {"cpu": "cpu", "cuda": "gpu"}  # by a device's type; torch calls ROCm cuda too
 WORDS = ("auto", "bounded", "reference")
 
@@ -26,7 +26,7 @@ def kernel(name: str, device: torch.device) -> ModuleType:
     "bounded" also takes forms that state a bound (BOUND) in place of equal bits, and says so.
 
     Args:
-      name: "adamw", "block_quantise", "grid" or "hadamard".
+      name: "adamw", "block_quantise", "crc32c", "grid" or "hadamard".
       device: where the tensors lie.
 
     Raises:

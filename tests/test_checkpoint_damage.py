@@ -220,12 +220,16 @@ def both(directory):
 
 
 def test_all_ranks_say_the_same(originals, tmp_path, run_world):
-    """Damage that one rank alone reads, or that rank 0 alone looks for."""
-    for i, kind in enumerate(("small", "large")):
-        checkpoint = copied(originals[0][kind], tmp_path / kind)
-        name, path, at, _ = [c for c in chunks(checkpoint) if "layers/1/w c/1" in c[0]][i]
-        content = bytearray(path.read_bytes())
-        content[at] ^= 1
-        fresh(path, bytes(content))
+    """Damage that one rank alone reads, in small files and in large ones, or that rank 0 alone looks for."""
+    for kind, rank in (("small", 1), ("large", 1), ("small", 0)):
+        checkpoint = copied(originals[0][kind], tmp_path / f"{kind}{rank}")
+        name, path, at, _ = [c for c in chunks(checkpoint) if "layers/1/w c/1" in c[0]][rank]
+        if rank:
+            content = bytearray(path.read_bytes())
+            content[at] ^= 1
+            fresh(path, bytes(content))
+        else:
+            name, path = "state/_METADATA", checkpoint / "state" / "_METADATA"
+            fresh(path, path.read_bytes()[:-1])
         first, second = run_world(2, both, checkpoint.parent)
-        assert first == second and (path.name if kind == "small" else name.split()[0]) in first and f"rank {i}" in first
+        assert first == second and name.split()[0] in first and f"rank {rank}" in first, (first, second)

@@ -13,31 +13,35 @@ import torch.distributed as dist
 from attempts import saves, started
 
 from funczero.checkpoint import Checkpointer, reading
-from funczero.checkpoint.arrays import Reader
 from funczero.checkpoint.error import CheckpointError
+from funczero.checkpoint.parts import Reader
 
 
 class Slow(Reader):
     """A store whose reads take a while, of which one leaf is damaged."""
 
     def __init__(self, pool):
-        self._asked, self._pool, self.begun = [], pool, threading.Event()
+        super().__init__(None, {})
+        self._pool, self.begun = pool, threading.Event()
 
-    def _start(self, ask):
-        return ask, self._pool.submit(int), []
+    def open(self):
+        pass
 
-    def _check(self, ask, said, tails):
+    def look(self, ask):
+        return [self._pool.submit(int)]
+
+    def check(self, ask, looks):
         if ask.name == "damaged":
             assert self.begun.wait(10)
             raise CheckpointError("damaged")
 
-    def _read(self, ask, out):
-        def read():
+    def read(self, ask, out):
+        def fill():
             self.begun.set()
             time.sleep(0.1)
             out.fill_(1)
 
-        return self._pool.submit(read)
+        return self._pool.submit(fill)
 
 
 def test_nothing_is_read_into_memory_once_a_sibling_has_failed_and_that_is_told():

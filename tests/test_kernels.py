@@ -20,6 +20,7 @@ from funczero.kernels import native, registry
 from funczero.kernels.adamw import reference as adamw
 from funczero.kernels.adamw import trial as updates
 from funczero.kernels.block_quantise import trial as blocks
+from funczero.kernels.crc32c import trial as crc32c
 from funczero.kernels.grid import trial as grid
 from funczero.kernels.hadamard import trial as hadamard
 from funczero.kernels.same import hard, same
@@ -36,6 +37,7 @@ def returned(module, name, args):
 
 TABLE = {
     "block_quantise": (lambda: blocks.cases(CPU, DTYPES, blocks.MORE), returned),
+    "crc32c": (lambda: crc32c.cases(CPU), crc32c.called),
     "hadamard": (lambda: hadamard.cases(CPU), returned),
     "grid": (lambda: grid.cases(CPU), grid.called),
     "adamw": (lambda: ((w, "", case) for w, case in updates.cases(CPU, DTYPES)), lambda m, _, c: updates.called(m, c)),

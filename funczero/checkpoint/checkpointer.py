@@ -19,7 +19,8 @@ from funczero.checkpoint.names import Names, refuse_collisions, whole
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.preparing import Asked, agreed
 from funczero.checkpoint.reading import Reading, Restored, restored
-from funczero.checkpoint.saving import Job, Passing, Save, Staging, Values, arrays_of, refuse_taken, sentence, spoken
+from funczero.checkpoint.saving import Job, Passing, Save, arrays_of, refuse_taken, sentence, spoken
+from funczero.checkpoint.staging import Held, Staging, Values
 from funczero.checkpoint.target import Want
 from funczero.core.types import TrainState
 from funczero.world import ending, presence
@@ -204,7 +205,7 @@ class Checkpointer:
         told: Manifest,
         found: Names,
         share: Deal,
-        values: Iterable[Any],
+        values: Iterable[Held],
     ) -> None:
         arrays = arrays_of(found, share)
         where = self.directory, self.keep, self.max_metadata, overwrite

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from funczero.checkpoint import manifest
-from funczero.checkpoint.arrays import Reader
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.formats import out_dcp, out_safe, out_torch
 from funczero.checkpoint.formats.entry import Entry
@@ -22,6 +21,7 @@ from funczero.checkpoint.formats.naming import FIELDS, OWNERS
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.memory import torch_dtype
 from funczero.checkpoint.names import unescape
+from funczero.checkpoint.reader import opened
 from funczero.checkpoint.restore import ask_whole
 from funczero.checkpoint.tools import find
 from funczero.transforms.model_state import MODEL
@@ -195,7 +195,7 @@ def _tree(entries: list[Entry], kept: list[Entry], prefix: str) -> dict[str, Any
 
 def _reader(where: Path, found: Manifest) -> Callable[[Entry], Tensor]:
     """Reads one leaf whole, checked, in the dtype that is written."""
-    reader = Reader(where / manifest.ARRAYS, found.arrays)
+    reader = opened(where / manifest.ARRAYS, found.arrays)
 
     def read(e: Entry) -> Tensor:
         made: dict[str, Tensor] = {}

@@ -147,7 +147,8 @@ def _tried(
 def read(
     path: Path, limit: int, like: TrainState, fresh: Callable[[], TrainState], want: Want, restorer: Restorer
 ) -> Restored:
-    """One checkpoint on one rank, its ranges alone; rank 0 looks at all files first.
+    """One checkpoint on one rank, its ranges alone; rank 0 looks first whether all files are there and as long as they
+    were, and at what is in those that hold no chunks.
 
     Args:
       like: what is to be filled; `fresh` makes it.
@@ -157,7 +158,7 @@ def read(
     """
     try:
         found = manifest.load(path, limit)
-        if restorer.rank == 0 and (broken := manifest.check_files(path, found)):
+        if restorer.rank == 0 and (broken := manifest.check_files(path, found, quick=True)):
             more = f"; and {len(broken) - 3} more" * (len(broken) > 3)
             raise CheckpointError(f"checkpoint {str(path)!r}: {'; '.join(broken[:3])}{more}")
         state, notes = fill(path, found, like, fresh, want, restorer)

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from funczero.checkpoint import client, matching, names, terms, window
-from funczero.checkpoint.arrays import Array, Reader
+from funczero.checkpoint.arrays import Array
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.layout import Box
 from funczero.checkpoint.manifest import ARRAYS, FILE, Manifest
 from funczero.checkpoint.memory import torch_dtype
 from funczero.checkpoint.names import Part, named
+from funczero.checkpoint.parts import Reader
+from funczero.checkpoint.reader import opened
 from funczero.checkpoint.script_rates import ScriptRates
 from funczero.checkpoint.target import Restorer, Want, roomy, views_of
 from funczero.core.number import dtype_name
@@ -61,7 +63,7 @@ def fill(
     views = {n: v for n, v in views.items() if n.replace("params", "views", 1) not in kept & parts.keys()}
     if not restorer.donated:
         _keep(everything, views, {*parts, *rates.parts}, dropped, fresh, restorer)
-    reader = Reader(path / ARRAYS, manifest.arrays)
+    reader = opened(path / ARRAYS, manifest.arrays)
     for name, part in [*parts.items(), *((n, v) for n, v in views.items() if n in parts)]:
         _read(reader, source[name], manifest.arrays[source[name]], part)
     reader.finish()
@@ -155,7 +157,7 @@ def _compare(reader: Reader, twin: str, name: str, manifest: Manifest, part: Par
 
 def load_client(path: Path, manifest: Manifest) -> Any:
     """The client state of a checkpoint."""
-    reader, made = Reader(path / ARRAYS, manifest.arrays), dict[str, Tensor]()
+    reader, made = opened(path / ARRAYS, manifest.arrays), dict[str, Tensor]()
     try:
         for name in client.names(manifest.client):
             if name not in manifest.arrays:

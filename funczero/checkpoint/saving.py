@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from absl import logging
 from torch import Tensor
 
 from funczero.checkpoint import commit, folder, manifest
-from funczero.checkpoint.arrays import Array, write
+from funczero.checkpoint.arrays import Array
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.folder import Keep
-from funczero.checkpoint.layout import Box, Deal, Piece, deal
+from funczero.checkpoint.layout import Deal
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.memory import nbytes, numpy_view, room, torch_dtype
+from funczero.checkpoint.memory import torch_dtype
 from funczero.checkpoint.names import Names, listed
 from funczero.checkpoint.peers import Peers
+from funczero.checkpoint.staging import Held
+from funczero.checkpoint.writing import Filled, write
 from funczero.core.number import dtype_name
 from funczero.world.ending import Work
 
@@ -58,59 +57,9 @@ class Job(NamedTuple):
     told: Manifest  # without arrays
     arrays: dict[str, Array]
     deal: Deal
-    values: Iterable[
-        tuple[Piece, Tensor]
-    ]  # of this rank's pieces, in any order; gone through once where all are its own
+    values: Iterable[Held]  # of this rank's pieces, in any order; gone through once where all are its own
     named: set[str]  # what was found in the folder that is not ours, and said already
     passing: Passing
-
-
-class Staging:
-    """Host memory that is kept from save to save, and the deal of a state of the same form."""
-
-    def __init__(self) -> None:
-        self._deal: tuple[Any, Deal] | None = None
-        self._arena = torch.empty(0, dtype=torch.uint8)
-
-    def dealt(self, found: Names, coords: list[Any], rank: int) -> Deal:
-        """This rank's pieces; the same as last time for a state of the same form."""
-        form = (coords, [(n, p.shape, p.value.dtype, p.where) for n, p in found.parts.items()])
-        if self._deal is None or self._deal[0] != form:
-            self._deal = (form, deal(found.parts, [{a: tuple(c) for a, c in r.items()} for r in coords], rank))
-        return self._deal[1]
-
-    def copied(self, found: Names, own: Deal, rank: int) -> list[tuple[Piece, Tensor]]:
-        """The values of this rank's pieces, in host memory that is kept from save to save."""
-        held = [p for p in own.pieces if p.holder == rank]
-        sizes = [-(-prod(p.box.shape) * found.parts[p.name].value.element_size() // 64) * 64 for p in held]
-        pinned = any(x.value.device.type == "cuda" for x in found.parts.values())
-        if self._arena.numel() < sum(sizes):
-            memory = room(sum(sizes))
-            self._arena = memory.pin_memory() if pinned else memory
-        out, sources, at = [], [], 0
-        for piece, size in zip(held, sizes, strict=True):
-            source = found.parts[piece.name].value.detach()[piece.box.slices(own.boxes[piece.name].start)]
-            n = nbytes(source)
-            out.append((piece, self._arena[at : at + n].view(source.dtype).view(source.shape)))
-            sources.append(source)
-            at += size
-        if out:
-            torch._foreach_copy_([x for _, x in out], sources)
-        return out
-
-
-@dataclass(frozen=True)
-class Values:
-    """Pieces of leaves of one process, where they lie, or made leaf by leaf as they are gone through."""
-
-    found: Names
-    own: Deal
-    read: Mapping[str, Callable[[], Tensor]]
-
-    def __iter__(self) -> Iterator[Any]:
-        for name, pieces in groupby(self.own.pieces, key=lambda p: p.name):
-            x = (self.read[name]() if name in self.read else self.found.parts[name].value).detach().contiguous()
-            yield from ((p, x[p.box.slices()]) for p in pieces)
 
 
 def refuse_taken(directory: Path, name: str, overwrite: bool) -> None:
@@ -259,26 +208,26 @@ def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, Any]:
     job.passing("made")
     key_of = lambda p: f"{job.number}/rows/{p.name}/{p.key}/{p.box.start}"
     if any(p.writer != rank for p in job.deal.pieces):
-        for piece, x in job.values:
+        for piece, x, _ in job.values:
             if piece.writer != rank:
                 odd |= {piece.name: None} if _is_odd(piece.name, x) else {}
                 peers.put_bytes(key_of(piece), x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    received: list[tuple[str, tuple[int, ...], Box, np.ndarray]] = []
+    received: list[Filled] = []
     for piece in job.deal.pieces:
         if piece.writer == rank != piece.holder:
             (rows,) = peers.wait([(piece.holder, key_of(piece))], f"save {job.told.name!r}", raw=True)
             x = torch.frombuffer(bytearray(rows), dtype=torch_dtype(job.arrays[piece.name].dtype)).view(piece.box.shape)
-            received.append((piece.name, piece.key, piece.box, numpy_view(x)))
+            received.append(Filled(piece.name, piece.key, piece.box, x))
     # without values: rank 0 says that they are there
     mine = {p.name for p in job.deal.pieces if p.writer == rank}
     mine |= {n for n, a in job.arrays.items() if rank == 0 and not prod(a.shape)}
 
-    def chunks() -> Iterator[tuple[str, tuple[int, ...], Box, np.ndarray]]:
-        for p, x in job.values:
+    def chunks() -> Iterator[Filled]:
+        for p, x, row in job.values:
             if p.writer == rank:
                 odd.update({p.name: None} if _is_odd(p.name, x) else {})
                 job.passing("chunk")
-                yield p.name, p.key, p.box, numpy_view(x)
+                yield Filled(p.name, p.key, p.box, x, row)
         for chunk in received:
             job.passing("chunk")
             yield chunk

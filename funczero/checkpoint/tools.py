@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from funczero.checkpoint import folder, manifest
-from funczero.checkpoint.arrays import Reader
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.memory import torch_dtype
+from funczero.checkpoint.reader import opened
 from funczero.checkpoint.restore import ask_whole
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def progress(items: list[T], what: str) -> Iterator[T]:
 
 def tensors(path: Path, found: Manifest, names: list[str], what: str) -> Iterator[tuple[str, Tensor]]:
     """Leaves one after the other, whole and checked."""
-    reader = Reader(path / manifest.ARRAYS, found.arrays)
+    reader = opened(path / manifest.ARRAYS, found.arrays)
     for name in progress(names, what):
         made: dict[str, Tensor] = {}
         ask_whole(reader, name, found.arrays[name], made)
@@ -106,7 +106,7 @@ def verify(path: str | Path) -> list[str]:
         return [plain(str(e))]
     problems = manifest.check_files(where, found, strangers=True)
     try:
-        reader = Reader(where / manifest.ARRAYS, found.arrays)
+        reader = opened(where / manifest.ARRAYS, found.arrays)
     except CheckpointError as e:
         return list(map(plain, [*problems, str(e)]))
     for name in progress(list(found.arrays), "verify"):
