@@ -52,7 +52,7 @@ class Step(NamedTuple):
     running: Callable[[], Grad]  # the same on the live mesh
     source: Source
     rebuild: Callable[[bool], Step]
-    interpreted: Callable[[Env], Grad]  # the same chain, built in another environment
+    interpreted: Callable[..., Grad]  # the same chain, built in another environment, or after another Source
     fits: Fits  # which states it takes, and what their views are
     look: Callable[[TrainState, Any], Slots]  # the gradient that an update would apply
 
