@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -30,6 +30,7 @@ from funczero.kernels.registry import NAMES, kernel
 
 HOME = "funczero."
 FACES = ("funczero.deepspeed", "funczero.lightning", "funczero.testing")  # they run somebody's loop
+CPU = torch.device("cpu")
 SMALL = 1 << 10  # elements of a tensor that keeps its values
 _aten, _wait = torch.ops.aten, torch.ops._c10d_functional.wait_tensor.default
 
@@ -56,13 +57,16 @@ class Still:
 class Hollow(OwnGenerator):
     """Answers the questions that this package asks of values, and shows every operation to `seen`."""
 
-    def __init__(self, seen: Callable[[Any, Any, Any, Any], None]) -> None:
+    def __init__(self, seen: Callable[[Any, Any, Any, Any], None], device: torch.device) -> None:
         """seen: (operation, args, kwargs, what it returned)."""
         super(OwnGenerator, self).__init__()
-        self.generator, self.seen = Still(), seen
+        self.generator, self.seen, self.device = Still(), seen, device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operation, or an answer in its place."""
+        if func is _aten._to_copy.default and args[0].is_meta and not _stays(kwargs):
+            _only_ours("copies values from the device")
+            return torch.zeros(args[0].shape, dtype=(kwargs or {}).get("dtype") or args[0].dtype)
         if func is _aten._local_scalar_dense.default and _valueless(args[0]):
             _only_ours("reads a value of a tensor, as .item() and bool(x) do")
             return _answer(args[0].dtype)
@@ -72,13 +76,28 @@ class Hollow(OwnGenerator):
         if func is _aten.equal.default and any(_valueless(x) for x in args):
             _only_ours("compares the values of two tensors")
             return True
-        if FakeTensor not in types and _small((args, kwargs)):
+        if FakeTensor not in types and self.device.type != "meta" and _small((args, kwargs)):
             with unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))
         # a collective that is waited for is the tensor that was launched; torch's form of it for shapes is a new one
-        out = args[0] if func is _wait else func(*args, **(kwargs or {}))
+        out = args[0] if func is _wait else self._run(func, args, kwargs or {})
         self.seen(func, args, kwargs, out)
         return out
+
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.device.type != "meta":
+            return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:  # numbers that kept their values beside tensors that have none
+            args, kwargs = tree.map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
+            return func(*args, **kwargs)
+
+
+def _stays(kwargs: Any) -> bool:
+    device = (kwargs or {}).get("device")
+    return device is None or torch.device(device).type == "meta"
 
 
 def _small(given: Any) -> bool:
@@ -88,7 +107,7 @@ def _small(given: Any) -> bool:
 
 
 def _valueless(x: Any) -> bool:
-    return isinstance(x, FakeTensor)
+    return isinstance(x, FakeTensor) or x.is_meta
 
 
 def _answer(dtype: torch.dtype) -> Any:
@@ -130,11 +149,15 @@ def asker() -> FrameType | None:
 
 
 @contextmanager
-def hollow(seen: Callable[[Any, Any, Any, Any], None] = lambda *op: None) -> Iterator[None]:
-    """Inside, tensors on the CPU have no values and no memory.
+def hollow(
+    seen: Callable[[Any, Any, Any, Any], None] = lambda *op: None, device: torch.device = CPU
+) -> Iterator[None]:
+    """Inside, tensors of a device have no values and no memory.
 
     Args:
       seen: as Hollow's.
+      device: the CPU, whose kernels, autocast and memory are then those of a run; or meta, which is faster, and where
+        nothing may be made on another device.
 
     Raises:
       TypeError: a loss reads a value, or makes a tensor whose shape hangs on values.
@@ -144,9 +167,11 @@ def hollow(seen: Callable[[Any, Any, Any, Any], None] = lambda *op: None) -> Ite
     >>> tuple(x.shape)
     (1048576, 8)
     """
-    for name in NAMES:  # whoever tries a kernel tries it on values
-        kernel(name, torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True), Hollow(seen):
+    if device.type != "meta":
+        for name in NAMES:  # whoever tries a kernel tries it on values
+            kernel(name, device)
+    fake = nullcontext() if device.type == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, Hollow(seen, device):
         try:
             yield
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -164,8 +189,7 @@ def innermost(error: BaseException) -> FrameType | None:
     return found
 
 
-def emptied(values: Any) -> Any:
-    """A tree with a tensor without values for each one that is on the meta device; others stay. Written inside
-    `hollow`.
-    """
-    return tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype) if isinstance(x, Tensor) and x.is_meta else x, values)
+def emptied(values: Any, device: torch.device) -> Any:
+    """A tree with a tensor of a device for each one that is on the meta device; others stay. Called inside `hollow`."""
+    new = lambda x: torch.empty(x.shape, dtype=x.dtype, device=device)
+    return tree.map(lambda x: new(x) if isinstance(x, Tensor) and x.is_meta else x, values)

@@ -96,18 +96,20 @@ class Landed(InFlight):
         return got
 
 
-def on_mesh(sizes: dict[str, int], rank: int, device: torch.device, trace: Trace, spans: bool = True) -> Mesh:
-    """A mesh on which this process is number `rank`, that sends nothing and tells a trace.
+def on_mesh(sizes: dict[str, int], rank: int, device: torch.device, like: torch.device, trace: Trace) -> Mesh:
+    """A mesh of a whole world on which this process is number `rank`, that sends nothing and tells a trace.
 
     Args:
-      spans: is there one group of all ranks, as a world has it that the mesh spans?
+      device: of the plan's tensors.
+      like: of a run's.
     """
-    axes, left = {}, rank
+    axes, left = dict[str, Axis](), rank
     for name, n in reversed(sizes.items()):  # ranks lie in rows of the last axis
         axes[name], left = Axis(n, left % n, "planned" if n > 1 else ""), left // n
-    ledger, world = Agreeing(trace), "planned" if spans and prod(sizes.values()) > 1 else ""
+    ledger, world = Agreeing(trace), "planned" if prod(sizes.values()) > 1 else ""
     ledger.place, ledger.ranks = rank, prod(sizes.values())
-    return Mesh(dict(reversed(axes.items())), device, Noted(trace), ledger, Landed(), world, connected=True)
+    axes = dict(reversed(axes.items()))
+    return Mesh(axes, device, Noted(trace), ledger, Landed(), world, connected=True, stands_for=like.type)
 
 
 class Trace:
@@ -201,15 +203,26 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     known = flop_registry.get(packet)
     if known is not None:
         return int(known(*args, **(kwargs or {}), out_val=out))
-    return None if packet in flop_unknown else 0
+    own = OWN.get(packet)
+    return own(args) if own is not None else None if packet in UNKNOWN else 0
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, times: int) -> int:
-    *batch, rows, width = query.shape
-    return times * 2 * prod(batch) * rows * key.shape[-2] * width
+def _attention(times: int) -> Any:
+    """Attention on a CPU, which torch's table does not have: so many products of matrices of rows by rows."""
+
+    def count(args: Any) -> int:
+        q, k = args[times == 5], args[(times == 5) + 1]
+        return int(times * 2 * prod(q.shape[:-1]) * k.shape[-2] * q.shape[-1])
+
+    return count
 
 
-flop_unknown = {torch.ops.aten.cdist, torch.ops.aten._cdist_forward}
+_aten = torch.ops.aten
+OWN = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention(2),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention(5),
+}
+UNKNOWN = {_aten.cdist, _aten._cdist_forward, _aten._cdist_backward, _aten.mkldnn_rnn_layer}  # multiply, nobody counts
 
 
 def phase_of(frame: Any) -> str:

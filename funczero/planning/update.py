@@ -44,27 +44,26 @@ def gone_through(step: Step, params: Any, batch: Any, sizes: dict[str, int], ran
     """
     trace, source = Trace(), step.source
     env = step.grad.env
-    mesh = on_mesh(sizes, rank, env.mesh.device, trace)
+    # exact sums ask how large values are where they lie, which on a CPU they do
+    device = META if batch is None and not env.exact else env.mesh.device
+    mesh = on_mesh(sizes, rank, device, env.mesh.device, trace)
     mesh.ledger.replicated = source.replicated
     env = env._replace(mesh=mesh, early=None)
     g = step.interpreted(env, standing_in(source)) if batch is None else step.interpreted(env)
-    own = read_lazily(source, g, shapes_of(params, "parameter"), META)
-    try:
-        state = initial(g, own, 0)
-    except NotImplementedError as error:
-        why = "an optimizer looks at values when it starts, and a plan has none"
-        raise ValueError(f"plan: {why} ({str(error).splitlines()[0]}); plan the chain with fz.adamw in its place") from error
+    state = _begun(g, step, params)
     whole = torch.empty(g.layout.stride, device=META) if batch is None else shapes_of(batch, "leaf of the batch")
     mine = order.deal(whole, g.layout, mesh.index)
-    with hollow(trace.saw):
-        held = emptied(state)
-        hold(trace, held)
-        here = _emptied_rows(mine, g)
+    with hollow(trace.saw, device):
+        held = emptied(state, device)
+        for name, part in parts_of(held).items():
+            trace.live.hold(part, name)
+        leaves, build = rows.opened(mine, g.layout.cut)
+        here = build([emptied(x.value, device) for x in leaves])
         trace.live.hold(rows.tensors(here), "batch")
         views = held.views if held.views is not None else held.params.to(env.policy.compute)
-        apart = held.views is not None or any(a is not b for a, b in zip(views.buffers, held.params.buffers, strict=True))
-        for x in views.buffers:
-            trace.live.see(x).kind = "views" if apart else "masters"
+        pairs = zip(views.buffers, held.params.buffers, strict=True)
+        apart = held.views is not None or any(a is not b for a, b in pairs)
+        trace.live.hold(views, "views" if apart else "masters")
         out = _applied(g, views, {**held.chain, "params": held.params}, here, source.name == "pullback")
         if held.views is not None:  # new views in their dtype, as the step keeps them
             out.params.to(views.buffers[0].dtype)
@@ -72,10 +71,18 @@ def gone_through(step: Step, params: Any, batch: Any, sizes: dict[str, int], ran
     return Ran(g, state, trace, sum(b.nbytes for b in views.buffers) if apart else 0)
 
 
-def hold(trace: Trace, state: TrainState) -> None:
-    """A state exists before its update, by what it is for."""
-    for name, part in parts_of(state).items():
-        trace.live.hold(part, name)
+def _begun(g: Grad, step: Step, params: Any) -> TrainState:
+    """The first state, as shapes.
+
+    Raises:
+      ValueError: an optimizer looks at values when it starts.
+    """
+    own = read_lazily(step.source, g, shapes_of(params, "parameter"), META)
+    try:
+        return initial(g, own, 0)
+    except NotImplementedError as error:
+        why = f"an optimizer looks at values when it starts, and a plan has none ({str(error).splitlines()[0]})"
+        raise ValueError(f"plan: {why}; plan the chain with fz.adamw in its place") from error
 
 
 def parts_of(state: TrainState) -> dict[str, Any]:
@@ -121,11 +128,6 @@ def _pulled(views: Slots, g: Grad) -> Any:
         return structure.unflatten([torch.empty(leaf.shape, dtype=dtype) for leaf in structure.leaves])
 
     return pull
-
-
-def _emptied_rows(mine: Any, g: Grad) -> Any:
-    leaves, build = rows.opened(mine, g.layout.cut)
-    return build([emptied(x.value) if isinstance(x.value, Tensor) else x.value for x in leaves])
 
 
 def shapes_of(values: Any, what: str) -> Any:
