@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     """What one rank of a mesh holds and sends in one update; printed, it is a table."""
 
     chain: tuple[str, ...]
+    brackets: tuple[str, ...]  # axes that leaves are cut over, outermost first
     mesh: dict[str, int]
     rank: int
     parameters: int  # of the whole model, tied ones once
@@ -128,6 +129,7 @@ def plan(
     )
     return Plan(
         ran.grad.names,
+        tuple(ran.grad.env.rules),
         sizes,
         rank,
         sum(prod(x.shape) for x in structure.leaves),

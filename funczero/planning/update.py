@@ -71,6 +71,13 @@ def gone_through(step: Step, params: Any, batch: Any, sizes: dict[str, int], ran
     return Ran(g, state, trace, sum(b.nbytes for b in views.buffers) if apart else 0)
 
 
+def states_of(step: Step, params: Any, sizes: dict[str, int], rank: int = 0) -> dict[str, int]:
+    """Bytes of a rank's state at rest by what they are for, in the time that its form takes."""
+    env = step.grad.env
+    mesh = on_mesh(sizes, rank, META, env.mesh.device, Trace())
+    return bytes_of(_begun(step.interpreted(env._replace(mesh=mesh, early=None)), step, params))
+
+
 def _begun(g: Grad, step: Step, params: Any) -> TrainState:
     """The first state, as shapes.
 

@@ -1,0 +1,88 @@
+"""`explain`: a step as straight-line verbs, with bytes and layout, as they follow one another in an update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from funczero.planning.plan import Plan, plan
+from funczero.planning.trace import Verb
+from funczero.planning.words import amount, columns
+from funczero.step.step import Step
+
+VERBS = {"gather": "gather", "scatter": "reduce_scatter", "sum": "all_reduce"}
+
+
+class Explained(NamedTuple):
+    """A step in verbs; printed, it is a line each."""
+
+    head: str
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([self.head, *self.lines])
+
+
+def explain(
+    step: Step, params: Any, batch: Any = None, mesh: Mapping[str, int] | None = None, rank: int = 0
+) -> Explained:
+    """What one rank does in an update, line by line: gathers, forwards, backwards, sums, the update.
+
+    The lines are those of `plan`: the step itself runs, without values. Of several equal lines in a row one is printed,
+    with their number.
+
+    Args:
+      step, params, batch, mesh, rank: as plan's.
+
+    Raises:
+      TypeError, ValueError: as plan.
+
+    >>> import torch, funczero as fz
+    >>> loss = lambda params, batch: (((batch @ params["w"]) ** 2).sum(), batch.new_tensor(len(batch)))
+    >>> step = fz.train_step(
+    ...     *fz.zero(fz.value_and_grad(loss, batch=fz.P("data")), fz.sgd(0.1), stage=1), mesh={"data": 4})
+    >>> print(explain(step, {"w": torch.ones(64, 32)}, torch.ones(8, 64)))
+    DOCTEST
+    """
+    return explained(plan(step, params, batch, mesh, rank=rank))
+
+
+def explained(found: Plan) -> Explained:
+    """A plan in verbs."""
+    ranks = " x ".join(f"{axis}={n}" for axis, n in found.mesh.items()) or "one process"
+    head = f"one update on {ranks}, as rank {found.rank} makes it; bytes are those that it sends"
+    rows = [(_row(verb, found), 1) for verb in found.verbs if verb.what != "wait"]
+    merged: list[tuple[tuple[str, ...], int]] = []
+    for row, n in rows:
+        same = merged and merged[-1][0] == row
+        merged[-1:] = [(row, merged[-1][1] + n)] if same else [*merged[-1:], (row, n)]
+    cells = [(*row[:4], row[4], row[5] if n == 1 else f"{row[5]} ({n} times)".strip()) for row, n in merged]
+    return Explained(head, tuple(columns(cells, indent=1, left=4)) if cells else ("  nothing",))
+
+
+def _row(verb: Verb, found: Plan) -> tuple[str, ...]:
+    """verb, axis, whose values, as what, bytes, layout or work."""
+    if verb.what == "compute":
+        return ("compute", "", "", "", "", f"{verb.phase}{f', {count(verb.flops)}FLOPs' if verb.flops else ''}")
+    names = list(dict.fromkeys(found.units[u] or "the rest" for u in verb.units))
+    whose = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0] if names else "numbers"
+    return (VERBS.get(verb.what, verb.what), verb.axis, whose, verb.form, amount(verb.nbytes), _layout(verb, found))
+
+
+def _layout(verb: Verb, found: Plan) -> str:
+    """How values lie before and after, as far as brackets say."""
+    if verb.axis not in found.brackets or not verb.units or verb.what not in ("gather", "scatter"):
+        return ""
+    place = found.brackets.index(verb.axis)
+    inside, outside = (list(found.brackets[:n]) or "whole" for n in (place + 1, place))
+    return f"{inside} -> {outside}" if verb.what == "gather" else f"sum of {outside} -> {inside}"
+
+
+def count(n: int) -> str:
+    """A number in three digits.
+
+    >>> count(1234), count(12)
+    ('1.23 k', '12 ')
+    """
+    steps = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+    return next((f"{n / k:.3g} {name}" for name, k in steps if n >= k), f"{n} ")

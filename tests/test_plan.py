@@ -1,0 +1,82 @@
+"""What is planned is what ranks hold and send, to the byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from planned import agrees, shapes
+
+import funczero as fz
+from funczero import P
+
+FLAT = ("data",)
+DTYPES = "params=float32,compute=bfloat16"
+
+
+def flat(stage, k=2, policy=None, sums="tree", freeze=(), tx=None, **wires):
+    """A step builder at a stage, by mesh."""
+    txs = (fz.clip_by_global_norm(0.5), tx or fz.adamw(1e-2))
+    parts = fz.zero(zoo.source(FLAT), *freeze, *txs, stage=stage, accumulate=k, **wires)
+    return lambda mesh: fz.train_step(*parts, mesh=mesh, policy=policy, sums=sums)
+
+
+CASES = {
+    "stage 0": (flat(0), 2),
+    "stage 1": (flat(1), 2),
+    "stage 2": (flat(2), 4),
+    "stage 3": (flat(3), 4),
+    "stage 3 alone": (flat(3), 1),
+    "bf16 at stage 1": (flat(1, policy=DTYPES), 2),
+    "bf16 at stage 3": (flat(3, policy=DTYPES), 2),
+    "int8 gathers": (flat(3, gather=fz.int8(64)), 2),
+    "int4 scatters that remember": (flat(2, scatter=fz.feedback(fz.int4(64))), 2),
+    "exact sums": (flat(2, sums="exact"), 2),
+    "frozen leaves": (flat(3, freeze=(fz.freeze("embed|conv"),)), 2),
+    "a threshold": (flat(3, threshold=30), 2),
+    "partition": (flat(2, tx=fz.partition([("w$", fz.muon(1e-2)), ("", fz.adamw(1e-2))])), 2),
+}
+SLOW = {"stage 0", "stage 2", "stage 3 alone", "bf16 at stage 1", "a threshold"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES])
+def test_a_plan_is_what_ranks_count(name):
+    build, world = CASES[name]
+    agrees(build, zoo.params(), zoo.batch(0), {"data": world}, ranks=(0, world - 1))
+
+
+@pytest.mark.parametrize("name", ["hpZ once", pytest.param("MiCS", marks=pytest.mark.slow)])
+def test_nested_brackets_are_planned_to_the_byte(name):
+    axes = ("node", "local")
+    parts, stream = zoo.nested_chains(zoo.source(axes), 2, zoo.tx())[name]
+    assert not stream
+    agrees(lambda mesh: fz.train_step(*parts, mesh=mesh), zoo.params(), zoo.batch(0), {"node": 2, "local": 2}, (0, 3))
+
+
+# Rajbhandari et al., ZeRO, arXiv 1910.02054, Table 1: GB a rank of the model states of 7.5 billion parameters
+PAPER = {1: (120, 120, 120), 4: (52.5, 41.3, 30), 16: (35.6, 21.6, 7.5), 64: (31.4, 16.6, 1.88), 1024: (30.1, 15.1, 0.12)}
+
+
+@pytest.mark.parametrize("ranks", PAPER)
+def test_the_table_of_the_zero_paper(ranks):
+    shape = {"blocks": [{"w": torch.empty(30000, 25000, device="meta")} for _ in range(10)]}
+    policy = "params=float32,compute=bfloat16,accumulate=bfloat16"
+    for stage, want in enumerate(PAPER[ranks], 1):
+        grad = fz.value_and_grad(zoo.loss_plain, batch=P("data"), units=("blocks",))
+        step = fz.train_step(*fz.zero(grad, fz.adam(1e-3), stage=stage), mesh={"data": 1}, policy=policy)
+        plan = fz.plan(step, shape, mesh={"data": ranks})
+        assert plan.parameters == 7.5e9
+        assert float(f"{plan.memory.states / 1e9:.3g}") == pytest.approx(want, abs=0.006 if want < 1 else 0.051), stage
+
+
+def test_a_trillion_parameters_on_a_thousand_ranks():
+    wide = 25600
+    block = {"in": (wide, 4 * wide), "out": (4 * wide, wide), "qkv": (wide, 3 * wide), "o": (wide, wide), "b": (wide,)}
+    blocks = [{k: torch.empty(s, device="meta") for k, s in block.items()} for _ in range(4)]
+    params = {"embed": torch.empty(51200, wide, device="meta"), "blocks": blocks}
+    grad = fz.value_and_grad(zoo.loss_plain, batch=P("data"), units=("blocks",))
+    step = fz.train_step(*fz.zero(grad, fz.adamw(1e-3), stage=3), mesh={"data": 1}, policy=DTYPES)
+    plan = fz.plan(step, params, mesh={"data": 1024})
+    whole = 2 * sum(x.numel() for x in fz.tree.tensors(params))
+    assert whole * 2 * 1023 / 1024 * 0.8 < sum(n for (_, verb, _), n in plan.sent.items() if verb == "all_gather")
+    assert plan.memory.masters < 4 * plan.parameters / 1024 * 1.001
