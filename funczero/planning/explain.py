@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from funczero.planning.plan import Plan, plan
@@ -28,8 +28,8 @@ def explain(
 ) -> Explained:
     """What one rank does in an update, line by line: gathers, forwards, backwards, sums, the update.
 
-    The lines are those of `plan`: the step itself runs, without values. Of several equal lines in a row one is printed,
-    with their number.
+    The lines are those of `plan`: the step itself runs, without values. What is computed between two messages is one
+    line, which begins where its first product of matrices does.
 
     Args:
       step, params, batch, mesh, rank: as plan's.
@@ -42,7 +42,13 @@ def explain(
     >>> step = fz.train_step(
     ...     *fz.zero(fz.value_and_grad(loss, batch=fz.P("data")), fz.sgd(0.1), stage=1), mesh={"data": 4})
     >>> print(explain(step, {"w": torch.ones(64, 32)}, torch.ones(8, 64)))
-    DOCTEST
+    one update on data=4, as rank 0 makes it; bytes are those that it sends
+      forward                                           8.19 kFLOPs
+      backward                                          8.19 kFLOPs
+      reduce_scatter  data  the rest  float32  6.14 kB  sum of whole -> ['data']
+      all_reduce      data  numbers   int64    1.46 kB
+      update
+      gather          data  the rest  float32  6.14 kB  ['data'] -> whole
     """
     return explained(plan(step, params, batch, mesh, rank=rank))
 
@@ -51,19 +57,28 @@ def explained(found: Plan) -> Explained:
     """A plan in verbs."""
     ranks = " x ".join(f"{axis}={n}" for axis, n in found.mesh.items()) or "one process"
     head = f"one update on {ranks}, as rank {found.rank} makes it; bytes are those that it sends"
-    rows = [(_row(verb, found), 1) for verb in found.verbs if verb.what != "wait"]
-    merged: list[tuple[tuple[str, ...], int]] = []
-    for row, n in rows:
-        same = merged and merged[-1][0] == row
-        merged[-1:] = [(row, merged[-1][1] + n)] if same else [*merged[-1:], (row, n)]
-    cells = [(*row[:4], row[4], row[5] if n == 1 else f"{row[5]} ({n} times)".strip()) for row, n in merged]
-    return Explained(head, tuple(columns(cells, indent=1, left=4)) if cells else ("  nothing",))
+    rows = [_row(verb, found) for verb in _joined(found.verbs)]
+    return Explained(head, tuple(columns(rows, indent=1, left=6)) if rows else ("  nothing",))
+
+
+def _joined(verbs: Sequence[Verb]) -> list[Verb]:
+    """Messages, and between them the work of each phase in one; waits and work without products are left out."""
+    out: list[Verb] = []
+    for verb in verbs:
+        last = out[-1] if out else None
+        if verb.what == "wait" or verb.what == "compute" and not verb.flops and verb.phase != "update":
+            continue
+        if last is not None and verb.what == last.what == "compute" and verb.phase == last.phase:
+            out[-1] = last._replace(flops=last.flops + verb.flops)
+        else:
+            out.append(verb)
+    return out
 
 
 def _row(verb: Verb, found: Plan) -> tuple[str, ...]:
     """verb, axis, whose values, as what, bytes, layout or work."""
     if verb.what == "compute":
-        return ("compute", "", "", "", "", f"{verb.phase}{f', {count(verb.flops)}FLOPs' if verb.flops else ''}")
+        return (verb.phase, "", "", "", "", f"{count(verb.flops)}FLOPs" if verb.flops else "")
     names = list(dict.fromkeys(found.units[u] or "the rest" for u in verb.units))
     whose = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0] if names else "numbers"
     return (VERBS.get(verb.what, verb.what), verb.axis, whose, verb.form, amount(verb.nbytes), _layout(verb, found))

@@ -20,7 +20,7 @@ from funczero.planning.words import duration
 
 RATES = {"bit": 0.125, "b": 1.0, "byte": 1.0}
 PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+A_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 
 
 class Link(NamedTuple):
@@ -83,7 +83,7 @@ def _links(text: str) -> dict[str, Link]:
         if not axis or not found or float(found[1]) <= 0:
             raise ValueError(f"plan: --link={part.strip()!r} is no link; write axis=rate/latency, as node=100Gbit/10us")
         rate = float(found[1]) * PREFIX[found[2].lower()] * RATES[found[3].lower()]
-        out[axis] = Link(rate, float(found[4]) * TIMES[found[5]])
+        out[axis] = Link(rate, float(found[4]) / A_SECOND[found[5]])
     return out
 
 
@@ -102,8 +102,8 @@ def machine_of(text: str) -> Machine:
         if i > 2 or not found:
             raise ValueError(f"plan: --flops={text!r} is no arithmetic; write 10T, or 10T,200GB,5us")
         number, unit = float(found[1]), found[3] or ""
-        if unit in TIMES or i == 2:
-            out = out._replace(operation=number * TIMES.get(unit, 1.0))
+        if unit in A_SECOND or i == 2:
+            out = out._replace(operation=number / A_SECOND.get(unit, 1.0))
         elif i == 1 or unit == "B":
             out = out._replace(bandwidth=number * PREFIX[found[2].lower()])
         else:

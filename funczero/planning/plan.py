@@ -22,7 +22,7 @@ class Memory(NamedTuple):
 
     masters: int
     views: int  # copies of the masters that an update reads, kept or made for it; 0 where it reads the masters
-    gradients: int  # what of them lies there when the mean is taken
+    gradients: int  # what of them lies there once all micro-batches are added, before sums over ranks right of that
     moments: int  # all that optimizers and other transforms keep, numbers included
     wires: int  # what wires remember
     model_state: int
@@ -118,7 +118,7 @@ def plan(
     memory = Memory(
         own["masters"],
         ran.views,
-        ran.trace.gradients or 0,
+        ran.trace.gradients,
         own["moments"],
         own["wires"],
         own["model state"],

@@ -100,9 +100,10 @@ def search(
     >>> import torch, funczero as fz
     >>> loss = lambda params, batch: (((batch @ params["w"]) ** 2).sum(), batch.new_tensor(len(batch)))
     >>> found = search(
-    ...     fz.value_and_grad(loss, batch=fz.P("data")), fz.adamw(1e-3), mesh={"data": 8}, memory="60MB",
+    ...     fz.value_and_grad(loss, batch=fz.P("data")), fz.adamw(1e-3), mesh={"data": 8}, memory="80MB",
     ...     params={"w": torch.empty(1024, 4096, device="meta")}, batch=torch.empty(64, 1024), wires=("exact",))
     >>> [(row.candidate.name, row.fits) for row in found.rows]
+    [('ZeRO-1', True), ('ZeRO-2', True), ('ZeRO-3', True), ('ZeRO-0', False)]
     """
     odd = next((w for w in wires if w not in WIRES), None)
     if odd is not None:

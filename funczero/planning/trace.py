@@ -23,6 +23,7 @@ from funczero.world.sent import Key, Sent
 
 VIEWS = {torch.ops._c10d_functional.wait_tensor.default}
 PACKAGE = "funczero."
+OUTSIDE = ("sums", "update")  # phases in which no gradient is taken or added over time
 # what a storage is for: the innermost of these functions that was running when it appeared
 INNER = {
     "funczero.comm.units": (("gather", "gathered"), ("_gather", "gathered"), ("_joined", "gathered"), ("", "gradients")),
@@ -50,7 +51,7 @@ class Verb(NamedTuple):
     form: str = ""  # dtype or wire
     nbytes: int = 0  # that this rank sends
     units: tuple[int, ...] = ()
-    phase: str = ""  # "forward", "backward" or "update"
+    phase: str = ""  # "forward", "backward", "over time" (accumulate), "sums" or "update"
     flops: int = 0
     moved: int = 0  # bytes that are read and written by operations
     operations: int = 0
@@ -120,8 +121,8 @@ class Trace:
         self.live = Live(_kind)
         self.verbs: list[Verb] = []
         self.uncounted: dict[str, int] = {}  # operations that multiply, but of which nobody knows how much
-        self.gradients: int | None = None  # bytes of them where the mean is taken
-        self._work, self._flying = Verb("compute"), dict[int, int]()
+        self.gradients = 0  # bytes of them that lie there once all micro-batches are added
+        self._work, self._flying, self._inside = Verb("compute"), dict[int, int](), False
 
     # --- what is told
     def message(self, key: Key, nbytes: int) -> None:
@@ -137,6 +138,8 @@ class Trace:
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """An operation has run."""
+        if self._inside and self._phase() in OUTSIDE:  # a gradient was taken
+            self.gradients, self._inside = max(self.gradients, self.live.of("gradients")), False
         name = func.namespace
         if name == "_c10d_functional":
             self._sent(func, args, out)
@@ -149,6 +152,7 @@ class Trace:
         phase = self._phase()
         if phase != self._work.phase:
             self._worked()
+        self._inside = phase not in OUTSIDE
         more = flops_of(func, args, kwargs, out)
         if more is None:
             self.uncounted[str(func)] = self.uncounted.get(str(func), 0) + 1
@@ -165,9 +169,7 @@ class Trace:
     # --- how it is kept
     def _new(self, x: Tensor) -> bool:
         before = len(self.live.events)
-        found = self.live.see(x)
-        if found.kind == "values" and self.gradients is None:
-            self.gradients = self.live.of("gradients")
+        self.live.see(x)
         return len(self.live.events) > before
 
     def _copied(self, to: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -231,11 +233,12 @@ def phase_of(frame: Any) -> str:
         name = frame.f_globals.get("__name__", "")
         if name == "funczero.gradients.source":
             return "forward"
-        if name.startswith(("funczero.transforms.update", "funczero.transforms.mean", "funczero.transforms.reduce")):
-            if frame.f_code.co_name not in ("apply",):
-                return "update"
+        if name == "funczero.transforms.accumulate" and frame.f_code.co_name != "apply":
+            return "over time"
+        if name == "funczero.transforms.update" and frame.f_code.co_name == "fn":
+            return "update"
         frame = frame.f_back
-    return "update"
+    return "sums"
 
 
 def _kind() -> str:

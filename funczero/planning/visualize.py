@@ -64,8 +64,12 @@ def visualize(specs: Any, mesh: Mapping[str, int]) -> Drawn:
 
     >>> from funczero import P
     >>> print(visualize({"w": P("data"), "b": P(), "v": P(None, ("data", "local"))}, {"data": 2, "local": 2}))
+                                  data0,local0  data0,local1  data1,local0  data1,local1
+    w P('data')                   █·            █·            ·█            ·█
+    b P()                         ████          ████          ████          ████
+    v P(None, ('data', 'local'))  █···          ·█··          ··█·          ···█
     """
-    named = tree.paths(specs, is_leaf=lambda x: isinstance(x, P))
+    named = tree.paths(specs)
     sizes = dict(mesh)
     places = [dict(zip(sizes, place, strict=True)) for place in product(*map(range, sizes.values()))]
     shown = places[:MOST]
