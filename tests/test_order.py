@@ -92,4 +92,4 @@ def test_another_order_gives_other_bits():
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 12, 20, 64, 100])
 def test_many_parts_are_added_in_the_tree_of_a_list_of_them(n):
     parts = torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) * 10.0 ** torch.arange(-2, 3)
-    assert torch.equal(tree_sum(parts), tree_sum(list(parts)))
+    assert torch.equal(order.tree_sum(parts), order.tree_sum(list(parts)))

@@ -55,7 +55,13 @@ def test_nested_brackets_are_planned_to_the_byte(name):
 
 
 # Rajbhandari et al., ZeRO, arXiv 1910.02054, Table 1: GB a rank of the model states of 7.5 billion parameters
-PAPER = {1: (120, 120, 120), 4: (52.5, 41.3, 30), 16: (35.6, 21.6, 7.5), 64: (31.4, 16.6, 1.88), 1024: (30.1, 15.1, 0.12)}
+PAPER = {
+    1: (120, 120, 120),
+    4: (52.5, 41.3, 30),
+    16: (35.6, 21.6, 7.5),
+    64: (31.4, 16.6, 1.88),
+    1024: (30.1, 15.1, 0.12),
+}
 
 
 @pytest.mark.parametrize("ranks", PAPER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from funczero.core.types import ChainError
 from funczero.planning import sources
 from funczero.planning.explain import explained
 from funczero.planning.model import Machine, machine_of
@@ -41,6 +42,15 @@ def add(commands: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    try:
+        return _planned(args)
+    except TypeError as error:  # a refusal by name is one sentence here; anything else is a mistake of ours
+        if isinstance(error, ChainError) or str(error).startswith("plan:"):
+            raise ValueError(str(error).splitlines()[0]) from None
+        raise
+
+
+def _planned(args: argparse.Namespace) -> int:
     mesh, ks = mesh_of(args.mesh), _numbers(args.accumulate)
     memory = None if args.memory is None else size(args.memory)
     machine = None if args.flops is None else machine_of(args.flops)

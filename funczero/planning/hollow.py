@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    UnsupportedOperatorException,
     unset_fake_temporarily,
 )
 
@@ -83,7 +84,6 @@ class Hollow(OwnGenerator):
         out = args[0] if func is _wait else self._run(func, args, kwargs or {})
         self.seen(func, args, kwargs, out)
         return out
-
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.device.type != "meta":
@@ -149,9 +149,7 @@ def asker() -> FrameType | None:
 
 
 @contextmanager
-def hollow(
-    seen: Callable[[Any, Any, Any, Any], None] = lambda *op: None, device: torch.device = CPU
-) -> Iterator[None]:
+def hollow(seen: Callable[[Any, Any, Any, Any], None] = lambda *op: None, device: torch.device = CPU) -> Iterator[None]:
     """Inside, tensors of a device have no values and no memory.
 
     Args:
@@ -177,6 +175,11 @@ def hollow(
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             what = f"runs {error.func}, the result of which hangs on values"
             raise TypeError(values_read(what, innermost(error))) from error
+        except UnsupportedOperatorException as error:
+            why = "torch cannot say what it returns without running it"
+            raise TypeError(
+                f"plan: the loss runs {error.func}, and {why}; register a fake for it (torch.library)"
+            ) from error
 
 
 def innermost(error: BaseException) -> FrameType | None:

@@ -51,7 +51,9 @@ class Seconds(NamedTuple):
         for axis, busy in self.messages.items():
             hidden = 1 - self.waited.get(axis, 0.0) / busy if busy else 0.0
             parts.append(f"{axis} {duration(busy)}, {max(hidden, 0.0):.0%} hidden")
-        return f"{duration(self.update)} an update: compute {duration(self.compute)}; " + "; ".join(parts or ["no message"])
+        return f"{duration(self.update)} an update: compute {duration(self.compute)}; " + "; ".join(
+            parts or ["no message"]
+        )
 
 
 def links_of(said: str | Mapping[str, Link] | None, axes: Mapping[str, int]) -> dict[str, Link] | None:

@@ -91,7 +91,8 @@ def plan(
       link: by mesh axis, as "node=100Gbit/10us,local=400Gbit/2us": rate and latency of one rank's link (see
         planning/model.py). None: no seconds.
       machine: what a rank computes with; None: nothing takes time but messages.
-      rank: whose, among all; rank 0's parts are never less than others'.
+      rank: whose, among all. Rank 0 has the first rows of every leaf, never fewer than others; optimizers of whole
+        leaves give it other leaves than others.
 
     Raises:
       ValueError: the mesh lacks an axis of the step, or has another; the rank is not on it; an optimizer needs values.

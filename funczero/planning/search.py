@@ -177,8 +177,12 @@ def candidates(
                 yield _candidate(f"ZeRO-{stage}", name, k, parts, mesh, policy)
         if len(axes) == 2 and all(mesh[a] > 1 for a in axes):
             node, local = axes
-            yield _candidate("MiCS", "exact", k, mics(grad, *transforms, within=local, across=node, accumulate=k), mesh, policy)
-            yield _candidate("hpZ", "exact", k, hpz(grad, *transforms, within=local, across=node, accumulate=k), mesh, policy)
+            yield _candidate(
+                "MiCS", "exact", k, mics(grad, *transforms, within=local, across=node, accumulate=k), mesh, policy
+            )
+            yield _candidate(
+                "hpZ", "exact", k, hpz(grad, *transforms, within=local, across=node, accumulate=k), mesh, policy
+            )
             if "int8 views, int4 sums" in wires:
                 parts = zeropp(grad, *transforms, node=node, local=local, accumulate=k)
                 yield _candidate("ZeRO++", "int8 views, int4 sums", k, parts, mesh, policy)
@@ -188,4 +192,3 @@ def _candidate(
     name: str, wires: str, k: int, parts: tuple[Any, ...], mesh: Mapping[str, int], policy: str | Policy | None
 ) -> Candidate:
     return Candidate(name, wires, k, lambda: train_step(*parts, mesh=mesh, policy=policy))
-

@@ -21,12 +21,16 @@ from funczero.world.inflight import InFlight
 from funczero.world.ledger import Ledger
 from funczero.world.sent import Key, Sent
 
-VIEWS = {torch.ops._c10d_functional.wait_tensor.default}
 PACKAGE = "funczero."
 OUTSIDE = ("sums", "update")  # phases in which no gradient is taken or added over time
 # what a storage is for: the innermost of these functions that was running when it appeared
 INNER = {
-    "funczero.comm.units": (("gather", "gathered"), ("_gather", "gathered"), ("_joined", "gathered"), ("", "gradients")),
+    "funczero.comm.units": (
+        ("gather", "gathered"),
+        ("_gather", "gathered"),
+        ("_joined", "gathered"),
+        ("", "gradients"),
+    ),
     "funczero.comm.collectives": (("all_gather", "gathered"), ("_landed", ""), ("", "gradients")),
     "funczero.gradients.arrivals": (("", "gradients"),),
     "funczero.gradients.source": (("close", "gradients"),),
@@ -255,8 +259,7 @@ def kind_of(frame: Any) -> str:
             code = frame.f_code.co_qualname
             if not found:
                 found = next((kind for start, kind in INNER.get(module, ()) if code.startswith(start)), "")
-            if module == "funczero.transforms.reduce" and (outer := OUTER.get(code.partition(".")[0])):
-                if code.endswith(".after"):
-                    return outer
+            if module == "funczero.transforms.reduce" and code.endswith(".after"):
+                return OUTER.get(code.partition(".")[0], found)
         frame = frame.f_back
     return found or "other"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 
 from funczero.core import order, rows, tree
 from funczero.core.number import kind, shown
-from funczero.core.policy import dtype_of
 from funczero.core.types import Grad, Seed, State, TrainState, Updated
 from funczero.layout.lazy import Fill
 from funczero.layout.slots import Slots
@@ -47,10 +47,14 @@ def gone_through(step: Step, params: Any, batch: Any, sizes: dict[str, int], ran
     # exact sums ask how large values are where they lie, which on a CPU they do
     device = META if batch is None and not env.exact else env.mesh.device
     mesh = on_mesh(sizes, rank, device, env.mesh.device, trace)
+    if env.mesh.connected and prod(sizes.values()) == prod(env.mesh.sizes().values()) and not env.mesh.world_group:
+        mesh = mesh._replace(world_group="")  # of a part of the world, whose sums go axis by axis
     mesh.ledger.replicated = source.replicated
     env = env._replace(mesh=mesh, early=None)
     g = step.interpreted(env, standing_in(source)) if batch is None else step.interpreted(env)
     state = _begun(g, step, params)
+    if isinstance(batch, order.Dealt):
+        raise TypeError("plan: its batch is one rank's rows, as local_rows gave them; give the global batch")
     whole = torch.empty(g.layout.stride, device=META) if batch is None else shapes_of(batch, "leaf of the batch")
     mine = order.deal(whole, g.layout, mesh.index)
     with hollow(trace.saw, device):
@@ -168,4 +172,6 @@ def _dtype(x: Any, what: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if isinstance(found, torch.dtype):
         return found
-    raise TypeError(f"plan: a {what} is {kind(x)} of dtype {shown(x.dtype)}; give meta tensors, or shapes with a dtype of torch")
+    raise TypeError(
+        f"plan: a {what} is {kind(x)} of dtype {shown(x.dtype)}; give meta tensors, or shapes with a dtype of torch"
+    )

@@ -84,7 +84,9 @@ def _part(path: str, spec: Any, sizes: Mapping[str, int], place: Mapping[str, in
     axes = [axis for axis, _ in spec.axes()]
     odd = next((axis for axis in axes if axis not in sizes), None)
     if odd is not None:
-        raise ValueError(f"visualize: {path!r} is split over {odd!r}, which the mesh {dict(sizes)} has not; write its size")
+        raise ValueError(
+            f"visualize: {path!r} is split over {odd!r}, which the mesh {dict(sizes)} has not; write its size"
+        )
     index = 0
     for axis in axes:
         index = index * sizes[axis] + place[axis]
