@@ -91,6 +91,27 @@ def test_a_search_ranks_what_fits_before_what_does_not():
     assert took == sorted(took) and found.best is found.rows[0].plan and "fits" in str(found)
 
 
+class Shape:  # as jax.ShapeDtypeStruct
+    def __init__(self, shape, dtype):
+        self.shape, self.dtype = shape, dtype
+
+
+def test_a_plan_needs_shapes_alone():
+    batch = {"x": torch.empty(8, 32), "y": torch.empty(8, 16)}
+    made = step(1, linear, ())
+    with pytest.raises(ValueError, match=r"the step has no state yet.*write plan\(step, params\)"):
+        fz.plan(made)
+    whole = {"w": torch.zeros(32, 16)}
+    want = fz.plan(made, whole, batch)
+    shapes = {name: Shape(tuple(x.shape), "float32") for name, x in batch.items()}
+    assert fz.plan(made, {"w": Shape((32, 16), torch.float32)}, shapes)[:-1] == want[:-1]
+    made.init(whole)
+    assert fz.plan(made, batch=batch)[:-1] == want[:-1]  # those of the state
+    linear_module = torch.nn.Linear(32, 16, device=META)
+    loss_fn, _ = fz.stateless(linear_module, lambda model, b: (model(b["x"]).sum(), torch.tensor(float(len(b["x"])))))
+    assert fz.plan(step(1, loss_fn, ()), linear_module, batch).parameters == 32 * 16 + 16
+
+
 # --- the command
 def test_the_command_plans_a_file(capsys):
     assert main(["plan", "funczero.testing.example", "--mesh=data=4", "--rows=3", "--explain"]) == 0

@@ -24,7 +24,7 @@ class Explained(NamedTuple):
 
 
 def explain(
-    step: Step, params: Any, batch: Any = None, mesh: Mapping[str, int] | None = None, rank: int = 0
+    step: Step, params: Any = None, batch: Any = None, mesh: Mapping[str, int] | None = None, rank: int = 0
 ) -> Explained:
     """What one rank does in an update, line by line: gathers, forwards, backwards, sums, the update.
 

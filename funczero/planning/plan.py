@@ -68,7 +68,7 @@ class Plan(NamedTuple):
 
 def plan(
     step: Step,
-    params: Any,
+    params: Any = None,
     batch: Any = None,
     mesh: Mapping[str, int] | None = None,
     link: str | Mapping[str, Link] | None = None,
@@ -84,7 +84,8 @@ def plan(
 
     Args:
       step: of train_step; its own mesh may be of any size.
-      params: as step.init's: tensors, meta tensors do, or whatever has a shape and a dtype; a module.
+      params: as step.init's: tensors, meta tensors do, or whatever has a shape and a dtype; a module. None: those that
+        the step was given last.
       batch: the global batch of an update, as step.local_rows takes it; shapes do. None: without activations and
         FLOPs, each unit read once, for a look at a large model in seconds.
       mesh: sizes of the step's mesh axes, outermost first, up to thousands of ranks; None: the step's own.
@@ -95,7 +96,8 @@ def plan(
         leaves give it other leaves than others.
 
     Raises:
-      ValueError: the mesh lacks an axis of the step, or has another; the rank is not on it; an optimizer needs values.
+      ValueError: no parameters are known; the mesh lacks an axis of the step, or has another; the rank is not on it;
+        an optimizer needs values.
       TypeError: the loss reads a value, so that nobody knows what comes next.
       ChainError: the chain cannot be built on that mesh.
 

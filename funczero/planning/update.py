@@ -75,6 +75,22 @@ def gone_through(step: Step, params: Any, batch: Any, sizes: dict[str, int], ran
     return Ran(g, state, trace, sum(b.nbytes for b in views.buffers) if apart else 0)
 
 
+def known(step: Step, params: Any, who: str = "plan") -> Any:
+    """The parameters that were given, or the shapes of those that the step was given last.
+
+    Raises:
+      ValueError: neither is there.
+    """
+    if params is not None:
+        return params
+    masters = step.fits.book.masters
+    if masters is None:
+        raise ValueError(
+            f"{who}: the step has no state yet, so its parameters are not known; write {who}(step, params)"
+        )
+    return masters.structure.unflatten([torch.empty(leaf.shape, device=META) for leaf in masters.structure.leaves])
+
+
 def states_of(step: Step, params: Any, sizes: dict[str, int], rank: int = 0) -> dict[str, int]:
     """Bytes of a rank's state at rest by what they are for, in the time that its form takes."""
     env = step.grad.env
@@ -88,7 +104,7 @@ def _begun(g: Grad, step: Step, params: Any) -> TrainState:
     Raises:
       ValueError: an optimizer looks at values when it starts.
     """
-    own = read_lazily(step.source, g, shapes_of(params, "parameter"), META)
+    own = read_lazily(step.source, g, shapes_of(known(step, params), "parameter"), META)
     try:
         return initial(g, own, 0)
     except NotImplementedError as error:
