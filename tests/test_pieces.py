@@ -101,3 +101,9 @@ def test_what_an_axis_leaves_whole_does_not_travel(cut, whole, size):
     assert travels(inner, 0, "x") == padded
     assert slot_lengths(inner, 0, padded) == (padded,) * (padded > 0)
     assert prod(inner.slots[1].shape) == whole
+
+
+def test_a_plan_asks_for_no_other_ranks_slots():
+    where = Where.whole(structure({"w": torch.zeros(7, 3), "v": torch.zeros(3, 8)}).structure)
+    plan_of(where, 0, "x", 1000)
+    assert [key for key in where.memo if key[:2] == ("x", 1000)] == [("x", 1000, 0)]

@@ -37,7 +37,9 @@ CASES = {
     "a threshold": (flat(3, threshold=30), 2),
     "partition": (flat(2, tx=fz.partition([("w$", fz.muon(1e-2)), ("", fz.adamw(1e-2))])), 2),
 }
-SLOW = {"stage 0", "stage 2", "stage 3 alone", "bf16 at stage 1", "a threshold"}
+CASES["a stream"] = flat(2, k=(fz.accumulate(4, stream=True),)), 2
+CASES["differences of views"] = flat(2, gather=fz.difference(fz.int4(64))), 2
+SLOW = {"differences of views", "stage 0", "stage 2", "stage 3 alone", "bf16 at stage 1", "a threshold"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES])
@@ -52,6 +54,30 @@ def test_nested_brackets_are_planned_to_the_byte(name):
     parts, stream = zoo.nested_chains(zoo.source(axes), 2, zoo.tx())[name]
     assert not stream
     agrees(lambda mesh: fz.train_step(*parts, mesh=mesh), zoo.params(), zoo.batch(0), {"node": 2, "local": 2}, (0, 3))
+
+
+@pytest.mark.slow
+def test_zero_plus_plus_is_planned_to_the_byte():
+    parts = fz.zeropp(zoo.source(("node", "local")), *zoo.tx(), accumulate=2)
+    agrees(lambda mesh: fz.train_step(*parts, mesh=mesh), zoo.params(), zoo.batch(0), {"node": 2, "local": 2}, (0, 3))
+
+
+def test_a_forward_elsewhere_is_planned_without_it():
+    def build(mesh):
+        return fz.train_step(*fz.zero(fz.pullback(P("data")), fz.adamw(1e-2), stage=2), mesh=mesh)
+
+    def counted():
+        step = build({"data": 2})
+        state = step.init(zoo.params())
+        for _ in range(2):
+            views = step.view(state)
+            loss, weight = zoo.loss_plain(views, zoo.batch(0))
+            with fz.count_bytes(step) as sent:
+                state, _ = step(state, (fz.pull(loss, views), loss, weight))
+        return dict(sent)
+
+    want = simulate({"data": 2})(counted)[0]
+    assert dict(fz.plan(build({"data": 1}), zoo.params(), mesh={"data": 2}).sent) == want
 
 
 # Rajbhandari et al., ZeRO, arXiv 1910.02054, Table 1: GB a rank of the model states of 7.5 billion parameters

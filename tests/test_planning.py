@@ -179,5 +179,7 @@ def test_routed_blocks_and_other_meshes_are_refused_by_name():
     routed = step(3, conditional=("blocks",))
     with pytest.raises(ValueError, match=r"which blocks of \['blocks'\] a rank opens hangs on its rows"):
         fz.plan(routed, zoo.params(), mesh={"data": 2})
+    with pytest.raises(ValueError, match="an update sends more for has_aux, unused of its loss"):
+        fz.plan(step(1, has_aux=True, unused="keep"), zoo.params(), mesh={"data": 2})
     with pytest.raises(ValueError, match="does not divide"):
         fz.plan(step(), zoo.params(), zoo.batch(0, micros=1), mesh={"data": 4})

@@ -97,7 +97,7 @@ def plan(
 
     Raises:
       ValueError: no parameters are known; the mesh lacks an axis of the step, or has another; the rank is not on it;
-        an optimizer needs values.
+        an optimizer needs values; the loss sends something itself, and there is no batch.
       TypeError: the loss reads a value, so that nobody knows what comes next.
       ChainError: the chain cannot be built on that mesh.
 
@@ -115,7 +115,7 @@ def plan(
     if not isinstance(rank, int) or not 0 <= rank < prod(sizes.values()):
         raise ValueError(f"plan: rank={rank!r} is not on a mesh of {prod(sizes.values())} ranks; write one from 0")
     links = links_of(link, sizes)
-    _plannable(step)
+    _plannable(step, batch)
     ran = gone_through(step, params, batch, sizes, rank)
     live, own, structure = ran.trace.live, bytes_of(ran.state), ran.state.params.where.structure
     memory = Memory(
@@ -160,12 +160,16 @@ def _sizes(step: Step, mesh: Mapping[str, int] | DeviceMesh | None) -> dict[str,
     return dict(mesh)
 
 
-def _plannable(step: Step) -> None:
-    """Refuse what hangs on values.
+def _plannable(step: Step, batch: Any) -> None:
+    """Refuse what hangs on values, or on the loss where that does not run.
 
     Raises:
-      ValueError: ranks open the units that their rows ask for.
+      ValueError: ranks open the units that their rows ask for; without a batch, the loss does what is sent for.
     """
+    beside = (*step.source.beside, *["SyncBatchNorm"] * step.source.synced)
+    if batch is None and beside:
+        why = f"an update sends more for {', '.join(beside)} of its loss, and without a batch that does not run"
+        raise ValueError(f"plan: {why}; give a batch, of which shapes do")
     layout: Layout = step.grad.layout
     if step.source.conditional and layout.rest:
         some = list(step.source.conditional)
