@@ -25,6 +25,7 @@
 (True, 20)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from funczero import data as data
@@ -140,14 +141,30 @@ from funczero.transforms.shard import shard as shard
 if TYPE_CHECKING:
     from funczero import deepspeed as deepspeed
     from funczero.deepspeed.config.build import from_deepspeed as from_deepspeed
+    from funczero.planning.explain import explain as explain
+    from funczero.planning.live import count_memory as count_memory
+    from funczero.planning.plan import Plan as Plan
+    from funczero.planning.plan import plan as plan
+    from funczero.planning.search import search as search
+    from funczero.planning.visualize import visualize as visualize
 
-LAZY = "deepspeed", "from_deepspeed"  # a program that uses neither does not import the face
+PLANNING = {
+    "explain": "explain",
+    "count_memory": "live",
+    "Plan": "plan",
+    "plan": "plan",
+    "search": "search",
+    "visualize": "visualize",
+}  # names, and the modules that they come from
+LAZY = "deepspeed", "from_deepspeed", *PLANNING  # a program that uses none of them does not import them
 
 
 def __getattr__(name: str) -> object:
-    """DeepSpeed's face, imported at its first use."""
+    """DeepSpeed's face and what plans, imported at their first use."""
     if name not in LAZY:
         raise AttributeError(f"module 'funczero' has no attribute {name!r}")
+    if name in PLANNING:
+        return getattr(import_module(f"funczero.planning.{PLANNING[name]}"), name)
     import funczero.deepspeed as face
 
     return face if name == "deepspeed" else face.from_deepspeed

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from funczero.checkpoint.cli import add as add_checkpoint_commands
 from funczero.deepspeed.config.explain import add_commands as add_config_commands
+from funczero.planning.cli import add as add_plan_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {parity, launch, inspect, verify, diff, export, import, config}`; exit code 1: a promise is broken,
-    or things differ; 2: bad input.
+    """`funczero {parity, launch, inspect, verify, diff, export, import, config, plan}`; exit code 1: a promise is
+    broken, things differ or do not fit; 2: bad input.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_checkpoint_commands(commands)
     add_config_commands(commands)
+    add_plan_command(commands)
     args = parser.parse_args(words)
     try:
         return args.run(args)

@@ -87,3 +87,9 @@ def test_another_order_gives_other_bits():
     """The negative control of the tests above."""
     xs = values(8)
     assert not torch.equal(order.tree_sum(xs), order.tree_sum(xs[[0, 2, 4, 6, 1, 3, 5, 7]]))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 12, 20, 64, 100])
+def test_many_parts_are_added_in_the_tree_of_a_list_of_them(n):
+    parts = torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) * 10.0 ** torch.arange(-2, 3)
+    assert torch.equal(order.tree_sum(parts), order.tree_sum(list(parts)))

@@ -73,9 +73,12 @@ def kinds(shape, rule, size):
     ("shape", "rule", "size", "want"),
     [
         ((8, 3), P("x"), 4, [Share]),  # even rows are one view of the leaf
-        ((7, 3), P("x"), 4, [Stretch] * 4),  # 2, 2, 2, 1
-        ((5, 3), P("x"), 4, [Stretch] * 3),  # 2, 2, 1, 0
-        ((3, 8), P(None, "x"), 2, [Stretch] * 2),
+        ((7, 3), P("x"), 4, [Share, Stretch]),  # 2, 2, 2, 1
+        ((5, 3), P("x"), 4, [Share, Stretch]),  # 2, 2, 1, 0
+        ((3, 2), P("x"), 1000, [Share]),  # as few on a thousand ranks
+        ((3, 8), P(None, "x"), 2, [Share]),
+        ((3, 7), P(None, "x"), 4, [Share, Stretch]),
+        ((3, 1), P(None, "x"), 4, [Share]),
         ((3, 8), P(), 2, [Everywhere]),
         ((), P(), 2, [Everywhere]),
         ((0, 3), P("x"), 2, []),
@@ -98,3 +101,9 @@ def test_what_an_axis_leaves_whole_does_not_travel(cut, whole, size):
     assert travels(inner, 0, "x") == padded
     assert slot_lengths(inner, 0, padded) == (padded,) * (padded > 0)
     assert prod(inner.slots[1].shape) == whole
+
+
+def test_a_plan_asks_for_no_other_ranks_slots():
+    where = Where.whole(structure({"w": torch.zeros(7, 3), "v": torch.zeros(3, 8)}).structure)
+    plan_of(where, 0, "x", 1000)
+    assert [key for key in where.memo if key[:2] == ("x", 1000)] == [("x", 1000, 0)]

@@ -79,7 +79,7 @@ def launch_gather(
 def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
     """[n] to [W, n]. A short message goes to every rank directly: gloo's gather takes twice an exchange's latency."""
     with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
-        if mesh.device.type == "cpu" and x.nbytes * size <= SHORT:
+        if mesh.sends_from == "cpu" and x.nbytes * size <= SHORT:
             rows = x.expand(size, -1).reshape(-1)
             splits = [x.numel()] * size
             return mesh.flight.note(rows, _ops.all_to_all_single(rows, splits, splits, group)).view(size, -1)
@@ -168,7 +168,7 @@ def sum_over(x: Tensor, name: str, size: int, group: str, mesh: Mesh, noted: boo
       name: of its axis or axes.
       noted: do ranks compare this launch? Not where it carries their checksums itself.
     """
-    short = mesh.device.type == "cpu" and x.nbytes * size <= SHORT
+    short = mesh.sends_from == "cpu" and x.nbytes * size <= SHORT
     nbytes = x.nbytes * (size - 1) if short else 2 * x.nbytes * (size - 1) // size
     if noted:
         _sent(mesh, name, "all_reduce", x.dtype, nbytes, 0)

@@ -13,14 +13,24 @@ from funczero.layout.where import Slot, Where
 
 
 class Share(NamedTuple):
-    """An equal share of a leaf in every row of the wire: one copy, whatever the number of ranks."""
+    """Equal shares of a leaf in the rows of the first ranks: one copy, whatever their number."""
 
+    ranks: int
     offset: int
     numel: int  # in one row
+    dim: int  # that is cut
+    shape: tuple[int, ...]  # of one share
 
     def pair(self, x: Tensor, wire: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
         """Views of the leaf here and of the wire."""
-        return x.reshape(wire.shape[0], self.numel), wire.narrow(1, self.offset, self.numel)
+        n, rows = self.shape[self.dim], wire.narrow(1, self.offset, self.numel)
+        if self.ranks < wire.shape[0]:
+            rows = rows.narrow(0, 0, self.ranks)
+        if self.ranks * n < x.shape[self.dim]:
+            x = x.narrow(self.dim, 0, self.ranks * n)
+        if self.dim == 0:
+            return x.reshape(self.ranks, self.numel), rows
+        return x.unflatten(self.dim, (self.ranks, n)).movedim(self.dim, 0), rows.unflatten(1, self.shape)
 
 
 class Everywhere(NamedTuple):
@@ -55,31 +65,68 @@ Piece = Share | Everywhere | Stretch
 
 
 def plan_of(where: Where, unit: int, axis: str, size: int) -> list[list[Piece]]:
-    """By member of a unit: how its rows here lie on the wire [W, n] one step inwards. Worked out once."""
+    """By member of a unit: how its rows here lie on the wire [W, n] one step inwards. Worked out once.
+
+    Of cuts in rows it needs no other rank's slots, so that it takes as long on a thousand ranks as on two.
+    """
     key = (unit, axis, size)
     known: list[list[Piece]] | None = where.memo.get(key)
     if known is not None:
         return known
-    inner = [where.inner(axis, size, q).slots for q in range(size)]
-    plan: list[list[Piece]] = []
+    first, plan = where.inner(axis, size, 0).slots, list[list[Piece]]()
     for i in where.structure.members[unit]:
-        cut, here, offset = where.structure.leaves[i].cut(axis), where.slots[i], inner[0][i].offset
+        cut, here, offset = where.structure.leaves[i].cut(axis), where.slots[i], first[i].offset
         n = prod(here.shape)
         if n == 0:
             plan.append([])
         elif cut.replicated:
             plan.append([Everywhere(offset, n)])
-        elif cut == Rows(0) and all(slots[i].shape[0] * size == here.shape[0] for slots in inner):
-            plan.append([Share(offset, n // size)])
+        elif isinstance(cut, Rows):
+            plan.append(_in_rows(cut.dim, offset, first[i].block, here))
         else:
-            parts = [slots[i] for slots in inner]
-            even = all((p.offset, p.length) == (offset, parts[0].length) for p in parts)
-            if sum(prod(p.shape) for p in parts) != n or not even:
-                shapes = [p.shape for p in parts]
-                raise ValueError(_uneven(where.structure.leaves[i].path, cut, axis, shapes, here.shape))
-            plan.append([_stretch(q, offset, p, here) for q, p in enumerate(parts) if prod(p.shape)])
+            plan.append(_of_all(where, i, axis, size))
     where.memo[key] = plan
     return plan
+
+
+def _in_rows(dim: int, offset: int, block: tuple[int, ...], here: Slot) -> list[Piece]:
+    """Full parts of the first ranks, and what is left over for the one after them."""
+    full, left = divmod(here.shape[dim], block[dim])
+    each = (*here.shape[:dim], block[dim], *here.shape[dim + 1 :])
+    out: list[Piece] = [Share(full, offset, prod(each), dim, each)] if full else []
+    if left:
+        shape = (*here.shape[:dim], left, *here.shape[dim + 1 :])
+        narrows = ((dim, full * block[dim], left),) if full else ()
+        out.append(Stretch(full, offset, prod(shape), shape, narrows))
+    return out
+
+
+def _of_all(where: Where, leaf: int, axis: str, size: int) -> list[Piece]:
+    """The part of every rank, of a cut of which nothing else is known."""
+    here, info = where.slots[leaf], where.structure.leaves[leaf]
+    parts = [where.inner(axis, size, q).slots[leaf] for q in range(size)]
+    offset = parts[0].offset
+    even = all((p.offset, p.length) == (offset, parts[0].length) for p in parts)
+    if sum(prod(p.shape) for p in parts) != prod(here.shape) or not even:
+        raise ValueError(_uneven(info.path, info.cut(axis), axis, [p.shape for p in parts], here.shape))
+    return [_stretch(q, offset, p, here) for q, p in enumerate(parts) if prod(p.shape)]
+
+
+def padded(where: Where, unit: int, axis: str, size: int) -> bool:
+    """Is there padding in any rank's row of a unit, one step inwards?"""
+    key = ("padded", unit, axis, size)
+    if key not in where.memo:
+        where.memo[key] = any(_padded(where, i, axis, size) for i in where.structure.members[unit])
+    found: bool = where.memo[key]
+    return found
+
+
+def _padded(where: Where, leaf: int, axis: str, size: int) -> bool:
+    cut, n = where.structure.leaves[leaf].cut(axis), prod(where.slots[leaf].shape)
+    if cut.replicated or isinstance(cut, Rows):  # rows of equal slots, whose parts are the leaf
+        return n != where.inner(axis, size, 0).slots[leaf].length * (1 if cut.replicated else size)
+    slots = [where.inner(axis, size, q).slots[leaf] for q in range(size)]
+    return any(prod(x.shape) != x.length for x in slots)
 
 
 def _uneven(path: str, cut: Cut, axis: str, parts: list[tuple[int, ...]], here: tuple[int, ...]) -> str:

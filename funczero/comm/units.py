@@ -17,7 +17,7 @@ from funczero.comm.edge import Edge
 from funczero.comm.exact import Tally
 from funczero.comm.launch import launch_backend_scatter, launch_exchange, launch_gather, wait
 from funczero.comm.memory import Held, added, remembered
-from funczero.comm.pieces import pairs, plan_of, slot_lengths, travels
+from funczero.comm.pieces import padded, pairs, plan_of, slot_lengths, travels
 from funczero.comm.wire import Key, as_born, pack_units, unpack_units
 from funczero.core import rng
 from funczero.core.order import tree_sum
@@ -90,7 +90,7 @@ def scatter_units(
         whole = [_with_errors(where, u, xs, held, edge) for u, xs in zip(units, leaves, strict=True)]
         leaves = [where.views(u, v) for u, v in zip(units, whole, strict=True)]
     lengths = [inner.lengths[u] for u in units]
-    make = torch.zeros if any(where.inner(axis, size, q).gaps[u] for u in units for q in range(size)) else torch.empty
+    make = torch.zeros if any(padded(where, u, axis, size) for u in units) else torch.empty
     send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
     columns = send.split_with_sizes(lengths, 1)
     for u, xs, row in zip(units, leaves, columns, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 from funczero.core import rows
 from funczero.core.types import Layout, Tree
 
+FEW = 4  # parts that are added one by one, which costs them no longer way through memory
 T = TypeVar("T")  # what is summed
 
 
@@ -93,6 +94,9 @@ def tree_sum(parts: list[Tensor] | Tensor) -> Tensor:
     >>> tree_sum(torch.tensor([1e8, 1.0, -1e8, 1.0], dtype=torch.float64)).item()
     2.0
     """
+    if isinstance(parts, Tensor):
+        while len(parts) > FEW and len(parts) % 2 == 0:  # one level at once: a thousand parts take ten operations
+            parts = parts[::2] + parts[1::2]
     xs: list[Tensor] = list(parts)
     while len(xs) > 1:
         xs = [a + b for a, b in zip(xs[::2], xs[1::2], strict=False)] + xs[len(xs) // 2 * 2 :]

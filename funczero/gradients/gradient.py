@@ -135,7 +135,13 @@ def value_and_grad(
         conditional=conditional,
         cut=cut,
         spec=None if cut == 0 else batch,
+        beside=_beside(has_aux=has_aux, higher_order=higher_order, state=model, unused=unused == "keep"),
     )
+
+
+def _beside(**said: Any) -> tuple[str, ...]:
+    """The names of those arguments that are written."""
+    return tuple(name for name, value in said.items() if value is not None and value is not False)
 
 
 def freeze(which: str | Callable[[str], bool]) -> Configure:

@@ -58,6 +58,12 @@ class Mesh(NamedTuple):
     flight: InFlight  # what the backend may still hold when the process ends
     world_group: str = ""  # the group of all, where the mesh spans them
     connected: bool = False
+    stands_for: str = ""  # of a plan without values: the type of device that a run would be on
+
+    @property
+    def sends_from(self) -> str:
+        """The type of device that messages leave from."""
+        return self.stands_for or self.device.type
 
     def sizes(self) -> dict[str, int]:
         """Axis sizes by name."""

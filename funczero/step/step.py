@@ -15,7 +15,7 @@ from funczero.core.held import transformed, transforming
 from funczero.core.order import Dealt
 from funczero.core.policy import Policy
 from funczero.core.rows import counting, moved, opened
-from funczero.core.types import Env, Grad, Metrics, TrainState, Updated
+from funczero.core.types import Grad, Metrics, TrainState, Updated
 from funczero.gradients.call import reading
 from funczero.gradients.draws import keyed
 from funczero.gradients.loss import check_loss, drew
@@ -52,7 +52,8 @@ class Step(NamedTuple):
     running: Callable[[], Grad]  # the same on the live mesh
     source: Source
     rebuild: Callable[[bool], Step]
-    interpreted: Callable[[Env], Grad]  # the same chain, built in another environment
+    # (environment, and another Source where it is given) -> the same chain, built there
+    interpreted: Callable[..., Grad]
     fits: Fits  # which states it takes, and what their views are
     look: Callable[[TrainState, Any], Slots]  # the gradient that an update would apply
 

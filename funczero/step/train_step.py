@@ -164,7 +164,7 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
 
     fits = Fits(book, running, lambda g, meta: read_lazily(source, g, meta, torch.device("meta")))
     rebuild = lambda donating: _make(parts, env, options, donating, book)
-    interpreted = lambda env: _built(parts, env)
+    interpreted = lambda env, source=None: _built(parts if source is None else (source, *parts[1:]), env)
     looks = recorded("step.grads", looking(looked, fits, source), running)
     return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, interpreted, fits, looks)
 

@@ -35,6 +35,7 @@ class Source(NamedTuple):
     conditional: tuple[str, ...] = ()  # of the units, those that a rank may leave out where others open them
     cut: Any = 0  # of the batch, see rows.py
     spec: Any = None  # of the batch, where it is more than rows in dim 0
+    beside: tuple[str, ...] = ()  # what its loss does beside one forward and backward that an update sends for
 
 
 class Bracket(NamedTuple):

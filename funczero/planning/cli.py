@@ -1,0 +1,145 @@
+"""`funczero plan`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from funczero.core.types import ChainError
+from funczero.planning import sources
+from funczero.planning.explain import explained
+from funczero.planning.model import Machine, machine_of
+from funczero.planning.plan import plan
+from funczero.planning.search import WIRES, Candidate, ranked, search
+from funczero.planning.words import size
+
+WHAT = (
+    "a .py file or a module with make_step(stage=, accumulate=) -> (step, params) and make_batch(t), as for parity; or"
+    " a config.json of Hugging Face, or a folder that holds one"
+)
+
+
+def add(commands: Any) -> None:
+    """The subcommand."""
+    text = "bytes of memory and on the wire, and seconds, of an update on any mesh, before it runs"
+    p = commands.add_parser("plan", help=text, description=text)
+    p.add_argument("what", help=WHAT)
+    p.add_argument("--mesh", default="data=1", help="ranks by axis, outermost first: data=64, or node=8,local=8")
+    p.add_argument("--stage", type=int, default=3, choices=range(4), help="ZeRO stage")
+    p.add_argument("--accumulate", default="1", help="micro-batches a rank; with --search several: 1,2,4")
+    p.add_argument("--rows", type=int, help="of a micro-batch; by default 1, or what make_batch gives")
+    p.add_argument("--length", type=int, default=1024, help="tokens of a row, for a config of Hugging Face")
+    p.add_argument("--policy", help="dtypes, for a config of Hugging Face: params=float32,compute=bfloat16")
+    p.add_argument("--ds_config", metavar="FILE", help="the chain of a ds_config.json, for a config of Hugging Face")
+    p.add_argument("--link", help="rate and latency of a rank's link by axis: node=100Gbit/10us,local=400Gbit/2us")
+    p.add_argument("--flops", help="of a rank: 300T, or with memory's rate and a cost an operation: 300T,2TB,5us")
+    p.add_argument("--memory", help="of a rank: 24GiB; then the exit code is 1 where it does not fit")
+    p.add_argument("--rank", type=int, default=0, help="whose plan")
+    p.add_argument("--no_batch", action="store_true", help="leave out activations and FLOPs: a large model in seconds")
+    p.add_argument("--explain", action="store_true", help="what a rank does, line by line")
+    p.add_argument("--search", action="store_true", help="stages, brackets, wires and accumulates for that memory")
+    p.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    try:
+        return _planned(args)
+    except TypeError as error:  # a refusal by name is one sentence here; anything else is a mistake of ours
+        if isinstance(error, ChainError) or str(error).startswith("plan:"):
+            raise ValueError(str(error).splitlines()[0]) from None
+        raise
+
+
+def _planned(args: argparse.Namespace) -> int:
+    mesh, ks = mesh_of(args.mesh), _numbers(args.accumulate)
+    memory = None if args.memory is None else size(args.memory)
+    machine = None if args.flops is None else machine_of(args.flops)
+    if args.search:
+        return _search(args, mesh, ks, memory, machine)
+    if len(ks) > 1:
+        raise ValueError(f"plan: --accumulate={args.accumulate!r} are several; write one, or --search")
+    step, params, batch = _step(args, mesh, ks[0])
+    found = plan(step, params, batch, mesh, args.link, machine, args.rank)
+    print(found)
+    if args.explain:
+        print(explained(found))
+    fits = memory is None or found.memory.peak <= memory
+    if not fits:
+        print(f"the peak is over {args.memory}; funczero plan ... --search --memory={args.memory} says what fits")
+    return 0 if fits else 1
+
+
+def _step(args: argparse.Namespace, mesh: dict[str, int], k: int) -> tuple[Any, Any, Any]:
+    """The step, its parameters and a global batch of what was named."""
+    if _is_python(args.what):
+        if args.ds_config or args.policy:
+            raise ValueError("plan: --ds_config and --policy are for a config of Hugging Face; make_step says its own")
+        own = sources.built(args.what)
+        step, params = own.make(args.stage, k)
+        batch = own.batch if args.rows is None else _rows(args, own.batch, step, mesh)
+        return step, params, None if args.no_batch else batch
+    model = sources.hugging(args.what, args.length)
+    if args.ds_config:
+        step = sources.step_of_ds(args.ds_config, model, mesh)
+    else:
+        step = sources.step_of(model, mesh, args.stage, k, args.policy)
+    batch = model.rows((args.rows or 1) * sources.micros_of(step, mesh))
+    return step, model.params, None if args.no_batch else batch
+
+
+def _rows(args: argparse.Namespace, batch: Any, step: Any, mesh: dict[str, int]) -> Any:
+    return sources.of_rows(batch, args.rows * sources.micros_of(step, mesh), step.grad.layout.cut)
+
+
+def _search(
+    args: argparse.Namespace, mesh: dict[str, int], ks: list[int], memory: int | None, machine: Machine | None
+) -> int:
+    """Of a file its stages and accumulates; of a model brackets and wires, too."""
+    if _is_python(args.what):
+        own = sources.built(args.what)
+        _, params = own.make(0, 1)
+        make = lambda stage, k: (lambda: own.make(stage, k)[0])
+        every = [Candidate(f"ZeRO-{s}", "its own", k, make(s, k)) for k in ks for s in range(4)]
+        batch = own.batch if args.rows is None else sources.of_rows(own.batch, args.rows * _places(mesh, ks))
+        found = ranked(every, params, None if args.no_batch else batch, mesh, memory, args.link, machine)
+    else:
+        model = sources.hugging(args.what, args.length)
+        batch = None if args.no_batch else model.rows((args.rows or 1) * _places(mesh, ks))
+        parts = (sources.clip_by_global_norm(1.0), sources.adamw(1e-4))
+        found = search(
+            sources.source_of(model, tuple(mesh)), *parts, params=model.params, mesh=mesh, batch=batch, memory=memory,
+            link=args.link, machine=machine, policy=args.policy, accumulate=ks, wires=tuple(WIRES),
+        )  # fmt: skip
+    print(found)
+    return 0 if found.best is not None else 1
+
+
+def _places(mesh: dict[str, int], ks: list[int]) -> int:
+    """Micro-batches of the update that all accumulates divide: of the largest."""
+    return max(ks) * sources.prod(mesh.values())
+
+
+def _is_python(what: str) -> bool:
+    return what.endswith(".py") or ("/" not in what and "." in what and not what.endswith(".json"))
+
+
+def mesh_of(text: str) -> dict[str, int]:
+    """Sizes by axis.
+
+    >>> mesh_of("node=8,local=4")
+    {'node': 8, 'local': 4}
+    """
+    out: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, n = part.strip().partition("=")
+        if not axis.isidentifier() or not n.isdigit() or int(n) < 1 or axis in out:
+            raise ValueError(f"plan: --mesh={text!r} is no mesh; write its axes and sizes, as node=8,local=8")
+        out[axis] = int(n)
+    return out
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [x.strip() for x in text.split(",")]
+    if not all(x.isdigit() and int(x) for x in parts):
+        raise ValueError(f"plan: --accumulate={text!r} is no list of numbers; write 4, or 1,2,4")
+    return [int(x) for x in parts]

@@ -1,0 +1,141 @@
+"""Seconds: a small model of links and of arithmetic, over what a step does in order.
+
+- A message over an axis of W ranks takes latency + bytes / rate, where the bytes are those that this rank sends; the
+  messages of one link wait for each other, and those of different links do not. Over several axes at once the slowest
+  link counts.
+- An operation takes the largest of flops / rate and bytes / bandwidth that its stretch of the step has, and a fixed
+  cost each.
+- Computing goes on while a message travels, until the step waits for it. That is the overlap: program order is the
+  schedule, and nothing else hides anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from funczero.planning.trace import Verb
+from funczero.planning.words import duration
+
+RATES = {"bit": 0.125, "b": 1.0, "byte": 1.0}
+PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+A_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+
+
+class Link(NamedTuple):
+    """What a rank sends over."""
+
+    rate: float  # bytes a second
+    latency: float  # seconds a message
+
+
+class Machine(NamedTuple):
+    """What a rank computes with; a rate of 0 takes no time."""
+
+    flops: float = 0.0  # a second
+    bandwidth: float = 0.0  # bytes a second that operations read and write
+    operation: float = 0.0  # seconds each, whatever its size
+
+
+class Seconds(NamedTuple):
+    """Of one update; what was hidden is the time of messages less the time that the step waited for them."""
+
+    update: float
+    compute: float
+    messages: dict[str, float]  # by axis, as if one after another
+    waited: dict[str, float]  # by axis: of that, what the step waited for
+
+    def __str__(self) -> str:
+        parts = []
+        for axis, busy in self.messages.items():
+            hidden = 1 - self.waited.get(axis, 0.0) / busy if busy else 0.0
+            parts.append(f"{axis} {duration(busy)}, {max(hidden, 0.0):.0%} hidden")
+        return f"{duration(self.update)} an update: compute {duration(self.compute)}; " + "; ".join(
+            parts or ["no message"]
+        )
+
+
+def links_of(said: str | Mapping[str, Link] | None, axes: Mapping[str, int]) -> dict[str, Link] | None:
+    """Links by mesh axis.
+
+    Raises:
+      ValueError: an axis is not on the mesh, or has no link; what is written is none.
+
+    >>> links_of("node=100Gbit/10us,local=8GB/2us", {"node": 2, "local": 4})["local"]
+    Link(rate=8000000000.0, latency=2e-06)
+    """
+    if said is None:
+        return None
+    found = _links(said) if isinstance(said, str) else dict(said)
+    odd = next((a for a in found if a not in axes), None)
+    if odd is not None:
+        raise ValueError(f"plan: --link names {odd!r}, which is no axis of the mesh; write one of {list(axes)}")
+    missing = next((a for a, n in axes.items() if n > 1 and a not in found), None)
+    if missing is not None:
+        raise ValueError(f"plan: --link says nothing of the axis {missing!r}; write {missing}=100Gbit/10us too")
+    return found
+
+
+def _links(text: str) -> dict[str, Link]:
+    out = {}
+    for part in text.split(","):
+        axis, _, rest = part.strip().partition("=")
+        found = re.fullmatch(r"([0-9.]+)\s*([kKmMgGtT]?)(bit|B|byte)(?:/s)?/([0-9.]+)\s*(s|ms|us|ns)", rest.strip())
+        if not axis or not found or float(found[1]) <= 0:
+            raise ValueError(f"plan: --link={part.strip()!r} is no link; write axis=rate/latency, as node=100Gbit/10us")
+        rate = float(found[1]) * PREFIX[found[2].lower()] * RATES[found[3].lower()]
+        out[axis] = Link(rate, float(found[4]) / A_SECOND[found[5]])
+    return out
+
+
+def machine_of(text: str) -> Machine:
+    """Arithmetic as "10T" or "10Tflops,200GB,5us": FLOPs a second, memory's bytes a second, seconds an operation.
+
+    Raises:
+      ValueError: it is none.
+
+    >>> machine_of("10T,200GB,5us")
+    Machine(flops=10000000000000.0, bandwidth=200000000000.0, operation=5e-06)
+    """
+    out = Machine()
+    for i, part in enumerate(text.split(",")):
+        found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kKmMgGtT]?)(flops|FLOPS|B|s|us|ms|ns)?(?:/s)?", part.strip())
+        if i > 2 or not found:
+            raise ValueError(f"plan: --flops={text!r} is no arithmetic; write 10T, or 10T,200GB,5us")
+        number, unit = float(found[1]), found[3] or ""
+        if unit in A_SECOND or i == 2:
+            out = out._replace(operation=number / A_SECOND.get(unit, 1.0))
+        elif i == 1 or unit == "B":
+            out = out._replace(bandwidth=number * PREFIX[found[2].lower()])
+        else:
+            out = out._replace(flops=number * PREFIX[found[2].lower()])
+    return out
+
+
+def seconds_of(verbs: Sequence[Verb], links: Mapping[str, Link], machine: Machine) -> Seconds:
+    """Goes through a step in order, with a clock for the rank and one for each link."""
+    now = compute = 0.0
+    free, done = dict.fromkeys(links, 0.0), dict[int, float]()
+    busy, waited = dict[str, float](), dict[str, float]()
+    for i, verb in enumerate(verbs):
+        if verb.what == "compute":
+            took = _work(verb, machine)
+            now, compute = now + took, compute + took
+        elif verb.what == "wait":
+            stalled = max(done.get(verb.of, now) - now, 0.0)
+            now, waited[verb.axis] = now + stalled, waited.get(verb.axis, 0.0) + stalled
+        else:
+            over = [a for a in verb.axis.split("+") if a in links]
+            took = max((links[a].latency + verb.nbytes / links[a].rate for a in over), default=0.0)
+            begun = max([now, *(free[a] for a in over)])
+            done[i] = begun + took
+            free |= dict.fromkeys(over, done[i])
+            busy[verb.axis] = busy.get(verb.axis, 0.0) + took
+    return Seconds(now, compute, busy, waited)
+
+
+def _work(verb: Verb, machine: Machine) -> float:
+    arithmetic = verb.flops / machine.flops if machine.flops else 0.0
+    memory = verb.moved / machine.bandwidth if machine.bandwidth else 0.0
+    return max(arithmetic, memory) + verb.operations * machine.operation

@@ -1,0 +1,193 @@
+"""One update of a chain on tensors without values, as the step itself makes it."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funczero.core import order, rows, tree
+from funczero.core.number import kind, shown
+from funczero.core.types import Grad, Seed, State, TrainState, Updated
+from funczero.layout.lazy import Fill
+from funczero.layout.slots import Slots
+from funczero.planning.hollow import emptied, hollow
+from funczero.planning.standin import standing_in
+from funczero.planning.trace import Trace, on_mesh
+from funczero.step.initial import initial, read_lazily
+from funczero.step.step import Step
+from funczero.transforms.model_state import MODEL
+
+META = torch.device("meta")
+
+
+class Ran(NamedTuple):
+    """An update that was gone through."""
+
+    grad: Grad  # on the mesh of the plan
+    state: TrainState  # before it, on the meta device
+    trace: Trace
+    views: int  # bytes of the views that an update reads, where they are not the masters themselves
+
+
+def gone_through(step: Step, params: Any, batch: Any, sizes: dict[str, int], rank: int) -> Ran:
+    """One update of a step on a mesh, as one of its ranks makes it.
+
+    Args:
+      params, batch: as plan's.
+      sizes: of the mesh's axes, outermost first.
+
+    Raises:
+      ValueError, TypeError: as plan's.
+    """
+    trace, source = Trace(), step.source
+    env = step.grad.env
+    # exact sums ask how large values are where they lie, which on a CPU they do
+    device = META if batch is None and not env.exact else env.mesh.device
+    mesh = on_mesh(sizes, rank, device, env.mesh.device, trace)
+    if env.mesh.connected and prod(sizes.values()) == prod(env.mesh.sizes().values()) and not env.mesh.world_group:
+        mesh = mesh._replace(world_group="")  # of a part of the world, whose sums go axis by axis
+    mesh.ledger.replicated = source.replicated
+    env = env._replace(mesh=mesh, early=None)
+    g = step.interpreted(env, standing_in(source)) if batch is None else step.interpreted(env)
+    state = _begun(g, step, params)
+    if isinstance(batch, order.Dealt):
+        raise TypeError("plan: its batch is one rank's rows, as local_rows gave them; give the global batch")
+    whole = torch.empty(g.layout.stride, device=META) if batch is None else shapes_of(batch, "leaf of the batch")
+    mine = order.deal(whole, g.layout, mesh.index)
+    with hollow(trace.saw, device):
+        held = emptied(state, device)
+        for name, part in parts_of(held).items():
+            trace.live.hold(part, name)
+        leaves, build = rows.opened(mine, g.layout.cut)
+        here = build([emptied(x.value, device) for x in leaves])
+        trace.live.hold(rows.tensors(here), "batch")
+        views = held.views if held.views is not None else held.params.to(env.policy.compute)
+        pairs = zip(views.buffers, held.params.buffers, strict=True)
+        apart = held.views is not None or any(a is not b for a, b in pairs)
+        trace.live.hold(views, "views" if apart else "masters")
+        out = _applied(g, views, {**held.chain, "params": held.params}, here, source.name == "pullback")
+        if held.views is not None:  # new views in their dtype, as the step keeps them
+            out.params.to(views.buffers[0].dtype)
+        trace.ended()
+    return Ran(g, state, trace, sum(b.nbytes for b in views.buffers) if apart else 0)
+
+
+def known(step: Step, params: Any, who: str = "plan") -> Any:
+    """The parameters that were given, or the shapes of those that the step was given last.
+
+    Raises:
+      ValueError: neither is there.
+    """
+    if params is not None:
+        return params
+    masters = step.fits.book.masters
+    if masters is None:
+        raise ValueError(
+            f"{who}: the step has no state yet, so its parameters are not known; write {who}(step, params)"
+        )
+    return masters.structure.unflatten([torch.empty(leaf.shape, device=META) for leaf in masters.structure.leaves])
+
+
+def states_of(step: Step, params: Any, sizes: dict[str, int], rank: int = 0) -> dict[str, int]:
+    """Bytes of a rank's state at rest by what they are for, in the time that its form takes."""
+    env = step.grad.env
+    mesh = on_mesh(sizes, rank, META, env.mesh.device, Trace())
+    return bytes_of(_begun(step.interpreted(env._replace(mesh=mesh, early=None)), step, params))
+
+
+def _begun(g: Grad, step: Step, params: Any) -> TrainState:
+    """The first state, as shapes.
+
+    Raises:
+      ValueError: an optimizer looks at values when it starts.
+    """
+    own = read_lazily(step.source, g, shapes_of(known(step, params), "parameter"), META)
+    try:
+        return initial(g, own, 0)
+    except NotImplementedError as error:
+        why = f"an optimizer looks at values when it starts, and a plan has none ({str(error).splitlines()[0]})"
+        raise ValueError(f"plan: {why}; plan the chain with fz.adamw in its place") from error
+
+
+def parts_of(state: TrainState) -> dict[str, Any]:
+    """The tensors of a state by what they are for."""
+    wires = {k: x for k, x in state.chain.items() if k.startswith("feedback@")}
+    moments = {k: x for k, x in state.chain.items() if k not in wires and k != MODEL}
+    return {
+        "masters": state.params,
+        "views": state.views,
+        "moments": moments,
+        "wires": wires,
+        "model state": state.chain.get(MODEL),
+        "counters": (state.step, state.updates, state.key),
+    }
+
+
+def bytes_of(state: TrainState) -> dict[str, int]:
+    """Bytes of a state by what they are for; of any state, planned or real.
+
+    Law: they add up to the bytes of all its tensors, of which each counts once.
+    """
+    return {name: sum(x.nbytes for x in tree.tensors(part)) for name, part in parts_of(state).items()}
+
+
+def _applied(g: Grad, views: Slots, state: State, batch: Any, elsewhere: bool) -> Updated:
+    """The chain's own update; a streamed window is full."""
+    seed = Seed(torch.ones(()), 0, 0, False, (0, 0))
+    k = next((n for name, n in reversed(g.layout.order) if name == "accumulate"), 1) if g.streams else 1
+    for micro in rows.split(batch, k, "plan", g.layout.cut):
+        given = (_pulled(views, g), torch.zeros(()), torch.ones(())) if elsewhere else micro
+        out, state = g.apply(views, state, given, seed)
+    if g.streams:
+        out, state = g.apply(views, state, None, seed)
+    assert isinstance(out, Updated)
+    return out
+
+
+def _pulled(views: Slots, g: Grad) -> Any:
+    """A forward elsewhere, whose gradients come as they were born."""
+    structure, dtype = views.where.structure, views.buffers[0].dtype
+
+    def pull(cotangent: Tensor) -> Any:
+        return structure.unflatten([torch.empty(leaf.shape, dtype=dtype) for leaf in structure.leaves])
+
+    return pull
+
+
+def shapes_of(values: Any, what: str) -> Any:
+    """A tree with a meta tensor for everything that has a shape and a dtype; tied leaves stay one.
+
+    Raises:
+      TypeError: a shape without a dtype of torch.
+
+    >>> shapes_of({"w": torch.ones(2, 3), "n": 4}, "parameter")
+    {'w': tensor(..., device='meta', size=(2, 3)), 'n': 4}
+    """
+    if isinstance(values, nn.Module):
+        values = dict(values.named_parameters(remove_duplicate=False))
+    known: dict[int, Any] = {}
+
+    def shape(x: Any) -> Any:
+        if not isinstance(x, (Tensor, Fill)) and not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            return x
+        if id(x) not in known:
+            known[id(x)] = x, torch.empty(tuple(x.shape), dtype=_dtype(x, what), device=META)
+        return known[id(x)][1]
+
+    leaves, build = rows.opened(values)
+    return build([shape(leaf.value) for leaf in leaves])
+
+
+def _dtype(x: Any, what: str) -> torch.dtype:
+    if isinstance(x.dtype, torch.dtype):
+        return x.dtype
+    name = str(getattr(x.dtype, "name", x.dtype)).removeprefix("torch.")
+    found = getattr(torch, name, None)
+    if isinstance(found, torch.dtype):
+        return found
+    raise TypeError(
+        f"plan: a {what} is {kind(x)} of dtype {shown(x.dtype)}; give meta tensors, or shapes with a dtype of torch"
+    )
