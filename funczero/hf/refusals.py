@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 
 from funczero.layout.processes import world_size
@@ -102,6 +103,17 @@ def check_methods(trainer: Any, stock: type, own: type) -> None:
         if found is not None and found not in (getattr(stock, name, None), getattr(own, name, None)):
             who = next(c.__name__ for c in type(trainer).__mro__ if name in c.__dict__)
             raise TypeError(f"{WHO}: {who}.{name} is overridden, but this loop does not call it; {remedy}")
+
+
+def check_device(asked: torch.device, own: torch.device) -> None:
+    """Refuse a device that is not this process's.
+
+    Raises:
+      ValueError: they differ.
+    """
+    if asked.type != own.type or asked.type != "cpu" and (asked.index or 0) != (own.index or 0):
+        why = f"TrainingArguments say {asked}, but this process's device, where the chain keeps its state, is {own}"
+        raise ValueError(f"{WHO}: {why}; write use_cpu=True for a CPU, or hide the other accelerators")
 
 
 def check_best(args: Any, give_back: bool) -> None:

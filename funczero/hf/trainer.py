@@ -7,6 +7,7 @@ asks for it: rows are dealt by the chain's order, an update is `step`, a checkpo
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,9 +118,7 @@ class Trainer(transformers.Trainer):
             self.lr_scheduler, self._created_lr_scheduler = None, False
         rows = self._train_rows(train_dataloader)
         parts = built(self, max_steps)
-        device = parts.step.live_mesh.device
-        if device != self.args.device:
-            raise ValueError(f"hf.Trainer: the arguments say {self.args.device}, but this process's device is {device}")
+        refusals.check_device(self.args.device, parts.step.live_mesh.device)
         self.run = Run(parts, self.model, self.args.seed, resume_from_checkpoint)
         rows.deal = self.run.deal
         self.model_wrapped = self.model
@@ -142,7 +141,7 @@ class Trainer(transformers.Trainer):
             self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
         if self.lr_scheduler.last_epoch != updates:
             self.lr_scheduler.last_epoch = updates - 1
-            self.lr_scheduler.step()
+            advanced(self.lr_scheduler)
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
 
@@ -208,7 +207,7 @@ class Trainer(transformers.Trainer):
         self.control = self.callback_handler.on_optimizer_step(self.args, self.state, self.control)
         lr = self._get_learning_rate()
         if bool(metrics.ok):
-            self.lr_scheduler.step()
+            advanced(self.lr_scheduler)
         self._add_loss(metrics.loss)
         return metrics, lr
 
@@ -307,6 +306,13 @@ class Trainer(transformers.Trainer):
         if not Path(resume_from_checkpoint, STATE).is_file():
             why = f"has no {STATE}, so it is no checkpoint, or one that was not finished"
             raise ValueError(f"hf.Trainer: {resume_from_checkpoint!r} {why}; resume from an earlier one")
+
+
+def advanced(scheduler: Any) -> None:
+    """The schedule that is shown after one more applied update; its optimizer, which torch looks for, moves nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        scheduler.step()
 
 
 def last_whole(folder: str) -> str:
