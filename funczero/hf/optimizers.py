@@ -92,7 +92,9 @@ def _maker(optimizer: Any) -> Callable[..., Any]:
     return make
 
 
-def _adafactor(lr: Rate, eps: Any, clip_threshold: float, decay_rate: float, beta1: Any, weight_decay: float, **rest: Any) -> Any:  # fmt: skip
+def _adafactor(
+    lr: Rate, eps: Any, clip_threshold: float, decay_rate: float, beta1: Any, weight_decay: float, **rest: Any
+) -> Any:
     """Hugging Face's, as its Trainer makes it."""
     for what in ("scale_parameter", "relative_step", "warmup_init"):
         if rest.get(what):

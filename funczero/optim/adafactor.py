@@ -102,7 +102,11 @@ def adafactor(
         for v, x in zip(states, new, strict=True):
             v.copy_(torch.where(s.ok, x, v))
         if not relative:
-            u = g * new[0].rsqrt() if g.dim() < 2 else g * (new[0] / new[0].mean(-2, keepdim=True)).rsqrt() * new[1].rsqrt()
+            u = (
+                g * new[0].rsqrt()
+                if g.dim() < 2
+                else g * (new[0] / new[0].mean(-2, keepdim=True)).rsqrt() * new[1].rsqrt()
+            )
         else:
             v = new[0] if g.dim() < 2 else new[0] @ new[1] / new[0].mean(-2, keepdim=True).clamp(min=least)
             u = v.clamp(min=least * least).rsqrt().mul_(g)
