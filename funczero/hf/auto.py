@@ -12,6 +12,10 @@ from funczero.deepspeed.config.reading import read
 from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config
 
+SAME = (  # whether they are written or not
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "fp16.enabled", "bf16.enabled",
+)  # fmt: skip
 FILLED = ("scheduler.params.warmup_min_lr",)  # where a value of one's own need not be the arguments'
 
 
@@ -74,7 +78,12 @@ def config_of(page: Any, args: Any, model: Any, updates: int) -> Config:
     if _at(doc.raw, "scheduler.type") is not None and _at(doc.raw, "optimizer.type") is None:
         why = "a scheduler without an optimizer would meet the one of TrainingArguments, which has its own"
         raise ConfigError(f"{doc.name}: scheduler: {why}; add an optimizer, or delete the scheduler")
-    return resolve(page, args.world_size, given)
+    config = resolve(page, args.world_size, given)
+    for path in SAME:
+        if config.value(path) != given[path]:
+            why = f"it is not written, and means {config.value(path)!r} where the arguments say {given[path]!r}"
+            raise ConfigError(f'{doc.name}: {path}: {why}; write "auto" there')
+    return config
 
 
 def _at(page: Any, path: str) -> Any:

@@ -17,6 +17,7 @@ from funczero.gradients.stateless import stateless
 from funczero.hf.auto import config_of
 from funczero.hf.items import training_loss
 from funczero.hf.optimizers import face_of, of_torch, rate_of
+from funczero.hf.refusals import check_config_optimizer
 from funczero.hf.run import Built
 from funczero.hf.zero import Zero
 from funczero.layout.spec import P
@@ -73,11 +74,13 @@ def _by_config(trainer: Any, config: Config, updates: int) -> Built:
         trainer.create_scheduler(updates)
         tx = of_torch(model, trainer.optimizer, trainer.lr_scheduler)
     elif config.value("scheduler.type") is None:
+        check_config_optimizer(trainer)
         trainer.optimizer = face_of(model, config.value("optimizer.params.lr"))
         trainer.create_scheduler(updates)
         rates = GroupRates(rate_of(trainer.lr_scheduler))  # type: ignore[arg-type]
         tx = optimizer_of(config, rates=rates)
     else:
+        check_config_optimizer(trainer)
         rates = rates_of(config)
         trainer.optimizer = face_of(model, 1.0)
         lr = rates.lr

@@ -116,12 +116,39 @@ def check_device(asked: torch.device, own: torch.device) -> None:
         raise ValueError(f"{WHO}: {why}; write use_cpu=True for a CPU, or hide the other accelerators")
 
 
-def check_best(args: Any, give_back: bool) -> None:
-    """Refuse a best model that could not be loaded at the end.
+def check_given(args: Any, give_back: bool) -> None:
+    """Refuse what needs the module's own weights after training, where it has none.
 
     Raises:
-      ValueError: the module has no weights then.
+      ValueError: by name.
     """
-    if args.load_best_model_at_end and not give_back:
-        why = "the best weights are loaded into the module, which has none"
-        raise ValueError(f"{WHO}: load_best_model_at_end with Zero(give_back=False): {why}; leave out one of them")
+    for name in ("load_best_model_at_end", "bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name, False) and not give_back:
+            why = "it is about weights in the module, which has none"
+            raise ValueError(f"{WHO}: {name} with Zero(give_back=False): {why}; leave out one of them")
+
+
+def check_one_optimizer(zero: Any) -> None:
+    """Refuse an optimizer of the call beside one of the chain.
+
+    Raises:
+      ValueError: there would be two.
+    """
+    if getattr(zero, "optimizer", None) is not None:
+        why = "there is an optimizer of the call, and one of Zero(optimizer=...)"
+        raise ValueError(f"{WHO}: {why}; leave out one of them")
+
+
+def check_config_optimizer(trainer: Any) -> None:
+    """Refuse an optimizer or a schedule of the call beside one of a ds_config.
+
+    Raises:
+      ValueError: there would be two.
+    """
+    if (
+        trainer.optimizer is not None
+        or trainer.optimizer_cls_and_kwargs is not None
+        or trainer.lr_scheduler is not None
+    ):
+        why = "there is an optimizer or a schedule of the call, and one of the ds_config"
+        raise ValueError(f"{WHO}: {why}; leave out one of them")

@@ -7,7 +7,7 @@ last places are empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,21 +107,24 @@ class Micros:
         with keyed(rng.fold(self.seed, "order", epoch), HOST, RuntimeError):
             if type(self.sampler) is not BatchSampler:
                 return [[*rows] for rows in self.sampler]
-            return Cut(np.fromiter(self.sampler.sampler, np.int64), self.sampler.batch_size, self.sampler.drop_last)
+            rows = [*self.sampler.sampler]
+        if rows and type(rows[0]) is int:
+            rows = np.array(rows)  # eight bytes a row
+        return Cut(rows, self.sampler.batch_size, self.sampler.drop_last)
 
-    def load(self, places: Sequence[Place]) -> Iterator[tuple[Place, Any]]:
+    def load(self, places: Iterable[Place]) -> Iterator[tuple[Place, Any]]:
         """These micro-batches, collated, one after another."""
         x = self.loader
         workers: dict[str, Any] = {}
         if x.num_workers:
             names = "worker_init_fn", "multiprocessing_context", "prefetch_factor", "timeout"
             workers = {n: getattr(x, n) for n in names} | {"num_workers": x.num_workers}
-        items = Collated(self.dataset, x.collate_fn, self.seed)
-        return iter(
-            DataLoader(
-                items, batch_size=None, sampler=places, collate_fn=_as_it_is, pin_memory=x.pin_memory, **workers
-            )  # type: ignore[arg-type]
+        items, pinned = (
+            Collated(self.dataset, x.collate_fn, self.seed),
+            x.pin_memory and torch.accelerator.is_available(),
         )
+        again: Any = DataLoader  # whose stubs know no other sampler
+        return iter(again(items, batch_size=None, sampler=places, collate_fn=_as_it_is, pin_memory=pinned, **workers))
 
     def stream(self, epoch: int, size: int) -> Iterator[list[Any]]:
         """Of a dataset that is a stream: all micro-batches, so many at a time. Every rank reads all of them."""
@@ -140,7 +143,7 @@ class Micros:
 class Cut(Sequence[Sequence[int]]):
     """An order cut into micro-batches."""
 
-    def __init__(self, rows: np.ndarray, size: int, drop_last: bool):
+    def __init__(self, rows: Any, size: int, drop_last: bool):
         self.rows, self.size = rows, size
         self.number = len(rows) // size if drop_last else -(-len(rows) // size)
 
@@ -150,7 +153,7 @@ class Cut(Sequence[Sequence[int]]):
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < self.number:
             raise IndexError(i)
-        return self.rows[i * self.size : (i + 1) * self.size].tolist()
+        return [*map(_plain, self.rows[i * self.size : (i + 1) * self.size])]
 
 
 class Window(NamedTuple):
@@ -174,6 +177,7 @@ class TrainRows:
     def __init__(self, micros: Micros, world: int):
         self.micros, self.world = micros, world
         self.dataset, self.batch_size = micros.dataset, micros.batch_size
+        self.passed_by = 0  # updates of a stream that are still to be passed by
 
     def __len__(self) -> int:
         """Micro-batches of an epoch on one rank, as the stock Trainer counts them."""
@@ -187,8 +191,8 @@ class TrainRows:
         rows, deal = self.micros.order(epoch), self.deal
         starts = range(first * deal.size, len(rows), deal.size)
         sizes = [min(deal.size, len(rows) - at) for at in starts]
-        places = [p for at, m in zip(starts, sizes, strict=True) for p in self._places(epoch, rows, at, m)]
-        loaded = self.micros.load(places)
+        pairs = [*zip(starts, sizes, strict=True)]
+        loaded = self.micros.load(Lazily(lambda: (p for at, m in pairs for p in self._places(epoch, rows, at, m))))
         for m in sizes:
             yield Window(m, [next(loaded) for _ in range(deal.calls(m))])
 
@@ -198,14 +202,14 @@ class TrainRows:
             yield Place(epoch, number, rows[number], i < micros)
 
     def _streamed(self, epoch: int, first: int) -> Iterator[Window]:
-        deal = self.deal
+        deal, self.passed_by = self.deal, self.passed_by + first
         for u, held in enumerate(self.micros.stream(epoch, deal.size)):
-            mine = deal.mine[: deal.calls(len(held))]
-            own = [(i, i < len(held)) for i in mine]
-            if u >= first:
-                at = u * deal.size
-                found = [(Place(epoch, at + i, (), real), held[i if real else 0]) for i, real in own]
-                yield Window(len(held), found, held)
+            if self.passed_by:  # what is left of them is the next epoch's
+                self.passed_by -= 1
+                continue
+            at, mine = u * deal.size, deal.mine[: deal.calls(len(held))]
+            own = [(Place(epoch, at + i, (), i < len(held)), held[i if i < len(held) else 0]) for i in mine]
+            yield Window(len(held), own, held)
 
 
 def _seeded(sampler: Any, seed: int) -> Any:
@@ -234,6 +238,20 @@ def _deals_all(loader: DataLoader, sampler: Any) -> None:
         )
     if sampler is None:
         raise ValueError("hf.Trainer: the loader has batch_size=None, so no micro-batches; give it a batch size")
+
+
+def _plain(row: Any) -> Any:
+    return int(row) if isinstance(row, np.integer) else row
+
+
+class Lazily:
+    """A generator that can be begun."""
+
+    def __init__(self, begin: Callable[[], Iterator[Place]]):
+        self.begin = begin
+
+    def __iter__(self) -> Iterator[Place]:
+        return self.begin()
 
 
 def _as_it_is(x: Any) -> Any:

@@ -127,23 +127,23 @@ class Run:
 
         return call
 
-    def whole(self, average: bool = False, keep: bool = True) -> dict[str, Tensor]:
-        """Whole masters by all their names, tied ones as one tensor: leaf after leaf, on the host where it is not kept.
+    def whole(self, average: bool = False, where: str = "device") -> dict[str, Tensor]:
+        """Whole masters by all their names, tied ones as one tensor, gathered leaf after leaf.
 
         Args:
           average: the running average's values instead.
-          keep: False: shapes alone here, on the meta device.
+          where: they are kept: "device", "host", or "nowhere", for shapes alone.
         """
-        state = averaged(self.state) if average else self.state
-        return self._gather(state, keep)
+        return self._gather(averaged(self.state) if average else self.state, where)
 
-    def _gathered(self, state: TrainState, keep: bool) -> dict[str, Tensor]:
+    def _gathered(self, state: TrainState, where: str) -> dict[str, Tensor]:
         structure, mesh = state.params.where.structure, self.step.live_mesh
         leaves = []
         for i, _ in enumerate(structure.leaves):
             x = gather_leaf(state.params, i, mesh)
             assert x is not None
-            leaves.append(x.detach().clone() if keep else torch.empty_like(x, device="meta"))
+            own = torch.empty_like(x, device="meta") if where == "nowhere" else x.detach().clone()
+            leaves.append(own.cpu() if where == "host" else own)
         return dict(structure.unflatten(leaves))
 
     def buffers(self) -> dict[str, Tensor]:
@@ -151,9 +151,9 @@ class Run:
         return {n: x.clone() for n, x in (self.state.model_state or {}).items()}
 
     @contextmanager
-    def showing(self, average: bool = False, keep: bool = True) -> Iterator[None]:
+    def showing(self, average: bool = False, where: str = "device") -> Iterator[None]:
         """Whole values stand in the module meanwhile."""
-        with self.places.showing(self.whole(average, keep), self.buffers()):
+        with self.places.showing(self.whole(average, where), self.buffers()):
             yield
 
     def give_back(self) -> None:

@@ -61,7 +61,9 @@ class Trainer(transformers.Trainer):
         self.zero = Zero() if zero is None else zero
         if isinstance(self.zero, Zero):
             self.zero = self.zero.checked(self.args.world_size)
-            refusals.check_best(self.args, self.zero.give_back)
+            refusals.check_given(self.args, self.zero.give_back)
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            refusals.check_one_optimizer(self.zero)
 
     # --- what is not used of Accelerate
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -288,10 +290,12 @@ class Trainer(transformers.Trainer):
     # --- files
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole weights in the model's own layout, written by the main process; all ranks call it."""
+        if _internal_call and output_dir and self.args.should_save:  # an older one's would call this one finished
+            Path(output_dir, STATE).unlink(missing_ok=True)
         if self.run is None:
             super().save_model(output_dir, _internal_call)
             return
-        with self.run.showing(keep=self.args.should_save):
+        with self.run.showing(where="host" if self.args.should_save else "nowhere"):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
