@@ -89,11 +89,10 @@ def trainer(zero, kind, folder, rows=18, dropped=False, cls=None, callbacks=(), 
 
         if zero is None:
             cls = transformers.Trainer
-    t = cls(
-        model(kind, dropped) if made is None else made, arguments(folder, **more), train_dataset=Text(rows, kind),
-        eval_dataset=Text(10, kind, held=True), data_collator=collate, callbacks=list(callbacks),
-        **({} if zero is None else {"zero": zero}), **dict(given),
-    )  # fmt: skip
+    say = {"train_dataset": Text(rows, kind), "eval_dataset": Text(10, kind, held=True), "data_collator": collate}
+    say |= {} if zero is None else {"zero": zero}
+    made = model(kind, dropped) if made is None else made
+    t = cls(made, arguments(folder, **more), callbacks=list(callbacks), **{**say, **dict(given)})
     t.remove_callback(transformers.PrinterCallback)
     return t
 
@@ -274,7 +273,8 @@ def more(folder):
 
     class Break(transformers.TrainerCallback):
         def on_substep_end(self, args, state, control, **_):
-            control.should_epoch_stop = state.global_step == 1
+            control.should_epoch_stop = state.global_step == 1 and state.epoch < 1
+            state.epoch = max(state.epoch, float(control.should_epoch_stop))
 
     class Look(transformers.TrainerCallback):
         def on_train_end(self, args, state, control, **_):

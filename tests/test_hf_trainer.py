@@ -103,9 +103,11 @@ def test_other_ways_are_those_of_the_stock_trainer(run_world, stage, world):
 def test_callbacks_and_files_are_the_stock_trainers(tmp_path, run_world):
     """Events in their order with their arguments; names and contents of a checkpoint; the best model at the end."""
     want = h.saved(None, str(tmp_path / "stock"))
+    assert h.saved(zero(2), str(tmp_path / "alone"))["events"] == want["events"]
     got = run_world(2, h.saved, zero(3), str(tmp_path / "ours"), timeout=TIME)
+    each = "on_substep_end", "on_prediction_step"  # of a rank's own micro-batches, of which there are half as many
     for one in got:
-        assert one["events"] == want["events"]
+        assert [x for x in one["events"] if x[0] not in each] == [x for x in want["events"] if x[0] not in each]
         assert one["best"] == want["best"].replace("stock", "ours") and one["kept"] == want["kept"]
         assert furthest([one["evals"]], [want["evals"]]) < 1e-6 and furthest(one["updates"], want["updates"]) < 1e-6
     for step in want["kept"]:
@@ -146,4 +148,4 @@ def test_more_that_has_no_stock_beside_it(run_world, tmp_path, world):
     quiet = stock()["updates"]
     assert furthest([x[:1] for x in alone["bf16"]], [x[:1] for x in quiet]) < 0.05
     assert furthest([x[:1] for x in alone["wires"]], [x[:1] for x in quiet]) < 0.05
-    assert alone["averaged"] and alone["broken"] == 5
+    assert alone["averaged"] and alone["broken"] == 4
