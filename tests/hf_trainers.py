@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from functools import cache
 
@@ -16,6 +17,11 @@ SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "nu
 
 
 text = cache(corpus.load)
+
+
+def workers():
+    """Of a loader: none where a process may have no children, which changes no row."""
+    return 0 if multiprocessing.current_process().daemon else 2
 
 
 def world():
@@ -35,6 +41,9 @@ def model(kind, dropped=False):
         more = dict(vocab_size=256, max_position_embeddings=24, num_labels=3)
         drop = dict(hidden_dropout_prob=p, attention_probs_dropout_prob=p)
         return t.BertForSequenceClassification(t.BertConfig(**SMALL, **more, **drop))
+    if kind == "resnet":
+        shape = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+        return t.ResNetForImageClassification(t.ResNetConfig(**shape))
     shape = dict(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=256, decoder_start_token_id=0)
     return t.T5ForConditionalGeneration(t.T5Config(dropout_rate=p, pad_token_id=0, **shape))
 
@@ -52,6 +61,9 @@ class Text(torch.utils.data.Dataset):
         if i >= self.rows:
             raise IndexError(i)
         words = corpus.batch(self.text, 3, i, 1, 6 + 5 * i % 12)["x"][0]
+        if self.kind == "resnet":
+            seen = corpus.batch(self.text, 3, i, 1, 3 * 16 * 16)["x"].view(3, 16, 16) / 128 - 1
+            return {"pixel_values": seen, "labels": int(words[0]) % 3}
         if self.kind == "bert":
             return {"input_ids": words, "labels": int(words[0]) % 3}
         return {"input_ids": words, "labels": words}
@@ -59,6 +71,8 @@ class Text(torch.utils.data.Dataset):
 
 def collate(rows):
     """Padded to the longest of a micro-batch."""
+    if "pixel_values" in rows[0]:
+        return torch.utils.data.default_collate(rows)
     pad = lambda name, x: torch.nn.utils.rnn.pad_sequence([r[name] for r in rows], batch_first=True, padding_value=x)
     mask = [torch.ones_like(r["input_ids"]) for r in rows]
     out = {"input_ids": pad("input_ids", 0), "attention_mask": torch.nn.utils.rnn.pad_sequence(mask, batch_first=True)}
@@ -182,7 +196,7 @@ def ways(name, zero):
     if name == "checkpointing":
         return {"gradient_checkpointing": True}
     if name == "workers":
-        return {"dataloader_num_workers": 2, "train_sampling_strategy": "sequential", "max_steps": 3}
+        return {"dataloader_num_workers": workers(), "train_sampling_strategy": "sequential", "max_steps": 3}
     if name == "adapters":
         from peft import LoraConfig, get_peft_model
 
@@ -290,10 +304,11 @@ def more(folder):
         ("page", PAGE, {}),
         ("stream", Zero(3), {"given": {"train_dataset": Stream()}, "max_steps": 6}),
         ("by length", Zero(2), {"train_sampling_strategy": "group_by_length", "dataloader_drop_last": True}),
+        ("statistics", Zero(3), {"kind": "resnet", "micros": 2}),
         ("noisy", Zero(3), {"neftune_noise_alpha": 5}),
-        ("drawn", Zero(1), {"given": {"data_collator": random_words}, "dataloader_num_workers": 2}),
+        ("drawn", Zero(1), {"given": {"data_collator": random_words}, "dataloader_num_workers": workers()}),
     ):
-        found = fit(zero, dropped=True, **say)
+        found = fit(zero, **{"dropped": True, **say})
         hashes.append((name, found["hash"]))
         out[name] = found["updates"]
     out["hashes"] = hashes

@@ -100,6 +100,11 @@ def test_other_ways_are_those_of_the_stock_trainer(run_world, stage, world):
             same(got, h.beside(way))
 
 
+@pytest.mark.slow
+def test_batch_norm_is_the_stock_trainers_where_an_update_is_one_micro_batch():
+    same(h.fit(zero(3), "resnet", micros=1), stock("resnet", micros=1), weights=1e-5)
+
+
 def test_callbacks_and_files_are_the_stock_trainers(tmp_path, run_world):
     """Events in their order with their arguments; names and contents of a checkpoint; the best model at the end."""
     want = h.saved(None, str(tmp_path / "stock"))

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from absl import logging
 
 from funczero.core.policy import Policy
 from funczero.deepspeed.config.build import CLIP_EPS, chain_of
@@ -100,6 +101,10 @@ def _source(trainer: Any, axes: tuple[str, ...], policy: str, units: Any, condit
     loss_fn, params = stateless(
         trainer.model.train(), training_loss(trainer, dtype), units=units, conditional=conditional
     )
+    moved, args = [*getattr(loss_fn, "state", ())], trainer.args
+    if moved and args.process_index == 0 and args.gradient_accumulation_steps * args.world_size > 1:
+        how = "move once an update, to the mean over its micro-batches, where the stock Trainer moves them at each"
+        logging.warning("hf.Trainer: buffers (%s) %s", ", ".join(moved[:2]) + ", ..." * (len(moved) > 2), how)
     grad = value_and_grad(loss_fn, P(axes), rng=True, trainable=loss_fn.trainable, unused="keep")
     return grad, params, dtype
 

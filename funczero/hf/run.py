@@ -68,6 +68,8 @@ class Run:
         Raises:
           ValueError: ranks have read other rows of a stream.
         """
+        if own is None and held is None:
+            return None
         total, alike = self._sum(self.state, own, held)
         if not alike:
             why = "the dataset is a stream, of which every rank reads all rows, but they have read other rows"
