@@ -317,6 +317,7 @@ def more(folder):
     out["wires"] = fit(Zero(3, weights=fz.int8(64), gradients=fz.int8(64)))["updates"]
     t = trainer(Zero(2, ema=0.5, give_back=False), "gpt2", folder, callbacks=[Look()])
     t.train()
+    t.accelerator.wait_for_everyone()  # rank 0 has written
     kept = transformers.GPT2LMHeadModel.from_pretrained(folder + "/kept")
     saved = tree_hash(dict(kept.state_dict()))
     out["averaged"] = looks[0] == saved and looks[1] != saved and 4 < t.evaluate()["eval_loss"] < 5

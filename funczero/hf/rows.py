@@ -178,6 +178,7 @@ class TrainRows:
         self.micros, self.world = micros, world
         self.dataset, self.batch_size = micros.dataset, micros.batch_size
         self.passed_by = 0  # updates of a stream that are still to be passed by
+        self.seen = 0  # updates of this epoch, those that were passed by among them
 
     def __len__(self) -> int:
         """Micro-batches of an epoch on one rank, as the stock Trainer counts them."""
@@ -185,6 +186,7 @@ class TrainRows:
 
     def windows(self, epoch: int, first: int = 0) -> Iterator[Window]:
         """One an update, from the update `first` of the epoch on."""
+        self.seen = 0
         if self.micros.streams:
             yield from self._streamed(epoch, first)
             return
@@ -194,6 +196,7 @@ class TrainRows:
         pairs = [*zip(starts, sizes, strict=True)]
         loaded = self.micros.load(Lazily(lambda: (p for at, m in pairs for p in self._places(epoch, rows, at, m))))
         for m in sizes:
+            self.seen += 1
             yield Window(m, [next(loaded) for _ in range(deal.calls(m))])
 
     def _places(self, epoch: int, rows: Sequence[Sequence[int]], at: int, micros: int) -> Iterator[Place]:
@@ -204,6 +207,7 @@ class TrainRows:
     def _streamed(self, epoch: int, first: int) -> Iterator[Window]:
         deal, self.passed_by = self.deal, self.passed_by + first
         for u, held in enumerate(self.micros.stream(epoch, deal.size)):
+            self.seen += 1
             if self.passed_by:  # what is left of them is the next epoch's
                 self.passed_by -= 1
                 continue

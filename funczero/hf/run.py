@@ -48,6 +48,7 @@ class Run:
         mesh = self.step.live_mesh
         self.deal = Deal.of(self.step.grad.layout, mesh.index)
         if resume is None:
+            _there(built.params)
             self.state: TrainState = self.step.init(built.params, key=seed)
         else:
             self.state = restored(resume, self.step, built.params)
@@ -167,6 +168,18 @@ class Run:
         """The sharded state into a checkpoint's folder, committed when this returns."""
         with Checkpointer(os.path.join(folder, FOLDER), step=self.step) as ck:
             ck.save(self.state, NAME, overwrite=True)
+
+
+def _there(params: Mapping[str, Tensor]) -> None:
+    """Refuse parameters without values.
+
+    Raises:
+      ValueError: one lies on meta.
+    """
+    meta = next((n for n, p in params.items() if p.is_meta), None)
+    if meta is not None:
+        why = "has no values (it lies on meta, as where a training was left by an error)"
+        raise ValueError(f"hf.Trainer: parameter {meta!r} {why}; make the model again, or resume from a checkpoint")
 
 
 def restored(folder: str, step: Step, params: Any) -> TrainState:

@@ -7,7 +7,6 @@ asks for it: rows are dealt by the chain's order, an update is `step`, a checkpo
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +15,18 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from funczero.hf import refusals
 from funczero.hf.chain import built
 from funczero.hf.evaluation import EvalRows
+from funczero.hf.files import SCHEDULER, STATE, advance, check_finished, last_whole, put_schedule, unfinished
 from funczero.hf.items import alone, batch_of, cast, items_of, normalised
 from funczero.hf.rows import Micros, TrainRows, Window
 from funczero.hf.run import Face, Run
 from funczero.hf.zero import Zero
 
 logger = logging.get_logger(__name__)
-STATE, SCHEDULER = "trainer_state.json", "scheduler.pt"
 
 
 class Trainer(transformers.Trainer):
@@ -138,14 +136,7 @@ class Trainer(transformers.Trainer):
         if calls != self.state.global_step:
             why = f"{STATE} says update {self.state.global_step}, and the state beside it {calls}"
             raise ValueError(f"hf.Trainer: {folder!r}: {why}; they are not of one checkpoint")
-        path = Path(folder, SCHEDULER)
-        if path.is_file():
-            self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
-        if self.lr_scheduler.last_epoch != updates:
-            self.lr_scheduler.last_epoch = updates - 1
-            advanced(self.lr_scheduler)
-        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
+        put_schedule(folder, self.lr_scheduler, self.optimizer, updates)
 
     # --- the loop
     def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, steps_in_epoch: int, **named: Any) -> None:
@@ -172,7 +163,7 @@ class Trainer(transformers.Trainer):
             self._reported(metrics, model, epoch, after, lr)
             if self.control.should_epoch_stop or self.control.should_training_stop:
                 break
-        if done == first and metrics is None and not (self.control.should_epoch_stop or first):
+        if not (train_dataloader.seen or first):
             logger.warning("hf.Trainer: the loader gave no micro-batch in epoch %d, so the training stops", epoch)
             self.control.should_training_stop = True
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
@@ -209,7 +200,7 @@ class Trainer(transformers.Trainer):
         self.control = self.callback_handler.on_optimizer_step(self.args, self.state, self.control)
         lr = self._get_learning_rate()
         if bool(metrics.ok):
-            advanced(self.lr_scheduler)
+            advance(self.lr_scheduler)
         self._add_loss(metrics.loss)
         return metrics, lr
 
@@ -260,14 +251,13 @@ class Trainer(transformers.Trainer):
         """As the stock one, but every row counts once, whatever the number of ranks."""
         if isinstance(dataloader, DataLoader):
             dataloader = EvalRows(dataloader, self.args.process_index, self.args.world_size, self._data_seed)
-        rows, mode = dataloader, self.model.training
+        rows = dataloader
         if isinstance(rows, EvalRows):
             self.gather_function = lambda x: rows.gathered(x, self.accelerator.gather)
         self._looks: dict[Any, Any] = {}
         try:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
-            self.model.train(mode)
             del self._looks
 
     def prediction_step(
@@ -291,7 +281,7 @@ class Trainer(transformers.Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole weights in the model's own layout, written by the main process; all ranks call it."""
         if _internal_call and output_dir and self.args.should_save:  # an older one's would call this one finished
-            Path(output_dir, STATE).unlink(missing_ok=True)
+            unfinished(output_dir)
         if self.run is None:
             super().save_model(output_dir, _internal_call)
             return
@@ -307,30 +297,7 @@ class Trainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing yet: the state is read when there is a chain."""
-        if not Path(resume_from_checkpoint, STATE).is_file():
-            why = f"has no {STATE}, so it is no checkpoint, or one that was not finished"
-            raise ValueError(f"hf.Trainer: {resume_from_checkpoint!r} {why}; resume from an earlier one")
-
-
-def advanced(scheduler: Any) -> None:
-    """The schedule that is shown after one more applied update; its optimizer, which torch looks for, moves nothing."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        scheduler.step()
-
-
-def last_whole(folder: str) -> str:
-    """The last checkpoint of a folder that was finished; the others are said.
-
-    Raises:
-      ValueError: there is none.
-    """
-    found = [p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda p: -int(p.name.rpartition("-")[2])):
-        if (path / STATE).is_file():
-            return str(path)
-        logger.warning("hf.Trainer: %s was not finished, and an earlier checkpoint is taken", path)
-    raise ValueError(f"hf.Trainer: there is no finished checkpoint in {folder!r} to resume from")
+        check_finished(resume_from_checkpoint)
 
 
 def _has_rows(x: Any) -> bool:
