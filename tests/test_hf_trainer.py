@@ -66,7 +66,10 @@ def test_a_training_is_the_stock_trainers_on_one_process(run_world, stage, world
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_hash_is_that_of_any_chain(run_world, world):
     """Nodes, exact sums, an average, units that are whole, a chain of one's own; and four ranks."""
-    for chain in (zero(3, hpz=2), zero(3, threshold=200), zero(1, ema=0.9), zero(2, units=())):
+    import funczero as fz
+
+    own = zero(2, chain=fz.mics, mesh={"node": 2, "local": -1})
+    for chain in (zero(3, hpz=2), zero(3, threshold=200), zero(1, ema=0.9), zero(2, units=()), own):
         assert {x["hash"] for x in run_world(world, h.fit, chain, "gpt2", None, True, timeout=TIME)} == {dropped()}
     exact = h.fit(zero(0, sums="exact"), dropped=True)["hash"]
     assert {x["hash"] for x in run_world(world, h.fit, zero(3, sums="exact"), "gpt2", None, True, timeout=TIME)} == {
@@ -134,6 +137,17 @@ def test_callbacks_and_files_are_the_stock_trainers(tmp_path, run_world):
     with torch.no_grad():
         torch.testing.assert_close(models[0](words).logits, models[1](words).logits, rtol=1e-5, atol=1e-5)
     assert models[0].lm_head.weight is models[0].transformer.wte.weight
+
+
+def test_examples():
+    """Collecting them would import transformers where it is not installed."""
+    import doctest
+
+    from funczero.hf import optimizers, rows
+
+    for module in (optimizers, rows):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
 
 
 def test_what_cannot_be_right_is_refused_by_name(tmp_path):

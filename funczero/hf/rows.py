@@ -101,13 +101,14 @@ class Micros:
 
     def order(self, epoch: int) -> Sequence[Sequence[int]]:
         """The rows of each micro-batch of an epoch."""
-        for x in (self.sampler, getattr(self.sampler, "sampler", None)):
+        several: tuple[Any, ...] = self.sampler, getattr(self.sampler, "sampler", None)
+        for x in several:
             if hasattr(x, "set_epoch"):
                 x.set_epoch(epoch)
         with keyed(rng.fold(self.seed, "order", epoch), HOST, RuntimeError):
             if type(self.sampler) is not BatchSampler:
                 return [[*rows] for rows in self.sampler]
-            rows = [*self.sampler.sampler]
+            rows: Any = [*self.sampler.sampler]
         if rows and type(rows[0]) is int:
             rows = np.array(rows)  # eight bytes a row
         return Cut(rows, self.sampler.batch_size, self.sampler.drop_last)
