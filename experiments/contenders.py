@@ -17,7 +17,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-flags.DEFINE_list("contenders", ["ddp", "0", "1", "2", "3"], "Contenders: ddp, and ZeRO stages.")
+flags.DEFINE_list("contenders", ["ddp", "0", "1", "2", "3"], "Contenders: ddp, ZeRO stages, and what a script knows.")
 flags.DEFINE_string("contender", "", "Be this contender, in the world of the launcher.")
 flags.DEFINE_string("out", "", "The file in which a contender leaves what it measured.")
 flags.DEFINE_integer("world", 2, "Processes.")
@@ -78,7 +78,7 @@ def _print(lives: dict[str, list[dict[str, Any]]]) -> None:
         x = found[0]
         far = max(abs(a / b - 1) for y in found for a, b in zip(y["losses"], first["losses"], strict=True))
         table.add_row(
-            name if name == "ddp" else f"stage {name}", f"{1e3 * fastest[name]:.0f}",
+            f"stage {name}" if name.isdigit() else name, f"{1e3 * fastest[name]:.0f}",
             f"{fastest[name] / fastest[F.contenders[0]]:.2f}", f"{min(y['peak'] for y in found) / 2**20:.0f}",
             f"{x['losses'][0]:.4f}", f"{x['losses'][-1]:.4f}", f"{x['bits']:.4f}", f"{far:.0e}",
         )  # fmt: skip

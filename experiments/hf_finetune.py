@@ -3,13 +3,14 @@
 Run:
     python experiments/hf_finetune.py                                   # DDP and stages 0 to 3, two processes each
     python experiments/hf_finetune.py --contenders=ddp,3 --steps=60 --rounds=3 --width=512
+    python experiments/hf_finetune.py --contenders=ddp,3,hf3                    # and funczero.hf.Trainer at stage 3
     funczero launch --as_deepspeed --num_gpus=2 experiments/hf_finetune.py --contender=3   # one of them
 
 How: this file is the script of a user: a small GPT-2 with random weights over the bytes of Python's own library, a
 Trainer, a ds_config. Without --contender it starts itself once for each of them, under torchrun or under `funczero
-launch --as_deepspeed`, in rounds, so that noise hits all alike. Time is the median step without the first three, of
-the fastest round. Memory is the largest resident set of rank 0 above what it was after the imports. Bits per byte are
-of held-out text.
+launch --as_deepspeed`, in rounds, so that noise hits all alike. "hf3" is funczero.hf.Trainer at stage 3, under
+torchrun. Time is the median step without the first three, of the fastest round. Memory is the largest resident set of
+rank 0 above what it was after the imports. Bits per byte are of held-out text.
 
 Expect:
     The losses of all contenders agree to float32 rounding. Memory falls with the stage. Steps take as long as DDP's.
@@ -94,6 +95,15 @@ def config(stage: int) -> dict[str, Any]:
     }
 
 
+def trainer_of(run: str) -> tuple[Any, dict[str, Any]]:
+    """A contender's Trainer, and what it is given beside."""
+    if not run.startswith("hf"):
+        return Trainer, {}
+    from funczero import hf
+
+    return hf.Trainer, {"zero": hf.Zero(int(run[2:]))}
+
+
 def most() -> int:
     """The largest resident set of this process so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -102,7 +112,8 @@ def most() -> int:
 def contend(run: str) -> dict[str, Any]:
     """Train and evaluate as one rank; what was measured."""
     torch.set_num_threads(1)
-    sharded, world = run != "ddp", int(os.environ.get("WORLD_SIZE", "1"))
+    pure, world = run.startswith("hf"), int(os.environ.get("WORLD_SIZE", "1"))
+    sharded = run != "ddp" and not pure
     if sharded and not torch.cuda.is_available():  # on a machine without an accelerator: how ranks talk
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         accelerate.PartialState(backend="gloo")
@@ -124,7 +135,8 @@ def contend(run: str) -> dict[str, Any]:
         size = sum(p.numel() for p in model.parameters())
         train, held = corpus.load()
         rows = Text(train, F.steps * F.rows, F.length), Text(held, 64, F.length)
-        trainer = Trainer(model, arguments, train_dataset=rows[0], eval_dataset=rows[1], callbacks=[clock])
+        made, more = trainer_of(run)
+        trainer = made(model, arguments, train_dataset=rows[0], eval_dataset=rows[1], callbacks=[clock], **more)
         assert sharded or world == 1 or arguments.parallel_mode.value == "distributed"
         trainer.train()
         peak = most() - before
@@ -136,7 +148,7 @@ def contend(run: str) -> dict[str, Any]:
 def launch(name: str) -> list[str]:
     """What starts a contender."""
     zero = [sys.executable, "-m", "funczero.cli", "launch", "--as_deepspeed", f"--num_gpus={F.world}"]
-    return contenders.torchrun() if name == "ddp" else zero
+    return contenders.torchrun() if name == "ddp" or name.startswith("hf") else zero
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ ROOT = LOOPS.parent.parent
 ALL = "trainer", "accelerated", "engine"
 
 
-def start(script, stage, folder, world, *more):
-    """A script of somebody's in so many processes."""
+def start(script, stage, folder, world, *more, shim=True):
+    """A script of somebody's in so many processes; with the shim `import deepspeed` means ours in them."""
     launched = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "TORCHELASTIC_", "ACCELERATE_")
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith(launched)},
@@ -29,7 +29,7 @@ def start(script, stage, folder, world, *more):
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
     }
-    launch = [sys.executable, "-m", "funczero.cli", "launch", "--as_deepspeed", f"--num_gpus={world}"]
+    launch = [sys.executable, "-m", "funczero.cli", "launch", *["--as_deepspeed"] * shim, f"--num_gpus={world}"]
     words = [*launch, str(LOOPS / f"{script}.py"), str(stage), str(folder), *more]
     return subprocess.Popen(
         words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent

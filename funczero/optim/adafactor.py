@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero.core.number import number, whole
+from funczero.core.number import flag, number, whole
 from funczero.core.optimizer import Across, Asked, Formula, Found, GradientTransformation
 from funczero.optim.count import zero
 from funczero.optim.matrices import scaled
@@ -46,6 +46,7 @@ def adafactor(
     d: float = 1.0,
     weight_decay: Rate = 0.0,
     small: int = 1 << 10,
+    relative: bool = True,
 ) -> GradientTransformation:
     """p <- p (1 - lr wd) - a u / max(1, rms(u) / d), with u = g / max(sqrt(v), eps_1), v the outer product of its row
     and column means over the mean, which follow g^2 by 1 - n^beta2_decay, and a = max(eps_2, rms(p)) min(lr, 1/sqrt n).
@@ -61,14 +62,19 @@ def adafactor(
       d: clips the root mean square of an update; at least 1.
       weight_decay: decoupled, per update times lr; number, schedule, rules or tree.
       small: leaves of fewer values are computed by every rank.
+      relative: False: a is lr itself, and eps_1^2 is added to g^2 in place of the least root.
 
-    Source: torch.optim.Adafactor, with its use of lr and eps.
+    Source: torch.optim.Adafactor, with its use of lr and eps; relative=False is Hugging Face's with scale_parameter and
+    relative_step False, as its Trainer has it.
     """
     if number("adafactor", "beta2_decay", beta2_decay, low=-math.inf) > 0:
         raise ValueError(f"adafactor: beta2_decay={beta2_decay} is above 0; write a number of at most 0")
     eps1 = None if eps[0] is None else number("adafactor", "eps[0]", eps[0])
     eps2, d = number("adafactor", "eps[1]", eps[1]), number("adafactor", "d", d, low=1.0)
     rate = Rates("adafactor", lr=lr, weight_decay=weight_decay)
+    if not flag("adafactor", "relative", relative) and not eps1:
+        raise ValueError(f"adafactor: eps={eps} adds nothing to the squares of relative=False; write eps=(1e-15, 1e-3)")
+    added = 0.0 if relative or eps1 is None else eps1 * eps1
 
     def init(params: Any) -> Adafactor:
         row, col, full = (
@@ -85,22 +91,34 @@ def adafactor(
 
     def ready(params: list[Tensor], grads: list[Tensor], _: list[list[Tensor]], s: Scalars) -> Asked:
         scaled(grads, s)
-        return Asked(norms=[params], rows=[grads])
+        return Asked(norms=[params] if relative else [], rows=[grads])
 
     def computed(values: list[Tensor], states: list[Tensor], s: Scalars) -> Tensor:
         (g,), least = values, torch.finfo(values[0].dtype).eps if eps1 is None else eps1
         follow = (s.count**beta2_decay).to(g.dtype)
-        means = [(g * g).mean(dim, keepdim=True) for dim in (-1, -2)] if g.dim() > 1 else [g * g]
+        square = g * g if relative else g * g + added
+        means = [square.mean(dim, keepdim=True) for dim in (-1, -2)] if g.dim() > 1 else [square]
         new = [torch.lerp(v, x, follow) for v, x in zip(states, means, strict=True)]
         for v, x in zip(states, new, strict=True):
             v.copy_(torch.where(s.ok, x, v))
-        v = new[0] if g.dim() < 2 else new[0] @ new[1] / new[0].mean(-2, keepdim=True).clamp(min=least)
-        u = v.clamp(min=least * least).rsqrt().mul_(g)
+        if not relative:
+            u = (
+                g * new[0].rsqrt()
+                if g.dim() < 2
+                else g * (new[0] / new[0].mean(-2, keepdim=True)).rsqrt() * new[1].rsqrt()
+            )
+        else:
+            v = new[0] if g.dim() < 2 else new[0] @ new[1] / new[0].mean(-2, keepdim=True).clamp(min=least)
+            u = v.clamp(min=least * least).rsqrt().mul_(g)
         return u / (u.norm() / (u.numel() ** 0.5 * d)).clamp(min=1.0)
 
     def leaf(params: list[Tensor], grads: list[Tensor], _: Any, s: Scalars, found: Found) -> None:
         lr, decay = s.rates["lr"], s.rates["weight_decay"]
         step = torch.minimum(torch.as_tensor(lr, dtype=torch.float64), s.count**-0.5)
+        if not relative:
+            for p, u in zip(params, found.rows, strict=True):
+                p.copy_(torch.where(s.ok, p * (1 - lr * decay) - u * lr, p))
+            return
         for p, u, norm, shape in zip(params, found.rows, *found.norms, found.shapes, strict=True):
             size = (norm / math.prod(shape) ** 0.5).clamp(min=eps2)
             new = p * (1 - lr * decay) - u * (size * step).to(u.dtype)

@@ -72,14 +72,14 @@ def zero(
 
 
 def hpz(
-    grad: Any, *transforms: Any, within: str = "local", across: str = "node", accumulate: int = 1
+    grad: Any, *transforms: Any, within: str = "local", across: str = "node", accumulate: Any = 1
 ) -> tuple[Any, ...]:
     """ZeRO++'s secondary partition: parameters rest sharded within a node, gradients and state over both axes.
 
     Gradients cross nodes once an update. Source: Wang et al., ZeRO++, arXiv 2306.10209 (DeepSpeed:
     zero_hpz_partition_size, zero_quantized_nontrainable_weights).
     """
-    acc = () if accumulate == 1 else (accumulate_(accumulate),)
+    acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
     return chain(shard(within, grad, *acc, shard(across, *transforms)))
 
 
@@ -143,10 +143,10 @@ def _pair(wire: Wire | tuple[Wire, Wire], within: Wire | None = None) -> tuple[W
 
 
 def mics(
-    grad: Any, *transforms: Any, within: str = "local", across: str = "node", accumulate: int = 1
+    grad: Any, *transforms: Any, within: str = "local", across: str = "node", accumulate: Any = 1
 ) -> tuple[Any, ...]:
     """MiCS, torch's HSDP: everything sharded within a node and replicated across. Source: Zhang et al., MiCS, arXiv
     2205.00119.
     """
-    acc = () if accumulate == 1 else (accumulate_(accumulate),)
+    acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
     return chain(shard(within, grad, *acc, all_reduce(across), *transforms))

@@ -1,0 +1,170 @@
+"""funczero.hf.Trainer beside the stock one: its numbers and files on one process; one hash wherever it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+
+import hf_trainers as h
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="it is not installed")
+FAST = (2, 2), (3, 2)
+SLOW = [(s, w) for s in range(4) for w in (1, 2) if (s, w) not in FAST]
+EVERYWHERE = [*FAST, *(pytest.param(*at, marks=pytest.mark.slow) for at in SLOW)]
+TIME = 400.0  # the first import of transformers takes a minute where everybody imports
+
+
+def zero(stage, **more):
+    from funczero.hf import Zero
+
+    return Zero(stage, **more)
+
+
+@cache
+def stock(kind="gpt2", way="", **more):
+    """The stock Trainer's, in this process."""
+    return h.fit(None, kind, **h.ways(way, None), **more)
+
+
+@cache
+def dropped(kind="gpt2"):
+    """The hash of a training with dropout, in this process."""
+    return h.fit(zero(0), kind, dropped=True)["hash"]
+
+
+def furthest(got, want):
+    """The largest relative distance."""
+    pairs = [(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True)]
+    return max(abs(a / b - 1) if b else abs(a) for a, b in pairs)
+
+
+def same(got, want, loss=1e-6, weights=2e-6):
+    assert furthest(got["updates"], want["updates"]) < loss
+    assert furthest([[*got["evals"], got["eval"]]], [[*want["evals"], want["eval"]]]) < loss
+    torch.testing.assert_close(got["predicted"], want["predicted"], rtol=1e-4, atol=1e-5)
+    assert got["weights"].keys() == want["weights"].keys()
+    for n, x in got["weights"].items():  # a key's bias has no gradient but rounding
+        far = (x - want["weights"][n]).abs().max().item()
+        assert far < (1e-4 if n.endswith(("c_attn.bias", "key.bias")) else weights), n
+
+
+@pytest.mark.parametrize(("stage", "world"), EVERYWHERE)
+def test_a_training_is_the_stock_trainers_on_one_process(run_world, stage, world):
+    """Rows of many lengths, losses by words, two epochs that end in a short window; and dropout has one hash."""
+    kinds = ["gpt2"] if (stage, world) == (2, 2) else ["bert"] if (stage, world) == (3, 2) else ["gpt2", "bert", "t5"]
+    for kind in kinds:
+        more = {"eval_strategy": "epoch"}
+        for got in run_world(world, h.fits, zero(stage), kind, more, timeout=TIME):
+            same(got["quiet"], stock(kind, **more))
+            assert got["dropped"] == dropped(kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_hash_is_that_of_any_chain(run_world, world):
+    """Nodes, exact sums, an average, units that are whole, a chain of one's own; and four ranks."""
+    import funczero as fz
+
+    own = zero(2, chain=fz.mics, mesh={"node": 2, "local": -1})
+    for chain in (zero(3, hpz=2), zero(3, threshold=200), zero(1, ema=0.9), zero(2, units=()), own):
+        assert {x["hash"] for x in run_world(world, h.fit, chain, "gpt2", None, True, timeout=TIME)} == {dropped()}
+    exact = h.fit(zero(0, sums="exact"), dropped=True)["hash"]
+    assert {x["hash"] for x in run_world(world, h.fit, zero(3, sums="exact"), "gpt2", None, True, timeout=TIME)} == {
+        exact
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [((3, 2), (1, 1)), ((0, 1), (2, 2)), ((2, 2), (3, 1))])
+def test_a_killed_training_goes_on_elsewhere_to_the_same_bits(tmp_path, before, after):
+    from test_loops import start, told
+
+    folder = tmp_path / "killed"
+    told(start("hf", before[0], folder, before[1], "killed", shim=False), folder, killed=True)
+    got = told(start("hf", after[0], folder, after[1], "resumed", shim=False), folder)
+    assert len(got["killed"]) == 4 and [x[0] for x in got["resumed"][:4]] == got["killed"]
+    assert got["hash"] == dropped()
+
+
+WAYS = (
+    "own loss", "loss function", "smoothed", "checkpointing", "workers", "adapters", "adafactor", "sgd", "adagrad",
+    "rmsprop", "torch's",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "world"), [(3, 2), (2, 2), (1, 1)])
+def test_other_ways_are_those_of_the_stock_trainer(run_world, stage, world):
+    for way in WAYS:
+        for got in run_world(world, h.beside, way, zero(stage), timeout=TIME):
+            same(got, h.beside(way))
+
+
+@pytest.mark.slow
+def test_batch_norm_is_the_stock_trainers_where_an_update_is_one_micro_batch():
+    same(h.fit(zero(3), "resnet", micros=1), stock("resnet", micros=1), weights=1e-5)
+
+
+def test_callbacks_and_files_are_the_stock_trainers(tmp_path, run_world):
+    """Events in their order with their arguments; names and contents of a checkpoint; the best model at the end."""
+    want = h.saved(None, str(tmp_path / "stock"))
+    assert h.saved(zero(2), str(tmp_path / "alone"))["events"] == want["events"]
+    got = run_world(2, h.saved, zero(3), str(tmp_path / "ours"), timeout=TIME)
+    each = "on_substep_end", "on_prediction_step"  # of a rank's own micro-batches, of which there are half as many
+    for one in got:
+        assert [x for x in one["events"] if x[0] not in each] == [x for x in want["events"] if x[0] not in each]
+        assert one["best"] == want["best"].replace("stock", "ours") and one["kept"] == want["kept"]
+        assert furthest([one["evals"]], [want["evals"]]) < 1e-6 and furthest(one["updates"], want["updates"]) < 1e-6
+    for step in want["kept"]:
+        ours, theirs = ({p.name for p in (tmp_path / who / step).iterdir()} for who in ("ours", "stock"))
+        assert ours - {"funczero", "rng_state_0.pth", "rng_state_1.pth"} == theirs - {"optimizer.pt", "rng_state.pth"}
+        said = [json.loads((tmp_path / who / step / "trainer_state.json").read_text()) for who in ("ours", "stock")]
+        assert [sorted(x) for x in said[0]["log_history"]] == [sorted(x) for x in said[1]["log_history"]]
+        assert {k for k in said[0] if said[0][k] != said[1][k]} <= {
+            "best_metric", "best_model_checkpoint", "log_history", "total_flos", "num_input_tokens_seen"
+        }  # fmt: skip
+        assert said[0]["num_input_tokens_seen"] == said[1]["num_input_tokens_seen"]
+        assert said[0]["total_flos"] == said[1]["total_flos"]
+    import transformers
+
+    models = [
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path / who / want["kept"][-1]) for who in ("ours", "stock")
+    ]
+    words = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(models[0](words).logits, models[1](words).logits, rtol=1e-5, atol=1e-5)
+    assert models[0].lm_head.weight is models[0].transformer.wte.weight
+
+
+def test_examples():
+    """Collecting them would import transformers where it is not installed."""
+    import doctest
+
+    from funczero.hf import optimizers, rows
+
+    for module in (optimizers, rows):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
+
+
+def test_what_cannot_be_right_is_refused_by_name(tmp_path):
+    for name, (words, said) in h.refused(str(tmp_path)).items():
+        assert words in said, (name, said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_more_that_has_no_stock_beside_it(run_world, tmp_path, world):
+    """bfloat16, float16 by a config, "auto", wires, an average, a stream of rows, a window that a callback breaks."""
+    found = run_world(world, h.more, str(tmp_path), timeout=TIME)
+    alone = h.more(str(tmp_path / "alone"))
+    for got in found:
+        assert got["hashes"] == alone["hashes"]
+        assert got["config"] == pytest.approx(alone["config"], rel=1e-6)
+    quiet = stock()["updates"]
+    assert furthest([x[:1] for x in alone["bf16"]], [x[:1] for x in quiet]) < 0.05
+    assert furthest([x[:1] for x in alone["wires"]], [x[:1] for x in quiet]) < 0.05
+    assert alone["averaged"] and alone["broken"] == 4
