@@ -189,12 +189,12 @@ _REST: dict[str, Key] = {
     },
     "activation_checkpointing.number_checkpoints": ignore(None, REMAT, "int", 1),
     **{
-        f"{block}.{k}": ignore(v, LOG)
+        f"{block}.{k}": honour(v)
         for block in ("tensorboard", "csv_monitor")
         for k, v in {"enabled": False, "output_path": "", "job_name": "DeepSpeedJobName"}.items()
     },
     **{
-        f"wandb.{k}": ignore(v, LOG, "" if v is not None else "text")
+        f"wandb.{k}": honour(v, "" if v is not None else "text")
         for k, v in {"enabled": False, "group": None, "team": None, "project": "deepspeed"}.items()
     },
     "comet.enabled": ignore(False, LOG),
@@ -247,8 +247,9 @@ KEYS: dict[str, Key] = {
     **_REST,
 }
 LITERAL_AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages")  # "auto" is a value of these, not a place to fill
-ENGINE = (  # honoured by an engine; a chain has no loader, no prints, no checkpoints and no boundary but its own
+ENGINE = (  # honoured by an engine; a chain has no loader, prints, monitor, checkpoints and no boundary but its own
     "managed_gradient_accumulation", "dataloader_drop_last", "steps_per_print",
+    "tensorboard.enabled", "csv_monitor.enabled", "wandb.enabled",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save", "checkpoint.tag_validation",
     "checkpoint.load_universal", "checkpoint.use_node_local_storage",
 )  # fmt: skip

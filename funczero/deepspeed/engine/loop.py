@@ -18,6 +18,7 @@ from funczero.deepspeed.engine.graphs import leaves_under, stamp
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.leaf import write_leaf
 from funczero.deepspeed.engine.log import logger
+from funczero.deepspeed.engine.monitor import Monitor
 from funczero.deepspeed.engine.throughput import Throughput
 from funczero.deepspeed.engine.window import amended, emptied, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
@@ -65,7 +66,7 @@ class Loop(nn.Module):
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
         self.client_lr_scheduler = False
-        self.tput_timer = Throughput()
+        self.tput_timer, self.monitor = Throughput(), Monitor(config)
         self.device, self.mp_world_size = step.live_mesh.device, 1
         self.global_rank, self.local_rank = ranks.get_rank(), ranks.get_local_rank()
         self.world_size = self.dp_world_size = ranks.get_world_size()
@@ -159,6 +160,9 @@ class Loop(nn.Module):
         self.optimizer.stepped()
         if self._updated and self.client_lr_scheduler:
             self.lr_scheduler.step(**lr_kwargs)
+        if self.monitor.writers:
+            scale = self.optimizer.cur_scale if self.config_.value("fp16.enabled") else None
+            self.monitor.updated(self.global_samples, m.loss, self.optimizer.param_groups[0]["lr"], scale)
         every, number = self.config_.value("steps_per_print"), int(self._state.step)
         if every and number % every == 0 and self.global_rank == 0:
             lr = [g["lr"] for g in self.optimizer.param_groups]
