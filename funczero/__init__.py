@@ -25,9 +25,11 @@
 (True, 20)
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 from funczero import data as data
+from funczero import writers as writers
 from funczero.checkpoint import Checkpointer as Checkpointer
 from funczero.checkpoint import CheckpointError as CheckpointError
 from funczero.checkpoint import Notice as Notice
@@ -135,17 +137,25 @@ from funczero.transforms.shard import shard as shard
 if TYPE_CHECKING:
     from funczero import deepspeed as deepspeed
     from funczero.deepspeed.config.build import from_deepspeed as from_deepspeed
+    from funczero.script.experiment import Experiment as Experiment
+    from funczero.script.experiment import experiment as experiment
+    from funczero.script.run import Run as Run
 
-LAZY = "deepspeed", "from_deepspeed"  # a program that uses neither does not import the face
+LAZY = {  # a program that uses none of them does not import the face, nor what scripts stand on
+    "deepspeed": "funczero.deepspeed",
+    "from_deepspeed": "funczero.deepspeed",
+    "experiment": "funczero.script.experiment",
+    "Experiment": "funczero.script.experiment",
+    "Run": "funczero.script.run",
+}
 
 
 def __getattr__(name: str) -> object:
-    """DeepSpeed's face, imported at its first use."""
+    """DeepSpeed's face and the scripts', imported at their first use."""
     if name not in LAZY:
         raise AttributeError(f"module 'funczero' has no attribute {name!r}")
-    import funczero.deepspeed as face
-
-    return face if name == "deepspeed" else face.from_deepspeed
+    found = importlib.import_module(LAZY[name])
+    return found if name == "deepspeed" else getattr(found, name)
 
 
 def __dir__() -> list[str]:
