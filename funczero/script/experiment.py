@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from absl import app, flags
+import torch.distributed as dist
+from absl import app
 
 from funczero.core.types import ChainError, Metrics, TrainState
 from funczero.script.flags import define
@@ -84,6 +85,8 @@ def _main(begin: Callable[[Run], Experiment], script: str, rows: str, argv: list
     if "RANK" not in os.environ:
         sys.exit(launch(script, run.world, run.threads, run.folder, bool(run.save_every)))
     train(run, own)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def planned(begin: Callable[[Run], Experiment], run: Run) -> Experiment:
@@ -100,12 +103,13 @@ def planned(begin: Callable[[Run], Experiment], run: Run) -> Experiment:
         raise ValueError("an Experiment has batch= or batches=, one of them; batch=lambda n: ... is the global batch")
     if own.step.grad.streams:
         raise ValueError("the step streams its micro-batches, and is called once an update; leave stream=True out")
-    if own.evaluate is None and flags.FLAGS["eval_every"].present:
+    if own.evaluate is None and run.given("eval_every"):
         raise ValueError("--eval_every is given, and this script has nothing to evaluate; leave it out")
     if own.batch is not None:
         own.batch(0)  # what it refuses, it refuses here
     if odd := run.passed_over():
-        raise ValueError(f"--{odd[0]} is given, and this script does not read it; leave it out, or read run.{odd[0]}")
+        what = f"--{odd[0]} is given, and the script's begin does not read run.{odd[0]}"
+        raise ValueError(f"{what}; leave it out, or read it there")
     _folder(run)
     return own
 
@@ -129,5 +133,6 @@ def _meant(error: BaseException) -> bool:
     while at is not None and at.tb_next is not None:
         at = at.tb_next
     where = Path(at.tb_frame.f_code.co_filename).resolve() if at is not None else Path()
-    homes = (Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve().parent)
-    return any(home in where.parents for home in homes) and "site-packages" not in where.parts[len(homes[0].parts) :]
+    ours, scripts = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve().parent
+    installed = "site-packages" in where.parts
+    return ours in where.parents or scripts in where.parents and not installed

@@ -97,13 +97,14 @@ TABLE: dict[str, Flag] = {
 }
 
 
-def define(script: str, rows: str, defaults: Mapping[str, Any]) -> None:
+def define(script: str, rows: str, defaults: Mapping[str, Any], among: flags.FlagValues = flags.FLAGS) -> None:
     """Defines all flags of the table, under the script in --help; a second time only their defaults.
 
     Args:
       script: its name, for --out.
       rows: what a row of a batch is called there.
       defaults: other defaults by flag.
+      among: where they are defined.
 
     Raises:
       TypeError: a default is of no such flag.
@@ -116,7 +117,7 @@ def define(script: str, rows: str, defaults: Mapping[str, Any]) -> None:
     for name, (kind, default, said, limits) in TABLE.items():
         value = defaults.get(name, default.format(script=script) if name == "out" else default)
         said = said.format(rows=rows.capitalize())
-        if name in flags.FLAGS and flags.FLAGS[name].help == said:
-            flags.FLAGS.set_default(name, value)
+        if name in among and among[name].help == said:
+            among.set_default(name, value)
         else:
-            kind(name, value, help=said, module_name=sys.argv[0], **limits)
+            kind(name, value, help=said, flag_values=among, module_name=sys.argv[0], **limits)

@@ -9,7 +9,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from funczero.checkpoint.checkpointer import Checkpointer
 from funczero.checkpoint.notice import Notice
@@ -58,8 +57,6 @@ def train(run: Run, own: Experiment) -> None:
         said = "" if own.finish is None else own.finish(state)
         told.finished(said)
     told.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def begin(run: Run, own: Experiment, saved: Checkpointer, speaks: bool) -> Begun:

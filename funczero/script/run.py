@@ -27,17 +27,18 @@ class Run:
     `run.mesh` is the mesh as sizes, `run.axis` its axes, over which a batch is split: P(run.axis).
     """
 
-    def __init__(self, script: str, rows: str = "rows") -> None:
-        """Reads absl's parsed flags.
+    def __init__(self, script: str, rows: str = "rows", values: flags.FlagValues = flags.FLAGS) -> None:
+        """Reads parsed flags.
 
         Args:
           script: how messages name it.
           rows: what a row of a batch is called.
+          values: absl's flags.
 
         Raises:
           ValueError: flags contradict each other, or the mesh does not lay out the processes.
         """
-        self.script, self._rows = script, rows
+        self.script, self._rows, self._values = script, rows, values
         self._instead, self._read = dict[str, Any](), set[str]()
         self.sizes = sizes(self._flag("mesh"), self._flag("nproc"))
         resume, write = self._flag("resume"), self._flag("write")
@@ -50,13 +51,13 @@ class Run:
             raise ValueError("--write=tensorboard: it is not installed; write pip install 'funczero[tensorboard]'")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in flags.FLAGS and name not in self._instead:
+        if name.startswith("_") or name not in self._values and name not in self._instead:
             raise AttributeError(f"run.{name}: the script has no such flag; define it with absl's flags.DEFINE_...")
         self._read.add(name)
         return self._flag(name)
 
     def _flag(self, name: str) -> Any:
-        return self._instead[name] if name in self._instead else flags.FLAGS[name].value
+        return self._instead[name] if name in self._instead else self._values[name].value
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -94,7 +95,7 @@ class Run:
         batch, micro, k = self.batch, self.micro_batch, self._flag("accumulate")
         self._read.add("accumulate")
         if micro is not None:
-            if flags.FLAGS["accumulate"].present:
+            if self.given("accumulate"):
                 raise ValueError(f"--accumulate={k} and --micro_batch say it twice; leave one of them out")
             if batch % micro:
                 what = f"--batch={batch} {self._rows} are no multiple of --micro_batch={micro}"
@@ -127,19 +128,23 @@ class Run:
         Raises:
           ValueError: one of these flags was given as well.
         """
-        twice = next((name for name in values if flags.FLAGS[name].present), None)
+        twice = next((name for name in values if self.given(name)), None)
         if twice is not None:
-            said = f"--{twice}={flags.FLAGS[twice].value} and --{of}={flags.FLAGS[of].value}"
+            said = f"--{twice}={self._values[twice].value} and --{of}={self._values[of].value}"
             raise ValueError(f"{said} say it twice; write it in the file alone")
         self._instead.update(values)
 
     def passed_over(self) -> list[str]:
         """Flags for the step and the batches that were given and that the script has not read."""
-        return [name for name in BUILDING if flags.FLAGS[name].present and name not in self._read]
+        return [name for name in BUILDING if self.given(name) and name not in self._read]
 
     def said(self) -> dict[str, Any]:
         """Every flag's value, to be kept beside checkpoints."""
-        return {**flags.FLAGS.flag_values_dict(), **self._instead}
+        return {**self._values.flag_values_dict(), **self._instead}
+
+    def given(self, name: str) -> bool:
+        """Does the command line name this flag?"""
+        return bool(self._values[name].present)
 
 
 def sizes(text: str, nproc: int | None) -> dict[str, int]:
