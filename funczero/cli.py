@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from funczero.checkpoint.cli import add as add_checkpoint_commands
 from funczero.deepspeed.config.explain import add_commands as add_config_commands
+from funczero.doctor.report import add_command as add_doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {parity, launch, inspect, verify, diff, export, import, config}`; exit code 1: a promise is broken,
-    or things differ; 2: bad input.
+    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config}`; exit code 1: a promise is
+    broken, things differ, or something is missing; 2: bad input.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "launch", add_help=False, help="one command for one machine or a hostfile of them; funczero launch --help"
     )
+    add_doctor(commands)
     add_checkpoint_commands(commands)
     add_config_commands(commands)
     args = parser.parse_args(words)
