@@ -173,3 +173,18 @@ def test_without_its_keys_an_engine_writes_nothing(tmp_path, monkeypatch):
     engine, _ = trained(tmp_path, "fp32", steps_per_print=None)
     assert not engine.monitor.enabled and not list(tmp_path.iterdir())
     engine.monitor.write_events([("Eval/acc", 0.5, 1)])
+
+
+def test_a_loops_moments_and_bytes_are_printed_where_a_config_asks(tmp_path, capsys):
+    more = {"wall_clock_breakdown": True, "comms_logger": {"enabled": True}, "steps_per_print": 2}
+    csv = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}}
+    engine, _ = trained(tmp_path, "fp32", **more, **csv)
+    said = capsys.readouterr().err.splitlines()
+    micro = [line for line in said if "time (ms) | fwd_microstep: " in line]
+    whole = [line.partition("time (ms) | ")[2] for line in said if "time (ms) | fwd: " in line]
+    assert len(micro) == 6 and len(whole) == 3 and engine.wall_clock_breakdown()
+    names = [[x.partition(":")[0] for x in line.split(" | ")] for line in whole]
+    assert names == [["fwd", "bwd", "step"]] * 3
+    written = (tmp_path / "csv" / "Train_Samples_elapsed_time_ms_backward.csv").read_text().split()[1:]
+    assert [line.partition(",")[0] for line in written] == ["8", "16", "24"]
+    assert sum("sent by rank 0 in updates 1 to 2:" in line for line in said) == 1
