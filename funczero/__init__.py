@@ -25,10 +25,11 @@
 (True, 20)
 """
 
-from importlib import import_module
+import importlib
 from typing import TYPE_CHECKING
 
 from funczero import data as data
+from funczero import writers as writers
 from funczero.checkpoint import Checkpointer as Checkpointer
 from funczero.checkpoint import CheckpointError as CheckpointError
 from funczero.checkpoint import Notice as Notice
@@ -147,27 +148,31 @@ if TYPE_CHECKING:
     from funczero.planning.plan import plan as plan
     from funczero.planning.search import search as search
     from funczero.planning.visualize import visualize as visualize
+    from funczero.script.experiment import Experiment as Experiment
+    from funczero.script.experiment import experiment as experiment
+    from funczero.script.run import Run as Run
 
-PLANNING = {
-    "explain": "explain",
-    "count_memory": "live",
-    "Plan": "plan",
-    "plan": "plan",
-    "search": "search",
-    "visualize": "visualize",
-}  # names, and the modules that they come from
-LAZY = "deepspeed", "from_deepspeed", *PLANNING  # a program that uses none of them does not import them
+LAZY = {  # a program that uses none of them does not import the face, what plans, nor what scripts stand on
+    "deepspeed": "funczero.deepspeed",
+    "from_deepspeed": "funczero.deepspeed",
+    "explain": "funczero.planning.explain",
+    "count_memory": "funczero.planning.live",
+    "Plan": "funczero.planning.plan",
+    "plan": "funczero.planning.plan",
+    "search": "funczero.planning.search",
+    "visualize": "funczero.planning.visualize",
+    "experiment": "funczero.script.experiment",
+    "Experiment": "funczero.script.experiment",
+    "Run": "funczero.script.run",
+}
 
 
 def __getattr__(name: str) -> object:
-    """DeepSpeed's face and what plans, imported at their first use."""
+    """DeepSpeed's face, plans and scripts, imported at their first use."""
     if name not in LAZY:
         raise AttributeError(f"module 'funczero' has no attribute {name!r}")
-    if name in PLANNING:
-        return getattr(import_module(f"funczero.planning.{PLANNING[name]}"), name)
-    import funczero.deepspeed as face
-
-    return face if name == "deepspeed" else face.from_deepspeed
+    found = importlib.import_module(LAZY[name])
+    return found if name == "deepspeed" else getattr(found, name)
 
 
 def __dir__() -> list[str]:

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from funczero.checkpoint.cli import add as add_checkpoint_commands
 from funczero.deepspeed.config.explain import add_commands as add_config_commands
+from funczero.doctor.report import add_command as add_doctor
 from funczero.planning.cli import add as add_plan_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {parity, launch, inspect, verify, diff, export, import, config, plan}`; exit code 1: a promise is
-    broken, things differ or do not fit; 2: bad input.
+    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan}`; exit code 1: a promise is
+    broken, things differ or do not fit, or something is missing; 2: bad input.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "launch", add_help=False, help="one command for one machine or a hostfile of them; funczero launch --help"
     )
+    add_doctor(commands)
     add_checkpoint_commands(commands)
     add_config_commands(commands)
     add_plan_command(commands)

@@ -113,6 +113,18 @@ def differences(config: Config) -> list[str]:
             ),
         ),
         *_crossings(config),
+        (
+            any(config.value(f"{kind}.enabled") for kind in ("tensorboard", "csv_monitor", "wandb")),
+            "Train/Samples/train_loss is written, as earlier versions did; there only a pipeline module's engine does",
+        ),
+        (
+            config.value("wall_clock_breakdown"),
+            "a backward is one number, for gradients travel within it; there bwd_inner and bwd_allreduce are as well",
+        ),
+        (
+            config.value("comms_logger.enabled"),
+            "bytes sent are printed by axis and wire; there every message's time and bandwidth are",
+        ),
         (stage > 0, f"shards are rows of a leaf; there they are pieces of {pieces}"),
     ]
     return [text for holds, text in rules if holds]

@@ -45,7 +45,7 @@ _TOP: dict[str, Key] = {
     "zero_force_ds_cpu_optimizer": ignore(True, "there is one implementation of every optimizer"),
     "dataloader_drop_last": honour(False),
     "steps_per_print": honour(None, "every", 1),  # inf: never
-    "wall_clock_breakdown": ignore(False, LOG),
+    "wall_clock_breakdown": honour(False),
     "memory_breakdown": ignore(False, LOG),
     "dump_state": ignore(False, LOG),
     "log_level": ignore(None, LOG, "text"),
@@ -189,12 +189,12 @@ _REST: dict[str, Key] = {
     },
     "activation_checkpointing.number_checkpoints": ignore(None, REMAT, "int", 1),
     **{
-        f"{block}.{k}": ignore(v, LOG)
+        f"{block}.{k}": honour(v)
         for block in ("tensorboard", "csv_monitor")
         for k, v in {"enabled": False, "output_path": "", "job_name": "DeepSpeedJobName"}.items()
     },
     **{
-        f"wandb.{k}": ignore(v, LOG, "" if v is not None else "text")
+        f"wandb.{k}": honour(v, "" if v is not None else "text")
         for k, v in {"enabled": False, "group": None, "team": None, "project": "deepspeed"}.items()
     },
     "comet.enabled": ignore(False, LOG),
@@ -203,9 +203,10 @@ _REST: dict[str, Key] = {
         f"comet.{k}": ignore(None, LOG, "any")
         for k in ("project", "workspace", "api_key", "experiment_name", "experiment_key", "online", "mode")
     },
+    "comms_logger.enabled": honour(False),
     **{
-        f"comms_logger.{k}": ignore(v, LOG)
-        for k, v in {"enabled": False, "verbose": False, "prof_all": True, "debug": False, "prof_ops": []}.items()
+        f"comms_logger.{k}": ignore(v, "bytes are counted by axis, what and wire; no launch is timed by itself")
+        for k, v in {"verbose": False, "prof_all": True, "debug": False, "prof_ops": []}.items()
     },
     **{
         f"flops_profiler.{k}": ignore(v, LOG, "" if v is not None else "text", low=-1)
@@ -247,8 +248,9 @@ KEYS: dict[str, Key] = {
     **_REST,
 }
 LITERAL_AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages")  # "auto" is a value of these, not a place to fill
-ENGINE = (  # honoured by an engine; a chain has no loader, no prints, no checkpoints and no boundary but its own
+ENGINE = (  # honoured by an engine; a chain has no loader, prints, monitor, checkpoints and no boundary but its own
     "managed_gradient_accumulation", "dataloader_drop_last", "steps_per_print",
+    "tensorboard.enabled", "csv_monitor.enabled", "wandb.enabled", "wall_clock_breakdown", "comms_logger.enabled",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save", "checkpoint.tag_validation",
     "checkpoint.load_universal", "checkpoint.use_node_local_storage",
 )  # fmt: skip

@@ -17,7 +17,6 @@ INSTEAD = {
     "compile": "compile blocks of the module before initialize",
     "offload_states": "offload does not exist here yet",
     "reload_states": "offload does not exist here yet",
-    "monitor": "read engine.metrics",
     "timers": "read engine.metrics",
     "flops_profiler": "use torch.profiler",
     "allreduce_gradients": "engine.step() reduces",

@@ -117,8 +117,8 @@ class Facts(Loop):
         return self.config_.value("bf16.enabled")
 
     def wall_clock_breakdown(self) -> bool:
-        """False: no timers are kept, whatever the config says."""
-        return False
+        """Are forward, backward and step timed and printed?"""
+        return self.config_.value("wall_clock_breakdown")
 
     def steps_per_print(self) -> int | None:
         """Updates between two printed lines."""

@@ -14,10 +14,12 @@ from funczero.core.types import Metrics, TrainState
 from funczero.deepspeed.config.optimizers import GroupRates
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
+from funczero.deepspeed.engine.breakdown import Breakdown
 from funczero.deepspeed.engine.graphs import leaves_under, stamp
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.leaf import write_leaf
 from funczero.deepspeed.engine.log import logger
+from funczero.deepspeed.engine.monitor import Monitor
 from funczero.deepspeed.engine.throughput import Throughput
 from funczero.deepspeed.engine.window import amended, emptied, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
@@ -65,7 +67,8 @@ class Loop(nn.Module):
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
         self.client_lr_scheduler = False
-        self.tput_timer = Throughput()
+        self.tput_timer, self.monitor = Throughput(), Monitor(config)
+        self._breakdown = Breakdown(config, self.monitor, lambda: self.live_mesh.sent)
         self.device, self.mp_world_size = step.live_mesh.device, 1
         self.global_rank, self.local_rank = ranks.get_rank(), ranks.get_local_rank()
         self.world_size = self.dp_world_size = ranks.get_world_size()
@@ -83,9 +86,11 @@ class Loop(nn.Module):
         if self._cast:
             half = lambda x: x.half() if isinstance(x, Tensor) and x.is_floating_point() else x
             args, kwargs = tree.map(half, (args, kwargs))
-        out = self._holder.forward(*args, **kwargs)
-        if torch.is_grad_enabled():
-            stamp(out, self._clock[0], self._clock)
+        if not torch.is_grad_enabled():
+            return self._holder.forward(*args, **kwargs)
+        with self._breakdown.of("fwd"):
+            out = self._holder.forward(*args, **kwargs)
+        stamp(out, self._clock[0], self._clock)
         return out
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -104,10 +109,11 @@ class Loop(nn.Module):
         pull = multiplied(self._holder.pull(loss, retain_graph, over), times)
         micro = (pull, loss if times == 1 else loss.detach() * times, 0.0 if more else 1.0)
         try:
-            if more:
-                self._state = amended(self._step, self._state, micro)
-            else:
-                self._state, _ = self._step(self._state, micro)
+            with self._breakdown.of("bwd"):
+                if more:
+                    self._state = amended(self._step, self._state, micro)
+                else:
+                    self._state, _ = self._step(self._state, micro)
         except RuntimeError as e:
             explained = _explained(e)
             if explained is None:
@@ -137,7 +143,10 @@ class Loop(nn.Module):
         self.micro_steps, self._micro, self._backwards = self.micro_steps + 1, self._micro + 1, 0
         self._updated, self._again = False, False
         if last:
-            self._update(lr_kwargs or {})
+            with self._breakdown.of("step"):
+                self._update(lr_kwargs or {})
+        if self._breakdown.on:
+            self._breakdown.stepped(last, self.global_samples, int(self._state.step))
 
     def _check_trains(self, call: str) -> None:
         if self.optimizer is None:
@@ -159,6 +168,9 @@ class Loop(nn.Module):
         self.optimizer.stepped()
         if self._updated and self.client_lr_scheduler:
             self.lr_scheduler.step(**lr_kwargs)
+        if self.monitor.writers:
+            scale = self.optimizer.cur_scale if self.config_.value("fp16.enabled") else None
+            self.monitor.updated(self.global_samples, m.loss, self.optimizer.param_groups[0]["lr"], scale)
         every, number = self.config_.value("steps_per_print"), int(self._state.step)
         if every and number % every == 0 and self.global_rank == 0:
             lr = [g["lr"] for g in self.optimizer.param_groups]

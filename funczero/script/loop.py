@@ -1,0 +1,184 @@
+"""One rank's run: updates, evaluations, checkpoints, and an end at a step boundary where somebody asks for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from funczero.checkpoint.checkpointer import Checkpointer
+from funczero.checkpoint.notice import Notice
+from funczero.comm.launch import count_bytes
+from funczero.core.types import Metrics, TrainState
+from funczero.layout.processes import init_distributed
+from funczero.script.plot import plot
+from funczero.script.progress import Clock, Shown, line
+from funczero.script.run import Run
+from funczero.step.train_step import donate
+from funczero.writers import Csv, JsonLines, TensorBoard, Tracker, Writer, records
+from funczero.writers import number as number_of
+
+if TYPE_CHECKING:
+    from funczero.script.experiment import Experiment
+
+
+class Begun(NamedTuple):
+    """Where a run begins."""
+
+    state: TrainState
+    evaluated: int  # the update of the last evaluation; -1: none
+
+
+def train(run: Run, own: Experiment) -> None:
+    """One rank's run, in a world that a launcher has described."""
+    torch.set_num_threads(run.threads)
+    speaks = init_distributed().rank == 0
+    step = own.step if own.step.grad.env.donate else donate(own.step)
+    own = own._replace(step=step)
+    saved = Checkpointer(run.folder / "checkpoints", keep=run.keep, step=step, config=run.said())
+    begun = begin(run, own, saved, speaks)
+    start = int(begun.state.step)
+    if start > run.steps:
+        if speaks:
+            print(f"{run.script}: {start} updates are made, more than --steps={run.steps}", file=sys.stderr)
+        sys.exit(2)
+    told = Told(run, own, start, speaks)
+    count = sum(prod(leaf.shape) for leaf in begun.state.params.where.structure.leaves)
+    about = f"{own.about}; " if own.about else ""
+    told.shown.say(f"{step}\n{count:,} parameters, {about}results in {run.out}")
+    with told.shown.bar, Notice() if run.save_every else nullcontext() as notice:
+        state = updates(run, own, begun, saved, told, notice)
+    saved.close()
+    if state is not None:
+        said = "" if own.finish is None else own.finish(state)
+        told.finished(said)
+    told.close()
+
+
+def begin(run: Run, own: Experiment, saved: Checkpointer, speaks: bool) -> Begun:
+    """The state to start from; a fresh one in place of a checkpoint only by --resume=auto, which says so."""
+    if run.resume == "auto" and not saved.names():
+        if speaks:
+            said = f"{saved.directory} holds no checkpoint; this run starts at update 0"
+            print(f"{run.script}: {said}", file=sys.stderr)
+    elif run.resume != "never":
+        found = saved.restore("latest" if run.resume == "auto" else run.resume, like=(own.step, own.params))
+        client = found.client_state if isinstance(found.client_state, dict) else {}
+        return Begun(found.state, client.get("evaluated", -1))
+    return Begun(own.step.init(own.params, key=run.seed), -1)
+
+
+def updates(
+    run: Run, own: Experiment, begun: Begun, saved: Checkpointer, told: Told, notice: Notice | None
+) -> TrainState | None:
+    """The updates that are left; the last state, or None where somebody told the run to end."""
+    state, evaluated = begun
+    start = int(state.step)
+    due = lambda n: own.evaluate is not None and (n % run.eval_every == 0 or n == run.steps)
+    if due(start) and evaluated != start:
+        told.evaluated(start, own, state)
+        evaluated = start
+    rows = batches(run, own, start)
+    for number in range(start + 1, run.steps + 1):
+        with count_bytes(own.step) as sent:
+            state, metrics = own.step(state, next(rows))
+        assert metrics is not None
+        told.updated(number, metrics, sum(sent.values()))
+        if notice is not None:
+            saved.poll()
+        asked, best = notice is not None and notice.given(), dict[str, float]()
+        if due(number) and not asked:
+            best, evaluated = told.evaluated(number, own, state), number
+        if notice is not None and (asked or number % run.save_every == 0 or number == run.steps):
+            best["loss"] = metrics.loss.item()
+            saved.save(state, number, client_state={"evaluated": evaluated}, metrics=best)
+        if asked and notice is not None:
+            saved.close()
+            who = notice.name or "a signal to another process"
+            told.shown.say(f"stopped by {who} after update {number}; --resume=auto goes on from there")
+            return None
+    return state
+
+
+def batches(run: Run, own: Experiment, start: int) -> Iterator[Any]:
+    """This rank's rows of every update from `start` on.
+
+    Raises:
+      RuntimeError: the script's batches end before the run does.
+    """
+    if own.batch is not None:
+        for number in range(start, run.steps):
+            yield own.step.local_rows(own.batch(number), run.micro_batch)
+        return
+    assert own.batches is not None
+    made = start
+    for rows in own.batches(start):
+        yield rows
+        made += 1
+    what = f"its batches end after update {made} of --steps={run.steps}"
+    raise RuntimeError(f"{run.script}: {what}; give more, or write --steps={max(made, 1)}")
+
+
+class Told:
+    """What rank 0 writes and shows; the other ranks are silent."""
+
+    def __init__(self, run: Run, own: Experiment, start: int, speaks: bool) -> None:
+        """start: updates that are made already."""
+        self._run, self._own, self._speaks = run, own, speaks
+        self.shown = Shown(speaks, start, run.steps)
+        self._clock = Clock(run.batch * own.per_row)
+        self._writers = _writers(run, own, start or None) if speaks else []
+
+    def updated(self, number: int, m: Metrics, sent: int) -> None:
+        """An update has been made."""
+        if not self._speaks:
+            return
+        rate, own = self._clock.update(), dict(self._own.numbers(m)) if self._own.numbers else {}
+        scalars = {name: getattr(m, name).item() for name in ("lr", "grad_norm", "ok", "scale")}
+        speed = {f"{self._own.unit}_per_second": rate, "bytes_sent": sent}
+        values = {"loss": m.loss.item(), **own, **speed, **scalars}
+        self._write(number, values)
+        self.shown.update(number, line(values, own, self._own.unit, self._clock.smooth))
+
+    def evaluated(self, number: int, own: Experiment, state: TrainState) -> dict[str, float]:
+        """An evaluation, on all ranks: its numbers."""
+        assert own.evaluate is not None
+        values = {name: number_of(name, x) for name, x in own.evaluate(state).items()}
+        if self._speaks:
+            self._write(number, values)
+            self.shown.evaluated(number, values)
+        self._clock.pause()  # this was no training
+        return values
+
+    def finished(self, text: str) -> None:
+        """The plot, and the script's last word."""
+        if self._speaks:
+            run, path = self._run, self._run.folder / "loss.png"
+            title = f"{run.script}, seed {run.seed}"
+            for said in (plot(path, records(run.folder / "metrics.jsonl"), self._own.plot, title), text):
+                if said:
+                    self.shown.say(said)
+
+    def close(self) -> None:
+        """All that was told is on disk."""
+        for writer in self._writers:
+            writer.close()
+
+    def _write(self, number: int, values: Mapping[str, Any]) -> None:
+        for writer in self._writers:
+            writer.log(number, values)
+
+
+def _writers(run: Run, own: Experiment, after: int | None) -> list[Writer]:
+    """metrics.jsonl, those of --write, and the script's own tracker."""
+    made: list[Writer] = [JsonLines(run.folder / "metrics.jsonl", after)]
+    made += [Csv(run.folder / "csv", after)] * ("csv" in run.write)
+    if "tensorboard" in run.write:
+        made.append(TensorBoard(run.folder / "tensorboard", after))
+    if own.track is not None:
+        made.append(Tracker(own.track()))
+    return made
