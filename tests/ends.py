@@ -60,6 +60,12 @@ class Ends:
         self.process.wait(20)
 
 
+def line(file, *words):
+    """A script that runs a file with these words, as a command line would."""
+    own = f"import runpy, sys; sys.argv = {[str(file), *words]!r}; sys.path.insert(0, {str(file.parent)!r})"
+    return f"{own}; runpy.run_path({str(file)!r}, run_name='__main__')"
+
+
 def main():
     """The script of a rank that is to be run, in its own process, as a file; None where all lines are done."""
     import orbax.checkpoint  # noqa: F401
