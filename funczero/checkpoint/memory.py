@@ -47,9 +47,10 @@ def room(size: int) -> Tensor:
 
 
 def give_back() -> None:
-    """What malloc holds without using it goes back to the system, where glibc is: the threads of a save, ours and those
-    of the libraries that write, each free into an arena of their own, which keeps what it got, and another save may find
-    other arenas. A run that saves often would grow by that.
+    """What malloc holds without using it goes back to the system, where glibc is.
+
+    The threads of a save, ours and those of the libraries that write, free into arenas that keep what they got, and the
+    next save may meet other arenas: a run that saves often would grow by that.
     """
     trim = _trim()
     if trim is not None:

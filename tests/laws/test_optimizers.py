@@ -44,7 +44,10 @@ def gaps(names, dtype, stages, whole):
 def test_an_optimizer_is_torchs_class_at_every_stage(run_world, world, stages, whole):
     """Three stages more wait for make test-all: that all have the bits of one is asked in tests/test_optim.py."""
     found = zoo.everywhere(run_world, world, gaps, list(PAIRS), F64, stages, whole)
-    assert len(found) == ((3 if whole else 1) + len(stages)) * len(PAIRS) and {k: d for k, d in found.items() if not d <= 1e-12} == {}
+    assert (
+        len(found) == ((3 if whole else 1) + len(stages)) * len(PAIRS)
+        and {k: d for k, d in found.items() if not d <= 1e-12} == {}
+    )
 
 
 # --- narrow and extreme numbers ---------------------------------------------------------------------------------------
