@@ -9,7 +9,7 @@ OPTIONS ?=
 test: lint types tests
 
 test-all: lint types $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not hosts"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not hosts"
 
 # About ten minutes, as root: hosts out of namespaces with sshd, pdsh, OpenMPI, MPICH and SLURM. What cannot be installed is skipped by name.
 test-launch: $(READY)
@@ -35,7 +35,7 @@ types: $(READY)
 # Two files at a time: much of the time is spent waiting for processes to start and to be missed. Bytecode is kept, also
 # where the environment says otherwise: a thousand processes import the same files.
 tests: $(READY)
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # About two minutes: a small GPT under ZeRO-3 on two processes.
 train: $(READY)

@@ -28,19 +28,31 @@ def pytest_sessionstart() -> None:
 # What every worker would import in each of its lives: the server that they are forked from has it, and has no thread.
 IMPORTED = ("pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint", "transformers.modeling_utils")
 
+# The longest first. (Without --no-loadscope-reorder xdist would begin with the files that have the most tests.)
 LONG = (
-    "test_train_gpt.py",
-    "test_optimizers.py",
     "test_checkpoint_kills.py",
-    "test_told.py",
+    "test_world.py",
+    "test_loops.py",
+    "test_watch.py",
     "test_checkpoint_ends.py",
-    "test_simulate.py",
+    "test_exact.py",
+    "test_differentiable.py",
+    "test_train_gpt.py",
+    "test_resume.py",
+    "test_told.py",
+    "test_reference.py",
+    "test_leaves.py",
+    "test_config_train.py",
+    "test_launch_run.py",
+    "test_readme.py",
+    "test_optimizers.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     """Files that take long come first, so that of two workers none waits for the other's last one."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")

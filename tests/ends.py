@@ -1,9 +1,9 @@
 """Scripts that come to their end in every way Python has, as ranks of a world with a store of its own. They are forked
 from one process that has imported everything.
 
-`python ends.py` reads a life as a line of JSON, {"place", "size", "script", "limit"}, runs the script in every rank to the very
-end of its interpreter, and leaves in `<place>/told.json` by rank the exit code, what was printed, the seconds it took,
-and when it ended (since the epoch). A rank without RANK in its environment is a world of one.
+`python ends.py` reads a life as a line of JSON, {"place", "size", "script", "limit"}, runs the script in every rank to
+the very end of its interpreter, and leaves in `<place>/told.json` by rank the exit code, what was printed, the seconds
+it took, and when it ended (since the epoch). A rank without RANK in its environment is a world of one.
 """
 
 from __future__ import annotations
@@ -58,6 +58,12 @@ class Ends:
         """End it."""
         self.process.stdin.close()
         self.process.wait(20)
+
+
+def line(file, *words):
+    """A script that runs a file with these words, as a command line would."""
+    own = f"import runpy, sys; sys.argv = {[str(file), *words]!r}; sys.path.insert(0, {str(file.parent)!r})"
+    return f"{own}; runpy.run_path({str(file)!r}, run_name='__main__')"
 
 
 def main():

@@ -76,7 +76,9 @@ def lives(request, tmp_path_factory):
     """All worlds that are asked for, a few at a time: by name (its folder, what its ranks told)."""
     root, out, running = tmp_path_factory.mktemp("kills"), {}, []
     calls = [item.callspec for item in request.session.items if "lives" in getattr(item, "fixturenames", ())]
-    waiting = sorted((c.params["case"] for c in calls), key=lambda case: case[3].get("quick", True) and "signal" not in case[3])  # first the long
+    waiting = sorted(
+        (c.params["case"] for c in calls), key=lambda case: case[3].get("quick", True) and "signal" not in case[3]
+    )  # first the long
     with nursery() as n:
         while waiting or running:
             while waiting and len(running) < 10:

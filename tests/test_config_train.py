@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ends import line
 
 import funczero as fz
 
@@ -36,7 +35,8 @@ BF16 = {
 }
 
 
-def start(text, name, *flags, config=None):
+def start(ends, text, name, size, *flags, config=None):
+    """A command line of one process, or the same as `size` ranks that somebody else has started."""
     (text / f"{name}.json").write_text(json.dumps(config))
     small = [f"--{k}={v}" for k, v in SIZES.items()] + [
         f"--length={LENGTH}",
@@ -46,17 +46,12 @@ def start(text, name, *flags, config=None):
         "--sample=0",
     ]
     own = [f"--deepspeed_config={text}/{name}.json", f"--nproc={WORLD}", f"--data={text}", f"--out={text}/{name}"]
-    return subprocess.Popen(
-        [sys.executable, EXPERIMENTS / "train_gpt.py", *small, *own, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    ends.start(text / f"life {name}", line(EXPERIMENTS / "train_gpt.py", *small, *own, *flags), size, limit=120.0)
 
 
-def losses(text, name, run):
-    out, err = run.communicate(timeout=120)
-    assert run.returncode == 0, err
+def losses(ends, text, name):
+    for rank in ends.told(text / f"life {name}", limit=120.0):
+        assert rank["code"] == 0, rank
     return [r for r in map(json.loads, (text / name / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
 
 
@@ -107,14 +102,15 @@ def warmup_decay(u, peak=1e-2, n=4, total=14):
     return peak * (math.log(i + 1) / math.log(n) if i < n else max(0.0, (total - i) / (total - n)))
 
 
-def test_both_configs_train_to_plain_torchs_losses(text, gpt):
-    runs = {name: start(text, name, config=config) for name, config in (("page", PAGE), ("bf16", BF16))}
+def test_both_configs_train_to_plain_torchs_losses(ends, text, gpt):
+    for name, config in (("page", PAGE), ("bf16", BF16)):
+        start(ends, text, name, WORLD, config=config)
     want = {
         "page": plain(gpt, text, 8, WORLD, torch.float16, 1.0, lambda u: 0.00015, scale=65536.0, weight_decay=0.0),
         "bf16": plain(gpt, text, 16, 4 * WORLD, torch.bfloat16, 0.5, warmup_decay, betas=(0.9, 0.95), weight_decay=0.1),
     }
-    for name, run in runs.items():
-        got = losses(text, name, run)
+    for name in want:
+        got = losses(ends, text, name)
         assert [r["ok"] for r in got] == [ok for *_, ok in want[name]] and sum(r["ok"] for r in got) > STEPS // 2
         assert [r["lr"] for r in got] == pytest.approx([lr for _, lr, _ in want[name]], rel=1e-12)
         assert [r["loss"] for r in got] == pytest.approx([loss for loss, *_ in want[name]], rel=2e-6)
@@ -128,12 +124,13 @@ def test_both_configs_train_to_plain_torchs_losses(text, gpt):
     assert got[-1]["loss"] < 0.8 * got[0]["loss"]
 
 
-def test_a_config_and_flags_that_say_it_twice_end_with_one_sentence(text):
-    twice = start(text, "twice", "--stage=2", config=PAGE)
-    broken = start(text, "broken", config={**PAGE, "gradient_cliping": 0.5})
-    for run, said in (
-        (twice, "train_gpt: --stage=2 and --deepspeed_config="),
-        (broken, "train_gpt: broken.json:1: gradient_cliping: there is no such key; write 'gradient_clipping'\n"),
+def test_a_config_and_flags_that_say_it_twice_end_with_one_sentence(ends, text):
+    start(ends, text, "twice", 1, "--stage=2", config=PAGE)
+    start(ends, text, "broken", 1, config={**PAGE, "gradient_cliping": 0.5})
+    for name, said in (
+        ("twice", "train_gpt: --stage=2 and --deepspeed_config="),
+        ("broken", "train_gpt: broken.json:1: gradient_cliping: there is no such key; write 'gradient_clipping'\n"),
     ):
-        out, err = run.communicate(timeout=90)
-        assert run.returncode == 2 and not out and err.startswith(said) and err.count("\n") == 1
+        (told,) = ends.told(text / f"life {name}")
+        assert told["code"] == 2 and not told["out"], told
+        assert told["err"].startswith(said) and told["err"].count("\n") == 1

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
+from cover import EACH
+from cover import params as covered
 from layouts import cut
 from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -153,23 +157,24 @@ def compared(name, stage, mesh, axes, units):
     return errors
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
-@pytest.mark.parametrize("name", CHAINS)
-@pytest.mark.parametrize("units", [(), ("blocks",)], ids=["whole", "units"])
-def test_meta_gradients_are_the_unsharded_ones(run_world, name, stage, units):
-    for errors in run_world(2, compared, name, stage, {"data": 2}, ("data",), units, timeout=300.0):
+FORMS = {"whole": (), "units": ("blocks",)}
+
+
+@pytest.mark.parametrize(("form", "name", "stage"), covered(product(FORMS, CHAINS, range(4))))
+def test_meta_gradients_are_the_unsharded_ones(run_world, name, stage, form):
+    for errors in run_world(2, compared, name, stage, {"data": 2}, ("data",), FORMS[form], timeout=300.0):
         bits = errors.pop("bits")
         assert all(e < TOLERANCE for e in errors.values()), errors
-        assert units or not bits
+        assert form == "units" or not bits
 
 
-@pytest.mark.parametrize("units", [(), ("blocks",)], ids=["whole", "units"])
-def test_meta_gradients_with_hpz(run_world, units):
+@pytest.mark.parametrize("form", [pytest.param("whole", marks=pytest.mark.slow), "units"])
+def test_meta_gradients_with_hpz(run_world, form):
     mesh = {"node": 2, "local": 2}
-    for errors in run_world(4, compared, "adamw", "hpz", mesh, ("node", "local"), units, timeout=300.0):
+    for errors in run_world(4, compared, "adamw", "hpz", mesh, ("node", "local"), FORMS[form], timeout=300.0):
         bits = errors.pop("bits")
         assert all(e < TOLERANCE for e in errors.values()), errors
-        assert units or not bits
+        assert form == "units" or not bits
 
 
 # --- every optimizer and transform ------------------------------------------------------------------------------------
@@ -265,9 +270,11 @@ def inner(a, b, step, stage):
     return (total(own, "data", step.live_mesh) + sum(t for cut, t in terms if not cut)).item()
 
 
+@EACH
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_every_optimizer_and_transform(run_world, stage):
-    for name in SOURCES:
+def test_every_optimizer_and_transform(run_world, stage, whole):
+    """Each at one stage, or with `whole` at all three."""
+    for name in list(SOURCES) if whole else list(SOURCES)[[0, 1, 3].index(stage) :: 3]:
         for by_jvp, by_vjp, by_differences, bits in run_world(2, directional, name, stage, {"data": 2}):
             assert bits, name
             assert by_jvp == pytest.approx(by_vjp, rel=1e-9), name

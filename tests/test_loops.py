@@ -72,7 +72,7 @@ COMBINATIONS = [(s, w) for s in range(4) for w in (1, 2)]
     ("loops", "stage", "world"),
     [
         (ALL[:1], 3, 2),
-        (ALL[1:2], 2, 2),
+        pytest.param(ALL[1:2], 2, 2, marks=pytest.mark.slow),
         *(pytest.param(ALL, *at, marks=pytest.mark.slow) for at in COMBINATIONS),
     ],
 )

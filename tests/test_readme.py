@@ -20,13 +20,15 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_example_runs_alone_and_under_torchrun(tmp_path):
+def test_example_runs_alone_and_under_torchrun(ends, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     first, stages, exact, function, wires, checkpoints = blocks[:6]
     script = tmp_path / "example.py"  # in which the four stages build, too
     script.write_text(first + checkpoints + function + "\nlr = 3e-4\n" + stages + exact + wires)
     (tmp_path / "both").mkdir()
-    alone = run(sys.executable, str(script), cwd=tmp_path)
+    (one,) = ends.run(tmp_path / "one", f"import os; os.chdir({str(tmp_path)!r})\n" + script.read_text(), limit=120.0)
+    assert one["code"] == 0, one
+    alone = one["out"]
     both = run(
         sys.executable,
         "-m",

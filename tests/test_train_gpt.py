@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ends import line
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 SMALL = ["--layers=2", "--width=32", "--heads=2", "--length=16", "--batch=8", "--warmup=2", "--eval_batches=2"]
@@ -31,9 +32,10 @@ def finish(process):
     return process.returncode, out, err
 
 
-def test_stages_train_alike_and_report(text):
-    runs = {
-        stage: start(
+def test_stages_train_alike_and_report(ends, text):
+    """From one command at stage 3; at stage 0 as ranks that somebody else has started."""
+    flags = {
+        stage: (
             f"--stage={stage}",
             "--steps=8",
             "--eval_every=4",
@@ -43,9 +45,11 @@ def test_stages_train_alike_and_report(text):
         )
         for stage in (0, 3)
     }
-    losses, sent = {}, {}
-    for stage, run in runs.items():
-        status, out, err = finish(run)
+    run = start(*flags[3])
+    ranks = ends.run(text / "ranks", line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[0]), 2)
+    assert [rank["code"] for rank in ranks] == [0, 0], ranks
+    ended, losses, sent = {0: (0, ranks[0]["out"], ranks[0]["err"]), 3: finish(run)}, {}, {}
+    for stage, (status, out, err) in ended.items():
         assert status == 0, err
         records = [json.loads(line) for line in (text / f"out{stage}" / "metrics.jsonl").read_text().splitlines()]
         updates, held_out = ([r for r in records if name in r] for name in ("loss", "held_out_bits_per_byte"))
@@ -61,7 +65,7 @@ def test_stages_train_alike_and_report(text):
     assert sent[3] > sent[0] > 0
 
 
-def test_a_wrong_command_line_ends_with_one_sentence(tmp_path):
+def test_a_wrong_command_line_ends_with_one_sentence(ends, tmp_path):
     wrong = {
         f"--data={tmp_path}/missing": f"train_gpt: data: there is no file or folder '{tmp_path}/missing'; give",
         "--batch=9": (
@@ -69,9 +73,11 @@ def test_a_wrong_command_line_ends_with_one_sentence(tmp_path):
             " --batch=10"
         ),
     }
-    for run, sentence in [(start(flag, f"--out={tmp_path}/out"), sentence) for flag, sentence in wrong.items()]:
-        status, out, err = finish(run)
-        assert status == 2 and not out and err.startswith(sentence) and err.count("\n") == 1
+    for flag, sentence in wrong.items():
+        script = line(EXPERIMENTS / "train_gpt.py", *SMALL, flag, f"--out={tmp_path}/out")
+        (told,) = ends.run(tmp_path / flag.split("=")[0], script)
+        assert told["code"] == 2 and not told["out"], told
+        assert told["err"].startswith(sentence) and told["err"].count("\n") == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,3 +44,22 @@ def room(size: int) -> Tensor:
     memory = torch.from_numpy(np.empty(size + 64, np.uint8))
     start = -memory.data_ptr() % 64
     return memory[start : start + size]
+
+
+def give_back() -> None:
+    """What malloc holds without using it goes back to the system, where glibc is.
+
+    The threads of a save, ours and those of the libraries that write, free into arenas that keep what they got, and the
+    next save may meet other arenas: a run that saves often would grow by that.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None

@@ -18,7 +18,7 @@ from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.folder import Keep
 from funczero.checkpoint.layout import Deal
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.memory import torch_dtype
+from funczero.checkpoint.memory import give_back, torch_dtype
 from funczero.checkpoint.names import Names, listed
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.staging import Held
@@ -91,7 +91,10 @@ class Save(Work):
 
     def work(self) -> None:
         """Write; on rank 0 also commit."""
-        (_lead if self.peers.rank == 0 else _follow)(self.job, self.peers.aside())
+        try:
+            (_lead if self.peers.rank == 0 else _follow)(self.job, self.peers.aside())
+        finally:
+            give_back()
 
 
 def _lead(job: Job, peers: Peers) -> None:

@@ -1,8 +1,8 @@
 """A generator of its own for each thread that stands for a rank: torch has one for all threads.
 
 An op that draws finds the rank's state in torch's generator. Only such ops are met: they have a kernel of ours under a
-dispatch key that the threads of ranks alone look at, and at which every other op passes on in C++. (A dispatch mode would
-meet every op, in python, which makes a small step four times as long.)
+dispatch key that the threads of ranks alone look at, and at which every other op passes on in C++. (A dispatch mode
+would meet every op, in python, which makes a small step four times as long.)
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-# Of torch.export, which includes it in its own threads' keys while it traces. It comes before all others, and torch has a
-# fallback for it that passes on.
+# Of torch.export, which includes it in its own thread's keys while it traces. It comes before all others, and torch
+# has a fallback for it that passes on.
 KEY = "PreDispatch"
 NAME = "funczero own generator"  # of what torch hands on to autograd's threads with the thread's other state
 
@@ -105,7 +105,7 @@ class _Kernels:
     def _add(self, space: str, name: str, overload: str) -> None:
         op = getattr(getattr(getattr(torch.ops, space), name), overload)
         if space not in self._libraries:
-            self._libraries[space] = torch.library.Library(space, "IMPL", KEY) 
+            self._libraries[space] = torch.library.Library(space, "IMPL", KEY)
         self._libraries[space].impl(op, lambda *args, **kwargs: _met(op, args, kwargs))
 
 

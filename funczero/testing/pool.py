@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from funczero.testing.worker import Reply, join_world, serve
+from funczero.world import rendezvous
 
 # imported once, by the server that workers are forked from
 PRELOAD = ("torch.distributed.device_mesh", "funczero.testing.pool")
@@ -53,6 +54,7 @@ class WorkerPool:
         self.size, self.runs, self.grace, self._preload = size, runs, grace, tuple(preload)
         self._workers: list[_Worker] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._store: Any = None
         self._left = 0
 
     def __enter__(self) -> WorkerPool:
@@ -95,14 +97,19 @@ class WorkerPool:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+        self._store = None
 
     def _start(self) -> None:
-        """Fork the workers from a server that has imported torch and has no threads; rendezvous over a file, which
-        needs no free port.
+        """Fork the workers from a server that has imported torch and has no threads. The world's store is this
+        process's: torch's store in a file stands still for everybody, whatever the timeout, once a rank was killed amid
+        a record.
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOAD, *self._preload])
         self._folder = tempfile.TemporaryDirectory(prefix="funczero-world-")
+        listener = rendezvous.listen("127.0.0.1", 0, alone=True)
+        port = listener.port
+        self._store = rendezvous.serve(listener, "127.0.0.1", port)
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs,), name=f"rank{rank}of{self.size}", daemon=True)
@@ -111,7 +118,7 @@ class WorkerPool:
             self._workers.append(_Worker(process, ours))
         self._left = self.runs
         self._exchange(
-            [_dump(join_world, (rank, self.size, self._folder.name)) for rank in range(self.size)],
+            [_dump(join_world, (rank, self.size, self._folder.name, port)) for rank in range(self.size)],
             START,
             "starting the workers",
         )

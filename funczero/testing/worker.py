@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from funczero.world import rendezvous
+
 GROUP_TIMEOUT = timedelta(minutes=30)  # of collectives; a run's own timeout is meant to come first
 
 
@@ -72,17 +74,18 @@ def _portable(error: BaseException) -> BaseException:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def join_world(rank: int, size: int, folder: str) -> None:
-    """Become rank `rank`: environment, one thread, stack dumps on SIGUSR1, and the gloo world over the loopback
-    device.
+def join_world(rank: int, size: int, folder: str, port: int) -> None:
+    """Become rank `rank`: environment, one thread, stack dumps on SIGUSR1, and the gloo world over the loopback device,
+    whose store is the pool's, at a port of this machine.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1"
-    )
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1",
+        TORCHELASTIC_USE_AGENT_STORE="True",  # as torchrun says it: no rank takes the store along
+    )  # fmt: skip
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, file=os.open(Path(folder, f"stack{rank}"), os.O_CREAT | os.O_WRONLY))
-    store = dist.FileStore(str(Path(folder, "store")), size)
+    store = rendezvous.visit("127.0.0.1", port)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT)

@@ -79,8 +79,8 @@ MODELS = {
 
 
 def measured(model, units, policy, names=None):
-    """By chain, or of some: bytes sent in one update by (axis, verb, dtype); elements of parameters and moments at rest, whole, and
-    by the closed form.
+    """By chain, or of some: bytes sent in one update by (axis, verb, dtype); elements of parameters and moments at rest,
+    whole, and by the closed form.
     """
     make, loss_fn, batch, opens = MODELS[model]
     g, out = fz.value_and_grad(loss_fn, batch=P(tuple(MESH)), units=units), {}
@@ -137,7 +137,8 @@ TABLE_OF_RUNS = product(MODELS, [(), ("blocks",)], ["float32", "compute=bfloat16
 
 
 @pytest.mark.parametrize(
-    ("model", "units", "policy"), params(TABLE_OF_RUNS, ids=lambda row: f"{row[0]}-{'blocks' if row[1] else 'whole'}-{row[2]}")
+    ("model", "units", "policy"),
+    params(TABLE_OF_RUNS, ids=lambda row: f"{row[0]}-{'blocks' if row[1] else 'whole'}-{row[2]}"),
 )
 def test_bytes_are_the_closed_form(run_world, model, units, policy):
     for by_chain in run_world(4, measured, model, units, policy):

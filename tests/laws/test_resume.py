@@ -42,8 +42,8 @@ def restored(directory, chain, size, policy=None):
 
 
 def readers(size, whole):
-    """(world, chain) to read what `size` ranks wrote: one of each world; of two ranks, every stage of two, too. `whole`:
-    every stage of all worlds.
+    """(world, chain) to read what `size` ranks wrote: one of each world; what two wrote, at every stage of two, too.
+    `whole`: at every stage of all worlds.
     """
     for world, chains in ((1, STAGES), (2, STAGES), (3, STAGES), (4, NESTED)):
         every = size == 2 and (whole or world == 2)
