@@ -1,22 +1,24 @@
-"""What does a train step of ZeRO stages 0-3 cost, in time and in bytes, against plain torch, DDP and FSDP2?
+"""What does a train step of ZeRO cost, in time, CPU time, bytes, memory and start-up, against plain torch, DDP, FSDP2,
+DeepSpeed and JAX?
 
 Run:
-    python experiments/bench_step.py                                 # all sizes, all contenders
-    python experiments/bench_step.py --sizes=tiny --rounds=5 --contenders=ddp,fsdp,stage3 --clip=1.0
-    python experiments/bench_step.py --sizes=tiny --profile=stage3   # where its time goes (--profiler=torch: operators)
+    python experiments/bench_step.py                         # everything: hours; Markdown and PNG in runs/bench_step
+    python experiments/bench_step.py --sizes=tiny --ranks=2 --policies=fp32 --contenders=ddp,fsdp,stage3 --clip=1.0
+    python experiments/bench_step.py --sizes=tiny --profile=stage3  # where its time goes (--profiler=torch: operators)
 
-How: two gloo processes of one thread hold every contender of a size. A round visits each for a few steps (the first not
-counted), so noise hits all alike and ratios to DDP are taken within a round. `plain` runs on rank 0 alone with two
-threads, `plain-1t` with one. All have the same parameters, batches and function: first losses must agree to float32
-rounding. funczero returns the global loss, weight and norm, the peers a local loss. `sent` is what a rank wrote
-(/proc/self/io: gloo's sockets) and `counted` what `fz.count_bytes` says, in bytes a parameter; `cpu` is the sum of both
-ranks.
+How: contenders (bench_contenders.py says which) run in heats: gloo processes of one thread hold DDP and a few others. A
+round visits each for a few steps, the first not counted, in a new order, so noise hits all alike and ratios to DDP are
+taken within a round. All have the same parameters, batches and function: losses must agree to float32 rounding (bf16:
+3e-2). funczero returns the global loss, weight and norm, the peers a local loss. `sent` is what a rank wrote
+(/proc/self/io: gloo's sockets) and `counted` what `fz.count_bytes` says, in bytes a parameter; `cpu` is the sum of all
+ranks. Then each lives in processes of its own (bench_lives.py): `start` is the time from the start of its interpreter
+to the end of its first step, `over` the peak of a process's memory over what it has after its imports.
 
 Expect:
-    tiny: below FSDP2 at every stage, within a small factor of DDP. small, medium: stages 0-2 within 5 % of DDP, stage 3
-    below FSDP2.
-    Bytes a parameter and step on 2 ranks in float32: stages 0-2: 4; stage 3: 6 (two gathers and a scatter of half of
-    all); FSDP2: 8.
+    ZeRO-1 and 2 at most 0.97 of DDP, ZeRO-3 0.99, in fp32 at 3.5 and 26 M; 1.00 of DDP's autocast in bf16; the engine
+    within 5 % of the pure step. Peak memory of ZeRO-3 at 26 M at most 0.75 of DDP's.
+    Bytes a parameter and step on 2 ranks in float32: stages 0-2: 4; stage 3: at most 6 (two gathers and a scatter of
+    half of all); FSDP2: 8.
 
 Found (two shared cores; median ms a step, ratio to DDP within a round and its spread over rounds; first losses within
 1e-6):
@@ -37,93 +39,59 @@ Found (two shared cores; median ms a step, ratio to DDP within a round and its s
 from __future__ import annotations
 
 import cProfile
-import functools
+import json
 import os
 import pstats
+import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import bench_report
 import torch
 import torch.distributed as dist
 from absl import app, flags
-from bench_models import ADAMW, SIZES, Batch, Size, TrainStep, block, init_params, parameters, peer, summed_loss
+from bench_contenders import LOCAL, NAMES, Contender, absent, make
+from bench_lives import lives
+from bench_models import SIZES, Batch, Size, parameters
+from bench_report import Row
 
-PEERS, STAGES = ["plain", "plain-1t", "ddp", "ddp-view", "fsdp", "fsdp-keep"], ["stage0", "stage1", "stage2", "stage3"]
-THREADS = {"plain": "1 x 2", "plain-1t": "1 x 1"}  # processes x threads; all others: 2 x 1
-flags.DEFINE_list("sizes", list(SIZES), "Which of tiny, small, medium.")
-flags.DEFINE_list("contenders", PEERS + STAGES, "Whom to run; ratios need ddp.")
+flags.DEFINE_list("sizes", list(SIZES), f"Which of {', '.join(SIZES)}.")
+flags.DEFINE_list("ranks", ["2", "4"], "Numbers of processes.")
+flags.DEFINE_list(
+    "policies", ["fp32", "bf16"], "bf16: computes in bfloat16 (autocast for plain and DDP), sums in float32."
+)
+flags.DEFINE_list("contenders", NAMES, "Whom to run; DDP always runs, because ratios need it.")
+flags.DEFINE_integer("heat", 6, "Contenders that share processes, DDP among them.", lower_bound=2)
 flags.DEFINE_integer("rounds", 0, "Visits of every contender (0: the size's own number).")
 flags.DEFINE_integer("steps", 0, "Counted steps of a visit (0: the size's own number).")
+flags.DEFINE_integer("lives", 1, "Lives of every contender in processes of its own (0: neither memory nor start-up).")
 flags.DEFINE_float("clip", 0.0, "Global gradient norm to clip to (0: no clipping).")
-flags.DEFINE_enum(
-    "policy",
-    "fp32",
-    ["fp32", "bf16"],
-    "bf16: computes in bfloat16 (autocast for plain and DDP), sums and updates in float32.",
-)
-flags.DEFINE_enum("profile", None, PEERS + STAGES, "Profile this contender on rank 0 instead of measuring.")
+flags.DEFINE_string("out", "runs/bench_step", "Folder of found.json, bench_step.md and bench_step.png.")
+flags.DEFINE_enum("profile", None, NAMES, "Profile this contender on rank 0 instead of measuring.")
 flags.DEFINE_enum("profiler", "python", ["python", "torch"], "What `profile` runs: cProfile or torch.profiler.")
 
 
-class Contender(NamedTuple):
-    """A train step, how it takes its rows out of the global batch, and (funczero) a counter of the bytes that one step
-    sends.
-    """
+class Visit(NamedTuple):
+    """A rank's few steps of one contender: milliseconds and bytes a step, and the last step's global loss."""
 
-    step: TrainStep
-    deal: Callable[[Batch], Batch]
-    counted: Callable[[Batch], int] | None = None
-
-
-Visit = NamedTuple(
-    "Visit", [(field, float) for field in ("wall", "cpu", "sent", "loss")]
-)  # a rank's ms, ms, bytes a step; the last step's global loss
+    wall: float = 0.0
+    cpu: float = 0.0
+    sent: float = 0.0
+    loss: float = 0.0
 
 
-def zero_contender(stage: int, tree: dict, s: Size, clip: float, bf16: bool) -> Contender:
-    """funczero's donated step at one stage over the default group."""
-    import funczero as fz
-
-    def loss_fn(params: dict, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        run = functools.partial(fz.layers, functools.partial(block, heads=s.heads), params["blocks"])
-        return summed_loss(params, run, batch), torch.tensor(float(batch["y"].numel()))
-
-    grad = fz.value_and_grad(loss_fn, batch=fz.P("data"), units=("blocks",))
-    adamw = fz.adamw(
-        ADAMW["lr"], b1=ADAMW["betas"][0], b2=ADAMW["betas"][1], eps=ADAMW["eps"], weight_decay=ADAMW["weight_decay"]
-    )
-    chain = fz.zero(
-        grad, *([fz.clip_by_global_norm(clip)] if clip else []), adamw, stage=stage, axis="data", accumulate=1
-    )
-    policy = f"params=float32,compute={'bfloat16' if bf16 else 'float32'},accumulate=float32"
-    update = fz.donate(fz.train_step(*chain, mesh={"data": 2}, policy=policy, check=0))
-    state = update.init(tree)
-
-    def step(batch: Batch) -> torch.Tensor:
-        nonlocal state
-        state, metrics = update(state, batch)
-        return metrics.loss
-
-    def counted(batch: Batch) -> int:
-        with fz.count_bytes(update) as sent:
-            step(batch)
-        return sum(sent.values())
-
-    return Contender(step, update.local_rows, counted)
+def fitted(s: Size, ranks: int) -> Size:
+    """A size with rows for every rank."""
+    return s._replace(B=max(s.B, ranks))
 
 
-def make(name: str, s: Size, clip: float, bf16: bool) -> Contender | None:
-    """The contender of that name; None on the rank that plain torch leaves idle."""
-    tree, rank = init_params(s), dist.get_rank()
-    if name.startswith("stage"):
-        return zero_contender(int(name[-1]), tree, s, clip, bf16)
-    if name.startswith("plain"):
-        return Contender(peer(name, tree, s, clip, bf16), lambda batch: batch) if rank == 0 else None
-    half = slice(rank * s.B // 2, (rank + 1) * s.B // 2)
-    return Contender(peer(name, tree, s, clip, bf16), lambda batch: {k: v[half] for k, v in batch.items()})
+def batches_of(s: Size) -> list[Batch]:
+    """Eight global batches."""
+    tokens = torch.randint(0, s.vocab, (8, s.B, s.T + 1), generator=torch.Generator().manual_seed(1))
+    return [{"x": t[:, :-1].contiguous(), "y": t[:, 1:].contiguous()} for t in tokens]
 
 
 def bytes_written() -> int:
@@ -133,21 +101,21 @@ def bytes_written() -> int:
 
 
 def global_loss(name: str, loss: torch.Tensor) -> float:
-    """The loss of the global batch: torch's data-parallel steps know only their rows'."""
-    if name.startswith(("ddp", "fsdp")):
-        dist.all_reduce(loss := loss / 2)
+    """The loss of the global batch: the peers' data-parallel steps know only their rows'."""
+    if name.startswith(LOCAL):
+        dist.all_reduce(loss := loss / dist.get_world_size())
     return loss.item()
 
 
 def visit(name: str, c: Contender | None, batches: list[Batch], first: int, steps: int) -> Visit:
-    """One step that does not count, then `steps` that do; the other rank idles in a barrier if it has no part."""
+    """One step that does not count, then `steps` that do; the others idle in a barrier if they have no part."""
     dist.barrier()
     if c is None:
-        return Visit(0.0, 0.0, 0.0, 0.0)
-    torch.set_num_threads(2 if name == "plain" else 1)
+        return Visit()
+    torch.set_num_threads(dist.get_world_size() if name == "plain" else 1)
     rows = [c.deal(batches[(first + i) % len(batches)]) for i in range(steps + 1)]
     c.step(rows[0])
-    if not name.startswith("plain"):
+    if c.deal(batches[0])["x"].shape != batches[0]["x"].shape:  # it has its own rows alone, so the others run, too
         dist.barrier()
     sent, cpu, wall = bytes_written(), time.process_time(), time.perf_counter()
     for batch in rows[1:]:
@@ -157,8 +125,10 @@ def visit(name: str, c: Contender | None, batches: list[Batch], first: int, step
     return Visit(wall * 1e3 / steps, cpu * 1e3 / steps, sent / steps, global_loss(name, loss))
 
 
-def profile(c: Contender, batches: list[Batch], steps: int, profiler: str) -> None:
-    """Both ranks run; rank 0 prints where its time went."""
+def profile(c: Contender | None, batches: list[Batch], steps: int, profiler: str) -> None:
+    """All ranks run; rank 0 prints where its time went."""
+    if c is None:
+        return
     with torch.profiler.profile() if profiler == "torch" else cProfile.Profile() as p:
         for i in range(steps):
             c.step(c.deal(batches[i % len(batches)]))
@@ -169,66 +139,94 @@ def profile(c: Contender, batches: list[Batch], steps: int, profiler: str) -> No
             pstats.Stats(p).strip_dirs().sort_stats(key).print_stats(40)
 
 
-def row(name: str, costs: torch.Tensor, ddp: torch.Tensor, counted: float, count: int) -> str:
-    """One line of the table; costs, ddp: [rank, round, field of Visit]. wall is the slower rank's, cpu the ranks' sum,
-    sent the larger.
+class Heat(NamedTuple):
+    """Contenders that share processes."""
+
+    size: str
+    ranks: int
+    policy: str
+    names: list[str]
+
+
+def measure(heat: Heat, o: dict[str, Any]) -> dict[str, Any]:
+    """Build every contender of a heat, visit them in rounds, check that the losses agree. On rank 0: what they cost by
+    [round][contender][rank], and the bytes that funczero counts.
     """
-    (ms, over), (cpu, over_cpu) = (
-        (f(costs), f(costs) / f(ddp)) for f in (lambda c: c[..., 0].amax(0), lambda c: c[..., 1].sum(0))
-    )
-    low, middle, high = ms.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ms.dtype))
-    sent = costs[..., 2].amax(0).median()
-    return (
-        f"{name:10} {THREADS.get(name, '2 x 1'):>7} {middle:10.2f} {ms.min():8.2f} {(high - low) / middle:6.0%}"
-        f" {over.quantile(0.5):6.2f} ({over.min():.2f}-{over.max():.2f}) {cpu.quantile(0.5):9.2f}"
-        f" {over_cpu.quantile(0.5):6.2f} {sent / 2**20:9.3f} {sent / count:7.2f} {counted / count:7.2f}"
-    )
-
-
-def measure(size: str, o: dict) -> None:
-    """Build every contender of a size, visit in rounds, print the table, check that the losses agree."""
-    s, names, bf16 = SIZES[size], [o["profile"]] if o["profile"] else o["contenders"], o["policy"] == "bf16"
-    tokens = torch.randint(0, s.vocab, (8, s.B, s.T + 1), generator=torch.Generator().manual_seed(1))
-    batches = [{"x": t[:, :-1].contiguous(), "y": t[:, 1:].contiguous()} for t in tokens]
-    contenders = {n: make(n, s, o["clip"], bf16) for n in names}
+    s, bf16 = fitted(SIZES[heat.size], heat.ranks), heat.policy == "bf16"
+    batches, steps, rounds = batches_of(s), o["steps"] or s.steps, o["rounds"] or s.rounds
+    contenders = {n: make(n, s, o["clip"], bf16) for n in heat.names}
     first = {n: global_loss(n, c.step(c.deal(batches[0]))) if c else 0.0 for n, c in contenders.items()}
     if o["profile"]:
-        return profile(contenders[names[0]], batches, o["steps"] or 4 * s.steps, o["profiler"])
-    steps, rounds = o["steps"] or s.steps, o["rounds"] or s.rounds
-    mine = [[visit(n, c, batches, 1 + r * (steps + 1), steps) for n, c in contenders.items()] for r in range(rounds)]
+        return profile(contenders[o["profile"]], batches, o["steps"] or 4 * s.steps, o["profiler"]) or {}
+    mine: list[dict[str, Visit]] = []
+    for r in range(rounds):
+        order = random.Random(r).sample(heat.names, len(heat.names))
+        mine.append({n: visit(n, contenders[n], batches, 1 + r * (steps + 1), steps) for n in order})
     counted = {n: c.counted(c.deal(batches[0])) for n, c in contenders.items() if c and c.counted}
-    dist.all_gather_object(both := [None, None], mine)
-    if dist.get_rank():
-        return
-    costs, count = dict(
-        zip(names, torch.tensor(both, dtype=torch.float64).permute(2, 0, 1, 3), strict=True)
-    ), parameters(s)
-    head = f"{'':10} threads  median ms   min ms spread   /ddp (min-max)     cpu ms   /ddp  sent MiB B/param counted"
-    print(f"\n{size}: {count:,} parameters, {steps} steps x {rounds} rounds\n{head}")
-    for n in names:
-        print(row(n, costs[n], costs.get("ddp", costs[n] * torch.nan), counted.get(n, torch.nan), count), flush=True)
-    apart = max((costs[n][0, :, 3] - costs[names[0]][0, :, 3]).abs().max().item() for n in names)
-    print("first losses:", *(f"{n} {v:.6f}" for n, v in first.items()), f"| furthest apart later: {apart:.1e}")
-    assert max(first.values()) - min(first.values()) < (
-        3e-2 if bf16 else 2e-6
-    ), "the contenders do not compute the same"
+    dist.all_gather_object(every := [None] * heat.ranks, mine)
+    visits = [{n: [rank[r][n] for rank in every] for n in heat.names} for r in range(rounds)]
+    apart = max(max(abs(v[n][0].loss - v["ddp"][0].loss) for n in heat.names) for v in visits)
+    if dist.get_rank() == 0 and max(first.values()) - min(first.values()) > (3e-2 if bf16 else 2e-6):
+        raise AssertionError(f"the contenders do not compute the same: first losses {first}")
+    return {"visits": visits, "counted": counted, "first": first, "apart": apart, "steps": steps}
 
 
-def worker(rank: int, rendezvous: str, o: dict) -> None:
-    """One of the two processes."""
+def worker(rank: int, folder: str, heat: Heat, o: dict[str, Any]) -> None:
+    """One of the processes of a heat."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    for size in o["sizes"]:
-        measure(size, o)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(heat.ranks)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=heat.ranks)
+    found = measure(heat, o)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def main(_: list[str]) -> None:
+def heats(size: str, ranks: int, policy: str, o: dict[str, Any]) -> tuple[list[Heat], dict[str, str]]:
+    """Who runs with whom, and who does not run and why."""
+    names = [o["profile"]] if o["profile"] else list(dict.fromkeys(["ddp", *o["contenders"]]))
+    why = {n: text for n in names if (text := absent(n, ranks))}
+    if o["profile"]:
+        return [Heat(size, ranks, policy, names)] * (not why), why
+    others, room = [n for n in names if n not in why and n != "ddp"], o["heat"] - 1
+    parts = [others[i : i + room] for i in range(0, len(others), room)] or [[]]
+    return [Heat(size, ranks, policy, ["ddp", *part]) for part in parts], why
+
+
+def run(heat: Heat, o: dict[str, Any]) -> list[Row]:
+    """What a heat cost, a row for each."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            worker, (os.path.join(folder, "rendezvous"), flags.FLAGS.flag_values_dict()), nprocs=2
-        )
+        torch.multiprocessing.spawn(worker, (folder, heat, o), nprocs=heat.ranks)
+        found = json.loads(Path(folder, "found.json").read_text())
+    if o["profile"]:
+        return []
+    count = parameters(SIZES[heat.size])
+    rows = []
+    for n in heat.names:
+        costs = [[Visit(*x) for x in v[n]] for v in found["visits"]]
+        base = [[Visit(*x) for x in v["ddp"]] for v in found["visits"]]
+        rows.append(bench_report.row(heat, n, costs, base, found["counted"].get(n), count))
+    print(bench_report.text(rows, found["steps"]), flush=True)
+    print(f"furthest apart from DDP's loss: {found['apart']:.1e}", flush=True)
+    return rows
+
+
+def main(_: list[str]) -> None:
+    o, rows, missing = flags.FLAGS.flag_values_dict(), list[Row](), dict[str, str]()
+    for ranks in map(int, o["ranks"][: 1 if o["profile"] else None]):
+        for policy in o["policies"][: 1 if o["profile"] else None]:
+            for size in o["sizes"]:
+                parts, why = heats(size, ranks, policy, o)
+                missing |= {f"{n} on {ranks} ranks": text for n, text in why.items()}
+                found = [row for heat in parts for row in run(heat, o)]
+                found = bench_report.pooled(found)
+                rows += [lives(row, o) for row in found] if o["lives"] else found
+                if not o["profile"]:
+                    bench_report.write(Path(o["out"]), rows, missing)  # what is there, should the rest be cut off
+    for name, text in missing.items():
+        print(f"not run: {name}: {text}")
 
 
 if __name__ == "__main__":

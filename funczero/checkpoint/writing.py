@@ -106,7 +106,7 @@ class Coded:
     def __init__(self, folder: Path, arrays: dict[str, Array]) -> None:
         self._folder, self._context = folder, context()
         self._arrays = {name: _array(folder, name, a, self._context, create=True) for name, a in arrays.items()}
-        self.created = list(self._arrays.values())
+        self.created: list[Pending] = list(self._arrays.values())
         self._keys: list[tuple[str, str]] = []
 
     def put(self, c: Filled) -> list[Pending]:
@@ -139,7 +139,8 @@ class Straight:
         self._large: dict[str, Any] = {}  # arrays of rows
         self._parts: dict[tuple[str, tuple[int, ...]], tuple[Tensor, int]] = {}  # rows, and how many values they lack
         self._tails: dict[str, dict[str, str]] = {}
-        self.created = [self._store.write(f"{stored(name)}/zarr.json", _description(a)) for name, a in arrays.items()]
+        described = {f"{stored(name)}/zarr.json": _description(a) for name, a in arrays.items()}
+        self.created: list[Pending] = [self._store.write(key, text) for key, text in described.items()]
 
     def put(self, c: Filled) -> list[Pending]:
         """See `Store`."""
@@ -193,7 +194,7 @@ def _files(folder: Path, path: str) -> dict[str, Any]:
     return kv | {part: kv[part] | {"file_io_sync": False} for part in ("base", "manifest")}
 
 
-def _array(folder: Path, name: str, a: Array, shared: Any, codecs: Any = None, **how: bool) -> Any:
+def _array(folder: Path, name: str, a: Array, shared: Any, codecs: Any = None, **how: Any) -> Any:
     """Begin to open an array that is to be written."""
     import tensorstore as ts
 
@@ -223,6 +224,7 @@ def _form(dtype: str) -> dict[str, Any]:
         "metadata": metadata(Array((1,), dtype, (1,))),
     }
     made = ts.open(spec, create=True).result()
+    assert made.kvstore is not None
     return json.loads(made.kvstore.read("zarr.json").result().value)
 
 

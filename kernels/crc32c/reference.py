@@ -48,7 +48,7 @@ def read(file: int, start: int, out: Tensor) -> int:
     """
     view, done = out.numpy(), 0
     while done < len(view):
-        n = os.preadv(file, [view[done:]], start + done)
+        n = os.preadv(file, [memoryview(view[done:])], start + done)
         if not n:
             raise EOFError(f"the file ends {len(view) - done} bytes early")
         done += n
