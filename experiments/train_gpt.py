@@ -105,8 +105,8 @@ def from_flags(run: fz.Run, loss_fn: partial) -> fz.Step:
 
 def from_deepspeed(run: fz.Run, loss_fn: partial) -> fz.Step:
     """The step that --deepspeed_config describes."""
-    said = "stage policy scale_loss accumulate micro_batch sums batch lr warmup weight_decay clip".split()
-    run.instead("deepspeed_config", **dict.fromkeys(said))  # a flag for one of these would say it twice
+    said = ("stage", "policy", "scale_loss", "accumulate", "micro_batch", "sums", "batch", "lr", "warmup")
+    run.instead("deepspeed_config", **dict.fromkeys((*said, "weight_decay", "clip")))  # no flag may say it, too
     chain, config = fz.from_deepspeed(run.deepspeed_config, loss_fn, world=run.world, axis=run.axis, units=("blocks",))
     stage, (rows, _, steps) = config.value("zero_optimization.stage"), config.triad
     run.instead("deepspeed_config", stage=stage, accumulate=steps, batch=rows)

@@ -34,12 +34,11 @@ def rows(run, n):
     return {"x": torch.randn(run.batch, 3, generator=g)}
 
 
-def begin(run, told_at=None, form="batch", evaluates=True):
+def begin(run, told_at=None, form="batch", name="held"):
     """A linear model; rank 0 is told to end while it makes the batch of an update."""
     loss_fn = lambda p, b: ((b["x"] @ p["w"]).square().sum(), torch.tensor(float(len(b["x"]))))
     step = run.train_step(fz.value_and_grad(loss_fn, batch=fz.P(run.axis)), fz.adamw(run.lr))
     held, ask = {"x": torch.ones(8, 3)}, step.eval(loss_fn)
-    heard = []
 
     def batch(n):
         if n == told_at and run.rank == 0:
@@ -47,8 +46,7 @@ def begin(run, told_at=None, form="batch", evaluates=True):
         return rows(run, n)
 
     def evaluate(state):
-        heard.append(int(state.step))
-        return {"held": ask(state, step.local_rows(held)).loss}
+        return {name: ask(state, step.local_rows(held)).loss}
 
     form = {
         "batch": {"batch": batch},
@@ -57,7 +55,6 @@ def begin(run, told_at=None, form="batch", evaluates=True):
     }[form]
     params = {"w": torch.arange(3.0)}
     numbers = lambda m: {"twice": 2 * m.loss.item()}
-    evaluate = evaluate if evaluates else None
     return fz.Experiment(step, params, **form, evaluate=evaluate, numbers=numbers, unit="numbers", per_row=3)
 
 
@@ -192,7 +189,11 @@ def test_batches_that_end_too_soon_and_runs_that_are_over(alone, tmp_path, capsy
     assert "6 updates are made, more than --steps=4" in capsys.readouterr().err
     before = numbers(tmp_path / "run")
     lived(tmp_path / "run", "--save_every=10", "--resume=auto")  # nothing is left to do, and nothing is told twice
-    assert numbers(tmp_path / "run") == before
+    assert numbers(tmp_path / "run") == before and not capsys.readouterr().err
+    lived(tmp_path / "run", "--save_every=10", "--resume=auto", "--seed=1")
+    assert "checkpoint 6 was saved with --seed=0; from here on batches are others" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="^evaluate: 'loss' is the name of an update's own number; write another, as"):
+        lived(tmp_path / "named", name="loss")
 
 
 def test_meshes_are_for_the_processes_there_are(alone, monkeypatch):

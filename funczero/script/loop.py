@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from funczero.script.experiment import Experiment
 
 
+SAME = ("seed", "batch")  # flags that a resumed run should have as the run that saved
+TAKEN = ("step", "loss", "bytes_sent", "lr", "grad_norm", "ok", "scale")  # names of every update's own numbers
+
+
 class Begun(NamedTuple):
     """Where a run begins."""
 
@@ -68,6 +72,10 @@ def begin(run: Run, own: Experiment, saved: Checkpointer, speaks: bool) -> Begun
     elif run.resume != "never":
         found = saved.restore("latest" if run.resume == "auto" else run.resume, like=(own.step, own.params))
         client = found.client_state if isinstance(found.client_state, dict) else {}
+        other = [f"--{name}={client[name]}" for name in SAME if client.get(name, run.said()[name]) != run.said()[name]]
+        if other and speaks:
+            said = f"{found.name} was saved with {' '.join(other)}; from here on batches are others"
+            print(f"{run.script}: checkpoint {said}", file=sys.stderr)
         return Begun(found.state, client.get("evaluated", -1))
     return Begun(own.step.init(own.params, key=run.seed), -1)
 
@@ -95,7 +103,8 @@ def updates(
             best, evaluated = told.evaluated(number, own, state), number
         if notice is not None and (asked or number % run.save_every == 0 or number == run.steps):
             best["loss"] = metrics.loss.item()
-            saved.save(state, number, client_state={"evaluated": evaluated}, metrics=best)
+            beside = {"evaluated": evaluated} | {name: run.said()[name] for name in SAME}
+            saved.save(state, number, client_state=beside, metrics=best)
         if asked and notice is not None:
             saved.close()
             who = notice.name or "a signal to another process"
@@ -137,7 +146,7 @@ class Told:
         """An update has been made."""
         if not self._speaks:
             return
-        rate, own = self._clock.update(), dict(self._own.numbers(m)) if self._own.numbers else {}
+        rate, own = self._clock.update(), _named("numbers", self._own.numbers(m)) if self._own.numbers else {}
         scalars = {name: getattr(m, name).item() for name in ("lr", "grad_norm", "ok", "scale")}
         speed = {f"{self._own.unit}_per_second": rate, "bytes_sent": sent}
         values = {"loss": m.loss.item(), **own, **speed, **scalars}
@@ -147,7 +156,7 @@ class Told:
     def evaluated(self, number: int, own: Experiment, state: TrainState) -> dict[str, float]:
         """An evaluation, on all ranks: its numbers."""
         assert own.evaluate is not None
-        values = {name: number_of(name, x) for name, x in own.evaluate(state).items()}
+        values = _named("evaluate", own.evaluate(state))
         if self._speaks:
             self._write(number, values)
             self.shown.evaluated(number, values)
@@ -171,6 +180,18 @@ class Told:
     def _write(self, number: int, values: Mapping[str, Any]) -> None:
         for writer in self._writers:
             writer.log(number, values)
+
+
+def _named(who: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """A script's numbers, plain, under names of their own.
+
+    Raises:
+      ValueError: one has the name of an update's own number.
+    """
+    odd = next((name for name in values if name in TAKEN), None)
+    if odd is not None:
+        raise ValueError(f"{who}: {odd!r} is the name of an update's own number; write another, as 'held_out_{odd}'")
+    return {name: number_of(name, x) for name, x in values.items()}
 
 
 def _writers(run: Run, own: Experiment, after: int | None) -> list[Writer]:
