@@ -26,6 +26,21 @@ def turns() -> threading.Lock:
     return threading.Lock()
 
 
+class Named:
+    """Inside, `own_generator` is that of an object, in this thread and in autograd's that work for it."""
+
+    def __init__(self, own: Any) -> None:
+        """own: has a `generator`."""
+        self._own = own
+
+    def __enter__(self) -> None:
+        self._before = _current()
+        torch._C._stash_obj_in_tls(NAME, self._own)
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._stash_obj_in_tls(NAME, self._before)
+
+
 class OwnGenerator:
     """Every draw inside comes from a generator of one's own, as a simulated rank wants it.
 
@@ -39,17 +54,17 @@ class OwnGenerator:
     def __init__(self, lock: threading.Lock) -> None:
         """lock: of `turns`, shared by all who draw at the same time; an op that draws waits for nobody."""
         self.lock, self.generator = lock, torch.Generator()
+        self._named = Named(self)
         self._guard: Any = torch._C._IncludeDispatchKeyGuard(getattr(torch._C.DispatchKey, KEY))
 
     def __enter__(self) -> OwnGenerator:
-        self._before = _current()
-        torch._C._stash_obj_in_tls(NAME, self)
+        self._named.__enter__()
         self._guard.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._guard.__exit__(None, None, None)
-        torch._C._stash_obj_in_tls(NAME, self._before)
+        self._named.__exit__()
 
     def drawn(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What an op returns that finds our state in torch's generator."""
@@ -63,10 +78,10 @@ class OwnGenerator:
                 shared.set_state(state)
 
 
-def own_generator() -> torch.Generator | None:
-    """That of the simulated rank that this thread is, if it is one."""
+def own_generator() -> Any:
+    """That of the simulated rank that this thread is, or of a plan; None where it is neither."""
     own = _current()
-    return own.generator if own is not None else None
+    return None if own is None else own.generator
 
 
 class Routed:
@@ -81,13 +96,12 @@ class Routed:
         return getattr(own_generator() or self.shared, name)
 
 
-def _current() -> OwnGenerator | None:
-    found: OwnGenerator | None = torch._C._get_obj_in_tls(NAME) if torch._C._is_key_in_tls(NAME) else None
-    return found
+def _current() -> Any:
+    return torch._C._get_obj_in_tls(NAME) if torch._C._is_key_in_tls(NAME) else None
 
 
 class _Kernels:
-    """Our kernels of all ops that draw; they stay, and nobody meets them outside an OwnGenerator."""
+    """Our kernels of all ops that draw; they stay, and outside an OwnGenerator refuse who meets them."""
 
     def __init__(self) -> None:
         self._lock, self._seen, self._libraries = threading.Lock(), set[str](), dict[str, Any]()
@@ -100,7 +114,8 @@ class _Kernels:
                 qualified, _, overload = name.partition(".")
                 found = torch._C._get_operation_overload(qualified, overload)
                 if found is not None and torch.Tag.nondeterministic_seeded in found[2]:
-                    self._add(*qualified.split("::"), overload or "default")
+                    space, _, own = qualified.partition("::")
+                    self._add(space, own, overload or "default")
 
     def _add(self, space: str, name: str, overload: str) -> None:
         op = getattr(getattr(getattr(torch.ops, space), name), overload)
@@ -115,6 +130,9 @@ def _kernels() -> _Kernels:
 
 
 def _met(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    own, past = _current(), torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))
-    with torch._C._ExcludeDispatchKeyGuard(past):
-        return op(*args, **kwargs) if own is None else own.drawn(op, args, kwargs)
+    own = _current()
+    if own is None:
+        why = "this process has simulated ranks, and what draws is met there where torch.export would record it"
+        raise RuntimeError(f"{op} is traced before dispatch, but {why}; export in a process of its own")
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))):
+        return own.drawn(op, args, kwargs)

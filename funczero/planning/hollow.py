@@ -24,9 +24,10 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from funczero.core import tree
-from funczero.gradients.draws import OwnGenerator
+from funczero.gradients.own_draws import Named
 from funczero.kernels.registry import NAMES, kernel
 
 HOME = "funczero."
@@ -55,12 +56,12 @@ class Still:
         return numpy.empty(0)
 
 
-class Hollow(OwnGenerator):
+class Hollow(TorchDispatchMode):
     """Answers the questions that this package asks of values, and shows every operation to `seen`."""
 
     def __init__(self, seen: Callable[[Any, Any, Any, Any], None], device: torch.device) -> None:
         """seen: (operation, args, kwargs, what it returned)."""
-        super(OwnGenerator, self).__init__()
+        super().__init__()
         self.generator, self.seen, self.device = Still(), seen, device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -169,7 +170,8 @@ def hollow(seen: Callable[[Any, Any, Any, Any], None] = lambda *op: None, device
         for name in NAMES:  # whoever tries a kernel tries it on values
             kernel(name, device)
     fake = nullcontext() if device.type == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, Hollow(seen, device):
+    mode = Hollow(seen, device)
+    with fake, Named(mode), mode:
         try:
             yield
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
