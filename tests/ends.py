@@ -57,7 +57,7 @@ class Ends:
     def close(self):
         """End it."""
         self.process.stdin.close()
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 def line(file, *words):

@@ -51,7 +51,7 @@ class Nursery:
     def close(self):
         """End it."""
         self.process.stdin.close()
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 @contextmanager

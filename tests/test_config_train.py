@@ -35,6 +35,11 @@ BF16 = {
 }
 
 
+def life(text, name):
+    """Where a run is told: not among the texts that it reads."""
+    return text.with_name(f"{text.name} {name}")
+
+
 def start(ends, text, name, size, *flags, config=None):
     """A command line of one process, or the same as `size` ranks that somebody else has started."""
     (text / f"{name}.json").write_text(json.dumps(config))
@@ -46,11 +51,11 @@ def start(ends, text, name, size, *flags, config=None):
         "--sample=0",
     ]
     own = [f"--deepspeed_config={text}/{name}.json", f"--nproc={WORLD}", f"--data={text}", f"--out={text}/{name}"]
-    ends.start(text / f"life {name}", line(EXPERIMENTS / "train_gpt.py", *small, *own, *flags), size, limit=120.0)
+    ends.start(life(text, name), line(EXPERIMENTS / "train_gpt.py", *small, *own, *flags), size, limit=120.0)
 
 
 def losses(ends, text, name):
-    for rank in ends.told(text / f"life {name}", limit=120.0):
+    for rank in ends.told(life(text, name), limit=120.0):
         assert rank["code"] == 0, rank
     return [r for r in map(json.loads, (text / name / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
 
@@ -131,6 +136,6 @@ def test_a_config_and_flags_that_say_it_twice_end_with_one_sentence(ends, text):
         ("twice", "train_gpt: --stage=2 and --deepspeed_config="),
         ("broken", "train_gpt: broken.json:1: gradient_cliping: there is no such key; write 'gradient_clipping'\n"),
     ):
-        (told,) = ends.told(text / f"life {name}")
+        (told,) = ends.told(life(text, name))
         assert told["code"] == 2 and not told["out"], told
         assert told["err"].startswith(said) and told["err"].count("\n") == 1

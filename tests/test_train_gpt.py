@@ -32,7 +32,7 @@ def finish(process):
     return process.returncode, out, err
 
 
-def test_stages_train_alike_and_report(ends, text):
+def test_stages_train_alike_and_report(ends, text, tmp_path_factory):
     """From one command at stage 3; at stage 0 as ranks that somebody else has started."""
     flags = {
         stage: (
@@ -46,7 +46,8 @@ def test_stages_train_alike_and_report(ends, text):
         for stage in (0, 3)
     }
     run = start(*flags[3])
-    ranks = ends.run(text / "ranks", line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[0]), 2)
+    place = tmp_path_factory.mktemp("ranks")  # not among the texts that they read
+    ranks = ends.run(place, line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[0]), 2, limit=120.0)
     assert [rank["code"] for rank in ranks] == [0, 0], ranks
     ended, losses, sent = {0: (0, ranks[0]["out"], ranks[0]["err"]), 3: finish(run)}, {}, {}
     for stage, (status, out, err) in ended.items():

@@ -79,7 +79,7 @@ MODELS = {
 
 
 def measured(model, units, policy, names=None):
-    """By chain, or of some: bytes sent in one update by (axis, verb, dtype); elements of parameters and moments at rest,
+    """By chain, or of some: bytes sent in an update by (axis, verb, dtype); elements of parameters and moments at rest,
     whole, and by the closed form.
     """
     make, loss_fn, batch, opens = MODELS[model]
