@@ -23,7 +23,8 @@ def modules(monkeypatch):
 
 
 def bench(folder, *flags):
-    words = [sys.executable, EXPERIMENTS / "bench_step.py", "--sizes=tiny", "--rounds=2", "--steps=1", f"--out={folder}"]
+    least = ["--sizes=tiny", "--rounds=2", "--steps=1", f"--out={folder}"]
+    words = [sys.executable, EXPERIMENTS / "bench_step.py", *least]
     paths = {"PYTHONPATH": os.pathsep.join([str(EXPERIMENTS.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*words, *flags], env=os.environ | paths, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,6 +7,7 @@ millisecond, so small chunks are put as plain values.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -40,7 +41,7 @@ class Filled(NamedTuple):
     name: str
     key: tuple[int, ...]
     box: Box
-    values: Tensor  # contiguous, on the CPU; they stay as they are until they are written
+    values: Tensor  # on the CPU; they stay as they are until they are written
     row: Tensor | None = None  # [n + 4] bytes: the memory of the values, and behind it room for a checksum
 
 
@@ -172,7 +173,8 @@ class Straight:
         start = tuple(k * s for k, s in zip(c.key, a.chunk, strict=True))
         if where not in self._parts:
             inside = Box(start, a.chunk).meet(Box((0,) * len(a.shape), a.shape))
-            self._parts[where] = torch.zeros(n + 4, dtype=torch.uint8), prod(inside.shape)
+            new = torch.empty if c.box.shape == a.chunk else torch.zeros
+            self._parts[where] = new(n + 4, dtype=torch.uint8), prod(inside.shape)
         row, lacks = self._parts.pop(where)
         row[:n].view(c.values.dtype).view(a.chunk)[c.box.slices(start)] = c.values
         if lacks > c.values.numel():
@@ -234,14 +236,21 @@ def _done(writes: list[Pending]) -> None:
 
 
 def _to_disk(folder: Path) -> None:
-    """Return when all files of a folder, and their names, would outlast a power cut."""
+    """Return when all files of a folder, and their names, would outlast a power cut.
+
+    Raises:
+      OSError: the disk does not take them.
+    """
 
     def sync(path: Path) -> None:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(file)
+        except OSError as e:
+            if not (path.is_dir() and e.errno in (errno.EINVAL, errno.ENOTSUP)):  # file systems that keep names anyway
+                raise
         finally:
             os.close(file)
 
     with ThreadPoolExecutor(SYNCS, "funczero-sync") as pool:
-        list(pool.map(sync, [*folder.rglob("*"), folder]))
+        list(pool.map(sync, [*folder.rglob("*"), folder, folder.parent]))
