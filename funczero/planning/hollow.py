@@ -61,7 +61,8 @@ class Hollow(OwnGenerator):
     def __init__(self, seen: Callable[[Any, Any, Any, Any], None], device: torch.device) -> None:
         """seen: (operation, args, kwargs, what it returned)."""
         super(OwnGenerator, self).__init__()
-        self.generator, self.seen, self.device = Still(), seen, device
+        self.generator = Still()  # type: ignore[assignment]
+        self.seen, self.device = seen, device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operation, or an answer in its place."""
