@@ -14,8 +14,8 @@ from funczero.planning.cli import add as add_plan_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan}`; exit code 1: a promise is
-    broken, things differ or do not fit, or something is missing; 2: bad input.
+    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan}`; exit code 1: a promise
+    is broken, things differ or do not fit, or something is missing; 2: bad input.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
