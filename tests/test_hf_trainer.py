@@ -139,6 +139,83 @@ def test_callbacks_and_files_are_the_stock_trainers(tmp_path, run_world):
     assert models[0].lm_head.weight is models[0].transformer.wte.weight
 
 
+ORDERS = {
+    "stage 0": lambda k, w: (("accumulate", k), ("data", w)),
+    "stage 3": lambda k, w: (("data", w), ("accumulate", k)),
+    "nodes": lambda k, w: (("local", 2), ("accumulate", k), ("node", w // 2)),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_micro_batch_is_dealt_once_and_all_ranks_run_as_many(order):
+    """However many an epoch has, from whichever update on; and the copies in empty places are of the update's first."""
+    from itertools import product
+
+    from funczero.core.types import Layout
+    from funczero.hf.rows import Deal, Micros, TrainRows
+
+    class Rows(TrainRows):
+        def __init__(self, number, world, deal):
+            loader = torch.utils.data.DataLoader(range(2 * number), 2, collate_fn=list)
+            super().__init__(Micros(loader, 0), world)
+            self.deal = deal
+
+    for k, world, number in product((1, 3), (2, 4), range(1, 14)):
+        layout = Layout(order=ORDERS[order](k, world))
+        axes = [(n, size) for n, size in layout.order if n != "accumulate"]
+        ranks = product(*(range(size) for _, size in axes))
+        deals = [Deal.of(layout, dict(zip([n for n, _ in axes], at, strict=True)).get) for at in ranks]
+        size = k * world
+        for first in range(-(-number // size)):
+            found = [list(Rows(number, world, d).windows(0, first)) for d in deals]
+            for u, windows in enumerate(zip(*found, strict=True), first):
+                assert len({len(w.own) for w in windows}) == 1
+                places = [p for w in windows for p, _ in w.own]
+                real = sorted(p.number for p in places if p.real)
+                assert real == list(range(u * size, min((u + 1) * size, number)))
+                assert all(p.number == u * size for p in places if not p.real)
+                assert all(rows == [2 * p.number, 2 * p.number + 1] for w in windows for p, rows in w.own)
+
+
+def test_rows_of_an_evaluation_count_once_in_their_order():
+    from funczero.hf.evaluation import EvalRows
+
+    for number, world in ((1, 2), (7, 2), (9, 4), (12, 3)):
+        loader = torch.utils.data.DataLoader(torch.arange(float(number)), 2)
+        ranks = [EvalRows(loader, r, world, 0) for r in range(world)]
+        seen = []
+        for batches in zip(*ranks, strict=True):
+            most = max(ranks[0].most, 2)
+            padded = torch.cat([torch.cat([x, x.new_zeros(most - len(x))]) for x in batches])
+            seen += ranks[0].gathered({"x": batches[0]}, lambda x: padded)["x"].tolist()  # noqa: B023
+        assert seen == list(range(number))
+
+
+def test_adafactor_is_hugging_faces():
+    """Rows without a gradient, tiny gradients, vectors and matrices."""
+    from transformers.optimization import Adafactor
+
+    import funczero as fz
+
+    torch.manual_seed(0)
+    params = {"w": torch.randn(6, 5), "b": torch.randn(7)}
+    plain = {n: torch.nn.Parameter(x.clone()) for n, x in params.items()}
+    theirs = Adafactor(plain.values(), lr=0.1, weight_decay=0.1, scale_parameter=False, relative_step=False)
+    tx = fz.adafactor(0.1, -0.8, (1e-15, 1e-3), 1.0, 0.1, relative=False)
+    loss = lambda p, b: (sum((p[n] * b[n][0]).sum() for n in p), torch.ones(()))
+    step = fz.train_step(fz.value_and_grad(loss), tx)
+    state = step.init(params)
+    for t in range(5):
+        grads = {n: torch.randn(1, *x.shape) * 10.0 ** (-3 * t) for n, x in params.items()}
+        grads["w"][0, 2] = 0
+        state, _ = step(state, grads)
+        for n, p in plain.items():
+            p.grad = grads[n][0]
+        theirs.step()
+        for n, x in step.params(state).items():
+            torch.testing.assert_close(x, plain[n].detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_examples():
     """Collecting them would import transformers where it is not installed."""
     import doctest

@@ -185,6 +185,16 @@ class TrainRows:
         """Micro-batches of an epoch on one rank, as the stock Trainer counts them."""
         return -(-len(self.micros) // self.world)
 
+    def done(self, updates: int, most: int) -> float:
+        """The part of an epoch that so many updates are, as the stock Trainer counts it on one process.
+
+        Args:
+          most: updates of an epoch, where nobody knows its rows.
+        """
+        if self.micros.streams:
+            return min(updates, most) / most
+        return min(updates * self.deal.size, len(self.micros)) / len(self.micros)
+
     def windows(self, epoch: int, first: int = 0) -> Iterator[Window]:
         """One an update, from the update `first` of the epoch on."""
         self.seen = 0

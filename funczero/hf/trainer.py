@@ -139,16 +139,16 @@ class Trainer(transformers.Trainer):
         put_schedule(folder, self.lr_scheduler, self.optimizer, updates)
 
     # --- the loop
-    def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, steps_in_epoch: int, **named: Any) -> None:
+    def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **named: Any) -> None:
         """One pass over the rows: for each update its micro-batches, and the step.
 
         The arguments and the order of callbacks are the stock Trainer's.
         """
-        resumed, k = named["resume_from_checkpoint"], self.args.gradient_accumulation_steps
+        resumed = named["resume_from_checkpoint"]
         after = {n: named[n] for n in ("trial", "ignore_keys_for_eval", "start_time")}
         first = 0
         if resumed is not None and epoch == named["epochs_trained"]:
-            first = named["steps_trained_in_current_epoch"] // k
+            first = named["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps
             self._load_rng_state(resumed)
         done, metrics, lr = first, None, None
         for window in train_dataloader.windows(epoch, first):
@@ -158,7 +158,7 @@ class Trainer(transformers.Trainer):
                 break
             done += 1
             self.state.global_step += 1
-            self.state.epoch = epoch + min(done * k, steps_in_epoch) / steps_in_epoch
+            self.state.epoch = epoch + train_dataloader.done(done, named["num_update_steps_per_epoch"])
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
             self._reported(metrics, model, epoch, after, lr)
             if self.control.should_epoch_stop or self.control.should_training_stop:
