@@ -22,9 +22,9 @@ def run(*command: str, cwd: Path) -> str:
 
 def test_example_runs_alone_and_under_torchrun(ends, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    first, stages, exact, function, wires, checkpoints = blocks[:6]
+    first, stages, exact, function, wires, checkpoints, before = blocks[:7]
     script = tmp_path / "example.py"  # in which the four stages build, too
-    script.write_text(first + checkpoints + function + "\nlr = 3e-4\n" + stages + exact + wires)
+    script.write_text(first + before + checkpoints + function + "\nlr = 3e-4\n" + stages + exact + wires)
     (tmp_path / "both").mkdir()
     (one,) = ends.run(tmp_path / "one", f"import os; os.chdir({str(tmp_path)!r})\n" + script.read_text(), limit=120.0)
     assert one["code"] == 0, one
@@ -39,5 +39,11 @@ def test_example_runs_alone_and_under_torchrun(ends, tmp_path):
         cwd=(tmp_path / "both"),
     )
     line = re.match(r"loss 0\.\d+ after 100 updates\n", alone)
-    assert line and "16 bits would be" in alone, alone
+    assert line and "16 bits would be" in alone and "plan on data=16" in alone, alone
+    assert "calls of a step" in alone and list(tmp_path.glob("run/trace.json")), alone
     assert re.findall(r"loss 0\.\d+ after 100 updates", both) == [line[0].strip()] * 2  # two ranks may share a line
+
+
+def test_the_experiment_in_forty_lines_is_the_file():
+    own = (README.parent / "experiments" / "forty_lines.py").read_text()
+    assert f"```python\n{own}```" in README.read_text() and len(own.splitlines()) <= 40

@@ -164,7 +164,7 @@ def _scaled(g: Grad, key: str, settings: Settings) -> Apply:
         if g.env.differentiable and rng.known(scaler.iteration) is None:
             why = "its scale is read as a number, but the state is batched or traced here"
             raise RuntimeError(f"scale_loss: {why}; leave it out of a chain for vmap over states or make_fx")
-        if settings.dynamic and int(scaler.stuck[0]) >= 0:
+        if settings.dynamic and int(scaler.stuck[0] + 1) > 0:  # 0 in the ordinary course, which a plan takes
             raise FloatingPointError(_stuck(scaler, state))
         if settings.weight is None and float(scaler.weight) == 0:
             scaler = scaler._replace(weight=_measure(g, views, state, batch, seed))
