@@ -55,7 +55,7 @@ class OwnGenerator:
         """lock: of `turns`, shared by all who draw at the same time; an op that draws waits for nobody."""
         self.lock, self.generator = lock, torch.Generator()
         self._named = Named(self)
-        self._guard: Any = torch._C._IncludeDispatchKeyGuard(getattr(torch._C.DispatchKey, KEY))
+        self._guard: Any = torch._C._IncludeDispatchKeyGuard(_key())
 
     def __enter__(self) -> OwnGenerator:
         self._named.__enter__()
@@ -114,14 +114,35 @@ class _Kernels:
                 qualified, _, overload = name.partition(".")
                 found = torch._C._get_operation_overload(qualified, overload)
                 if found is not None and torch.Tag.nondeterministic_seeded in found[2]:
-                    space, _, own = qualified.partition("::")
-                    self._add(space, own, overload or "default")
+                    self._add(*qualified.split("::", 1), overload=overload or "default")
+            for name in set(torch._ops._higher_order_ops) - self._seen:
+                self._seen.add(name)
+                _pass_on(torch._ops._higher_order_ops[name])
 
-    def _add(self, space: str, name: str, overload: str) -> None:
+    def _add(self, space: str, name: str, *, overload: str) -> None:
         op = getattr(getattr(getattr(torch.ops, space), name), overload)
         if space not in self._libraries:
             self._libraries[space] = torch.library.Library(space, "IMPL", KEY)
         self._libraries[space].impl(op, lambda *args, **kwargs: _met(op, args, kwargs))
+
+
+def _pass_on(op: Any) -> None:
+    """An op of ops (an autograd.Function inside torch.func is one) goes on to its next key, since torch has no fallback
+    for those. While torch.export traces, its own way comes before this.
+    """
+    key = _key()
+    if key in op.py_kernels:
+        return
+
+    def on(*args: Any, **kwargs: Any) -> Any:
+        keys = torch._ops._compute_keyset(args, kwargs, op.non_fallthrough_keys.remove(key))
+        return op.dispatch(keys.highestPriorityTypeId(), *args, **kwargs)
+
+    op.py_impl(key)(on)
+
+
+def _key() -> Any:
+    return getattr(torch._C.DispatchKey, KEY)
 
 
 @cache
@@ -134,5 +155,5 @@ def _met(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if own is None:
         why = "this process has simulated ranks, and what draws is met there where torch.export would record it"
         raise RuntimeError(f"{op} is traced before dispatch, but {why}; export in a process of its own")
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))):
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key())):
         return own.drawn(op, args, kwargs)
