@@ -46,12 +46,13 @@ def read(file: int, start: int, out: Tensor) -> int:
       OSError: it cannot be read.
       EOFError: it ends earlier.
     """
-    view, done = out.numpy(), 0
-    while done < len(view):
-        n = os.preadv(file, [memoryview(view[done:])], start + done)
-        if not n:
-            raise EOFError(f"the file ends {len(view) - done} bytes early")
-        done += n
+    done = 0
+    while done < len(out):
+        text = os.pread(file, len(out) - done, start + done)
+        if not text:
+            raise EOFError(f"the file ends {len(out) - done} bytes early")
+        out[done : done + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        done += len(text)
     return crc32c(out)
 
 
