@@ -88,6 +88,7 @@ def test_a_search_ranks_what_fits_before_what_does_not():
     names = [row.candidate.name for row in found.rows]
     assert set(names) == {"ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "MiCS", "hpZ"}  # 64 rows do not divide by 3
     took = [row.plan.seconds.update for row in found.rows if row.fits]
+    assert len(found.left_out) == 6 and all("accumulate 3" in line and "divide" in line for line in found.left_out)
     assert took == sorted(took) and found.best is found.rows[0].plan and "fits" in str(found)
 
 
