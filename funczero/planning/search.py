@@ -80,7 +80,7 @@ def search(
     batch: Any = None,
     memory: int | str | None = None,
     link: str | Mapping[str, Link] | None = None,
-    machine: Machine | None = None,
+    machine: str | Machine | None = None,
     policy: str | Policy | None = None,
     accumulate: Sequence[int] = (1,),
     wires: Sequence[str] = tuple(WIRES),
@@ -123,7 +123,7 @@ def ranked(
     mesh: Mapping[str, int],
     memory: int | None,
     link: str | Mapping[str, Link] | None = None,
-    machine: Machine | None = None,
+    machine: str | Machine | None = None,
 ) -> Ranking:
     """Candidates by what was planned of them; one whose states alone do not fit is planned no further.
 
