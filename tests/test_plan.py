@@ -39,7 +39,17 @@ CASES = {
 }
 CASES["a stream"] = flat(2, k=(fz.accumulate(4, stream=True),)), 2
 CASES["differences of views"] = flat(2, gather=fz.difference(fz.int4(64))), 2
-SLOW = {"differences of views", "stage 0", "stage 2", "stage 3 alone", "bf16 at stage 1", "a threshold"}
+SLOW = {
+    "differences of views",
+    "frozen leaves",
+    "a stream",
+    "stage 1",
+    "stage 0",
+    "stage 2",
+    "stage 3 alone",
+    "bf16 at stage 1",
+    "a threshold",
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES])

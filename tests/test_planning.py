@@ -46,9 +46,7 @@ def test_links_and_arithmetic_are_read_from_text():
 
 def test_a_faster_link_takes_less_and_an_exact_sum_of_what_is_computed_stays():
     batch = {"x": torch.empty(64, 32, device=META), "y": torch.empty(64, 16, device=META)}
-    at = lambda link: fz.plan(
-        step(1, linear, ()), {"w": torch.empty(32, 16)}, batch, {"data": 8}, link, Machine(1e9)
-    ).seconds
+    at = lambda link: fz.plan(step(1, linear, ()), {"w": torch.empty(32, 16)}, batch, {"data": 8}, link, "1G").seconds
     slow, fast = at("data=1Mbit/1ms"), at("data=1Gbit/1us")
     assert slow.update > fast.update and slow.compute == fast.compute > 0
 
@@ -88,6 +86,7 @@ def test_a_search_ranks_what_fits_before_what_does_not():
     names = [row.candidate.name for row in found.rows]
     assert set(names) == {"ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "MiCS", "hpZ"}  # 64 rows do not divide by 3
     took = [row.plan.seconds.update for row in found.rows if row.fits]
+    assert len(found.left_out) == 6 and all("accumulate 3" in line and "divide" in line for line in found.left_out)
     assert took == sorted(took) and found.best is found.rows[0].plan and "fits" in str(found)
 
 
@@ -166,6 +165,16 @@ def reads(p, b):
 def selects(p, b):
     loss, weight = linear(p, {"x": b["x"][b["x"][:, 0] > 0], "y": b["y"][:1]})
     return loss, weight
+
+
+def constant(p, b):
+    loss, weight = linear(p, b)
+    return loss * (2 if torch.tensor(3) > 1 else 1), weight
+
+
+def test_what_a_constant_says_is_known():
+    batch = {"x": torch.empty(4, 3), "y": torch.empty(4, 2)}
+    assert fz.plan(step(1, constant, ()), {"w": torch.empty(3, 2)}, batch).flops > 0
 
 
 @pytest.mark.parametrize("loss", [reads, selects])

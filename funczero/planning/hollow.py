@@ -108,7 +108,8 @@ def _small(given: Any) -> bool:
 
 
 def _valueless(x: Any) -> bool:
-    return isinstance(x, FakeTensor) or x.is_meta
+    """Are its values not known? Those of a constant are, as torch.tensor(3) makes one."""
+    return x.constant is None if isinstance(x, FakeTensor) else x.is_meta
 
 
 def _answer(dtype: torch.dtype) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch.distributed.device_mesh import DeviceMesh
 
 from funczero.core.types import Layout
-from funczero.planning.model import Link, Machine, Seconds, links_of, seconds_of
+from funczero.planning.model import Link, Machine, Seconds, links_of, machine_of, seconds_of
 from funczero.planning.trace import Verb
 from funczero.planning.update import bytes_of, gone_through
 from funczero.planning.words import amount, columns
@@ -72,7 +72,7 @@ def plan(
     batch: Any = None,
     mesh: Mapping[str, int] | None = None,
     link: str | Mapping[str, Link] | None = None,
-    machine: Machine | None = None,
+    machine: str | Machine | None = None,
     rank: int = 0,
 ) -> Plan:
     """What an update holds, sends and takes, on any mesh, without processes and without the memory.
@@ -91,7 +91,8 @@ def plan(
       mesh: sizes of the step's mesh axes, outermost first, up to thousands of ranks; None: the step's own.
       link: by mesh axis, as "node=100Gbit/10us,local=400Gbit/2us": rate and latency of one rank's link (see
         planning/model.py). None: no seconds.
-      machine: what a rank computes with; None: nothing takes time but messages.
+      machine: what a rank computes with, as "300T,2TB,5us": FLOPs and memory's bytes a second, seconds an operation;
+        None: nothing takes time but messages.
       rank: whose, among all. Rank 0 has the first rows of every leaf, never fewer than others; optimizers of whole
         leaves give it other leaves than others.
 
@@ -114,7 +115,7 @@ def plan(
     sizes = _sizes(step, mesh)
     if not isinstance(rank, int) or not 0 <= rank < prod(sizes.values()):
         raise ValueError(f"plan: rank={rank!r} is not on a mesh of {prod(sizes.values())} ranks; write one from 0")
-    links = links_of(link, sizes)
+    links, works = links_of(link, sizes), machine_of(machine) if isinstance(machine, str) else machine or Machine()
     _plannable(step, batch)
     ran = gone_through(step, params, batch, sizes, rank)
     live, own, structure = ran.trace.live, bytes_of(ran.state), ran.state.params.where.structure
@@ -141,7 +142,7 @@ def plan(
         tuple(ran.trace.verbs),
         tuple(unit.name for unit in structure.units),
         sum(v.flops for v in ran.trace.verbs),
-        None if links is None else seconds_of(ran.trace.verbs, links, machine or Machine()),
+        None if links is None else seconds_of(ran.trace.verbs, links, works),
         _notes(batch, ran.trace.uncounted),
     )
 

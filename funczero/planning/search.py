@@ -45,6 +45,7 @@ class Ranking(NamedTuple):
     memory: int | None
     mesh: dict[str, int]
     rows: tuple[Found, ...]
+    left_out: tuple[str, ...]  # candidates that cannot be planned on it, each with its reason
 
     @property
     def best(self) -> Plan | None:
@@ -60,7 +61,8 @@ class Ranking(NamedTuple):
         told = "nothing fits: more ranks, smaller micro-batches or a block that runs again (remat) would need less"
         if first is not None:
             told = f"first of those that fit: {first.candidate.name}, {first.candidate.wires}"
-        return "\n".join([f"on {ranks}, {room}", *columns([head, *cells], indent=1, left=2), told])
+        left = [f"left out: {line}" for line in self.left_out]
+        return "\n".join([f"on {ranks}, {room}", *columns([head, *cells], indent=1, left=2), told, *left])
 
 
 def _words(row: Found) -> tuple[str, ...]:
@@ -78,7 +80,7 @@ def search(
     batch: Any = None,
     memory: int | str | None = None,
     link: str | Mapping[str, Link] | None = None,
-    machine: Machine | None = None,
+    machine: str | Machine | None = None,
     policy: str | Policy | None = None,
     accumulate: Sequence[int] = (1,),
     wires: Sequence[str] = tuple(WIRES),
@@ -91,11 +93,12 @@ def search(
       params, batch, link, machine: as plan's. Without a batch the peak has no activations, and says less.
       mesh: sizes of its axes, outermost first.
       memory: of a rank, in bytes or as "24GiB"; None: all fits.
-      accumulate: numbers of micro-batches a rank; those that do not divide the batch's rows are left out.
+      accumulate: numbers of micro-batches a rank; those that do not divide the batch's rows are left out, by
+        name.
       wires: which of "exact", "int8 views" and "int8 views, int4 sums".
 
     Raises:
-      ValueError: no such wires; no candidate can be built, with the reason of the last.
+      ValueError: no such wires; no candidate can be planned, with the reason of the first.
 
     >>> import torch, funczero as fz
     >>> loss = lambda params, batch: (((batch @ params["w"]) ** 2).sum(), batch.new_tensor(len(batch)))
@@ -120,35 +123,32 @@ def ranked(
     mesh: Mapping[str, int],
     memory: int | None,
     link: str | Mapping[str, Link] | None = None,
-    machine: Machine | None = None,
+    machine: str | Machine | None = None,
 ) -> Ranking:
     """Candidates by what was planned of them; one whose states alone do not fit is planned no further.
 
     Raises:
-      ValueError: none can be built, with the reason of the last.
+      ValueError: none can be planned, with the reason of the first.
     """
-    found, last = list[Found](), ""
+    found, left_out = list[Found](), dict[str, None]()
     for candidate in every:
+        name = f"{candidate.name} with accumulate {candidate.accumulate}"
         try:
             step = candidate.build()
             states = sum(states_of(step, params, dict(mesh)).values())
-        except ChainError as error:
-            last = str(error).splitlines()[0]
-            continue
-        if memory is not None and states > memory:
-            found.append(Found(candidate, states, None, False))
-            continue
-        try:
-            made = plan(step, params, batch, mesh, link, machine)
-        except ValueError as error:  # rows that this accumulate does not divide
-            if "divide" not in str(error):
+            fits = memory is None or states <= memory
+            made = plan(step, params, batch, mesh, link, machine) if fits else None
+        except (ChainError, ValueError) as error:  # as rows that this accumulate does not divide
+            if not isinstance(error, ChainError) and "divide" not in str(error):
                 raise
-            last = str(error)
+            left_out[f"{name}: {str(error).splitlines()[0]}"] = None
             continue
-        found.append(Found(candidate, states, made, memory is None or made.memory.peak <= memory))
+        if made is not None and memory is not None:
+            fits = made.memory.peak <= memory
+        found.append(Found(candidate, states, made, fits))
     if not found:
-        raise ValueError(f"search: no chain can be planned on {dict(mesh)}: {last}")
-    return Ranking(memory, dict(mesh), tuple(sorted(found, key=_cost)))
+        raise ValueError(f"search: no chain can be planned on {dict(mesh)}: {next(iter(left_out), 'there is none')}")
+    return Ranking(memory, dict(mesh), tuple(sorted(found, key=_cost)), tuple(left_out))
 
 
 def _cost(row: Found) -> tuple[bool, float, int]:
