@@ -90,8 +90,8 @@ def test_a_killed_training_goes_on_elsewhere_to_the_same_bits(tmp_path, before, 
 
 
 WAYS = (
-    "own loss", "loss function", "smoothed", "checkpointing", "workers", "adapters", "adafactor", "sgd", "adagrad",
-    "rmsprop", "torch's",
+    "own loss", "loss function", "no items", "smoothed", "checkpointing", "workers", "adapters", "adafactor", "sgd",
+    "adagrad", "rmsprop", "torch's",
 )  # fmt: skip
 
 

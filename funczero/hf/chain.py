@@ -58,7 +58,7 @@ def _by_arguments(trainer: Any, zero: Zero, updates: int) -> Built:
         trainer.create_scheduler(updates)
         tx = zero.optimizer(rate_of(trainer.lr_scheduler))
     half = Policy.parse(policy).compute == torch.float16
-    transforms = [scale_loss(SCALE, _weight(args), True, WINDOW, 1, FLOOR)] if half else []
+    transforms: list[Any] = [scale_loss(SCALE, _weight(args), True, WINDOW, 1, FLOOR)] if half else []
     if args.max_grad_norm > 0:
         transforms.append(clip_by_global_norm(args.max_grad_norm, eps=CLIP_EPS))
     transforms += [tx, *([] if zero.ema is None else [ema(zero.ema)])]
@@ -78,7 +78,7 @@ def _by_config(trainer: Any, config: Config, updates: int) -> Built:
         check_config_optimizer(trainer)
         trainer.optimizer = face_of(model, config.value("optimizer.params.lr"))
         trainer.create_scheduler(updates)
-        rates = GroupRates(rate_of(trainer.lr_scheduler))  # type: ignore[arg-type]
+        rates = GroupRates(rate_of(trainer.lr_scheduler))
         tx = optimizer_of(config, rates=rates)
     else:
         check_config_optimizer(trainer)
@@ -98,6 +98,7 @@ def _source(trainer: Any, axes: tuple[str, ...], policy: str, units: Any, condit
     from funczero.core.policy import Policy
 
     dtype = Policy.parse(policy).compute
+    loss_fn: Any
     loss_fn, params = stateless(
         trainer.model.train(), training_loss(trainer, dtype), units=units, conditional=conditional
     )

@@ -57,7 +57,8 @@ def training_loss(trainer: Any, dtype: torch.dtype) -> Callable[[Any, Any], tupl
     """`compute_loss` of a Trainer as a function (model, batch) -> (sum, weight).
 
     A micro-batch weighs 1, so that the mean over an update is one of micro-batches; a loss that is a share of the
-    update's already comes multiplied by their number. An update without any item weighs nothing, and is not applied.
+    update's already comes multiplied by their number. Of an update without any item the loss is 0 / 0 and the gradient
+    0, which is applied, as there.
 
     Args:
       dtype: what the model computes in, to which floating inputs are cast; labels stay as they are.
@@ -72,7 +73,7 @@ def training_loss(trainer: Any, dtype: torch.dtype) -> Callable[[Any, Any], tupl
         if not isinstance(found, Tensor) or found.dim():
             have = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise TypeError(f"hf.Trainer: compute_loss returned {have}; return one number, as loss.mean()")
-        return found * batch["share"], 0 if items == 0 else 1
+        return found * batch["share"], 1
 
     return loss
 

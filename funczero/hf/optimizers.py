@@ -17,7 +17,7 @@ from funczero.optim.from_torch import SAME
 from funczero.optim.param_groups import param_groups
 from funczero.transforms.shares import Optimizer
 
-Rate = Callable[[Any], float]
+Rate = Callable[[Any], Any]  # of applied updates
 LIKE = "write Zero(optimizer=lambda lr: fz.adamw(lr)) or another of funczero's, or optim='adamw_torch'"
 
 
@@ -83,8 +83,8 @@ def _maker(optimizer: Any) -> Callable[..., Any]:
         plain = not given.get("amsgrad") and not given.get("maximize")
         if kind in (torch.optim.AdamW, torch.optim.Adam) and plain:
             decoupled = kind is torch.optim.AdamW or given.get("decoupled_weight_decay", False)
-            one = optim.adamw if decoupled else optim.adam
-            return one(lr, *map(float, given["betas"]), given["eps"], weight_decay)
+            b1, b2 = map(float, given["betas"])
+            return (optim.adamw if decoupled else optim.adam)(lr, b1, b2, given["eps"], weight_decay)
         if kind is torch.optim.AdamW:
             given.pop("decoupled_weight_decay", None)
         return optim.from_torch(kind.__name__, lr, weight_decay, **given)

@@ -89,6 +89,26 @@ def check_arguments(args: Any) -> None:
         raise ValueError(f"{WHO}: {why}, as it does without an accelerator; write use_cpu=True")
 
 
+def check_model(trainer: Any) -> None:
+    """Refuse what somebody else has sharded, or will, and values that no gradient moves.
+
+    Raises:
+      ValueError: by name.
+    """
+    for name in ("is_deepspeed_enabled", "is_fsdp_enabled"):
+        if getattr(trainer, name, False):
+            what = name.split("_")[1]
+            why = f"the environment asks Accelerate for {what} (ACCELERATE_USE_{what.upper()})"
+            raise ValueError(f"{WHO}: {why}, which would shard the model again; start it with torchrun, or unset it")
+    if getattr(trainer, "is_distributed_loading_by_transformers", False) or trainer.is_model_parallel:
+        why = "the model is spread over devices already"
+        raise ValueError(f"{WHO}: {why}; load it without device_map and distributed_config")
+    odd = next((n for n, p in trainer.model.named_parameters() if not p.is_floating_point()), None)
+    if odd is not None:
+        why = f"parameter {odd!r} is {trainer.model.get_parameter(odd).dtype}, as of a quantised model"
+        raise ValueError(f"{WHO}: {why}, which no chain holds; load it without quantization_config")
+
+
 def check_methods(trainer: Any, stock: type, own: type) -> None:
     """Refuse overridden methods that this loop does not call.
 

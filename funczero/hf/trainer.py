@@ -55,6 +55,7 @@ class Trainer(transformers.Trainer):
         self._trained = False
         super().__init__(*args, **kwargs)
         refusals.check_arguments(self.args)
+        refusals.check_model(self)
         refusals.check_methods(self, transformers.Trainer, Trainer)
         self.zero = Zero() if zero is None else zero
         if isinstance(self.zero, Zero):
@@ -91,19 +92,20 @@ class Trainer(transformers.Trainer):
             why = "this Trainer has trained, and its moments are gone"
             raise RuntimeError(f"hf.Trainer: {why}; make a new one of its model, or write resume_from_checkpoint=True")
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole(self.args.output_dir)
+            resume_from_checkpoint = last_whole(self.args.output_dir or "")
         self.run = None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Of the rows as they are dealt."""
-        return super().set_initial_training_values(args, self._train_rows(dataloader))
+        rows: Any = self._train_rows(dataloader)
+        return super().set_initial_training_values(args, rows)
 
     def _train_rows(self, loader: Any) -> TrainRows:
         if not isinstance(loader, DataLoader):
             why = f"get_train_dataloader returned a {type(loader).__name__}, and rows are dealt out of torch's"
             raise TypeError(f"hf.Trainer: {why}; return a torch.utils.data.DataLoader over all rows")
-        by_length = getattr(loader.batch_sampler, "sampler", None)
+        by_length: Any = getattr(loader.batch_sampler, "sampler", None)
         if type(by_length).__name__ == "LengthGroupedSampler":  # its groups are of an update's rows
             by_length.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return TrainRows(Micros(loader, self._data_seed), self.args.world_size)
@@ -121,7 +123,7 @@ class Trainer(transformers.Trainer):
         refusals.check_device(self.args.device, parts.step.live_mesh.device)
         self.run = Run(parts, self.model, self.args.seed, resume_from_checkpoint)
         rows.deal = self.run.deal
-        self.model_wrapped = self.model
+        self.model_wrapped: Any = self.model
         if resume_from_checkpoint is not None:
             self._resumed(resume_from_checkpoint)
         for name in ("model", "optimizer", "lr_scheduler"):
@@ -139,7 +141,9 @@ class Trainer(transformers.Trainer):
         put_schedule(folder, self.lr_scheduler, self.optimizer, updates)
 
     # --- the loop
-    def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **named: Any) -> None:
+    def _run_epoch(  # type: ignore[override]  # what it does not read is named, and not spelled
+        self, model: Any, epoch: int, train_dataloader: Any, **named: Any
+    ) -> None:
         """One pass over the rows: for each update its micro-batches, and the step.
 
         The arguments and the order of callbacks are the stock Trainer's.
@@ -188,7 +192,7 @@ class Trainer(transformers.Trainer):
             inputs = self._prepare_inputs(inputs)
             run.micro(place, batch_of(inputs, items, share), window.micros)
             shown = inputs if place.real else {k: x[:0] if _has_rows(x) else x for k, x in inputs.items()}
-            self.current_flos += float(self.floating_point_ops(shown))
+            self.current_flos += self.floating_point_ops(shown)
             self._track_num_input_tokens(shown)
             if i < len(window.own) - 1:
                 self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
@@ -293,6 +297,7 @@ class Trainer(transformers.Trainer):
         assert self.run is not None
         self.run.save(output_dir)
         if self.args.should_save:
+            assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
