@@ -187,4 +187,4 @@ def test_a_loops_moments_and_bytes_are_printed_where_a_config_asks(tmp_path, cap
     assert names == [["fwd", "bwd", "step"]] * 3
     written = (tmp_path / "csv" / "Train_Samples_elapsed_time_ms_backward.csv").read_text().split()[1:]
     assert [line.partition(",")[0] for line in written] == ["8", "16", "24"]
-    assert sum("sent by rank 0 in updates 1 to 2:" in line for line in said) == 1
+    assert sum("sent by rank 0 in the last 2 updates, up to 2:" in line for line in said) == 1

@@ -48,10 +48,10 @@ class Experiment(NamedTuple):
 def experiment(begin: Callable[[Run], Experiment], rows: str = "rows", **defaults: Any) -> None:
     """Runs a script's command line: checks it, starts its processes or is one of them, trains, and ends.
 
-    Law: `begin` runs once before any process is started, where what it refuses (ValueError, OSError, ChainError) is one
-    sentence and exit code 2, and once in every process, alike, with torch's generator at --seed. What is computed is a
-    function of the flags: a run that was ended and resumed has the bits of one that was not, on other processes too
-    where sums are exact or worlds are powers of two.
+    Law: `begin` runs once before any process is started, where what it refuses (ValueError, OSError, RuntimeError,
+    ChainError) is one sentence and exit code 2, and once in every process, alike, with torch's generator at --seed.
+    What is computed is a function of the flags: a run that was ended and resumed has the bits of one that was not, on
+    other processes too where sums are exact or worlds are powers of two.
 
     `python script.py` starts --nproc processes; under torchrun, `funczero launch`, mpirun and srun it is one of theirs.
     Rank 0 writes --out/metrics.jsonl, a line an update (step, loss, <unit>_per_second, bytes_sent, lr, grad_norm, ok,
@@ -78,8 +78,9 @@ def _main(begin: Callable[[Run], Experiment], script: str, rows: str, argv: list
             raise ValueError(f"{argv[1]!r} is not a flag; write --flag=value, or --help for the list")
         run = Run(script, rows)
         own = planned(begin, run)
-    except (ValueError, OSError, ChainError) as error:  # the same in every process
-        if os.environ.get("RANK", "0") == "0":
+    except (ValueError, OSError, RuntimeError, ChainError) as error:
+        alike = isinstance(error, (ValueError, ChainError)) and _meant(error)  # in every process of a machine
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not alike:
             print(f"{script}: {error}" if _meant(error) else traceback.format_exc(), file=sys.stderr)
         sys.exit(2)
     if "RANK" not in os.environ:

@@ -81,7 +81,7 @@ def _started(world: int, threads: int, logs: Sequence[Path]) -> list[subprocess.
 def follow_parent() -> None:
     """A process that `launch` has started ends when that one does, however it ends; others stay as they are."""
     parent = os.environ.pop(PARENT, "")
-    if parent:
+    if parent and sys.platform == "linux":
         die_with_parent()
         if os.getppid() != int(parent):  # it has ended already
             os._exit(1)

@@ -34,7 +34,8 @@ class Breakdown:
         self.bytes: bool = config.value("comms_logger.enabled")
         self.on = self.times or self.bytes
         self._every, self._monitor, self._sent = config.value("steps_per_print") or EVERY, monitor, sent
-        self._speaks, self._before, self._from = ranks.get_rank() == 0, Sent(), 0
+        self._speaks, self._before, self._windows = ranks.get_rank() == 0, Sent(), 0
+        self._counter = sent()
         self._micro, self._window = (dict.fromkeys(MOMENTS, 0.0) for _ in range(2))  # milliseconds
 
     def of(self, moment: str) -> AbstractContextManager[None]:
@@ -68,11 +69,20 @@ class Breakdown:
                 tags = {name: f"Train/Samples/elapsed_time_ms_{said}" for name, said in MOMENTS.items()}
                 self._monitor.write_events([(tags[name], ms, samples) for name, ms in self._window.items()])
                 self._window = dict.fromkeys(MOMENTS, 0.0)
-        if self.bytes and last and updates % self._every == 0:
-            now = self._sent()
+        if self.bytes and last:
+            self._count(updates)
+
+    def _count(self, updates: int) -> None:
+        """One more window; now and then a table of what was sent since the last one."""
+        now = self._sent()
+        if now is not self._counter:  # the engine has another step since its batch is another
+            self._counter, self._before, self._windows = now, Sent(), 0
+        self._windows += 1
+        if updates % self._every == 0:
             if self._speaks:
-                logger.info("sent by rank 0 in updates %d to %d:\n%s", self._from + 1, updates, now.since(self._before))
-            self._before, self._from = now.copy(), updates
+                what = "sent by rank 0 in the last %d updates, up to %d:\n%s"
+                logger.info(what, self._windows, updates, now.since(self._before))
+            self._before, self._windows = now.copy(), 0
 
     def _say(self, times: dict[str, float]) -> None:
         if self._speaks:
