@@ -175,6 +175,7 @@ class Checkpointer:
         name: str,
         read: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
         *,
+        rows: Mapping[str, Callable[[int, int], Tensor]] = MappingProxyType({}),
         step: int = 0,
         updates: int = 0,
         client_state: Any = None,
@@ -185,6 +186,7 @@ class Checkpointer:
         Args:
           read: leaves that are made when they are written, one after the other, of which `found` has shapes on the
             meta device.
+          rows: of these, leaves of which some rows can be had without the others, from and to.
         """
         self.wait()
         encoded, arrays = client.encode(client_state)
@@ -195,7 +197,7 @@ class Checkpointer:
         told = Manifest(name, 0, step, updates, {}, found.ties, {}, encoded, 1, {}, about, manifest.versions())
         share = deal(found.parts, [{}], 0)
         peers = Peers(alone=True)
-        self._start(peers.begin(), peers, False, told, found, share, Values(found, share, read))
+        self._start(peers.begin(), peers, False, told, found, share, Values(found, share, read, rows))
 
     def _start(
         self,

@@ -22,7 +22,7 @@ from funczero.checkpoint.manifest import Manifest
 from funczero.checkpoint.memory import torch_dtype
 from funczero.checkpoint.names import unescape
 from funczero.checkpoint.reader import opened
-from funczero.checkpoint.restore import ask_whole
+from funczero.checkpoint.restore import read_whole
 from funczero.checkpoint.tools import find
 from funczero.transforms.model_state import MODEL
 
@@ -198,10 +198,7 @@ def _reader(where: Path, found: Manifest) -> Callable[[Entry], Tensor]:
     reader = opened(where / manifest.ARRAYS, found.arrays)
 
     def read(e: Entry) -> Tensor:
-        made: dict[str, Tensor] = {}
-        ask_whole(reader, e.name, found.arrays[e.name], made)
-        reader.finish()
-        return made[e.name].to(e.dtype)
+        return read_whole(reader, e.name, found.arrays[e.name], e.dtype)
 
     return read
 

@@ -29,7 +29,8 @@ def import_weights(
     moments: bool = True,
     optimizer: str | None = None,
 ) -> str:
-    """A checkpoint of what somebody else saved; its name. Leaves are read and written one after the other.
+    """A checkpoint of what somebody else saved; its name. Leaves are read and written one after the other, and those
+    that lie at one place of a file piece by piece.
 
     It is restored as any other, with `only="^params/"` for the parameters alone. What the source does not hold begins
     fresh, rates come from the script. Nothing that is read is run.
@@ -62,9 +63,10 @@ def import_weights(
         logging.warning("import: %s", note)
     parts = {n: _part(x) for n, x in found.leaves.items()} | _counters(found)
     reads = {n: x.read for n, x in found.leaves.items()}
+    rows = {n: x.rows for n, x in found.leaves.items() if x.at is not None and x.shape}  # from their place in a file
     with Checkpointer(directory) as ck:
         names = Names(parts, found.ties)
-        ck.save_named(names, text, reads, step=found.step, updates=found.updates, client_state=found.client)
+        ck.save_named(names, text, reads, rows=rows, step=found.step, updates=found.updates, client_state=found.client)
     return name
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from funczero.checkpoint.script_rates import ScriptRates
 from funczero.checkpoint.target import Restorer, Want, roomy, views_of
 from funczero.core.number import dtype_name
 from funczero.core.types import TrainState
+
+BLOCK = 32 << 20  # bytes of a leaf that are read at a time where it is read whole
 
 
 def fill(
@@ -174,16 +177,44 @@ def load_client(path: Path, manifest: Manifest) -> Any:
         ) from None
 
 
+def read_whole(reader: Reader, name: str, array: Array, dtype: torch.dtype) -> Tensor:
+    """A whole array in a dtype, read some rows at a time: in memory are it and a constant."""
+    out = _room(name, array, dtype)
+    if not array.shape or not out.numel():
+        found: dict[str, Tensor] = {}
+        ask_whole(reader, name, array, found)
+        reader.finish()
+        return found[name].to(dtype)
+    kind = torch_dtype(array.dtype)
+    one = out[0].numel() * kind.itemsize * array.chunk[0]  # bytes of rows that chunks hold
+    step = array.chunk[0] * max(1, BLOCK // max(1, one))
+    for a in range(0, array.shape[0], step):
+        here, shape = out[a : a + step], (min(step, array.shape[0] - a), *array.shape[1:])
+        box = Box((a,) + (0,) * (len(shape) - 1), shape)
+        if kind == dtype:
+            reader.ask(name, box, partial(_itself, here))
+        else:
+            reader.ask(name, box, partial(torch.empty, shape, dtype=kind), here.copy_)
+        reader.finish()  # the store holds a block's bytes a second time while it reads them
+    return out
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
 def ask_whole(reader: Reader, name: str, array: Array, into: dict[str, Tensor]) -> None:
     """Ask for a whole array, which will be in `into`."""
 
-    def made() -> Tensor:
-        try:
-            return torch.empty(array.shape, dtype=torch_dtype(array.dtype))
-        except RuntimeError as e:
-            raise CheckpointError(
-                f"restore: there is no memory for leaf {name!r} of shape {list(array.shape)}"
-                f" ({str(e).splitlines()[0][:200]})"
-            ) from None
-
+    made = partial(_room, name, array, torch_dtype(array.dtype))
     reader.ask(name, Box((0,) * len(array.shape), array.shape), made, lambda x: into.update({name: x}))
+
+
+def _room(name: str, array: Array, dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(array.shape, dtype=dtype)
+    except RuntimeError as e:
+        raise CheckpointError(
+            f"restore: there is no memory for leaf {name!r} of shape {list(array.shape)}"
+            f" ({str(e).splitlines()[0][:200]})"
+        ) from None

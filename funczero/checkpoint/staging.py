@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
@@ -61,13 +61,24 @@ class Staging:
 
 @dataclass(frozen=True)
 class Values:
-    """Pieces of leaves of one process, where they lie, or made leaf by leaf as they are gone through."""
+    """Pieces of leaves of one process, where they lie, or made as they are gone through: leaf by leaf, or, of those
+    whose rows can be had without the others, piece by piece.
+    """
 
     found: Names
     own: Deal
     read: Mapping[str, Callable[[], Tensor]]
+    rows: Mapping[str, Callable[[int, int], Tensor]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Held]:
         for name, pieces in groupby(self.own.pieces, key=lambda p: p.name):
+            if name in self.rows:
+                yield from (Held(p, self._part(p)) for p in pieces)
+                continue
             x = (self.read[name]() if name in self.read else self.found.parts[name].value).detach().contiguous()
             yield from (Held(p, x[p.box.slices()]) for p in pieces)
+            del x  # before the next is made
+
+    def _part(self, piece: Piece) -> Tensor:
+        first, *others = piece.box.slices()
+        return self.rows[piece.name](first.start, first.stop)[(slice(None), *others)].contiguous()
