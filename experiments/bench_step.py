@@ -20,7 +20,8 @@ Expect:
     Bytes a parameter and step on 2 ranks in float32: stages 0-2: 4; stage 3: at most 6 (two gathers and a scatter of
     half of all); FSDP2: 8.
 
-Found (two shared cores; median ms a step, ratio to DDP within a round and its spread over rounds; first losses within
+Found (before there were heats, memory and start-up: the run of the whole table on a quiet machine is owed; two shared
+cores, 2 ranks, fp32; median ms a step, ratio to DDP within a round and its spread over rounds; first losses within
 1e-6):
               tiny                    small, 3.5 M             medium, 25.9 M           sent, B/param
     plain      1.1 (0.29)             352 (1.01)               1128 (0.95)              0
