@@ -99,10 +99,9 @@ def step_of_ds(page: str, model: Model, mesh: Mapping[str, int]) -> Step:
     if not Path(page).is_file():
         raise ValueError(f"plan: there is no file {page!r}; write the path of a ds_config.json")
     axes = tuple(mesh)
-    axis, trainable = axes if len(axes) > 1 else axes[0], getattr(model.loss_fn, "trainable", None)
-    chain, config = from_deepspeed(
-        page, model.loss_fn, world=prod(mesh.values()), axis=axis, trainable=trainable, rng=True
-    )
+    own: dict[str, Any] = {"trainable": getattr(model.loss_fn, "trainable", None), "rng": True}
+    axis = axes if len(axes) > 1 else axes[0]
+    chain, config = from_deepspeed(page, model.loss_fn, world=prod(mesh.values()), axis=axis, **own)
     return train_step(*chain, **{**config.arguments, "mesh": dict(mesh)})
 
 
