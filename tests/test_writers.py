@@ -154,6 +154,30 @@ def test_a_config_gives_deepspeeds_tags_and_files(precision, tmp_path):
     assert (tmp_path / "csv" / "Train_Samples_lr.csv").read_text().count("step,lr") == 1
 
 
+def lacking(folder):
+    """What each rank is told where rank 0 alone lacks the package; and then an update of both."""
+    before = sys.modules.pop("wandb", None)
+    sys.modules["wandb"] = None if torch.distributed.get_rank() == 0 else types.SimpleNamespace()
+    try:
+        trained(folder, "fp32", wandb={"enabled": True})
+    except deepspeed.ConfigError as e:
+        said = str(e)
+    finally:
+        sys.modules.pop("wandb")
+        if before is not None:
+            sys.modules["wandb"] = before
+    csv = {"csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "csv"}}
+    return said, len(trained(folder, "fp32", **csv)[0].monitor.writers)
+
+
+def test_rank_0_writes_and_what_it_lacks_is_told_on_all_ranks(run_world, tmp_path):
+    told = run_world(2, lacking, tmp_path)
+    assert [n for _, n in told] == [1, 0] and len({said for said, _ in told}) == 1
+    assert told[1][0].startswith("config: wandb.enabled: the package wandb is not installed; write pip install wandb")
+    lines = (tmp_path / "csv" / "Train_Samples_train_loss.csv").read_text().split()
+    assert [line.partition(",")[0] for line in lines] == ["step", "8", "16", "24", "32", "40", "48"]
+
+
 def test_wandb_is_imported_where_a_config_names_it(monkeypatch, tmp_path):
     block = {"wandb": {"enabled": True, "project": "mine", "team": "us"}}
     monkeypatch.setitem(sys.modules, "wandb", None)
