@@ -13,6 +13,7 @@ from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.formats import out_safe, safe
 from funczero.checkpoint.formats.entry import Entry
 from funczero.checkpoint.formats.leaf import Leaf
+from funczero.comm.integers import sum_integers
 from funczero.gradients.stored import empty
 from funczero.layout.where import Where
 from funczero.step.frozen import Frozen, placed, still
@@ -24,7 +25,8 @@ CODES, SCALES = ":codes", ":scales"  # behind a leaf's path
 def save_frozen(path: str | Path, base: Frozen) -> Path:
     """Write what fz.frozen(..., storage=...) made; a collective, and rank 0 writes.
 
-    Law: load_frozen has the same bits, on any mesh and at any stage. Memory: one unit as it rests.
+    Law: load_frozen has the same bits, on any mesh and at any stage. Memory: one unit as it rests. No rank returns
+    before the file is there.
 
     Args:
       path: a name that ends in .safetensors; its folder is made.
@@ -70,6 +72,8 @@ def save_frozen(path: str | Path, base: Frozen) -> Path:
     else:
         for e in entries:
             read(e)
+    mesh = base.env.mesh
+    sum_integers(torch.zeros(1, dtype=torch.int64, device=mesh.device), tuple(mesh.axes), mesh)  # the file is there
     return path
 
 

@@ -191,7 +191,8 @@ def beside(loss_fn: Callable[..., Any], params: Mapping[str, Any], base: Callabl
     """A module's loss as a function of its learning parameters alone; those that it keeps still lie in `base`.
 
     So a base has a stage, a placement and a storage of its own, the state holds adapters and nothing else, and so do
-    its checkpoints. At the seam a block opens its parts of both.
+    its checkpoints. At the seam a block opens its parts of both. Such a loss knows no remat and no higher_order, and
+    fz.generate wants a model whose parameters are all the state's.
 
         model = adapters.module(model)
         loss_fn, params, rest = fz.beside(*fz.stateless(model, loss), lambda: base)
