@@ -146,7 +146,7 @@ if TYPE_CHECKING:
     from funczero.planning.live import count_memory as count_memory
     from funczero.planning.plan import Plan as Plan
     from funczero.planning.plan import plan as plan
-    from funczero.planning.search import search as search
+    from funczero.planning.search import search_plans as search_plans
     from funczero.planning.visualize import visualize as visualize
     from funczero.script.experiment import Experiment as Experiment
     from funczero.script.experiment import experiment as experiment
@@ -159,7 +159,7 @@ LAZY = {  # a program that uses none of them does not import the face, what plan
     "count_memory": "funczero.planning.live",
     "Plan": "funczero.planning.plan",
     "plan": "funczero.planning.plan",
-    "search": "funczero.planning.search",
+    "search_plans": "funczero.planning.search",
     "visualize": "funczero.planning.visualize",
     "experiment": "funczero.script.experiment",
     "Experiment": "funczero.script.experiment",

@@ -77,7 +77,7 @@ def test_who_holds_what_is_drawn():
 def test_a_search_ranks_what_fits_before_what_does_not():
     batch = {"x": torch.empty(64, 256, device=META), "y": torch.empty(64, 512, device=META)}
     grad = fz.value_and_grad(linear, batch=P(("node", "local")))
-    found = fz.search(
+    found = fz.search_plans(
         grad, fz.adamw(1e-3), params={"w": torch.empty(256, 512)}, mesh={"node": 2, "local": 4}, batch=batch,
         memory="2.4MB", link="node=1Gbit/50us,local=10Gbit/5us", wires=("exact",), accumulate=(1, 3),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from funczero.planning import sources
 from funczero.planning.explain import explained
 from funczero.planning.model import Machine, machine_of
 from funczero.planning.plan import plan
-from funczero.planning.search import WIRES, Candidate, ranked, search
+from funczero.planning.search import WIRES, Candidate, ranked, search_plans
 from funczero.planning.words import size
 
 WHAT = (
@@ -106,7 +106,7 @@ def _search(
         model = sources.hugging(args.what, args.length)
         batch = None if args.no_batch else model.rows((args.rows or 1) * _places(mesh, ks))
         parts = (sources.clip_by_global_norm(1.0), sources.adamw(1e-4))
-        found = search(
+        found = search_plans(
             sources.source_of(model, tuple(mesh)), *parts, params=model.params, mesh=mesh, batch=batch, memory=memory,
             link=args.link, machine=machine, policy=args.policy, accumulate=ks, wires=tuple(WIRES),
         )  # fmt: skip

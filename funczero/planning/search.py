@@ -72,7 +72,7 @@ def _words(row: Found) -> tuple[str, ...]:
     return (c.name, c.wires, str(c.accumulate), amount(row.states), peak, sent, took)
 
 
-def search(
+def search_plans(
     grad: Source,
     *transforms: Any,
     params: Any,
@@ -102,7 +102,7 @@ def search(
 
     >>> import torch, funczero as fz
     >>> loss = lambda params, batch: (((batch @ params["w"]) ** 2).sum(), batch.new_tensor(len(batch)))
-    >>> found = search(
+    >>> found = search_plans(
     ...     fz.value_and_grad(loss, batch=fz.P("data")), fz.adamw(1e-3), mesh={"data": 8}, memory="80MB",
     ...     params={"w": torch.empty(1024, 4096, device="meta")}, batch=torch.empty(64, 1024), wires=("exact",))
     >>> [(row.candidate.name, row.fits) for row in found.rows]
@@ -111,7 +111,7 @@ def search(
     odd = next((w for w in wires if w not in WIRES), None)
     if odd is not None:
         raise ValueError(f"plan: wires {odd!r} are none of {list(WIRES)}; write some of them")
-    room = size(memory, "search: memory") if isinstance(memory, str) else memory
+    room = size(memory, "search_plans: memory") if isinstance(memory, str) else memory
     every = list(candidates(grad, transforms, mesh, accumulate, wires, policy))
     return ranked(every, params, batch, mesh, room, link, machine)
 
@@ -147,7 +147,7 @@ def ranked(
             fits = made.memory.peak <= memory
         found.append(Found(candidate, states, made, fits))
     if not found:
-        raise ValueError(f"search: no chain can be planned on {dict(mesh)}: {next(iter(left_out), 'there is none')}")
+        raise ValueError(f"search_plans: no chain can be planned on {dict(mesh)}: {next(iter(left_out), 'there is none')}")
     return Ranking(memory, dict(mesh), tuple(sorted(found, key=_cost)), tuple(left_out))
 
 
