@@ -147,7 +147,8 @@ def ranked(
             fits = made.memory.peak <= memory
         found.append(Found(candidate, states, made, fits))
     if not found:
-        raise ValueError(f"search_plans: no chain can be planned on {dict(mesh)}: {next(iter(left_out), 'there is none')}")
+        why = next(iter(left_out), "there is none")
+        raise ValueError(f"search_plans: no chain can be planned on {dict(mesh)}: {why}")
     return Ranking(memory, dict(mesh), tuple(sorted(found, key=_cost)), tuple(left_out))
 
 
