@@ -68,7 +68,7 @@ class Capture:
             return eager(whole, batch, seed, state, tape)
         given = call.given(seed, state)
         program = self._program(call, whole, given, batch, tape, key)
-        if program is None or program.line.draws and not key:  # a draw without a key is refused there, by name
+        if program is None:
             return eager(whole, batch, seed, state, tape)
         flat = [*_loose(whole).values(), *_tensors(given), *rows.tensors(batch), seed.cotangent]
         try:
@@ -126,6 +126,8 @@ class Capture:
         held = [*around.tensors, *getattr(call.fn, "constants", lambda: [])()]
         record = lambda key: recorded(call, whole, given, batch, tape, key, held)
         line, form, wanted = record(key)
+        if line.draws and not key:
+            raise NotCaptured("it draws from torch's generator without a key")  # eager refuses it, by the layer's name
         if key:
             again, _, _ = record((key[0] ^ 1,))
             if _words(line) != _words(again):

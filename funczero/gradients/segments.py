@@ -187,7 +187,9 @@ def _checked(node: fx.Node) -> bool:
         raise NotCaptured(f"it sends by itself ({target})")
     if any(isinstance(x, torch.Generator) for x in (*node.args, *node.kwargs.values())):
         raise NotCaptured(f"it draws from a generator of its own ({target})")
-    return torch.Tag.nondeterministic_seeded in target.tags
+    given = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | node.kwargs
+    never = "dropout_p" in (a.name for a in target._schema.arguments) and not given.get("dropout_p")
+    return torch.Tag.nondeterministic_seeded in target.tags and not never
 
 
 def _nodes(args: Any) -> list[fx.Node]:
