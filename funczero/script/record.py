@@ -59,7 +59,9 @@ class Record:
     def _opened(self, path: Path, fresh: bool) -> TextIO | None:
         try:
             half = not fresh and path.exists() and not path.read_bytes()[-1:] in (b"", b"\n")
-            file = path.open("w" if fresh else "a", encoding="utf-8")
+            if fresh:  # another file, so that whoever reads it sees that it began anew
+                path.unlink(missing_ok=True)
+            file = path.open("a", encoding="utf-8")
             if half:  # a process was killed while it wrote
                 file.write("\n")
             return file
