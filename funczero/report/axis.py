@@ -44,7 +44,7 @@ class Axis(NamedTuple):
         """Between two ticks of a linear axis."""
         raw = self.high / most - self.low / most
         size = 10.0 ** math.floor(math.log10(raw)) if raw > 1e-300 else 1e-300
-        return next((size * k for k in (1, 2, 2.5, 5) if size * k >= raw * 0.999), size * 10)
+        return next((size * k for k in (1, 2, 2.5, 5) if size * k >= raw * 0.85), size * 10)
 
     def _powers(self, most: int) -> list[float]:
         low, high = (math.log(x, self.base) for x in (self.low, self.high))
@@ -62,7 +62,7 @@ class Axis(NamedTuple):
         >>> Axis(0, 1).label(0.25), Axis(0, 40000).label(10000), Axis(1, 2**20, 2).label(1024), Axis(0, 4e-4).label(1e-4)
         ('0.25', '10,000', '2¹⁰', '1e-4')
         """
-        if self.base == 2:
+        if self.base == 2 and x != 1:
             return "2" + str(round(math.log2(x))).translate(SUPERSCRIPTS)
         if x == 0:
             return "0"

@@ -14,6 +14,12 @@ def add(commands: Any) -> None:
     p.add_argument("runs", nargs="+", metavar="RUN", help="the --out of a run: a folder with metrics.jsonl")
     p.add_argument("--out", default="report.html", help="the page; it is replaced")
     p.set_defaults(run=_report)
+    text = "a run in the terminal while it grows; ends when the run is finished, or by ctrl-c"
+    p = commands.add_parser("watch", help=text, description=text)
+    p.add_argument("folder", metavar="RUN", help="the --out of a run: a folder with metrics.jsonl")
+    p.add_argument("--once", action="store_true", help="one frame as plain lines")
+    p.add_argument("--every", type=float, help="seconds between two looks; 1 on a terminal, 10 elsewhere")
+    p.set_defaults(run=_watch)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -26,3 +32,12 @@ def _report(args: argparse.Namespace) -> int:
             print(f"{run.name}: {line}")
     print(f"{out} ({out.stat().st_size:,} bytes)")
     return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    """Shows the run."""
+    from funczero.report.watch import watch
+
+    if args.every is not None and not 0.05 <= args.every <= 86400:
+        raise ValueError(f"watch: --every={args.every} is no number of seconds from 0.05 to 86400; write --every=1")
+    return watch(Path(args.folder), args.once, args.every)

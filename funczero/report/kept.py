@@ -52,6 +52,7 @@ class Events:
         self.skips: dict[int, Skip] = {}
         self.said: list[tuple[int, str]] = []
         self.checkpoints: dict[str, int] = {}  # name -> update
+        self.saved = 0.0  # when the last one was committed
         self.end: dict[str, Any] | None = None
         self.full = set[str]()  # kinds of which there are more
 
@@ -97,7 +98,7 @@ class Events:
             if len(self.checkpoints) >= EVENTS:  # the first ones are of the least interest
                 self.full.add(kind)
                 del self.checkpoints[next(iter(self.checkpoints))]
-            self.checkpoints[name] = update
+            self.checkpoints[name], self.saved = update, moment(record)
         elif kind == "end":
             how = {"update": whole(record, "update"), "how": text(record, "how"), "words": text(record, "words")}
             self.end = {**how, "time": moment(record)}
@@ -200,9 +201,10 @@ class Kept:
         self.on_disk: list[str] = []
         self._odd: list[str] = []
         self.read()
+        self.look()
 
     def read(self) -> None:
-        """Reads what is new.
+        """Reads what is new of a run that is under way.
 
         Raises:
           ValueError: a file cannot be read.
@@ -212,6 +214,9 @@ class Kept:
             self.events.read()
         except OSError as error:
             raise ValueError(f"{str(self.path)!r} cannot be read ({error.strerror})") from None
+
+    def look(self) -> None:
+        """Reads the plan, and which checkpoints there are."""
         self._odd = []
         self.plan, self.on_disk = self._plan(), self._on_disk()
 

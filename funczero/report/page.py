@@ -122,7 +122,10 @@ def curves(runs: Sequence[Kept]) -> list[Chart]:
     shown = {"lr": ("Learning rate", ""), "grad_norm": ("Norm", "of the mean gradient, before any clip")}
     out += [of(name, *about) for name, about in shown.items() if name in extra]
     if "scale" in extra:
-        out.append(of("scale", "Loss scale", _scales(runs), base=2))
+        still = all(s.low == s.high == 1 for s in _all(runs, "scale"))
+        note, whose = ("1 throughout: no loss is scaled", []) if still else ("of the loss, log axis", plain)
+        shown_ = [] if still else _curves(runs, "scale", False)
+        out.append(chart("Loss scale", note, shown_, whose, span, base=2))
     out.append(chart("Time of an update", "seconds", _times(runs), bare, span, "seconds"))
     for name in extra:
         if name.endswith(RATE):
@@ -137,10 +140,9 @@ def _names(runs: Sequence[Kept], evaluated: bool) -> list[str]:
     return list(dict.fromkeys(name for own in sets for name in own))
 
 
-def _scales(runs: Sequence[Kept]) -> str:
-    found = [run.numbers.updates.get("scale") for run in runs]
-    still = all(s is None or s.low == s.high == 1 for s in found)
-    return "1 throughout: no loss is scaled" if still else "of the loss"
+def _all(runs: Sequence[Kept], name: str) -> list[Series]:
+    found = (run.numbers.updates.get(name) for run in runs)
+    return [series for series in found if series is not None]
 
 
 def _curves(runs: Sequence[Kept], name: str, evaluated: bool) -> list[Curve]:

@@ -16,8 +16,9 @@ from funczero.script.progress import words
 
 PAIRED = 5  # runs of which every pair is compared; of more, each with the first
 LISTED = 60  # rows of a table of events
-ORDER = ("masters", "views", "gradients", "moments", "wires", "model state", "gathered", "activations")
-TONES = dict.fromkeys((*ORDER, "batch", "other", "counters"), 0) | {name: i for i, name in enumerate(ORDER)}
+KINDS = ("masters", "gathered", "gradients", "moments", "model state", "views", "wires", "activations")
+TONES = {name: i for i, name in enumerate(KINDS)}  # colours of classes of memory
+REST = 8  # the colour of all others
 
 
 def said(text: object) -> str:
@@ -27,7 +28,7 @@ def said(text: object) -> str:
 
 def swatch(run: int) -> str:
     """The mark of a run."""
-    return f'<i class="swatch c{run % 8}"></i>'
+    return f'<i class="swatch c{run if run == REST else run % 8}"></i>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), mono: bool = False) -> str:
@@ -101,7 +102,8 @@ def card(run: int, kept: Kept) -> str:
         facts.append(("sent by rank 0", f"{said(amount(sent.last[1]))} <small>an update</small>"))
     facts.append(("skipped", f"{numbers.skipped:,}"))
     resumes = kept.events.resumes
-    facts.append(("resumed", f"{len(resumes)} times" if len(resumes) != 1 else f"after update {resumes[0]:,}"))
+    often = f"{len(resumes)} times, last after update {resumes[-1]:,}" if len(resumes) > 1 else ""
+    facts.append(("resumed", often or (f"after update {resumes[0]:,}" if resumes else "never")))
     cells = "".join(f"<div><dt>{said(name)}</dt><dd>{value}</dd></div>" for name, value in facts)
     bar = f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>'
     state = f'<div class="status"><b class="{how}">{said(words_)}</b></div>'
@@ -220,11 +222,12 @@ def _stack(what: str, by: Mapping[str, int]) -> str:
     """Amounts as parts of one bar, the largest first."""
     total = sum(by.values())
     parts = sorted(((name, n) for name, n in by.items() if n), key=lambda kv: -kv[1])
-    bar = "".join(f'<i class="c{TONES.get(n, 7)}" style="flex:{x}" title="{said(n)} {amount(x)}"></i>' for n, x in parts)
+    bar = "".join(f'<i class="c{TONES.get(n, REST)}" style="flex:{x}" title="{said(n)} {amount(x)}"></i>' for n, x in parts)
     names = "".join(
-        f'<span>{swatch(TONES.get(n, 7))} {said(n)}<span class="soft">{said(amount(x))}</span></span>' for n, x in parts
+        f'<span>{swatch(TONES.get(n, REST))} {said(n)}<span class="soft">{said(amount(x))}</span></span>'
+        for n, x in parts
     )
-    head = f'<div class="soft">{said(what)}: {said(amount(total))}</div>'
+    head = f'<div class="amounts">{said(what)}: {said(amount(total))}</div>'
     return f'{head}<div class="stack">{bar}</div><div class="parts">{names}</div>'
 
 
