@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from statistics import median
 
+import numpy as np
 from rich.text import Text
 
 from funczero.planning.words import amount, duration
@@ -121,7 +122,10 @@ def _line(label: str, series: Series, kind: str, over: tuple[float, float], widt
     value = series.last[1]
     shown = amount(value) if kind == "bytes" and 0 <= value < 1e30 else short(value)
     room = min(60, width - LABEL - VALUE - 3)
-    curve = blocks(*series.points(), over, room) if room > 4 and series.low < series.high else ""
+    x, y = series.points()
+    if label == "scale" and series.low > 0:  # it moves by powers of two
+        y = np.log2(y)
+    curve = blocks(x, y, over, room) if room > 4 and series.low < series.high else ""
     return Text.assemble((f"{label[:LABEL]:<{LABEL}}", "dim"), f"{shown:>{VALUE}}  ", (curve, "cyan"))
 
 

@@ -177,6 +177,8 @@ def sending(run: int, kept: Kept) -> str:
     if len(kept.events.sent) > 1:
         others = ", ".join(f"{n:,}" for n, _ in kept.events.sent[:6])
         notes.append(f"the count is that of update {first:,} and later ones; it changed at updates {others}")
+    if kept.events.about["flags"].get("debug", ("", False))[0] == "true":
+        notes.append("the search for leaves by --debug sends a little, and is not planned")
     edges = {axis: edge for axis, edge in kept.events.about["edges"].items() if edge}
     notes += [f"what travels over {axis!r} is packed: {edge}" for axis, edge in edges.items()]
     keys = sorted({*counted, *(planned or {})})
