@@ -28,9 +28,9 @@ def _run_open(tape: Tape, leaves: dict[int, Tensor], run: Run) -> Any:
 
 def _run_once(tape: Tape, group: Group, run: Run, guess: Group) -> Any:
     """A forward that nothing will differentiate."""
-    opened, _, _ = tape.enter(group, guess)
+    opened, _ = tape.enter(group, guess)
     out = _run_open(tape, tape.open_leaves(opened), run)
-    tape.count(-len(group))
+    tape.left(group)
     return out
 
 
@@ -44,26 +44,30 @@ def run_unit(tape: Tape, group: Group, run: Run, guess: Group = ()) -> Any:
         return _run_open(tape, tape.resting_leaves(group), run)
     if not torch.is_grad_enabled() or not tape.differentiate:
         return _run_once(tape, group, run, guess)
-    buffers, before, after = tape.enter(group, guess)
+    buffers, visit = tape.enter(group, guess)
     leaves = tape.open_leaves(buffers, track=True)
-    if not tape.rest:
+    gathers = tape.gathers
+    if gathers is None:
         return _run_open(tape, leaves, run)
     memory = {b.untyped_storage()._cdata: u for u, b in buffers.items()}
-    held = {} if after else buffers
+    held = {} if visit.after else buffers
     del buffers
 
     def pack(t: Tensor) -> Any:
         unit = memory.get(t.untyped_storage()._cdata)
-        return t if unit is None else (unit, t.shape, t.stride(), t.storage_offset())
+        if unit is None:
+            return t
+        visit.reads = True
+        return unit, t.shape, t.stride(), t.storage_offset()
 
     def unpack(saved: Any) -> Tensor:
-        return tape.again(saved[0], group, before).as_strided(*saved[1:]) if type(saved) is tuple else saved
+        return gathers.reopen(saved[0], group, visit).as_strided(*saved[1:]) if type(saved) is tuple else saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         out = _run_open(tape, leaves, run)
-    tape.course.ran(group, out)
+    tape.course.ran(visit, out)
     if held:
-        tape.keep(held)
+        gathers.keep(held)
     else:
-        tape.count(-len(group))
+        gathers.leave(group)
     return out

@@ -128,8 +128,9 @@ def run_block(
         learning = [u for u in group if not tape.whole.structure.units[u].frozen]
         tape.arrivals.use(tuple(learning))
         ports = [x for u in learning for x in node(tape, u)]
-        outs = Rerun.apply(tape, group, guess, run, len(ports), *ports, *inputs)
-        tape.course.ran(group, outs)
+        buffers, visit = tape.enter(group, guess)
+        outs = Rerun.apply(tape, visit, buffers, run, len(ports), *ports, *inputs)
+        tape.course.ran(visit, outs)
     else:
         outs = run_unit(tape, group, lambda leaves: run(leaves, inputs), guess)
     return tree.unflatten(list(outs), outdef[0]) if outdef else outs[0]
