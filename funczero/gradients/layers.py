@@ -79,7 +79,7 @@ def gather(params: Any) -> Any:
 def group_of(leaves: list[Any]) -> Group:
     """The units that one block's closed parameters lie in."""
     refs = {r.unit: r for r in leaves if isinstance(r, Ref)}
-    names = {r.tape.whole.structure.units[u].name for u, r in refs.items()}
+    names = {r.tape.whole.structure.units[u].name for u, r in refs.items()} if len(refs) > 1 else ()
     if len(names) > 1:
         raise TypeError(
             f"fz.layers: one block holds parameters of the units {sorted(names)}; give it a list with one tree a block"
