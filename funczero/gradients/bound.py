@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from funczero.core import tree
 from funczero.gradients.blocks import Again, Blocks
-from funczero.gradients.draws import keyed
+from funczero.gradients.draws import Trail, keyed
 from funczero.gradients.layers import group_of
 from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
@@ -45,7 +45,7 @@ def run_once(
     A state that changes is returned behind the sum and its weight.
     """
     values, changes = own.values, own.changes
-    call = Call(snapshot, params)
+    call = Call(snapshot, params, refuse=key is None)
     copies, buffers = call.bound(snapshot, values)
     for m in copies.values():
         if isinstance(m, nn.SyncBatchNorm):
@@ -54,7 +54,7 @@ def run_once(
     may = (snapshot.computed | values.keys()) if changes else snapshot.computed
     fixed = [b for b, name in zip(buffers, snapshot.named, strict=True) if name not in may]
     versions, lengths = [x._version for _, x in fixed], snapshot.changes.lengths()
-    with keyed(key, call.device, partial(_drew, snapshot.root)):
+    with keyed(key, call.device, partial(_drew, snapshot.root, call.trail)):
         result = loss(copies[id(snapshot.root)], batch)
     _check_buffers(copies, fixed, versions)
     if snapshot.changes.check(copies, lengths):
@@ -77,8 +77,8 @@ class Call:
     A cycle would keep gathered memory until a collection.
     """
 
-    def __init__(self, snapshot: Snapshot, params: dict[str, Any]) -> None:
-        """params: by the names that stateless returned, whole or closed."""
+    def __init__(self, snapshot: Snapshot, params: dict[str, Any], refuse: bool = False) -> None:
+        """params: by the names that stateless returned, whole or closed; refuse: a unit that draws is named."""
         if not isinstance(params, dict) or params.keys() != snapshot.names:
             odd = f"are a {type(params).__name__}"
             if isinstance(params, dict):
@@ -96,6 +96,7 @@ class Call:
         self.units, self.check_leaves, self.params = snapshot.units, snapshot.check_leaves, params
         first = next(iter(params.values()), None)
         self.device = torch.device("cpu") if first is None else first.device
+        self.trail = Trail(self.device) if refuse else None
         self.tapes = {r.tape for r in params.values() if isinstance(r, Ref)}
         self.twice = any(isinstance(tape, Parts) for tape in self.tapes)  # may a block be differentiated twice?
         groups = [group_of([params[name] for *_, name in u.slots]) for u in self.units]
@@ -152,7 +153,10 @@ class Call:
             finally:
                 _bind(where, self.params)
 
-        return self.blocks.run(i, closed, bound, args, kwargs, again)
+        out = self.blocks.run(i, closed, bound, args, kwargs, again)
+        if self.trail is not None:
+            self.trail.passed(unit.path)
+        return out
 
 
 class Once:
@@ -208,12 +212,13 @@ def _at(box: Any, key: Any) -> Any:
     return box.get(key) if isinstance(box, dict) else box[key] if key < len(box) else None
 
 
-def _drew(m: nn.Module, kind: str) -> Exception:
-    """Who drew random numbers, as far as can be told: the first active dropout layer."""
+def _drew(m: nn.Module, trail: Trail | None, kind: str) -> Exception:
+    """Who drew random numbers, as far as can be told: an active dropout layer, first of the block that drew."""
+    path = trail.drew() if trail is not None and kind == "torch" else ""
     dropouts = [(n, x) for n, x in m.named_modules() if isinstance(x, nn.modules.dropout._DropoutNd)]
-    active = {n: x for n, x in dropouts if x.training and x.p > 0}
-    who = next(iter(active), "") if kind == "torch" else ""
-    what = f"the forward of {type(m).__name__!r}"
+    active = {n: x for n, x in dropouts if x.training and x.p > 0 and kind == "torch"}
+    who = next((n for n in active if n.startswith(f"{path}.")), next(iter(active), ""))
+    what = f"the forward of {path!r}, or what runs before it," if path else f"the forward of {type(m).__name__!r}"
     if who:
         what = f"{who!r} ({type(active[who]).__name__}, p={active[who].p})"
     why = f"draws from {kind}'s global generator, so the loss would not be a function of its arguments"
