@@ -53,7 +53,7 @@ from bench_models import ADAMW, SIZES, Batch, Size, TrainStep, block, init_param
 
 PEERS, STAGES = ["plain", "plain-1t", "ddp", "ddp-view", "fsdp", "fsdp-keep"], ["stage0", "stage1", "stage2", "stage3"]
 THREADS = {"plain": "1 x 2", "plain-1t": "1 x 1"}  # processes x threads; all others: 2 x 1
-flags.DEFINE_list("sizes", list(SIZES), "Which of tiny, small, medium.")
+flags.DEFINE_list("sizes", list(SIZES), "Which of tiny, blocks, small, medium.")
 flags.DEFINE_list("contenders", PEERS + STAGES, "Whom to run; ratios need ddp.")
 flags.DEFINE_integer("rounds", 0, "Visits of every contender (0: the size's own number).")
 flags.DEFINE_integer("steps", 0, "Counted steps of a visit (0: the size's own number).")

@@ -4,7 +4,7 @@ to this one, and nothing is guessed that costs memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,15 +52,15 @@ class Visit:
 class Course:
     """The blocks that one tape's forward has opened, and which one comes before and after each."""
 
-    def __init__(self, memo: dict[Any, Any], nbytes: Callable[[int], int], limit: int) -> None:
+    def __init__(self, memo: dict[Any, Any], lengths: Sequence[int], limit: int) -> None:
         """Nothing is opened.
 
         Args:
           memo: where the course of the last forward over these parameters is kept.
-          nbytes: of a whole unit.
-          limit: bytes up to which neighbours travel together.
+          lengths: elements of every whole unit.
+          limit: elements up to which neighbours travel together.
         """
-        self.memo, self.nbytes, self.limit = memo, nbytes, limit
+        self.memo, self.lengths, self.limit = memo, lengths, limit
         self.key = "course", limit
         self.was: Known = memo.get(self.key, Known())
         self.now: list[Group] = []
@@ -89,8 +89,8 @@ class Course:
         return Visit(group, self.before, was.stretch(place), was.stretch(end) if guess or end > place + 1 else (), end)
 
     def size(self, units: Group) -> int:
-        """Bytes of units."""
-        return sum(map(self.nbytes, units))
+        """Elements of units."""
+        return sum(self.lengths[u] for u in units)
 
     def ran(self, visit: Visit, out: Any) -> None:
         """The block has returned."""

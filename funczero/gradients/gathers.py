@@ -6,7 +6,7 @@ go, and never are more than two open: the one that is used, and the one that tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -165,7 +165,9 @@ class Gathers:
         stretch, before = (group, None) if visit is None else visit.backwards()
         first = unit not in self.here
         if first:
-            self.land(stretch)  # nor does a first block whose input needs no gradient, and whose weights no backward reads
+            self.land(
+                stretch
+            )  # nor does a first block whose input needs no gradient, and whose weights no backward reads
             if self.agreement is not None and self.views.where.structure.units[unit].seam:
                 self.agreement.until(unit, self._lend)
                 stretch = (unit,)

@@ -75,9 +75,8 @@ class Tape:
         self.gathers = Gathers(views, env, at, agreement) if cut else None
         self.leaves: dict[int, Tensor] = {}  # by leaf number, where nothing is gathered or scattered
         self.lent: list[Lent] = []  # leaves that a loss holds by itself (fz.gather)
-        lengths, wide = self.whole.lengths, self.dtype.itemsize
-        limit = 0 if agreement is not None else env.link.together
-        self.course = Course(self.whole.memo, lambda u: wide * lengths[u], limit)
+        limit = 0 if agreement is not None else env.link.together // self.dtype.itemsize
+        self.course = Course(self.whole.memo, self.whole.lengths, limit)
 
     @property
     def device(self) -> torch.device:

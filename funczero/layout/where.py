@@ -157,8 +157,7 @@ class Where:
         """A unit's leaves as views of its buffer, each in its logical shape."""
         slots = self.slots
         return [
-            x.view(slots[i].shape)
-            for x, i in zip(self.parts(unit, buffer), self.structure.members[unit], strict=True)
+            x.view(slots[i].shape) for x, i in zip(self.parts(unit, buffer), self.structure.members[unit], strict=True)
         ]
 
     def parts(self, unit: int, buffer: Tensor) -> list[Tensor]:
