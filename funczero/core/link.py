@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from funczero.core.number import number
+
 
 class Link(NamedTuple):
     """What a message costs: its latency, and its bytes by the speed.
@@ -22,4 +24,12 @@ class Link(NamedTuple):
     @property
     def together(self) -> int:
         """Bytes up to which neighbours share a message: its latency is then a fifth of its time."""
-        return round(4 * self.latency * self.speed)
+        return round(min(4 * self.latency * self.speed, 2.0**62))
+
+    def checked(self, who: str) -> Link:
+        """This link.
+
+        Raises:
+          TypeError, ValueError: its numbers are none of a link.
+        """
+        return Link(number(who, "latency", self.latency), number(who, "speed", self.speed, above=True))

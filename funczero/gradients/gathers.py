@@ -31,13 +31,13 @@ class Message:
 
 
 class Gathers:
-    """See the module's docstring. Where nothing rests in parts, units are the views themselves."""
+    """See the module's docstring."""
 
     def __init__(self, views: Slots, env: Env, at: Key, agreement: Agreement | None = None) -> None:
         """Nothing is here.
 
         Args:
-          views: parameters at rest, over at least one axis of more than one rank, or none of them is gathered.
+          views: parameters that rest in parts.
           at: what wires of views draw from.
           agreement: of ranks that need not open the same units.
         """
@@ -154,7 +154,7 @@ class Gathers:
                 self.agreement.until(u, self._lend)
                 self.bring((u,))
             elif u not in self.here:
-                self.bring(stretch or units)
+                self.bring(tuple(v for v in stretch or units if v not in out))
             self.kept.discard(u)
             out[u] = self.here.pop(u)
         return out
@@ -196,9 +196,8 @@ class Gathers:
         stretch, before = (group, None) if visit is None else visit.backwards()
         first = unit not in self.here
         if first:
-            self.land(
-                stretch
-            )  # nor does a first block whose input needs no gradient, and whose weights no backward reads
+            # nor does a first block whose input needs no gradient, and whose weights no backward reads
+            self.land(stretch)
             if self.agreement is not None and self.views.where.structure.units[unit].seam:
                 self.agreement.until(unit, self._lend)
                 stretch = (unit,)

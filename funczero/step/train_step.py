@@ -78,8 +78,11 @@ def train_step(
         mesh = dict.fromkeys(flat[0].batch, -1)
     if sums not in ("tree", "exact", "backend"):
         raise ValueError(f"train_step: sums={sums!r} is none of 'tree', 'exact' and 'backend'; write one of them")
+    if link is not None and not isinstance(link, Link):
+        raise TypeError(f"train_step: link={link!r} is no link; write fz.Link(latency=seconds, speed=bytes a second)")
+    known = (link or Link()).checked("train_step(link=...)")
     planned = plan_mesh(mesh)
-    env = Env(planned, Policy.parse(policy), {}, prefetch=prefetch, sums=sums, link=link or Link())
+    env = Env(planned, Policy.parse(policy), {}, prefetch=prefetch, sums=sums, link=known)
     return _make(flat, env, Options(debug, check, patience), donated=False, book=Book())
 
 
