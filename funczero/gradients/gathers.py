@@ -72,14 +72,12 @@ class Gathers:
         self.peak = max(self.peak, self.live)
 
     def sent(self, units: Group) -> Travelling:
-        """What gathers units to all ranks; innermost axis first."""
-        where, mesh = self.views.where.outer, self.env.mesh
-        buffers = [self.views.buffers[u] for u in units]
-        first = gather_units(where, units, self.env.edges[self.rest[-1]], mesh, buffers, self.at)
-        return Travelling(lambda: self._outwards(units, first.wait()))
+        """The first step of a gather: over the innermost axis."""
+        where, edge = self.views.where.outer, self.env.edges[self.rest[-1]]
+        return gather_units(where, units, edge, self.env.mesh, [self.views.buffers[u] for u in units], self.at)
 
-    def _outwards(self, units: Group, buffers: list[Tensor]) -> list[Tensor]:
-        """Buffers that the innermost axis has made whole, over the other axes."""
+    def outwards(self, units: Group, buffers: list[Tensor]) -> list[Tensor]:
+        """The steps after it, over the other axes."""
         where = self.views.where.outer
         for axis in reversed(self.rest[:-1]):
             where = where.outer
@@ -114,6 +112,7 @@ class Gathers:
         assert message.sent is not None
         with self._named(message.units):
             buffers, message.sent = message.sent.wait(), None
+            buffers = self.outwards(message.units, buffers)
         for u in message.units:
             del self.flying[u]
         return buffers

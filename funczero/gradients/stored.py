@@ -161,6 +161,10 @@ class StoredGathers(Gathers):
         """Nothing travels before it is waited for."""
         return Travelling(lambda: [self._wide(u) for u in units])
 
+    def outwards(self, units: Group, buffers: list[Tensor]) -> list[Tensor]:
+        """They are whole."""
+        return buffers
+
     def _wide(self, unit: int) -> Tensor:
         own = self.stored
         rest, codes = own.gathered(unit, self.env, self.at)
