@@ -41,3 +41,23 @@ def params(rows, by=2, ids=None):
     few = cover(rows, by)
     name = ids or (lambda row: "-".join(map(str, row)))
     return [pytest.param(*row, marks=() if row in few else pytest.mark.slow, id=name(row)) for row in rows]
+
+
+def ways(one, names, forms, whole, apart=(), by=2):
+    """By world the stages and forms in which one of these losses is tried: all, or a cover of those of all losses. What
+    is refused of "penalty", and what to write instead, are always among them.
+
+    Args:
+      names: of all losses.
+      apart: of these, losses whose ranks gather different units, which at stage 3 is told: another law's.
+    """
+    rows = [
+        (name, stage, form, world)
+        for name in names
+        for stage in range(4)
+        for form in forms
+        for world in (1, 2)
+        if not (name in apart and world == 2 and stage == 3)
+    ]
+    some = rows if whole else cover(rows, by) + [("penalty", 3, "remat", 2), ("penalty", 3, "keep", 2)]
+    return {w: sorted({(stage, form) for name, stage, form, at in some if (name, at) == (one, w)}) for w in (1, 2)}

@@ -36,7 +36,7 @@ def nested(kind, tx):
     """Brackets in brackets, replicas beside them, and leaves that they cut along several dims."""
     rules = [("w$", P(None, "node")), ("conv", P(None, "local", "node"))]
     source, mesh = zoo.source(("node", "local")), {"node": 2, "local": 2}
-    k = zoo.MICROS // 4
+    k = zoo.FEW // 4
     parts = {
         "hpz": lambda: fz.hpz(source, tx, accumulate=k),
         "mics": lambda: (fz.shard("local", source, fz.accumulate(k), fz.all_reduce("node"), tx),),

@@ -7,7 +7,7 @@ themselves go into the manifest, so that a chunk of another array, or of another
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 FLIGHT = 128 << 20  # bytes under way at a time
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -20,6 +20,14 @@ class Array(NamedTuple):
     dtype: str
     chunk: tuple[int, ...]
     tails: dict[str, str] = {}  # chunk -> its checksum, hexadecimal
+
+
+class Pending(Protocol):
+    """What is under way: both wait, one raises."""
+
+    def result(self) -> Any: ...
+
+    def exception(self) -> Any: ...
 
 
 def key_name(key: tuple[int, ...]) -> str:

@@ -8,11 +8,11 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funczero.checkpoint.arrays import CODECS, FLIGHT, Array, key_name
+from funczero.checkpoint.arrays import CODECS, FLIGHT, Array, Pending, key_name
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.layout import Box, touched
 from funczero.checkpoint.memory import nbytes
@@ -33,14 +33,6 @@ class Ask(NamedTuple):
     box: Box
     room: Callable[[], Tensor]  # where it goes, made when it is read; contiguous, on the CPU, of the array's dtype
     done: Callable[[Tensor], Any]
-
-
-class Pending(Protocol):
-    """What is under way: both wait, one raises."""
-
-    def result(self) -> Any: ...
-
-    def exception(self) -> Any: ...
 
 
 class Reader(abc.ABC):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from funczero.checkpoint.arrays import FLIGHT, Array, context, key_name, kvstore, metadata
+from funczero.checkpoint.arrays import FLIGHT, Array, Pending, context, key_name, kvstore, metadata
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.layout import Box
 from funczero.checkpoint.memory import nbytes, numpy_view
@@ -43,14 +43,6 @@ class Filled(NamedTuple):
     box: Box
     values: Tensor  # on the CPU; they stay as they are until they are written
     row: Tensor | None = None  # [n + 4] bytes: the memory of the values, and behind it room for a checksum
-
-
-class Pending(Protocol):
-    """What is under way: both wait, one raises."""
-
-    def result(self) -> Any: ...
-
-    def exception(self) -> Any: ...
 
 
 class Store(Protocol):

@@ -42,14 +42,7 @@ def after(
     def apply(views: Slots, state: State, batch: Tree, s: Seed) -> tuple[Out | None, State]:
         out: Any  # an `In`, as the phase of g's layout says
         out, state = g.apply(views, state, batch, s if seed is None else seed(s, state))
-        if out is None:
-            return None, state
-        with span(name):
-            try:
-                return fn(out, state)
-            except (RuntimeError, MemoryError) as error:
-                told(error, lambda: f"in {name}")
-                raise
+        return (None, state) if out is None else _named(name, fn, out, state)
 
     return _right_of(g, name, layout, apply, init)
 
@@ -74,16 +67,19 @@ def around(
         s, carried = before(views, s, state)
         out: Any  # an `In`, as the phase of g's layout says
         out, state = g.apply(views, state, batch, s)
-        if out is None:
-            return None, state
-        with span(name):
-            try:
-                return fn(out, state, carried)
-            except (RuntimeError, MemoryError) as error:
-                told(error, lambda: f"in {name}")
-                raise
+        return (None, state) if out is None else _named(name, fn, out, state, carried)
 
     return _right_of(g, name, layout, apply, init)
+
+
+def _named(name: str, fn: Callable[..., tuple[Out, State]], *args: Any) -> tuple[Out, State]:
+    """fn(*args) under a transform's name, in a trace and where it finds no memory."""
+    with span(name):
+        try:
+            return fn(*args)
+        except (RuntimeError, MemoryError) as error:
+            told(error, lambda: f"in {name}")
+            raise
 
 
 def _right_of(g: Grad, name: str, layout: Layout, apply: Apply, init: Callable[[Lazy], State] | None) -> Grad:

@@ -33,6 +33,7 @@ from funczero.kernels.registry import NAMES, kernel
 HOME = "funczero."
 FACES = ("funczero.deepspeed", "funczero.lightning", "funczero.testing")  # they run somebody's loop
 CPU = torch.device("cpu")
+FAR = 2.0**40  # neither zero nor at a floor, as the scale of a loss at its floor would look at every leaf
 SMALL = 1 << 10  # elements of a tensor that keeps its values
 _aten, _wait = torch.ops.aten, torch.ops._c10d_functional.wait_tensor.default
 
@@ -113,10 +114,10 @@ def _valueless(x: Any) -> bool:
 
 
 def _answer(dtype: torch.dtype) -> Any:
-    """What a value is in the ordinary course of a run: true, one, and as an integer nothing to be told."""
+    """What a value is in the ordinary course of a run: true, far from any bound, as an integer nothing to be told."""
     if dtype == torch.bool:
         return True
-    return 1.0 if dtype.is_floating_point else 0
+    return FAR if dtype.is_floating_point else 0
 
 
 def _only_ours(what: str) -> None:

@@ -132,8 +132,7 @@ def frozen(
     >>> metrics.loss.item(), step.params(state)["w"].item()
     (4.0, 1.0)
     """
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"frozen: stage={stage!r} does not exist; write 3, or 0 for whole parameters on every rank")
+    _check_stage(stage)
     env = step.running().env
     if storage is not None and storage not in STORAGES:
         raise ValueError(f"frozen: storage={storage!r} does not exist; write one of {', '.join(STORAGES)}")
@@ -156,6 +155,11 @@ def frozen(
     return Frozen(stored(own, still(own.structure), coords, dtype, storage, kept), env)
 
 
+def _check_stage(stage: int) -> None:
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"frozen: stage={stage!r} does not exist; write 3, or 0 for whole parameters on every rank")
+
+
 def placed(
     what: Any, step: Step, stage: int, units: Sequence[str] | None, axes: Sequence[str] | None
 ) -> tuple[Lazy, Coords, Env]:
@@ -164,8 +168,7 @@ def placed(
     Raises:
       ValueError: there is no such stage or axis.
     """
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"frozen: stage={stage!r} does not exist; write 3, or 0 for whole parameters on every rank")
+    _check_stage(stage)
     env = step.running().env
     env = env._replace(edges={a: Edge(a, sums=e.sums, adds=e.adds) for a, e in env.edges.items()})
     if units is None:

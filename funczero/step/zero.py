@@ -53,7 +53,7 @@ def zero(
                 f"zero: {name}={wire} packs views, and none travels at stage 0; leave it out, or write stage=1"
             )
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
-    acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
+    acc = _summing(accumulate)
 
     def bracket(*inside: Any) -> Any:
         how: dict[str, Any] = {"threshold": threshold, "gather": gather, "scatter": scatter, "frozen": frozen}
@@ -79,7 +79,7 @@ def hpz(
     Gradients cross nodes once an update. Source: Wang et al., ZeRO++, arXiv 2306.10209 (DeepSpeed:
     zero_hpz_partition_size, zero_quantized_nontrainable_weights).
     """
-    acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
+    acc = _summing(accumulate)
     return chain(shard(within, grad, *acc, shard(across, *transforms)))
 
 
@@ -122,7 +122,7 @@ def zeropp(
     Source: Wang et al., ZeRO++, arXiv 2306.10209 (DeepSpeed: zero_quantized_weights, zero_quantized_gradients,
     zero_hpz_partition_size).
     """
-    acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
+    acc = _summing(accumulate)
     inner, outer = _pair(weights, as_born)
     first, second = _pair(gradients)
     across = lambda *parts: shard(node, *parts, threshold=threshold, gather=outer, scatter=second, frozen=frozen)
@@ -132,6 +132,11 @@ def zeropp(
     if each:
         return chain(within(grad, across(*acc, *transforms)))
     return chain(within(grad, *acc, across(*transforms)))
+
+
+def _summing(accumulate: Any) -> tuple[Any, ...]:
+    """The parts that sum over time: those that were given, or accumulate of so many."""
+    return accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
 
 
 def _pair(wire: Wire | tuple[Wire, Wire], within: Wire | None = None) -> tuple[Wire, Wire]:
@@ -148,5 +153,5 @@ def mics(
     """MiCS, torch's HSDP: everything sharded within a node and replicated across. Source: Zhang et al., MiCS, arXiv
     2205.00119.
     """
-    acc = accumulate if isinstance(accumulate, tuple) else () if accumulate == 1 else (accumulate_(accumulate),)
+    acc = _summing(accumulate)
     return chain(shard(within, grad, *acc, all_reduce(across), *transforms))

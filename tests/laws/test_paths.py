@@ -4,10 +4,11 @@ plain torch's value and one hash.
 
 from __future__ import annotations
 
+import cover
 import pytest
 import torch
 import zoo
-from cover import EACH, cover
+from cover import EACH
 from torch import nn
 
 import funczero as fz
@@ -117,20 +118,8 @@ FORMS = {"keep": (("blocks",), False), "remat": (("blocks",), True), "whole": ((
 
 
 def ways(loss, whole, by=2):
-    """By world the stages and forms in which a loss is tried: all, or a cover of those of all losses. That ranks gather
-    different units at stage 3 is told, which is another law's; what is refused, and what to
-    write instead, are always among them.
-    """
-    rows = [
-        (f.__name__, stage, form, world)
-        for f in LOSSES
-        for stage in range(4)
-        for form in FORMS
-        for world in (1, 2)
-        if not (f in (routed, dropped) and world == 2 and stage == 3)
-    ]
-    some = rows if whole else cover(rows, by) + [("penalty", 3, "remat", 2), ("penalty", 3, "keep", 2)]
-    return {w: sorted({(stage, form) for f, stage, form, at in some if (f, at) == (loss.__name__, w)}) for w in (1, 2)}
+    """By world the stages and forms in which a loss is tried."""
+    return cover.ways(loss.__name__, [f.__name__ for f in LOSSES], FORMS, whole, ("routed", "dropped"), by)
 
 
 def runs(name, width, policy, ways):

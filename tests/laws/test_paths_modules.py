@@ -4,10 +4,11 @@ fz.stateless.
 
 from __future__ import annotations
 
+import cover
 import pytest
 import torch
 import zoo
-from cover import EACH, cover
+from cover import EACH
 from torch import nn
 
 import funczero as fz
@@ -108,19 +109,8 @@ def batch():
 
 
 def ways(name, whole):
-    """By world the stages and forms in which a case is tried: all, or a cover of those of all cases; what is refused,
-    and what to write instead, are always among them.
-    """
-    rows = [
-        (case, stage, form, world)
-        for case in CASES
-        for stage in range(4)
-        for form in FORMS
-        for world in (1, 2)
-        if not (case == "routed" and world == 2 and stage == 3)
-    ]
-    some = rows if whole else cover(rows) + [("penalty", 3, "remat", 2), ("penalty", 3, "keep", 2)]
-    return {w: sorted({(stage, form) for case, stage, form, at in some if (case, at) == (name, w)}) for w in (1, 2)}
+    """By world the stages and forms in which a case is tried."""
+    return cover.ways(name, CASES, FORMS, whole, ("routed",))
 
 
 def runs(name, ways):
