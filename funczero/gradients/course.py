@@ -14,10 +14,13 @@ from funczero.gradients.arrivals import Group
 
 
 class Known(NamedTuple):
-    """A forward that has ended: its blocks in order, and by block where the stretch ends that it travels in."""
+    """A forward that has ended: its blocks in order, by block where the stretch ends that it travels in, and the units
+    of lists that ran whole.
+    """
 
     blocks: tuple[Group, ...] = ()
     ends: tuple[int, ...] = ()
+    whole: frozenset[int] = frozenset()
 
     def stretch(self, place: int) -> Group:
         """The units from this place to the end of its stretch."""
@@ -52,15 +55,16 @@ class Visit:
 class Course:
     """The blocks that one tape's forward has opened, and which one comes before and after each."""
 
-    def __init__(self, memo: dict[Any, Any], lengths: Sequence[int], limit: int) -> None:
+    def __init__(self, memo: dict[Any, Any], names: Sequence[str], lengths: Sequence[int], limit: int) -> None:
         """Nothing is opened.
 
         Args:
           memo: where the course of the last forward over these parameters is kept.
+          names: of every unit; those of one list differ in what stands last.
           lengths: elements of every whole unit.
           limit: elements up to which neighbours travel together.
         """
-        self.memo, self.lengths, self.limit = memo, lengths, limit
+        self.memo, self.names, self.lengths, self.limit = memo, names, lengths, limit
         self.key = "course", limit
         self.was: Known = memo.get(self.key, Known())
         self.now: list[Group] = []
@@ -70,6 +74,11 @@ class Course:
     def first(self) -> Group:
         """The stretch with which the last forward began."""
         return self.was.stretch(0)
+
+    def joins(self, units: Group) -> bool:
+        """May the first stretch travel with these units, which every forward opens before it?"""
+        first = self.first()
+        return self.was.whole.issuperset(first) and self.size((*units, *first)) <= self.limit
 
     def enter(self, group: Group, guess: Group = ()) -> Visit:
         """This block is opened now.
@@ -101,20 +110,44 @@ class Course:
         """The forward is over."""
         if self.now:
             if self.was.blocks != tuple(self.now):
-                self.memo[self.key] = Known(tuple(self.now), self._ends())
+                whole = self._ran_whole()
+                self.memo[self.key] = Known(tuple(self.now), self._ends(whole), whole)
             self.now, self.followed, self.before = [], [], None
 
-    def _ends(self) -> tuple[int, ...]:
-        """Where the stretches end: neighbours in a list, each once, and together no more than the limit."""
-        starts, units, size = [0], set[int](), 0
+    def _ends(self, whole: frozenset[int]) -> tuple[int, ...]:
+        """Where the stretches end: neighbours in a list that ran whole, together no more than the limit."""
+        starts, size = [0], 0
         for place, group in enumerate(self.now):
             more = self.size(group)
-            goes_on = place and self.followed[place - 1] and units.isdisjoint(group) and size + more <= self.limit
+            goes_on = place and self.followed[place - 1] and set(group) <= whole and size + more <= self.limit
             if place and not goes_on:
                 starts.append(place)
-            units, size = (units | set(group), size + more) if goes_on else (set(group), more)
+            size = size + more if goes_on else more
         stops = [*starts[1:], len(self.now)]
         return tuple(b for a, b in zip(starts, stops, strict=True) for _ in range(a, b))
+
+    def _ran_whole(self) -> frozenset[int]:
+        """The units of lists all of whose blocks ran, once each and in the list's order.
+
+        A forward that leaves blocks out, or takes them in another order, may choose otherwise the next time, and
+        perhaps on one rank alone. Where each block travels by itself, ranks that chose others still launch as many
+        messages, and the next sum tells.
+        """
+        ran = [self.names[group[0]] for group in self.now if group]
+        lists: dict[str, dict[str, None]] = {}
+        for name in self.names:
+            lists.setdefault(home(name), {})[name] = None
+        whole = {here for here, blocks in lists.items() if [n for n in ran if home(n) == here] == list(blocks)}
+        return frozenset(u for u, name in enumerate(self.names) if home(name) in whole)
+
+
+def home(name: str) -> str:
+    """What a unit's name says of its list.
+
+    >>> home("decoder/blocks/11"), home("decoder.blocks.11")
+    ('decoder/blocks', 'decoder.blocks')
+    """
+    return name[: max(name.rfind("/"), name.rfind("."), 0)]
 
 
 def again() -> bool:

@@ -188,7 +188,7 @@ class StoredTape(Tape):
         views = Slots(empty, stored.plain)
         super().__init__(views, (), env, False, True, key)
         self.seam, self.gathers = True, StoredGathers(stored, views, env, key)
-        self.course = Course(self.whole.memo, self.whole.lengths, 0)
+        self.course = Course(self.whole.memo, [u.name for u in self.whole.structure.units], self.whole.lengths, 0)
 
 
 def _gathered(slots: Slots, unit: int, env: Env, key: Key) -> Tensor:

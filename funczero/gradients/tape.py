@@ -76,7 +76,7 @@ class Tape:
         self.leaves: dict[int, Tensor] = {}  # by leaf number, where nothing is gathered or scattered
         self.lent: list[Lent] = []  # leaves that a loss holds by itself (fz.gather)
         limit = 0 if agreement is not None else env.link.together // self.dtype.itemsize
-        self.course = Course(self.whole.memo, self.whole.lengths, limit)
+        self.course = Course(self.whole.memo, [u.name for u in self.whole.structure.units], self.whole.lengths, limit)
 
     @property
     def device(self) -> torch.device:
@@ -164,8 +164,7 @@ class Tape:
         if self.gathers is None:
             return {u: self.views.buffers[u] for u in units}
         first = self.course.first()
-        together = self.course.size((*units, *first)) <= self.course.limit
-        self.gathers.launch((*units, *first) if together and self.env.prefetch else units)
+        self.gathers.launch((*units, *first) if self.env.prefetch and self.course.joins(units) else units)
         buffers = self.gathers.take(units)
         self.gathers.leave(units)
         self.gathers.ahead(first)
