@@ -118,7 +118,8 @@ def models(k):
     """Chains by name, with the bytes that each parameter takes across nodes in an update of k micro-batches."""
     g, acc = fz.value_and_grad(loss, batch=P(BOTH), units=("blocks",)), () if k == 1 else (fz.accumulate(k),)
     half, tx = fz.cast("bfloat16"), (fz.adamw(1e-3),)
-    opens = (2 * BLOCKS - 1) / BLOCKS  # a forward and a backward gather every block, the last one once
+    # a forward gathers every block, a backward all but the last, which is here, and the first, which it does not read
+    opens = (2 * BLOCKS - 2) / BLOCKS
     zeropp = lambda **how: fz.zeropp(g, *tx, accumulate=k, **how)
     news = fz.difference(fz.int4(512))
     return {
