@@ -60,10 +60,11 @@ class Checked(HTMLParser):
 def two(tmp_path):
     """A run with a skip, a resume and a name that would end a script; one that differs from it at update 20."""
     events = [SKIP, {"kind": "checkpoint", "time": 1.7e9, "name": "20", "update": 20}]
-    events += [BEGIN | {"update": 20, "before": "20"}, END]
     flags = {"note": [HARD, True], **BEGIN["flags"]}
-    one = folder(tmp_path / "one", events=events, begin={"flags": flags}, odd={7: {"ok": False, "grad_norm": float("inf")}})
-    return one, folder(tmp_path / "two<i>", odd={20: {"loss": 0.25}})
+    events += [BEGIN | {"update": 20, "before": "20", "flags": flags}, END]
+    skipped = {7: {"ok": False, "grad_norm": float("inf")}}
+    one = folder(tmp_path / "one", events=events, begin={"flags": flags}, odd=skipped)
+    return one, folder(tmp_path / "two<i>", odd=skipped | {20: {"loss": 0.25}})
 
 
 def test_the_page_says_what_the_folders_hold(tmp_path):

@@ -86,7 +86,9 @@ class Events:
         elif kind == "state":
             self.state = amounts(record["bytes"])
         elif kind == "sent":
-            self._put(kind, self.sent, (whole(record, "update"), sending(record["bytes"])))
+            now = sending(record["bytes"])
+            if not self.sent or self.sent[-1][1] != now:
+                self._put(kind, self.sent, (whole(record, "update"), now))
             self.full |= {kind} if record.get("more") else set()
         elif kind == "skip":
             self._skip(record)

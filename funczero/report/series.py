@@ -56,7 +56,7 @@ class Series:
             return
         self.count += len(y)
         self.late.extend(y[-LATE:].tolist())
-        self.inverse += float((1 / y[y > 0]).sum()) if (y > 0).any() else 0.0
+        self.inverse += float((1 / y[y > 1e-300]).sum())
         low, high = int(y.argmin()), int(y.argmax())
         if y[low] < self.low:
             self.low, self.lowest = float(y[low]), (int(x[low]), float(y[low]))
