@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 FAR = 1e300  # beyond it differences of numbers may not be numbers
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Axis(NamedTuple):
@@ -60,10 +59,10 @@ class Axis(NamedTuple):
         """A tick in words.
 
         >>> Axis(0, 1).label(0.25), Axis(0, 40000).label(10000), Axis(1, 2**20, 2).label(1024), Axis(0, 4e-4).label(1e-4)
-        ('0.25', '10,000', '2¹⁰', '1e-4')
+        ('0.25', '10,000', '2^10', '1e-4')
         """
         if self.base == 2 and x != 1:
-            return "2" + str(round(math.log2(x))).translate(SUPERSCRIPTS)
+            return f"2^{round(math.log2(x))}"
         if x == 0:
             return "0"
         if self.base:

@@ -70,7 +70,8 @@ def _progress(kept: Kept, width: int) -> Text:
     if not steps:
         return Text(f"{last:,} updates; of how many is not recorded")
     share, wide = min(1.0, last / steps), max(10, min(40, width - 50))
-    left = "" if takes is None or last >= steps else f"   about {span((steps - last) * takes)} left"
+    over = takes is None or last >= steps or kept.events.end is not None
+    left = "" if takes is None or over else f"   about {span((steps - last) * takes)} left"
     done = round(share * wide)
     return Text.assemble(("━" * done, "cyan"), ("─" * (wide - done), "dim"), f"  {last:,} of {steps:,} updates{left}")
 

@@ -38,7 +38,7 @@ def page(runs: Sequence[Kept]) -> str:
         _section("Checkpoints", tables.checkpoints(runs)),
         _section("What happened", tables.story(runs)),
         _section("Chain", tables.chains(runs)),
-        _section("Mesh, policy, environment", tables.facts(_with_mesh(runs), "environment")),
+        _section("Mesh, policy, environment", tables.facts(runs, [_place(run) for run in runs])),
         _section("Flags", tables.flags(runs)),
         "<footer>This page is one file, and opening it asks nothing of any address.</footer>",
     ]
@@ -92,15 +92,13 @@ def _legend(runs: Sequence[Kept]) -> str:
     return f'<div class="legend">{names}{keys}<span class="key">all over updates</span></div>'
 
 
-def _with_mesh(runs: Sequence[Kept]) -> Sequence[Kept]:
-    """The environment of every run also says its mesh and policy."""
-    for run in runs:
-        about = run.events.about
-        if about and "mesh" not in about["environment"]:
-            mesh = " x ".join(f"{axis}={n}" for axis, n in about["mesh"].items()) or "one process"
-            own = {"script": about["script"], "mesh": mesh, "policy": about["policy"]}
-            about["environment"] = own | about["environment"]
-    return runs
+def _place(run: Kept) -> dict[str, str]:
+    """Where and in which dtypes a run computes, by name; nothing where it was not recorded."""
+    about = run.events.about
+    if not about:
+        return {}
+    mesh = " x ".join(f"{axis}={n}" for axis, n in about["mesh"].items()) or "one process"
+    return {"script": about["script"], "mesh": mesh, "policy": about["policy"], **about["environment"]}
 
 
 def curves(runs: Sequence[Kept]) -> list[Chart]:
@@ -123,7 +121,7 @@ def curves(runs: Sequence[Kept]) -> list[Chart]:
     out += [of(name, *about) for name, about in shown.items() if name in extra]
     if "scale" in extra:
         still = all(s.low == s.high == 1 for s in _all(runs, "scale"))
-        note, whose = ("1 throughout: no loss is scaled", []) if still else ("of the loss, log axis", plain)
+        note, whose = ("1 throughout: no loss is scaled", []) if still else ("of the loss", plain)
         shown_ = [] if still else _curves(runs, "scale", False)
         out.append(chart("Loss scale", note, shown_, whose, span, base=2))
     out.append(chart("Time of an update", "seconds", _times(runs), bare, span, "seconds"))

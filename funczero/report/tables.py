@@ -26,6 +26,11 @@ def said(text: object) -> str:
     return escape(str(text), quote=True)
 
 
+def who(run: int, kept: Kept) -> str:
+    """A run by its mark and name."""
+    return f'<span class="who">{swatch(run)} {said(kept.name)}</span>'
+
+
 def swatch(run: int) -> str:
     """The mark of a run."""
     return f'<i class="swatch c{run if run == REST else run % 8}"></i>'
@@ -117,7 +122,7 @@ def bits(runs: Sequence[Kept]) -> str:
     rows = []
     for i, j in pairs:
         found = difference(runs[i].path / METRICS, runs[j].path / METRICS)
-        names = [f"{swatch(k)} {said(runs[k].name)}" for k in (i, j)]
+        names = [who(k, runs[k]) for k in (i, j)]
         rows.append([*names, said(found), said(", ".join(_unlike(runs[i], runs[j])) or "none")])
     about = (
         "Compared are loss, norm, rate, scale and verdict of every update, which the logs hold to the last bit."
@@ -150,7 +155,7 @@ def skips(runs: Sequence[Kept]) -> str:
             why = skip.words if skip and skip.words else "the run did not say why"
             if skip and skip.searching:
                 why += "; the loss scale is lowered"
-            rows.append([f"{swatch(i)} {said(run.name)}", f"{update:,}", leaf, rank, said(why)])
+            rows.append([who(i, run), f"{update:,}", leaf, rank, said(why)])
         more += max(0, run.numbers.skipped - LISTED)
     if not rows:
         return '<p class="soft">No update was skipped.</p>'
@@ -241,7 +246,7 @@ def checkpoints(runs: Sequence[Kept]) -> str:
         for name in list(dict.fromkeys((*made, *there)))[-LISTED:]:
             update = f"{made[name]:,}" if name in made else "not recorded"
             kept = "kept" if name in there else "not in the folder any more"
-            rows.append([f"{swatch(i)} {said(run.name)}", said(name), update, kept])
+            rows.append([who(i, run), said(name), update, kept])
     return table(("run", "checkpoint", "of update", ""), rows, (2,)) if rows else '<p class="soft">None was made.</p>'
 
 
@@ -249,7 +254,7 @@ def story(runs: Sequence[Kept]) -> str:
     """Starts, what was said, and the end, in order."""
     rows = []
     for i, run in enumerate(runs):
-        own, name, events = [], f"{swatch(i)} {said(run.name)}", run.events
+        own, name, events = [], who(i, run), run.events
         for begin in events.begins:
             begun = f"resumed from checkpoint {begin['before']}" if begin["before"] else "started"
             own.append((begin["update"], when(begin["time"]), begun, 0))
@@ -264,16 +269,15 @@ def story(runs: Sequence[Kept]) -> str:
     return table(("run", "after update", "", "what"), rows, (1,)) if rows else '<p class="soft">Not recorded.</p>'
 
 
-def facts(runs: Sequence[Kept], part: str) -> str:
-    """A table of the environment, a column a run; rows that differ first."""
-    columns = [run.events.about.get(part, {}) for run in runs]
+def facts(runs: Sequence[Kept], columns: Sequence[Mapping[str, str]]) -> str:
+    """A table of what runs say of themselves by name, a column a run; rows that differ first."""
     names = list(dict.fromkeys(name for own in columns for name in own))
     if not names:
         return '<p class="soft">Not recorded.</p>'
     value = lambda own, name: own.get(name, "-")
     names.sort(key=lambda name: len({value(own, name) for own in columns}) == 1)
     rows = [[said(name), *(said(value(own, name)) for own in columns)] for name in names]
-    return table(("", *(f"{swatch(i)} {said(run.name)}" for i, run in enumerate(runs))), rows)
+    return table(("", *(who(i, run) for i, run in enumerate(runs))), rows)
 
 
 def flags(runs: Sequence[Kept]) -> str:
@@ -286,7 +290,7 @@ def flags(runs: Sequence[Kept]) -> str:
     given = lambda name: any(own.get(name, ("", False))[1] for own in columns)
     names.sort(key=lambda name: (not differs(name), not given(name)))
     cell = lambda own, name: _flag(*own[name]) if name in own else "-"
-    head = ("", *(f"{swatch(i)} {said(run.name)}" for i, run in enumerate(runs)))
+    head = ("", *(who(i, run) for i, run in enumerate(runs)))
     first, rest = [n for n in names if differs(n) or given(n)], [n for n in names if not differs(n) and not given(n)]
     rows = lambda some: [[f"--{said(name)}", *(cell(own, name) for own in columns)] for name in some]
     shown = table(head, rows(first)) if first else '<p class="soft">All are at their defaults.</p>'

@@ -83,7 +83,7 @@ def line(kept: Kept) -> str:
         if series is not None and series.last is not None:
             parts.append(f"{label} {short(series.last[1])}")
     takes = update_takes(kept)
-    if takes is not None and steps > numbers.last:
+    if takes is not None and steps > numbers.last and kept.events.end is None:
         parts.append(f"about {span((steps - numbers.last) * takes)} left")
     parts += [f"{numbers.skipped:,} skipped"] * bool(numbers.skipped)
     word, sentence = state(kept)
