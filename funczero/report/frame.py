@@ -29,6 +29,8 @@ def state(kept: Kept) -> tuple[str, str]:
     if end is not None:
         return (end["how"] if end["how"] in TONE else "stopped"), f"{end['how']} {end['words']}".strip()
     takes = update_takes(kept)
+    if kept.numbers.last < 0 and kept.numbers.evaluated < 0:
+        return "runs", f"nothing is logged yet; begun {span(age)} ago"
     last = f"last line {span(age)} ago"
     if takes is not None and age > max(10.0, QUIET * takes):
         return "silent", f"silent: {last}, and an update took {duration(takes)}; it may have been killed"

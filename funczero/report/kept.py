@@ -201,7 +201,7 @@ class Kept:
         self.numbers, self.events = Numbers(path / METRICS), Events(path / FILE)
         self.plan: dict[str, Any] = {}
         self.on_disk: list[str] = []
-        self._odd: list[str] = []
+        self._odd, self._unread = list[str](), ""
         self.read()
         self.look()
 
@@ -213,9 +213,13 @@ class Kept:
         """
         try:
             self.numbers.read()
-            self.events.read()
         except OSError as error:
-            raise ValueError(f"{str(self.path)!r} cannot be read ({error.strerror})") from None
+            raise ValueError(f"{str(self.path / METRICS)!r} cannot be read ({error.strerror})") from None
+        try:
+            self.events.read()
+            self._unread = ""
+        except OSError as error:
+            self._unread = f"{FILE}: it cannot be read ({error.strerror})"
 
     def look(self) -> None:
         """Reads the plan, and which checkpoints there are."""
@@ -267,7 +271,7 @@ class Kept:
         if events.form > FORM:
             out.append(f"{FILE}: written in form {events.form} by a later funczero; this one knows {FORM}")
         out += [f"{FILE}: more lines of kind {kind} than are kept" for kind in sorted(events.full)]
-        return [*out, *self._odd]
+        return [*out, *[self._unread] * bool(self._unread), *self._odd]
 
     def age(self) -> float:
         """Seconds since the run last wrote a number."""

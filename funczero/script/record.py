@@ -53,7 +53,8 @@ class Record:
           fresh: the file begins anew.
           say: told once why nothing more is written.
         """
-        self._say, self._file = say, None if folder is None else self._opened(folder / FILE, fresh)
+        self._say = say
+        self._file = None if folder is None else self._opened(folder / FILE, fresh)
         self._sent, self._changes, self._words, self._skip, self.update = Sent(), 0, 0, -1, 0
 
     def _opened(self, path: Path, fresh: bool) -> TextIO | None:
@@ -93,8 +94,13 @@ class Record:
         if self._file is None:
             return
         self.update = int(state.step)
-        self.note("begin", update=self.update, before=before, **about(run, own, state))
-        self.note("state", bytes={name: n for name, n in bytes_of(state).items() if n})
+        try:
+            found, at_rest = about(run, own, state), bytes_of(state)
+        except Exception as error:  # of a flag or a device that answers with an error
+            self._failed(error)
+            return
+        self.note("begin", update=self.update, before=before, **found)
+        self.note("state", bytes={name: n for name, n in at_rest.items() if n})
 
     def updated(self, number: int, sent: Sent, step: Step, state: TrainState, ok: bool) -> None:
         """An update was made.
