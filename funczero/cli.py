@@ -15,8 +15,8 @@ from funczero.report.cli import add as add_report_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan, report, watch}`; exit code 1: a
-    promise
+    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan, report,
+    watch}`; exit code 1: a promise
     is broken, things differ or do not fit, or something is missing; 2: bad input.
     """
     words = list(sys.argv[1:] if argv is None else argv)

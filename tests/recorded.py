@@ -38,7 +38,14 @@ PLAN = {
 
 def update(n, **other):
     """The line of an update."""
-    line = {"step": n, "loss": 4 / (n + 1), "rows_per_second": 100.0 + n, "bytes_sent": 120, "lr": 0.1, "grad_norm": 1.0}
+    line = {
+        "step": n,
+        "loss": 4 / (n + 1),
+        "rows_per_second": 100.0 + n,
+        "bytes_sent": 120,
+        "lr": 0.1,
+        "grad_norm": 1.0,
+    }
     return {**line, "ok": True, "scale": 1024.0, **other}
 
 

@@ -118,7 +118,9 @@ def test_no_secret_is_written(alone):
     define("tiny", "rows", {}, values)
     for name in ("hub_token", "api_key", "password", "tokens", "keyboard"):
         flags.DEFINE_string(name, "", "Words.", flag_values=values)
-    values(["tiny", "--hub_token=abc", "--api_key=abc", "--password=abc", "--tokens=abc", "--keyboard=abc", "--nproc=1"])
+    values(
+        ["tiny", "--hub_token=abc", "--api_key=abc", "--password=abc", "--tokens=abc", "--keyboard=abc", "--nproc=1"]
+    )
     told = Run("tiny", "rows", values).told()
     assert [n for n, (x, _) in told.items() if x == "abc"] == ["tokens", "keyboard"]
     assert told["hub_token"] == ["(a secret is not written)", True] and "helpfull" not in told

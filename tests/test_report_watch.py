@@ -1,4 +1,4 @@
-"""`funczero watch`: a frame says what the folder holds, follows the file as it grows or begins anew, and ends cleanly."""
+"""`funczero watch`: a frame says what the folder holds, follows a file that grows or begins anew, and ends cleanly."""
 
 from __future__ import annotations
 
@@ -38,8 +38,16 @@ def test_a_frame_follows_a_run_that_grows_is_killed_and_resumed(tmp_path):
     grow(run / "run.jsonl", SKIP, saved)
     kept.read()
     said = shown(kept)
-    for there in ("30 of 40 updates   about 1 s left", "▼", "×", "1 skipped; the last: update 7 skipped: the gradient",
-                  "loss               0.1333", "sent                120 B", "last checkpoint: 20, ", "under way"):  # fmt: skip
+    for there in (
+        "30 of 40 updates   about 1 s left",
+        "▼",
+        "×",
+        "1 skipped; the last: update 7 skipped: the gradient",
+        "loss               0.1333",
+        "sent                120 B",
+        "last checkpoint: 20, ",
+        "under way",
+    ):
         assert there in said, (there, said)
     os.utime(run / "metrics.jsonl", (0, time.time() - 3000))
     assert state(kept)[0] == "silent" and "silent: last line 50 min ago" in shown(kept)

@@ -1,4 +1,4 @@
-"""One chart: curves as SVG that is stretched to its place, words and marks as HTML, so that both stay sharp anywhere."""
+"""One chart: curves as SVG that is stretched to its place, words and marks as HTML, so that both stay sharp."""
 
 from __future__ import annotations
 

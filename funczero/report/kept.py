@@ -116,7 +116,7 @@ class Events:
     def _begin(self, record: Mapping[str, Any]) -> None:
         update, form = whole(record, "update"), whole(record, "form")
         self.form = max(self.form, form)
-        begin = {"update": update, "time": moment(record), "steps": whole(record, "steps")}
+        begin: dict[str, Any] = {"update": update, "time": moment(record), "steps": whole(record, "steps")}
         for name in ("before", "script", "unit", "chain", "policy", "about"):
             begin[name] = text(record, name)
         begin["amount"], begin["parameters"] = float(record["amount"]), whole(record, "parameters")

@@ -48,7 +48,7 @@ def page(runs: Sequence[Kept]) -> str:
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{said(title)}</title><style>{style}</style>"
+        f'<title>{said(title)}</title><style>{style}</style>'
     )
     data = f'<script type="application/json" id="numbers">{inert(numbers)}</script>'
     body = "\n".join(part for part in parts if part)

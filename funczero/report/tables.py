@@ -54,7 +54,7 @@ def when(seconds: float) -> str:
     >>> when(0)
     '1970-01-01 00:00:00 UTC'
     """
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def span(seconds: float) -> str:
@@ -162,8 +162,8 @@ def skips(runs: Sequence[Kept]) -> str:
     rest = f'<p class="soft">and {more:,} more</p>' if more else ""
     hint = (
         '<p class="soft">The leaf of a skip is looked for when a state line skips for the first time and then ever'
-        " more rarely, and never while a dynamic loss scale is on its way down. With <code>--debug</code> it is named"
-        " every time.</p>"
+        ' more rarely, and never while a dynamic loss scale is on its way down. With <code>--debug</code> it is named'
+        ' every time.</p>'
         if any(row[2] == "not looked for" for row in rows)
         else ""
     )
@@ -229,7 +229,9 @@ def _stack(what: str, by: Mapping[str, int]) -> str:
     """Amounts as parts of one bar, the largest first."""
     total = sum(by.values())
     parts = sorted(((name, n) for name, n in by.items() if n), key=lambda kv: -kv[1])
-    bar = "".join(f'<i class="c{TONES.get(n, REST)}" style="flex:{x}" title="{said(n)} {amount(x)}"></i>' for n, x in parts)
+    bar = "".join(
+        f'<i class="c{TONES.get(n, REST)}" style="flex:{x}" title="{said(n)} {amount(x)}"></i>' for n, x in parts
+    )
     names = "".join(
         f'<span>{swatch(TONES.get(n, REST))} {said(n)}<span class="soft">{said(amount(x))}</span></span>'
         for n, x in parts

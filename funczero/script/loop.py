@@ -20,9 +20,9 @@ from funczero.script.progress import Clock, Shown, line
 from funczero.script.record import Record, write_plan
 from funczero.script.run import Run
 from funczero.step.train_step import donate
+from funczero.world.sent import Sent
 from funczero.writers import Csv, JsonLines, TensorBoard, Tracker, Writer, records
 from funczero.writers import number as number_of
-from funczero.world.sent import Sent
 
 if TYPE_CHECKING:
     from funczero.script.experiment import Experiment

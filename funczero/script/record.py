@@ -59,7 +59,7 @@ class Record:
 
     def _opened(self, path: Path, fresh: bool) -> TextIO | None:
         try:
-            half = not fresh and path.exists() and not path.read_bytes()[-1:] in (b"", b"\n")
+            half = not fresh and path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
             if fresh:  # another file, so that whoever reads it sees that it began anew
                 path.unlink(missing_ok=True)
             file = path.open("a", encoding="utf-8")
