@@ -240,8 +240,10 @@ def opened(page, folder):
     quiet += ["--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND"]
     shot = [f"--log-net-log={log}", f"--screenshot={picture}", "--window-size=1200,1600", f"--user-data-dir={folder}/u"]
     subprocess.run([CHROMIUM, *quiet, *shot, page.as_uri()], check=True, timeout=120, stderr=subprocess.DEVNULL)
-    requests = re.findall(r'"initiator":"([^"]*)"[^{}]*?"url":"([^"]*)"', log.read_text())
-    return [url for who, url in requests if who != "not an origin"], picture.read_bytes()
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    begun = [(own["url"], own["initiator"]) for own in events if "url" in own and "initiator" in own]
+    asked = [url for url, who in begun if who != "not an origin" and not url.startswith(("data:", "file:"))]
+    return asked, picture.read_bytes()
 
 
 @pytest.mark.slow
