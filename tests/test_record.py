@@ -16,6 +16,7 @@ from funczero.report.page import page
 from funczero.script.experiment import planned
 from funczero.script.loop import train
 from funczero.script.run import Run
+from funczero.writers import records
 
 
 def lines(out):
@@ -124,3 +125,22 @@ def test_no_secret_is_written(alone):
     told = Run("tiny", "rows", values).told()
     assert [n for n, (x, _) in told.items() if x == "abc"] == ["tokens", "keyboard"]
     assert told["hub_token"] == ["(a secret is not written)", True] and "helpfull" not in told
+
+
+def test_a_start_whose_world_sends_nothing_says_so(alone, tmp_path):
+    """Otherwise the page would go on to show what an earlier, larger world sent."""
+    lived(tmp_path, "--steps=2")
+    assert [line["bytes"] for line in of("sent", tmp_path)] == [[]]
+
+
+def test_a_plan_takes_no_draw_from_the_run(alone, tmp_path):
+    def drawing(run):
+        own = linear(run)
+        return own._replace(batch=lambda n: {"x": torch.randn(run.batch, 3)})
+
+    found = []
+    for plans in (False, True):
+        run = asked(f"--out={tmp_path}/{plans}", "--nproc=1", "--steps=2")
+        train(run, planned(drawing, run), plans=plans)
+        found.append([r["loss"] for r in records(tmp_path / str(plans) / "metrics.jsonl") if "loss" in r])
+    assert found[0] == found[1] and "sent" in json.loads((tmp_path / "True" / "plan.json").read_text())

@@ -54,6 +54,7 @@ def chart(
     base: int | None = None,
     dots: bool = False,
     wide: bool = False,
+    instead: str = "",
 ) -> Chart:
     """Curves over updates.
 
@@ -64,6 +65,7 @@ def chart(
       kind: number, bytes or seconds.
       base: of a logarithmic axis; 0: linear; None: whichever shows more.
       dots: few numbers far apart, each of which is a dot.
+      instead: said where there is nothing to draw; by default why.
     """
     over = axis_of(*span)._replace(low=float(span[0]), high=float(max(span[1], span[0] + 1)))
     head = f'<figcaption><span class="what">{escape(title)}</span><span class="unit">{escape(note)}</span>'
@@ -72,11 +74,13 @@ def chart(
     if not drawn:
         odd = ", ".join(sorted({short(y) for c in curves for _, y in c.odd}))
         why = f"no finite number: all are {odd}" if odd else "no number"
-        return Chart(f'{shape}{head}</figcaption><p class="none">{why}</p></figure>', {})
+        return Chart(f'{shape}{head}</figcaption><p class="none">{escape(instead or why)}</p></figure>', {})
     low, high = min(float(c.y.min()) for c in drawn), max(float(c.y.max()) for c in drawn)
     base = (10 if logarithmic(low, high) else 0) if base is None else base if low > 0 else 0
     up = axis_of(low, high, base)
     scale = f'<span class="unit">log axis, base {base}</span>' if base else ""
+    if unmarked := sum(c.odds - len(c.odd) for c in curves if c.odds):
+        scale += f'<span class="unit">{unmarked:,} more that are not finite are not marked</span>'
     ys = "".join(_tick("top", 1 - up.at(y), _words(up, y, kind)) for y in up.ticks())
     xs = "".join(_tick("left", over.at(x), f"{x:,.0f}") for x in over.ticks(4) if x == int(x))
     grid = "".join(f'<path class="grid" d="M0 {_down(up, y)}H{SIDE}"/>' for y in up.ticks())

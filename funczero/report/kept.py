@@ -31,9 +31,8 @@ class Skip(NamedTuple):
     searching: bool = False
 
     def __str__(self) -> str:
-        who = f" ('{self.leaf}' on rank {self.rank})" if self.leaf and self.rank >= 0 and not self.words else ""
         more = ", while the loss scale is lowered" if self.searching else ""
-        return f"update {self.update:,} skipped: {self.words or 'not finite'}{who}{more}"
+        return f"update {self.update:,} skipped: {self.words or 'the run did not say why'}{more}"
 
 
 class Events:
@@ -74,7 +73,7 @@ class Events:
         for number, record in self.lines.new():
             try:
                 self._event(record)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 kind = plain(str(record.get("kind")))[:40]
                 self.lines.wrong(number, f"no line of kind {kind!r} ({plain(str(error))[:80]})")
         return anew
@@ -137,9 +136,6 @@ class Events:
         update = whole(record, "update")
         if len(self.skips) >= EVENTS:
             self.full.add("skip")
-            return
-        if not record["words"]:
-            self.skips.setdefault(update, Skip(update))
             return
         leaf, rank = text(record, "leaf"), record["rank"]
         if type(rank) is not int:

@@ -62,7 +62,9 @@ class Numbers:
         name = self._lines.path.name
         half = f"{name}: its last line is half-written, and was passed over"
         many = f"{name}: more than {NAMES} names; {len(self._left_out)} more are left out"
-        return self._lines.told() + [half] * (self._lines.half and not grows) + [many] * bool(self._left_out)
+        out = self._lines.told() + [half] * (self._lines.half and not grows) + [many] * bool(self._left_out)
+        more = self.skipped - len(self.skips)
+        return out + [f"{name}: of {self.skipped:,} skips the last {more:,} are marked nowhere"] * (more > 0)
 
     def _line(self, number: int, record: Mapping[str, Any], rows: Rows) -> None:
         step, update = record.get("step"), "loss" in record

@@ -121,9 +121,9 @@ def curves(runs: Sequence[Kept]) -> list[Chart]:
     out += [of(name, *about) for name, about in shown.items() if name in extra]
     if "scale" in extra:
         still = all(s.low == s.high == 1 for s in _all(runs, "scale"))
-        note, whose = ("1 throughout: no loss is scaled", []) if still else ("of the loss", plain)
-        shown_ = [] if still else _curves(runs, "scale", False)
-        out.append(chart("Loss scale", note, shown_, whose, span, base=2))
+        scales = [] if still else _curves(runs, "scale", False)
+        note = "1 in every update: no loss is scaled"
+        out.append(chart("Loss scale", "of the loss", scales, plain, span, base=2, instead=note))
     out.append(chart("Time of an update", "seconds", _times(runs), bare, span, "seconds"))
     for name in extra:
         if name.endswith(RATE):

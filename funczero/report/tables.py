@@ -66,7 +66,7 @@ def span(seconds: float) -> str:
     n = round(seconds)
     if n < 120:
         return f"{n} s"
-    if n < 7200 // 2:
+    if n < 3600:
         return f"{n // 60} min"
     return f"{n // 3600} h {n % 3600 // 60} min" if n < 86400 else f"{n // 86400} d {n % 86400 // 3600} h"
 

@@ -175,7 +175,7 @@ class Told:
         speed = {f"{self._own.unit}_per_second": rate, "bytes_sent": sum(sent.values())}
         values = {"loss": m.loss.item(), **own, **speed, **scalars}
         self._write(number, values)
-        self.record.updated(number, sent, self._own.step, state, bool(values["ok"]))
+        self.record.updated(number, sent, self._own.step, state)
         self.shown.update(number, line(values, own, self._own.unit, self._clock.smooth))
 
     def evaluated(self, number: int, own: Experiment, state: TrainState) -> dict[str, float]:

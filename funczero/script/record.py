@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -55,7 +57,8 @@ class Record:
         """
         self._say = say
         self._file = None if folder is None else self._opened(folder / FILE, fresh)
-        self._sent, self._changes, self._words, self._skip, self.update = Sent(), 0, 0, -1, 0
+        self._sent: Sent | None = None
+        self._changes, self._words, self._skip, self.update = 0, 0, -1, 0
 
     def _opened(self, path: Path, fresh: bool) -> TextIO | None:
         try:
@@ -102,14 +105,13 @@ class Record:
         self.note("begin", update=self.update, before=before, **found)
         self.note("state", bytes={name: n for name, n in at_rest.items() if n})
 
-    def updated(self, number: int, sent: Sent, step: Step, state: TrainState, ok: bool) -> None:
+    def updated(self, number: int, sent: Sent, step: Step, state: TrainState) -> None:
         """An update was made.
 
         Args:
           number: of updates now.
           sent: its bytes.
           state: after it.
-          ok: was it applied?
         """
         if self._file is None:
             return
@@ -124,8 +126,6 @@ class Record:
         if last is not None and last.step != self._skip:
             self._skip = last.step
             self.skipped(last)
-        elif not ok and last is None:  # an accelerator tells of it one update later
-            self.note("skip", update=number, words="")
 
     def skipped(self, skip: Skip) -> None:
         """An update was not applied, and this is why."""
@@ -239,20 +239,36 @@ def launcher(environ: Mapping[str, str]) -> str:
 
 
 def write_plan(run: Run, own: Experiment) -> None:
-    """plan.json: what fz.plan says of the step on its mesh, or why it says nothing. It ends no run."""
-    begun = time.process_time()
+    """plan.json: what fz.plan says of the step on its mesh, or why it says nothing. It ends no run.
+
+    Law: what is drawn afterwards is what would have been drawn without it.
+    """
+    begun, path = time.process_time(), run.folder / PLAN
     try:
-        found = _planned(own)
+        path.unlink(missing_ok=True)  # of an earlier start, on another mesh maybe
+        with _draws_kept():
+            found = _planned(own)
     except Exception as error:  # whatever a plan refuses, the run itself may do
         found = {"why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
     found |= {"seconds": round(time.process_time() - begun, 3)}
-    path = run.folder / PLAN
     try:
         part = path.with_name(f".{PLAN}.part")
         part.write_text(json.dumps(found))
         os.replace(part, path)
     except OSError as error:
         print(f"{run.script}: {PLAN} is not written ({error}); the run goes on without it", file=sys.stderr)
+
+
+@contextmanager
+def _draws_kept() -> Iterator[None]:
+    """The script's batches and loss may draw from what is the process's; other ranks do not plan."""
+    kept = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        numpy.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
 
 
 def _planned(own: Experiment) -> dict[str, Any]:
