@@ -110,6 +110,8 @@ def value_at(who: str, what: str, rate: Any, updates: Tensor, high: float = math
     """
     if not callable(rate):
         return rate
+    if updates.is_meta or type(updates) is not Tensor:  # a plan's, which has no value; no byte hangs on a rate
+        return 0.5
     value = rate(updates.long().as_subclass(Count))
     if isinstance(value, Tensor) and (value.numel() != 1 or value.dtype == torch.bool or value.is_complex()):
         raise TypeError(f"{who}: the schedule of {what} gives {shown(value)}; return one number of at least 0")
