@@ -161,9 +161,8 @@ def skips(runs: Sequence[Kept]) -> str:
         return '<p class="soft">No update was skipped.</p>'
     rest = f'<p class="soft">and {more:,} more</p>' if more else ""
     hint = (
-        '<p class="soft">The leaf of a skip is looked for when a state line skips for the first time and then ever'
-        ' more rarely, and never while a dynamic loss scale is on its way down. With <code>--debug</code> it is named'
-        ' every time.</p>'
+        '<p class="soft">The leaf of a skipped update is looked for at the first skip and then ever more rarely, and'
+        ' not while a dynamic loss scale is on its way down. With <code>--debug</code> it is named every time.</p>'
         if any(row[2] == "not looked for" for row in rows)
         else ""
     )
@@ -180,8 +179,10 @@ def sending(run: int, kept: Kept) -> str:
     notes = [] if planned is not None else [f"not planned: {kept.plan['why']}"]
     first = kept.events.sent[-1][0] if kept.events.sent else 0
     if len(kept.events.sent) > 1:
-        others = ", ".join(f"{n:,}" for n, _ in kept.events.sent[:6])
-        notes.append(f"the count is that of update {first:,} and later ones; it changed at updates {others}")
+        others = ", ".join(f"{n:,}" for n, _ in kept.events.sent[:-1][:6])
+        notes.append(
+            f"the count is that of update {first:,} and later ones; others before it began at updates {others}"
+        )
     if kept.events.about["flags"].get("debug", ("", False))[0] == "true":
         notes.append("the search for leaves by --debug sends a little, and is not planned")
     edges = {axis: edge for axis, edge in kept.events.about["edges"].items() if edge}
@@ -313,7 +314,9 @@ def chains(runs: Sequence[Kept]) -> str:
         names = ", ".join(f"{swatch(i)}{said(runs[i].name)}" for i in who)
         body = f"<pre>{said(text)}</pre>" if text else '<p class="soft">Not recorded.</p>'
         abouts = [runs[i].events.about for i in who]
-        more = "; ".join(dict.fromkeys(f"{a['parameters']:,} parameters {a['about']}".strip() for a in abouts if a))
+        more = "; ".join(
+            dict.fromkeys(f"{a['parameters']:,} parameters, {a['about']}".removesuffix(", ") for a in abouts if a)
+        )
         out.append(f"<h3>{names}</h3>{f'<p class=soft>{said(more)}</p>' if more else ''}{body}")
     return "".join(out)
 
