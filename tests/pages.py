@@ -71,3 +71,18 @@ def agrees(got: str, want: str) -> bool:
     like = [".*".join(map(re.escape, line.split("..."))) for line in lines(want)]
     have = lines(got)
     return len(have) == len(like) and all(re.fullmatch(b, a) for a, b in zip(have, like))
+
+
+def counted() -> str:
+    """How many blocks there are, and what is done with each kind, in one line."""
+    every = [b for page in pages() for b in blocks(page)]
+    done = {"python": "run as python", "text": "compared or shown", "sh": "checked as commands", "yaml": "parsed"}
+    number = lambda kind, off: sum(b.kind == kind and bool(b.why_not) == off for b in every)
+    parts = [f"{number(kind, False)} {what}" for kind, what in done.items()]
+    off = sum(bool(b.why_not) for b in every)
+    outputs = sum(b.prints is not None for b in every)
+    return f"{len(every)} blocks on {len(pages())} pages: {', '.join(parts)}, {off} not run ({outputs} outputs compared)"
+
+
+if __name__ == "__main__":
+    print(counted())
