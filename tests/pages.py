@@ -9,6 +9,8 @@ be compiled and no more, and a command be checked as a shell's alone.
 from __future__ import annotations
 
 import re
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,8 +83,31 @@ def counted() -> str:
     parts = [f"{number(kind, False)} {what}" for kind, what in done.items()]
     off = sum(bool(b.why_not) for b in every)
     outputs = sum(b.prints is not None for b in every)
-    return f"{len(every)} blocks on {len(pages())} pages: {', '.join(parts)}, {off} not run ({outputs} outputs compared)"
+    return (
+        f"{len(every)} blocks on {len(pages())} pages: {', '.join(parts)}, {off} not run ({outputs} outputs compared)"
+    )
 
 
-if __name__ == "__main__":
+def fill(page: str, folder: Path) -> None:
+    """Write what a page's blocks print into the page, where it says otherwise; read the difference before you keep it."""
+    from ends import Ends
+
+    ends = Ends()
+    code, run = script(page)
+    told = ends.run(folder / "life", f"import os; os.chdir({str(folder)!r})\n{code}", 2, 120.0)
+    ends.close()
+    assert not any(rank["code"] for rank in told), told[0]["err"]
+    text = (DOCS / page).read_text()
+    for block, got in zip(run, printed(told[0]["out"])):
+        if block.prints is not None and not agrees(got, block.prints):
+            old, new = (f"```\n\n```text\n{said}```" for said in (block.prints, got))
+            assert text.count(block.code + old) == 1, block.name
+            text = text.replace(block.code + old, block.code + new)
+    (DOCS / page).write_text(text)
+
+
+if __name__ == "__main__":  # python tests/pages.py [PAGE...]: fills these pages, and counts all blocks
+    for page in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            fill(page, Path(folder))
     print(counted())
