@@ -7,10 +7,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from sphinx.ext.autodoc.mock import MockFinder  # noqa: E402
-
 import public  # noqa: E402
 from docstrings import fields, markup  # noqa: E402
+from sphinx.ext.autodoc.mock import MockFinder  # noqa: E402
 
 sys.meta_path.insert(0, MockFinder(public.MOCKED))
 

@@ -1,5 +1,5 @@
-"""The pictures of docs/algebra.md, drawn by `fz.visualize` of real chains. `python docs/pictures/draw.py` writes them, and
-a test compares them with what it draws.
+"""The pictures of docs/algebra.md, drawn by `fz.visualize` of real chains. `python docs/pictures/draw.py` writes
+them, and a test compares them with what it draws.
 """
 
 from pathlib import Path
