@@ -34,7 +34,7 @@ types: $(READY)
 
 # Pages into docs/_build/html. A warning is an error: a dead link, a public name that the reference lacks.
 docs: $(READY)
-	$(BIN)/python -m sphinx -q -a -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -E -a -W --keep-going -b html docs docs/_build/html
 	$(BIN)/python tests/pages.py
 
 # Two files at a time: much of the time is spent waiting for processes to start and to be missed. Bytecode is kept, also

@@ -89,7 +89,7 @@ def counted() -> str:
 
 
 def fill(page: str, folder: Path) -> None:
-    """Write what a page's blocks print into the page, where it says otherwise; read the difference before keeping it."""
+    """Write what blocks print into their page, where it says otherwise; read the difference before keeping it."""
     from ends import Ends
 
     ends = Ends()
