@@ -23,6 +23,7 @@ html_static_path = ["_static"]
 html_css_files = ["page.css"]
 html_show_sphinx = False
 html_copy_source = False
+smartquotes = False  # or --flag in a docstring would lose a dash
 language = "en"
 needs_sphinx = "8.0"
 
