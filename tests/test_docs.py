@@ -17,6 +17,7 @@ PAGES = pages.pages()
 ELSEWHERE = {"recipes.md": "tests/test_recipes.py"}  # whose blocks run there, against plain torch
 START = ("start.md", "start.zh.md")
 RUN = [p for p in PAGES if p not in (*ELSEWHERE, *START) and any(b.kind == "python" for b in pages.blocks(p))]
+LIMIT = 300.0  # seconds, of a page on a busy machine
 EVERY = [b for p in PAGES for b in pages.blocks(p)]
 
 
@@ -30,13 +31,13 @@ def lives(ends, tmp_path_factory):
         page = next(begun, None)
         if page is not None:
             own = f"import os; os.chdir({str(places[page])!r})\n{pages.script(page)[0]}"
-            ends.start(places[page] / "life", own, 2, 120.0)
+            ends.start(places[page] / "life", own, 2, LIMIT)
 
     told = {}
     start()
     for page in RUN:
         start()
-        told[page] = ends.told(places[page] / "life", 120.0)
+        told[page] = ends.told(places[page] / "life", LIMIT)
     return told
 
 
@@ -61,7 +62,7 @@ def test_the_start_page_goes_as_it_is_written(ends, tmp_path):
     text = next(b.code for b in pages.blocks("start.md") if b.kind == "text")
     for words, steps in ((first, 300), (second, 400)):
         own = f"import os; os.chdir({str(tmp_path)!r})\n{line(script, *words)}"
-        ranks = ends.run(tmp_path / str(steps), own, 2, 120.0)
+        ranks = ends.run(tmp_path / str(steps), own, 2, LIMIT)
         assert all(rank["code"] == 0 for rank in ranks), ranks[0]["err"][-3000:]
         assert f"step   {steps}  accuracy 0.9" in ranks[0]["out"]
         if steps == 300:
