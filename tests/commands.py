@@ -14,7 +14,6 @@ from funczero.script.flags import TABLE
 ROOT = Path(__file__).parent.parent
 READERS = {"rings.py", "train.py", "job.sh"}  # files that a page has its reader write, or that are the reader's own
 OTHERS = {"pip", "python3", ".", "export", "sbatch"}  # programs that are not ours, whose words are not looked at
-AWAITED = {"report", "watch"}  # commands that pages name before they are there; once they are, they are checked as all
 
 
 def wrong(line: str) -> str:
@@ -47,7 +46,7 @@ def _funczero(words: list[str]) -> str:
     command = words[:2] if words[0] == "config" else words[:1]
     said = _help(*command)
     if said is None:
-        return "" if command[0] in AWAITED else f"there is no funczero {' '.join(command)}"
+        return f"there is no funczero {' '.join(command)}"
     at = _first_script(words) if command == ["launch"] else len(words)
     odd = _lacks(f"funczero {' '.join(command)}", said, words[len(command) : at])
     return odd or (_script(words[at:]) if command == ["launch"] and at < len(words) else "")
