@@ -203,3 +203,32 @@ def test_a_rate_that_moves_is_planned_as_one_that_stands(batch):
     # the peak may have the 0-d state of a schedule in it, and nothing else
     assert len({str(plan.sent) for plan in found}) == 1 and len({plan.flops for plan in found}) == 1
     assert len({plan.memory.states for plan in found}) == 1
+
+
+@pytest.mark.parametrize("rows", [8, None], ids=["rows", "no rows"])
+def test_small_blocks_are_planned_as_they_travel_once_a_run_knows_them(rows):
+    """The first update gathers them one by one, as no forward has shown yet which follow one another."""
+
+    def loss(params, batch):
+        x = fz.layers(lambda block, x: torch.tanh(x @ block["w"]), params["blocks"], batch["x"] @ params["in"])
+        return x.sum(), torch.tensor(float(len(x)))
+
+    def make():
+        source = fz.value_and_grad(loss, batch=P("data"), units=("blocks",))
+        return fz.train_step(*fz.zero(source, fz.adamw(1e-3), stage=3), mesh={"data": 2})
+
+    params = {"in": torch.ones(16, 32), "blocks": [{"w": torch.ones(32, 32)} for _ in range(4)]}
+    batch = {"x": torch.ones(8, 16)}
+
+    def run():
+        step = make()
+        state, counted = step.init(params), []
+        for _ in range(3):
+            with fz.count_bytes(step) as sent:
+                state, _ = step(state, step.local_rows(batch))
+            counted.append(dict(sent))
+        return counted
+
+    first, *later = simulate({"data": 2})(run)[0]
+    planned = dict(fz.plan(make(), params, batch if rows else None).sent)
+    assert planned == later[0] == later[1] != first
