@@ -4,9 +4,7 @@ Shows: data that depend on what was learned. Each rank plays its own games with 
 they are now, and hands what it saw to the step, whose rows they are. A move is a function of the game's key, so games
 are the same on any number of ranks. One loss has both heads; `fz.partition` gives the critic's an optimizer of its own.
 
-Run:
-    python examples/actor_critic.py
-    torchrun --nproc-per-node=2 examples/actor_critic.py
+Run: python examples/actor_critic.py, or torchrun --nproc-per-node=2 examples/actor_critic.py
 Expect: the share of caught balls rises from that of chance, 0.3, to nearly all.
 Found: FOUND
 """
@@ -14,7 +12,6 @@ Found: FOUND
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 import funczero as fz
 from funczero import P, rng
@@ -59,20 +56,19 @@ def loss(model, batch):
     return each.sum(), each.numel(), {"caught": batch["caught"].sum()}
 
 
-def main(updates=300, games=64, stage=3, accumulate=1):
+def main(updates=150, games=64, stage=3, accumulate=1):
     """Learns; returns the share of balls that each update's games caught, and the loss."""
     torch.manual_seed(0)
     net, said = ActorCritic(), []
     loss_fn, params = fz.stateless(net, loss)
-    parts = fz.partition([("critic", fz.sgd(0.1)), ("", fz.adamw(3e-3))])
     grad = fz.value_and_grad(loss_fn, batch=P("data"), has_aux=True)
+    parts = fz.partition([("critic", fz.sgd(0.1)), ("", fz.adamw(3e-3))])
     step = fz.train_step(*fz.zero(grad, parts, stage=stage, accumulate=accumulate), mesh={"data": -1})
     state = step.init(params)
     for n in range(updates):
         keys = step.local_rows(rng.row_keys(rng.fold(0, n), games))
         with torch.no_grad():
-            now = step.view(state)
-            seen, done, caught = play(lambda x: functional_call(net, now, (x,)), keys)
+            seen, done, caught = play(lambda x, now=step.view(state): torch.func.functional_call(net, now, (x,)), keys)
         state, metrics = step(state, {"seen": seen, "done": done, "caught": caught})
         said.append({"caught": metrics.aux["caught"].item() / games, "loss": metrics.loss.item()})
         if fz.init_distributed().rank == 0 and (n + 1) % 50 == 0:

@@ -48,7 +48,7 @@ class Clip(nn.Module):
 
 
 def begin(run):
-    if run.accumulate > 1:
+    if run.accumulate > 1 or run.micro_batch:
         raise ValueError("pairs are told from the others of one micro-batch; leave --accumulate and --micro_batch out")
     everywhere = lambda x: gather_rows(x, "data", step.live_mesh)  # the rows of all ranks, in their order
 
@@ -70,4 +70,4 @@ def begin(run):
 
 
 if __name__ == "__main__":
-    fz.experiment(begin, rows="pairs", steps=200, batch=64, eval_every=100)
+    fz.experiment(begin, rows="pairs", steps=100, batch=64)

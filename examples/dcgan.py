@@ -1,12 +1,9 @@
 """Two convolutional networks learn from each other: one draws rings, the other tells them from real ones (DCGAN).
 
-Shows: two steps on one mesh. The loss of each network reads the other through `fz.frozen(state, step)`: a state as a
-value, not copied, cut where it lies, with the running statistics of its batch norms; no gradient reaches it. So nothing
-has to be switched off and on, and neither step can move what is not its own.
+Shows: two steps on one mesh. Each loss reads the other network as `fz.frozen(state, step)`: a state as a value, cut
+where it lies, with its batch norms' statistics; no gradient reaches it, and nothing is switched off and on.
 
-Run:
-    python examples/dcgan.py
-    torchrun --nproc-per-node=2 examples/dcgan.py
+Run: python examples/dcgan.py, or torchrun --nproc-per-node=2 examples/dcgan.py
 Expect: what is drawn comes nearer to real images, and looks like rings.
 Found: FOUND
 """
@@ -14,16 +11,14 @@ Found: FOUND
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 import funczero as fz
-from funczero import P, rng
 
 SIDE, CODE = 12, 16
 
 
 def rings(rows, seed):
-    """Images of one ring each, and as much noise to draw others from: a function of the seed."""
+    """Images of one ring each, and noise to draw others from: a function of the seed."""
     g = torch.Generator().manual_seed(seed)
     middle, radius = 4 + 3 * torch.rand(2, rows, 1, 1, 1, generator=g), 2 + 2 * torch.rand(rows, 1, 1, 1, generator=g)
     at = torch.arange(float(SIDE))
@@ -40,19 +35,14 @@ def networks(width=32):
     return nn.Sequential(*draw), nn.Sequential(*judge)
 
 
-def read(net, frozen, x):
-    """Another step's network, as it stands; what its batch norms would leave behind is dropped."""
-    return functional_call(net, (frozen.params(), fz.tree.clone(frozen.model_state)), (x,))
-
-
-def fooled(logits, real):
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, real), reduction="sum")
-
-
 def main(updates=300, rows=64, stage=3, accumulate=1):
     """Trains; returns both losses of every update."""
     torch.manual_seed(0)
     draw, judge = networks()
+    fooled = lambda x, real: F.binary_cross_entropy_with_logits(x, torch.full_like(x, real), reduction="sum")
+
+    def read(net, frozen, x):  # what batch norms would leave behind is dropped
+        return torch.func.functional_call(net, frozen.params() | fz.tree.clone(frozen.model_state), (x,))
 
     def judging(judge, batch):
         with torch.no_grad():
@@ -65,25 +55,25 @@ def main(updates=300, rows=64, stage=3, accumulate=1):
 
     def built(net, loss, mesh):
         loss_fn, params = fz.stateless(net, loss)
-        grad = fz.value_and_grad(loss_fn, batch=P("data"))
+        grad = fz.value_and_grad(loss_fn, batch=fz.P("data"))
         step = fz.train_step(*fz.zero(grad, fz.adam(1e-3, b1=0.5), stage=stage, accumulate=accumulate), mesh=mesh)
         return step, step.init(params)
 
     judges, critic = built(judge, judging, {"data": -1})
     draws, artist = built(draw, drawing, judges.mesh)  # one mesh for both
-    said, noise = [], rings(6, 1)["noise"]
+    losses, noise = [], rings(6, 1)["noise"]
     for n in range(updates):
         batch = judges.local_rows(rings(rows, 2 + n))
         critic, judged = judges(critic, batch | {"other": fz.frozen(artist, draws)})
         artist, drawn = draws(artist, batch | {"other": fz.frozen(critic, judges)})
-        said.append({"judge": judged.loss.item(), "draw": drawn.loss.item()})
+        losses.append((judged.loss.item(), drawn.loss.item()))
         if (n + 1) % 100 == 0:
-            images = functional_call(draw, {**draws.params(artist), **artist.model_state}, (noise,)).detach()
+            images = torch.func.functional_call(draw, draws.params(artist) | artist.model_state, (noise,)).movedim(0, 2)
             shade = lambda x: " .:-=+*#%@"[int(x.clamp(-1, 0.99) * 5 + 5)]
-            lines = ["  ".join("".join(map(shade, image[0, i])) for image in images) for i in range(SIDE)]
             if fz.init_distributed().rank == 0:
-                print(f"after {n + 1} updates: {said[-1]}", *lines, sep="\n")
-    return said
+                print(f"after {n + 1} updates the losses are {losses[-1]}")
+                print(*("".join(map(shade, line.flatten())) for line in images[0]), sep="\n")
+    return losses
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ cut as the parameters are: at stage 3 no rank holds it whole. A row's time and n
 Run:
     python examples/ddpm.py --stage=3 --nproc=2
     python examples/ddpm.py --nproc=1 --accumulate=2 --out=runs/ddpm1
-Expect: both print one result. Samples come to lie on the spirals, and those of the average lie closer than those of the
-    last weights.
+Expect: both print one result. Samples come to lie near the spirals, those of the average nearer than the last weights'.
 Found: FOUND
 """
 
@@ -15,7 +14,6 @@ import torch
 from torch import nn
 
 import funczero as fz
-from funczero import rng
 
 STEPS = 40
 KEPT = torch.cumprod(1 - torch.linspace(1e-3, 0.2, STEPS), 0)  # of the signal's square, after each step
@@ -26,7 +24,7 @@ def spirals(rows, seed):
     g = torch.Generator().manual_seed(seed)
     r, arm = torch.rand(rows, generator=g), torch.randint(2, (rows,), generator=g)
     angle = 5 * r + torch.pi * arm
-    return {"x": 2 * r[:, None] * torch.stack([angle.cos(), angle.sin()], 1), "key": rng.row_keys(seed, rows)}
+    return {"x": 2 * r[:, None] * torch.stack([angle.cos(), angle.sin()], 1), "key": fz.rng.row_keys(seed, rows)}
 
 
 class Denoiser(nn.Module):
@@ -46,20 +44,19 @@ class Denoiser(nn.Module):
 
 def loss(net, batch):
     """How far the noise is from what the net takes for it, at a time of each row's own."""
-    t = (rng.row_uniform(batch["key"]) * STEPS).long()
-    noise, kept = rng.row_normal(batch["key"], (2,)), KEPT[t, None]
+    t = (fz.rng.row_uniform(batch["key"]) * STEPS).long()
+    noise, kept = fz.rng.row_normal(batch["key"], (2,)), KEPT[t, None]
     found = net(kept.sqrt() * batch["x"] + (1 - kept).sqrt() * noise, t)
     return (found - noise).square().sum(), found.numel()
 
 
 @torch.no_grad()
-def sampled(net, params, rows, seed):
-    """Points made of noise, in as many steps."""
-    beta, x = 1 - KEPT / torch.cat([torch.ones(1), KEPT[:-1]]), rng.row_normal(rng.row_keys(seed, rows), (2,))
+def sampled(net, params, rows, seed):  # points out of noise
+    beta, x = 1 - KEPT / torch.cat([torch.ones(1), KEPT[:-1]]), fz.rng.row_normal(fz.rng.row_keys(seed, rows), (2,))
     for t in reversed(range(STEPS)):
         found = torch.func.functional_call(net, params, (x, torch.full((rows,), t)))
         x = (x - beta[t] / (1 - KEPT[t]).sqrt() * found) / (1 - beta[t]).sqrt()
-        x = x + beta[t].sqrt() * rng.row_normal(rng.row_keys(rng.fold(seed, t), rows), (2,)) * (t > 0)
+        x = x + beta[t].sqrt() * fz.rng.row_normal(fz.rng.row_keys(fz.rng.fold(seed, t), rows), (2,)) * (t > 0)
     return x
 
 
@@ -71,9 +68,9 @@ def begin(run):
 
     def evaluate(state):
         """The distance of samples from the nearest point of the spirals."""
-        away = lambda state: torch.cdist(sampled(net, step.params(state), 256, run.seed), spirals(2000, 0)["x"])
-        both = {"average_away": fz.averaged(state), "last_away": state}
-        return {name: away(own).amin(1).mean().item() for name, own in both.items()}
+        distances = lambda params: torch.cdist(sampled(net, params, 256, run.seed), spirals(2000, 0)["x"])
+        away = lambda state: distances(step.params(state)).amin(1).mean().item()
+        return {"average_away": away(fz.averaged(state)), "last_away": away(state)}
 
     batch = lambda n: spirals(run.batch, run.seed + 1 + n)
     return fz.Experiment(step, params, batch, evaluate=evaluate, unit="points")

@@ -18,7 +18,7 @@ from torch import nn
 
 import funczero as fz
 
-SIZES, TASTES, WIDTH = (3000, 1000), 3, 8  # users, items; numbers of a taste; of an embedding
+SIZES, TASTES, WIDTH = (20000, 500), 3, 8  # users, items; numbers of a taste; of an embedding
 
 
 def clicks(rows, seed):
@@ -70,4 +70,4 @@ def begin(run):
 
 
 if __name__ == "__main__":
-    fz.experiment(begin, rows="rows", steps=400, batch=256, eval_every=200)
+    fz.experiment(begin, rows="rows", steps=200, batch=256)

@@ -21,6 +21,8 @@ from torch import nn
 import funczero as fz
 
 LENGTH, WIDTH, LAYERS = 32, 96, 1  # letters of a piece
+corpus = cache(lambda: fz.data.load()[0])  # Python's own library, where it lies
+silence = lambda rows: (torch.zeros(rows, LAYERS, WIDTH), torch.zeros(rows, LAYERS, WIDTH))  # before anything was read
 
 
 class Letters(nn.Module):
@@ -36,21 +38,11 @@ class Letters(nn.Module):
         return self.head(seen), tuple(x.transpose(0, 1) for x in hidden)
 
 
-@cache
-def corpus():
-    return fz.data.load()[0]
-
-
 def pieces(rows, n, seed=0):
     """The n-th piece of as many texts, and what follows each letter."""
     starts = torch.randint(len(corpus()) // 2, (rows,), generator=torch.Generator().manual_seed(seed))
     text = torch.from_numpy(fz.data.read(corpus(), (starts + n * LENGTH).tolist(), LENGTH + 1)).long()
     return {"x": text[:, :-1], "y": text[:, 1:]}
-
-
-def silence(rows):
-    """The hidden state before anything was read."""
-    return torch.zeros(rows, LAYERS, WIDTH), torch.zeros(rows, LAYERS, WIDTH)
 
 
 def sampled(net, text, letters, g):

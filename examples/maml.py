@@ -58,4 +58,4 @@ def begin(run):
 
 
 if __name__ == "__main__":
-    fz.experiment(begin, rows="tasks", steps=500, batch=32, eval_every=250)
+    fz.experiment(begin, rows="tasks", steps=400, batch=32, eval_every=200)

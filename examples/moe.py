@@ -50,18 +50,9 @@ class Routed(nn.Module):
         return x + out
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.into, self.routed, self.out = nn.Linear(INPUTS, WIDTH), Routed(), nn.Linear(WIDTH, 1)
-
-    def forward(self, x):
-        return self.out(self.routed(self.into(x)))[:, 0]
-
-
 def loss(net, batch):
-    error = (net(batch["x"]) - batch["y"]).square().sum()
-    return error, len(batch["y"]), {"load": net.routed.bias}
+    """The error, and how many rows each expert had."""
+    return (net(batch["x"]) - batch["y"]).square().sum(), len(batch["y"]), {"load": net[1].bias}
 
 
 def tasks(rows, seed):
@@ -75,7 +66,8 @@ def tasks(rows, seed):
 
 
 def begin(run):
-    loss_fn, params = fz.stateless(Net(), loss, state=[("bias$", spread)])
+    net = nn.Sequential(nn.Linear(INPUTS, WIDTH), Routed(), nn.Linear(WIDTH, 1), nn.Flatten(0))
+    loss_fn, params = fz.stateless(net, loss, state=[("bias$", spread)])
     grad = fz.value_and_grad(loss_fn, batch=fz.P(run.axis), has_aux=[("load", "sum")])
     step = run.train_step(grad, fz.adamw(3e-3))
     numbers = lambda m: {"busiest": (m.aux["load"].max() / m.aux["load"].sum()).item()}
