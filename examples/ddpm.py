@@ -63,7 +63,7 @@ def sampled(net, params, rows, seed):  # points out of noise
 def begin(run):
     net = Denoiser()
     loss_fn, params = fz.stateless(net, loss)
-    adam = fz.adamw(fz.schedules.warmup_cosine(1e-2, 20, run.steps, end=1e-3), weight_decay=0.0)
+    adam = fz.adamw(fz.schedules.warmup_cosine(1e-2, min(20, run.steps), run.steps, end=1e-3), weight_decay=0.0)
     step = run.train_step(fz.value_and_grad(loss_fn, batch=fz.P(run.axis)), adam, fz.ema(0.98))
 
     def evaluate(state):

@@ -66,7 +66,7 @@ def begin(run):
     hits = lambda net, b: ((net(b["x"]).argmax(1) == b["y"]).float().sum(), len(b["y"]))
     loss_fn, params = fz.stateless(net, loss)
     right, _ = fz.stateless(net.eval(), hits)
-    sgd = fz.sgd(fz.schedules.warmup_cosine(0.05, 10, run.steps), momentum=0.9, weight_decay=5e-4)
+    sgd = fz.sgd(fz.schedules.warmup_cosine(0.05, min(10, run.steps), run.steps), momentum=0.9, weight_decay=5e-4)
     step = run.train_step(fz.value_and_grad(loss_fn, batch=fz.P(run.axis)), sgd)
     held, ask = digits(256, run.seed + 1), step.eval(right)
     accuracy = lambda state: {"accuracy": ask(state, step.local_rows(held)).loss.item()}
