@@ -6,7 +6,7 @@ are the same on any number of ranks. One loss has both heads; `fz.partition` giv
 
 Run: python examples/actor_critic.py, or torchrun --nproc-per-node=2 examples/actor_critic.py
 Expect: the share of caught balls rises from that of chance, 0.3, to nearly all.
-Found: FOUND
+Found: 0.54 caught after 50 updates, 0.84 after 100, 0.96 after 150, on one process.
 """
 
 import torch

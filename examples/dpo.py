@@ -1,11 +1,11 @@
 """A language model learns to prefer one kind of answer to another, kept near what it was (DPO).
 
-Shows: a reference that a loss reads and nobody moves. `fz.frozen(state, step)` is the state that supervised training has
+Shows: a reference that a loss reads and nobody moves. `fz.frozen(state, step)` is the state that training on texts has
 ended with, read where it lies: cut over the ranks, without a copy, a gradient or moments.
 
 Run: python examples/dpo.py, or torchrun --nproc-per-node=2 examples/dpo.py
 Expect: the supervised model counts up as often as down, for so does its text; after the second part it counts up.
-Found: FOUND
+Found: counts up with chance 0.455 after texts and 1.000 after pairs, on one process.
 """
 
 import torch

@@ -6,7 +6,7 @@ the adapters alone; a block's weights are widened as it runs.
 
 Run: python examples/lora.py, or torchrun --nproc-per-node=2 examples/lora.py
 Expect: some hundredths of the parameters learn, and the loss on the new text falls to nearly nothing.
-Found: FOUND
+Found: loss 0.000 where texts count by one; by three 19.7 at first and 0.000 after 60 updates, on one process.
 """
 
 import torch
@@ -72,7 +72,7 @@ def main(updates=100, rows=32, stage=2, accumulate=1):
     if fz.init_distributed().rank == 0:
         learn, stay = (sum(x.numel() for x in tree.values()) for tree in (params, rest))
         print(f"{stay:,} parameters learn to count by one: loss {first[0]:.3f}, then {first[-1]:.3f}")
-        print(f"beside them, in {base.nbytes:,} bytes, {learn:,} to count by three: {second[0]:.3f}, then {second[-1]:.3f}")
+        print(f"beside them, in {base.nbytes:,} bytes, {learn:,} count by three: {second[0]:.3f}, then {second[-1]:.3f}")
     return first, second
 
 

@@ -9,7 +9,8 @@ Run:
     python examples/lstm.py --nproc=1 --accumulate=2 --out=runs/lstm1
 Expect: both print one result. The loss, in nats a letter, falls from 5.5, which is log 256, to well below 3.2, the
     entropy of single letters; the sample has words and lines.
-Found: FOUND
+Found: the first eight losses are plain torch's to 2e-7, at stages 0 and 3 on one and two processes;
+    what a whole run reaches was not measured.
 """
 
 from functools import cache
