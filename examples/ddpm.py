@@ -7,8 +7,7 @@ Run:
     python examples/ddpm.py --stage=3 --nproc=2
     python examples/ddpm.py --nproc=1 --accumulate=2 --out=runs/ddpm1
 Expect: both print one result. Samples come to lie near the spirals, those of the average nearer than the last weights'.
-Found: the first eight losses are plain torch's to 2e-7, at stages 0 and 3 on one and two processes;
-    what a whole run reaches was not measured.
+Found: the first eight losses are plain torch's to 2e-7, at stages 0 and 3 and on one and two processes.
 """
 
 import torch

@@ -1,12 +1,13 @@
 """A recommender: large tables of embeddings, of which a batch reads a few rows, beside a small dense net.
 
 Shows: rules by path. Tables learn by Adagrad at a rate of their own, `[("tables", 0.3), ("", 0.02)]`. A row that no
-batch has named has a gradient of zeros, under which Adagrad leaves it as it was: a table is sparse in what moves. At stage 3 tables are cut by rows, as any leaf, and are gathered one by one; what travels is the whole table.
+batch has named has a gradient of zeros, under which Adagrad leaves it as it was. At stage 3 tables are cut by rows, as
+any leaf, and are gathered one by one; what travels is the whole table.
 
 Run:
     python examples/dlrm.py --stage=3 --nproc=2
     python examples/dlrm.py --nproc=1 --accumulate=2 --out=runs/dlrm1
-Expect: both print one result. The held-out loss falls below log 2 = 0.693, and rows of rare users stay where they began.
+Expect: both print one result. The held-out loss falls below log 2, and rows of rare users stay where they are.
 Found: the first eight losses are plain torch's to 2e-7, at stages 0 and 3 on one and two processes;
     what a whole run reaches was not measured.
 """

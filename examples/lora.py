@@ -72,7 +72,7 @@ def main(updates=100, rows=32, stage=2, accumulate=1):
     if fz.init_distributed().rank == 0:
         learn, stay = (sum(x.numel() for x in tree.values()) for tree in (params, rest))
         print(f"{stay:,} parameters learn to count by one: loss {first[0]:.3f}, then {first[-1]:.3f}")
-        print(f"beside them, in {base.nbytes:,} bytes, {learn:,} count by three: {second[0]:.3f}, then {second[-1]:.3f}")
+        print(f"beside them in {base.nbytes:,} bytes, {learn:,} count by three: {second[0]:.2f}, then {second[-1]:.3f}")
     return first, second
 
 

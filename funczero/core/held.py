@@ -41,7 +41,7 @@ def held_by(fn: Callable[..., Any], owned: bool = False) -> Iterator[Any]:
 
 
 def _bound(closure: Iterable[CellType]) -> Iterator[Any]:
-    """What the cells of a closure hold; one whose name is bound later, as a step that its loss asks for ranks, nothing."""
+    """What the cells of a closure hold; one whose name is bound later holds nothing yet."""
     for cell in closure:
         with suppress(ValueError):
             yield cell.cell_contents
