@@ -66,9 +66,9 @@ def main(updates=150, games=64, stage=3, accumulate=1):
     step = fz.train_step(*fz.zero(grad, parts, stage=stage, accumulate=accumulate), mesh={"data": -1})
     state = step.init(params)
     for n in range(updates):
-        keys = step.local_rows(rng.row_keys(rng.fold(0, n), games))
+        keys, now = step.local_rows(rng.row_keys(rng.fold(0, n), games)), step.view(state)
         with torch.no_grad():
-            seen, done, caught = play(lambda x, now=step.view(state): torch.func.functional_call(net, now, (x,)), keys)
+            seen, done, caught = play(lambda x, now=now: torch.func.functional_call(net, now, (x,)), keys)
         state, metrics = step(state, {"seen": seen, "done": done, "caught": caught})
         said.append({"caught": metrics.aux["caught"].item() / games, "loss": metrics.loss.item()})
         if fz.init_distributed().rank == 0 and (n + 1) % 50 == 0:
