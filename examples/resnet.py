@@ -19,14 +19,14 @@ from torch import nn
 import funczero as fz
 
 PARTS = [(0, slice(4)), (slice(4), 0), (slice(4), 3), (3, slice(4)), (slice(3, 7), 0), (slice(3, 7), 3), (6, slice(4))]
-LIT = ["1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011"]  # 0 to 9
+DIGITS = (0x77, 0x12, 0x5D, 0x5B, 0x3A, 0x6B, 0x6F, 0x52, 0x7F, 0x7B)  # which parts of 0 to 9 are lit, in bits
 
 
 def digits(rows, seed):
     """Seven-segment digits somewhere in 8 x 8 noisy pixels, and which they are: a function of the seed."""
     glyphs = torch.zeros(10, 7, 4)
-    for glyph, lit in zip(glyphs, LIT):
-        for stroke, on in zip(PARTS, lit):
+    for glyph, lit in zip(glyphs, DIGITS):
+        for stroke, on in zip(PARTS, f"{lit:07b}"):
             glyph[stroke] += float(on)
     g = torch.Generator().manual_seed(seed)
     y, left = torch.randint(10, (rows,), generator=g), torch.randint(5, (rows,), generator=g)
