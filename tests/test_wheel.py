@@ -30,7 +30,7 @@ def test_a_wheel_trains(tmp_path):
         shutil.copytree(ROOT / name, source / name, ignore=own)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    words = "install -q --no-deps --no-index --no-build-isolation --target".split()
+    words = ["install", "-q", "--no-deps", "--no-index", "--no-build-isolation", "--target"]
     subprocess.run([sys.executable, "-m", "pip", *words, site, source], check=True, timeout=120)
     wanted = {p.relative_to(source) for n in ("funczero", "kernels") for p in (source / n).rglob("*") if p.is_file()}
     wanted = {Path("funczero", p) if p.parts[0] == "kernels" else p for p in wanted}
