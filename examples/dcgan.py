@@ -5,7 +5,7 @@ where it lies, with its batch norms' statistics; no gradient reaches it, and not
 
 Run: python examples/dcgan.py, or torchrun --nproc-per-node=2 examples/dcgan.py
 Expect: what is drawn comes nearer to real images, and looks like rings.
-Found: rings can be seen after 100 updates, on one process.
+Found: rings can be seen after 300 updates, on one process.
 """
 
 import torch

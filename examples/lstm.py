@@ -10,7 +10,7 @@ Run:
 Expect: both print one result. The loss, in nats a letter, falls from 5.5, which is log 256, to well below 3.2, the
     entropy of single letters; the sample has words and lines.
 Found: the first eight losses are plain torch's to 2e-7, at stages 0 and 3 on one and two processes;
-    what a whole run reaches was not measured.
+    1.7 to 2.0 nats a letter after 300 updates, on one process, and a sample that begins `def = self):`.
 """
 
 from functools import cache

@@ -9,7 +9,7 @@ Run:
     python examples/maml.py --nproc=1 --accumulate=2 --out=runs/maml1
 Expect: both print one result. On curves that it has never seen the error before the step stays where it is, for nobody
     can know the phase, and the error after it falls.
-Found: error after one step 0.42 after 250 updates and 0.34 after 500, before it 0.96, on one process.
+Found: error after one step 0.49 after 200 updates and 0.34 after 400, before it 0.92, on one process.
 """
 
 import torch

@@ -9,7 +9,7 @@ Run:
 Expect: both print one result. The bound falls, some of the eight numbers of a code are used (KL is in nats), and what
     is decoded from noise are rings.
 Found: the first eight losses are plain torch's to 2e-7, at stages 0 and 3 on one and two processes;
-    what a whole run reaches was not measured.
+    28 to 33 nats after 600 updates, on one process, of which KL is 16; what is drawn are rings.
 """
 
 import torch
