@@ -112,6 +112,28 @@ def foreseen(
     _told(before, _marks(device), kinds, drew)
 
 
+class Trail:
+    """Where torch's generators stood after each block of a forward: the name of one that drew."""
+
+    def __init__(self, device: torch.device) -> None:
+        """A forward begins."""
+        self.device = device
+        self.seen = [("", self._now())]
+
+    def passed(self, path: str) -> None:
+        """A block has returned."""
+        self.seen.append((path, self._now()))
+
+    def drew(self) -> str:
+        """The first block in which, or just before which, something was drawn; "" where none was."""
+        both = zip(self.seen, self.seen[1:], strict=False)
+        return next((path for (_, a), (path, b) in both if not all(map(torch.equal, a, b))), "")
+
+    def _now(self) -> list[torch.Tensor]:
+        with torch._C._DisableFuncTorch():  # as in _marks
+            return [g.get_state() for g in generators(self.device)]
+
+
 def _told(before: Marks, after: Marks, kinds: tuple[str, ...], drew: Callable[[str], Exception]) -> None:
     for kind in kinds:
         if getattr(before, kind) != getattr(after, kind):
