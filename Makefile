@@ -4,11 +4,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 OPTIONS ?=
 
-.PHONY: campaign test test-all test-launch lint types tests train bench clean
+.PHONY: campaign test test-all test-launch lint types tests docs train bench clean
 
-test: lint types tests
+test: lint types docs tests
 
-test-all: lint types $(READY)
+test-all: lint types docs $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not hosts"
 
 # About ten minutes, as root: hosts out of namespaces with sshd, pdsh, OpenMPI, MPICH and SLURM. What cannot be installed is skipped by name.
@@ -32,6 +32,11 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Pages into docs/_build/html. A warning is an error: a dead link, a public name that the reference lacks.
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -E -a -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python tests/pages.py
+
 # Two files at a time: much of the time is spent waiting for processes to start and to be missed. Bytecode is kept, also
 # where the environment says otherwise: a thousand processes import the same files.
 tests: $(READY)
@@ -46,9 +51,9 @@ bench: $(READY)
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test,plots]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test,plots,docs]"
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

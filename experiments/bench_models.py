@@ -21,8 +21,9 @@ TrainStep = Callable[[Batch], Tensor]  # this rank's rows -> a loss: its own mea
 
 # Model and batch (B: rows of the global batch); a measurement is `rounds` visits of `steps` steps each.
 Size = NamedTuple("Size", [(field, int) for field in ("layers", "d", "heads", "vocab", "T", "B", "steps", "rounds")])
-SIZES = {  # parameters: 21,472; 3,487,232; 25,875,456
+SIZES = {  # parameters: 21,472; 3,216,512; 3,487,232; 25,875,456
     "tiny": Size(layers=1, d=32, heads=2, vocab=256, T=16, B=2, steps=50, rounds=12),
+    "blocks": Size(layers=64, d=64, heads=2, vocab=256, T=16, B=4, steps=5, rounds=8),
     "small": Size(layers=4, d=256, heads=4, vocab=1024, T=256, B=8, steps=4, rounds=8),
     "medium": Size(layers=8, d=512, heads=8, vocab=1024, T=256, B=4, steps=2, rounds=6),
 }

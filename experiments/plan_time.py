@@ -92,7 +92,7 @@ def links(mesh: Any) -> dict[str, Link]:
             sent = lambda n, axis=axis: wait(launch_gather(torch.zeros(n), axis, mesh))
             latency, n = seconds(functools.partial(sent, 16), 30), 1 << 19
             long = seconds(functools.partial(sent, n), 5)
-            found[axis] = Link(4 * n * (place.size - 1) / max(long - latency, 1e-9), latency)
+            found[axis] = Link(latency, 4 * n * (place.size - 1) / max(long - latency, 1e-9))
     return found
 
 

@@ -50,6 +50,7 @@ from funczero.comm.wire import as_born as as_born
 from funczero.comm.wire import cast as cast
 from funczero.core import rng as rng
 from funczero.core import tree as tree
+from funczero.core.link import Link as Link
 from funczero.core.optimizer import GradientTransformation as GradientTransformation
 from funczero.core.policy import Policy as Policy
 from funczero.core.types import ChainError as ChainError

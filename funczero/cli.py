@@ -11,10 +11,12 @@ from funczero.checkpoint.cli import add as add_checkpoint_commands
 from funczero.deepspeed.config.explain import add_commands as add_config_commands
 from funczero.doctor.report import add_command as add_doctor
 from funczero.planning.cli import add as add_plan_command
+from funczero.report.cli import add as add_report_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan}`; exit code 1: a promise
+    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan, report,
+    watch}`; exit code 1: a promise
     is broken, things differ or do not fit, or something is missing; 2: bad input.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_checkpoint_commands(commands)
     add_config_commands(commands)
     add_plan_command(commands)
+    add_report_commands(commands)
     args = parser.parse_args(words)
     try:
         return args.run(args)

@@ -45,6 +45,7 @@ LONG = (
     "test_config_train.py",
     "test_launch_run.py",
     "test_readme.py",
+    "test_docs.py",
     "test_optimizers.py",
 )
 

@@ -119,10 +119,13 @@ def numbers(t):
 
 
 def predicted(t, kind):
-    """Some of what is predicted of every row."""
-    found = t.predict(Text(7, kind, held=True)).predictions
-    found = found[0] if isinstance(found, tuple) else found
-    return torch.from_numpy(found.reshape(len(found), -1)[:, :4].copy())
+    """Some of what is predicted of every row; and means over its dim 1, which padding by another rank would move."""
+    parts = []
+    for t.preprocess_logits_for_metrics in (None, lambda x, labels: (x[0] if isinstance(x, tuple) else x).mean(1)):
+        found = t.predict(Text(7, kind, held=True)).predictions
+        found = found[0] if isinstance(found, tuple) else found
+        parts.append(torch.from_numpy(found.reshape(len(found), -1)[:, :4].copy()))
+    return torch.cat(parts, 1)
 
 
 def fit(zero, kind="gpt2", folder=None, dropped=False, rows=18, resume=None, **more):

@@ -13,14 +13,17 @@ from layouts import structure
 import funczero as fz
 from funczero.comm.collectives import all_gather
 from funczero.comm.edge import Edge
+from funczero.core.link import Link
 from funczero.core.types import Env
-from funczero.gradients.arrivals import SMALL, Arrivals
+from funczero.gradients.arrivals import Arrivals
 from funczero.layout.cut import Rules
 from funczero.layout.mesh import connect, plan_mesh
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
 from funczero.testing import simulate
 
+SMALL = 1 << 15  # elements that are worth a message
+LINK = Link(latency=1.0, speed=float(SMALL))  # of float32
 LARGE, NARROW = 3, 2  # blocks on either side of SMALL
 FULL = torch.float32
 
@@ -38,7 +41,7 @@ def ready(sizes):
     s = structure(
         params(), ("blocks",), {a: Rules() for a in sizes}, lambda path: path == f"blocks/{LARGE}/b"
     ).structure
-    env = Env(mesh, fz.Policy.parse(None), {a: Edge(a, Rules()) for a in sizes})
+    env = Env(mesh, fz.Policy.parse(None), {a: Edge(a, Rules()) for a in sizes}, link=LINK)
     arrivals = Arrivals(Where.whole(s), tuple(sizes), env, FULL, torch.device("cpu"))
     return arrivals, {u.name: i for i, u in enumerate(s.units) if u.name and not u.frozen}
 
@@ -117,9 +120,9 @@ def test_messages_leave_in_one_order_and_hold_the_ranks_sums(sizes, name):
     first, *others = simulate(sizes)(by_rank, sizes, ORDERS[name])
     world = len(others) + 1
     assert all(other[0] == first[0] for other in others)
-    large, small = [(u,) for u in range(LARGE, 0, -1)], first[0][-1]  # the last one first; then all small ones at once
-    seen = list(dict.fromkeys(first[0]))
-    assert seen[:LARGE] == large and len(seen) == LARGE + 1 and len(small) == NARROW + 1  # and the loose leaves
+    small, *large, loose = dict.fromkeys(first[0])  # the last one first, and small neighbours at once
+    assert large == [(u,) for u in range(LARGE, 0, -1)] and loose == (0,)
+    assert len(small) == NARROW and small[0] > small[1] > LARGE
     want = summed(sizes)
     assert all(equal(found, want) and left == 0 for _, found, left in (first, *others)), world
 
@@ -137,7 +140,7 @@ def partly(reached):
 @pytest.mark.parametrize("reached", [((0, 1, 2, 3, 4), ()), ((2,), (0, 4)), ((), ())], ids=str)
 def test_a_unit_that_no_backward_reached_sends_zeros_in_its_turn(reached):
     (sent, found), (same, other) = simulate({"data": 2})(partly, reached)
-    assert sent == same and len(sent) == LARGE + 1 and equal(found, other)
+    assert sent == same and len(sent) == LARGE + 2 and equal(found, other)
     arrivals, names = ready({"data": 1})
     for n, u in enumerate(names.values()):
         times = sum(n in mine for mine in reached)

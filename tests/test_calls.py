@@ -134,5 +134,7 @@ def test_simulated_ranks_have_no_thread_and_know_their_chain(check):
 
     for watch, chain, replicated in simulate(TWO)(look):
         assert watch is None and replicated == ("data",)
-        assert chain[0].startswith("mesh data=2, ") and chain[0].endswith(", sums='tree'")
+        assert chain[0].startswith("mesh data=2, ") and chain[0].endswith(
+            ", sums='tree', Link(latency=0.00025, speed=1000000000.0)"
+        )
         assert [line.split(" -> ")[0] for line in chain[1:]][-2:] == ["mean", "sgd"]

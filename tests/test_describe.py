@@ -143,11 +143,12 @@ def test_once_a_state_is_there_what_is_gathered_whole_is_named_in_bytes():
 
     whole = "gathered whole in every forward are 1.6 kB: 'in' (1.6 kB)"
     step, structure = parts(3)
+    how = "up to 1 MB of neighbours together, two such messages at a time"
     assert (
-        notes(step)
-        == [f"{whole}; 3 blocks of at most 144 bytes by turns, two at a time"]
-        == [gathered(step.grad, structure)]
+        notes(step) == [f"{whole}; 3 blocks of at most 144 bytes by turns, {how}"] == [gathered(step.grad, structure)]
     )
+    one = "; 3 blocks of at most 144 bytes by turns, two at a time"
+    assert notes(parts(3, conditional=("blocks",))[0])[0] == whole + one
     # it is said of what counts alone:
     assert [gathered(step.grad, structure, n) != "" for n in (1, 1599, 1600)] == [True, True, False]
     assert notes(parts(2)[0]) == []

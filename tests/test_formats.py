@@ -227,6 +227,24 @@ def test_casts_and_what_is_left_out(tmp_path):
     assert same(torch.load(tmp_path / "c.pt", weights_only=True), want)
 
 
+def test_a_cast_refuses_values_that_a_dtype_does_not_have(tmp_path):
+    torch.save({"w": torch.tensor([1.0, 70000.0, torch.inf]), "v": torch.tensor([65519.0, 0.0])}, tmp_path / "a.pt")
+    import_weights(tmp_path / "a.pt", tmp_path / "ck", "0")
+    for dtype, why in (
+        ("float16", "'params/w' has a value of magnitude 7e\\+04, and float16 ends at 6.55e\\+04; write another"),
+        ("float8_e4m3fn", "and float8_e4m3fn ends at 448"),
+        ("int8", "'int8' is no floating dtype, so values would be cut to integers; write"),
+        ("float17", "'float17' is no dtype of this torch"),
+    ):
+        with pytest.raises(CheckpointError, match=why):
+            export(tmp_path / "ck", tmp_path / f"{dtype}.safetensors", dtype)
+        with pytest.raises(CheckpointError, match=why):
+            import_weights(tmp_path / "a.pt", tmp_path / "other", "0", dtype=dtype)
+        assert not (tmp_path / f"{dtype}.safetensors").exists()
+    export(tmp_path / "ck", tmp_path / "b.pt", "float16", exclude="w")
+    assert torch.load(tmp_path / "b.pt")["v"].tolist() == [65504.0, 0.0]
+
+
 def test_a_tied_leaf_under_two_names_is_compared_when_it_is_restored(tmp_path):
     model = Model()
     values = {k: v.clone() for k, v in model.state_dict().items() if k not in ("seen", "mean")}

@@ -90,7 +90,7 @@ def test_it_rests_in_rows_and_is_opened_unit_by_unit(monkeypatch):
     ((_, whole),) = simulate({"data": 1})(distilled, 3, 3, True, 1)
     assert cut < 0.75 * whole  # with its padding
     still = [t for t in tapes if all(u.frozen for u in t.whole.structure.units) and t.seam]
-    assert still and all(t.peak <= 2 and not t.flying for t in still)
+    assert still and all(t.gathers.peak <= 2 and not t.gathers.flying for t in still)
 
 
 def of_a_state(stage):

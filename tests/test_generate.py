@@ -185,7 +185,7 @@ def test_memory_is_two_units_or_the_whole(monkeypatch):
 
     monkeypatch.setattr(Tape, "__init__", noted)
     simulate({"data": 2})(plain, 3, UNITS, {})
-    assert tapes and all(t.seam and t.peak <= 2 and not t.flying and not t.open for t in tapes)
+    assert tapes and all(t.seam and t.gathers.peak <= 2 and t.gathers.live == 0 for t in tapes)
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------

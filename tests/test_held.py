@@ -48,3 +48,10 @@ def test_what_is_differentiated():
     grad(lambda x: (seen.append(transformed(x)), x)[1])(OTHER)
     vmap(lambda x: (seen.append(transformed(x)), x)[1])(OTHER[None])
     assert seen == [True, True]
+
+
+def test_a_name_that_is_bound_later_is_nothing_yet():
+    early = lambda x: x * later
+    assert values(early, False) == []
+    later = torch.tensor(2.0)
+    assert values(early, False) == [2.0]

@@ -247,7 +247,7 @@ def opened(form):
         return out
 
     got(lambda: Net(inside=False), loss, form, 3)
-    return most[0].peak, most[0].live
+    return most[0].gathers.peak, most[0].gathers.live
 
 
 @pytest.mark.parametrize("form", ["keep", "remat"])

@@ -95,7 +95,8 @@ def opened(remat):
     step(state, rows(8 // world_size()))
     launched = [e for n, _, e in log.entries if n > before and e.verb == "all_gather"]
     order, (tape,) = [e.context.units[u] for e in launched for u in e.units], tapes
-    return order, tape.peak, tape.live, len(tape.open), len(tape.flying)
+    found = tape.gathers
+    return order, found.peak, found.live, len(found.open) + len(found.here), len(found.flying)
 
 
 @pytest.mark.parametrize("remat", [False, True])

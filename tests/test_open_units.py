@@ -9,6 +9,7 @@ import torch
 
 import funczero as fz
 from funczero import P
+from funczero.core.link import Link
 from funczero.gradients.ref import Ref
 from funczero.testing import simulate
 
@@ -65,35 +66,43 @@ def llava():
     return LlavaNextForConditionalGeneration(config), batch, lambda model, b: model(**b).logits
 
 
+def _blocks(model):
+    return [b for m in model.modules() if isinstance(m, torch.nn.ModuleList) for b in m.children()]
+
+
 MODELS = {f.__name__: f for f in (clip, poolformer, llava)}
 
 
-def opened(model, batch, forward, remat):
-    """The most blocks that were open at once, as the tape counts and as memory says, and how many lists they are of."""
+def opened(model, batch, forward, remat, link):
+    """The most messages that were open at once, as the tape counts, the most blocks and bytes that memory holds, and of
+    how many lists they are.
+    """
     loss_fn, params = fz.stateless(model, lambda m, b: (forward(m, b).square().sum(), torch.tensor(2.0)), remat=remat)
-    tapes, alive, most = [], weakref.WeakSet(), []
+    tapes, alive, most = [], weakref.WeakSet(), [(0, 0)]
 
     def seen(params, b):
         tape = next(x.tape for x in params.values() if isinstance(x, Ref))
-        gather = tape._gather
+        landed = tape.gathers._landed
 
-        def watched(unit):
-            buffer = gather(unit)
-            if tape.whole.structure.units[unit].seam:
-                alive.add(buffer.untyped_storage())
-                most.append(len(alive))
-            return buffer
+        def watched(message):
+            buffers = landed(message)
+            for u, buffer in zip(message.units, buffers, strict=True):
+                if tape.whole.structure.units[u].seam:
+                    alive.add(buffer.untyped_storage())
+            most.append((len(alive), sum(x.nbytes() for x in alive)))
+            return buffers
 
-        tape._gather = watched
+        tape.gathers._landed = watched
         tapes.append(tape)
         return loss_fn(params, b)
 
     grad = fz.value_and_grad(seen, batch=P("data"), units=loss_fn.units, trainable=loss_fn.trainable)
-    step = fz.train_step(*fz.zero(grad, fz.sgd(0.1), stage=3), mesh={"data": -1})
+    step = fz.train_step(*fz.zero(grad, fz.sgd(0.1), stage=3), mesh={"data": -1}, link=link)
     state = step.init(params)
-    for _ in range(2):
+    for _ in range(3):
         state, _ = step(state, step.local_rows(batch))
-    return max(t.peak for t in tapes), max(most), len(loss_fn.units)
+    blocks, held = map(max, zip(*most, strict=True))
+    return max(t.gathers.peak for t in tapes), blocks, held, len(loss_fn.units)
 
 
 @pytest.mark.parametrize("remat", [False, True], ids=["keep", "remat"])
@@ -106,5 +115,9 @@ def test_two_blocks_at_most_are_open(name, frozen, remat):
         model, batch, forward = MODELS[name]()
     for n, p in model.named_parameters():
         p.requires_grad_(frozen not in n)
-    for counted, held, lists in simulate(TWO)(opened, model, batch, forward, remat):
-        assert counted == 2 and held <= 2 and lists >= 2
+    for counted, blocks, _, lists in simulate(TWO)(opened, model, batch, forward, remat, Link(latency=0.0)):
+        assert counted == 2 and blocks <= 2 and lists >= 2
+    largest = max(sum(p.nbytes for p in b.parameters()) for b in _blocks(model))
+    some = Link(latency=1.0, speed=largest)  # four blocks
+    for counted, blocks, held, _ in simulate(TWO)(opened, model, batch, forward, remat, some):
+        assert counted == 2 and blocks > 2 and held <= 2 * 1.1 * some.together  # with padding

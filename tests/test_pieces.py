@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from layouts import SHAPES, numbered, structure
 
 from funczero import P
+from funczero.comm import pieces
 from funczero.comm.pieces import Everywhere, Share, Stretch, pairs, plan_of, slot_lengths, travels
 from funczero.layout.cut import Rules
 from funczero.layout.where import GRAIN, Where
@@ -33,6 +34,10 @@ def on_the_wire(where, axis, size, leaves):
     here, there = pairs(plan_of(where, 0, axis, size), leaves, wire, None)
     for a, b in zip(there, here, strict=True):
         a.copy_(b)
+    same = torch.zeros_like(wire)  # as it is found where all leaves are cut evenly
+    for b, a in zip(*pieces.on_the_wire(where, 0, axis, leaves, same), strict=True):
+        a.copy_(b)
+    assert torch.equal(wire, same)
     return wire
 
 
@@ -60,6 +65,10 @@ def test_a_row_of_the_wire_is_that_ranks_buffer(shapes, outer, size, dim, thresh
         for a, b in zip(to, source, strict=True):
             a.copy_(b)
         assert torch.equal(back, here.buffers[0])
+        again = torch.zeros_like(back)
+        for a, b in zip(*pieces.off_the_wire(here.where, 0, "x", again, wire[:, :n], part.buffers[0]), strict=True):
+            a.copy_(b)
+        assert torch.equal(again, back)
 
 
 def kinds(shape, rule, size):

@@ -188,3 +188,47 @@ def test_the_peak_of_live_storages_is_predicted_within_five_percent(model, stage
     found = simulate({"data": 2})(measured)[0]
     assert plan.memory.peak == pytest.approx(found, rel=0.05)
     assert sum(plan.memory.at_peak.values()) == plan.memory.peak
+
+
+@pytest.mark.parametrize("batch", [torch.empty(8, 64), None], ids=["rows", "no rows"])
+def test_a_rate_that_moves_is_planned_as_one_that_stands(batch):
+    """A plan has no count of updates, and no byte hangs on a rate."""
+    loss = lambda params, batch: (((batch @ params["w"]) ** 2).sum(), batch.new_tensor(float(len(batch))))
+    rates = (0.1, fz.schedules.warmup_cosine(0.1, 10, 100), lambda n: 0.1 / (1 + n))
+    found = []
+    for lr in rates:
+        chain = fz.zero(fz.value_and_grad(loss, batch=P("data")), fz.adamw(lr), stage=2)
+        step = fz.train_step(*chain, mesh={"data": 4})
+        found.append(fz.plan(step, {"w": torch.ones(64, 32)}, batch))
+    # the peak may have the 0-d state of a schedule in it, and nothing else
+    assert len({str(plan.sent) for plan in found}) == 1 and len({plan.flops for plan in found}) == 1
+    assert len({plan.memory.states for plan in found}) == 1
+
+
+@pytest.mark.parametrize("rows", [8, None], ids=["rows", "no rows"])
+def test_small_blocks_are_planned_as_they_travel_once_a_run_knows_them(rows):
+    """The first update gathers them one by one, as no forward has shown yet which follow one another."""
+
+    def loss(params, batch):
+        x = fz.layers(lambda block, x: torch.tanh(x @ block["w"]), params["blocks"], batch["x"] @ params["in"])
+        return x.sum(), torch.tensor(float(len(x)))
+
+    def make():
+        source = fz.value_and_grad(loss, batch=P("data"), units=("blocks",))
+        return fz.train_step(*fz.zero(source, fz.adamw(1e-3), stage=3), mesh={"data": 2})
+
+    params = {"in": torch.ones(16, 32), "blocks": [{"w": torch.ones(32, 32)} for _ in range(4)]}
+    batch = {"x": torch.ones(8, 16)}
+
+    def run():
+        step = make()
+        state, counted = step.init(params), []
+        for _ in range(3):
+            with fz.count_bytes(step) as sent:
+                state, _ = step(state, step.local_rows(batch))
+            counted.append(dict(sent))
+        return counted
+
+    first, *later = simulate({"data": 2})(run)[0]
+    planned = dict(fz.plan(make(), params, batch if rows else None).sent)
+    assert planned == later[0] == later[1] != first

@@ -27,7 +27,7 @@ def linear(p, b):
 
 # --- seconds
 def test_a_message_is_hidden_by_what_is_computed_until_it_is_awaited():
-    links, machine = {"data": Link(rate=1e3, latency=1.0)}, Machine(flops=1.0)
+    links, machine = {"data": Link(latency=1.0, speed=1e3)}, Machine(flops=1.0)
     send, wait = Verb("gather", "data", nbytes=1000), Verb("wait", "data", of=0)
     work = lambda flops: Verb("compute", flops=flops, operations=1)
     at_once = seconds_of([send, wait, work(5)], links, machine)
@@ -40,7 +40,7 @@ def test_a_message_is_hidden_by_what_is_computed_until_it_is_awaited():
 
 def test_links_and_arithmetic_are_read_from_text():
     found = links_of("node=100Gbit/10us,local=400Gbit/2us", {"node": 2, "local": 4})
-    assert found == {"node": Link(12.5e9, 1e-5), "local": Link(50e9, 2e-6)}
+    assert found == {"node": Link(1e-5, 12.5e9), "local": Link(2e-6, 50e9)}
     assert machine_of("3e12") == Machine(3e12) and machine_of("1T,20GB") == Machine(1e12, 2e10)
 
 

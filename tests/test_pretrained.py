@@ -108,6 +108,29 @@ def test_models_are_read_as_they_are_and_go_out_and_in_bit_for_bit(name, tmp_pat
     assert tree_hash({k: x.make() for k, x in ours.items()}) == tree_hash(whole)
 
 
+def test_what_no_update_moves_goes_out_as_it_came(tmp_path):
+    """Statistics of batch norms that evaluate: the checkpoint does not hold them, and the folder for others does."""
+    small = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**small))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))  # in training, where they move
+    model.save_pretrained(tmp_path / "a")
+    own = dict(model.named_buffers())
+    module, params = fz.from_pretrained(type(model), tmp_path / "a")
+    module.resnet.encoder.stages[1].train()  # some move: then none has a name that nobody knows
+    loss_fn, _ = fz.stateless(module, lambda m, x: (m(x).logits.square().sum(), torch.tensor(2.0)))
+    step = stage3(loss_fn)
+    state, _ = step(step.init(params), torch.randn(2, 3, 32, 32))
+    with Checkpointer(tmp_path / "run") as ck:
+        ck.save(state, 1)
+    for out, more in (("b", {}), ("a", {"overwrite": True})):
+        export(tmp_path / "run", tmp_path / out, format="huggingface", config=tmp_path / "a", **more)
+        again, said = type(model).from_pretrained(tmp_path / out, output_loading_info=True)
+        assert not said["missing_keys"] and not said["unexpected_keys"]
+        for name, x in again.named_buffers():
+            assert torch.equal(x, own[name]) == ("stages.1" not in name), name
+
+
 def test_two_ranks_read_their_parts(run_world, tmp_path):
     for name in ("t5", "mixtral"):
         _, model = made(name, tmp_path / name)

@@ -205,7 +205,7 @@ def _peaks():
         with Alive((length,)) as blocks:  # of nothing else
             state, _ = step(state, step.local_rows(batch()))
         tape = tapes.pop()
-        booked, tape = tape.peak, weakref.ref(tape)
+        booked, tape = tape.gathers.peak, weakref.ref(tape)
         gone = tape() is None and not len(blocks.live)
         gc.enable()
         out[remat] = booked, blocks.most, gone

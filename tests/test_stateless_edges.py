@@ -252,7 +252,7 @@ def peaks():
     state = step.init(params)
     for _ in range(3):
         state, _ = step(state, step.local_rows(X))
-        out.append(tapes.pop().peak)
+        out.append(tapes.pop().gathers.peak)
     return out
 
 

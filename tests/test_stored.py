@@ -9,7 +9,7 @@ from torch import nn
 
 import funczero as fz
 from funczero import P
-from funczero.gradients.stored import StoredTape
+from funczero.gradients.stored import StoredGathers, StoredTape
 from funczero.testing import simulate, tree_hash
 
 RANK, WIDE = 2, 512
@@ -138,20 +138,20 @@ def test_bytes_at_rest_are_a_quarter_and_cut():
 @pytest.mark.parametrize("stage", [0, 3])
 def test_units_are_widened_one_by_one_and_again_in_the_backward(monkeypatch, stage):
     """Also where the adapters' own units are cut: what the forward saved of a base goes with its unit."""
-    taken, tapes, take, made = [], [], StoredTape.take, StoredTape.__init__
+    taken, tapes, sent, made = [], [], StoredGathers.sent, StoredTape.__init__
 
-    def noted(self, unit):
-        taken.append(self.whole.structure.units[unit].seam)
-        return take(self, unit)
+    def noted(self, units):
+        taken.extend(self.whole.structure.units[u].seam for u in units)
+        return sent(self, units)
 
     def started(self, *args):
         made(self, *args)
         tapes.append(self)
 
-    monkeypatch.setattr(StoredTape, "take", noted)
+    monkeypatch.setattr(StoredGathers, "sent", noted)
     monkeypatch.setattr(StoredTape, "__init__", started)
     simulate({"data": 2})(trained, stage, 3, "int8", 2, 1)
-    assert len(tapes) == 2 and all(t.peak <= 2 for t in tapes)
+    assert len(tapes) == 2 and all(t.gathers.peak <= 2 for t in tapes)
     assert sum(taken) == 2 * (4 + 3)  # the last block stays open for the backward
 
 

@@ -7,6 +7,7 @@ import torch
 
 import funczero as fz
 from funczero import P, tree
+from funczero.core.link import Link
 from funczero.testing import simulate
 
 BLOCKS = 3
@@ -59,7 +60,7 @@ NESTS = [(TWO, 3), ({"data": 3}, 3), ({"node": 2, "data": 2}, "nested"), (TWO, 0
 
 @pytest.mark.parametrize(("sizes", "stage"), NESTS, ids=str)
 def test_a_unit_that_is_taken_is_whole_however_its_views_rest(sizes, stage):
-    look = lambda tape, p: [is_whole(tape, u, tape.take(u)) for u in reversed(numbers(tape))]
+    look = lambda tape, p: [is_whole(tape, u, tape.enter((u,))[0][u]) for u in reversed(numbers(tape))]
     world = torch.Size(sizes.values()).numel()
     assert [found for found, _ in simulate(sizes)(within, sizes, look, stage)] == [[True] * BLOCKS] * world
 
@@ -67,52 +68,54 @@ def test_a_unit_that_is_taken_is_whole_however_its_views_rest(sizes, stage):
 @pytest.mark.parametrize(("sizes", "stage"), NESTS, ids=str)
 def test_after_an_update_nothing_is_open_or_under_way_and_at_most_two_were(sizes, stage):
     for _, tape in simulate(sizes)(within, sizes, lambda tape, p: None, stage):
-        gathers = bool(tape.rest) and tape.seam
-        assert (tape.open, tape.flying, tape.kept, tape.peak) == ({}, {}, set(), 2 if gathers else 0)
-        assert tape.live == 0 or not gathers
+        assert (tape.gathers is not None) == (bool(tape.rest) and tape.seam)
+        if tape.gathers is not None:
+            found = tape.gathers
+            assert (found.open, found.here, found.flying, found.kept) == ({}, {}, {}, set())
+            assert (found.live, found.peak) == (0, 2)
 
 
 def lives(tape, p):
-    """What is counted as units come and go."""
-    first, second, third = numbers(tape)
-    out = [tape.live]  # one may travel ahead
-    tape.land()
-    out.append(tape.live)
-    tape.launch(first, second)
-    tape.launch(first)  # it is under way
-    out.append((tape.live, sorted(tape.flying) == [first, second]))
-    buffers = {u: tape.take(u) for u in (first, second)}
-    out.append((tape.live, tape.flying))
-    tape.keep(buffers)  # they were counted when they were launched
-    tape.drop(first)
-    out.append((tape.live, sorted(tape.open) == [second]))
-    tape.launch(third, second)  # the second one is open
-    out.append((tape.live, sorted(tape.flying) == [third]))
-    tape.end()
-    out.append((tape.live, tape.flying, tape.open))
+    """What is counted as messages come and go."""
+    found, (first, second, third) = tape.gathers, numbers(tape)
+    found.land()
+    out = [found.live]
+    found.launch((first, second))
+    found.launch((first,))  # it is under way
+    out.append((found.live, sorted(found.flying) == [first, second]))
+    buffers = found.take((first,))
+    out.append((found.live, found.flying, sorted(found.here) == [second]))
+    found.leave((first,))
+    out.append(found.live)  # the other half of the message is still here
+    buffers = found.take((second,))
+    found.keep(buffers)
+    out.append((found.live, found.kept == {second}))
+    found.launch((third, second))  # the second one is here
+    out.append((found.live, sorted(found.flying) == [third]))
+    found.end()
+    out.append((found.live, found.flying, found.here, found.open))
     return out
 
 
-def test_what_travels_and_what_is_open_is_counted_once():
+def test_what_travels_and_what_is_open_is_counted_by_messages():
     for out, tape in simulate(TWO)(within, TWO, lives):
-        assert out[1:] == [0, (2, True), (2, {}), (1, True), (2, True), (0, {}, {})] and tape.live == 0
+        assert out == [0, (1, True), (1, {}, True), 1, (1, True), (2, True), (0, {}, {}, {})] and tape.gathers.live == 0
 
 
 def sent(tape, p):
     """Bytes of a launch, of a second one while the first is under way, and of one that waits for `prefetch`."""
-    mesh, unit = tape.env.mesh, numbers(tape)[1]
-    tape.land()
+    mesh, found, unit = tape.env.mesh, tape.gathers, numbers(tape)[1]
+    found.land()
     out = []
-    for launch in (tape.launch, tape.launch, tape.ahead):
-        with fz.count_bytes(mesh) as found:
-            launch(unit)
-        out.append(sum(found.values()))
-    tape.land()
-    with fz.count_bytes(mesh) as found:
-        tape.ahead(unit)
-    out.append(sum(found.values()))
-    tape.land()
-    tape.count(-tape.live)
+    for launch in (found.launch, found.launch, found.ahead):
+        with fz.count_bytes(mesh) as counted:
+            launch((unit,))
+        out.append(sum(counted.values()))
+    found.land()
+    with fz.count_bytes(mesh) as counted:
+        found.ahead((unit,))
+    out.append(sum(counted.values()))
+    found.land()
     return out
 
 
@@ -131,12 +134,12 @@ def test_the_unit_that_a_forward_opened_first_is_known_to_the_next_one():
         def loss(p, b):
             tape = p["blocks"][0]["w"].tape
             name = lambda u: tape.whole.structure.units[u].name
-            seen.append(([name(u) for u in tape.course.first()], [name(u) for u in tape.flying]))
+            seen.append(([name(u) for u in tape.course.first()], [name(u) for u in tape.gathers.flying]))
             h = fz.layers(lambda q, x: torch.tanh(x @ q["w"] + q["b"]), p["blocks"][::-1], b["x"] @ p["in"])
             return h.sum(), torch.tensor(float(len(h)))
 
         grad = fz.value_and_grad(loss, batch=P("data"), units="blocks")
-        step = fz.train_step(fz.shard("data", grad, fz.sgd(0.1)), mesh=TWO)
+        step = fz.train_step(fz.shard("data", grad, fz.sgd(0.1)), mesh=TWO, link=Link(latency=0.0))
         state = step.init(params())
         for _ in range(2):
             state, _ = step(state, step.local_rows({"x": torch.ones(12, 4)}))
@@ -160,7 +163,7 @@ def test_a_write_is_seen_by_its_leaf_and_by_copies_where_no_counter_moves(how):
     def look(tape, p):
         # leaves of one buffer, each with a counter of its own
         (unit,) = numbers(tape)[:1]
-        leaves = tape.open_leaves({unit: tape.take(unit)})
+        leaves = tape.open_leaves(tape.enter((unit,))[0])
         written, other = leaves.items()
         before = {i: x.detach().clone() for i, x in leaves.items()}
         if how == "the sign of a zero":
@@ -185,7 +188,7 @@ def test_a_write_is_seen_by_its_leaf_and_by_copies_where_no_counter_moves(how):
 
 def test_a_write_into_a_leaf_that_a_loss_held_is_told_and_its_memory_is_not_kept():
     def look(tape, p):
-        held, dropped = (tape.whole.views(u, tape.take(u))[0].data.clone() for u in numbers(tape)[:2])
+        held, dropped = (tape.whole.views(u, tape.enter((u,))[0][u])[0].data.clone() for u in numbers(tape)[:2])
         index = lambda n: tape.whole.structure.members[numbers(tape)[n]][0]
         tape.lend({index(0): held})
         tape.left_alone({}, None)

@@ -63,7 +63,8 @@ def test_stages_train_alike_and_report(ends, text, tmp_path_factory):
         assert out.count("single bytes") == 3 and (text / f"out{stage}" / "loss.png").stat().st_size > 1000
         losses[stage], sent[stage] = torch.tensor([r["loss"] for r in updates]), updates[-1]["bytes_sent"]
     torch.testing.assert_close(losses[0], losses[3], rtol=1e-5, atol=1e-5)
-    assert sent[3] > sent[0] > 0
+    # a model that fits one message is gathered once and scattered once, which is what a sum over all ranks sends
+    assert sent[3] == sent[0] > 0
 
 
 def test_a_wrong_command_line_ends_with_one_sentence(ends, tmp_path):

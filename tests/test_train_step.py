@@ -109,6 +109,20 @@ def test_sums_are_the_trees_integers_or_the_backends():
         zoo.make(0, sums="ring")
 
 
+@pytest.mark.parametrize(
+    ("link", "error", "words"),
+    [
+        (1e-4, TypeError, r"link=0.0001 is no link; write fz.Link\(latency=seconds"),
+        (fz.Link(latency=-1.0), ValueError, r"train_step\(link=...\): latency=-1.0 is below 0"),
+        (fz.Link(speed=0), ValueError, r"speed=0 is not above 0"),
+    ],
+    ids=str,
+)
+def test_a_link_is_two_numbers(link, error, words):
+    with pytest.raises(error, match=words):
+        zoo.make(0, link=link)
+
+
 def test_a_donating_step_and_the_one_it_was_made_of_are_one_in_values():
     step = zoo.make(2, right=(fz.scale_loss(init=2.0), *zoo.tx()))
     both = [step, fz.donate(step)]

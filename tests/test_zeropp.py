@@ -100,7 +100,8 @@ BLOCKS, WIDE = 4, 64
 def across(chain, mesh, micros):
     """Bytes that one update sends across nodes, as (gathered, scattered)."""
     tree = {"blocks": [{"w": torch.zeros(WIDE, WIDE)} for _ in range(BLOCKS)]}
-    step = fz.train_step(*chain, mesh=mesh, policy="params=float32,compute=bfloat16,accumulate=float32")
+    policy, alone = "params=float32,compute=bfloat16,accumulate=float32", fz.Link(latency=0.0)
+    step = fz.train_step(*chain, mesh=mesh, policy=policy, link=alone)
     state, rows = step.init(tree), {"x": torch.ones(micros, WIDE, dtype=torch.bfloat16)}
     with fz.count_bytes(step) as sent:
         state, _ = step(state, rows)
@@ -117,7 +118,8 @@ def models(k):
     """Chains by name, with the bytes that each parameter takes across nodes in an update of k micro-batches."""
     g, acc = fz.value_and_grad(loss, batch=P(BOTH), units=("blocks",)), () if k == 1 else (fz.accumulate(k),)
     half, tx = fz.cast("bfloat16"), (fz.adamw(1e-3),)
-    opens = (2 * BLOCKS - 1) / BLOCKS  # a forward and a backward gather every block, the last one once
+    # a forward gathers every block, a backward all but the last, which is here, and the first, which it does not read
+    opens = (2 * BLOCKS - 2) / BLOCKS
     zeropp = lambda **how: fz.zeropp(g, *tx, accumulate=k, **how)
     news = fz.difference(fz.int4(512))
     return {

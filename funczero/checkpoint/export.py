@@ -11,16 +11,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funczero.checkpoint import manifest
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.formats import out_dcp, out_safe, out_torch
+from funczero.checkpoint.formats.begun import begun
 from funczero.checkpoint.formats.entry import Entry
 from funczero.checkpoint.formats.naming import FIELDS, OWNERS
 from funczero.checkpoint.manifest import Manifest
-from funczero.checkpoint.memory import torch_dtype
-from funczero.checkpoint.names import unescape
+from funczero.checkpoint.memory import floating, torch_dtype
+from funczero.checkpoint.names import state_dict_key
 from funczero.checkpoint.reader import opened
 from funczero.checkpoint.restore import read_whole
 from funczero.checkpoint.tools import find
@@ -28,15 +30,6 @@ from funczero.transforms.model_state import MODEL
 
 SUFFIXES = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch"}
 FORMATS = ("safetensors", "huggingface", "dcp", "torch")
-
-
-def state_dict_key(name: str) -> str:
-    """The key of a parameter: parts joined by dots, escapes undone.
-
-    >>> state_dict_key("params/blocks/0/w"), state_dict_key("params/layers.0.weight")
-    ('blocks.0.w', 'layers.0.weight')
-    """
-    return ".".join(map(unescape, name.split("/")[1:]))
 
 
 def export(
@@ -64,7 +57,8 @@ def export(
       shard_size: bytes of a file; None: one file, and 5 GB in Hugging Face's folders.
       overwrite: replace what is there.
       format: one of "safetensors", "huggingface", "dcp" and "torch"; None: by the end of `out`.
-      config: the model's config.json, or the folder of the model it began as, for "huggingface".
+      config: the model's config.json, or the folder of the model it began as, for "huggingface". What that folder has
+        and no update moves, as statistics of a batch norm in evaluation, is written from there, in print.
       exclude: a regex; parameters whose keys it is found in are left out, by all their names.
       tied: "all" names of a tied parameter have its values, or the "first" alone, as save_pretrained keeps it; None:
         "first" for "huggingface", else "all".
@@ -76,7 +70,8 @@ def export(
 
     Raises:
       ValueError: an argument does not fit the format, a dtype has no name in it, a regex finds nothing.
-      CheckpointError: the checkpoint holds no parameters, two would have one key, or a leaf is damaged.
+      CheckpointError: the checkpoint holds no parameters, two would have one key, or a leaf is damaged; `dtype` is no
+        floating one, or ends before a value.
       FileExistsError: something is there already.
     """
     where, out = find(path), Path(out)
@@ -85,9 +80,13 @@ def export(
     first = (tied or ("first" if kind == "huggingface" else "all")) == "first"
     if tied not in (None, "first", "all"):
         raise ValueError(f"export: tied={tied!r} is neither 'first' nor 'all'; write one of them")
-    entries = _entries(where, found, dtype, exclude, first)
+    entries = _entries(where, found, None if dtype is None else floating(dtype), exclude, first)
     kept = _moments(found, {e.name for e in entries}, where) if moments else []
-    read = _reader(where, found)
+    others: dict[Entry, Tensor] = {}
+    if kind == "huggingface":
+        others = begun(Path(config or ""), entries, {state_dict_key(n) for n in found.ties}, exclude)
+    entries += others
+    read = _reader(where, found, others)
     if kind in ("safetensors", "huggingface"):
         return _safetensors(entries, out, read, kind, shard_size, overwrite, config)
     _refuse(out, overwrite, folder=kind == "dcp")
@@ -119,7 +118,7 @@ def _format(
     return kind
 
 
-def _entries(where: Path, found: Manifest, dtype: str | None, exclude: str | None, first: bool) -> list[Entry]:
+def _entries(where: Path, found: Manifest, dtype: torch.dtype | None, exclude: str | None, first: bool) -> list[Entry]:
     """What is written, in the checkpoint's order."""
     masters = {n: n for n in found.arrays if n == "params" or n.startswith("params/")}
     if not masters:
@@ -130,7 +129,7 @@ def _entries(where: Path, found: Manifest, dtype: str | None, exclude: str | Non
     for name, source in (masters | ties | buffers).items():
         a = found.arrays[source]
         have = torch_dtype(a.dtype)
-        want = torch_dtype(dtype) if dtype and have.is_floating_point and name in (masters | ties) else have
+        want = dtype if dtype is not None and have.is_floating_point and name in (masters | ties) else have
         out.append(Entry(state_dict_key(name) or "weight", source, want, a.shape))
     if exclude is not None:
         try:
@@ -193,11 +192,17 @@ def _tree(entries: list[Entry], kept: list[Entry], prefix: str) -> dict[str, Any
     return {prefix or "model": plain, **({"optim": {"state": states}} if kept else {})}
 
 
-def _reader(where: Path, found: Manifest) -> Callable[[Entry], Tensor]:
-    """Reads one leaf whole, checked, in the dtype that is written."""
+def _reader(where: Path, found: Manifest, others: Mapping[Entry, Tensor]) -> Callable[[Entry], Tensor]:
+    """Reads one leaf whole, checked, in the dtype that is written.
+
+    Args:
+      others: those that are not the checkpoint's.
+    """
     reader = opened(where / manifest.ARRAYS, found.arrays)
 
     def read(e: Entry) -> Tensor:
+        if e in others:
+            return others[e]
         return read_whole(reader, e.name, found.arrays[e.name], e.dtype)
 
     return read

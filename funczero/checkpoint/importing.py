@@ -13,7 +13,7 @@ from funczero.checkpoint.checkpointer import Checkpointer
 from funczero.checkpoint.formats.leaf import Found, Leaf, chosen
 from funczero.checkpoint.formats.naming import Taken
 from funczero.checkpoint.formats.sources import read
-from funczero.checkpoint.memory import torch_dtype
+from funczero.checkpoint.memory import floating
 from funczero.checkpoint.names import Names, Part, whole
 
 
@@ -48,7 +48,8 @@ def import_weights(
       optimizer: the transform that it is for; by default the one that keeps just these moments, as "adamw".
 
     Raises:
-      CheckpointError: it cannot be read, or is not whole, or holds what is not read; it names the file and the leaf.
+      CheckpointError: it cannot be read, or is not whole, or holds what is not read; it names the file and the leaf; or `dtype`
+        is no floating dtype, or ends before a value.
       ValueError: a regex is none.
     """
     if buffers is not None:
@@ -58,7 +59,7 @@ def import_weights(
             raise ValueError(f"import: buffers={buffers!r} is no regex ({e})") from None
     text = folder.check_name(name)
     found = read(Path(source), Taken(moments, optimizer, buffers), zeros)
-    found = chosen(found, exclude, None if dtype is None else torch_dtype(dtype))
+    found = chosen(found, exclude, None if dtype is None else floating(dtype))
     for note in found.notes:
         logging.warning("import: %s", note)
     parts = {n: _part(x) for n, x in found.leaves.items()} | _counters(found)

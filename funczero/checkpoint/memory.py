@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -20,6 +21,54 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"checkpoint: {name!r} is no dtype of this torch")
     return dtype
+
+
+def floating(name: str) -> torch.dtype:
+    """The floating dtype of that name, which others are cast to.
+
+    Raises:
+      CheckpointError: torch has none.
+    """
+    dtype = torch_dtype(name)
+    if not dtype.is_floating_point:
+        why = "is no floating dtype, so values would be cut to integers"
+        raise CheckpointError(f"checkpoint: {name!r} {why}; write one of float32, bfloat16, float16, float64")
+    return dtype
+
+
+def narrowed(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Floating values in another floating dtype, rounded; no finite one becomes infinite, or another dtype's largest.
+
+    Args:
+      name: of the leaf, for the message.
+
+    Raises:
+      CheckpointError: a value is beyond what the dtype has.
+    """
+    out = x.to(dtype)
+    if not x.numel() or not x.dtype.is_floating_point or torch.finfo(dtype).max >= torch.finfo(x.dtype).max:
+        return out
+    wide = x.float() if x.itemsize == 1 else x
+    most = torch.stack(wide.aminmax()).double().abs().max().item()
+    if not math.isfinite(most):
+        most = wide.masked_fill(~wide.isfinite(), 0).double().abs().max().item()
+    if most >= _end(dtype):
+        top = torch.finfo(dtype).max
+        raise CheckpointError(
+            f"checkpoint: {name!r} has a value of magnitude {most:.4g}, and {dtype_name(dtype)} ends at {top:.4g}; write"
+            " another dtype, as bfloat16 or float32"
+        )
+    return out
+
+
+def _end(dtype: torch.dtype) -> float:
+    """The least magnitude that would not be rounded to one of the dtype's.
+
+    >>> _end(torch.float16), _end(torch.float8_e4m3fn)
+    (65520.0, 464.0)
+    """
+    info = torch.finfo(dtype)
+    return info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2)
 
 
 def numpy_view(x: Tensor) -> np.ndarray:

@@ -23,7 +23,7 @@ from funczero.layout.structure import Structure
 from funczero.layout.where import Where
 from funczero.transforms.accumulate import Accumulate
 from funczero.transforms.exact import ExactSums, filled
-from funczero.transforms.model_state import ModelState
+from funczero.transforms.model_state import MODEL, ModelState
 
 LONGEST = 2048  # characters of a name
 
@@ -78,6 +78,18 @@ def is_rate(name: str, part: Part | None = None) -> bool:
         and pieces[0] != "params"
         and (part is None or part.shape == () and part.value.dtype == torch.float64)
     )
+
+
+def state_dict_key(name: str) -> str:
+    """The key in a state_dict of a parameter, or of a leaf of the model's own state: parts by dots, escapes undone.
+
+    >>> state_dict_key("params/blocks/0/w"), state_dict_key("params/layers.0.weight")
+    ('blocks.0.w', 'layers.0.weight')
+    >>> state_dict_key("model_state/values/norm.running_mean")
+    'norm.running_mean'
+    """
+    parts = name.removeprefix(f"{MODEL}/").split("/")
+    return ".".join(map(unescape, parts[1:]))
 
 
 def listed(names: Sequence[str]) -> str:

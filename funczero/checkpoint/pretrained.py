@@ -20,7 +20,7 @@ from funczero.checkpoint.formats.hugging import by_name, is_model
 from funczero.checkpoint.formats.leaf import Leaf
 from funczero.checkpoint.formats.naming import Taken
 from funczero.checkpoint.formats.sources import read
-from funczero.checkpoint.names import listed, unescape
+from funczero.checkpoint.names import listed, state_dict_key
 from funczero.gradients.lora import Lora
 from funczero.layout.init import init
 from funczero.layout.lazy import Fill
@@ -86,7 +86,7 @@ def from_pretrained(
     if vocabulary is not None:
         _resize(base, vocabulary)
     names: dict[str, Any] = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
-    found = by_name(base, {_key(n): x for n, x in read(folder, Taken(False)).leaves.items()}, names)
+    found = by_name(base, {state_dict_key(n): x for n, x in read(folder, Taken(False)).leaves.items()}, names)
     module = base if adapters is None else adapters.module(base, key or 0)
     drawn = partial(_drawn, base, key)
     growing = dict.fromkeys(_embeddings(base) if vocabulary is not None else (), new_rows)
@@ -94,12 +94,6 @@ def from_pretrained(
     _buffers(module, found, str(folder))
     _left(base, set(found) - set(names), strict, str(folder))
     return Pretrained(module.eval(), params)
-
-
-def _key(name: str) -> str:
-    """A leaf's key in a state_dict: of params/a.b, params/a/b and model_state/values/a.b."""
-    parts = name.split("/")
-    return ".".join(map(unescape, parts[1:] if parts[0] == "params" else parts[2:]))
 
 
 def _made(what: Any, folder: Path) -> nn.Module:

@@ -20,7 +20,7 @@ from funczero.checkpoint.arrays import Array
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.layout import Box
 from funczero.checkpoint.manifest import ARRAYS, FILE, Manifest
-from funczero.checkpoint.memory import torch_dtype
+from funczero.checkpoint.memory import narrowed, torch_dtype
 from funczero.checkpoint.names import Part, named
 from funczero.checkpoint.parts import Reader
 from funczero.checkpoint.reader import opened
@@ -184,7 +184,7 @@ def read_whole(reader: Reader, name: str, array: Array, dtype: torch.dtype) -> T
         found: dict[str, Tensor] = {}
         ask_whole(reader, name, array, found)
         reader.finish()
-        return found[name].to(dtype)
+        return narrowed(found[name], dtype, name)
     kind = torch_dtype(array.dtype)
     one = out[0].numel() * kind.itemsize * array.chunk[0]  # bytes of rows that chunks hold
     step = array.chunk[0] * max(1, BLOCK // max(1, one))
@@ -194,13 +194,17 @@ def read_whole(reader: Reader, name: str, array: Array, dtype: torch.dtype) -> T
         if kind == dtype:
             reader.ask(name, box, partial(_itself, here))
         else:
-            reader.ask(name, box, partial(torch.empty, shape, dtype=kind), here.copy_)
+            reader.ask(name, box, partial(torch.empty, shape, dtype=kind), partial(_narrowed, here, name))
         reader.finish()  # the store holds a block's bytes a second time while it reads them
     return out
 
 
 def _itself(x: Tensor) -> Tensor:
     return x
+
+
+def _narrowed(into: Tensor, name: str, x: Tensor) -> None:
+    into.copy_(narrowed(x, into.dtype, name))
 
 
 def ask_whole(reader: Reader, name: str, array: Array, into: dict[str, Tensor]) -> None:

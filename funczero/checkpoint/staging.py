@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from funczero.checkpoint.layout import Deal, Piece, deal
-from funczero.checkpoint.memory import nbytes, room
+from funczero.checkpoint.memory import give_back, nbytes, room
 from funczero.checkpoint.names import Names
+
+PASSED = 32 << 20  # bytes that go by until memory that is not used is given back
 
 
 class Held(NamedTuple):
@@ -71,9 +73,17 @@ class Values:
     rows: Mapping[str, Callable[[int, int], Tensor]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Held]:
+        passed = 0
         for name, pieces in groupby(self.own.pieces, key=lambda p: p.name):
             if name in self.rows:
-                yield from (Held(p, self._part(p)) for p in pieces)
+                for p in pieces:
+                    x = self._part(p)
+                    passed += nbytes(x)
+                    yield Held(p, x)
+                    del x
+                    if passed > PASSED:  # what writes it copies it, in threads whose memory malloc keeps apart
+                        give_back()
+                        passed = 0
                 continue
             x = (self.read[name]() if name in self.read else self.found.parts[name].value).detach().contiguous()
             yield from (Held(p, x[p.box.slices()]) for p in pieces)

@@ -8,6 +8,7 @@ below is exact, so no kernel's order of summation, chunk, row or rank can be see
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ def folds(dtype: torch.dtype) -> int:
     return 3 if dtype == torch.float64 else 2
 
 
-def square_bins(x: Tensor) -> Tensor:
-    """int64 [1 + BINS]: the number of chunks with a non-finite square, then the squares of x as integers by bin.
+def square_bins(x: Tensor, *more: Tensor) -> Tensor:
+    """int64 [1 + BINS]: the number of chunks with a non-finite square, then the squares of all x as integers by bin.
 
     Adding two results gives the result of the concatenation, whatever was cut where.
 
@@ -34,22 +35,35 @@ def square_bins(x: Tensor) -> Tensor:
     >>> norm_of(square_bins(a)).item(), norm_of(square_bins(a[:1]) + square_bins(a[1:])).item()
     (5.0, 5.0)
     """
-    n = folds(x.dtype)
+    n, chunks = folds(x.dtype), _chunks([x, *more])
     if x.device.type != "cpu":
         out = torch.zeros(1 + BINS, dtype=torch.int64, device=x.device)
         if x.is_meta:  # a plan's: there are no values to add
             return out
-        for part in x.reshape(-1).split(CHUNK):
-            add_on_device(out, part.double() ** 2, n)
+        for chunk in chunks:
+            add_on_device(out, torch.cat(chunk).double() ** 2, n)
         return out
     bins = [0] * (1 + BINS)
-    y, coarse = (torch.empty(min(x.numel(), CHUNK), dtype=torch.float64) for _ in range(2))
-    for part in x.reshape(-1).split(CHUNK):
-        if part.numel():
-            _add_on_host(
-                bins, torch.square(y[: part.numel()].copy_(part), out=y[: part.numel()]), coarse[: part.numel()], n
-            )
+    sizes = [sum(part.numel() for part in chunk) for chunk in chunks]
+    both, coarse = (torch.empty(max(sizes, default=0), dtype=torch.float64) for _ in range(2))
+    for chunk, size in zip(chunks, sizes, strict=True):
+        y = torch.cat(chunk, out=both[:size])
+        _add_on_host(bins, torch.square(y, out=y), coarse[:size], n)
     return torch.tensor(bins)
+
+
+def _chunks(xs: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Flat parts that are summed at once."""
+    out: list[list[Tensor]] = []
+    room = 0
+    for part in (part for x in xs for part in x.reshape(-1).split(CHUNK)):
+        if part.numel() > room:
+            out.append([])
+            room = CHUNK
+        if part.numel():
+            out[-1].append(part)
+            room -= part.numel()
+    return out
 
 
 def _add_on_host(bins: list[int], y: Tensor, coarse: Tensor, n: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -142,11 +143,62 @@ def _stretch(rank: int, offset: int, part: Slot, here: Slot) -> Stretch:
 
 
 def pairs(
-    plan: list[list[Piece]], leaves: list[Tensor], wire: Tensor, own: Tensor | None
+    plan: list[list[Piece]], leaves: Sequence[Tensor], wire: Tensor, own: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Matching views of leaves (here) and of the wire, to be copied in either direction."""
     both = [p.pair(x, wire, own) for pieces, x in zip(plan, leaves, strict=True) for p in pieces]
     return [here for here, _ in both], [there for _, there in both]
+
+
+class Even(NamedTuple):
+    """A unit all of whose leaves lie in equal shares in every row of the wire: one split finds them."""
+
+    sizes: list[int]  # of what follows one another in a row: shares, and the padding between them
+    shares: list[int]  # by member: which of these is its own
+    numels: list[int]  # by member, in one row
+
+    def pairs(self, leaves: Sequence[Tensor], wire: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """As `pairs`; leaves may come flat."""
+        parts, size = wire.split_with_sizes(self.sizes, 1), wire.shape[0]
+        here = [x.reshape(size, n) for x, n in zip(leaves, self.numels, strict=True)]
+        return here, [parts[k] for k in self.shares]
+
+
+def even_of(where: Where, unit: int, axis: str, size: int) -> Even | None:
+    """The plan of a unit that is cut evenly, None of others. Worked out once."""
+    key = ("even", unit, axis, size)
+    if key not in where.memo:
+        plan, inner = plan_of(where, unit, axis, size), where.inner(axis, size, 0)
+        firsts = [pieces[0] for pieces in plan if len(pieces) == 1]
+        shares = [p for p in firsts if isinstance(p, Share) and p.ranks == size and p.dim == 0]
+        where.memo[key] = None
+        if plan and len(shares) == len(plan):
+            sizes, places = inner.cuts[unit]
+            where.memo[key] = Even(sizes, places, [share.numel for share in shares])
+    found: Even | None = where.memo[key]
+    return found
+
+
+def on_the_wire(
+    where: Where, unit: int, axis: str, leaves: Sequence[Tensor], wire: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Matching views of a unit's leaves here and of the wire [W, n] to all ranks."""
+    even = even_of(where, unit, axis, wire.shape[0])
+    if even is not None:
+        return even.pairs(leaves, wire)
+    return pairs(plan_of(where, unit, axis, wire.shape[0]), leaves, wire, None)
+
+
+def off_the_wire(
+    where: Where, unit: int, axis: str, buffer: Tensor, wire: Tensor, own: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Matching views of a unit's buffer here and of the wire from all ranks; what the axis does not cut comes from
+    `own`.
+    """
+    even = even_of(where, unit, axis, wire.shape[0])
+    if even is not None:
+        return even.pairs(where.parts(unit, buffer), wire)
+    return pairs(plan_of(where, unit, axis, wire.shape[0]), where.views(unit, buffer), wire, own)
 
 
 def travels(inner: Where, unit: int, axis: str) -> int:

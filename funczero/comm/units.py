@@ -7,7 +7,7 @@ the same bits on any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from funczero.comm.edge import Edge
 from funczero.comm.exact import Tally
 from funczero.comm.launch import launch_backend_scatter, launch_exchange, launch_gather, wait
 from funczero.comm.memory import Held, added, remembered
-from funczero.comm.pieces import padded, pairs, plan_of, slot_lengths, travels
+from funczero.comm.pieces import off_the_wire, on_the_wire, padded, slot_lengths, travels
 from funczero.comm.wire import Key, as_born, pack_units, unpack_units
 from funczero.core import rng
 from funczero.core.order import tree_sum
@@ -51,10 +51,7 @@ def gather_units(
     gather = _gather_born if wire is as_born else _gather_packed
     arrived = gather(inner, units, edge, mesh, parts, key)
 
-    def finish() -> list[Tensor]:
-        return [_joined(where, u, axis, rows, own) for u, rows, own in zip(units, arrived(), buffers, strict=True)]
-
-    return Travelling(finish)
+    return Travelling(lambda: _joined(where, units, axis, arrived(), buffers))
 
 
 def scatter_units(
@@ -93,9 +90,11 @@ def scatter_units(
     make = torch.zeros if any(padded(where, u, axis, size) for u in units) else torch.empty
     send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
     columns = send.split_with_sizes(lengths, 1)
-    for u, xs, row in zip(units, leaves, columns, strict=True):
-        here, there = pairs(plan_of(where, u, axis, size), xs, row, None)
-        _copy(there, here)
+    _copy(
+        (there, here)
+        for u, xs, row in zip(units, leaves, columns, strict=True)
+        for here, there in (on_the_wire(where, u, axis, xs, row),)
+    )
     if edge.sums == "backend" and size > 1:
         part = launch_backend_scatter(send.to(edge.adds), axis, mesh, tuple(units))
         return Travelling(lambda: list(wait(part).view(-1).split_with_sizes(lengths)))
@@ -165,7 +164,7 @@ def _scatter_packed(
     if whole and held is not None and edge.scatter.memory is not None:
         read = unpack_units(edge.scatter, packed, packed.rows, lengths, edge.adds)
         for u, sent_, rows in zip(units, whole, read, strict=True):
-            back = _joined(inner.outer, u, edge.axis, torch.stack(rows), rows[mesh.index(edge.axis)])
+            (back,) = _joined(inner.outer, (u,), edge.axis, [torch.stack(rows)], [rows[mesh.index(edge.axis)]])
             errors.append(remembered(edge.scatter.memory, sent_, back, held.errors.buffers[u], held.scale))
     return Travelling(finish, tuple(errors))
 
@@ -177,11 +176,15 @@ def _with_errors(where: Where, unit: int, leaves: list[Tensor], held: Held, edge
     return out
 
 
-def _joined(where: Where, unit: int, axis: str, rows: Tensor, own: Tensor) -> Tensor:
-    """A unit's buffer out of its parts [W, n] of all ranks of an axis; what that does not cut comes from `own`."""
-    make = torch.zeros if where.gaps[unit] else torch.empty
-    out = make(where.lengths[unit], dtype=own.dtype, device=own.device)
-    _copy(*pairs(plan_of(where, unit, axis, rows.shape[0]), where.views(unit, out), rows, own))
+def _joined(
+    where: Where, units: Sequence[int], axis: str, wires: Sequence[Tensor], owns: Sequence[Tensor]
+) -> list[Tensor]:
+    """Units' buffers out of their parts [W, n] of all ranks of an axis; what that does not cut comes from `owns`."""
+    out = []
+    for u, own in zip(units, owns, strict=True):
+        make = torch.zeros if where.gaps[u] else torch.empty
+        out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
+    _copy(off_the_wire(where, u, axis, *each) for u, *each in zip(units, out, wires, owns, strict=True))
     return out
 
 
@@ -190,10 +193,15 @@ def _without_gaps(where: Where, unit: int, buffer: Tensor) -> Tensor:
     if not where.gaps[unit]:
         return buffer
     out = torch.zeros_like(buffer)
-    _copy(where.views(unit, out), where.views(unit, buffer))
+    _copy([(where.views(unit, out), where.views(unit, buffer))])
     return out
 
 
-def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+def _copy(pairs: Iterable[tuple[list[Tensor], list[Tensor]]]) -> None:
+    """Copies into the first of each pair what is in the second, all at once."""
+    to, source = list[Tensor](), list[Tensor]()
+    for here, there in pairs:
+        to += here
+        source += there
     if to:
         torch._foreach_copy_(to, source)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Callable, Iterator
-from types import MethodType, ModuleType
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from types import CellType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def held_by(fn: Callable[..., Any], owned: bool = False) -> Iterator[Any]:
     for inner in seen:
         plain = getattr(inner, "func", inner)  # functools.partial
         closure = getattr(plain, "__closure__", None) or ()
-        around: list[Any] = [c.cell_contents for c in closure if c.cell_contents is not inner]
+        around: list[Any] = [x for x in _bound(closure) if x is not inner]
         if closure or plain is not inner:
             around += [getattr(inner, "args", ()), getattr(inner, "keywords", {})]
         for x in tree.leaves([*around, *(_owned(plain) if owned else ())]):
@@ -37,6 +38,13 @@ def held_by(fn: Callable[..., Any], owned: bool = False) -> Iterator[Any]:
             more = getattr(x, "__closure__", None) or owned and isinstance(x, MethodType)
             if callable(x) and more and x not in seen and len(seen) < 16:
                 seen.append(x)
+
+
+def _bound(closure: Iterable[CellType]) -> Iterator[Any]:
+    """What the cells of a closure hold; one whose name is bound later holds nothing yet."""
+    for cell in closure:
+        with suppress(ValueError):
+            yield cell.cell_contents
 
 
 def _owned(fn: Any) -> list[Any]:

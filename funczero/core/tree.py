@@ -46,6 +46,8 @@ def clone(tree: Tree) -> Tree:
 
 def tensors(tree: Tree) -> list[Tensor]:
     """The tensors among the leaves."""
+    if isinstance(tree, Tensor):
+        return [tree]
     return [x for x in leaves(tree) if isinstance(x, Tensor)]
 
 

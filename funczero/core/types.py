@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from torch import Tensor
 
+from funczero.core.link import Link
+
 if TYPE_CHECKING:  # floors above this one, of which only the names are needed
     from funczero.comm.edge import Edge
     from funczero.comm.exact import Grid
@@ -153,6 +155,7 @@ class Env(NamedTuple):
     keeps: bool = False  # is a leaf that nobody used left as it is?
     sums: str = "tree"  # how gradients are added; every edge has it from here
     capture: Capture | None = None  # what a loss and its gradient were recorded as; None: they run as written
+    link: Link = Link()  # between ranks: how many bytes are worth a message of their own
 
     @property
     def exact(self) -> bool:

@@ -1,9 +1,9 @@
 """The gradients of one apply's units: uses are summed as they arrive, and leave in one order that every rank keeps.
 
 A message carries no name, so two ranks that open different units (routed experts, dropped layers) must still send the
-same ones in the same order. Large units leave one by one, the last one first, as backwards produce them: one that is
-early waits for its turn, and one that no backward reached sends zeros. Small ones share the last message, always all of
-them, in the order of their numbers.
+same ones in the same order. Units leave the last one first, as backwards produce them, and neighbours that are small
+share a message: one that is early waits for the others and for their turn, and one that no backward reached sends
+zeros. The last message takes what is left, and the leaves outside the units.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from funczero.layout.slots import Slots
 from funczero.layout.where import Where
 
 Group = tuple[int, ...]  # the units of one block: one, or two where some of its leaves are frozen
-SMALL = 1 << 15  # elements under which a unit's gradient is not worth a message of its own
 
 
 class Collected(NamedTuple):
@@ -72,8 +71,13 @@ class Arrivals:
         # of the micro-batch's index, digits of axes that are summed later
         self.later = [sum(digits[i + 1 :]) for i in range(len(axes))]
         learning = [u for u, unit in enumerate(whole.structure.units) if unit.seam and not unit.frozen]
-        self.large = [u for u in reversed(learning) if whole.lengths[u] >= SMALL]
-        self.small = [u for u in learning if whole.lengths[u] < SMALL]
+        loose = [u for u, unit in enumerate(whole.structure.units) if not unit.seam and not unit.frozen]
+        wide = dtype.itemsize
+        self.messages = messages(
+            [*reversed(learning), *(u for u in loose if whole.lengths[u])],
+            [wide * n for n in whole.lengths],
+            env.link.together,
+        )
         self.uses: dict[int, int] = {}  # forwards of a unit whose gradient has not arrived
         self.booking = self.look = self.void = False
         self.agreed = False  # do gradients leave when all ranks have agreed on it (agree.py)?
@@ -82,7 +86,7 @@ class Arrivals:
     def _clear(self) -> None:
         self.sums: dict[int, list[Tensor]] = {}  # of units of which more uses will arrive
         self.ready: dict[int, list[Tensor]] = {}  # complete, and waiting for their turn
-        self.turn, self.number = 0, 0  # of the large ones, how many have left; how many gradients have arrived
+        self.turn, self.number = 0, 0  # how many messages have left; how many gradients have arrived
         self.scattering: tuple[Group, Callable[[], list[Tensor]]] | None = None
         self.grads: dict[int, Tensor] = {}
         self.bad: dict[int, Tensor] = {}
@@ -149,33 +153,34 @@ class Arrivals:
         """A unit's complete gradient: it leaves when its turn has come."""
         if unit in self.ready:  # a checkpointed block is known here when it runs again, one use at a time
             leaves = [a + b for a, b in zip(self.ready[unit], leaves, strict=True)]
-        elif unit in self.large[: self.turn]:
+        elif any(unit in message for message in self.messages[: self.turn]):
             name = self.whole.structure.units[unit].name
             why = "has a gradient once more, after it was sent: a reentrant checkpoint runs it again, and uses it twice"
             raise RuntimeError(f"value_and_grad(units=...): unit {name!r} {why}; write use_reentrant=False")
         self.ready[unit] = leaves
-        while not self.agreed and self.turn < len(self.large) and self.large[self.turn] in self.ready:
+        while not self.agreed and self.turn < len(self.messages) and self.ready.keys() >= {*self.messages[self.turn]}:
             self._next()
 
     def due(self) -> int:
-        """How many of the large units could have left by now: complete ones, and those that no forward here used."""
+        """How many messages could have left by now: of units that are complete, or that no forward here used."""
         n = self.turn
-        while self.booking and n < len(self.large) and self._whole(self.large[n]):
+        while self.booking and n < len(self.messages) and all(map(self._whole, self.messages[n])):
             n += 1
         return n
 
     def _whole(self, unit: int) -> bool:
-        return unit in self.ready or not self.uses.get(unit, 0) and unit not in self.sums
+        seam = self.whole.structure.units[unit].seam  # what lies outside comes at the end
+        return unit in self.ready or seam and not self.uses.get(unit, 0) and unit not in self.sums
 
     def leave(self, turn: int) -> None:
-        """The large units before this turn are sent; all ranks have agreed on it."""
+        """The messages before this turn are sent; all ranks have agreed on it."""
         while self.turn < turn:
             self._next()
 
     def _next(self) -> None:
-        unit = self.large[self.turn]
+        units = self.messages[self.turn]
         self.turn += 1
-        self._send((unit,), [self._taken(unit)])
+        self._send(units, [self._taken(u) for u in units])
 
     def _taken(self, unit: int) -> list[Tensor]:
         leaves = self.ready.pop(unit, None)
@@ -244,17 +249,11 @@ class Arrivals:
         """
         for unit in list(self.sums):  # fewer backwards than forwards came
             self.ready[unit] = self.sums.pop(unit)
-        while self.turn < len(self.large):
-            self._next()
         for u, grads in loose.items():
             zeros = self._zeros(u, [i for i, g in enumerate(grads) if g is None])
             self.ready[u] = [zeros[i] if g is None else g for i, g in enumerate(grads)]
-        small = sorted([*self.small, *(u for u in loose if self.whole.lengths[u] < SMALL)])
-        for u in loose:
-            if self.whole.lengths[u] >= SMALL:
-                self._send((u,), [self._taken(u)])
-        if small:
-            self._send(tuple(small), [self._taken(u) for u in small])
+        while self.turn < len(self.messages):
+            self._next()
         self._finish(self.scattering)
         found, bad, tally = self.grads, self._bad_by_leaf(), self.tally
         self._clear()
@@ -277,6 +276,23 @@ class Arrivals:
         for u, counts in self.bad.items():
             bad[list(self.whole.structure.members[u])] = counts
         return bad
+
+
+def messages(units: Sequence[int], nbytes: Sequence[int], limit: int) -> list[Group]:
+    """Neighbours that travel together, up to `limit` bytes; a larger unit travels by itself.
+
+    >>> messages([3, 2, 1, 0], [1, 2, 9, 4], limit=5)
+    [(3,), (2,), (1, 0)]
+    """
+    out: list[list[int]] = []
+    size = 0
+    for u in units:
+        if not out or size + nbytes[u] > limit:
+            out.append([])
+            size = 0
+        out[-1].append(u)
+        size += nbytes[u]
+    return [tuple(message) for message in out]
 
 
 def sparse(path: str = "") -> str:

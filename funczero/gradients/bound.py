@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from funczero.core import tree
 from funczero.gradients.blocks import Again, Blocks
-from funczero.gradients.draws import KINDS, foreseen, keyed
+from funczero.gradients.draws import Trail, keyed
 from funczero.gradients.layers import groups_of
 from funczero.gradients.parts import Parts
 from funczero.gradients.ref import Ref
@@ -54,13 +54,12 @@ def run_once(
     may = (snapshot.computed | values.keys()) if changes else snapshot.computed
     fixed = [b for b, name in zip(buffers, snapshot.named, strict=True) if name not in may]
     versions, lengths = [x._version for _, x in fixed], snapshot.changes.lengths()
-    with keyed(key, call.device, partial(_drew, snapshot.root)):
+    with keyed(key, call.device, partial(_drew, snapshot.root, call.trail)):
         result = loss(copies[id(snapshot.root)], batch)
     _check_buffers(copies, fixed, versions)
     if snapshot.changes.check(copies, lengths):
         return None
-    tapes = {r.tape for r in params.values() if isinstance(r, Ref)}
-    ports = [x for t in tapes for x in t.ports]  # they stand for what is closed
+    ports = [x for t in call.tapes for x in t.ports]  # they stand for what is closed
     snapshot.check_leaves("", result, [*tree.tensors((params, batch)), *ports])
     if not changes:
         return result
@@ -94,8 +93,12 @@ class Call:
                 "or module.requires_grad_() before fz.stateless"
             )
             raise TypeError(f"stateless: parameter {taught!r} {why}; {remedy}")
-        self.units, self.check_leaves, self.params, self.refuse = snapshot.units, snapshot.check_leaves, params, refuse
-        self.device = next((x.device for x in params.values()), torch.device("cpu"))
+        self.units, self.check_leaves, self.params = snapshot.units, snapshot.check_leaves, params
+        first = next(iter(params.values()), None)
+        self.device = torch.device("cpu") if first is None else first.device
+        self.trail = Trail(self.device) if refuse else None
+        self.tapes = {r.tape for r in params.values() if isinstance(r, Ref)}
+        self.twice = any(isinstance(tape, Parts) for tape in self.tapes)  # may a block be differentiated twice?
         groups = [groups_of([params[name] for *_, name in u.slots]) for u in self.units]
         self.blocks = Blocks([u.path for u in self.units], groups)
 
@@ -136,7 +139,7 @@ class Call:
         """
         unit, module = self.units[i], block()
         closed, again = {name: self.params[name] for _, _, name in where}, None
-        if any(isinstance(x, Ref) and isinstance(x.tape, Parts) for x in closed.values()):
+        if self.twice and any(isinstance(x, Ref) and isinstance(x.tape, Parts) for x in closed.values()):
             again = Again("stateless", "higher_order", "write fz.stateless(..., units=())", self.check_leaves)
         elif unit.again:
             again = Again("stateless", "remat", "leave out remat", self.check_leaves)
@@ -144,14 +147,16 @@ class Call:
 
         def bound(own: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _bind(where, own)
-            drew = partial(_drew, module, path=unit.path)
             try:
-                with foreseen(self.device, drew, KINDS) if self.refuse else nullcontext(), first.run():
+                with first.run() if first.held else nullcontext():
                     return (forward or partial(type(module).forward, module))(*args, **kwargs)
             finally:
                 _bind(where, self.params)
 
-        return self.blocks.run(i, closed, bound, args, kwargs, again)
+        out = self.blocks.run(i, closed, bound, args, kwargs, again)
+        if self.trail is not None:
+            self.trail.passed(unit.path)
+        return out
 
 
 class Once:
@@ -207,12 +212,13 @@ def _at(box: Any, key: Any) -> Any:
     return box.get(key) if isinstance(box, dict) else box[key] if key < len(box) else None
 
 
-def _drew(m: nn.Module, kind: str, path: str = "") -> Exception:
-    """Who drew random numbers, as far as can be told: the first active dropout layer of a module at a path."""
+def _drew(m: nn.Module, trail: Trail | None, kind: str) -> Exception:
+    """Who drew random numbers, as far as can be told: an active dropout layer, first of the block that drew."""
+    path = trail.drew() if trail is not None and kind == "torch" else ""
     dropouts = [(n, x) for n, x in m.named_modules() if isinstance(x, nn.modules.dropout._DropoutNd)]
-    active = {f"{path}.{n}".lstrip("."): x for n, x in dropouts if x.training and x.p > 0}
-    who = next(iter(active), "") if kind == "torch" else ""
-    what = f"the forward of {path or type(m).__name__!r}"
+    active = {n: x for n, x in dropouts if x.training and x.p > 0 and kind == "torch"}
+    who = next((n for n in active if n.startswith(f"{path}.")), next(iter(active), ""))
+    what = f"the forward of {path!r}, or what runs before it," if path else f"the forward of {type(m).__name__!r}"
     if who:
         what = f"{who!r} ({type(active[who]).__name__}, p={active[who].p})"
     why = f"draws from {kind}'s global generator, so the loss would not be a function of its arguments"

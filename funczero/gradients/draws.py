@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy.random
 import torch
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from funczero.core.recorded import recording
 from funczero.gradients.own_draws import own_generator
 
 KINDS = ("torch", "python", "numpy")
@@ -83,7 +83,7 @@ def keyed(key: int | None, device: torch.device, drew: Callable[[str], Exception
     Args:
       drew: the error for a draw from "torch", "python" or "numpy" that no key accounts for.
     """
-    if get_proxy_mode() is not None:
+    if recording():
         with _recorded(device):
             yield
         return
@@ -113,12 +113,17 @@ def _recorded(device: torch.device) -> Iterator[None]:
     """While a loss is recorded torch draws nothing, and a number that python or numpy drew would be drawn for ever."""
     with _disable_current_modes():
         was, before = streams(device), _marks(device)
-    yield
-    with _disable_current_modes():
-        kind = next((k for k in KINDS if getattr(before, k) != getattr(_marks(device), k)), None)
-        if kind is not None:
-            put(was, device)
-            raise RuntimeError(f"it draws from {kind}'s generator, of which a recording has only the numbers that it gave")
+    kind = None
+    try:
+        yield
+    finally:
+        with _disable_current_modes():
+            after = _marks(device)
+            kind = next((k for k in KINDS if getattr(before, k) != getattr(after, k)), None)
+            if kind is not None:
+                put(was, device)
+    if kind is not None:
+        raise RuntimeError(f"it draws from {kind}'s generator, and a recording has only the numbers that it gave once")
 
 
 @contextmanager
@@ -126,12 +131,34 @@ def foreseen(
     device: torch.device, drew: Callable[[str], Exception], kinds: tuple[str, ...] = KINDS[1:]
 ) -> Iterator[None]:
     """Nothing may be drawn inside from generators of these kinds; by default torch's may."""
-    if get_proxy_mode() is not None:  # keyed() looks for all of it there
+    if recording():  # keyed() looks for all of it there
         yield
         return
     before = _marks(device)
     yield
     _told(before, _marks(device), kinds, drew)
+
+
+class Trail:
+    """Where torch's generators stood after each block of a forward: the name of one that drew."""
+
+    def __init__(self, device: torch.device) -> None:
+        """A forward begins."""
+        self.device = device
+        self.seen = [("", self._now())]
+
+    def passed(self, path: str) -> None:
+        """A block has returned."""
+        self.seen.append((path, self._now()))
+
+    def drew(self) -> str:
+        """The first block in which, or just before which, something was drawn; "" where none was."""
+        both = zip(self.seen, self.seen[1:], strict=False)
+        return next((path for (_, a), (path, b) in both if not all(map(torch.equal, a, b))), "")
+
+    def _now(self) -> list[torch.Tensor]:
+        with torch._C._DisableFuncTorch():  # as in _marks
+            return [g.get_state() for g in generators(self.device)]
 
 
 def _told(before: Marks, after: Marks, kinds: tuple[str, ...], drew: Callable[[str], Exception]) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from funczero.core.exhausted import told
 from funczero.core.spans import span
 from funczero.gradients.arrivals import Group
+from funczero.gradients.course import Visit
+from funczero.gradients.gathers import Gathers
 from funczero.gradients.surroundings import Uncached
 from funczero.gradients.tape import Tape
 
@@ -27,8 +29,16 @@ class Entered(NamedTuple):
     group: Group
     leaves: dict[int, Tensor]
     buffers: dict[int, Tensor]  # gathered; empty where nothing is
-    before: Group
-    last: bool  # of the forward, as far as is known
+    visit: Visit | None  # None where nothing is gathered or scattered
+    learns: bool  # does a backward follow?
+
+
+class Home(NamedTuple):
+    """Where a gathered buffer comes from, for whoever reads it again."""
+
+    gathers: Gathers
+    unit: int
+    visit: Visit
 
 
 def run_unit(tape: Tape, group: Group, run: Run, guess: Group = ()) -> Any:
@@ -48,23 +58,23 @@ def run_units(parts: Sequence[tuple[Tape, Group, Group]], run: Runs) -> Any:
       run: given the leaves of every tape.
     """
     entered = [_entered(*part) for part in parts]
-    memory: dict[int, tuple[Tape, int, Group, Group]] = {}
-    for e in entered:
-        if e.tape.rest and e.tape.differentiate and torch.is_grad_enabled():
-            memory |= {b.untyped_storage()._cdata: (e.tape, u, e.group, e.before) for u, b in e.buffers.items()}
+    memory = {at: home for e in entered for at, home in _homes(e).items()}
     if not memory:
         out = _run_open(entered, run)
     else:
 
         def pack(t: Tensor) -> Any:
             home = memory.get(t.untyped_storage()._cdata)
-            return t if home is None else (*home, t.shape, t.stride(), t.storage_offset())
+            if home is None:
+                return t
+            home.visit.reads = True
+            return home, t.shape, t.stride(), t.storage_offset()
 
         def unpack(saved: Any) -> Tensor:
             if type(saved) is not tuple:
                 return saved
-            tape, unit, group, before, *form = saved
-            return tape.again(unit, group, before).as_strided(*form)
+            (gathers, unit, visit), *form = saved
+            return gathers.reopen(unit, visit.group, visit).as_strided(*form)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             out = _run_open(entered, run)
@@ -75,10 +85,18 @@ def run_units(parts: Sequence[tuple[Tape, Group, Group]], run: Runs) -> Any:
 
 def _entered(tape: Tape, group: Group, guess: Group) -> Entered:
     if not tape.seam:
-        return Entered(tape, group, tape.resting_leaves(group), {}, (), False)
-    track = torch.is_grad_enabled() and tape.differentiate
-    buffers, before, after = tape.enter(group, guess)
-    return Entered(tape, group, tape.open_leaves(buffers, track), buffers, before, not after)
+        return Entered(tape, group, tape.resting_leaves(group), {}, None, False)
+    learns = torch.is_grad_enabled() and tape.differentiate
+    buffers, visit = tape.enter(group, guess)
+    leaves = tape.open_leaves(buffers, learns)
+    return Entered(tape, group, leaves, {} if tape.gathers is None else buffers, visit, learns)
+
+
+def _homes(e: Entered) -> dict[int, Home]:
+    """By storage, the buffers that a backward gathers again."""
+    if e.tape.gathers is None or e.visit is None or not e.learns:
+        return {}
+    return {b.untyped_storage()._cdata: Home(e.tape.gathers, u, e.visit) for u, b in e.buffers.items()}
 
 
 def _run_open(entered: Sequence[Entered], run: Runs) -> Any:
@@ -98,15 +116,12 @@ def _run_open(entered: Sequence[Entered], run: Runs) -> Any:
 
 def _left(e: Entered, out: Any) -> None:
     """The block has run: its buffers go, but for those of the last one, which the backward reads first."""
-    tape = e.tape
-    if not tape.seam:
+    gathers = e.tape.gathers
+    if gathers is None or e.visit is None:
         return
-    learning = torch.is_grad_enabled() and tape.differentiate
-    if learning and not tape.rest:
-        return
-    if learning:
-        tape.course.ran(e.group, out)
-    if learning and e.last:
-        tape.keep(e.buffers)
+    if e.learns:
+        e.tape.course.ran(e.visit, out)
+    if e.learns and not e.visit.after:
+        gathers.keep(e.buffers)
     else:
-        tape.count(-len(e.group))
+        gathers.leave(e.group)

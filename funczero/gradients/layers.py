@@ -93,7 +93,7 @@ def groups_of(leaves: list[Any]) -> dict[Any, Group]:
         if isinstance(r, Ref):
             found.setdefault(r.tape, {})[r.unit] = None
     for tape, units in found.items():
-        names = {tape.whole.structure.units[u].name for u in units}
+        names = {tape.whole.structure.units[u].name for u in units} if len(units) > 1 else ()
         if len(names) > 1:
             why = f"one block holds parameters of the units {sorted(names)}"
             raise TypeError(f"fz.layers: {why}; give it a list with one tree a block")
@@ -143,8 +143,9 @@ def run_block(
         learning = [u for u in group if not tape.whole.structure.units[u].frozen]
         tape.arrivals.use(tuple(learning))
         ports = [x for u in learning for x in node(tape, u)]
-        outs = Rerun.apply(tape, group, guess, run, len(ports), *ports, *inputs)
-        tape.course.ran(group, outs)
+        buffers, visit = tape.enter(group, guess)
+        outs = Rerun.apply(tape, visit, buffers, run, len(ports), *ports, *inputs)
+        tape.course.ran(visit, outs)
     else:
         outs = run_unit(tape, group, lambda leaves: run(leaves, inputs), guess)
     return tree.unflatten(list(outs), outdef[0]) if outdef else outs[0]

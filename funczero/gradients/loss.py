@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from funczero.core import rows
+from funczero.core.recorded import recording
 from funczero.core.types import Tree
 
 
@@ -48,7 +48,7 @@ def _of_mean(loss_fn: Callable[..., Any], weight: Callable[[Any], Any]) -> Calla
         full = torch.as_tensor(weight(batch), device=loss.device).to(loss.dtype)
         if full.dim():
             raise ValueError(f"mean_loss: the weight has shape {tuple(full.shape)}; return one number, as mask.sum()")
-        if get_proxy_mode() is not None:  # recorded: nobody knows the weight
+        if recording():  # nobody knows the weight
             return torch.where(full != 0, loss * full, loss.nan_to_num() * 0), full, *state
         return (loss * full if bool(full != 0) else loss.nan_to_num() * 0), full, *state
 

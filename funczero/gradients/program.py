@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funczero.core.types import Seed
 from funczero.gradients.call import LossCall
+from funczero.gradients.course import Visit
 from funczero.gradients.loss import is_void
 from funczero.gradients.segments import Line, Segment, Slot
 from funczero.gradients.tape import Tape
@@ -41,45 +42,42 @@ class Run:
 
     def __init__(self, line: Line, tape: Tape, call: LossCall, seed: Seed) -> None:
         self.line, self.tape, self.call, self.seed, self.stack = line, tape, call, seed, ExitStack()
-        self.before: dict[int, tuple[int, ...]] = {}  # by visit, the block before it
+        self.now: dict[int, tuple[Visit, dict[int, Tensor]]] = {}  # by visit's number; buffers until it is closed
         self.sums: dict[int, Tensor] = {}  # gradients of leaves where nothing is scattered
         self.void = False
 
     def opened(self, number: int) -> list[Tensor]:
         """A block's leaves for the forward."""
-        visit, tape = self.line.visits[number], self.tape
+        stop, tape = self.line.visits[number], self.tape
         if not tape.seam:
-            return [tape.leaves[i].detach() for i in visit.leaves]
-        buffers, self.before[number], after = tape.enter(visit.group, visit.guess)
+            return [tape.leaves[i].detach() for i in stop.leaves]
+        buffers, visit = tape.enter(stop.group, stop.guess)
+        visit.reads = stop.reads
         units = tape.whole.structure.units
-        tape.arrivals.use(tuple(u for u in visit.group if visit.learns and not units[u].frozen))
-        self.ends = not after and not visit.remat, buffers
+        tape.arrivals.use(tuple(u for u in stop.group if stop.learns and not units[u].frozen))
+        self.now[number] = visit, buffers
         return self._leaves(number, buffers)
 
     def closed(self, number: int) -> None:
         """The block has run: its buffers go, but for those of the last one, which the backward reads first."""
-        visit, tape = self.line.visits[number], self.tape
-        if not tape.seam:
+        stop, tape = self.line.visits[number], self.tape
+        if tape.gathers is None:
             return
-        last, buffers = self.ends
-        self.ends = False, {}
-        if visit.learns:
-            tape.course.ran(visit.group, tape.port)
-        if visit.learns and not tape.rest:
-            return
-        if visit.learns and last:
-            tape.keep(buffers)
+        visit, buffers = self.now[number]
+        self.now[number] = visit, {}
+        if stop.learns:
+            tape.course.ran(visit, tape.port)  # of what the block returned it is asked whether it wants a gradient
+        if stop.learns and not stop.remat and not visit.after:
+            tape.gathers.keep(buffers)
         else:
-            tape.count(-len(visit.group))
+            tape.left(stop.group)
 
     def reopened(self, number: int) -> list[Tensor]:
         """Its leaves again, for the backward."""
-        visit, tape = self.line.visits[number], self.tape
+        stop, tape = self.line.visits[number], self.tape
         if not tape.seam:
-            return [tape.leaves[i].detach() for i in visit.leaves]
-        if not tape.rest:
-            return self._leaves(number, {u: tape.views.buffers[u] for u in visit.group})
-        return self._leaves(number, {u: tape.again(u, visit.group, self.before[number]) for u in visit.group})
+            return [tape.leaves[i].detach() for i in stop.leaves]
+        return self._leaves(number, {u: tape.again(u, stop.group, self.now[number][0]) for u in stop.group})
 
     def _leaves(self, number: int, buffers: dict[int, Tensor]) -> list[Tensor]:
         found = self.tape.open_leaves(buffers)
@@ -87,10 +85,10 @@ class Run:
 
     def arrived(self, number: int, grads: Sequence[Tensor | None]) -> None:
         """Its gradients, leaf by leaf; where nothing is scattered they are added in the order of arrival, too."""
-        visit, tape = self.line.visits[number], self.tape
-        by_leaf = dict(zip(visit.leaves, grads, strict=True))
+        stop, tape = self.line.visits[number], self.tape
+        by_leaf = dict(zip(stop.leaves, grads, strict=True))
         if tape.seam:
-            for u in visit.group:
+            for u in stop.group:
                 tape.drop(u)
                 if not tape.whole.structure.units[u].frozen:
                     tape.arrivals.arrive(u, [by_leaf[i] for i in tape.whole.structure.members[u]])

@@ -29,7 +29,7 @@ class NotCaptured(RuntimeError):
     """Why something cannot be recorded; it then runs as it is written."""
 
 
-class Visit(NamedTuple):
+class Stop(NamedTuple):
     """A block, opened once in a forward."""
 
     group: Group
@@ -37,6 +37,7 @@ class Visit(NamedTuple):
     leaves: tuple[int, ...]
     remat: bool
     learns: bool  # does its output want a gradient?
+    reads: bool = True  # does its backward read its leaves?
 
 
 # --- the verbs, as they stand in a recorded graph; the first argument is a visit's number
@@ -87,7 +88,7 @@ class Recording:
     def __init__(self, whole: Where, dtype: torch.dtype, device: torch.device) -> None:
         """whole: of all leaves, as a loss sees them; dtype: in which it sees them."""
         self.whole, self.dtype, self.device, self.differentiate = whole, dtype, device, True
-        self.visits: list[Visit] = []
+        self.visits: list[Stop] = []
         with disable_proxy_modes_tracing():
             self.port = torch.zeros((), device=device, requires_grad=True)
             self.still = torch.zeros((), device=device)  # in the port's place where nothing learns
@@ -143,7 +144,7 @@ class _Block(torch.autograd.Function):
         needs = ctx.needs_input_grad[6:]
         number, first = len(rec.visits), [x.detach() for x in inputs]
         leaves = rec.leaves(group, opened, number)
-        rec.visits.append(Visit(group, guess, tuple(leaves), remat, any(ctx.needs_input_grad)))
+        rec.visits.append(Stop(group, guess, tuple(leaves), remat, any(ctx.needs_input_grad)))
         outs, fresh = _run(rec, block, leaves, first, needs)
         say(closed, number)
         ctx.rec, ctx.number, ctx.block, ctx.needs, ctx.n = rec, number, block, needs, len(inputs)

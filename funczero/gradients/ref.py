@@ -28,10 +28,37 @@ class Ref:
 
     def __init__(self, tape: Tape | Parts, leaf: int) -> None:
         """Leaf number `leaf` of what the tape holds."""
-        info = tape.whole.structure.leaves[leaf]
-        self.tape, self.leaf, self.unit, self.path = tape, leaf, info.unit, info.path
-        self.shape, self.dtype, self.device = torch.Size(info.shape), tape.dtype, tape.device
-        self.requires_grad = tape.differentiate and not tape.whole.structure.frozen(leaf)
+        self.tape, self.leaf = tape, leaf
+
+    @property
+    def unit(self) -> int:
+        """In which it lies."""
+        return self.tape.whole.structure.leaves[self.leaf].unit
+
+    @property
+    def path(self) -> str:
+        """Its first name."""
+        return self.tape.whole.structure.leaves[self.leaf].path
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole leaf."""
+        return torch.Size(self.tape.whole.structure.leaves[self.leaf].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all that is opened."""
+        return self.tape.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of all that is opened."""
+        return self.tape.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Does it learn in this forward?"""
+        return self.tape.differentiate and not self.tape.whole.structure.frozen(self.leaf)
 
     def is_floating_point(self) -> bool:
         """Modules ask their parameters for a dtype."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from funczero.gradients.arrivals import Group
+from funczero.gradients.course import Visit
 from funczero.gradients.draws import foreseen
 from funczero.gradients.surroundings import Uncached, here, restored
 from funczero.gradients.tape import Tape
@@ -27,24 +28,24 @@ class Rerun(torch.autograd.Function):
     def forward(
         ctx: Any,
         tape: Tape,
-        group: Group,
-        guess: Group,
+        visit: Visit,
+        buffers: dict[int, Tensor],
         run: Callable[..., Any],
         n: int,
         *tensors: Tensor,
     ) -> Any:
         inputs = tensors[n:]
-        ctx.tape, ctx.group, ctx.run, ctx.n, ctx.needs = tape, group, run, n, ctx.needs_input_grad[5 + n :]
+        ctx.tape, ctx.visit, ctx.run, ctx.n, ctx.needs = tape, visit, run, n, ctx.needs_input_grad[5 + n :]
         ctx.surroundings = here(tape.port.device)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
-        opened, ctx.before, _ = tape.enter(group, guess)
+        visit.reads = True
         # torch chooses kernels by what needs a gradient:
         with torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):
             with foreseen(tape.port.device, _drew):
                 # a graph that keeps nothing, so that both runs give the same bits
-                outs, _, _ = _run_fresh(ctx, opened, inputs)
-        tape.count(-len(group))
+                outs, _, _ = _run_fresh(ctx, buffers, inputs)
+        tape.left(visit.group)
         result = tuple(x.detach() if isinstance(x, Tensor) else x for x in outs)
         ctx.mark_non_differentiable(
             *(y for x, y in zip(outs, result, strict=True) if isinstance(x, Tensor) and not x.requires_grad)
@@ -53,7 +54,7 @@ class Rerun(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gouts: Tensor | None) -> tuple[Any, ...]:
-        tape = ctx.tape
+        tape, group = ctx.tape, ctx.visit.group
         if torch.is_grad_enabled():
             why = (
                 "a block that runs again in the backward (remat) is first-order only, but create_graph=True asks for a"
@@ -61,7 +62,7 @@ class Rerun(torch.autograd.Function):
             )
             raise RuntimeError(f"value_and_grad(units=...): {why}; leave remat out for this loss")
         with restored(ctx.surroundings):
-            opened = {u: tape.again(u, ctx.group, ctx.before) for u in ctx.group}
+            opened = {u: tape.again(u, group, ctx.visit) for u in group}
             outs, learning, inputs = _run_fresh(ctx, opened, ctx.saved_tensors)
         pairs = [(o, g) for o, g in zip(outs, gouts, strict=True) if g is not None and o.requires_grad]
         wanted = [*learning, *(x for x in inputs if x.requires_grad)]
@@ -69,7 +70,7 @@ class Rerun(torch.autograd.Function):
         if pairs:
             found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
         del opened, outs, pairs
-        for u in ctx.group:
+        for u in group:
             tape.drop(u)
         rest = iter(found[ctx.n :])
         return (*(None,) * 5, *found[: ctx.n], *(next(rest) if x.requires_grad else None for x in inputs))
@@ -93,7 +94,7 @@ def _run_fresh(ctx: Any, opened: dict[int, Tensor], saved: Sequence[Tensor]) -> 
     leaves = ctx.tape.open_leaves(opened)
     learning = {
         i: leaves[i].requires_grad_()
-        for u in ctx.group
+        for u in ctx.visit.group
         if not whole.structure.units[u].frozen
         for i in whole.structure.members[u]
     }

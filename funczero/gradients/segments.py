@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from funczero.gradients.recording import VERBS, NotCaptured, Visit, closed, opened, reopened
+from funczero.gradients.recording import VERBS, NotCaptured, Stop, closed, opened, reopened
 
 Values = list[Any]  # by slot, of one run
 
@@ -50,7 +50,7 @@ class Line(NamedTuple):
     inputs: tuple[int, ...]  # slots that are given
     constants: tuple[tuple[int, Tensor], ...]  # slots of tensors that the loss holds
     outputs: tuple[Slot | Any, ...]
-    visits: tuple[Visit, ...]
+    visits: tuple[Stop, ...]
     slots: int
     draws: bool  # does it draw from torch's generator?
 
@@ -68,7 +68,7 @@ def is_view(node: fx.Node) -> bool:
 class _Cut:
     """A graph under the knife."""
 
-    def __init__(self, graph: fx.Graph, visits: Sequence[Visit]) -> None:
+    def __init__(self, graph: fx.Graph, visits: Sequence[Stop]) -> None:
         self.graph, self.visits, self.number = graph, visits, dict[Any, int]()
         self.at: dict[fx.Node, int] = {}  # the verbs before each node
         self.verbs: list[fx.Node] = []
@@ -140,7 +140,7 @@ class _Piece:
         return self.reads
 
 
-def cut(graph: fx.Graph, visits: Sequence[Visit], constant: Callable[[str], Tensor]) -> Line:
+def cut(graph: fx.Graph, visits: Sequence[Stop], constant: Callable[[str], Tensor]) -> Line:
     """A recorded graph as segments and verbs.
 
     Args:
@@ -204,7 +204,7 @@ def _line(
     """Pieces and verbs in their order, with the slots that each lets go."""
     read = {base for piece in pieces for base in piece.reads}
     slotted = lambda at, args: fx.map_arg(args, lambda n: Slot(whole.slot(n if whole.computed(n) else whole.base(n, at))))
-    steps: list[Segment | Verb] = []
+    steps, stops = list[Segment | Verb](), list(whole.visits)
     for at, piece in enumerate(pieces):
         if any(node.op == "call_function" for node in piece.graph.nodes):
             run, reads = fx.GraphModule({}, piece.graph), tuple(whole.slot(base) for base in piece.reads)
@@ -214,13 +214,15 @@ def _line(
         verb = whole.verbs[at]
         n = len(whole.visits[verb.args[0]].leaves) if verb.target in (opened, reopened) else 0  # type: ignore
         if verb.target is reopened and not any((verb, i) in read for i in range(n)):
-            continue  # the backward reads none of its leaves
+            number = verb.args[0]  # its backward reads none of them
+            stops[number] = stops[number]._replace(reads=False)  # type: ignore[index]
+            continue
         writes = tuple(whole.slot((verb, i)) for i in range(n))
         steps.append(Verb(verb.target.__name__, slotted(at, verb.args), writes, ()))  # type: ignore[union-attr]
     outputs = slotted(len(whole.verbs), tuple(output))
     lasting = {x.number for x in outputs if isinstance(x, Slot)} | {n for n, _ in held}
     return Line(
-        _let_go(steps, lasting), tuple(inputs), tuple(held), outputs, tuple(whole.visits), len(whole.number), draws
+        _let_go(steps, lasting), tuple(inputs), tuple(held), outputs, tuple(stops), len(whole.number), draws
     )
 
 

@@ -6,7 +6,7 @@ itself, in blocks that begin anew at every row, and rows are what is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero.comm.units import gather_units
+from funczero.comm.units import Travelling, gather_units
 from funczero.comm.wire import Key
 from funczero.core.types import Env
+from funczero.gradients.arrivals import Group
+from funczero.gradients.course import Course
+from funczero.gradients.gathers import Gathers
 from funczero.gradients.tape import Tape
 from funczero.kernels.registry import kernel
 from funczero.layout.lazy import Lazy
@@ -137,28 +140,32 @@ def _shaped(structure: Structure, shapes: list[tuple[int, ...]]) -> Structure:
     return replace(structure, leaves=leaves)
 
 
-class StoredTape(Tape):
-    """A tape whose units are made as they are opened: gathered as they rest, and widened."""
+class StoredGathers(Gathers):
+    """Whole buffers that are made as they are asked for: gathered as they rest, and widened."""
 
-    def __init__(self, stored: Stored, env: Env, key: Key) -> None:
-        """stored: what is opened; env: where it is gathered; key: of wires, none of which draws here."""
-        empty = tuple(torch.empty(0, dtype=stored.dtype, device=env.mesh.device) for _ in stored.plain.lengths)
-        super().__init__(Slots(empty, stored.plain), (), env, False, True, key)
-        self.stored, self.seam, self.rest = stored, True, self.rest or ("storage",)
+    def __init__(self, stored: Stored, views: Slots, env: Env, key: Key) -> None:
+        """views: where the wide units lie; the others as of StoredTape."""
+        super().__init__(views, env, key)
+        self.stored, self.whole = stored, Where.whole(views.where.structure)
 
-    def launch(self, *group: int) -> None:
+    def launch(self, units: Iterable[int]) -> None:
+        """Make a message of what is not here; it is asked for at once."""
+        new = tuple(u for u in units if u not in self.flying and u not in self.here and u not in self.open)
+        if new:
+            self.start(new)
+
+    def ahead(self, units: Group) -> None:
         """Nothing is started ahead: nobody would wait for it where a loss stops early."""
 
-    def ahead(self, *group: int) -> None:
-        """As launch."""
+    def sent(self, units: Group) -> Travelling:
+        """Nothing travels before it is waited for."""
+        return Travelling(lambda: [self._wide(u) for u in units])
 
-    def take(self, unit: int) -> Tensor:
-        """A unit's whole buffer, wide."""
-        for other in tuple(self.kept):
-            self.drop(other)
-        self.count(1)
-        if unit in self.open:
-            return self.open[unit]
+    def outwards(self, units: Group, buffers: list[Tensor]) -> list[Tensor]:
+        """They are whole."""
+        return buffers
+
+    def _wide(self, unit: int) -> Tensor:
         own = self.stored
         rest, codes = own.gathered(unit, self.env, self.at)
         if own.codes is None or codes is None:
@@ -170,6 +177,18 @@ class StoredTape(Tape):
         for i, x, c, r in zip(members, self.whole.views(unit, out), parts, others, strict=True):
             x.copy_(own.leaf(i, c, r))
         return out
+
+
+class StoredTape(Tape):
+    """A tape whose units are made as they are opened, each by itself."""
+
+    def __init__(self, stored: Stored, env: Env, key: Key) -> None:
+        """stored: what is opened; env: where it is gathered; key: of wires, none of which draws here."""
+        empty = tuple(torch.empty(0, dtype=stored.dtype, device=env.mesh.device) for _ in stored.plain.lengths)
+        views = Slots(empty, stored.plain)
+        super().__init__(views, (), env, False, True, key)
+        self.seam, self.gathers = True, StoredGathers(stored, views, env, key)
+        self.course = Course(self.whole.memo, [u.name for u in self.whole.structure.units], self.whole.lengths, 0)
 
 
 def _gathered(slots: Slots, unit: int, env: Env, key: Key) -> Tensor:

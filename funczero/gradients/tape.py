@@ -12,13 +12,12 @@ from torch import Tensor
 
 from funczero.comm.exact import Grid
 from funczero.comm.memory import Held
-from funczero.comm.units import Travelling, gather_units
 from funczero.comm.wire import Key
-from funczero.core.exhausted import told
 from funczero.core.types import Env
 from funczero.gradients.agree import Agreement
 from funczero.gradients.arrivals import Arrivals, Group
-from funczero.gradients.course import Course
+from funczero.gradients.course import Course, Visit
+from funczero.gradients.gathers import Gathers
 from funczero.gradients.loss import written
 from funczero.gradients.node import node
 from funczero.gradients.ref import Ref
@@ -35,7 +34,7 @@ class Lent(NamedTuple):
 
 
 class Tape:
-    """What one forward and its backward hold of the units, two at a time, and where their gradients go (`arrivals`)."""
+    """What one forward and its backward hold of the units (`gathers`), and where their gradients go (`arrivals`)."""
 
     def __init__(
         self,
@@ -70,14 +69,14 @@ class Tape:
         self.port = torch.zeros((), device=views.buffers[0].device, requires_grad=differentiate)
         self.arrivals = Arrivals(self.whole, axes, env, self.dtype, self.port.device, key, held, grid)
         self.conditional = conditional
-        self.arrivals.agreed = conditional and bool(self.rest) and self.seam
-        self.agreement = Agreement(env.mesh, self.arrivals) if self.arrivals.agreed else None
-        self.flying: dict[int, Travelling] = {}  # gathers under way
-        self.open: dict[int, Tensor] = {}  # gathered buffers that the backward reads
-        self.kept: set[int] = set()  # of these, the forward's last block
+        cut = bool(self.rest) and self.seam
+        self.arrivals.agreed = conditional and cut
+        agreement = Agreement(env.mesh, self.arrivals) if self.arrivals.agreed else None
+        self.gathers = Gathers(views, env, at, agreement) if cut else None
         self.leaves: dict[int, Tensor] = {}  # by leaf number, where nothing is gathered or scattered
         self.lent: list[Lent] = []  # leaves that a loss holds by itself (fz.gather)
-        self.course, self.live, self.peak = Course(self.whole.memo), 0, 0
+        limit = 0 if agreement is not None else env.link.together // self.dtype.itemsize
+        self.course = Course(self.whole.memo, [u.name for u in self.whole.structure.units], self.whole.lengths, limit)
 
     @property
     def device(self) -> torch.device:
@@ -89,87 +88,28 @@ class Tape:
         """What stands for the closed leaves in a graph."""
         return [self.port, *self.leaves.values()]
 
-    # --- gathers
-    def launch(self, *group: int) -> None:
-        """Start to gather units, unless they are here or under way."""
-        for unit in group if self.rest and self.seam else ():
-            if unit not in self.flying and unit not in self.open:
-                self._start(unit)
-
-    def _start(self, unit: int) -> None:
-        where, edge, part = self.views.where.outer, self.env.edges[self.rest[-1]], self.views.buffers[unit]
-        try:
-            self.flying[unit] = gather_units(where, (unit,), edge, self.env.mesh, (part,), self.at)
-        except (RuntimeError, MemoryError) as error:
-            told(error, lambda: self._gathered(unit))
-            raise
-        self.count(1)
-
-    def _gathered(self, unit: int) -> str:
-        units = self.whole.structure.units
-        others = ", ".join(repr(units[u].name) for u in dict.fromkeys((*self.open, *self.flying)))
-        beside = f", beside those of {others}" if others else ""
-        return f"for the gathered parameters of unit {units[unit].name!r}{beside}"
-
-    def ahead(self, *group: int) -> None:
-        """Start gathers that are not needed yet: of one block at a time, unless the step says to wait, or another rank
-        may need others.
-        """
-        if self.env.prefetch and self.agreement is None and not self.flying.keys() - set(group):
-            self.launch(*group)
-
-    def take(self, unit: int) -> Tensor:
-        """A unit's whole buffer; innermost axis first."""
-        if not self.rest or not self.seam:
-            return self.views.buffers[unit]
-        for other in tuple(self.kept):  # it was not the last
-            self.drop(other)
-        if unit in self.open:  # a backward inside the forward has gathered it
-            self.count(1)
-            return self.open[unit]
-        if self.agreement is not None and self.whole.structure.units[unit].seam:
-            self.agreement.until(unit, self._lend)
-        return self._gather(unit)
-
-    def _lend(self, unit: int) -> None:
-        self._gather(unit)
-        self.count(-1)
-
-    def _gather(self, unit: int) -> Tensor:
-        if unit not in self.flying:
-            self._start(unit)
-        (buffer,), where = self.flying.pop(unit).wait(), self.views.where.outer
-        for axis in reversed(self.rest[:-1]):
-            where = where.outer
-            (buffer,) = gather_units(where, (unit,), self.env.edges[axis], self.env.mesh, (buffer,), self.at).wait()
-        return buffer
-
-    def enter(self, group: Group, guess: Group = ()) -> tuple[dict[int, Tensor], Group, Group]:
-        """The next block of a forward: (its units' whole buffers, the block before it, the one after it), whose gathers
-        start.
+    # --- whole buffers
+    def enter(self, group: Group, guess: Group = ()) -> tuple[dict[int, Tensor], Visit]:
+        """The next block of a forward: its units' whole buffers, while the gathers of what comes after it start.
 
         Args:
           guess: the block after it, where no forward has been seen yet.
         """
-        before, after = self.course.before, self.course.enter(group, guess)
-        buffers = {u: self.take(u) for u in group}
-        self.ahead(*after)
-        return buffers, before, after
+        visit = self.course.enter(group, guess)
+        if self.gathers is None:
+            return {u: self.views.buffers[u] for u in group}, visit
+        buffers = self.gathers.take(group, visit.stretch)
+        self.gathers.ahead(visit.after)
+        return buffers, visit
 
-    def again(self, unit: int, group: Group, before: Group) -> Tensor:
-        """The whole buffer for the backward: gathered at first touch, then the gathers of the block before it start."""
-        if unit in self.kept:
-            self.kept.remove(unit)
-            self.ahead(*before)
-        if unit not in self.open:
-            for other in [u for u in self.open if u not in group]:
-                self.drop(other)  # a frozen unit, or a backward inside the forward, says nothing of its last use
-            self.land(
-                group
-            )  # nor does a first block whose input needs no gradient, and whose weights no backward reads
-            self.open[unit] = self.take(unit)
-            self.ahead(*before)
-        return self.open[unit]
+    def left(self, group: Group) -> None:
+        """A block has returned, and nothing of it is held."""
+        if self.gathers is not None:
+            self.gathers.leave(group)
+
+    def again(self, unit: int, group: Group, visit: Visit | None) -> Tensor:
+        """The whole buffer for the backward of a block."""
+        return self.views.buffers[unit] if self.gathers is None else self.gathers.reopen(unit, group, visit)
 
     def reopened(self, leaf: int) -> Tensor:
         """A leaf's values, for what runs again inside a block while its backward runs; they are not in its graph."""
@@ -178,43 +118,23 @@ class Tape:
             return self.leaves[leaf]
         members, units = self.whole.structure.members[unit], self.whole.structure.units
         block = tuple(u for u, other in enumerate(units) if other.name == units[unit].name)
-        x = self.whole.views(unit, self.again(unit, block, ()) if self.rest else self.views.buffers[unit])
+        x = self.whole.views(unit, self.again(unit, block, None))
         return x[members.index(leaf)].data.requires_grad_(self.differentiate and not units[unit].frozen)
 
-    def keep(self, buffers: dict[int, Tensor]) -> None:
-        """Hold on to the forward's last block, which the backward reads first."""
-        self.count(-len(buffers.keys() & self.open.keys()))
-        self.open |= buffers
-        self.kept |= set(buffers)
-
     def drop(self, unit: int) -> None:
-        """Forget a gathered buffer."""
-        self.kept.discard(unit)
-        if self.open.pop(unit, None) is not None:
-            self.count(-1)
-
-    def count(self, n: int) -> None:
-        """Book gathered buffers that came or went."""
-        self.live += n if self.rest and self.seam else 0
-        self.peak = max(self.peak, self.live)
-
-    def land(self, but: Group = ()) -> None:
-        """Nothing is left under way but these units."""
-        for unit in [u for u in self.flying if u not in but]:
-            self.flying.pop(unit).wait()
-            self.count(-1)
+        """The backward has done with a unit."""
+        if self.gathers is not None:
+            self.gathers.drop(unit)
 
     def drop_all(self) -> None:
         """Forget every gathered buffer; a backward that reads one gathers it again."""
-        for unit in list(self.open):
-            self.drop(unit)
+        if self.gathers is not None:
+            self.gathers.drop_all()
 
     def end(self) -> None:
         """After the backward nothing is open or under way, on any rank."""
-        if self.agreement is not None:
-            self.agreement.until(None, self._lend)
-        self.land()
-        self.drop_all()
+        if self.gathers is not None:
+            self.gathers.end()
         self.course.close()
 
     # --- leaves
@@ -229,19 +149,26 @@ class Tape:
         loose = [u for u, unit in enumerate(structure.units) if not unit.seam and structure.members[u]]
         if not forward:
             return out
-        self.launch(*loose)
-        for u in loose:
-            buffer = self.take(u)
-            self.count(-1)
+        for u, buffer in self._loose(tuple(loose)).items():
             for i, x in self._loose_leaves(u, buffer).items():
                 out[i] = x
-        self.ahead(*self.course.first())
         for u in (u for u, unit in enumerate(structure.units) if unit.seam):
             if not self.seam:
                 self.leaves |= self._loose_leaves(u, self.views.buffers[u])
             for i in structure.members[u]:
                 out[i] = Ref(self, i)
         return out
+
+    def _loose(self, units: Group) -> dict[int, Tensor]:
+        """The buffers of units outside the seam, while the gathers of the first blocks start."""
+        if self.gathers is None:
+            return {u: self.views.buffers[u] for u in units}
+        first = self.course.first()
+        self.gathers.launch((*units, *first) if self.env.prefetch and self.course.joins(units) else units)
+        buffers = self.gathers.take(units)
+        self.gathers.leave(units)
+        self.gathers.ahead(first)
+        return buffers
 
     def _loose_leaves(self, unit: int, buffer: Tensor) -> dict[int, Tensor]:
         """A unit's leaves outside the seam, each with a version counter of its own, so a write is known by leaf."""

@@ -61,7 +61,7 @@ class EvalRows:
 
         Args:
           x: tensors whose dim 0 is rows, in any nesting.
-          gather: joins tensors of one shape over ranks in dim 0.
+          gather: joins tensors of as many rows over ranks in dim 0.
 
         Raises:
           ValueError: a tensor has no rows.

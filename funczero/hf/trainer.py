@@ -252,16 +252,21 @@ class Trainer(transformers.Trainer):
             yield self.model
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the stock one, but every row counts once, whatever the number of ranks."""
+        """As the stock one, but every row counts once, and what looks at a batch's logits finds those of that batch
+        alone, whatever the number of ranks.
+        """
         if isinstance(dataloader, DataLoader):
             dataloader = EvalRows(dataloader, self.args.process_index, self.args.world_size, self._data_seed)
-        rows = dataloader
+        rows, pad = dataloader, self.accelerator.pad_across_processes
         if isinstance(rows, EvalRows):
-            self.gather_function = lambda x: rows.gathered(x, self.accelerator.gather)
+            joined: Any = lambda x: self.accelerator.gather(pad(x, dim=1, pad_index=-100))
+            self.gather_function = lambda x: rows.gathered(x, joined)
+            self.accelerator.pad_across_processes = _as_it_is  # not before preprocess_logits_for_metrics has seen it
         self._looks: dict[Any, Any] = {}
         try:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
+            self.accelerator.__dict__.pop("pad_across_processes", None)
             del self._looks
 
     def prediction_step(
@@ -309,5 +314,5 @@ def _has_rows(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dim() > 0
 
 
-def _as_it_is(x: Any) -> Any:
+def _as_it_is(x: Any, **how: Any) -> Any:
     return x

@@ -138,7 +138,7 @@ class Where:
         return tuple(any(prod(self.slots[i].shape) != self.slots[i].length for i in m) for m in self.structure.members)
 
     @cached_property
-    def _cuts(self) -> tuple[tuple[list[int], list[int]], ...]:
+    def cuts(self) -> tuple[tuple[list[int], list[int]], ...]:
         """By unit: sizes that split its buffer into parts and padding, and which pieces are the members' parts.
 
         The parts are in the members' order.
@@ -155,9 +155,16 @@ class Where:
 
     def views(self, unit: int, buffer: Tensor) -> list[Tensor]:
         """A unit's leaves as views of its buffer, each in its logical shape."""
-        sizes, pieces = self._cuts[unit]
-        parts = buffer.split_with_sizes(sizes)
-        return [parts[p].view(self.slots[i].shape) for p, i in zip(pieces, self.structure.members[unit], strict=True)]
+        slots = self.slots
+        return [
+            x.view(slots[i].shape) for x, i in zip(self.parts(unit, buffer), self.structure.members[unit], strict=True)
+        ]
+
+    def parts(self, unit: int, buffer: Tensor) -> list[Tensor]:
+        """The same, flat."""
+        sizes, pieces = self.cuts[unit]
+        found = buffer.split_with_sizes(sizes)
+        return [found[p] for p in pieces]
 
     def spec(self, leaf: int) -> P:
         """The PartitionSpec of one leaf's part here."""

@@ -81,8 +81,8 @@ class FunczeroStrategy(DDPStrategy):
       stage: 0 nothing is sharded; 1 optimizer state; 2 and gradients; 3 and parameters.
       zero: more keys of DeepSpeed's zero_optimization block, as {"stage3_param_persistence_threshold": 0}.
       broadcast_buffers: rank 0's buffers count before every forward, as with DistributedDataParallel.
-      accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
-        timeout: as DDPStrategy's.
+      accelerator, parallel_devices, cluster_environment, checkpoint_io: as DDPStrategy's.
+      precision_plugin, process_group_backend, timeout: as DDPStrategy's.
       sums: how gradients add: "tree", "exact" or "backend", as fz.train_step's. With "exact" weights have the same bits
         on any number of processes that are dealt the same micro-batches, 2, 4, 8, ... of them an update, for Lightning
         divides each loss by the number that its process has.

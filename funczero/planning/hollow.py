@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funczero.core import tree
+from funczero.core.planned import Planned
 from funczero.gradients.own_draws import Named
 from funczero.kernels.registry import NAMES, kernel
 
@@ -57,7 +58,7 @@ class Still:
         return numpy.empty(0)
 
 
-class Hollow(TorchDispatchMode):
+class Hollow(Planned, TorchDispatchMode):
     """Answers the questions that this package asks of values, and shows every operation to `seen`."""
 
     def __init__(self, seen: Callable[[Any, Any, Any, Any], None], device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Seconds: a small model of links and of arithmetic, over what a step does in order.
 
-- A message over an axis of W ranks takes latency + bytes / rate, where the bytes are those that this rank sends; the
+- A message over an axis of W ranks takes latency + bytes / speed, where the bytes are those that this rank sends; the
   messages of one link wait for each other, and those of different links do not. Over several axes at once the slowest
   link counts.
 - An operation takes the largest of flops / rate and bytes / bandwidth that its stretch of the step has, and a fixed
@@ -15,19 +15,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from funczero.core.link import Link
 from funczero.planning.trace import Verb
 from funczero.planning.words import duration
 
 RATES = {"bit": 0.125, "b": 1.0, "byte": 1.0}
 PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 A_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
-
-
-class Link(NamedTuple):
-    """What a rank sends over."""
-
-    rate: float  # bytes a second
-    latency: float  # seconds a message
 
 
 class Machine(NamedTuple):
@@ -63,7 +57,7 @@ def links_of(said: str | Mapping[str, Link] | None, axes: Mapping[str, int]) -> 
       ValueError: an axis is not on the mesh, or has no link; what is written is none.
 
     >>> links_of("node=100Gbit/10us,local=8GB/2us", {"node": 2, "local": 4})["local"]
-    Link(rate=8000000000.0, latency=2e-06)
+    Link(latency=2e-06, speed=8000000000.0)
     """
     if said is None:
         return None
@@ -85,7 +79,7 @@ def _links(text: str) -> dict[str, Link]:
         if not axis or not found or float(found[1]) <= 0:
             raise ValueError(f"plan: --link={part.strip()!r} is no link; write axis=rate/latency, as node=100Gbit/10us")
         rate = float(found[1]) * PREFIX[found[2].lower()] * RATES[found[3].lower()]
-        out[axis] = Link(rate, float(found[4]) / A_SECOND[found[5]])
+        out[axis] = Link(float(found[4]) / A_SECOND[found[5]], rate)
     return out
 
 
@@ -127,7 +121,7 @@ def seconds_of(verbs: Sequence[Verb], links: Mapping[str, Link], machine: Machin
             now, waited[verb.axis] = now + stalled, waited.get(verb.axis, 0.0) + stalled
         else:
             over = [a for a in verb.axis.split("+") if a in links]
-            took = max((links[a].latency + verb.nbytes / links[a].rate for a in over), default=0.0)
+            took = max((links[a].latency + verb.nbytes / links[a].speed for a in over), default=0.0)
             begun = max([now, *(free[a] for a in over)])
             done[i] = begun + took
             free |= dict.fromkeys(over, done[i])

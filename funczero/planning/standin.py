@@ -48,7 +48,7 @@ def _loss(params: Any, batch: Any) -> tuple[Tensor, Tensor]:
         if isinstance(ref, Ref):
             blocks.setdefault(ref.tape.whole.structure.units[ref.unit].name, []).append(ref)
     groups = [(refs, group_of(refs)) for refs in blocks.values()]
-    for (refs, group), (_, after) in zip(groups, [*groups[1:], ([], ())], strict=True):
+    for (refs, group), (_, after) in zip(groups, [*groups, ([], ())][1:], strict=True):
         x = run_block(_block, tree.flatten(refs), group, (x,), {}, after, remat=False)
     return x, torch.ones(())
 

@@ -13,11 +13,13 @@ from funczero.core.number import kind, shown
 from funczero.core.types import Grad, Seed, State, TrainState, Updated
 from funczero.layout.lazy import Fill
 from funczero.layout.slots import Slots
+from funczero.layout.where import Where
 from funczero.planning.hollow import emptied, hollow
 from funczero.planning.standin import standing_in
 from funczero.planning.trace import Trace, on_mesh
 from funczero.step.initial import initial, read_lazily
 from funczero.step.step import Step
+from funczero.transforms.chain import Source
 from funczero.transforms.model_state import MODEL
 
 META = torch.device("meta")
@@ -33,7 +35,8 @@ class Ran(NamedTuple):
 
 
 def gone_through(step: Step, params: Any, batch: Any, sizes: dict[str, int], rank: int) -> Ran:
-    """One update of a step on a mesh, as one of its ranks makes it.
+    """One update of a step on a mesh, as one of its ranks makes it once it knows its course: the first one of a run
+    gathers small neighbours one by one.
 
     Args:
       params, batch: as plan's.
@@ -42,21 +45,41 @@ def gone_through(step: Step, params: Any, batch: Any, sizes: dict[str, int], ran
     Raises:
       ValueError, TypeError: as plan's.
     """
-    trace, source = Trace(), step.source
-    env = step.grad.env
+    source, env = step.source, step.grad.env
     # exact sums ask how large values are where they lie, which on a CPU they do
     device = META if batch is None and not env.exact else env.mesh.device
-    mesh = on_mesh(sizes, rank, device, env.mesh.device, trace)
-    if env.mesh.connected and prod(sizes.values()) == prod(env.mesh.sizes().values()) and not env.mesh.world_group:
-        mesh = mesh._replace(world_group="")  # of a part of the world, whose sums go axis by axis
-    mesh.ledger.replicated = source.replicated
-    env = env._replace(mesh=mesh, early=None)
-    g = step.interpreted(env, standing_in(source)) if batch is None else step.interpreted(env)
-    state = _begun(g, step, params)
+    part = env.mesh.connected and prod(sizes.values()) == prod(env.mesh.sizes().values()) and not env.mesh.world_group
+
+    def seen_by(trace: Trace) -> Grad:
+        mesh = on_mesh(sizes, rank, device, env.mesh.device, trace)
+        if part:  # of the world, whose sums go axis by axis
+            mesh = mesh._replace(world_group="")
+        mesh.ledger.replicated = source.replicated
+        here = env._replace(mesh=mesh, early=None)
+        return step.interpreted(here, standing_in(source)) if batch is None else step.interpreted(here)
+
     if isinstance(batch, order.Dealt):
         raise TypeError("plan: its batch is one rank's rows, as local_rows gave them; give the global batch")
+    g = seen_by(Trace())
+    state = _begun(g, step, params)
+    if _groups(state, g):
+        _made(g, Trace(), state, batch, device, source)
+    trace = Trace()
+    g = seen_by(trace)
+    return Ran(g, state, trace, _made(g, trace, state, batch, device, source))
+
+
+def _groups(state: TrainState, g: Grad) -> bool:
+    """Are there units that may share a message?"""
+    where = Where.whole(state.params.where.structure)
+    wide = sorted(n * g.env.policy.compute.itemsize for n in where.lengths if n)
+    return bool(g.layout.rest) and sum(wide[:2]) <= g.env.link.together
+
+
+def _made(g: Grad, trace: Trace, state: TrainState, batch: Any, device: torch.device, source: Source) -> int:
+    """An update by g, which the trace sees; bytes of the views that it reads, 0 where they are the masters."""
     whole = torch.empty(g.layout.stride, device=META) if batch is None else shapes_of(batch, "leaf of the batch")
-    mine = order.deal(whole, g.layout, mesh.index)
+    mine = order.deal(whole, g.layout, g.env.mesh.index)
     with hollow(trace.saw, device):
         held = emptied(state, device)
         for name, part in parts_of(held).items():
@@ -64,7 +87,7 @@ def gone_through(step: Step, params: Any, batch: Any, sizes: dict[str, int], ran
         leaves, build = rows.opened(mine, g.layout.cut)
         here = build([emptied(x.value, device) for x in leaves])
         trace.live.hold(rows.tensors(here), "batch")
-        views = held.views if held.views is not None else held.params.to(env.policy.compute)
+        views = held.views if held.views is not None else held.params.to(g.env.policy.compute)
         pairs = zip(views.buffers, held.params.buffers, strict=True)
         apart = held.views is not None or any(a is not b for a, b in pairs)
         trace.live.hold(views, "views" if apart else "masters")
@@ -72,7 +95,7 @@ def gone_through(step: Step, params: Any, batch: Any, sizes: dict[str, int], ran
         if held.views is not None:  # new views in their dtype, as the step keeps them
             out.params.to(views.buffers[0].dtype)
         trace.ended()
-    return Ran(g, state, trace, sum(b.nbytes for b in views.buffers) if apart else 0)
+    return sum(b.nbytes for b in views.buffers) if apart else 0
 
 
 def known(step: Step, params: Any, who: str = "plan") -> Any:

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from absl import app
 
 from funczero.core.types import ChainError, Metrics, TrainState
+from funczero.layout.processes import default_device
 from funczero.script.flags import define
 from funczero.script.loop import train
 from funczero.script.processes import follow_parent, launch
+from funczero.script.record import write_plan
 from funczero.script.run import Run
 from funczero.step.step import Step
 from funczero.world import environment
@@ -65,13 +67,13 @@ def experiment(begin: Callable[[Run], Experiment], rows: str = "rows", **default
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-c ends this process without a traceback
-    follow_parent()
+    launched = follow_parent()
     script = Path(sys.argv[0]).stem
     define(script, rows, defaults)
-    app.run(partial(_main, begin, script, rows))
+    app.run(partial(_main, begin, script, rows, launched))
 
 
-def _main(begin: Callable[[Run], Experiment], script: str, rows: str, argv: list[str]) -> None:
+def _main(begin: Callable[[Run], Experiment], script: str, rows: str, launched: bool, argv: list[str]) -> None:
     try:
         environment.adopt()  # SLURM's and MPI's words for rank and world, in torchrun's
         if len(argv) > 1:
@@ -83,9 +85,12 @@ def _main(begin: Callable[[Run], Experiment], script: str, rows: str, argv: list
         if os.environ.get("LOCAL_RANK", "0") == "0" or not alike:
             print(f"{script}: {error}" if _meant(error) else traceback.format_exc(), file=sys.stderr)
         sys.exit(2)
+    # an accelerator is the ranks' alone; without one, who started them plans while they begin
+    elsewhere = default_device().type == "cpu" and (launched or "RANK" not in os.environ)
     if "RANK" not in os.environ:
-        sys.exit(launch(script, run.world, run.threads, run.folder, bool(run.save_every)))
-    train(run, own)
+        meanwhile = partial(write_plan, run, own) if elsewhere else lambda: None
+        sys.exit(launch(script, run.world, run.threads, run.folder, bool(run.save_every), meanwhile))
+    train(run, own, plans=not elsewhere)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -52,6 +52,11 @@ TABLE: dict[str, Flag] = {
         "How gradients are added; exact: one result on any number of ranks.",
         {"enum_values": SUMS},
     ),
+    "debug": Flag(
+        flags.DEFINE_bool,
+        False,
+        "Look for the first leaf of every skipped update that is not finite, and its rank; by default of few of them.",
+    ),
     "batch": Flag(
         flags.DEFINE_integer,
         32,

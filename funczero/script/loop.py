@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,8 +17,10 @@ from funczero.core.types import Metrics, TrainState
 from funczero.layout.processes import init_distributed
 from funczero.script.plot import plot
 from funczero.script.progress import Clock, Shown, line
+from funczero.script.record import Record, write_plan
 from funczero.script.run import Run
 from funczero.step.train_step import donate
+from funczero.world.sent import Sent
 from funczero.writers import Csv, JsonLines, TensorBoard, Tracker, Writer, records
 from funczero.writers import number as number_of
 
@@ -35,14 +37,21 @@ class Begun(NamedTuple):
 
     state: TrainState
     evaluated: int  # the update of the last evaluation; -1: none
+    name: str = ""  # the checkpoint it was read from
 
 
-def train(run: Run, own: Experiment) -> None:
-    """One rank's run, in a world that a launcher has described."""
+def train(run: Run, own: Experiment, plans: bool = False) -> None:
+    """One rank's run, in a world that a launcher has described.
+
+    Args:
+      plans: rank 0 writes plan.json before it begins, since nobody else does.
+    """
     torch.set_num_threads(run.threads)
     speaks = init_distributed().rank == 0
     step = own.step if own.step.grad.env.donate else donate(own.step)
     own = own._replace(step=step)
+    if plans and speaks:
+        write_plan(run, own)
     saved = Checkpointer(run.folder / "checkpoints", keep=run.keep, step=step, config=run.said())
     begun = begin(run, own, saved, speaks)
     start = int(begun.state.step)
@@ -54,12 +63,12 @@ def train(run: Run, own: Experiment) -> None:
     count = sum(prod(leaf.shape) for leaf in begun.state.params.where.structure.leaves)
     about = f"{own.about}; " if own.about else ""
     told.shown.say(f"{step}\n{count:,} parameters, {about}results in {run.out}")
-    with told.shown.bar, Notice() if run.save_every else nullcontext() as notice:
+    with told.recorded(begun), told.shown.bar, Notice() if run.save_every else nullcontext() as notice:
         state = updates(run, own, begun, saved, told, notice)
-    saved.close()
-    if state is not None:
-        said = "" if own.finish is None else own.finish(state)
-        told.finished(said)
+        told.record.committed(saved.wait())
+        if state is not None:
+            said = "" if own.finish is None else own.finish(state)
+            told.finished(said)
     told.close()
 
 
@@ -76,7 +85,7 @@ def begin(run: Run, own: Experiment, saved: Checkpointer, speaks: bool) -> Begun
         if other and speaks:
             said = f"{found.name} was saved with {' '.join(other)}; from here on batches are others"
             print(f"{run.script}: checkpoint {said}", file=sys.stderr)
-        return Begun(found.state, client.get("evaluated", -1))
+        return Begun(found.state, client.get("evaluated", -1), found.name)
     return Begun(own.step.init(own.params, key=run.seed), -1)
 
 
@@ -84,7 +93,7 @@ def updates(
     run: Run, own: Experiment, begun: Begun, saved: Checkpointer, told: Told, notice: Notice | None
 ) -> TrainState | None:
     """The updates that are left; the last state, or None where somebody told the run to end."""
-    state, evaluated = begun
+    state, evaluated, _ = begun
     start = int(state.step)
     due = lambda n: own.evaluate is not None and (n % run.eval_every == 0 or n == run.steps)
     if due(start) and evaluated != start:
@@ -95,20 +104,22 @@ def updates(
         with count_bytes(own.step) as sent:
             state, metrics = own.step(state, next(rows))
         assert metrics is not None
-        told.updated(number, metrics, sum(sent.values()))
+        told.updated(number, metrics, sent, state)
         if notice is not None:
-            saved.poll()
+            told.record.committed(saved.poll())
         asked, best = notice is not None and notice.given(), dict[str, float]()
         if due(number) and not asked:
             best, evaluated = told.evaluated(number, own, state), number
         if notice is not None and (asked or number % run.save_every == 0 or number == run.steps):
             best["loss"] = metrics.loss.item()
             beside = {"evaluated": evaluated} | {name: run.said()[name] for name in SAME}
+            told.record.committed(saved.wait())
             saved.save(state, number, client_state=beside, metrics=best)
         if asked and notice is not None:
-            saved.close()
+            told.record.committed(saved.wait())
             who = notice.name or "a signal to another process"
             told.shown.say(f"stopped by {who} after update {number}; --resume=auto goes on from there")
+            told.record.ended("stopped", f"by {who}")
             return None
     return state
 
@@ -141,16 +152,30 @@ class Told:
         self.shown = Shown(speaks, start, run.steps)
         self._clock = Clock(run.batch * own.per_row)
         self._writers = _writers(run, own, start or None) if speaks else []
+        self.record = Record(run.folder if speaks else None, not start, self.shown.say)
 
-    def updated(self, number: int, m: Metrics, sent: int) -> None:
+    @contextmanager
+    def recorded(self, begun: Begun) -> Iterator[None]:
+        """While it lasts the run is under way; how it ends is recorded."""
+        self.record.began(self._run, self._own, begun.state, begun.name)
+        with self.record.hearing():
+            try:
+                yield
+            except BaseException as error:
+                first = (str(error).splitlines() or [""])[0]
+                self.record.ended("failed", f"{type(error).__name__}: {first}")
+                raise
+
+    def updated(self, number: int, m: Metrics, sent: Sent, state: TrainState) -> None:
         """An update has been made."""
         if not self._speaks:
             return
         rate, own = self._clock.update(), _named("numbers", self._own.numbers(m)) if self._own.numbers else {}
         scalars = {name: getattr(m, name).item() for name in ("lr", "grad_norm", "ok", "scale")}
-        speed = {f"{self._own.unit}_per_second": rate, "bytes_sent": sent}
+        speed = {f"{self._own.unit}_per_second": rate, "bytes_sent": sum(sent.values())}
         values = {"loss": m.loss.item(), **own, **speed, **scalars}
         self._write(number, values)
+        self.record.updated(number, sent, self._own.step, state)
         self.shown.update(number, line(values, own, self._own.unit, self._clock.smooth))
 
     def evaluated(self, number: int, own: Experiment, state: TrainState) -> dict[str, float]:
@@ -167,6 +192,7 @@ class Told:
         """The plot, and the script's last word."""
         if self._speaks:
             run, path = self._run, self._run.folder / "loss.png"
+            self.record.ended("finished", "")
             title = f"{run.script}, seed {run.seed}"
             for said in (plot(path, records(run.folder / "metrics.jsonl"), self._own.plot, title), text):
                 if said:
@@ -176,6 +202,7 @@ class Told:
         """All that was told is on disk."""
         for writer in self._writers:
             writer.close()
+        self.record.close()
 
     def _write(self, number: int, values: Mapping[str, Any]) -> None:
         for writer in self._writers:

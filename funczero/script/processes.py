@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Thread
 
 from rich.console import Console
 
@@ -18,7 +19,9 @@ from funczero.launch.processes import die_with_parent, exit_status
 PARENT = "FUNCZERO_SCRIPT_PARENT"  # the process that started this one and will end it
 
 
-def launch(script: str, world: int, threads: int, folder: Path, saves: bool) -> int:
+def launch(
+    script: str, world: int, threads: int, folder: Path, saves: bool, meanwhile: Callable[[], None] = lambda: None
+) -> int:
     """Run this command line in `world` processes, as torchrun would; when one ends badly all end, and its log is shown.
     Returns the exit status.
 
@@ -27,6 +30,7 @@ def launch(script: str, world: int, threads: int, folder: Path, saves: bool) -> 
       threads: of each process.
       folder: for what they write to stderr, rank0.log and so on.
       saves: SIGTERM and SIGUSR1 are passed on, and each process saves and ends; otherwise SIGTERM ends all.
+      meanwhile: called in a thread while the processes begin; it may take until they end.
     """
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
     # the processes inherit it: ctrl-c reaches this one alone, and this one ends the others
@@ -41,6 +45,8 @@ def launch(script: str, world: int, threads: int, folder: Path, saves: bool) -> 
     signal.signal(signal.SIGTERM, passed_on if saves else lambda *_: sys.exit(128 + signal.SIGTERM))
     signal.signal(signal.SIGUSR1, passed_on if saves else signal.SIG_DFL)
     signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))
+    beside = Thread(target=meanwhile, daemon=True)  # a run that fails ends without it
+    beside.start()
     try:
         while any(p.poll() is None for p in ranks) and not any(p.poll() for p in ranks):
             time.sleep(0.05)
@@ -51,6 +57,7 @@ def launch(script: str, world: int, threads: int, folder: Path, saves: bool) -> 
             p.wait()
         Console().show_cursor()  # a bar that was killed leaves it hidden
     if not bad:
+        beside.join()
         return 0
     first = min(bad, key=lambda rank: logs[rank].stat().st_mtime)  # the others fail because the first one did
     status = ranks[first].returncode
@@ -78,10 +85,11 @@ def _started(world: int, threads: int, logs: Sequence[Path]) -> list[subprocess.
     return ranks
 
 
-def follow_parent() -> None:
-    """A process that `launch` has started ends when that one does, however it ends; others stay as they are."""
+def follow_parent() -> bool:
+    """A process that `launch` has started ends when that one does, however it ends; others stay as they are. Has it?"""
     parent = os.environ.pop(PARENT, "")
     if parent and sys.platform == "linux":
         die_with_parent()
         if os.getppid() != int(parent):  # it has ended already
             os._exit(1)
+    return bool(parent)

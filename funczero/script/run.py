@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from funczero.step.train_step import donate, train_step
 from funczero.step.zero import zero
 
 # what a script reads to build its step and its batches: given and read by nobody, one of them would be passed over
-BUILDING = ("stage", "mesh", "policy", "sums", "batch", "accumulate", "micro_batch")
+BUILDING = ("stage", "mesh", "policy", "sums", "batch", "accumulate", "micro_batch", "debug")
+SECRET = re.compile(r"(^|_)(api_?key|access_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 
 
 class Run:
@@ -109,14 +111,14 @@ class Run:
         return k
 
     def train_step(self, source: Any, *transforms: Any) -> Step:
-        """The step of --stage, --accumulate, --mesh, --policy and --sums, which donates its states.
+        """The step of --stage, --accumulate, --mesh, --policy, --sums and --debug, which donates its states.
 
         Args:
           source: fz.value_and_grad(loss_fn, batch=P(run.axis)).
           transforms: what works on the mean: scale_loss, clips, the optimizer last.
         """
         chain = zero(source, *transforms, stage=self.stage, axis=self.axis, accumulate=self.accumulate)
-        return donate(train_step(*chain, mesh=self.mesh, policy=self.policy, sums=self.sums))
+        return donate(train_step(*chain, mesh=self.mesh, policy=self.policy, sums=self.sums, debug=self.debug))
 
     def instead(self, of: str, **values: Any) -> None:
         """What a file says in place of flags: `run.batch` and the others are these from now on.
@@ -141,6 +143,15 @@ class Run:
     def said(self) -> dict[str, Any]:
         """Every flag's value, to be kept beside checkpoints."""
         return {**self._values.flag_values_dict(), **self._instead}
+
+    def told(self) -> dict[str, Any]:
+        """The flags of the experiment and of the script for whoever reads of the run: {name: [value, given?]}.
+
+        absl's own are left out, and the values of those whose name says that it is a secret.
+        """
+        absl = lambda name: str(self._values.find_module_defining_flag(name)).startswith("absl.")
+        hide = lambda name, x: "(a secret is not written)" if SECRET.search(name) and x else x
+        return {n: [hide(n, x), n in self._values and self.given(n)] for n, x in self.said().items() if not absl(n)}
 
     def given(self, name: str) -> bool:
         """Does the command line name this flag?"""

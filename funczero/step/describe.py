@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from funczero.comm.edge import Edge
@@ -31,7 +32,8 @@ def describe(g: Grad, source: Source, masters: Where | None = None) -> str:
             "parameters are gathered whole in every forward; name their blocks with value_and_grad(...,"
             " units=('blocks',)) to hold two at a time"
         )
-    notes += [gathered(g, masters.structure)] if masters is not None and g.layout.rest else []
+    if masters is not None and g.layout.rest:
+        notes.append(gathered(g, masters.structure, conditional=source.conditional))
     if source.conditional and g.layout.rest:
         notes.append(
             f"ranks need not run the same blocks of {list(source.conditional)}: they agree on every unit before it is"
@@ -62,9 +64,12 @@ def describe(g: Grad, source: Source, masters: Where | None = None) -> str:
     )
 
 
-def gathered(g: Grad, structure: Structure, least: int = 0) -> str:
-    """What a forward gathers whole, where parameters rest in shards; "" where it is less than `least` bytes, or no more
-    than two blocks hold.
+def gathered(g: Grad, structure: Structure, least: int = 0, conditional: Sequence[str] = ()) -> str:
+    """What a forward gathers whole, where parameters rest in shards, and which blocks travel together.
+
+    Args:
+      least: "" where it is less than so many bytes, or no more than two blocks hold.
+      conditional: units that not every rank opens, where each travels by itself.
     """
     wide = g.env.policy.compute.itemsize
     size = lambda leaves: wide * sum(prod(structure.leaves[i].shape) for i in leaves)
@@ -79,7 +84,10 @@ def gathered(g: Grad, structure: Structure, least: int = 0) -> str:
         return ""
     named = ", ".join(f"{structure.leaves[i].path!r} ({_bytes(size([i]))})" for i in rest[:3])
     more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
-    turns = f"; {len(blocks)} blocks of at most {_bytes(largest)} by turns, two at a time" if blocks else ""
+    limit, smallest = g.env.link.together, min(map(size, blocks.values()), default=0)
+    alone = conditional or 2 * smallest > limit
+    how = "two at a time" if alone else f"up to {_bytes(limit)} of neighbours together, two such messages at a time"
+    turns = f"; {len(blocks)} blocks of at most {_bytes(largest)} by turns, {how}" if blocks else ""
     whole = (
         f"gathered whole in every forward are {_bytes(size(rest))}: {named}{more}"
         if rest

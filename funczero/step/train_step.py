@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from funczero.core.link import Link
 from funczero.core.policy import Policy
 from funczero.core.transform import refuse
 from funczero.core.types import ChainError, Env, Grad, Metrics, TrainState, Updated
@@ -40,6 +41,7 @@ def train_step(
     debug: bool = False,
     check: int | bool = True,
     patience: int = 20,
+    link: Link | None = None,
 ) -> Step:
     """A step from a chain: a gradient, transforms, and an optimizer that applies the update.
 
@@ -60,6 +62,8 @@ def train_step(
       patience: after so many updates in a row that were not finite and were skipped, the next call raises on all ranks;
         those that a dynamic loss scale skips on its way down do not count. The first is said, with leaf and rank, and
         then ever fewer.
+      link: what a message between ranks costs, the same on all ranks; by default gloo's on one machine. Neighbouring
+        units that are small beside it travel together; Link(latency=0.0) sends each unit by itself. The same bits.
 
     Raises:
       ChainError: the chain cannot mean what it says; the message shows it with the correction.
@@ -74,8 +78,11 @@ def train_step(
         mesh = dict.fromkeys(flat[0].batch, -1)
     if sums not in ("tree", "exact", "backend"):
         raise ValueError(f"train_step: sums={sums!r} is none of 'tree', 'exact' and 'backend'; write one of them")
+    if link is not None and not isinstance(link, Link):
+        raise TypeError(f"train_step: link={link!r} is no link; write fz.Link(latency=seconds, speed=bytes a second)")
+    known = (link or Link()).checked("train_step(link=...)")
     planned = plan_mesh(mesh)
-    env = Env(planned, Policy.parse(policy), {}, prefetch=prefetch, sums=sums)
+    env = Env(planned, Policy.parse(policy), {}, prefetch=prefetch, sums=sums, link=known)
     return _make(flat, env, Options(debug, check, patience), donated=False, book=Book())
 
 

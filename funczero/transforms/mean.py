@@ -12,7 +12,7 @@ from funczero.comm.adjoint import total
 from funczero.comm.differentiable import Varied, dot, over_all, pack
 from funczero.comm.exact import Grid
 from funczero.comm.integers import sum_and_compare
-from funczero.comm.norm import BINS, CHUNK, folds, norm_of, square_bins
+from funczero.comm.norm import BINS, folds, norm_of, square_bins
 from funczero.core import order
 from funczero.core.straight import root, straight
 from funczero.core.transform import after, around, refuse
@@ -165,12 +165,7 @@ def _norm_bins(grads: Slots, lay: Layout, env: Env) -> Tensor:
         for axes, start, stop in grads.where.sections[u] if buffer.numel() and first else ():
             if all(env.mesh.index(a) == 0 for a in axes):
                 mine.append(buffer[start:stop])
-    if sum(x.numel() for x in mine) <= CHUNK:
-        mine = [torch.cat(mine)] if mine else []
-    total = torch.zeros(1 + BINS, dtype=torch.int64, device=grads.buffers[0].device)
-    for x in mine:
-        total += square_bins(x)
-    return total
+    return square_bins(*mine) if mine else torch.zeros(1 + BINS, dtype=torch.int64, device=grads.buffers[0].device)
 
 
 def global_norm(grads: Slots, factor: Tensor, lay: Layout, env: Env) -> Tensor:

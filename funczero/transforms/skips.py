@@ -34,6 +34,16 @@ class Unread(NamedTuple):
     unfit: Tensor | None = None  # the leaf whose units do not fit, -1 for none (exact.py)
 
 
+class Skip(NamedTuple):
+    """One update that was not applied."""
+
+    step: int  # calls before it
+    words: str
+    leaf: str = ""  # the first that was not finite; "": not looked for, or none by itself
+    rank: int = -1
+    searching: bool = False  # a dynamic loss scale was on its way down
+
+
 class Skipped(NamedTuple):
     """What a line of states has seen of updates that were not finite."""
 
@@ -41,6 +51,7 @@ class Skipped(NamedTuple):
     total: int = 0
     words: str = ""  # on the last one
     unread: tuple[Unread, ...] = ()
+    last: Skip | None = None  # the last update that was not applied, for whatever reason
 
 
 class Patience:
@@ -99,7 +110,8 @@ class Patience:
                 f"value_and_grad: {why}; return (sum of losses, sum of weights) with a weight above 0, or 0 where"
                 " nothing counts"
             )
-        counts = weight != 0 and not (one.searching is not None and bool(one.searching))
+        searching = one.searching is not None and bool(one.searching)
+        counts = weight != 0 and not searching
         row, total = seen.row + counts, seen.total + counts
         tell = counts and (total & (total - 1) == 0 or row == self.limit)
         bad = one.bad
@@ -111,7 +123,17 @@ class Patience:
         if tell and self.speaks() or self.debug and bad is not None and int(bad[0]) >= 0:
             often = f" ({row} in a row, {total} in all)" if total > 1 else ""
             logging.warning("step %d: %s; the update is skipped%s%s", one.step, words, often, _loss(one))
-        return Skipped(row, total, words) if counts else seen
+        last = _skip(words if weight else "the update weighs nothing", one, bad, leaves, searching)
+        return Skipped(row, total, words, last=last) if counts else seen._replace(last=last)
+
+
+def _skip(words: str, one: Unread, bad: Tensor | None, leaves: Sequence[Leaf], searching: bool) -> Skip:
+    unfit = -1 if one.unfit is None else int(one.unfit)
+    if unfit >= 0:
+        return Skip(one.step, words, leaves[unfit].path, -1, searching)
+    if bad is None or int(bad[0]) < 0 or one.weight == 0:
+        return Skip(one.step, words, "", -1, searching)
+    return Skip(one.step, words, leaves[int(bad[0])].path, int(bad[1]), searching)
 
 
 def _words(bad: Tensor | None, one: Unread, leaves: Sequence[Leaf]) -> str:

@@ -87,7 +87,7 @@ def measured(model, units, policy, names=None):
     for name, (parts, _) in zoo.nested_chains(g, K, zoo.tx()).items():
         if names is not None and name not in names:
             continue
-        step = fz.train_step(*parts, mesh=MESH, policy=policy)
+        step = fz.train_step(*parts, mesh=MESH, policy=policy, link=fz.Link(latency=0.0))  # each unit by itself
         state = step.init(make())
         with fz.count_bytes(step) as sent:
             state, _ = step(state, step.local_rows(batch()))

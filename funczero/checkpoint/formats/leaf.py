@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funczero.checkpoint.error import CheckpointError
+from funczero.checkpoint.memory import narrowed
 
 DIMS = 32  # of a leaf
 LARGEST = 1 << 48  # values of a leaf
@@ -136,12 +137,12 @@ def chosen(found: Found, exclude: str | None, dtype: torch.dtype | None) -> Foun
         }
         leaves = kept
     if dtype is not None:
-        leaves = {n: cast(x, dtype) if n.startswith("params/") else x for n, x in leaves.items()}
+        leaves = {n: cast(x, dtype, n) if n.startswith("params/") else x for n, x in leaves.items()}
     return found._replace(leaves=leaves, ties=ties)
 
 
-def cast(leaf: Leaf, dtype: torch.dtype) -> Leaf:
-    """A floating leaf in another dtype; others as they are."""
+def cast(leaf: Leaf, dtype: torch.dtype, name: str) -> Leaf:
+    """A floating leaf in another dtype; others as they are. Reading it refuses a value beyond that dtype, by name."""
     if not leaf.dtype.is_floating_point or leaf.dtype == dtype:
         return leaf
-    return leaf._replace(dtype=dtype, rows=lambda a, b: leaf.rows(a, b).to(dtype), at=None)
+    return leaf._replace(dtype=dtype, rows=lambda a, b: narrowed(leaf.rows(a, b), dtype, name), at=None)

@@ -1,0 +1,42 @@
+"""A wheel holds all that a run needs: it is built, installed beside the environment, and trains from there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ASK = """
+import sys
+import torch
+import funczero as fz
+assert fz.__file__.startswith(sys.argv[1]), fz.__file__
+heavy = {"jax", "orbax", "sphinx", "tensorboard", "transformers", "lightning"} & set(sys.modules)
+assert not heavy, heavy
+step = fz.train_step(fz.value_and_grad(lambda p, b: ((p["w"] * b).sum(), b.sum())), fz.adamw(0.1))
+state, metrics = step(step.init({"w": torch.tensor(1.0)}), torch.ones(2))
+assert metrics.loss == 1 and step.params(state)["w"] < 1
+"""
+
+
+def test_a_wheel_trains(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    skip = shutil.ignore_patterns("__pycache__")
+    for name in ("funczero", "kernels"):
+        own = lambda at, names: {*skip(at, names), *(n for n in names if Path(at, n).is_symlink())}
+        shutil.copytree(ROOT / name, source / name, ignore=own)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    words = ["install", "-q", "--no-deps", "--no-index", "--no-build-isolation", "--target"]
+    subprocess.run([sys.executable, "-m", "pip", *words, site, source], check=True, timeout=120)
+    wanted = {p.relative_to(source) for n in ("funczero", "kernels") for p in (source / n).rglob("*") if p.is_file()}
+    wanted = {Path("funczero", p) if p.parts[0] == "kernels" else p for p in wanted}
+    assert not [str(p) for p in wanted if not (site / p).is_file()]
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    subprocess.run([sys.executable, "-c", ASK, site], check=True, timeout=120, env=env, cwd=tmp_path)
+    doctor = [sys.executable, site / "bin" / "funczero", "doctor", "--no_trial"]
+    said = subprocess.run(doctor, check=True, timeout=120, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert said.stdout.endswith("all is well\n")
