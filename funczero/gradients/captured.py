@@ -21,8 +21,8 @@ from funczero.core.spans import span
 from funczero.core.types import Seed, State
 from funczero.gradients import draws
 from funczero.gradients.call import LossCall, Outcome
-from funczero.gradients.compiler import compiler
-from funczero.gradients.loss import drew
+from funczero.gradients.compiler import NotCompiled, compiler
+from funczero.gradients.loss import drew, written
 from funczero.gradients.program import Program, run
 from funczero.gradients.recording import NotCaptured, Recording, say, turned
 from funczero.gradients.ref import Ref
@@ -48,16 +48,27 @@ class Capture:
         self.mode = mode
         self.records: dict[Any, Record] = {}
         self.compiled: dict[str, Any] = {}  # like segments of any program, by their form
-        self.told: set[str] = set()
+        self.told: dict[str, None] = {}
 
     def __str__(self) -> str:
-        return f"captured ({self.mode})"
+        return f"compiled ({self.mode})"
+
+    def notes(self) -> list[str]:
+        """What a printed step says of it."""
+        if self.mode == "graph":
+            said = "the loss and its gradient run as they were recorded: eager's bits"
+        else:
+            said = (
+                "the loss and its gradient are compiled (inductor): another trajectory than the eager step's, the same"
+                " wherever the eager step's would be"
+            )
+        return [said, *self.told]
 
     def tell(self, speaks: bool, words: str) -> None:
         """Say something once."""
         if speaks and words not in self.told:
             logging.warning("compile: %s", words)
-        self.told.add(words)
+        self.told[words] = None
 
     def differentiate(
         self, call: LossCall, eager: Eager, whole: list[Any], batch: Any, seed: Seed, state: State, tape: Tape
@@ -104,7 +115,8 @@ class Capture:
         try:
             program = self._made(call, whole, given, batch, tape, key, around)
         except NotCaptured as error:
-            self.tell(speaks, f"a loss runs as it is written, with eager's bits, because {error}")
+            alone = isinstance(error, NotCompiled)  # on this machine, perhaps
+            self.tell(speaks or alone, f"the loss runs as it is written, with eager's bits, because {error}")
             program = None
         self.records[form] = Record(program, around)
         return program
@@ -128,6 +140,8 @@ class Capture:
         line, form, wanted = record(key)
         if line.draws and not key:
             raise NotCaptured("it draws from torch's generator without a key")  # eager refuses it, by the layer's name
+        if line.draws and any(stop.remat for stop in line.visits):
+            raise NotCaptured("it draws, and has blocks that run again (remat)")
         if key:
             again, _, _ = record((key[0] ^ 1,))
             if _words(line) != _words(again):
@@ -174,7 +188,11 @@ def recorded(
         it, own = iter(batch_now), iter(state_now)
         rows_now = build([next(it) if isinstance(x.value, Tensor) else x.value for x in leaves])
         given_now = tree.unflatten([next(own) if isinstance(x, Tensor) else x for x in states[0]], states[1])
+        versions = [x._version for x in loose_now]
         result = call.called(structure.unflatten(params), given_now, rows_now, key, tape.device)
+        for i, x, version in zip(loose, loose_now, versions, strict=True):
+            if x._version != version:
+                raise written(structure.leaves[i].path)
         loss, weight, *_ = result
         if not loss.requires_grad:
             raise NotCaptured("its value depends on no parameter that learns")
@@ -198,7 +216,7 @@ def recorded(
         raise NotCaptured(f"it cannot be recorded: {type(error).__name__}: {first[0] if first else ''}") from error
     visits, form, wanted = said
     constant = lambda name: _known(getattr(graph, name), name, graph.graph, held)
-    return cut(graph.graph, visits, constant), form, wanted
+    return cut(graph.graph, visits, constant, len(at)), form, wanted
 
 
 def _known(x: Any, name: str, graph: torch.fx.Graph, held: Sequence[Tensor]) -> Tensor:

@@ -16,13 +16,21 @@ MODES = ("inductor", "graph")
 SETTINGS: dict[str, Any] = {"cpp_wrapper": True, "fallback_random": True, "compile_threads": 1}
 
 
+class NotCompiled(NotCaptured):
+    """The compiler does not work here."""
+
+
 def compiler(mode: str) -> Callable[[Segment], Any]:
     """Segment -> (tensors) -> tensors."""
     return _compiled if mode == "inductor" else lambda segment: segment.run
 
 
 def _compiled(segment: Segment) -> Callable[..., Sequence[Tensor]]:
-    """Raises NotCaptured where the compiler does not work here."""
+    """By inductor.
+
+    Raises:
+      NotCompiled: with the compiler's own words.
+    """
     of = [n.meta["val"] for n in segment.run.graph.nodes if n.op == "placeholder"]
     ends = next(n for n in segment.run.graph.nodes if n.op == "output").args[0]
     outs = [n.meta["val"] for n in ends]
@@ -35,7 +43,7 @@ def _compiled(segment: Segment) -> Callable[..., Sequence[Tensor]]:
             fast = torch._inductor.compile(segment.run, given)
     except Exception as error:  # a compiler's own errors are of many kinds
         first = str(error).strip().splitlines()
-        raise NotCaptured(f"its code does not compile: {type(error).__name__}: {first[0] if first else ''}") from error
+        raise NotCompiled(f"its code does not compile: {type(error).__name__}: {first[0] if first else ''}") from error
     return _as_said(fast, [tuple(x.stride()) for x in outs])
 
 

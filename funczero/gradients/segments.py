@@ -140,14 +140,15 @@ class _Piece:
         return self.reads
 
 
-def cut(graph: fx.Graph, visits: Sequence[Stop], constant: Callable[[str], Tensor]) -> Line:
+def cut(graph: fx.Graph, visits: Sequence[Stop], constant: Callable[[str], Tensor], params: int) -> Line:
     """A recorded graph as segments and verbs.
 
     Args:
       constant: by the name that a graph has for it.
+      params: how many of its first arguments are parameters.
 
     Raises:
-      NotCaptured: an operation sends, or draws from a generator of its own.
+      NotCaptured: an operation sends, draws from a generator of its own, or writes into what it may only read.
     """
     whole, held, draws = _Cut(graph, visits), list[tuple[int, Tensor]](), False
     pieces = [_Piece(whole, at) for at in range(len(whole.verbs) + 1)]
@@ -163,6 +164,7 @@ def cut(graph: fx.Graph, visits: Sequence[Stop], constant: Callable[[str], Tenso
             output = node
         elif whole.computed(node):
             draws |= _checked(node)
+            _written(node, inputs, params, whole.number)
             pieces[whole.at[node]].value(node)
     assert output is not None
     ends = [*((at, verb.args) for at, verb in enumerate(whole.verbs)), (len(whole.verbs), output.args[0])]
@@ -190,6 +192,20 @@ def _checked(node: fx.Node) -> bool:
     given = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | node.kwargs
     never = "dropout_p" in (a.name for a in target._schema.arguments) and not given.get("dropout_p")
     return torch.Tag.nondeterministic_seeded in target.tags and not never
+
+
+def _written(node: fx.Node, inputs: list[int], params: int, number: dict[Any, int]) -> None:
+    """Refuse what writes into a parameter or into a tensor that the loss holds, through a view of it, too."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    for a, x in zip(node.target._schema.arguments, node.args, strict=False):
+        if a.alias_info is None or not a.alias_info.is_write or not isinstance(x, fx.Node):
+            continue
+        while x.op == "call_function" and is_view(x):
+            x = x.args[0]  # type: ignore[assignment]
+        gives = x.target is operator.getitem and x.args[0].target in VERBS  # type: ignore[union-attr]
+        if gives or x.op == "get_attr" or x.op == "placeholder" and number[x] in inputs[:params]:
+            raise NotCaptured(f"it writes ({node.target}) into a parameter, or into a tensor that it holds")
 
 
 def _nodes(args: Any) -> list[fx.Node]:

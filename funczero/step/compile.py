@@ -9,7 +9,50 @@ from funczero.step.step import Step
 
 
 def compile(step: Step, *, mode: str = "inductor") -> Step:  # noqa: A001
-    """The same step, in which the loss and its gradient run as code that is compiled once."""
+    """The same step, whose loss and gradient are recorded at the first update and run as compiled code from then on.
+
+    Laws: states, batches, metrics, checkpoints and messages are those of the eager step, and a run may go from one to
+    the other at any update. "graph" has the eager step's bits. "inductor" fuses operations and adds in other orders:
+    another trajectory than the eager step's, which has the eager step's own promise, the same bits on 1, 2, 4, ... ranks
+    and at every stage, because blocks are compiled one by one and gathers stay outside. Draws come from the same keys.
+
+    A recording is of one form of a batch (shapes, dtypes, strides, numbers and text in it) and of what the loss reads
+    around itself: closures, globals, attributes one by one. Another form is recorded, too, in print; what the loss reads
+    is looked at before every call, and recorded again where it has changed. What a loss reads where nobody can see it (a
+    file, the time) counts as a constant. A loss that cannot be recorded runs as it is written, and why is said once and
+    by print(step): one that decides by values, draws from python or numpy, computes with its key as a number, sends by
+    itself, or holds units open (fz.gather). step.eval runs as written.
+
+    Every rank compiles when it first sees a form: for the tiny model of the experiments half a minute with "inductor",
+    less where torch's cache on disk has it. Like blocks are compiled once. Others wait in their first sum for as long.
+
+    Args:
+      step: of value_and_grad; donate it before or afterwards.
+      mode: "inductor" compiles with torch's inductor, for which there must be a C++ compiler; "graph" runs the recorded
+        operations one by one, which saves little.
+
+    Raises:
+      ChainError: nothing of the step can be recorded: a pullback, higher_order, conditional units, SyncBatchNorm.
+      ValueError: another mode.
+
+    >>> import torch, funczero as fz
+    >>> loss_fn = lambda p, b: (((p["w"] - b) ** 2).sum() / 2, torch.tensor(float(len(b))))
+    >>> step = fz.train_step(fz.value_and_grad(loss_fn, batch=fz.P("data")), fz.adamw(0.1))
+    >>> fast, state = compile(step, mode="graph"), step.init({"w": torch.zeros(())})
+    >>> [run(state, torch.ones(4))[1].loss.item() for run in (step, fast)]
+    [0.5, 0.5]
+    """
     if mode not in MODES:
         raise ValueError(f"compile: mode={mode!r} is none of {list(MODES)}; write one of them")
+    source = step.source
+    why = {
+        f"{source.name}: its forward runs elsewhere, and there is nothing to record": source.name != "value_and_grad",
+        "higher_order: its units run again for every derivative; leave it out": "higher_order" in source.beside,
+        f"conditional={list(source.conditional)}: ranks need not run the same blocks, and a recording has one order of"
+        " them": bool(source.conditional),
+        "SyncBatchNorm sends inside the forward, and a recording sends at its units alone": source.synced,
+    }
+    for words, found in why.items():
+        if found:
+            raise ChainError(f"compile: {words}; run this step as it is")
     return step.rebuild(capture=Capture(mode))
