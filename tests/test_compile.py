@@ -97,21 +97,21 @@ def in_a_world(kind, stage, world, mode):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_recording_runs_in_worlds(world, stage):
+def test_a_recording_runs_in_worlds(run_world, stage):
     """Gathers and scatters stand where the eager step has them: the bits are those of one process."""
     step, params = make("dropout", stage)
     state, losses = run(step, step.init(params), range(3))
     want = losses, tree_hash(step.params(state))
-    assert world(2, in_a_world, "dropout", stage, 2, "graph") == [want] * 2
+    assert run_world(2, in_a_world, "dropout", stage, 2, "graph") == [want] * 2
 
 
 @pytest.mark.slow
-def test_compiled_code_has_one_hash_on_any_world_and_at_any_stage(world):
+def test_compiled_code_has_one_hash_on_any_world_and_at_any_stage(run_world):
     one = in_a_world("dropout", 0, 1, "inductor")
     step, params = make("dropout")
     assert one[0] == pytest.approx(run(step, step.init(params), range(3))[1], rel=1e-5)
     for size, stage in ((1, 3), (2, 0), (2, 3), (4, 0), (4, 3)):
-        found = world(size, in_a_world, "dropout", stage, size, "inductor", timeout=600)
+        found = run_world(size, in_a_world, "dropout", stage, size, "inductor", timeout=600)
         assert found == [one] * size, (size, stage)
 
 

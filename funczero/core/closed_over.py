@@ -115,4 +115,12 @@ def _names(code: CodeType) -> set[str]:
 
 def _stranger(module: str | None) -> bool:
     """Is this module's code fixed, as far as a run is concerned?"""
-    return (module or "").split(".")[0] in ("torch", "funczero", "builtins", "functools", "math", "numpy", "transformers")
+    return (module or "").split(".")[0] in (
+        "torch",
+        "funczero",
+        "builtins",
+        "functools",
+        "math",
+        "numpy",
+        "transformers",
+    )

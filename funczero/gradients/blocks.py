@@ -68,7 +68,9 @@ class Blocks(NamedTuple):
         if isinstance(tape, Recording):
             own = forward if again is None else _checked(path, forward, again)
             how = "is recorded"
-            return run_block(own, tree.flatten(closed), group, repeatable(path, args, kwargs, how), {}, ahead, again_asked)
+            return run_block(
+                own, tree.flatten(closed), group, repeatable(path, args, kwargs, how), {}, ahead, again_asked
+            )
         if again is not None and (again_asked or isinstance(tape, Parts)):
             twice = _checked(path, forward, again)
             return run_block(twice, tree.flatten(closed), group, repeatable(path, args, kwargs), {}, ahead, True)

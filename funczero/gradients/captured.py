@@ -4,7 +4,6 @@ compiled code.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from funczero.gradients.segments import Line, Segment, cut
 from funczero.gradients.tape import Tape
 
 FORMS = 32  # of batches that are captured; others run as they are written
+TIMES = 4  # that one form is recorded, because of what the loss reads around itself
 Eager = Callable[[list[Any], Any, Seed, State, Tape], tuple[Outcome, list[Any]]]
 
 
@@ -38,6 +38,32 @@ class Record(NamedTuple):
 
     program: Program | None  # None: it runs as it is written
     around: ClosedOver
+    times: int = 1  # it was recorded
+
+
+class Given(NamedTuple):
+    """What a loss is called with, and the cotangent of its sum."""
+
+    whole: list[Any]  # leaves as a tape opens them for a loss
+    state: list[Any]  # the model state, or nothing
+    batch: Any
+    cotangent: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """In the order in which a program takes them."""
+        return [*self.loose().values(), *tree.tensors(self.state), *rows.tensors(self.batch), self.cotangent]
+
+    def loose(self) -> dict[int, Tensor]:
+        """Leaves that are open for the whole forward, by number."""
+        return {i: x for i, x in enumerate(self.whole) if isinstance(x, Tensor)}
+
+    def odd(self) -> str:
+        """What of it a recording cannot be told by; "" where there is nothing."""
+        for path, x, _ in rows.opened(self.batch)[0]:
+            plain = type(x) is Tensor and x.layout == torch.strided or x is None or isinstance(x, rows.PLAIN)
+            if not plain:
+                return f"{path!r} of the batch is a {type(x).__name__}"
+        return ""
 
 
 class Capture:
@@ -77,11 +103,11 @@ class Capture:
         key = (rng.fold(seed.key, seed.index),) if call.rng and seed.key != rng.UNKNOWN else ()
         if not torch.is_grad_enabled() or type(tape.port) is not Tensor or tape.port.is_meta or call.rng and not key:
             return eager(whole, batch, seed, state, tape)
-        given = call.given(seed, state)
-        program = self._program(call, whole, given, batch, tape, key)
+        given = Given(whole, call.given(seed, state), batch, seed.cotangent)
+        program = self._program(call, given, tape, key)
         if program is None:
             return eager(whole, batch, seed, state, tape)
-        flat = [*_loose(whole).values(), *_tensors(given), *rows.tensors(batch), seed.cotangent]
+        flat = given.tensors()
         try:
             with span("captured"):
                 if program.line.draws:
@@ -92,63 +118,56 @@ class Capture:
         except (RuntimeError, MemoryError) as error:
             told(error, lambda: "in the captured forward and backward")
             raise
-        outcome = call.outcome(*found.returned, given, seed)
+        outcome = call.outcome(*found.returned, given.state, seed)
         grads = [None if found.void else found.grads.get(i) for i in range(len(tape.whole.structure.leaves))]
         return outcome, grads
 
-    def _program(
-        self, call: LossCall, whole: list[Any], given: list[Any], batch: Any, tape: Tape, key: tuple[int, ...]
-    ) -> Program | None:
-        form = (_form(call, whole, given, batch, tape), _surroundings(tape.device))
-        record, speaks = self.records.get(form), tape.env.mesh.rank(tuple(tape.env.mesh.axes))[0] == 0
+    def _program(self, call: LossCall, given: Given, tape: Tape, key: tuple[int, ...]) -> Program | None:
+        speaks, times = tape.env.mesh.rank(tuple(tape.env.mesh.axes))[0] == 0, 1
+        if odd := given.odd():
+            self.tell(speaks, f"the loss runs as it is written, with eager's bits, because {odd}")
+            return None
+        form = _form(call, given, tape)
+        record = self.records.get(form)
         if record is not None:
             name = record.around.changed()
-            if not name:
+            if not name or record.times == TIMES:
                 return record.program
-            self.tell(speaks, f"the loss reads {name!r}, which is another now: what was recorded of it is recorded again")
+            times = record.times + 1
+            self.tell(speaks, f"the loss reads {name!r}, which is another now: it is recorded again")
         elif len(self.records) >= FORMS:
             self.tell(speaks, f"more than {FORMS} forms of batches: others run as they are written, with eager's bits")
             return None
         elif self.records:
-            self.tell(speaks, "another form of a batch: it is captured, too")
+            self.tell(speaks, "another form of a batch is recorded, too")
         around = ClosedOver(list(call.user))
         try:
-            program = self._made(call, whole, given, batch, tape, key, around)
+            if times == TIMES:
+                raise NotCaptured(f"what it reads around itself has changed {TIMES - 1} times")
+            program = self._made(call, given, tape, key, around)
         except NotCaptured as error:
             alone = isinstance(error, NotCompiled)  # on this machine, perhaps
             self.tell(speaks or alone, f"the loss runs as it is written, with eager's bits, because {error}")
             program = None
-        self.records[form] = Record(program, around)
+        self.records[form] = Record(program, around, times)
         return program
 
-    def _made(
-        self,
-        call: LossCall,
-        whole: list[Any],
-        given: list[Any],
-        batch: Any,
-        tape: Tape,
-        key: tuple[int, ...],
-        around: ClosedOver,
-    ) -> Program:
+    def _made(self, call: LossCall, given: Given, tape: Tape, key: tuple[int, ...], around: ClosedOver) -> Program:
         if draws.own_generator() is not None:
             raise NotCaptured("ranks are threads of one process (simulate), which share the compiler")
         if not around.whole:
             raise NotCaptured("it can see more values around itself than are looked at before each call")
         held = [*around.tensors, *getattr(call.fn, "constants", lambda: [])()]
-        record = lambda key: recorded(call, whole, given, batch, tape, key, held)
+        record = lambda key: recorded(call, given, tape, key, held)
         line, form, wanted = record(key)
         if line.draws and not key:
             raise NotCaptured("it draws from torch's generator without a key")  # eager refuses it, by the layer's name
         if line.draws and any(stop.remat for stop in line.visits):
             raise NotCaptured("it draws, and has blocks that run again (remat)")
-        if key:
-            again, _, _ = record((key[0] ^ 1,))
-            if _words(line) != _words(again):
-                raise NotCaptured("it computes with its key, which is another number at every call")
-        with _ALONE:
-            compiled = compiler(self.mode)
-            runs = [self._run(step, compiled) if isinstance(step, Segment) else None for step in line.steps]
+        if key and _words(line) != _words(record((key[0] ^ 1,))[0]):
+            raise NotCaptured("it computes with its key, which is another number at every call")
+        compiled = compiler(self.mode)
+        runs = [self._run(step, compiled) if isinstance(step, Segment) else None for step in line.steps]
         return Program(line, tuple(runs), form, wanted)
 
     def _run(self, step: Segment, compiled: Callable[[Segment], Any]) -> Any:
@@ -157,37 +176,30 @@ class Capture:
         return self.compiled[step.form]
 
 
-_ALONE = threading.Lock()  # the compiler's settings are the process's
-
-
 def recorded(
-    call: LossCall,
-    whole: list[Any],
-    given: list[Any],
-    batch: Any,
-    tape: Tape,
-    key: tuple[int, ...],
-    held: Sequence[Tensor],
+    call: LossCall, given: Given, tape: Tape, key: tuple[int, ...], held: Sequence[Tensor]
 ) -> tuple[Line, pytree.TreeSpec, tuple[int, ...]]:
     """A loss and its gradient as a line; the form of what the loss returns, and which gradients follow.
+
+    Args:
+      held: tensors that it may read beside its arguments.
 
     Raises:
       NotCaptured: whatever stands in the way, with where.
     """
-    structure, loose = tape.whole.structure, _loose(whole)
-    leaves, build = rows.opened(batch)
-    mine = [x.value for x in leaves if isinstance(x.value, Tensor)]
-    state, states = _tensors(given), tree.flatten(given)
+    structure, loose = tape.whole.structure, given.loose()
+    leaves, build = rows.opened(given.batch)
+    flat_state, states = tree.flatten(given.state)
     said: list[Any] = []
 
     def line(loose_now: list[Tensor], state_now: list[Tensor], batch_now: list[Tensor], cotangent: Tensor) -> Any:
         rec = Recording(tape.whole, tape.dtype, tape.device)
-        params = [Ref(rec, i) if isinstance(x, Ref) else x for i, x in enumerate(whole)]
+        params = [Ref(rec, i) if isinstance(x, Ref) else x for i, x in enumerate(given.whole)]
         for i, x in zip(loose, loose_now, strict=True):
             params[i] = x
         it, own = iter(batch_now), iter(state_now)
         rows_now = build([next(it) if isinstance(x.value, Tensor) else x.value for x in leaves])
-        given_now = tree.unflatten([next(own) if isinstance(x, Tensor) else x for x in states[0]], states[1])
+        given_now = tree.unflatten([next(own) if isinstance(x, Tensor) else x for x in flat_state], states)
         versions = [x._version for x in loose_now]
         result = call.called(structure.unflatten(params), given_now, rows_now, key, tape.device)
         for i, x, version in zip(loose, loose_now, versions, strict=True):
@@ -199,16 +211,17 @@ def recorded(
         say(turned, loss, weight)
         wanted = {i: x for i, x in zip(loose, loose_now, strict=True) if x.requires_grad}
         grads = torch.autograd.grad(loss, [*wanted.values(), rec.port], cotangent.to(loss.dtype), allow_unused=True)
+        if any(g is not None and g.layout != torch.strided for g in grads):
+            raise NotCaptured("a gradient is sparse")
         flat, form = tree.flatten(result)
         flat = [x.detach() if isinstance(x, Tensor) else x for x in flat]
         said[:] = [rec.visits, form, tuple(wanted)]
         return [*flat, *grads[:-1]]
 
     at = [x.detach().requires_grad_(x.requires_grad) for x in loose.values()]
+    state, mine = tree.tensors(given.state), rows.tensors(given.batch)
     try:
-        graph = make_fx(line, tracing_mode="fake", _allow_non_fake_inputs=True)(at, state, mine, torch.ones_like(
-            tape.port, dtype=torch.float32
-        ))
+        graph = make_fx(line, tracing_mode="fake", _allow_non_fake_inputs=True)(at, state, mine, given.cotangent)
     except NotCaptured:
         raise
     except Exception as error:  # somebody's code, on tensors without values: whatever it raises there, it does not here
@@ -242,38 +255,18 @@ def _words(line: Line) -> Any:
     return repr((steps, line.outputs, [(n, x.tolist()) for n, x in line.constants]))
 
 
-def _loose(whole: list[Any]) -> dict[int, Tensor]:
-    """Leaves that are open for the whole forward, each by the first of its numbers."""
-    return {i: x for i, x in enumerate(whole) if isinstance(x, Tensor)}
-
-
-def _tensors(given: list[Any]) -> list[Tensor]:
-    return tree.tensors(given)
-
-
-def _form(call: LossCall, whole: list[Any], given: list[Any], batch: Any, tape: Tape) -> Any:
-    """All that a recording depends on but values of tensors."""
-    leaves, _ = rows.opened(batch)
+def _form(call: LossCall, given: Given, tape: Tape) -> Any:
+    """All that a recording, or compiled code, depends on, but values of tensors."""
+    leaves, kind = rows.opened(given.batch)[0], tape.device.type
     own = tuple((x.path, _meta(x.value) if isinstance(x.value, Tensor) else repr(x.value)) for x in leaves)
-    learning = tuple(x.requires_grad if isinstance(x, Tensor) else None for x in whole)
+    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     return (
-        call.fn,
-        tape.whole.structure,
-        type(batch),
-        own,
-        tuple(map(_meta, _tensors(given))),
-        learning,
-        tape.dtype,
-        bool(call.rng),
+        *(call.fn, bool(call.rng), tape.whole.structure, tape.dtype, tape.device, type(given.batch), own),
+        *(_meta(given.cotangent), tuple(map(_meta, tree.tensors(given.state)))),
+        tuple(x.requires_grad if isinstance(x, Tensor) else None for x in given.whole),
+        *(cast, torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
     )
 
 
 def _meta(x: Tensor) -> Any:
     return x.dtype, x.shape, x.stride(), x.device, x.requires_grad, x.layout
-
-
-def _surroundings(device: torch.device) -> Any:
-    """Settings of this process that a recording, or compiled code, has in it."""
-    kind = device.type
-    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return cast, torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()

@@ -116,6 +116,8 @@ class _Piece:
             if node not in self.local:
                 self.add(node)
             return self.local[node]
+        if self.cut.computed(node) and (written := _written_by(node)):
+            return self.value(written[0])  # in place: the memory that it wrote into
         base = self.cut.base(node, self.at)
         if base not in self.local:
             self.local[base] = self.graph.placeholder(f"x{len(self.reads)}")
@@ -128,7 +130,6 @@ class _Piece:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
         self.local[node] = self.graph.create_node(node.op, node.target, args, kwargs)  # type: ignore[arg-type]
         self.local[node].meta["val"] = node.meta.get("val")
-
 
     def finished(self) -> list[Any]:
         """Without what nobody reads; what it reads itself."""
@@ -194,15 +195,21 @@ def _checked(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags and not never
 
 
+def _written_by(node: fx.Node) -> list[fx.Node]:
+    """What an operation writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    said = node.target._schema.arguments
+    given = dict(zip((a.name for a in said), node.args, strict=False)) | node.kwargs
+    writes = [given.get(a.name) for a in said if a.alias_info is not None and a.alias_info.is_write]
+    return [x for x in writes if isinstance(x, fx.Node)]
+
+
 def _written(node: fx.Node, inputs: list[int], params: int, number: dict[Any, int]) -> None:
     """Refuse what writes into a parameter or into a tensor that the loss holds, through a view of it, too."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return
-    for a, x in zip(node.target._schema.arguments, node.args, strict=False):
-        if a.alias_info is None or not a.alias_info.is_write or not isinstance(x, fx.Node):
-            continue
-        while x.op == "call_function" and is_view(x):
-            x = x.args[0]  # type: ignore[assignment]
+    for x in _written_by(node):
+        while x.op == "call_function" and x.target not in VERBS and (is_view(x) or _written_by(x)):
+            x = _written_by(x)[0] if _written_by(x) else x.args[0]  # type: ignore[assignment]
         gives = x.target is operator.getitem and x.args[0].target in VERBS  # type: ignore[union-attr]
         if gives or x.op == "get_attr" or x.op == "placeholder" and number[x] in inputs[:params]:
             raise NotCaptured(f"it writes ({node.target}) into a parameter, or into a tensor that it holds")
@@ -219,7 +226,9 @@ def _line(
 ) -> Line:
     """Pieces and verbs in their order, with the slots that each lets go."""
     read = {base for piece in pieces for base in piece.reads}
-    slotted = lambda at, args: fx.map_arg(args, lambda n: Slot(whole.slot(n if whole.computed(n) else whole.base(n, at))))
+    slotted = lambda at, args: fx.map_arg(
+        args, lambda n: Slot(whole.slot(n if whole.computed(n) else whole.base(n, at)))
+    )
     steps, stops = list[Segment | Verb](), list(whole.visits)
     for at, piece in enumerate(pieces):
         if any(node.op == "call_function" for node in piece.graph.nodes):
@@ -237,9 +246,7 @@ def _line(
         steps.append(Verb(verb.target.__name__, slotted(at, verb.args), writes, ()))  # type: ignore[union-attr]
     outputs = slotted(len(whole.verbs), tuple(output))
     lasting = {x.number for x in outputs if isinstance(x, Slot)} | {n for n, _ in held}
-    return Line(
-        _let_go(steps, lasting), tuple(inputs), tuple(held), outputs, tuple(stops), len(whole.number), draws
-    )
+    return Line(_let_go(steps, lasting), tuple(inputs), tuple(held), outputs, tuple(stops), len(whole.number), draws)
 
 
 def _slots(args: Any) -> list[int]:

@@ -48,8 +48,9 @@ def compile(step: Step, *, mode: str = "inductor") -> Step:  # noqa: A001
     why = {
         f"{source.name}: its forward runs elsewhere, and there is nothing to record": source.name != "value_and_grad",
         "higher_order: its units run again for every derivative; leave it out": "higher_order" in source.beside,
-        f"conditional={list(source.conditional)}: ranks need not run the same blocks, and a recording has one order of"
-        " them": bool(source.conditional),
+        f"conditional={list(source.conditional)}: ranks need not run the same blocks, and a recording has one order of them": bool(
+            source.conditional
+        ),
         "SyncBatchNorm sends inside the forward, and a recording sends at its units alone": source.synced,
     }
     for words, found in why.items():
