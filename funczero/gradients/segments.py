@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from funczero.gradients.recording import VERBS, NotCaptured, Stop, closed, opened, reopened
+from funczero.gradients.recording import VERBS, NotCaptured, Stop, opened, reopened
 
 Values = list[Any]  # by slot, of one run
 
@@ -168,8 +168,7 @@ def cut(graph: fx.Graph, visits: Sequence[Stop], constant: Callable[[str], Tenso
             _written(node, inputs, params, whole.number)
             pieces[whole.at[node]].value(node)
     assert output is not None
-    ends = [*((at, verb.args) for at, verb in enumerate(whole.verbs)), (len(whole.verbs), output.args[0])]
-    for at, args in ends:  # what verbs and the caller read
+    for args in (*(verb.args for verb in whole.verbs), output.args[0]):  # what verbs and the caller read
         for node in filter(whole.computed, _nodes(args)):
             pieces[whole.at[node]].wanted[node] = None
     for piece in reversed(pieces):

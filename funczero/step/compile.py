@@ -13,18 +13,18 @@ def compile(step: Step, *, mode: str = "inductor") -> Step:  # noqa: A001
 
     Laws: states, batches, metrics, checkpoints and messages are those of the eager step, and a run may go from one to
     the other at any update. "graph" has the eager step's bits. "inductor" fuses operations and adds in other orders:
-    another trajectory than the eager step's, which has the eager step's own promise, the same bits on 1, 2, 4, ... ranks
-    and at every stage, because blocks are compiled one by one and gathers stay outside. Draws come from the same keys.
+    another trajectory than the eager step's, with the eager step's own promise (the same bits on 1, 2, 4, ... ranks and
+    at every stage), because blocks are compiled one by one and messages stay outside. Draws come from the same keys.
 
     A recording is of one form of a batch (shapes, dtypes, strides, numbers and text in it) and of what the loss reads
-    around itself: closures, globals, attributes one by one. Another form is recorded, too, in print; what the loss reads
-    is looked at before every call, and recorded again where it has changed. What a loss reads where nobody can see it (a
-    file, the time) counts as a constant. A loss that cannot be recorded runs as it is written, and why is said once and
-    by print(step): one that decides by values, draws from python or numpy, computes with its key as a number, sends by
-    itself, or holds units open (fz.gather). step.eval runs as written.
+    around itself: closures, globals, attributes one by one. Another form is recorded, too, in print. What the loss
+    reads is looked at before every call, and the loss is recorded again where that has changed. What it reads where
+    nobody can see it (a file, the time) counts as a constant. A loss that cannot be recorded runs as it is written, and
+    why is said once, and by print(step): one that decides by values, draws from python or numpy, computes with its key
+    as a number, sends by itself, or holds units open (fz.gather). step.eval runs as written.
 
-    Every rank compiles when it first sees a form: for the tiny model of the experiments half a minute with "inductor",
-    less where torch's cache on disk has it. Like blocks are compiled once. Others wait in their first sum for as long.
+    Every rank compiles when it first sees a form, which takes tens of seconds with "inductor", and less where torch's
+    cache on disk has it; like blocks are compiled once. The others wait in their next sum for as long.
 
     Args:
       step: of value_and_grad; donate it before or afterwards.
@@ -45,15 +45,15 @@ def compile(step: Step, *, mode: str = "inductor") -> Step:  # noqa: A001
     if mode not in MODES:
         raise ValueError(f"compile: mode={mode!r} is none of {list(MODES)}; write one of them")
     source = step.source
-    why = {
-        f"{source.name}: its forward runs elsewhere, and there is nothing to record": source.name != "value_and_grad",
-        "higher_order: its units run again for every derivative; leave it out": "higher_order" in source.beside,
-        f"conditional={list(source.conditional)}: ranks need not run the same blocks, and a recording has one order of them": bool(
-            source.conditional
-        ),
-        "SyncBatchNorm sends inside the forward, and a recording sends at its units alone": source.synced,
-    }
-    for words, found in why.items():
+    some = list(source.conditional)
+    order = f"conditional={some}: ranks need not run the same blocks, and a recording has one order of them"
+    whys = (
+        (source.name != "value_and_grad", f"{source.name}: its forward runs elsewhere, and there is nothing to record"),
+        ("higher_order" in source.beside, "higher_order: its units run again for every derivative"),
+        (bool(some), order),
+        (source.synced, "SyncBatchNorm sends inside the forward, and a recording sends at its units alone"),
+    )
+    for found, why in whys:
         if found:
-            raise ChainError(f"compile: {words}; run this step as it is")
+            raise ChainError(f"compile: {why}; run this step as it is")
     return step.rebuild(capture=Capture(mode))

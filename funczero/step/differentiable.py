@@ -62,7 +62,8 @@ def differentiable(step: Step) -> DifferentiableStep:
       step: of optimizers with a formula of plain operations: adamw, adam, sgd, adagrad, lion, or a lifted pair.
 
     Raises:
-      ChainError: the step is compiled, or the chain streams, packs what it sends (wires), begins with a pullback, or ends in another optimizer.
+      ChainError: the step is compiled, or the chain streams, packs what it sends (wires), begins with a pullback, or
+        ends in another optimizer.
 
     Source: Finn et al., Model-Agnostic Meta-Learning, arXiv 1703.03400; Maclaurin et al., arXiv 1502.03492.
 
