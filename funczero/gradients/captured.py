@@ -25,7 +25,7 @@ from funczero.gradients.loss import drew, written
 from funczero.gradients.program import Program, run
 from funczero.gradients.recording import NotCaptured, Recording, say, turned
 from funczero.gradients.ref import Ref
-from funczero.gradients.segments import Line, Segment, cut
+from funczero.gradients.segments import Line, Segment, Verb, cut
 from funczero.gradients.tape import Tape
 
 FORMS = 32  # of batches that are captured; others run as they are written
@@ -38,6 +38,7 @@ class Record(NamedTuple):
 
     program: Program | None  # None: it runs as it is written
     around: ClosedOver
+    fn: Any  # the loss, by whose identity it is found
     times: int = 1  # it was recorded
 
 
@@ -149,7 +150,7 @@ class Capture:
             alone = isinstance(error, NotCompiled)  # on this machine, perhaps
             self.tell(speaks or alone, f"the loss runs as it is written, with eager's bits, because {error}")
             program = None
-        self.records[form] = Record(program, around, times)
+        self.records[form] = Record(program, around, call.fn, times)
         return program
 
     def _made(self, call: LossCall, given: Given, tape: Tape, key: tuple[int, ...], around: ClosedOver) -> Program:
@@ -164,7 +165,7 @@ class Capture:
             raise NotCaptured("it draws from torch's generator without a key")  # eager refuses it, by the layer's name
         if line.draws and any(stop.remat for stop in line.visits):
             raise NotCaptured("it draws, and has blocks that run again (remat)")
-        if key and _words(line) != _words(record((key[0] ^ 1,))[0]):
+        if key and not _alike(line, record((key[0] ^ 1,))[0]):
             raise NotCaptured("it computes with its key, which is another number at every call")
         compiled = compiler(self.mode)
         runs = [self._run(step, compiled) if isinstance(step, Segment) else None for step in line.steps]
@@ -246,13 +247,17 @@ def _known(x: Any, name: str, graph: torch.fx.Graph, held: Sequence[Tensor]) -> 
     return x
 
 
-def _words(line: Line) -> Any:
-    """What two recordings of one function must have in common: all but their memory."""
-    steps = [
-        (step.form, step.reads, step.writes) if isinstance(step, Segment) else (step.name, step.given, step.writes)
-        for step in line.steps
-    ]
-    return repr((steps, line.outputs, [(n, x.tolist()) for n, x in line.constants]))
+def _alike(a: Line, b: Line) -> bool:
+    """Are two recordings of one function the same, but for where their tensors lie?"""
+    words = lambda line: repr(
+        [
+            (x.form, x.reads, x.writes) if isinstance(x, Segment) else (x.name, x.given, x.writes)
+            for x in (*line.steps, Verb("", line.outputs, line.inputs, ()))
+        ]
+    )
+    if words(a) != words(b) or [n for n, _ in a.constants] != [n for n, _ in b.constants]:
+        return False
+    return all(x is y or torch.equal(x, y) for (_, x), (_, y) in zip(a.constants, b.constants, strict=True))
 
 
 def _form(call: LossCall, given: Given, tape: Tape) -> Any:
@@ -261,7 +266,7 @@ def _form(call: LossCall, given: Given, tape: Tape) -> Any:
     own = tuple((x.path, _meta(x.value) if isinstance(x.value, Tensor) else repr(x.value)) for x in leaves)
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     return (
-        *(call.fn, bool(call.rng), tape.whole.structure, tape.dtype, tape.device, type(given.batch), own),
+        *(id(call.fn), bool(call.rng), tape.whole.structure, tape.dtype, tape.device, type(given.batch), own),
         *(_meta(given.cotangent), tuple(map(_meta, tree.tensors(given.state)))),
         tuple(x.requires_grad if isinstance(x, Tensor) else None for x in given.whole),
         *(cast, torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),

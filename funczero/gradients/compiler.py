@@ -44,16 +44,26 @@ def _compiled(segment: Segment) -> Callable[..., Sequence[Tensor]]:
     except Exception as error:  # a compiler's own errors are of many kinds
         first = str(error).strip().splitlines()
         raise NotCompiled(f"its code does not compile: {type(error).__name__}: {first[0] if first else ''}") from error
-    return _as_said(fast, [tuple(x.stride()) for x in outs])
+    return _as_said(fast, [None if 0 in x.stride() else x.stride() for x in outs])
 
 
-def _as_said(fast: Callable[..., Sequence[Tensor]], strides: list[tuple[int, ...]]) -> Callable[..., Sequence[Tensor]]:
-    """Outputs laid out in memory as they were recorded, as what is compiled to read them was told."""
+def _as_said(
+    fast: Callable[..., Sequence[Tensor]], strides: list[tuple[int, ...] | None]
+) -> Callable[..., Sequence[Tensor]]:
+    """Outputs laid out in memory as they were recorded, as what is compiled to read them was told.
+
+    Args:
+      strides: None for an expanded one, which is a view, and so no other segment reads it.
+    """
 
     def checked(*given: Tensor) -> Sequence[Tensor]:
         out = fast(*given)
         return [
-            x if x.stride() == s else torch.empty_strided(x.shape, s, dtype=x.dtype, device=x.device).copy_(x)
+            (
+                x
+                if s is None or x.stride() == s
+                else torch.empty_strided(x.shape, s, dtype=x.dtype, device=x.device).copy_(x)
+            )
             for x, s in zip(out, strides, strict=True)
         ]
 

@@ -224,7 +224,9 @@ def _line(
     whole: _Cut, pieces: list[_Piece], inputs: list[int], held: list[tuple[int, Tensor]], output: Any, draws: bool
 ) -> Line:
     """Pieces and verbs in their order, with the slots that each lets go."""
+    ends = [*enumerate(verb.args for verb in whole.verbs), (len(whole.verbs), output)]
     read = {base for piece in pieces for base in piece.reads}
+    read |= {whole.base(n, at) for at, args in ends for n in _nodes(args) if not whole.computed(n)}
     slotted = lambda at, args: fx.map_arg(
         args, lambda n: Slot(whole.slot(n if whole.computed(n) else whole.base(n, at)))
     )
