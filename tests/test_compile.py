@@ -135,7 +135,7 @@ def test_a_run_goes_from_one_to_the_other(tmp_path):
     with fz.Checkpointer(tmp_path) as saved:
         saved.save(state, 2)
         saved.wait()
-        state = saved.restore(fast).state
+        state = saved.restore(like=(fast, params)).state
     state, _ = run(fast, state, [2])
     state, _ = run(step, state, [3])
     assert tree_hash(state) == tree_hash(want)
@@ -153,7 +153,7 @@ def test_another_form_of_a_batch_is_recorded_in_print(caplog):
 def test_what_a_loss_reads_around_itself_is_looked_at():
     scale = {"by": 1.0}
     loss_fn = lambda p, b: (scale["by"] * ((p["w"] - b) ** 2).sum(), torch.tensor(float(len(b))))
-    step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1), mesh={"data": 1})
+    step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data")), fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
     fast = fz.compile(step, mode="graph")
     state = step.init({"w": torch.zeros(3)})
     first = fast(state, torch.ones(3))[1].loss.item()
@@ -201,7 +201,7 @@ def writes(p, b):
 )
 def test_what_cannot_be_recorded_runs_as_it_is_written(loss_fn, why, caplog):
     rng = "key" in loss_fn.__code__.co_varnames
-    step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data"), rng=rng), fz.sgd(0.1), mesh={"data": 1})
+    step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data"), rng=rng), fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
     fast = fz.compile(step, mode="graph")
     state = step.init({"w": torch.ones(3)})
     with caplog.at_level(logging.WARNING):
@@ -213,7 +213,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_written(loss_fn, why, caplog):
 
 def test_a_draw_without_a_key_is_refused_as_in_the_eager_step():
     loss_fn = lambda p, b: (F.dropout(p["w"] * b).sum(), torch.tensor(1.0))
-    step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data")), fz.sgd(0.1), mesh={"data": 1})
+    step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data")), fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
     fast = fz.compile(step, mode="graph")
     for s in (step, fast):
         with pytest.raises(RuntimeError, match="draws from torch's global generator"):
@@ -221,7 +221,7 @@ def test_a_draw_without_a_key_is_refused_as_in_the_eager_step():
 
 
 def test_refusals():
-    make_step = lambda source: fz.train_step(source, fz.sgd(0.1), mesh={"data": 1})
+    make_step = lambda source: fz.train_step(source, fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
     plain = lambda p, b: (p["w"].sum(), torch.tensor(1.0))
     for source, why in (
         (fz.pullback(batch=P("data")), "its forward runs elsewhere"),

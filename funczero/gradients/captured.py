@@ -235,6 +235,8 @@ def recorded(
 
 def _known(x: Any, name: str, graph: torch.fx.Graph, held: Sequence[Tensor]) -> Tensor:
     """A tensor that the loss read beside its arguments, where it is known to be the same at every call."""
+    if isinstance(x, torch.Generator):
+        raise NotCaptured("it draws from a generator of its own")
     literal = all(
         getattr(user.target, "_opname", "").startswith("lift_fresh")
         for node in graph.nodes

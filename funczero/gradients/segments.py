@@ -149,7 +149,7 @@ def cut(graph: fx.Graph, visits: Sequence[Stop], constant: Callable[[str], Tenso
       params: how many of its first arguments are parameters.
 
     Raises:
-      NotCaptured: an operation sends, draws from a generator of its own, or writes into what it may only read.
+      NotCaptured: an operation sends, or writes into what it may only read.
     """
     whole, held, draws = _Cut(graph, visits), list[tuple[int, Tensor]](), False
     pieces = [_Piece(whole, at) for at in range(len(whole.verbs) + 1)]
@@ -187,8 +187,6 @@ def _checked(node: fx.Node) -> bool:
         raise NotCaptured(f"it calls {getattr(target, '__name__', target)}, which is no operation of torch")
     if target.namespace in ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor"):
         raise NotCaptured(f"it sends by itself ({target})")
-    if any(isinstance(x, torch.Generator) for x in (*node.args, *node.kwargs.values())):
-        raise NotCaptured(f"it draws from a generator of its own ({target})")
     given = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | node.kwargs
     never = "dropout_p" in (a.name for a in target._schema.arguments) and not given.get("dropout_p")
     return torch.Tag.nondeterministic_seeded in target.tags and not never

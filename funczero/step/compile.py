@@ -37,7 +37,7 @@ def compile(step: Step, *, mode: str = "inductor") -> Step:  # noqa: A001
 
     >>> import torch, funczero as fz
     >>> loss_fn = lambda p, b: (((p["w"] - b) ** 2).sum() / 2, torch.tensor(float(len(b))))
-    >>> step = fz.train_step(fz.value_and_grad(loss_fn, batch=fz.P("data")), fz.adamw(0.1))
+    >>> step = fz.train_step(fz.value_and_grad(loss_fn, batch=fz.P("data")), fz.all_reduce("data"), fz.adamw(0.1))
     >>> fast, state = compile(step, mode="graph"), step.init({"w": torch.zeros(())})
     >>> [run(state, torch.ones(4))[1].loss.item() for run in (step, fast)]
     [0.5, 0.5]
