@@ -63,6 +63,10 @@ def make(kind="plain", stage=0, world=1, k=4, units=None, **kw):
     return fz.train_step(*chain, mesh={"data": world}, check=0, **kw), params
 
 
+def by_sgd(source):
+    return fz.train_step(source, fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
+
+
 def run(step, state, updates, **how):
     losses = []
     for t in updates:
@@ -153,7 +157,7 @@ def test_another_form_of_a_batch_is_recorded_in_print(caplog):
 def test_what_a_loss_reads_around_itself_is_looked_at():
     scale = {"by": 1.0}
     loss_fn = lambda p, b: (scale["by"] * ((p["w"] - b) ** 2).sum(), torch.tensor(float(len(b))))
-    step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data")), fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
+    step = by_sgd(fz.value_and_grad(loss_fn, batch=P("data")))
     fast = fz.compile(step, mode="graph")
     state = step.init({"w": torch.zeros(3)})
     first = fast(state, torch.ones(3))[1].loss.item()
@@ -201,7 +205,7 @@ def writes(p, b):
 )
 def test_what_cannot_be_recorded_runs_as_it_is_written(loss_fn, why, caplog):
     rng = "key" in loss_fn.__code__.co_varnames
-    step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data"), rng=rng), fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
+    step = by_sgd(fz.value_and_grad(loss_fn, batch=P("data"), rng=rng))
     fast = fz.compile(step, mode="graph")
     state = step.init({"w": torch.ones(3)})
     with caplog.at_level(logging.WARNING):
@@ -213,7 +217,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_written(loss_fn, why, caplog):
 
 def test_a_draw_without_a_key_is_refused_as_in_the_eager_step():
     loss_fn = lambda p, b: (F.dropout(p["w"] * b).sum(), torch.tensor(1.0))
-    step = fz.train_step(fz.value_and_grad(loss_fn, batch=P("data")), fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
+    step = by_sgd(fz.value_and_grad(loss_fn, batch=P("data")))
     fast = fz.compile(step, mode="graph")
     for s in (step, fast):
         with pytest.raises(RuntimeError, match="draws from torch's global generator"):
@@ -221,7 +225,6 @@ def test_a_draw_without_a_key_is_refused_as_in_the_eager_step():
 
 
 def test_refusals():
-    make_step = lambda source: fz.train_step(source, fz.all_reduce("data"), fz.sgd(0.1), mesh={"data": 1})
     plain = lambda p, b: (p["w"].sum(), torch.tensor(1.0))
     for source, why in (
         (fz.pullback(batch=P("data")), "its forward runs elsewhere"),
@@ -229,11 +232,11 @@ def test_refusals():
         (fz.value_and_grad(plain, batch=P("data"), units=("w",), conditional=("w",)), "conditional"),
     ):
         with pytest.raises(ChainError, match=why):
-            fz.compile(make_step(source))
+            fz.compile(by_sgd(source))
     with pytest.raises(ValueError, match="'fast' is none of"):
         fz.compile(make()[0], mode="fast")
     with pytest.raises(ChainError, match="the step that fz.compile was given"):
-        fz.differentiable(fz.compile(make_step(fz.value_and_grad(plain, batch=P("data")))))
+        fz.differentiable(fz.compile(by_sgd(fz.value_and_grad(plain, batch=P("data")))))
 
 
 def test_a_model_of_hugging_face():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from operator import getitem
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -36,7 +38,7 @@ class ClosedOver:
         self.known: set[int] = set()
         self.whole = True  # was all of it looked at?
         for fn in fns:
-            self._look("", lambda fn=fn: fn)
+            self._look("", partial(_itself, fn))
 
     def changed(self) -> str:
         """The name of the first value that is another one now; "" where all are the same."""
@@ -69,11 +71,11 @@ class ClosedOver:
         if isinstance(value, (list, tuple)):
             yield f"len({name})", lambda: len(value)
             for i in range(len(value)):
-                yield f"{name}[{i}]", lambda i=i: value[i]
+                yield f"{name}[{i}]", partial(getitem, value, i)
         elif isinstance(value, dict):
             yield f"len({name})", lambda: len(value)
             for k in value:
-                yield f"{name}[{k!r}]", lambda k=k: value[k]
+                yield f"{name}[{k!r}]", partial(getitem, value, k)
         elif isinstance(value, MethodType):
             yield from self._inside(name, value.__func__)
             yield name, lambda: value.__self__
@@ -81,7 +83,7 @@ class ClosedOver:
             yield from self._of_function(name, value)
         elif not isinstance(value, (type, ModuleType)) and not _stranger(type(value).__module__):
             for k in getattr(value, "__dict__", {}):
-                yield f"{name}.{k}", lambda k=k: value.__dict__[k]
+                yield f"{name}.{k}", partial(getitem, value.__dict__, k)
             inner = getattr(type(value), "__call__", None)  # noqa: B004
             if isinstance(inner, FunctionType):
                 yield from self._inside(name, inner)
@@ -94,7 +96,7 @@ class ClosedOver:
         if _stranger(fn.__module__) and not (fn.__closure__ or ()):
             return
         for free, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-            yield free, lambda cell=cell: cell.cell_contents
+            yield free, partial(getattr, cell, "cell_contents")
         if _stranger(fn.__module__):
             return
         yield f"{fn.__name__}'s defaults", lambda: fn.__defaults__
@@ -102,10 +104,14 @@ class ClosedOver:
         names = _names(fn.__code__)
         for k in names & fn.__globals__.keys():
             found = fn.__globals__[k]
-            yield k, lambda k=k: fn.__globals__[k]
+            yield k, partial(getitem, fn.__globals__, k)
             if isinstance(found, ModuleType) and not _stranger(found.__name__):
                 for a in names & vars(found).keys():
-                    yield f"{k}.{a}", lambda found=found, a=a: vars(found)[a]
+                    yield f"{k}.{a}", partial(getitem, vars(found), a)
+
+
+def _itself(x: Any) -> Any:
+    return x
 
 
 def _names(code: CodeType) -> set[str]:

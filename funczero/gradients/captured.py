@@ -101,7 +101,9 @@ class Capture:
         self, call: LossCall, eager: Eager, whole: list[Any], batch: Any, seed: Seed, state: State, tape: Tape
     ) -> tuple[Outcome, list[Any]]:
         """The loss of one micro-batch and its gradients by leaf, as `_differentiate` of gradient.py gives them."""
-        key = (rng.fold(seed.key, seed.index),) if call.rng and seed.key != rng.UNKNOWN else ()
+        key: tuple[int, ...] = ()
+        if call.rng and seed.key != rng.UNKNOWN:
+            key = (rng.fold(seed.key, seed.index),)
         if not torch.is_grad_enabled() or type(tape.port) is not Tensor or tape.port.is_meta or call.rng and not key:
             return eager(whole, batch, seed, state, tape)
         given = Given(whole, call.given(seed, state), batch, seed.cotangent)
@@ -119,7 +121,8 @@ class Capture:
         except (RuntimeError, MemoryError) as error:
             told(error, lambda: "in the captured forward and backward")
             raise
-        outcome = call.outcome(*found.returned, given.state, seed)
+        loss, weight, moved, aux = found.returned
+        outcome = call.outcome(loss, weight, moved, aux, given.state, seed)
         grads = [None if found.void else found.grads.get(i) for i in range(len(tape.whole.structure.leaves))]
         return outcome, grads
 

@@ -38,7 +38,7 @@ def _compiled(segment: Segment) -> Callable[..., Sequence[Tensor]]:
         import torch._inductor
         import torch._inductor.config as config
 
-        given = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in of]
+        given: Any = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in of]
         with config.patch(**SETTINGS), torch.no_grad():
             fast = torch._inductor.compile(segment.run, given)
     except Exception as error:  # a compiler's own errors are of many kinds

@@ -201,7 +201,7 @@ def _run(
 def _all_its_own(outs: Sequence[Any], own: Sequence[Tensor]) -> None:
     """Refuse a block whose output depends on a leaf that was not handed in: the line would lose its gradient."""
     known, seen = {id(x) for x in own}, set[Any]()
-    todo = [x.grad_fn for x in outs if isinstance(x, Tensor) and x.grad_fn is not None]
+    todo: list[Any] = [x.grad_fn for x in outs if isinstance(x, Tensor) and x.grad_fn is not None]
     todo += [
         None for x in outs if isinstance(x, Tensor) and x.requires_grad and x.grad_fn is None and id(x) not in known
     ]

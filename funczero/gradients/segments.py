@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from funczero.gradients.recording import VERBS, NotCaptured, Stop, opened, reopened
 
-Values = list[Any]  # by slot, of one run
+Node = Any  # an fx.Node, whose arguments may be of twenty types
 
 
 class Verb(NamedTuple):
@@ -55,10 +55,10 @@ class Line(NamedTuple):
     draws: bool  # does it draw from torch's generator?
 
 
-def is_view(node: fx.Node) -> bool:
+def is_view(node: Node) -> bool:
     """Is it a view of another value?"""
     if node.target is operator.getitem:
-        return is_view(node.args[0])  # type: ignore[arg-type]
+        return is_view(node.args[0])
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     returns = node.target._schema.returns
@@ -70,8 +70,8 @@ class _Cut:
 
     def __init__(self, graph: fx.Graph, visits: Sequence[Stop]) -> None:
         self.graph, self.visits, self.number = graph, visits, dict[Any, int]()
-        self.at: dict[fx.Node, int] = {}  # the verbs before each node
-        self.verbs: list[fx.Node] = []
+        self.at: dict[Node, int] = {}  # the verbs before each node
+        self.verbs: list[Node] = []
         self.places: dict[tuple[Any, int], int] = {}  # (verb, visit) -> its place among the verbs
         for node in graph.nodes:
             if node.target in VERBS:
@@ -85,19 +85,18 @@ class _Cut:
         """The number of a value: a node, or one of what a verb gives."""
         return self.number.setdefault(what, len(self.number))
 
-    def computed(self, node: fx.Node) -> bool:
+    def computed(self, node: Node) -> bool:
         """Is it an operation of torch?"""
-        verbs = node.target in VERBS or node.target is operator.getitem and node.args[0].target in VERBS  # type: ignore
+        verbs = node.target in VERBS or node.target is operator.getitem and node.args[0].target in VERBS
         return node.op == "call_function" and not verbs
 
-    def base(self, node: fx.Node, at: int) -> Any:
+    def base(self, node: Node, at: int) -> Any:
         """What a value that is no view is called in segment `at`: a leaf is read as it was opened last."""
-        if node.target is not operator.getitem or node.args[0].target not in VERBS:  # type: ignore[union-attr]
+        if node.target is not operator.getitem or node.args[0].target not in VERBS:
             return node
         verb, i = node.args
-        assert isinstance(verb, fx.Node)
-        if verb.target is opened and self.places.get((reopened, verb.args[0]), at) < at:  # type: ignore[arg-type]
-            verb = self.reopening[verb.args[0]]  # type: ignore[index]
+        if verb.target is opened and self.places.get((reopened, verb.args[0]), at) < at:
+            verb = self.reopening[verb.args[0]]
         return verb, i
 
 
@@ -106,11 +105,11 @@ class _Piece:
 
     def __init__(self, cut: _Cut, at: int) -> None:
         self.cut, self.at, self.graph = cut, at, fx.Graph()
-        self.local: dict[Any, fx.Node] = {}
+        self.local: dict[Any, Node] = {}
         self.reads: list[Any] = []
-        self.wanted: dict[fx.Node, None] = {}  # its own nodes that others read
+        self.wanted: dict[Node, None] = {}  # its own nodes that others read
 
-    def value(self, node: fx.Node) -> fx.Node:
+    def value(self, node: Node) -> Node:
         """A value here: its own, a view that is taken again, or an input."""
         if self.cut.computed(node) and (self.cut.at[node] == self.at or is_view(node)):
             if node not in self.local:
@@ -125,10 +124,10 @@ class _Piece:
             self.reads.append(base)
         return self.local[base]
 
-    def add(self, node: fx.Node) -> None:
+    def add(self, node: Node) -> None:
         """One operation."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
-        self.local[node] = self.graph.create_node(node.op, node.target, args, kwargs)  # type: ignore[arg-type]
+        self.local[node] = self.graph.create_node(node.op, node.target, args, kwargs)
         self.local[node].meta["val"] = node.meta.get("val")
 
     def finished(self) -> list[Any]:
@@ -178,7 +177,7 @@ def cut(graph: fx.Graph, visits: Sequence[Stop], constant: Callable[[str], Tenso
     return _line(whole, pieces, inputs, held, output.args[0], draws)
 
 
-def _checked(node: fx.Node) -> bool:
+def _checked(node: Node) -> bool:
     """Does an operation draw?"""
     target: Any = node.target
     if target is operator.getitem:
@@ -192,7 +191,7 @@ def _checked(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags and not never
 
 
-def _written_by(node: fx.Node) -> list[fx.Node]:
+def _written_by(node: Node) -> list[Node]:
     """What an operation writes into."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
@@ -202,18 +201,18 @@ def _written_by(node: fx.Node) -> list[fx.Node]:
     return [x for x in writes if isinstance(x, fx.Node)]
 
 
-def _written(node: fx.Node, inputs: list[int], params: int, number: dict[Any, int]) -> None:
+def _written(node: Node, inputs: list[int], params: int, number: dict[Any, int]) -> None:
     """Refuse what writes into a parameter or into a tensor that the loss holds, through a view of it, too."""
     for x in _written_by(node):
         while x.op == "call_function" and x.target not in VERBS and (is_view(x) or _written_by(x)):
-            x = _written_by(x)[0] if _written_by(x) else x.args[0]  # type: ignore[assignment]
-        gives = x.target is operator.getitem and x.args[0].target in VERBS  # type: ignore[union-attr]
+            x = _written_by(x)[0] if _written_by(x) else x.args[0]
+        gives = x.target is operator.getitem and x.args[0].target in VERBS
         if gives or x.op == "get_attr" or x.op == "placeholder" and number[x] in inputs[:params]:
             raise NotCaptured(f"it writes ({node.target}) into a parameter, or into a tensor that it holds")
 
 
-def _nodes(args: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
+def _nodes(args: Any) -> list[Node]:
+    found: list[Node] = []
     fx.map_arg(args, found.append)
     return found
 
@@ -236,13 +235,13 @@ def _line(
         if at == len(whole.verbs):
             break
         verb = whole.verbs[at]
-        n = len(whole.visits[verb.args[0]].leaves) if verb.target in (opened, reopened) else 0  # type: ignore
+        n = len(whole.visits[verb.args[0]].leaves) if verb.target in (opened, reopened) else 0
         if verb.target is reopened and not any((verb, i) in read for i in range(n)):
             number = verb.args[0]  # its backward reads none of them
-            stops[number] = stops[number]._replace(reads=False)  # type: ignore[index]
+            stops[number] = stops[number]._replace(reads=False)
             continue
         writes = tuple(whole.slot((verb, i)) for i in range(n))
-        steps.append(Verb(verb.target.__name__, slotted(at, verb.args), writes, ()))  # type: ignore[union-attr]
+        steps.append(Verb(verb.target.__name__, slotted(at, verb.args), writes, ()))
     outputs = slotted(len(whole.verbs), tuple(output))
     lasting = {x.number for x in outputs if isinstance(x, Slot)} | {n for n, _ in held}
     return Line(_let_go(steps, lasting), tuple(inputs), tuple(held), outputs, tuple(stops), len(whole.number), draws)
