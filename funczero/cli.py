@@ -18,8 +18,9 @@ from funczero.report.cli import add as add_report_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan, report, watch}`; exit code
-    1: a promise is broken, things differ or do not fit, or something is missing; 2: bad input.
+    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan, report, watch}`.
+
+    Exit code 1: a promise is broken, things differ or do not fit, or something is missing; 2: bad input.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
