@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from funczero.checkpoint.cli import add as add_checkpoint_commands
 from funczero.deepspeed.config.explain import add_commands as add_config_commands
@@ -15,14 +18,18 @@ from funczero.report.cli import add as add_report_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan, report,
-    watch}`; exit code 1: a promise
-    is broken, things differ or do not fit, or something is missing; 2: bad input.
+    """`funczero {doctor, parity, launch, inspect, verify, diff, export, import, config, plan, report, watch}`.
+
+    Exit code 1: a promise is broken, things differ or do not fit, or something is missing; 2: bad input.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
         return _launch(words[1:])
     parser = argparse.ArgumentParser(prog="funczero", description="ZeRO as a chain of pure functions, on torch.")
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument(
+        "--print-completion", action=_Completion, choices=("bash", "zsh"), help="words for that shell, by shtab"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser(
         "parity", help="run your step builder at every stage and world, and compare", description=_parity.__doc__
@@ -48,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_config_commands(commands)
     add_plan_command(commands)
     add_report_commands(commands)
-    args = parser.parse_args(words)
     try:
+        args = parser.parse_args(words)
         return args.run(args)
     except BrokenPipeError:  # the reader, as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,6 +64,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as e:
         print(f"funczero: {e}", file=sys.stderr)
         return 2
+
+
+def _version() -> str:
+    """Of this package, and of what it stands on."""
+
+    def of(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "from its folder"
+
+    return f"funczero {of('funczero')}, torch {of('torch')}, Python {platform.python_version()}"
+
+
+class _Completion(argparse.Action):
+    """Prints what a shell completes, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        """values: the shell."""
+        try:
+            import shtab
+        except ImportError:
+            parser.exit(2, f"funczero: {option} needs shtab, which is not installed; write pip install shtab\n")
+        print(shtab.complete(parser, values))
+        parser.exit(0)
 
 
 def _launch(words: Sequence[str]) -> int:

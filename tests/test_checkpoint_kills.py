@@ -75,7 +75,8 @@ CASES = [pytest.param(c, marks=() if form_of(c) in FEW else pytest.mark.slow, id
 def lives(request, tmp_path_factory):
     """All worlds that are asked for, a few at a time: by name (its folder, what its ranks told)."""
     root, out, running = tmp_path_factory.mktemp("kills"), {}, []
-    calls = [item.callspec for item in request.session.items if "lives" in getattr(item, "fixturenames", ())]
+    own = [item for item in request.session.items if item.path == request.path]
+    calls = [item.callspec for item in own if "lives" in getattr(item, "fixturenames", ())]
     waiting = sorted(
         (c.params["case"] for c in calls), key=lambda case: case[3].get("quick", True) and "signal" not in case[3]
     )  # first the long

@@ -121,7 +121,8 @@ def test_export_loads_strictly_with_tied_names(saved, capsys, tmp_path):
     for bad, why in (
         (("x.onnx",), "does not end in .safetensors"),
         (("x.safetensors", "complex"), "no dtype"),
-        (("x.safetensors", "complex64"), "no name for"),
+        (("x.safetensors", "complex64"), "is no floating dtype"),
+        (("x.safetensors", "float8_e4m3fnuz"), "no name for"),
     ):
         with pytest.raises((ValueError, CheckpointError), match=why):
             export(directory, tmp_path / bad[0], *bad[1:])

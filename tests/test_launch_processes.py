@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
+
+from funczero.launch.node import Node
 
 SCRIPT = """
 import os, signal, sys, time
@@ -43,3 +47,18 @@ print("over")
 def test_nothing_is_left_where_it_says_so():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60)
     assert done.stdout == "over\n", done.stderr
+
+
+def test_who_died_first_is_the_cause_though_anothers_traceback_is_read_before(monkeypatch):
+    """A killed rank has no last words; while they are looked for, those come of the rank that was ended for it."""
+    said, now = [], time.monotonic()
+    node = Node.__new__(Node)
+    node.orders, node.ending, node.noticed, node.failed = {"max_restarts": 0}, None, False, False
+    node.ranks = {i: {"rank": i, "pid": 10 + i, "restart": 0} for i in (0, 1)}
+    node.deaths, node.traces = [], {}
+    node.speaker = SimpleNamespace(say=lambda **what: said.append(what))
+    monkeypatch.setattr(Node, "read", lambda self, timeout: self.traces.setdefault(1, now + 0.1))
+    monkeypatch.setattr(Node, "end", lambda self: setattr(self, "ending", True))
+    node._told({"pid": 10, "code": -9, "at": now})
+    node._told({"pid": 11, "code": 1, "at": now + 0.2})
+    assert [(x["failed"], x["code"]) for x in sorted(said, key=lambda x: -x["age"])] == [(0, -9), (1, 1)]

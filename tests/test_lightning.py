@@ -173,6 +173,18 @@ def test_sums_are_refused_by_name():
             strategy(sums="integer")
 
 
+def test_strategies_are_found_by_name():
+    import lightning as L
+
+    from funczero.lightning import FabricStrategy, FunczeroStrategy
+
+    for stage, name in [(2, "funczero"), *((s, f"funczero_stage_{s}") for s in range(4))]:
+        trainer = L.Trainer(strategy=name, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        fabric = L.Fabric(strategy=name, accelerator="cpu", devices=1)
+        for strategy, kind in ((trainer.strategy, FunczeroStrategy), (fabric.strategy, FabricStrategy)):
+            assert type(strategy) is kind and strategy.settings.stage == stage
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_module_on_meta_gets_one_start_at_every_stage(run_world, world):

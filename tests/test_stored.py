@@ -225,7 +225,7 @@ def test_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="storage is of a tree, and a state is read where it lies"):
         fz.frozen(state, step, storage="int8")
     bad = {n: x.clone().fill_(torch.inf) if n == "odd.weight" else x for n, x in rest.items()}
-    with pytest.raises(ValueError, match="'odd.weight' holds inf or nan, which no code of int8 stands for"):
+    with pytest.raises(ValueError, match="'odd.weight' holds inf or nan in float32, which no code of int8 stands for"):
         fz.frozen(bad, step, storage="int8", units=["blocks"])
     with pytest.raises(ValueError, match="beside: nothing is frozen among the parameters"):
         fz.beside(*fz.stateless(Net(), loss), lambda: base)

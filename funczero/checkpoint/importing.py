@@ -48,8 +48,8 @@ def import_weights(
       optimizer: the transform that it is for; by default the one that keeps just these moments, as "adamw".
 
     Raises:
-      CheckpointError: it cannot be read, or is not whole, or holds what is not read; it names the file and the leaf; or `dtype`
-        is no floating dtype, or ends before a value.
+      CheckpointError: it cannot be read, is not whole, or holds what is not read; it names the file and the leaf;
+        `dtype` is no floating dtype, or ends before a value.
       ValueError: a regex is none.
     """
     if buffers is not None:

@@ -55,8 +55,8 @@ def narrowed(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if most >= _end(dtype):
         top = torch.finfo(dtype).max
         raise CheckpointError(
-            f"checkpoint: {name!r} has a value of magnitude {most:.4g}, and {dtype_name(dtype)} ends at {top:.4g}; write"
-            " another dtype, as bfloat16 or float32"
+            f"checkpoint: {name!r} has a value of magnitude {most:.4g}, and {dtype_name(dtype)} ends at {top:.4g};"
+            " write another dtype, as bfloat16 or float32"
         )
     return out
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funczero.comm.units import Travelling, gather_units
 from funczero.comm.wire import Key
+from funczero.core.number import dtype_name
 from funczero.core.types import Env
 from funczero.gradients.arrivals import Group
 from funczero.gradients.course import Course
@@ -118,7 +119,8 @@ def stored(
         flat = x.to(dtype).contiguous().view(-1)
         codes, tops = write(flat, *blocks(len(x), prod(x.shape[1:])), "int8")
         if not bool(torch.isfinite(tops).all()):
-            raise ValueError(f"frozen: {structure.leaves[i].path!r} holds inf or nan, which no code of int8 stands for")
+            what = f"{structure.leaves[i].path!r} holds inf or nan in {dtype_name(dtype)}"
+            raise ValueError(f"frozen: {what}, which no code of int8 stands for; leave it out by keep=")
         c.copy_(codes.view(c.shape))
         r.copy_(tops.view(r.shape))
     return out

@@ -25,8 +25,8 @@ def fork_agent(arguments: list[str], output: int, told: int, meet: Callable[[Cal
     Args:
       arguments: torchrun's command line.
       output: the file descriptor for whatever the agent itself prints.
-      told: a pipe for lines of JSON: {"pid", "code"} for every rank that ends, {"error"} when the agent cannot go on,
-        {"note"} for the user.
+      told: a pipe for lines of JSON: {"pid", "code", "at"} for every rank that ends, at which moment of
+        the monotonic clock; {"error"} when the agent cannot go on, {"note"} for the user.
       meet: called in the fork, before torchrun is: makes known how agents meet; it is handed what tells a note.
     """
     parent, child = os.getpid(), os.fork()
@@ -56,7 +56,7 @@ def _run(arguments: list[str], told: int) -> int:
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as failed:
         for failure in failed.failures.values():
-            tell(told, pid=failure.pid, code=failure.exitcode)
+            tell(told, pid=failure.pid, code=failure.exitcode, at=time.monotonic())
         return 1
     except SignalException:
         return 1
@@ -80,8 +80,9 @@ def _watch(told: int) -> None:
         if ended is None or time.monotonic() - seen.get(ended.si_pid, -1e9) < 5:
             time.sleep(0.02)
             continue
-        seen[ended.si_pid] = time.monotonic()
-        tell(told, pid=ended.si_pid, code=ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
+        seen[ended.si_pid] = at = time.monotonic()
+        code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        tell(told, pid=ended.si_pid, code=code, at=at)
 
 
 def tell(pipe: int, **what: Any) -> None:

@@ -207,7 +207,7 @@ class Node:
         local = next((local for local, born in self.ranks.items() if born["pid"] == told["pid"]), None)
         if local is None or any(local == other for _, other, _ in self.deaths):
             return
-        self.deaths.append((time.monotonic(), local, told["code"]))
+        self.deaths.append((told["at"], local, told["code"]))
         if told["code"] == 0:
             return
         again = self.orders["max_restarts"] > 0 and not self.noticed
@@ -232,7 +232,8 @@ class Node:
         """Say that a rank has failed by itself, and how long ago that began."""
         self.failed = True
         self.read(0)  # its last words first
-        began = self.traces.get(local, time.monotonic())
+        died = next((at for at, other, _ in self.deaths if other == local), time.monotonic())
+        began = min(died, self.traces.get(local, died))  # not now: what others say for it may have been read before
         self.speaker.say(failed=self.rank(local), code=code, age=time.monotonic() - began)
 
     def judge(self) -> None:

@@ -116,8 +116,9 @@ def frozen(
         step's gradient that are among its paths.
       axes: of a tree: the mesh axes that its rows are cut over, outermost first, as ("local",) for a copy a node.
       storage: of a tree: "int8" rests matrices in codes of 8 bits and a scale for every 256 values of a row, whose
-        error is at most 1 / 254 of the largest of these; "bfloat16" rounds everything. A unit is widened as it is
-        opened, and what a loss reads is the same on any mesh. None: in `policy.compute`.
+        error is at most 1 / 254 of the largest of these before it is rounded to `policy.compute`; "bfloat16" rounds
+        everything. A unit is widened as it is opened, and what a loss reads is the same on any mesh. None: in
+        `policy.compute`.
       keep: a regex of paths that have no codes of int8, and stay in `policy.compute`.
 
     Raises:
