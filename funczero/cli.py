@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from funczero.checkpoint.cli import add as add_checkpoint_commands
+from funczero.core.version import version_of
 from funczero.deepspeed.config.explain import add_commands as add_config_commands
 from funczero.doctor.report import add_command as add_doctor
 from funczero.planning.cli import add as add_plan_command
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["launch"]:
         return _launch(words[1:])
     parser = argparse.ArgumentParser(prog="funczero", description="ZeRO as a chain of pure functions, on torch.")
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action=_Version, nargs=0, help="this one, and those of torch and Python")
     parser.add_argument(
         "--print-completion", action=_Completion, choices=("bash", "zsh"), help="words for that shell, by shtab"
     )
@@ -66,16 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _version() -> str:
-    """Of this package, and of what it stands on."""
+class _Version(argparse.Action):
+    """Prints the version of this package and of what it stands on, and ends."""
 
-    def of(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "from its folder"
-
-    return f"funczero {of('funczero')}, torch {of('torch')}, Python {platform.python_version()}"
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Nothing is asked of packages before."""
+        own, torch = version_of("funczero", "from its folder"), version_of("torch")
+        print(f"funczero {own}, torch {torch}, Python {platform.python_version()}")
+        parser.exit(0)
 
 
 class _Completion(argparse.Action):

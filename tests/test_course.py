@@ -6,20 +6,22 @@ import pytest
 import torch
 
 from funczero.gradients.course import Course
+from funczero.layout.structure import Unit
 
 LENGTHS = [10, 4, 4, 4, 4, 9, 4, 4]  # elements of a unit
 GRAD = torch.zeros((), requires_grad=True)
 
 
-def names(*lists):
+def units(*lists):
     """Of all units: those of one list share a home, the others have one each."""
     homes = {u: k for k, units in enumerate(lists) for u in units}
-    return [f"list{homes[u]}/{u}" if u in homes else f"alone{u}/0" for u in range(len(LENGTHS))]
+    names = [f"list{homes[u]}/{u}" if u in homes else f"alone{u}/0" for u in range(len(LENGTHS))]
+    return [Unit(name, True, False) for name in names]
 
 
 def forward(memo, blocks, limit, lists, reads=None):
     """One forward through (units, the units of the next block of its list): its visits."""
-    course, visits = Course(memo, names(*lists), LENGTHS, limit), []
+    course, visits = Course(memo, units(*lists), LENGTHS, limit), []
     for group, guess in blocks:
         visit = course.enter(group, guess)
         visit.reads = reads is None or group in reads
@@ -61,10 +63,10 @@ def test_the_second_forward_knows_what_travels_together(name):
 
 
 def test_a_block_of_two_units_travels_whole():
-    memo = {}
+    memo, names = {}, ["", "a/0", "a/0", "a/1", "a/2", "", "", ""]
     blocks = [((1, 2), (3,)), ((3,), (4,)), ((4,), ())]
     for _ in range(2):
-        course = Course(memo, ["", "a/0", "a/0", "a/1", "a/2", "", "", ""], LENGTHS, 12)
+        course = Course(memo, [Unit(name, bool(name), False) for name in names], LENGTHS, 12)
         visits = [course.enter(*block) for block in blocks]
         course.close()
     assert [v.stretch for v in visits] == [(1, 2, 3), (3,), (4,)]

@@ -13,7 +13,6 @@ import re
 import stat
 import zlib
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from funczero.checkpoint.arrays import Array
 from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.memory import torch_dtype
 from funczero.checkpoint.names import LONGEST
+from funczero.core.version import version_of
 
 FILE, SEAL, ARRAYS = "funczero.json", "funczero.sha256", "state"
 STAMPED, LAST = "_CHECKPOINT_METADATA", "commit_success.txt"  # orbax's own: completed, and written, after the seal
@@ -59,16 +59,8 @@ class Manifest(NamedTuple):
 @cache
 def versions() -> dict[str, str]:
     """What wrote this."""
-
-    def of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    return {name: of(name) for name in ("funczero", "torch", "orbax-checkpoint", "tensorstore")} | {
-        "python": platform.python_version()
-    }
+    packages = "funczero", "torch", "orbax-checkpoint", "tensorstore"
+    return {name: version_of(name, "not installed") for name in packages} | {"python": platform.python_version()}
 
 
 def seal(folder: Path, manifest: Manifest, limit: int = LIMIT) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from funczero.core.version import version_of
 from funczero.kernels import registry
 from funczero.layout.processes import default_device
 from funczero.world import environment
@@ -79,26 +80,19 @@ def packages(requires: Iterable[str] | None = None) -> Iterator[Finding]:
         if "extra ==" not in text:
             yield _required(text)
     for name, use in OPTIONAL.items():
-        there = _version(name)
+        there = version_of(name)
         yield Finding("packages", name, there or "not installed", use, WELL if there else NOTE)
 
 
 def _required(text: str) -> Finding:
     name = re.split(r"[^\w.-]", text, maxsplit=1)[0]
-    there, bounds = _version(name), re.findall(r"(>=|<)\s*([\d.]+)", text)
+    there, bounds = version_of(name), re.findall(r"(>=|<)\s*([\d.]+)", text)
     number = lambda version: [int(x) for x in re.findall(r"\d+", version.partition("+")[0])[:3]]
     if not there:
         return Finding("packages", name, f"not installed; write pip install '{text}'", "required", WRONG)
     fits = all((number(there) >= number(v)) == (sign == ">=") for sign, v in bounds)
     said = there if fits else f"{there}, but {text} is needed; write pip install '{text}'"
     return Finding("packages", name, said, "required", WELL if fits else WRONG)
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def collectives() -> Iterator[Finding]:

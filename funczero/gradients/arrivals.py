@@ -70,14 +70,7 @@ class Arrivals:
             digits, stride = [*digits, index * stride], stride * size
         # of the micro-batch's index, digits of axes that are summed later
         self.later = [sum(digits[i + 1 :]) for i in range(len(axes))]
-        learning = [u for u, unit in enumerate(whole.structure.units) if unit.seam and not unit.frozen]
-        loose = [u for u, unit in enumerate(whole.structure.units) if not unit.seam and not unit.frozen]
-        wide = dtype.itemsize
-        self.messages = messages(
-            [*reversed(learning), *(u for u in loose if whole.lengths[u])],
-            [wide * n for n in whole.lengths],
-            env.link.together,
-        )
+        self.messages = _messages_of(whole, dtype.itemsize, env.link.together)
         self.uses: dict[int, int] = {}  # forwards of a unit whose gradient has not arrived
         self.booking = self.look = self.void = False
         self.agreed = False  # do gradients leave when all ranks have agreed on it (agree.py)?
@@ -276,6 +269,18 @@ class Arrivals:
         for u, counts in self.bad.items():
             bad[list(self.whole.structure.members[u])] = counts
         return bad
+
+
+def _messages_of(whole: Where, wide: int, limit: int) -> list[Group]:
+    """Of all that learns, the units outside the seam last. Worked out once."""
+    key = "messages", wide, limit
+    if key not in whole.memo:
+        learning = [(u, unit.seam) for u, unit in enumerate(whole.structure.units) if not unit.frozen]
+        seam, loose = ([u for u, at_seam in learning if at_seam == here] for here in (True, False))
+        order = [*reversed(seam), *(u for u in loose if whole.lengths[u])]
+        whole.memo[key] = messages(order, [wide * n for n in whole.lengths], limit)
+    found: list[Group] = whole.memo[key]
+    return found
 
 
 def messages(units: Sequence[int], nbytes: Sequence[int], limit: int) -> list[Group]:

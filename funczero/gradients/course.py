@@ -11,6 +11,7 @@ import torch
 
 from funczero.core import tree
 from funczero.gradients.arrivals import Group
+from funczero.layout.structure import Unit
 
 
 class Known(NamedTuple):
@@ -55,16 +56,16 @@ class Visit:
 class Course:
     """The blocks that one tape's forward has opened, and which one comes before and after each."""
 
-    def __init__(self, memo: dict[Any, Any], names: Sequence[str], lengths: Sequence[int], limit: int) -> None:
+    def __init__(self, memo: dict[Any, Any], units: Sequence[Unit], lengths: Sequence[int], limit: int) -> None:
         """Nothing is opened.
 
         Args:
           memo: where the course of the last forward over these parameters is kept.
-          names: of every unit; those of one list differ in what stands last.
-          lengths: elements of every whole unit.
+          units: all of them; the names of one list's differ in what stands last.
+          lengths: elements of each, whole.
           limit: elements up to which neighbours travel together.
         """
-        self.memo, self.names, self.lengths, self.limit = memo, names, lengths, limit
+        self.memo, self.units, self.lengths, self.limit = memo, units, lengths, limit
         self.key = "course", limit
         self.was: Known = memo.get(self.key, Known())
         self.now: list[Group] = []
@@ -133,12 +134,13 @@ class Course:
         perhaps on one rank alone. Where each block travels by itself, ranks that chose others still launch as many
         messages, and the next sum tells.
         """
-        ran = [self.names[group[0]] for group in self.now if group]
+        names = [unit.name for unit in self.units]
+        ran = [names[group[0]] for group in self.now if group]
         lists: dict[str, dict[str, None]] = {}
-        for name in self.names:
+        for name in names:
             lists.setdefault(home(name), {})[name] = None
         whole = {here for here, blocks in lists.items() if [n for n in ran if home(n) == here] == list(blocks)}
-        return frozenset(u for u, name in enumerate(self.names) if home(name) in whole)
+        return frozenset(u for u, name in enumerate(names) if home(name) in whole)
 
 
 def home(name: str) -> str:

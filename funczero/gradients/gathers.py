@@ -54,12 +54,15 @@ class Gathers:
     def launch(self, units: Iterable[int]) -> None:
         """Start to gather units that are not here or under way; what is packed alike goes in one message."""
         frozen, edge = self.views.where.structure.units, self.env.edges[self.rest[-1]]
-        new = [u for u in units if u not in self.flying and u not in self.here and u not in self.open]
         by_wire: dict[int, list[int]] = {}
-        for u in new:
+        for u in self.away(units):
             by_wire.setdefault(id(edge.views_of(frozen[u].frozen)), []).append(u)
         for same in by_wire.values():
             self.start(tuple(same))
+
+    def away(self, units: Iterable[int]) -> Group:
+        """Of units those that are neither here nor under way."""
+        return tuple(u for u in units if u not in self.flying and u not in self.here and u not in self.open)
 
     def start(self, units: Group) -> None:
         """One message is under way."""

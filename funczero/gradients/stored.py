@@ -152,7 +152,7 @@ class StoredGathers(Gathers):
 
     def launch(self, units: Iterable[int]) -> None:
         """Make a message of what is not here; it is asked for at once."""
-        new = tuple(u for u in units if u not in self.flying and u not in self.here and u not in self.open)
+        new = self.away(units)
         if new:
             self.start(new)
 
@@ -190,7 +190,7 @@ class StoredTape(Tape):
         views = Slots(empty, stored.plain)
         super().__init__(views, (), env, False, True, key)
         self.seam, self.gathers = True, StoredGathers(stored, views, env, key)
-        self.course = Course(self.whole.memo, [u.name for u in self.whole.structure.units], self.whole.lengths, 0)
+        self.course = Course(self.whole.memo, self.whole.structure.units, self.whole.lengths, 0)
 
 
 def _gathered(slots: Slots, unit: int, env: Env, key: Key) -> Tensor:

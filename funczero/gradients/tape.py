@@ -76,7 +76,7 @@ class Tape:
         self.leaves: dict[int, Tensor] = {}  # by leaf number, where nothing is gathered or scattered
         self.lent: list[Lent] = []  # leaves that a loss holds by itself (fz.gather)
         limit = 0 if agreement is not None else env.link.together // self.dtype.itemsize
-        self.course = Course(self.whole.memo, [u.name for u in self.whole.structure.units], self.whole.lengths, limit)
+        self.course = Course(self.whole.memo, self.whole.structure.units, self.whole.lengths, limit)
 
     @property
     def device(self) -> torch.device:

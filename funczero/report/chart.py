@@ -67,7 +67,7 @@ def chart(
       dots: few numbers far apart, each of which is a dot.
       instead: said where there is nothing to draw; by default why.
     """
-    over = axis_of(*span)._replace(low=float(span[0]), high=float(max(span[1], span[0] + 1)))
+    over = Axis(float(span[0]), float(max(span[1], span[0] + 1)))
     head = f'<figcaption><span class="what">{escape(title)}</span><span class="unit">{escape(note)}</span>'
     shape = f'<figure class="chart{" wide" if wide else ""}">'
     drawn = [c for c in curves if len(c.x)]

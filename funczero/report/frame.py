@@ -12,6 +12,7 @@ from rich.text import Text
 from funczero.planning.words import amount, duration
 from funczero.report.axis import short
 from funczero.report.kept import Kept
+from funczero.report.numbers import RATE
 from funczero.report.series import Series
 from funczero.report.spark import blocks, place, plot
 from funczero.report.tables import span
@@ -27,7 +28,7 @@ def state(kept: Kept) -> tuple[str, str]:
     """Whether the run still lives: a word, and a sentence."""
     end, age = kept.events.end, kept.age()
     if end is not None:
-        return (end["how"] if end["how"] in TONE else "stopped"), f"{end['how']} {end['words']}".strip()
+        return (end["how"] if end["how"] in TONE else "stopped"), kept.ended()
     takes = update_takes(kept)
     if kept.numbers.last < 0 and kept.numbers.evaluated < 0:
         return "runs", f"nothing is logged yet; begun {span(age)} ago"
@@ -72,8 +73,7 @@ def _progress(kept: Kept, width: int) -> Text:
     if not steps:
         return Text(f"{last:,} updates; of how many is not recorded")
     share, wide = min(1.0, last / steps), max(10, min(40, width - 50))
-    over = takes is None or last >= steps or kept.events.end is not None
-    left = "" if takes is None or over else f"   about {span((steps - last) * takes)} left"
+    left = "" if takes is None or not kept.left() else f"   about {span(kept.left() * takes)} left"
     done = round(share * wide)
     return Text.assemble(("━" * done, "cyan"), ("─" * (wide - done), "dim"), f"  {last:,} of {steps:,} updates{left}")
 
@@ -107,9 +107,9 @@ def _lines(kept: Kept, width: int) -> Iterator[Text]:
     """A line a name: its last number, and its curve."""
     numbers, own = kept.numbers, kept.numbers.updates
     over = float(numbers.first), float(max(numbers.last, numbers.first + 1))
-    rate = next((n for n in own if n.endswith("_per_second")), "")
+    rate = next((n for n in own if n.endswith(RATE)), "")
     rows = [("loss", "loss", ""), ("norm", "grad_norm", ""), ("learning rate", "lr", ""), ("scale", "scale", "")]
-    rows += [(f"{words(rate.removesuffix('_per_second'))}/s", rate, ""), ("sent", "bytes_sent", "bytes")]
+    rows += [(f"{words(rate.removesuffix(RATE))}/s", rate, ""), ("sent", "bytes_sent", "bytes")]
     for label, name, kind in rows:
         series = own.get(name)
         if series is not None and series.last is not None and not (name == "scale" and series.low == series.high == 1):

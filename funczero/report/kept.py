@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from funczero.checkpoint import folder as checkpoints
 from funczero.report.lines import Lines
-from funczero.report.numbers import Numbers
+from funczero.report.numbers import RATE, Numbers
+from funczero.report.series import Series
 from funczero.script.record import FILE, FORM, PLAN
 from funczero.world.plain import plain
 
@@ -281,11 +282,20 @@ class Kept:
         rate, amount = self.rate(), self.events.about.get("amount", 0)
         return amount * rate.inverse / rate.count if rate is not None and rate.count and amount > 0 else None
 
-    def rate(self) -> Any:
+    def left(self) -> int:
+        """Updates that are still to come; 0 where the run has ended, or did not say of how many."""
+        return max(0, self.events.about.get("steps", 0) - self.numbers.last) if self.events.end is None else 0
+
+    def rate(self) -> Series | None:
         """The series of units a second; None: there is none."""
         unit = self.events.about.get("unit")
-        named = [n for n in self.numbers.updates if n.endswith("_per_second") and unit in (None, n[:-11])]
+        named = [n for n in self.numbers.updates if n.endswith(RATE) and unit in (None, n.removesuffix(RATE))]
         return self.numbers.updates[named[0]] if named else None
+
+    def ended(self) -> str:
+        """How the run ended, in words; "" where it did not."""
+        end = self.events.end
+        return "" if end is None else f"{end['how']} {end['words']}".strip()
 
 
 def named(paths: list[Path]) -> list[str]:

@@ -18,6 +18,7 @@ CHUNK = 1 << 14  # lines that are gathered before they are added
 NAMES, LENGTH = 100, 80  # curves of a run, and characters of a name
 KINDS = {bool, int, float}
 MOST = 2**53  # updates
+RATE = "_per_second"  # how the name of a rate ends
 SKIPS = 1 << 12  # whose places are kept
 
 Rows = defaultdict[tuple[Any, ...], list[tuple[Any, ...]]]  # (of updates?, *names) -> the numbers of lines

@@ -12,13 +12,13 @@ import numpy as np
 
 from funczero.report import tables
 from funczero.report.chart import Chart, Curve, Marks, chart
-from funczero.report.kept import Kept, Skip
+from funczero.report.kept import Kept, Skip, named
+from funczero.report.numbers import RATE
 from funczero.report.series import Array, Series
 from funczero.report.tables import said, swatch
 from funczero.script.progress import words
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-RATE = "_per_second"
 OWN = ("loss", "lr", "grad_norm", "ok", "scale", "bytes_sent")  # an update's numbers that have a chart of their own
 
 
@@ -156,7 +156,7 @@ def _times(runs: Sequence[Kept]) -> list[Curve]:
     """Seconds of updates, by their rates; extremes stay extremes."""
     out = []
     for i, run in enumerate(runs):
-        series: Series | None = run.rate()
+        series = run.rate()
         size = run.events.about.get("amount", 0)
         if series is not None and size > 0:
             x, y = series.points()
@@ -180,8 +180,6 @@ def write(runs: Sequence[Path], out: Path) -> Sequence[Kept]:
     Raises:
       ValueError: a folder is no run; the page cannot be written.
     """
-    from funczero.report.kept import named
-
     found = [Kept(path, name) for path, name in zip(runs, named(list(runs)), strict=True)]
     part = out.with_name(f".{out.name}.part")
     try:

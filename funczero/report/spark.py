@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from funczero.report.axis import axis_of
+from funczero.report.axis import Axis, axis_of
 from funczero.report.series import Array
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -25,8 +25,8 @@ def plot(x: Array, y: Array, span: tuple[float, float], width: int, height: int)
     >>> plot(np.arange(4.0), np.array([0.0, 1.0, 2.0, 3.0]), (0, 3), 2, 1)
     ['⡠⠊']
     """
-    axis = axis_of(float(y.min()), float(y.max()))
     low, high = float(y.min()), float(y.max())
+    axis = axis_of(low, high)
     flat = high == low
     tall = 4 * height
     cells = np.zeros((height, width), np.int64)
@@ -62,6 +62,5 @@ def blocks(x: Array, y: Array, span: tuple[float, float], width: int) -> str:
         column = place(a, span, width)
         most[column] = max(most.get(column, -math.inf), b)
     low, high = min(most.values()), max(most.values())
-    k = 0.25 if max(abs(low), abs(high)) > 1e300 else 1.0
-    part = lambda b: (k * b - k * low) / (k * high - k * low) if high > low else 0.5
+    part = lambda b: Axis(low, high).at(b) if high > low else 0.5
     return "".join(BLOCKS[min(7, int(part(most[c]) * 7.999))] if c in most else " " for c in range(width))

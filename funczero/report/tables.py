@@ -76,7 +76,7 @@ def status(kept: Kept) -> tuple[str, str]:
     end = kept.events.end
     if end is not None:
         how = end["how"] if end["how"] in ("finished", "stopped", "failed") else "open"
-        return how, f"{end['how']} {end['words']}".strip()
+        return how, kept.ended()
     if kept.recorded:
         return "open", f"no end is written: it runs, or was killed; its last number is {span(kept.age())} old"
     return "open", f"how it ended is not known; its last number is {span(kept.age())} old"

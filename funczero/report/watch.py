@@ -83,8 +83,8 @@ def line(kept: Kept) -> str:
         if series is not None and series.last is not None:
             parts.append(f"{label} {short(series.last[1])}")
     takes = update_takes(kept)
-    if takes is not None and steps > numbers.last and kept.events.end is None:
-        parts.append(f"about {span((steps - numbers.last) * takes)} left")
+    if takes is not None and kept.left():
+        parts.append(f"about {span(kept.left() * takes)} left")
     parts += [f"{numbers.skipped:,} skipped"] * bool(numbers.skipped)
     word, sentence = state(kept)
     parts += [sentence.partition(",")[0]] if word in ("runs", "silent") else [sentence]

@@ -8,7 +8,6 @@ the one that a later `begin` starts from was undone by it. `plan.json` beside it
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from funczero.core.types import TrainState
+from funczero.core.version import version_of
 from funczero.layout.processes import default_device, world_size
 from funczero.planning.plan import plan
 from funczero.planning.update import bytes_of
@@ -202,16 +202,12 @@ def about(run: Run, own: Experiment, state: TrainState) -> dict[str, Any]:
 
 def surroundings(run: Run) -> dict[str, Any]:
     """Where it runs. Of the process's environment only what the house itself reads is looked at."""
-    try:
-        own = importlib.metadata.version("funczero")
-    except importlib.metadata.PackageNotFoundError:
-        own = "from its folder"
     device, here = default_device(), int(os.environ.get("LOCAL_WORLD_SIZE", "0") or 0)
     named = torch.accelerator.is_available() and getattr(torch, device.type, None)
     name = f" ({named.get_device_name(0)})" if named and hasattr(named, "get_device_name") else ""
     world = world_size()
     return {
-        "funczero": own,
+        "funczero": version_of("funczero", "from its folder"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
