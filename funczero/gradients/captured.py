@@ -20,7 +20,7 @@ from funczero.core.spans import span
 from funczero.core.types import Seed, State
 from funczero.gradients import draws
 from funczero.gradients.call import LossCall, Outcome
-from funczero.gradients.compiler import NotCompiled, compiler
+from funczero.gradients.compiler import compiler
 from funczero.gradients.loss import drew, written
 from funczero.gradients.program import Program, run
 from funczero.gradients.recording import NotCaptured, Recording, say, turned
@@ -91,10 +91,17 @@ class Capture:
             )
         return [said, *self.told]
 
-    def tell(self, speaks: bool, words: str) -> None:
-        """Say something once."""
-        if speaks and words not in self.told:
+    def tell(self, rank: int, words: str) -> None:
+        """Say something once, on rank 0 alone."""
+        if rank == 0 and words not in self.told:
             logging.warning("compile: %s", words)
+        self.told[words] = None
+
+    def as_written(self, rank: int, why: Any) -> None:
+        """Say once why the eager step's code runs, on every rank where it does: others may run what is compiled."""
+        words = f"the loss runs as it is written, with eager's bits, because {why}"
+        if words not in self.told:
+            logging.warning("compile: %s%s", f"rank {rank}: " if rank else "", words)
         self.told[words] = None
 
     def differentiate(
@@ -127,31 +134,30 @@ class Capture:
         return outcome, grads
 
     def _program(self, call: LossCall, given: Given, tape: Tape, key: tuple[int, ...]) -> Program | None:
-        speaks, times = tape.env.mesh.rank(tuple(tape.env.mesh.axes))[0] == 0, 1
+        rank, times = tape.env.mesh.rank(tuple(tape.env.mesh.axes))[0], 1
         if odd := given.odd():
-            self.tell(speaks, f"the loss runs as it is written, with eager's bits, because {odd}")
+            self.as_written(rank, odd)
             return None
         form = _form(call, given, tape)
         record = self.records.get(form)
         if record is not None:
-            name = record.around.changed()
-            if not name or record.times == TIMES:
+            name = "" if record.program is None else record.around.changed()
+            if not name:
                 return record.program
             times = record.times + 1
-            self.tell(speaks, f"the loss reads {name!r}, which is another now: it is recorded again")
+            self.tell(rank, f"the loss reads {name!r}, which is another now: it is recorded again")
         elif len(self.records) >= FORMS:
-            self.tell(speaks, f"more than {FORMS} forms of batches: others run as they are written, with eager's bits")
+            self.as_written(rank, f"there are more than {FORMS} forms of batches")
             return None
         elif self.records:
-            self.tell(speaks, "another form of a batch is recorded, too")
+            self.tell(rank, "another form of a batch is recorded, too")
         around = ClosedOver(list(call.user))
         try:
             if times == TIMES:
                 raise NotCaptured(f"what it reads around itself has changed {TIMES - 1} times")
             program = self._made(call, given, tape, key, around)
         except NotCaptured as error:
-            alone = isinstance(error, NotCompiled)  # on this machine, perhaps
-            self.tell(speaks or alone, f"the loss runs as it is written, with eager's bits, because {error}")
+            self.as_written(rank, error)
             program = None
         self.records[form] = Record(program, around, call.fn, times)
         return program
@@ -159,8 +165,8 @@ class Capture:
     def _made(self, call: LossCall, given: Given, tape: Tape, key: tuple[int, ...], around: ClosedOver) -> Program:
         if draws.own_generator() is not None:
             raise NotCaptured("ranks are threads of one process (simulate), which share the compiler")
-        if not around.whole:
-            raise NotCaptured("it can see more values around itself than are looked at before each call")
+        if around.odd:
+            raise NotCaptured(f"it can see {around.odd}, around itself, and nobody can tell whether that is the same")
         held = [*around.tensors, *getattr(call.fn, "constants", lambda: [])()]
         record = lambda key: recorded(call, given, tape, key, held)
         line, form, wanted = record(key)
@@ -170,6 +176,8 @@ class Capture:
             raise NotCaptured("it draws, and has blocks that run again (remat)")
         if key and not _alike(line, record((key[0] ^ 1,))[0]):
             raise NotCaptured("it computes with its key, which is another number at every call")
+        if name := around.changed():
+            raise NotCaptured(f"it changes {name!r}, which it reads, too, and has done so once more for the recording")
         compiled = compiler(self.mode)
         runs = [self._run(step, compiled) if isinstance(step, Segment) else None for step in line.steps]
         return Program(line, tuple(runs), form, wanted)
@@ -275,6 +283,8 @@ def _form(call: LossCall, given: Given, tape: Tape) -> Any:
         *(_meta(given.cotangent), tuple(map(_meta, tree.tensors(given.state)))),
         tuple(x.requires_grad if isinstance(x, Tensor) else None for x in given.whole),
         *(cast, torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
+        *(torch.get_float32_matmul_precision(), torch._C._get_mkldnn_enabled(), torch._C._get_math_sdp_enabled()),
+        *(torch._C._get_flash_sdp_enabled(), torch._C._get_mem_efficient_sdp_enabled()),
     )
 
 

@@ -16,10 +16,6 @@ MODES = ("inductor", "graph")
 SETTINGS: dict[str, Any] = {"cpp_wrapper": True, "fallback_random": True, "compile_threads": 1}
 
 
-class NotCompiled(NotCaptured):
-    """The compiler does not work here."""
-
-
 def compiler(mode: str) -> Callable[[Segment], Any]:
     """Segment -> (tensors) -> tensors."""
     return _compiled if mode == "inductor" else lambda segment: segment.run
@@ -29,7 +25,7 @@ def _compiled(segment: Segment) -> Callable[..., Sequence[Tensor]]:
     """By inductor.
 
     Raises:
-      NotCompiled: with the compiler's own words.
+      NotCaptured: with the compiler's own words.
     """
     of = [n.meta["val"] for n in segment.run.graph.nodes if n.op == "placeholder"]
     ends = next(n for n in segment.run.graph.nodes if n.op == "output").args[0]
@@ -43,7 +39,7 @@ def _compiled(segment: Segment) -> Callable[..., Sequence[Tensor]]:
             fast = torch._inductor.compile(segment.run, given)
     except Exception as error:  # a compiler's own errors are of many kinds
         first = str(error).strip().splitlines()
-        raise NotCompiled(f"its code does not compile: {type(error).__name__}: {first[0] if first else ''}") from error
+        raise NotCaptured(f"its code does not compile: {type(error).__name__}: {first[0] if first else ''}") from error
     return _as_said(fast, [None if 0 in x.stride() else x.stride() for x in outs])
 
 
