@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import logging
+import os
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,16 +158,86 @@ def test_another_form_of_a_batch_is_recorded_in_print(caplog):
     assert captured(fast)[0] == 2 and "another form" in captured(fast)[1][0]
 
 
-def test_what_a_loss_reads_around_itself_is_looked_at():
-    scale = {"by": 1.0}
-    loss_fn = lambda p, b: (scale["by"] * ((p["w"] - b) ** 2).sum(), torch.tensor(float(len(b))))
+class Held:
+    """An object with attributes, a slot's worth of them, a set, and a property that reads one."""
+
+    shared = 1.0
+
+    def __init__(self):
+        self.by, self.among, self.small, self.array = 1.0, {1.0}, torch.ones(()), numpy.ones(3)
+        self.deep = {"er": [Slotted()]}
+
+    @property
+    def all(self):
+        return self.shared
+
+
+class Slotted:
+    __slots__ = ("by",)
+
+    def __init__(self):
+        self.by = 1.0
+
+
+AROUND = {
+    "attribute": (lambda h: h.by, lambda h: setattr(h, "by", 2.0)),
+    "set": (lambda h: len(h.among), lambda h: h.among.add(2.0)),
+    "tensor as a number": (lambda h: float(h.small), lambda h: h.small.fill_(2.0)),
+    "tensor's data": (lambda h: float(h.small), lambda h: h.small.data.fill_(2.0)),
+    "array": (lambda h: float(h.array[0]), lambda h: h.array.fill(2.0)),
+    "slot": (lambda h: h.deep["er"][0].by, lambda h: setattr(h.deep["er"][0], "by", 2.0)),
+    "class": (lambda h: h.all, lambda h: setattr(Held, "shared", 2.0)),
+    "key": (lambda h: 1.0 + h.deep.get("new", 0.0), lambda h: h.deep.update(new=1.0)),
+    "vars": (lambda h: getattr(h, "new", 1.0), lambda h: setattr(h, "new", 2.0)),
+    "environment": (
+        lambda h: float(os.environ.get("FUNCZERO_BY", 1)),
+        lambda h: os.environ.update(FUNCZERO_BY="2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_a_loss_reads_around_itself_is_compared(name, monkeypatch):
+    reads, changes = AROUND[name]
+    monkeypatch.setattr(Held, "shared", 1.0)
+    monkeypatch.delenv("FUNCZERO_BY", raising=False)
+    monkeypatch.setenv("FUNCZERO_BY_NOBODY", "1")  # which puts back what the change leaves
+    held = Held()
+    loss_fn = lambda p, b: (reads(held) * ((p["w"] - b) ** 2).sum(), torch.tensor(float(len(b))))
     step = by_sgd(fz.value_and_grad(loss_fn, batch=P("data")))
     fast = fz.compile(step, mode="graph")
     state = step.init({"w": torch.zeros(3)})
     first = fast(state, torch.ones(3))[1].loss.item()
-    scale["by"] = 2.0
+    assert captured(fast) == (1, []) and fast(state, torch.ones(3))[1].loss.item() == first
+    changes(held)
     assert fast(state, torch.ones(3))[1].loss.item() == 2 * first
-    assert "'by'" in str(fast) and "recorded again" in str(fast)
+    assert captured(fast)[0] == 1 and "which is another now: it is recorded again" in str(fast)
+    os.environ.pop("FUNCZERO_BY", None)
+
+
+def test_what_a_module_shares_with_the_world_is_compared():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    model.settings = SimpleNamespace(by=1.0)
+    loss_fn, params = fz.stateless(model, lambda m, b: ((m(b) * m.settings.by).sum(), torch.tensor(1.0)))
+    step = by_sgd(fz.value_and_grad(loss_fn, batch=P("data")))
+    fast, state = fz.compile(step, mode="graph"), step.init(params)
+    for by in (1.0, 2.0):
+        model.settings.by = by
+        assert fast(state, torch.ones(2, 3))[1].loss == step(state, torch.ones(2, 3))[1].loss
+    assert captured(fast)[0] == 1 and "recorded again" in str(fast)
+
+
+COUNT = []
+
+
+def counts(p, b):
+    COUNT.append(0)
+    return (p["w"] * b).sum(), torch.tensor(1.0)
+
+
+def iterates(p, b, it=iter(range(10))):  # noqa: B008
+    return (p["w"] * b).sum() * len(str(it)), torch.tensor(1.0)
 
 
 KEPT = torch.arange(3.0)
@@ -201,6 +274,8 @@ def writes(p, b):
         (by_its_key, "generator of its own"),
         (with_a_number, "computes with its key"),
         (writes, "writes"),
+        (counts, "it changes"),
+        (iterates, "a range_iterator"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

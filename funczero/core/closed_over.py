@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import enum
 import logging
 import re
@@ -9,6 +10,7 @@ import sys
 import sysconfig
 import types
 import typing
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from operator import getitem
@@ -105,6 +107,8 @@ def _inside(name: str, value: Any) -> Inside | None:
         return iter(())
     if isinstance(value, (Tensor, numpy.ndarray)):
         return _of_numbers(name, value)
+    if isinstance(value, weakref.ref) and isinstance(value(), (Tensor, type(None))):
+        return iter([(name, lambda: id(value()))])
     if isinstance(value, (list, tuple, dict, set, Mapping)):
         return _of_container(name, value)
     if isinstance(value, type):
@@ -183,7 +187,7 @@ def _of_function(name: str, fn: types.FunctionType) -> Inside:
     yield f"{fn.__name__}'s defaults", lambda: fn.__defaults__
     yield f"{fn.__name__}'s keyword defaults", lambda: fn.__kwdefaults__
     names = _names(fn.__code__)
-    for k in sorted(names & fn.__globals__.keys()):
+    for k in sorted(_names(fn.__code__, "LOAD_GLOBAL", "LOAD_NAME") & fn.__globals__.keys()):
         found = fn.__globals__[k]
         yield k, partial(getitem, fn.__globals__, k)
         if isinstance(found, types.ModuleType):
@@ -197,9 +201,10 @@ def _itself(x: Any) -> Any:
     return x
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """Every name that a function's code, or that of a function inside it, loads."""
-    return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+def _names(code: types.CodeType, *how: str) -> set[str]:
+    """Names that a function's code, or that of a function inside it, loads by these instructions; by any without."""
+    own = {str(i.argval) for i in dis.get_instructions(code) if i.opname in how} if how else set(code.co_names)
+    return own.union(*(_names(c, *how) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 
 def _in_python(cls: type) -> bool:

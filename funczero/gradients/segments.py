@@ -186,6 +186,8 @@ def _checked(node: Node) -> bool:
         raise NotCaptured(f"it calls {getattr(target, '__name__', target)}, which is no operation of torch")
     if target.namespace in ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor"):
         raise NotCaptured(f"it sends by itself ({target})")
+    if "_rnn" in target.name():
+        raise NotCaptured(f"{target} keeps what its backward reads only while torch records a graph")
     given = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | node.kwargs
     never = "dropout_p" in (a.name for a in target._schema.arguments) and not given.get("dropout_p")
     return torch.Tag.nondeterministic_seeded in target.tags and not never

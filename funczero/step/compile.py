@@ -14,14 +14,19 @@ def compile(step: Step, *, mode: str = "inductor") -> Step:  # noqa: A001
     Laws: states, batches, metrics, checkpoints and messages are those of the eager step, and a run may go from one to
     the other at any update. "graph" has the eager step's bits. "inductor" fuses operations and adds in other orders:
     another trajectory than the eager step's, with the eager step's own promise (the same bits on 1, 2, 4, ... ranks and
-    at every stage), because blocks are compiled one by one and messages stay outside. Draws come from the same keys.
+    at every stage), because blocks are compiled one by one and messages stay outside. Draws come from the same keys;
+    "inductor" may hand them out to a tensor's elements in another order.
 
-    A recording is of one form of a batch (shapes, dtypes, strides, numbers and text in it) and of what the loss reads
-    around itself: closures, globals, attributes one by one. Another form is recorded, too, in print. What the loss
-    reads is looked at before every call, and the loss is recorded again where that has changed. What it reads where
-    nobody can see it (a file, the time) counts as a constant. A loss that cannot be recorded runs as it is written, and
-    why is said once, and by print(step): one that decides by values, draws from python or numpy, computes with its key
-    as a number, sends by itself, or holds units open (fz.gather). step.eval runs as written.
+    A recording is of one form of a batch (shapes, dtypes, strides, numbers and text in it) and of what the loss can see
+    around itself: closures, globals, attributes of objects one by one, values of small tensors and versions of large
+    ones. Another form is recorded, too, in print. What the loss can see is compared before every call, and the loss is
+    recorded again where that has changed. Installed code is taken as fixed. So are a file, the time and whatever else
+    an installed function asks of the world, and what a loss prints is printed once.
+
+    A loss that cannot be recorded runs as it is written, and why is said once by each rank, and by print(step): one
+    that decides by values, draws from python or numpy, computes with its key as a number, changes what it reads, can
+    see what cannot be compared (an iterator, a deque, a lock), sends by itself, holds units open (fz.gather), or has an
+    LSTM whose kernel keeps a workspace. step.eval runs as written.
 
     Every rank compiles when it first sees a form, which takes tens of seconds with "inductor", and less where torch's
     cache on disk has it; like blocks are compiled once. The others wait in their next sum for as long.
