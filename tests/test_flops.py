@@ -17,10 +17,23 @@ FORWARD = 2 * ROWS * (2 * WIDE * WIDE + WIDE * OUT)  # three products of matrice
 BACKWARD = 2 * FORWARD - 2 * ROWS * WIDE * WIDE  # the first one's input wants no gradient
 
 
+class Net(nn.Module):
+    """Blocks in a list, which is never called itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(nn.Linear(WIDE, WIDE) for _ in range(2)), nn.Linear(WIDE, OUT)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.head(x)
+
+
 def trained(stage, **block):
     """A hash of the weights after three updates, on this rank."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Sequential(nn.Linear(WIDE, WIDE), nn.Tanh(), nn.Linear(WIDE, WIDE)), nn.Linear(WIDE, OUT))
+    model = Net()
     config = {"train_micro_batch_size_per_gpu": ROWS, "gradient_accumulation_steps": MICROS, "flops_profiler": block}
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     config |= {"optimizer": {"type": "AdamW"}, "zero_optimization": zero}
@@ -52,14 +65,17 @@ def test_what_is_counted_is_the_closed_form(run_world, tmp_path, stage, world):
     held = int(said["params per GPU (kept between updates, padding included)"])
     assert whole <= held if stage == 0 or world == 1 else whole / 2 <= held < whole
     assert {"fwd latency of an update", "FLOPS per GPU", "samples/second"} <= said.keys()
-    assert "0 (Sequential)" in text and "update 1, one micro-batch of rank 0" in text
+    assert "blocks (ModuleList)" in text and "update 1, one micro-batch of rank 0" in text
 
 
 def test_what_is_asked_for_is_printed(tmp_path):
     file = tmp_path / "flops.txt"
     trained(1, enabled=True, profile_step=0, module_depth=1, top_modules=2, detailed=False, output_file=str(file))
     text = file.read_text()
-    assert "latencies: none, because this is the first update" in text and "depth 1, flops: 0 1.02 K, 1 192" in text
+    assert (
+        "latencies: none, because this is the first update" in text
+        and "depth 1, flops: blocks 1.02 K, head 192" in text
+    )
     assert "depth 2" not in text and "by module" not in text
     trained(1, enabled=True, profile_step=99, output_file=str(tmp_path / "never"))
     assert not Path(tmp_path / "never").exists()

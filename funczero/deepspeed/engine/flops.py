@@ -105,11 +105,15 @@ class Flops:
 
 
 def _parts(module: nn.Module, counts: dict[str, dict[Any, int]]) -> Iterable[Part]:
-    root = type(module).__name__
+    """Every module, from the outside inwards."""
+    root, found = type(module).__name__, {"": sum(counts.get("Global", {}).values())}
+    for path, m in reversed([x for x in module.named_modules() if x[0]]):
+        inside = sum(found.get(f"{path}.{name}", 0) for name, _ in m.named_children())
+        called = counts.get(f"{root}.{path}")  # a list of blocks is not
+        found[path] = inside if called is None else sum(called.values())
     for path, m in module.named_modules():
         params = {id(p): elements(p) for p in m.parameters()}
-        found = counts.get(f"{root}.{path}" if path else "Global", {})
-        yield Part(path, type(m).__name__, path.count(".") + bool(path), sum(params.values()), sum(found.values()))
+        yield Part(path, type(m).__name__, path.count(".") + bool(path), sum(params.values()), found[path])
 
 
 def _head(facts: Facts, flops: list[int], latencies: dict[str, float]) -> Iterable[str]:
