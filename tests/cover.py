@@ -24,8 +24,8 @@ def cover(rows, by=2, pairs=None):
 
     >>> cover([(x, y, z) for x in "ab" for y in "cd" for z in "ef"])
     [('a', 'c', 'e'), ('a', 'd', 'f'), ('b', 'c', 'f'), ('b', 'd', 'e')]
-    >>> cover([(x, y, z) for x in "ab" for y in "cd" for z in "efg"], pairs=[(0, 2)])
-    [('a', 'c', 'e'), ('a', 'c', 'f'), ('a', 'c', 'g'), ('b', 'c', 'f'), ('b', 'c', 'g'), ('b', 'd', 'e')]
+    >>> cover([(x, y, z) for x in "ab" for y in "cd" for z in "ef"], pairs=[(0, 2)])
+    [('a', 'c', 'e'), ('a', 'c', 'f'), ('b', 'c', 'e'), ('b', 'd', 'f')]
     """
     rows = list(rows)
     if pairs is None:
@@ -50,6 +50,20 @@ def params(rows, by=2, ids=None, pairs=None):
     few = cover(rows, by, pairs)
     name = ids or (lambda row: "-".join(map(str, row)))
     return [pytest.param(*row, marks=() if row in few else pytest.mark.slow, id=name(row)) for row in rows]
+
+
+def places(one, names, whole, worlds=(1, 2)):
+    """(world, stage) at which this one of many is tried: all, or on every world some, such that all of them together
+    are tried everywhere.
+
+    >>> places("a", "abcdef", whole=False), places("e", "abcdef", whole=False)
+    ([(1, 0), (2, 3)], [(1, 0), (2, 3)])
+    >>> places("a", "ab", whole=False), places("b", "ab", whole=False)
+    ([(1, 0), (1, 2), (2, 3), (2, 1)], [(1, 1), (1, 3), (2, 2), (2, 0)])
+    """
+    i, n = list(names).index(one), min(len(names), 4)
+    turn = [stage for stage in range(4) if whole or stage % n == i % n]
+    return [(world, stage if world % 2 else 3 - stage) for world in worlds for stage in turn]
 
 
 def ways(one, names, forms, whole, apart=()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from cover import EACH
 
 import funczero as fz
 from funczero import P
@@ -29,9 +30,13 @@ def exact(how, mesh, accumulate):
 
 
 @pytest.mark.parametrize("form", ["once", *(pytest.param(f, marks=pytest.mark.slow) for f in ("each", "everywhere"))])
-def test_without_rounding_it_is_bitwise_zero_3(run_world, form):
+@EACH
+def test_without_rounding_it_is_bitwise_zero_3(run_world, form, whole):
+    """With `whole` on eight ranks, too."""
     zero3, zeropp = zoo.everywhere(run_world, 4, exact, FORMS[form], {"node": 2, "local": 2}, 2)
     assert zero3 == zeropp
+    if not whole:
+        return
     mesh = {"node": 2, "local": 4}
     assert len({found for rank in simulate(mesh)(exact, FORMS[form], mesh, 1) for found in rank}) == 1
 
@@ -141,7 +146,7 @@ def counted(k, mesh):
     return out, table
 
 
-@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("k", [2, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 4, 16))])
 def test_bytes_across_nodes_are_the_closed_form(k):
     mesh = {"node": 2, "local": 2}
     for found, table in simulate(mesh)(counted, k, mesh):
