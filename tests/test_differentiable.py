@@ -168,7 +168,8 @@ def test_meta_gradients_are_the_unsharded_ones(run_world, name, stage, form):
         assert form == "units" or not bits
 
 
-@pytest.mark.parametrize("form", [pytest.param("whole", marks=pytest.mark.slow), "units"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["whole", "units"])
 def test_meta_gradients_with_hpz(run_world, form):
     mesh = {"node": 2, "local": 2}
     for errors in run_world(4, compared, "adamw", "hpz", mesh, ("node", "local"), FORMS[form], timeout=300.0):

@@ -71,7 +71,8 @@ COMBINATIONS = [(s, w) for s in range(4) for w in (1, 2)]
 @pytest.mark.parametrize(
     ("loops", "stage", "world"),
     [
-        (ALL[:1], 3, 2),
+        (ALL[2:], 3, 2),
+        pytest.param(ALL[:1], 3, 2, marks=pytest.mark.slow),
         pytest.param(ALL[1:2], 2, 2, marks=pytest.mark.slow),
         *(pytest.param(ALL, *at, marks=pytest.mark.slow) for at in COMBINATIONS),
     ],

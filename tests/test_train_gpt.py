@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cover import EACH
 from ends import line
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
@@ -32,8 +33,9 @@ def finish(process):
     return process.returncode, out, err
 
 
-def test_stages_train_alike_and_report(ends, text, tmp_path_factory):
-    """From one command at stage 3; at stage 0 as ranks that somebody else has started."""
+@EACH
+def test_stages_train_alike_and_report(ends, text, tmp_path_factory, whole):
+    """At stage 3 one process that starts the others; with `whole` at stage 0 ranks that somebody else has started."""
     flags = {
         stage: (
             f"--stage={stage}",
@@ -45,12 +47,15 @@ def test_stages_train_alike_and_report(ends, text, tmp_path_factory):
         )
         for stage in (0, 3)
     }
-    run = start(*flags[3])
-    place = tmp_path_factory.mktemp("ranks")  # not among the texts that they read
-    ranks = ends.run(place, line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[0]), 2, limit=120.0)
-    assert [rank["code"] for rank in ranks] == [0, 0], ranks
-    ended, losses, sent = {0: (0, ranks[0]["out"], ranks[0]["err"]), 3: finish(run)}, {}, {}
-    for stage, (status, out, err) in ended.items():
+    place = {3: tmp_path_factory.mktemp("alone"), 0: tmp_path_factory.mktemp("ranks")}  # not among the texts
+    stages = (3, 0) if whole else (3,)
+    for stage in stages:
+        script = line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[stage])
+        ends.start(place[stage], script, 1 if stage else 2, limit=120.0)
+    told = {stage: ends.told(place[stage], limit=120.0) for stage in stages}
+    assert {rank["code"] for ranks in told.values() for rank in ranks} == {0}, told
+    losses, sent = {}, {}
+    for stage, (status, out, err) in ((s, (r[0]["code"], r[0]["out"], r[0]["err"])) for s, r in told.items()):
         assert status == 0, err
         records = [json.loads(line) for line in (text / f"out{stage}" / "metrics.jsonl").read_text().splitlines()]
         updates, held_out = ([r for r in records if name in r] for name in ("loss", "held_out_bits_per_byte"))
@@ -62,9 +67,9 @@ def test_stages_train_alike_and_report(ends, text, tmp_path_factory):
         assert all(math.isclose(r["bits_per_byte"], r["loss"] / math.log(2)) and r["ok"] for r in updates)
         assert out.count("single bytes") == 3 and (text / f"out{stage}" / "loss.png").stat().st_size > 1000
         losses[stage], sent[stage] = torch.tensor([r["loss"] for r in updates]), updates[-1]["bytes_sent"]
-    torch.testing.assert_close(losses[0], losses[3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[stages[-1]], losses[3], rtol=1e-5, atol=1e-5)
     # a model that fits one message is gathered once and scattered once, which is what a sum over all ranks sends
-    assert sent[3] == sent[0] > 0
+    assert sent[3] == sent[stages[-1]] > 0
 
 
 def test_a_wrong_command_line_ends_with_one_sentence(ends, tmp_path):
