@@ -35,7 +35,7 @@ def finish(process):
 
 @EACH
 def test_stages_train_alike_and_report(ends, text, tmp_path_factory, whole):
-    """At stage 3 one process that starts the others; with `whole` at stage 0 ranks that somebody else has started."""
+    """Ranks that somebody else has started; with `whole` at stage 0, and at stage 3 from one command."""
     flags = {
         stage: (
             f"--stage={stage}",
@@ -47,15 +47,14 @@ def test_stages_train_alike_and_report(ends, text, tmp_path_factory, whole):
         )
         for stage in (0, 3)
     }
-    place = {3: tmp_path_factory.mktemp("alone"), 0: tmp_path_factory.mktemp("ranks")}  # not among the texts
-    stages = (3, 0) if whole else (3,)
-    for stage in stages:
-        script = line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[stage])
-        ends.start(place[stage], script, 1 if stage else 2, limit=120.0)
-    told = {stage: ends.told(place[stage], limit=120.0) for stage in stages}
-    assert {rank["code"] for ranks in told.values() for rank in ranks} == {0}, told
-    losses, sent = {}, {}
-    for stage, (status, out, err) in ((s, (r[0]["code"], r[0]["out"], r[0]["err"])) for s, r in told.items()):
+    run = start(*flags[3]) if whole else None
+    place = tmp_path_factory.mktemp("ranks")  # not among the texts that they read
+    ours = 0 if whole else 3
+    ranks = ends.run(place, line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[ours]), 2, limit=120.0)
+    assert [rank["code"] for rank in ranks] == [0, 0], ranks
+    ended, losses, sent = {ours: (0, ranks[0]["out"], ranks[0]["err"])}, {}, {}
+    ended |= {3: finish(run)} if whole else {}
+    for stage, (status, out, err) in ended.items():
         assert status == 0, err
         records = [json.loads(line) for line in (text / f"out{stage}" / "metrics.jsonl").read_text().splitlines()]
         updates, held_out = ([r for r in records if name in r] for name in ("loss", "held_out_bits_per_byte"))
@@ -67,9 +66,9 @@ def test_stages_train_alike_and_report(ends, text, tmp_path_factory, whole):
         assert all(math.isclose(r["bits_per_byte"], r["loss"] / math.log(2)) and r["ok"] for r in updates)
         assert out.count("single bytes") == 3 and (text / f"out{stage}" / "loss.png").stat().st_size > 1000
         losses[stage], sent[stage] = torch.tensor([r["loss"] for r in updates]), updates[-1]["bytes_sent"]
-    torch.testing.assert_close(losses[stages[-1]], losses[3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[ours], losses[3], rtol=1e-5, atol=1e-5)
     # a model that fits one message is gathered once and scattered once, which is what a sum over all ranks sends
-    assert sent[3] == sent[stages[-1]] > 0
+    assert sent[3] == sent[ours] > 0
 
 
 def test_a_wrong_command_line_ends_with_one_sentence(ends, tmp_path):
