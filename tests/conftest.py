@@ -75,6 +75,20 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def launched() -> Iterator[None]:
+    """No test leaves a launcher's names in the environment: the next one would believe that it is a rank."""
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    after = {name: os.environ.get(name) for name in names}
+    os.environ.update({k: v for k, v in before.items() if v is not None})
+    for name in names:
+        if before[name] is None:
+            os.environ.pop(name, None)
+    assert after == before, "a test changed who its process is among ranks, for all tests after it"
+
+
 @pytest.fixture(scope="session")
 def run_world() -> Iterator[Callable[..., list[Any]]]:
     """`run_world(4, fn, *args, timeout=60)`: a module-level function in every rank of a gloo world of 4; its results by

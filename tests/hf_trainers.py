@@ -336,6 +336,24 @@ def more(folder):
     return out
 
 
+def on_meta(folder):
+    """The hash of a training, that of its second half by a model on meta, and what such a model is told without it."""
+    from funczero.hf import Zero
+
+    def empty():
+        made = model("gpt2")
+        with torch.device("meta"):
+            return type(made)(made.config)
+
+    first = trainer(Zero(2), "gpt2", folder, save_strategy="steps", save_steps=2, max_steps=4)
+    first.train()
+    again = trainer(Zero(3), "gpt2", folder, made=empty(), max_steps=4)
+    again.train(resume_from_checkpoint=folder + "/checkpoint-2")
+    assert again.model.lm_head.weight is again.model.transformer.wte.weight
+    hashes = [tree_hash(dict(t.model.state_dict())) for t in (first, again)]
+    return *hashes, _error(trainer(Zero(), "gpt2", folder, made=empty()).train)
+
+
 def refused(folder):
     """By what was asked: what its refusal should say, and what it says."""
     import transformers
@@ -382,6 +400,7 @@ def refused(folder):
         "dealt": ("by itself (DistributedSampler), and the Trainer would deal its part again", Zero(), {"cls": Dealt}),
         "vector": ("compute_loss returned a tensor of shape (2,); return one number", Zero(), {"cls": Vector}),
         "mine": ("nothing here knows how hf_trainers.Mine moves a parameter", Zero(), given(Mine)),
+        "no rate": ("the Adafactor has no learning rate (lr=None)", Zero(), given(transformers.Adafactor)),
         "hessian": ("torch.optim.LBFGS cannot work here", Zero(), given(torch.optim.LBFGS)),
         "steps down": (
             "the schedule is a StepLR, but a rate here", Zero(),

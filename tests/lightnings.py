@@ -341,8 +341,8 @@ def gan_fit(stage, folder, order="before", toggle=False):
     return mean_over_ranks(module.losses), t.global_step
 
 
-def fabric_gan(stage, folder, resume=None):
-    """The same round under Fabric: two modules, each with its optimizer."""
+def fabric_gan(stage, folder, resume=None, stop=None, end=None):
+    """The same round under Fabric: two modules, each with its optimizer. Before batch `stop`, `end` gets the losses."""
     from contextlib import nullcontext
 
     from lightning.fabric import Fabric
@@ -365,6 +365,8 @@ def fabric_gan(stage, folder, resume=None):
     for n, batch in enumerate(f.setup_dataloaders(loader(real_and_noise()), use_distributed_sampler=False)):
         if n < first:
             continue
+        if n == stop:
+            end(mean_over_ranks(losses))
         losses += gan_step((g, d), (og, od), f.backward, batch, "before", lambda o: nullcontext())
         for s in schedules:
             s.step()

@@ -227,6 +227,23 @@ def test_examples():
         assert found.attempted and not found.failed
 
 
+def test_a_model_on_meta_gets_its_values_from_a_checkpoint_alone(tmp_path):
+    want, got, said = h.on_meta(str(tmp_path))
+    assert got == want and "parameter 'transformer.wte.weight' has no values (it lies on meta" in said
+
+
+def test_a_devices_cache_is_emptied_as_often_as_by_the_stock_trainer(monkeypatch):
+    from funczero.hf import Zero
+
+    counts = []
+    for where, zero in (("transformers.trainer", None), ("funczero.hf.trainer", Zero())):
+        calls = []
+        monkeypatch.setattr(f"{where}.clear_device_cache", lambda kept=calls: kept.append(1))
+        h.fit(zero, max_steps=3, torch_empty_cache_steps=2)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
+
+
 def test_what_cannot_be_right_is_refused_by_name(tmp_path):
     for name, (words, said) in h.refused(str(tmp_path)).items():
         assert words in said, (name, said)

@@ -242,10 +242,9 @@ def test_hostile_hosts_and_filters_are_refused(text):
     assert all(set(host.lower()) <= allowed and not host.startswith("-") for host in hosts)
 
 
-def test_a_dying_rank_ends_all_with_its_code_and_its_traceback_last(world):
-    since = time.monotonic()
+def test_a_dying_rank_ends_all_with_its_code_and_its_traceback_last(world, tmp_path):
     code, out, err = finish(world(SCRIPT, "die", "1"))
-    assert code == 1 and time.monotonic() - since < 30
+    assert code == 1 and time.time() - (tmp_path / "died").stat().st_mtime < 15
     lines = err.splitlines()
     assert "funczero launch: rank 1 on 127.0.0.3 failed with exit code 1" in lines, err
     at = lines.index("funczero launch: rank 1 on 127.0.0.3 failed with exit code 1")

@@ -208,8 +208,20 @@ def test_a_killed_trainer_goes_on_at_another_world(tmp_path, stage, world):
 
     losses, norms, net = truth()
     folder = tmp_path / "lit"
-    killed = told(start("lit", stage, folder, world, "killed"), folder, killed=True)["killed"]
-    got = told(start("lit", 3 - stage, folder, 3 - world, "resumed"), folder)["resumed"]
+    killed = told(start("lit", stage, folder, world, "killed", "trainer"), folder, killed=True)["killed"]
+    got = told(start("lit", 3 - stage, folder, 3 - world, "resumed", "trainer"), folder)["resumed"]
     assert furthest(killed, losses[:8]) < 1e-6 and furthest(got["losses"], losses[6:]) < 1e-6
     assert abs(got["norm"] / norms[-1] - 1) < 1e-6
     same_weights(folder / "last.ckpt", net)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "world"), [*FAST, *SLOW])
+def test_a_killed_fabric_goes_on_at_another_world(tmp_path, stage, world):
+    from test_loops import start, told
+
+    losses, _ = lightnings.gan_by_hand("before")
+    folder = tmp_path / "lit"
+    killed = told(start("lit", stage, folder, world, "killed", "fabric"), folder, killed=True)["killed"]
+    got = told(start("lit", 3 - stage, folder, 3 - world, "resumed", "fabric"), folder)["resumed"]
+    assert furthest(killed, losses[:10]) < 1e-6 and furthest(got, losses[6:]) < 1e-6

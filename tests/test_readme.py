@@ -15,7 +15,7 @@ def run(*command: str, cwd: Path) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")} | {
         "OMP_NUM_THREADS": "1"
     }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=cwd)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -18,7 +18,7 @@ from funczero.gradients.stateless import stateless
 from funczero.hf.auto import config_of
 from funczero.hf.items import training_loss
 from funczero.hf.optimizers import face_of, of_torch, rate_of
-from funczero.hf.refusals import check_config_optimizer
+from funczero.hf.refusals import check_config_optimizer, check_rate
 from funczero.hf.run import Built
 from funczero.hf.zero import Zero
 from funczero.layout.spec import P
@@ -50,9 +50,7 @@ def _by_arguments(trainer: Any, zero: Zero, updates: int) -> Built:
     args, model = trainer.args, trainer.model
     policy = zero.policy or policy_of(args, model)
     if zero.optimizer is None:
-        trainer.create_optimizer()
-        trainer.create_scheduler(updates)
-        tx = of_torch(model, trainer.optimizer, trainer.lr_scheduler)
+        tx = _of_the_call(trainer, updates)
     else:
         trainer.optimizer = face_of(model, args.learning_rate)
         trainer.create_scheduler(updates)
@@ -71,9 +69,7 @@ def _by_config(trainer: Any, config: Config, updates: int) -> Built:
     args, model = trainer.args, trainer.model
     rates = None
     if config.value("optimizer.type") is None:
-        trainer.create_optimizer()
-        trainer.create_scheduler(updates)
-        tx = of_torch(model, trainer.optimizer, trainer.lr_scheduler)
+        tx = _of_the_call(trainer, updates)
     elif config.value("scheduler.type") is None:
         check_config_optimizer(trainer)
         trainer.optimizer = face_of(model, config.value("optimizer.params.lr"))
@@ -92,6 +88,14 @@ def _by_config(trainer: Any, config: Config, updates: int) -> Built:
     parts = chain_of(config, grad, tx, stream=True, weight=_weight(args))
     arguments = config.arguments
     return Built(_step(trainer, parts, arguments["mesh"], config.policy, arguments["sums"]), params, dtype)
+
+
+def _of_the_call(trainer: Any, updates: int) -> Any:
+    """The optimizer and the schedule that the Trainer was given, or that its arguments name."""
+    trainer.create_optimizer()
+    check_rate(trainer.optimizer)
+    trainer.create_scheduler(updates)
+    return of_torch(trainer.model, trainer.optimizer, trainer.lr_scheduler)
 
 
 def _source(trainer: Any, axes: tuple[str, ...], policy: str, units: Any, conditional: Any) -> Any:

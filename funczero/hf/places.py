@@ -18,7 +18,8 @@ from funczero.deepspeed.engine.instances import Spot, spots_of
 class Places:
     """The places of a module's parameters. Built, it changes nothing.
 
-    Law: `back` leaves the very parameters that stood there, tied as they were, with the values it is given.
+    Law: `back` leaves the very parameters that stood there, tied as they were, with the values it is given; for those
+    that lay on meta, new ones.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -56,7 +57,12 @@ class Places:
 
     def back(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """The module's own parameters in their places, with whole values, by all their names."""
+        once: dict[int, nn.Parameter] = {}
         for s in self.spots:
+            if s.closed.is_meta:
+                made = nn.Parameter(params[s.name].detach().to(s.closed.dtype), s.closed.requires_grad)
+                s.put(once.setdefault(id(s.closed), made))
+                continue
             if not s.closed.numel() or s.closed.shape != params[s.name].shape:
                 s.closed.data = params[s.name].detach().to(s.closed.dtype)
             s.put(s.closed)

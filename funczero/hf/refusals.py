@@ -14,7 +14,8 @@ TRIED = "5.24.0"  # of transformers
 NEEDED = (
     "_build_accelerator_args", "_finalize_training", "_get_dataloader", "_get_learning_rate",
     "_load_best_model", "_load_from_checkpoint", "_load_rng_state", "_maybe_log_save_evaluate",
-    "_prepare_for_training", "_run_epoch", "_save_optimizer_and_scheduler", "_track_num_input_tokens", "_wrap_model",
+    "_move_model_to_device", "_prepare_for_training", "_run_epoch", "_save_optimizer_and_scheduler",
+    "_track_num_input_tokens", "_wrap_model",
     "compute_loss", "create_optimizer", "create_scheduler", "evaluation_loop", "floating_point_ops", "prediction_step",
     "save_model", "set_initial_training_values",
 )  # fmt: skip
@@ -157,6 +158,17 @@ def check_one_optimizer(zero: Any) -> None:
     if getattr(zero, "optimizer", None) is not None:
         why = "there is an optimizer of the call, and one of Zero(optimizer=...)"
         raise ValueError(f"{WHO}: {why}; leave out one of them")
+
+
+def check_rate(optimizer: Any) -> None:
+    """Refuse an optimizer without a rate, as Adafactor is by default: no schedule could move it.
+
+    Raises:
+      ValueError: by its name.
+    """
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        why = "has no learning rate (lr=None), so it makes one of its own, and a schedule has nothing to move"
+        raise ValueError(f"{WHO}: the {type(optimizer).__name__} {why}; give lr=, or write Zero(optimizer=...)")
 
 
 def check_config_optimizer(trainer: Any) -> None:

@@ -47,8 +47,9 @@ class Run:
         self.step = donate(built.step)
         mesh = self.step.live_mesh
         self.deal = Deal.of(self.step.grad.layout, mesh.index)
+        _there("buffer", dict(module.named_buffers()), "make it with buffers on a device, as fz.from_pretrained does")
         if resume is None:
-            _there(built.params)
+            _there("parameter", built.params, "make the model again, or resume from a checkpoint")
             self.state: TrainState = self.step.init(built.params, key=seed)
         else:
             self.state = restored(resume, self.step, built.params)
@@ -170,16 +171,16 @@ class Run:
             ck.save(self.state, NAME, overwrite=True)
 
 
-def _there(params: Mapping[str, Tensor]) -> None:
-    """Refuse parameters without values.
+def _there(what: str, tensors: Mapping[str, Tensor], remedy: str) -> None:
+    """Refuse tensors without values.
 
     Raises:
       ValueError: one lies on meta.
     """
-    meta = next((n for n, p in params.items() if p.is_meta), None)
+    meta = next((n for n, p in tensors.items() if p.is_meta), None)
     if meta is not None:
         why = "has no values (it lies on meta, as where a training was left by an error)"
-        raise ValueError(f"hf.Trainer: parameter {meta!r} {why}; make the model again, or resume from a checkpoint")
+        raise ValueError(f"hf.Trainer: {what} {meta!r} {why}; {remedy}")
 
 
 def restored(folder: str, step: Step, params: Any) -> TrainState:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
@@ -76,6 +77,11 @@ class Trainer(transformers.Trainer):
             return super()._get_dataloader(*args, **kwargs)
         finally:
             del self.accelerator.prepare
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """As the stock one; a model on meta stays there, until a checkpoint gives it values."""
+        if not any(p.is_meta for p in model.parameters()):
+            super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         """The model itself; where the chain has its parameters, what computes with them."""
@@ -192,6 +198,9 @@ class Trainer(transformers.Trainer):
             inputs = self._prepare_inputs(inputs)
             run.micro(place, batch_of(inputs, items, share), window.micros)
             shown = inputs if place.real else {k: x[:0] if _has_rows(x) else x for k, x in inputs.items()}
+            every = self.args.torch_empty_cache_steps
+            if every is not None and self.state.global_step % every == 0:
+                clear_device_cache()
             self.current_flos += self.floating_point_ops(shown)
             self._track_num_input_tokens(shown)
             if i < len(window.own) - 1:

@@ -1,4 +1,4 @@
-"""A Trainer that is killed, or that goes on: `lit.py STAGE FOLDER killed|resumed`."""
+"""A Trainer or a Fabric that is killed, or that goes on: `lit.py STAGE FOLDER killed|resumed trainer|fabric`."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from same import die, tell
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lightnings  # noqa: E402
 
-STAGE, FOLDER, LIFE = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+STAGE, FOLDER, LIFE, LOOP = int(sys.argv[1]), *sys.argv[2:5]
 torch.set_num_threads(1)
 from funczero.deepspeed.comm import init_distributed  # noqa: E402
 
@@ -23,7 +23,11 @@ def end(losses):
     time.sleep(60)  # the launcher ends this rank; one that went on would fail first, by the lost connection
 
 
-if LIFE == "killed":
-    lightnings.fit(STAGE, FOLDER, stop=lightnings.EPOCH + 1, end=end)
+if LOOP == "trainer":
+    run, half, stop = lightnings.fit, "epoch=0.ckpt", lightnings.EPOCH + 1
 else:
-    tell(FOLDER, resumed=lightnings.fit(STAGE, FOLDER, f"{FOLDER}/epoch=0.ckpt"))
+    run, half, stop = lightnings.fabric_gan, "half.ckpt", 5
+if LIFE == "killed":
+    run(STAGE, FOLDER, stop=stop, end=end)
+else:
+    tell(FOLDER, resumed=run(STAGE, FOLDER, f"{FOLDER}/{half}"))
