@@ -107,7 +107,8 @@ def warmup_decay(u, peak=1e-2, n=4, total=14):
     return peak * (math.log(i + 1) / math.log(n) if i < n else max(0.0, (total - i) / (total - n)))
 
 
-@pytest.mark.parametrize("name", [pytest.param("page", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["page", "bf16"])
 def test_a_config_trains_to_plain_torchs_losses(ends, text, gpt, name):
     start(ends, text, name, WORLD, config={"page": PAGE, "bf16": BF16}[name])
     if name == "page":

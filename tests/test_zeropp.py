@@ -53,7 +53,7 @@ def constant(mesh, wires, form):
     return [x.unique().tolist() for x in fz.tree.leaves(step.params(state))]
 
 
-QUICK = ((1, 3), (2, 2), (3, 1), (3, 2))
+QUICK = ((1, 3), (3, 1), (2, 2))
 SIZES = [
     (x, y) if (x, y) in QUICK else pytest.param(x, y, marks=pytest.mark.slow) for x in range(1, 5) for y in range(1, 5)
 ]
@@ -146,7 +146,7 @@ def counted(k, mesh):
     return out, table
 
 
-@pytest.mark.parametrize("k", [2, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 4, 16))])
+@pytest.mark.parametrize("k", [1, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 4, 16))])
 def test_bytes_across_nodes_are_the_closed_form(k):
     mesh = {"node": 2, "local": 2}
     for found, table in simulate(mesh)(counted, k, mesh):
