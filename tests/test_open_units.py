@@ -110,7 +110,7 @@ OPENED = ("clip", "none"), ("poolformer", "none"), ("llava", "none"), ("llava", 
 
 
 @pytest.mark.parametrize(
-    ("name", "frozen", "form"), covered([(*one, form) for one in OPENED for form in ("keep", "remat")], pairs=[(1, 2)])
+    ("name", "frozen", "form"), covered([(*one, form) for one in OPENED for form in ("keep", "remat")], by=1)
 )
 def test_two_blocks_at_most_are_open(name, frozen, form):
     with torch.random.fork_rng(devices=[]):

@@ -50,6 +50,7 @@ SLOW = {
     "stage 2",
     "stage 3",
     "stage 3 alone",
+    "int4 scatters that remember",
     "a loss scale",
     "bf16 at stage 1",
     "a threshold",

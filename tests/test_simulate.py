@@ -30,9 +30,11 @@ def alone():
 @pytest.mark.parametrize(
     "name",
     [
-        "1 grad acc [",
         "3 stream",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("0 grad acc ar", "2 grad [acc", "3 [grad acc")),
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("1 grad acc [", "0 grad acc ar", "2 grad [acc", "3 [grad acc")
+        ),
     ],
 )
 def test_eight_ranks_have_the_bits_of_one_process(alone, name):
