@@ -335,9 +335,7 @@ def test_what_cannot_be_counted_is_said(caplog):
 def test_what_cannot_be_counted_is_said_and_leaves_the_loss_scale():
     """It did not overflow: a dynamic scale neither falls for it nor takes it for its own search."""
     grad, scale = fz.value_and_grad(linear, P("data")), fz.scale_loss(2.0**4, weight=1.0, hysteresis=1)
-    step = fz.train_step(
-        grad, fz.all_reduce("data"), scale, fz.sgd(0.0), mesh={"data": 1}, sums="exact", patience=1
-    )
+    step = fz.train_step(grad, fz.all_reduce("data"), scale, fz.sgd(0.0), mesh={"data": 1}, sums="exact", patience=1)
     state = step.init({n: torch.zeros(shape) for n, shape in SHAPES.items()})
     state, m = step(state, rows_of(0, 2.0**-40))
     assert m.ok
