@@ -99,6 +99,7 @@ from funczero.optim import schedules as schedules
 from funczero.optim import sgd as sgd
 from funczero.optim import shampoo as shampoo
 from funczero.optim import soap as soap
+from funczero.step.compile import compile as compile
 from funczero.step.differentiable import differentiable as differentiable
 from funczero.step.frozen import Frozen as Frozen
 from funczero.step.frozen import beside as beside

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # floors above this one, of which only the names are needed
     from funczero.comm.edge import Edge
     from funczero.comm.exact import Grid
     from funczero.core.policy import Policy
+    from funczero.gradients.captured import Capture
     from funczero.layout.cut import Rules
     from funczero.layout.lazy import Lazy
     from funczero.layout.mesh import Mesh
@@ -153,6 +154,7 @@ class Env(NamedTuple):
     model: Model | None = None  # the form of the model's own state
     keeps: bool = False  # is a leaf that nobody used left as it is?
     sums: str = "tree"  # how gradients are added; every edge has it from here
+    capture: Capture | None = None  # what a loss and its gradient were recorded as; None: they run as written
     link: Link = Link()  # between ranks: how many bytes are worth a message of their own
 
     @property

@@ -13,6 +13,7 @@ from funczero.gradients.arrivals import Group
 from funczero.gradients.keep import run_units
 from funczero.gradients.layers import run_block
 from funczero.gradients.parts import Parts
+from funczero.gradients.recording import NotCaptured, Recording
 from funczero.gradients.ref import Ref
 from funczero.gradients.units import neighbours
 
@@ -58,10 +59,18 @@ class Blocks(NamedTuple):
         guess = {} if after is None else self.groups[after]
         parts = [(tape, group, guess.get(tape, ())) for tape, group in groups.items()]
         again_asked = again is not None and torch.is_grad_enabled()
+        if len(parts) > 1 and any(isinstance(tape, Recording) for tape in groups):
+            raise NotCaptured(f"the parameters of unit {path!r} lie with the step and beside it (fz.beside)")
         if len(parts) > 1 and (again_asked or any(isinstance(tape, Parts) for tape in groups)):
             why = "its parameters lie with the step and beside it (fz.beside), and it runs again for its derivatives"
             raise TypeError(f"stateless: unit {path!r}: {why}; leave out remat, gradient_checkpointing or higher_order")
         tape, group, ahead = parts[0] if parts else (None, (), ())
+        if isinstance(tape, Recording):
+            own = forward if again is None else _checked(path, forward, again)
+            how = "is recorded"
+            return run_block(
+                own, tree.flatten(closed), group, repeatable(path, args, kwargs, how), {}, ahead, again_asked
+            )
         if again is not None and (again_asked or isinstance(tape, Parts)):
             twice = _checked(path, forward, again)
             return run_block(twice, tree.flatten(closed), group, repeatable(path, args, kwargs), {}, ahead, True)
@@ -89,8 +98,13 @@ def _checked(path: str, forward: Forward, again: Again) -> Forward:
     return twice
 
 
-def repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def repeatable(
+    path: str, args: tuple[Any, ...], kwargs: dict[str, Any], how: str = "runs again in the backward (remat)"
+) -> tuple[Any, Any]:
     """Arguments of a block that runs twice, without empty key-value caches, which it would fill twice.
+
+    Args:
+      how: what is done with it.
 
     Raises:
       TypeError: an argument is another object, which may be another one at the second run.
@@ -105,5 +119,5 @@ def repeatable(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             f"it is handed a {type(odd).__name__}, which may change in between or hold tensors that need a gradient; "
             "leave that out, or leave out remat"
         )
-        raise TypeError(f"stateless: unit {path!r} runs again in the backward (remat), but {why}")
+        raise TypeError(f"stateless: unit {path!r} {how}, but {why}")
     return both

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from funczero.core import tree
+from funczero.core.recorded import recording
 from funczero.gradients.blocks import Again, Blocks
 from funczero.gradients.draws import Trail, keyed
 from funczero.gradients.layers import groups_of
@@ -115,7 +117,8 @@ class Call:
             why = f"the model state has {odd!r}, which is no buffer of the module"
             raise ValueError(f"stateless: {why}; it has {snapshot.named[:8]}")
         copies, own = copied(snapshot.wiring), {n: x.clone() for n, x in values.items()}
-        snapshot.buffers = [(slot, x.to(self.device)) for slot, x in snapshot.buffers]
+        with _disable_current_modes() if recording() else nullcontext():  # they stay where they are then
+            snapshot.buffers = [(slot, x.to(self.device)) for slot, x in snapshot.buffers]
         buffers = [(slot, own.get(n, x)) for n, (slot, x) in zip(snapshot.named, snapshot.buffers, strict=True)]
         for (m, box, key, _), x in buffers:
             getattr(copies[m], box)[key] = x

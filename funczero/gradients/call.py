@@ -62,21 +62,34 @@ class LossCall(NamedTuple):
             why = "the loss draws from a key, but the state's key is batched or traced here"
             raise RuntimeError(f"value_and_grad(rng=True): {why}; draw outside, and hand the numbers in with the batch")
         key = (rng.fold(seed.key, seed.index),) if self.rng else ()
-        index = 0 if seed.hole else seed.index
-        given = [] if self.model is None else [self.model.given(state, index, seed.of)]
+        given = self.given(seed, state)
+        return self.outcome(*self.called(params, given, batch, key, device), given, seed)
+
+    def given(self, seed: Seed, state: State) -> list[Any]:
+        """What the loss is given between parameters and rows: the model state, or nothing."""
+        return [] if self.model is None else [self.model.given(state, 0 if seed.hole else seed.index, seed.of)]
+
+    def called(
+        self, params: Any, given: list[Any], batch: Any, key: tuple[int, ...], device: torch.device
+    ) -> tuple[Tensor, Tensor, Any, Any]:
+        """What the loss returns, checked: (sum, weight, model state, aux)."""
         own = getattr(self.fn, "keyed", False)
         with nullcontext() if own else draws.keyed(next(iter(key), None), device, drew):
             result = self.fn(params, *given, batch, *key, **({"across": self.across} if synced(self.fn) else {}))
         loss, weight, moved, aux = check_loss(result, self.aux is not None, self.model is not None)
+        return loss, weight.to(loss.device), moved, aux
+
+    def outcome(self, loss: Tensor, weight: Tensor, moved: Any, aux: Any, given: list[Any], seed: Seed) -> Outcome:
+        """What that says of the micro-batch."""
         said = None if self.aux is None else aux_of(aux, self.aux, loss.device)
         if said is not None and seed.hole:
             said = said._replace(rows=tuple(x[:0] for x in said.rows))
-        return Outcome(
-            loss,
-            weight.to(loss.device),
-            said,
-            () if self.model is None else self.model.returned(moved, given[0]),
-        )
+        return Outcome(loss, weight, said, () if self.model is None else self.model.returned(moved, given[0]))
+
+    @property
+    def user(self) -> tuple[Callable[..., Any], ...]:
+        """The functions that somebody wrote for this loss."""
+        return getattr(self.fn, "user", (self.fn,))
 
     def void(self, outcome: Outcome, seed: Seed) -> bool:
         """Does this micro-batch count for nothing, with a loss that is 0 / 0, or as a copy in an empty place?"""

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy.random
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from funczero.core.recorded import recording
 from funczero.gradients.own_draws import own_generator
 
 KINDS = ("torch", "python", "numpy")
@@ -81,6 +83,10 @@ def keyed(key: int | None, device: torch.device, drew: Callable[[str], Exception
     Args:
       drew: the error for a draw from "torch", "python" or "numpy" that no key accounts for.
     """
+    if recording():
+        with _recorded(device):
+            yield
+        return
     if key is None:
         states, before = [g.get_state() for g in generators(device)], _marks(device)
         try:
@@ -103,10 +109,31 @@ def keyed(key: int | None, device: torch.device, drew: Callable[[str], Exception
 
 
 @contextmanager
+def _recorded(device: torch.device) -> Iterator[None]:
+    """While a loss is recorded torch draws nothing, and a number that python or numpy drew would be drawn for ever."""
+    with _disable_current_modes():
+        was, before = streams(device), _marks(device)
+    kind = None
+    try:
+        yield
+    finally:
+        with _disable_current_modes():
+            after = _marks(device)
+            kind = next((k for k in KINDS if getattr(before, k) != getattr(after, k)), None)
+            if kind is not None:
+                put(was, device)
+    if kind is not None:
+        raise RuntimeError(f"it draws from {kind}'s generator, and a recording has only the numbers that it gave once")
+
+
+@contextmanager
 def foreseen(
     device: torch.device, drew: Callable[[str], Exception], kinds: tuple[str, ...] = KINDS[1:]
 ) -> Iterator[None]:
     """Nothing may be drawn inside from generators of these kinds; by default torch's may."""
+    if recording():  # keyed() looks for all of it there
+        yield
+        return
     before = _marks(device)
     yield
     _told(before, _marks(device), kinds, drew)

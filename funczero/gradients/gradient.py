@@ -115,7 +115,10 @@ def value_and_grad(
         if flag("value_and_grad", "higher_order", higher_order) or env.differentiable:
             loss = Loss(call, env, source.batch)
             return gradient_of(source, env, layout, applied(source, loss, order.indices(layout, env.mesh.index)[0]))
-        return gradient_of(source, env, layout, on_tape(source, env, layout, partial(_differentiate, call)))
+        differentiate = partial(_differentiate, call)
+        if env.capture is not None:
+            differentiate = partial(env.capture.differentiate, call, differentiate)
+        return gradient_of(source, env, layout, on_tape(source, env, layout, differentiate))
 
     axes, cut = of_batch(batch)
     loss_fn = counting(loss_fn, cut)

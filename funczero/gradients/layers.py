@@ -21,6 +21,7 @@ from funczero.gradients.arrivals import Group
 from funczero.gradients.keep import run_unit
 from funczero.gradients.node import node
 from funczero.gradients.parts import Parts
+from funczero.gradients.recording import Recording
 from funczero.gradients.ref import Ref
 from funczero.gradients.remat import Rerun, rerun_resting
 
@@ -65,7 +66,7 @@ def gather(params: Any) -> Any:
     if not refs:
         return params
     tape, units = refs[0].tape, tuple(dict.fromkeys(r.unit for r in refs))
-    if isinstance(tape, Parts):
+    if isinstance(tape, (Parts, Recording)):
         leaves = tape.gathered(units)
         return tree.unflatten([leaves[r.leaf] if isinstance(r, Ref) else r for r in flat], treedef)
     if tape.seam:
@@ -132,7 +133,9 @@ def run_block(
 
     inputs = [values[i] for i in taken]
     tape = next((v.tape for v in refs if isinstance(v, Ref)), None)
-    if isinstance(tape, Parts):
+    if isinstance(tape, Recording):
+        outs = tape.run(group, guess, run, inputs, remat)
+    elif isinstance(tape, Parts):
         outs = tape.run(group, run, inputs)
     elif tape is None or remat and not tape.seam:
         outs = rerun_resting(run, tape, group, inputs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import rows
+from funczero.core.recorded import recording
 from funczero.core.types import Tree
 
 
@@ -47,11 +48,14 @@ def _of_mean(loss_fn: Callable[..., Any], weight: Callable[[Any], Any]) -> Calla
         full = torch.as_tensor(weight(batch), device=loss.device).to(loss.dtype)
         if full.dim():
             raise ValueError(f"mean_loss: the weight has shape {tuple(full.shape)}; return one number, as mask.sum()")
+        if recording():  # nobody knows the weight
+            return torch.where(full != 0, loss * full, loss.nan_to_num() * 0), full, *state
         return (loss * full if bool(full != 0) else loss.nan_to_num() * 0), full, *state
 
     both.void_at_zero = True  # type: ignore[attr-defined]
     both.units, both.ties = getattr(loss_fn, "units", ()), getattr(loss_fn, "ties", {})  # type: ignore[attr-defined]
-    for name in ("state", "rules", "synced", "conditional", "trainable", "keyed"):
+    both.user = (*getattr(loss_fn, "user", (loss_fn,)), weight)  # type: ignore[attr-defined]
+    for name in ("state", "rules", "synced", "conditional", "trainable", "keyed", "constants"):
         if hasattr(loss_fn, name):
             setattr(both, name, getattr(loss_fn, name))
     if hasattr(loss_fn, "reading"):

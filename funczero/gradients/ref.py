@@ -16,6 +16,7 @@ from funczero.gradients.course import again
 
 if TYPE_CHECKING:
     from funczero.gradients.parts import Parts
+    from funczero.gradients.recording import Recording
     from funczero.gradients.tape import Tape
 
 
@@ -26,7 +27,7 @@ class Ref:
     parameters go. There a Ref stands for the leaf of the unit that the backward has opened.
     """
 
-    def __init__(self, tape: Tape | Parts, leaf: int) -> None:
+    def __init__(self, tape: Tape | Parts | Recording, leaf: int) -> None:
         """Leaf number `leaf` of what the tape holds."""
         self.tape, self.leaf = tape, leaf
 

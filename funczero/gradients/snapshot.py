@@ -90,6 +90,16 @@ class Snapshot:
                 )
         return list(found.values())
 
+    def shared(self) -> list[Any]:
+        """What its modules have in common with the world around them: objects among their attributes, and classes."""
+        found: dict[int, Any] = {id(type(m)): type(m) for m, _ in self.wiring}
+        for m, _ in self.wiring:
+            for v in m.__dict__.values():
+                for x in v if isinstance(v, list) else v.values() if isinstance(v, dict) else (v,):
+                    if not isinstance(x, (nn.Module, Tensor, str, int, float, type(None))):
+                        found[id(x)] = x
+        return list(found.values())
+
     def check_leaves(self, path: str, result: Any, own: list[Tensor]) -> None:
         """Refuse a graph that ends in a leaf whose gradient would be lost; walked once a path ("" is the whole
         forward).

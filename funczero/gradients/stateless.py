@@ -111,6 +111,7 @@ def stateless(
         first = {name: x for name, (_, x) in zip(snapshot.named, snapshot.buffers, strict=True)}
         fn.state = {name: first[name].clone() for name, _ in rules}
         fn.rules = tuple((f"^{re.escape(n)}$", rule) for n, rule in rules if rule is not None)
+    fn.user, fn.constants = (loss, *snapshot.shared()), lambda: [x for _, x in snapshot.buffers]
     fn.synced = is_synced(module)
     fn.reading = lambda values: partial(_read, run, values)
     return fn, {n: once.setdefault(id(p), p.detach()) for n, p in module.named_parameters(remove_duplicate=False)}

@@ -102,6 +102,7 @@ def watched(
     arrows = [f"{name} -> {layout.describe()}" for name, layout in zip(grad.names, grad.arrows, strict=True)]
     ledger: Ledger = mesh.ledger
     head = f"mesh {grad.env.mesh}, {grad.env.policy}, sums={grad.env.sums!r}, {grad.env.link}"
+    head += "" if grad.env.capture is None else f", {grad.env.capture}"
     ledger.chain, ledger.replicated = [head, *arrows, *settings(parts)], replicated
     if not check or world_size() == 1 or prod(mesh.sizes().values()) != world_size():
         return mesh

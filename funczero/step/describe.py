@@ -54,6 +54,7 @@ def describe(g: Grad, source: Source, masters: Where | None = None) -> str:
         of = g.layout.stride
         once = f"moved once by the {of} micro-batches of an update" if of > 1 else "moved by every update"
         notes.append(f"model state: {g.env.model}, {once}")
+    notes += [] if g.env.capture is None else g.env.capture.notes()
     if any(e.sums == "backend" for e in edges):
         notes.append("gradients are added over ranks by the backend: the same-bits promise is off")
     notes += g.notes(masters)

@@ -11,7 +11,7 @@ import torch
 from funczero.comm import differentiable as crossing
 from funczero.core import rng
 from funczero.core.straight import outside
-from funczero.core.types import Grad, Metrics, Seed, TrainState, Updated
+from funczero.core.types import ChainError, Grad, Metrics, Seed, TrainState, Updated
 from funczero.step.fits import Fits
 from funczero.step.step import Step, metrics_of, not_compiled
 
@@ -62,7 +62,8 @@ def differentiable(step: Step) -> DifferentiableStep:
       step: of optimizers with a formula of plain operations: adamw, adam, sgd, adagrad, lion, or a lifted pair.
 
     Raises:
-      ChainError: the chain streams, packs what it sends (wires), begins with a pullback, or ends in another optimizer.
+      ChainError: the step is compiled, or the chain streams, packs what it sends (wires), begins with a pullback, or
+        ends in another optimizer.
 
     Source: Finn et al., Model-Agnostic Meta-Learning, arXiv 1703.03400; Maclaurin et al., arXiv 1502.03492.
 
@@ -74,6 +75,9 @@ def differentiable(step: Step) -> DifferentiableStep:
     >>> round(torch.func.grad(moved)(torch.tensor(1.0)).item(), 6)
     0.9
     """
+    if step.grad.env.capture is not None:
+        why = "its values would be the eager step's, and not those of the compiled one"
+        raise ChainError(f"differentiable: {why}; hand in the step that fz.compile was given")
     step.interpreted(step.grad.env._replace(donate=False, differentiable=True))  # refused here, in any process
 
     @cache

@@ -51,7 +51,7 @@ class Step(NamedTuple):
     grad: Grad  # as planned: it prints and checks without any process
     running: Callable[[], Grad]  # the same on the live mesh
     source: Source
-    rebuild: Callable[[bool], Step]
+    rebuild: Callable[..., Step]  # (donating, capture) -> the same step, otherwise run
     # (environment, and another Source where it is given) -> the same chain, built there
     interpreted: Callable[..., Grad]
     fits: Fits  # which states it takes, and what their views are

@@ -170,7 +170,9 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         return fresh, metrics_of(out, fresh)
 
     fits = Fits(book, running, lambda g, meta: read_lazily(source, g, meta, torch.device("meta")))
-    rebuild = lambda donating: _make(parts, env, options, donating, book)
+    rebuild = lambda donating=donated, capture=env.capture: _make(
+        parts, env._replace(capture=capture), options, donating, book
+    )
     interpreted = lambda env, source=None: _built(parts if source is None else (source, *parts[1:]), env)
     looks = recorded("step.grads", looking(looked, fits, source), running)
     return Step(init, recorded(UPDATE, update, running), planned, running, source, rebuild, interpreted, fits, looks)

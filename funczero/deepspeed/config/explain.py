@@ -122,6 +122,13 @@ def differences(config: Config) -> list[str]:
             "a backward is one number, for gradients travel within it; there bwd_inner and bwd_allreduce are as well",
         ),
         (
+            config.value("flops_profiler.enabled"),
+            (
+                "flops are counted by torch's own counter, the backward's, too; there elementwise operations count as"
+                " well, the backward is taken for twice the forward, and every module has a latency"
+            ),
+        ),
+        (
             config.value("comms_logger.enabled"),
             "bytes sent are printed by axis and wire; there every message's time and bandwidth are",
         ),

@@ -208,18 +208,13 @@ _REST: dict[str, Key] = {
         f"comms_logger.{k}": ignore(v, "bytes are counted by axis, what and wire; no launch is timed by itself")
         for k, v in {"verbose": False, "prof_all": True, "debug": False, "prof_ops": []}.items()
     },
-    **{
-        f"flops_profiler.{k}": ignore(v, LOG, "" if v is not None else "text", low=-1)
-        for k, v in {
-            "enabled": False,
-            "profile_step": 1,
-            "module_depth": -1,
-            "top_modules": 1,
-            "detailed": True,
-            "output_file": None,
-            "recompute_fwd_factor": 0.0,
-        }.items()
-    },
+    "flops_profiler.enabled": honour(False),
+    "flops_profiler.profile_step": honour(1, low=0),
+    "flops_profiler.module_depth": honour(-1, low=-1),
+    "flops_profiler.top_modules": honour(1, low=1),
+    "flops_profiler.detailed": honour(True),
+    "flops_profiler.output_file": honour(None, "text"),
+    "flops_profiler.recompute_fwd_factor": ignore(0.0, "what runs again in the backward is counted there", low=0),
     **{f"timers.throughput.{k}": ignore(True, LOG) for k in ("enabled", "synchronized")},
     **{
         f"aio.{k}": ignore(v, LAYOUT, low=1)
@@ -251,7 +246,8 @@ LITERAL_AUTO = ("data_types.keep_in_fp32_modules", "pipeline.stages")  # "auto" 
 ENGINE = (  # honoured by an engine; a chain has no loader, prints, monitor, checkpoints and no boundary but its own
     "managed_gradient_accumulation", "dataloader_drop_last", "steps_per_print",
     "tensorboard.enabled", "csv_monitor.enabled", "wandb.enabled", "wall_clock_breakdown", "comms_logger.enabled",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save", "checkpoint.tag_validation",
+    "flops_profiler.enabled", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "checkpoint.tag_validation",
     "checkpoint.load_universal", "checkpoint.use_node_local_storage",
 )  # fmt: skip
 

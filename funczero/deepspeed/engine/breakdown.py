@@ -30,12 +30,13 @@ class Breakdown:
 
     def __init__(self, config: Config, monitor: Monitor, sent: Callable[[], Sent]) -> None:
         """sent: this process's count of bytes, as it is now."""
-        self.times: bool = config.value("wall_clock_breakdown")
+        self.times: bool = config.value("wall_clock_breakdown") or config.value("flops_profiler.enabled")
         self.bytes: bool = config.value("comms_logger.enabled")
         self.on = self.times or self.bytes
         self._every, self._monitor, self._sent = config.value("steps_per_print") or EVERY, monitor, sent
         self._speaks, self._before, self._windows = ranks.get_rank() == 0, Sent(), 0
         self._counter = sent()
+        self.last: dict[str, float] = {}  # milliseconds of the last whole window, by moment
         self._micro, self._window = (dict.fromkeys(MOMENTS, 0.0) for _ in range(2))  # milliseconds
 
     def of(self, moment: str) -> AbstractContextManager[None]:
@@ -66,6 +67,7 @@ class Breakdown:
             self._micro = dict.fromkeys(MOMENTS, 0.0)
             if last:
                 self._say(self._window)
+                self.last = self._window
                 tags = {name: f"Train/Samples/elapsed_time_ms_{said}" for name, said in MOMENTS.items()}
                 self._monitor.write_events([(tags[name], ms, samples) for name, ms in self._window.items()])
                 self._window = dict.fromkeys(MOMENTS, 0.0)

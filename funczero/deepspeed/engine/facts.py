@@ -118,7 +118,7 @@ class Facts(Loop):
 
     def wall_clock_breakdown(self) -> bool:
         """Are forward, backward and step timed and printed?"""
-        return self.config_.value("wall_clock_breakdown")
+        return self.config_.value("wall_clock_breakdown") or self.config_.value("flops_profiler.enabled")
 
     def steps_per_print(self) -> int | None:
         """Updates between two printed lines."""

@@ -15,6 +15,7 @@ from funczero.deepspeed.config.optimizers import GroupRates
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.breakdown import Breakdown
+from funczero.deepspeed.engine.flops import Facts, Flops, elements
 from funczero.deepspeed.engine.graphs import leaves_under, stamp
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.leaf import write_leaf
@@ -70,6 +71,7 @@ class Loop(nn.Module):
         self.tput_timer, self.monitor = Throughput(), Monitor(config)
         self._breakdown = Breakdown(config, self.monitor, lambda: self.live_mesh.sent)
         self.device, self.mp_world_size = step.live_mesh.device, 1
+        self._flops = Flops(config, ranks.get_rank())
         self.global_rank, self.local_rank = ranks.get_rank(), ranks.get_local_rank()
         self.world_size = self.dp_world_size = ranks.get_world_size()
         self._holder.renew(step, state)
@@ -88,7 +90,7 @@ class Loop(nn.Module):
             args, kwargs = tree.map(half, (args, kwargs))
         if not torch.is_grad_enabled():
             return self._holder.forward(*args, **kwargs)
-        with self._breakdown.of("fwd"):
+        with self._breakdown.of("fwd"), self._flops.of("fwd", self._updates):
             out = self._holder.forward(*args, **kwargs)
         stamp(out, self._clock[0], self._clock)
         return out
@@ -109,7 +111,7 @@ class Loop(nn.Module):
         pull = multiplied(self._holder.pull(loss, retain_graph, over), times)
         micro = (pull, loss if times == 1 else loss.detach() * times, 0.0 if more else 1.0)
         try:
-            with self._breakdown.of("bwd"):
+            with self._breakdown.of("bwd"), self._flops.of("bwd", self._updates):
                 if more:
                     self._state = amended(self._step, self._state, micro)
                 else:
@@ -145,8 +147,19 @@ class Loop(nn.Module):
         if last:
             with self._breakdown.of("step"):
                 self._update(lr_kwargs or {})
+        if last and self._flops.on:
+            self._flops.updated(self.module, self._facts(), self._breakdown.last)
         if self._breakdown.on:
-            self._breakdown.stepped(last, self.global_samples, int(self._state.step))
+            self._breakdown.stepped(last, self.global_samples, self._updates())
+
+    def _updates(self) -> int:
+        return int(self._state.step)
+
+    def _facts(self) -> Facts:
+        """What the flops profiler is told of this engine."""
+        held = sum(x.numel() for x in tree.tensors(self._state.views or self._state.params))
+        whole = {id(p): elements(p) for p in self._holder.named.values()}
+        return Facts(self.world_size, self.config_.triad.micro, self._k, held, sum(whole.values()))
 
     def _check_trains(self, call: str) -> None:
         if self.optimizer is None:
