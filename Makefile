@@ -4,11 +4,15 @@ BIN := .venv/bin
 READY := .venv/.ready
 OPTIONS ?=
 
-.PHONY: campaign test test-all test-launch lint types tests docs train bench clean
+.PHONY: campaign test checked test-all test-launch lint types tests docs train bench clean
 
-test: lint types docs tests
+test: checked tests
 
-test-all: lint types docs $(READY)
+# What needs no rank, two at a time.
+checked: $(READY)
+	$(MAKE) -j 2 --output-sync lint types docs
+
+test-all: checked $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not hosts"
 
 # About ten minutes, as root: hosts out of namespaces with sshd, pdsh, OpenMPI, MPICH and SLURM. What cannot be installed is skipped by name.
@@ -30,7 +34,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 types: $(READY)
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers=2
 
 # Pages into docs/_build/html. A warning is an error: a dead link, a public name that the reference lacks.
 docs: $(READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,14 @@ from funczero.testing import WorkerPool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)  # bits of large sums depend on the number of threads
-hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("house")
+house = dict(deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("house", **house)
+hypothesis.settings.register_profile("few", max_examples=40, **house)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With the slow tests, 100 examples where a test does not say how many."""
+    hypothesis.settings.load_profile("few" if config.option.markexpr == "not slow" else "house")
 
 
 def pytest_sessionstart() -> None:
@@ -30,23 +37,31 @@ IMPORTED = ("pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint"
 
 # The longest first. (Without --no-loadscope-reorder xdist would begin with the files that have the most tests.)
 LONG = (
-    "test_checkpoint_kills.py",
-    "test_world.py",
-    "test_loops.py",
-    "test_watch.py",
-    "test_checkpoint_ends.py",
-    "test_exact.py",
-    "test_differentiable.py",
-    "test_train_gpt.py",
-    "test_resume.py",
-    "test_told.py",
-    "test_reference.py",
-    "test_leaves.py",
-    "test_config_train.py",
-    "test_launch_run.py",
     "test_readme.py",
+    "test_checkpoint_kills.py",
+    "test_hf_trainer.py",
+    "test_lightning.py",
     "test_docs.py",
-    "test_optimizers.py",
+    "test_compile.py",
+    "test_loops.py",
+    "test_exact.py",
+    "test_told.py",
+    "test_differentiable.py",
+    "test_world.py",
+    "test_plan.py",
+    "test_checkpoint_hostile.py",
+    "test_checkpoint_ends.py",
+    "test_watch.py",
+    "test_config_train.py",
+    "test_reference.py",
+    "test_launch_run.py",
+    "test_checkpoint_flat.py",
+    "test_memory.py",
+    "test_examples.py",
+    "test_train_gpt.py",
+    "test_wheel.py",
+    "test_presence.py",
+    "test_zeropp.py",
 )
 
 
@@ -54,6 +69,12 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     """Files that take long come first, so that of two workers none waits for the other's last one."""
     order = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end: no collection goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ it took, and when it ended (since the epoch). A rank without RANK in its environ
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -75,6 +76,7 @@ def main():
     import zoo  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # or the end of every interpreter would go through all that is imported here, and copy it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if os.fork() == 0:

@@ -335,12 +335,12 @@ def plain(model: Model) -> dict[str, Tensor]:
     return {n: x.detach() for n, x in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]}
 
 
-def results(name: str) -> dict[int, tuple[float, str]]:
+def results(name: str, stages: tuple[int, ...] = (0, 3)) -> dict[int, tuple[float, str]]:
     """As one rank, by stage: how far values are from plain torch, of the largest; the hash of what dropout made."""
     model, out = MODELS[name], {}
     want = plain(model)
     largest = max(float(x.abs().max()) for x in want.values() if x.is_floating_point() and x.numel())
-    for stage in (0, 3):
+    for stage in stages:
         found = trained(model, stage, dropped=False)
         far = max(float((x - want[n]).abs().max()) for n, x in found.items() if x.numel()) / largest
         out[stage] = far, tree_hash(trained(model, stage, dropped=True))

@@ -7,6 +7,7 @@ point of a save, which the Checkpointer tells, or from a clock.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -73,6 +74,7 @@ def main():
     import zoo  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # or a collection in any world would go through all that is imported here, and copy it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if os.fork() == 0:

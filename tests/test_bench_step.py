@@ -32,6 +32,7 @@ def bench(folder, *flags):
     return {(x["name"], x["ranks"], x["policy"]): x for x in found}, done.stdout
 
 
+@pytest.mark.slow
 def test_a_heat_of_two_computes_the_same_and_is_written_down(tmp_path):
     rows, out = bench(tmp_path, "--ranks=2", "--policies=fp32", "--contenders=stage3", "--lives=0")
     assert {name for name, *_ in rows} >= {"ddp", "stage3"} and "furthest apart from DDP's loss" in out

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+from cover import EACH
 
 from funczero.checkpoint import Checkpointer, folder, manifest
 
@@ -55,13 +56,18 @@ child()
 }  # fmt: skip
 
 
+FEW = "sys.exit(3)", "ctrl-c", "nobody holds it", "an exception on one rank"
+
+
+@EACH
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_what_save_took_is_there_however_the_process_ends(ends, tmp_path, size):
+def test_what_save_took_is_there_however_the_process_ends(ends, tmp_path, size, whole):
     """Also where each rank is killed by nothing but its own end, and rank 0, which holds the store, ends first."""
-    for i, (script, _) in enumerate(ENDS.values()):
+    some = {how: way for how, way in ENDS.items() if whole or how in FEW}
+    for i, (script, _) in enumerate(some.values()):
         ends.start(tmp_path / str(i), script.replace("{directory!r}", repr(str(tmp_path / str(i) / "run"))), size)
     like = (checkpoints.make("3 [grad acc", 1), checkpoints.abstract())
-    for i, (how, (_, code)) in enumerate(ENDS.items()):
+    for i, (how, (_, code)) in enumerate(some.items()):
         told = ends.told(tmp_path / str(i))
         assert (
             all(t["code"] == code for t in told)
@@ -86,7 +92,7 @@ def slow(point):
 """
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_what_is_lost_is_said_by_one_sentence_and_the_exit_code(ends, tmp_path, size):
     scripts = {
         "end": SAVED,
@@ -144,16 +150,19 @@ LAST = {  # the last thing that a script does; but for the last two, rank 1 hear
 }
 
 
-def test_the_one_who_holds_the_store_leaves_last(ends, tmp_path):
-    for i, last in enumerate(LAST.values()):
+@EACH
+def test_the_one_who_holds_the_store_leaves_last(ends, tmp_path, whole):
+    some = {how: last for how, last in LAST.items() if whole or how in ("save and wait", "restore", "notice")}
+    for i, last in enumerate(some.values()):
         script = LATE.replace("{directory!r}", repr(str(tmp_path / str(i) / "run"))) + last
         ends.start(tmp_path / str(i), script, 2)
-    for i, how in enumerate(LAST):
+    for i, how in enumerate(some):
         told = ends.told(tmp_path / str(i))
         said = [line for t in told for line in t["err"].splitlines() if "the loss did not use" not in line]
         assert [t["code"] for t in told] == [0, 0] and said == [], (how, told)
 
 
+@pytest.mark.slow
 def test_the_readme_resumes_under_torchrun(ends, tmp_path):
     """Its lines as they stand: a first run saves, a second one restores before anything has joined the world, and saves
     again.

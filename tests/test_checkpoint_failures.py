@@ -27,7 +27,13 @@ def before_and_then(ck, state, directory, at):
     return saves(ck, state, "bad")
 
 
-@pytest.mark.parametrize("victim, where", [(0, "write"), (1, "write"), (1, "tensorstore"), (0, "merge"), (0, "seal")])
+@pytest.mark.parametrize(
+    "victim, where",
+    [
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0, "write"), (0, "merge"))),
+        *((1, "write"), (1, "tensorstore"), (0, "seal")),
+    ],
+)
 def test_disk_full_on_one_rank(run_world, tmp_path, victim, where):
     first, second = dealt(run_world, tmp_path, before_and_then, at=no_space(victim, where))
     assert first == second and first[0] in ("CheckpointError", "OSError"), (first, second)

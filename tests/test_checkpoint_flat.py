@@ -45,10 +45,12 @@ print(json.dumps([*out, held()]))
 """
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_forty_saves_hold_as_much_as_twenty(ends, tmp_path, size):
+@pytest.mark.parametrize(
+    ("size", "saves"), [(2, 16), *(pytest.param(size, 40, marks=pytest.mark.slow) for size in (1, 2))]
+)
+def test_all_saves_hold_as_much_as_half_of_them(ends, tmp_path, size, saves):
     """The store is rank 0's."""
-    script = SAVES.replace("{directory!r}", repr(str(tmp_path / "run"))).replace("{saves}", "40")
+    script = SAVES.replace("{directory!r}", repr(str(tmp_path / "run"))).replace("{saves}", str(saves))
     for told in ends.run(tmp_path / "life", script, size):
         assert told["code"] == 0, told
         half, whole, others = json.loads(told["out"])

@@ -132,8 +132,14 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("how", [restored, read_beside])
-@pytest.mark.parametrize("case", HOSTILE)
+TRIED = [
+    pytest.param(case, how, marks=() if i % 2 == j else pytest.mark.slow, id=f"{case}-{how.__name__}")
+    for i, case in enumerate(HOSTILE)
+    for j, how in enumerate((restored, read_beside))
+]
+
+
+@pytest.mark.parametrize(("case", "how"), TRIED)
 def test_hostile_manifest(originals, tmp_path, case, how):
     """With a checksum that is right."""
     checkpoint = copied(originals[0]["large"], tmp_path / "run")

@@ -10,7 +10,6 @@ from functools import cache
 import checkpoints
 import pytest
 import zoo
-from cover import cover
 from kills import CHAIN, nursery
 
 from funczero.checkpoint import Checkpointer, folder, manifest
@@ -67,12 +66,27 @@ def name_of(case):
     return "-".join(filter(None, form_of(case)))
 
 
-FEW = cover(map(form_of, POINTS), by=1)  # every point, every one who dies, every world: the others are slow
+FEW = {  # one of each kind: asked, made, amid writing, committed, replaced, pruned; killed or stopped; one or both
+    ("asked", "0", "tcp"),
+    ("made", "1", "signal"),
+    ("chunk", "1", ""),
+    ("written", "0", "poll"),
+    ("renamed", "1", ""),
+    ("swapped", "0", ""),
+    ("pruning", "01", ""),
+}
 CASES = [pytest.param(c, marks=() if form_of(c) in FEW else pytest.mark.slow, id=name_of(c)) for c in POINTS]
 
 
 @pytest.fixture(scope="module")
-def lives(request, tmp_path_factory):
+def worlds():
+    """The process that all are forked from."""
+    with nursery() as n:
+        yield n
+
+
+@pytest.fixture(scope="module")
+def lives(request, worlds, tmp_path_factory):
     """All worlds that are asked for, a few at a time: by name (its folder, what its ranks told)."""
     root, out, running = tmp_path_factory.mktemp("kills"), {}, []
     own = [item for item in request.session.items if item.path == request.path]
@@ -80,14 +94,13 @@ def lives(request, tmp_path_factory):
     waiting = sorted(
         (c.params["case"] for c in calls), key=lambda case: case[3].get("quick", True) and "signal" not in case[3]
     )  # first the long
-    with nursery() as n:
-        while waiting or running:
-            while waiting and len(running) < 10:
-                point, victims, _, more = case = waiting.pop(0)
-                n.start(root / name_of(case), point=point, victims=victims, **more)
-                running.append(name_of(case))
-            name = running.pop(0)
-            out[name] = (root / name / "run", n.told(root / name))
+    while waiting or running:
+        while waiting and len(running) < 10:
+            point, victims, _, more = case = waiting.pop(0)
+            worlds.start(root / name_of(case), point=point, victims=victims, **more)
+            running.append(name_of(case))
+        name = running.pop(0)
+        out[name] = (root / name / "run", worlds.told(root / name))
     return out
 
 
@@ -149,16 +162,15 @@ def clean(directory, names):
         assert not manifest.check_files(e.path, e.manifest, strangers=True)
 
 
-def test_one_that_dies_before_its_first_call_is_missed_at_once(tmp_path):
+def test_one_that_dies_before_its_first_call_is_missed_at_once(worlds, tmp_path):
     """It joined a world that somebody else made, built its step and nothing more; the others' patience is the product's
     own 60 s.
     """
     step = checkpoints.make(CHAIN, 1)
     with Checkpointer(tmp_path / "run", step=step) as ck:
         ck.save(step.init(zoo.params(), key=7), 0)
-    with nursery() as n:
-        n.start(tmp_path, point="born", victims=[1])
-        told = n.told(tmp_path)
+    worlds.start(tmp_path, point="born", victims=[1])
+    told = worlds.told(tmp_path)
     died, last = told[1]["events"][-1]["at"], told[0]["events"][-1]
     assert (
         told[1]["ended"] == -9 and last["what"] == "raised" and last["at"] - died < 10 and "rank 1" in last["text"]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -22,7 +19,7 @@ from funczero.checkpoint import Checkpointer, CheckpointError
 # two processes
 
 
-def test_two_processes_in_one_folder(tmp_path):
+def test_two_processes_in_one_folder(ends, tmp_path, tmp_path_factory):
     """The second is refused while the first writes; its files are not taken for leftovers."""
     step, state = started(1)
     inside, go = threading.Event(), threading.Event()
@@ -36,18 +33,15 @@ def test_two_processes_in_one_folder(tmp_path):
     assert inside.wait(120)
     # The writer is held until the other process has spoken, however long its imports take on a busy machine.
     code = f"""if True:
-        import sys; sys.path[:0] = {sys.path[:3]!r}
         import attempts as t
         from funczero.checkpoint import Checkpointer
         from pathlib import Path
         print(t.saves(Checkpointer(Path({str(tmp_path)!r})), t.started(1)[1], 2))"""
-    said = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=os.path.dirname(__file__)
-    )
+    (said,) = ends.run(tmp_path_factory.mktemp("other"), code, limit=200)
     refused = saves(other, state, 3)
     go.set()
     ck.wait()
-    assert "another process is saving into" in said.stdout, said
+    assert "another process is saving into" in said["out"], said
     assert "another process is saving into" in refused[1]
     assert saves(other, state, 3) is None
     whole(tmp_path, "1", "3")

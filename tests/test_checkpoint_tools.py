@@ -221,6 +221,7 @@ def test_a_checkpoint_of_the_first_version_stays_readable():
         torch.testing.assert_close(a, checkpoints.joined([checkpoints.parts(state)])[name])
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_distributed_and_no_jax(saved, tmp_path):
     import subprocess
 

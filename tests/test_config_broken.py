@@ -430,6 +430,7 @@ def test_a_dict_that_holds_itself_is_told():
         ds.resolve(mine, WORLD)
 
 
+@pytest.mark.slow
 def test_time_is_linear_in_bytes(tmp_path):
     """Four times as many keys take about four times as long; by the square they would take sixteen times."""
     took = {}

@@ -107,26 +107,26 @@ def warmup_decay(u, peak=1e-2, n=4, total=14):
     return peak * (math.log(i + 1) / math.log(n) if i < n else max(0.0, (total - i) / (total - n)))
 
 
-def test_both_configs_train_to_plain_torchs_losses(ends, text, gpt):
-    for name, config in (("page", PAGE), ("bf16", BF16)):
-        start(ends, text, name, WORLD, config=config)
-    want = {
-        "page": plain(gpt, text, 8, WORLD, torch.float16, 1.0, lambda u: 0.00015, scale=65536.0, weight_decay=0.0),
-        "bf16": plain(gpt, text, 16, 4 * WORLD, torch.bfloat16, 0.5, warmup_decay, betas=(0.9, 0.95), weight_decay=0.1),
-    }
-    for name in want:
-        got = losses(ends, text, name)
-        assert [r["ok"] for r in got] == [ok for *_, ok in want[name]] and sum(r["ok"] for r in got) > STEPS // 2
-        assert [r["lr"] for r in got] == pytest.approx([lr for _, lr, _ in want[name]], rel=1e-12)
-        assert [r["loss"] for r in got] == pytest.approx([loss for loss, *_ in want[name]], rel=2e-6)
-        print(
-            name,
-            max(abs(r["loss"] - loss) for r, (loss, *_) in zip(got, want[name])),
-            [r["ok"] for r in got],
-            got[0]["loss"],
-            got[-1]["loss"],
-        )
-    assert got[-1]["loss"] < 0.8 * got[0]["loss"]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["page", "bf16"])
+def test_a_config_trains_to_plain_torchs_losses(ends, text, gpt, name):
+    start(ends, text, name, WORLD, config={"page": PAGE, "bf16": BF16}[name])
+    if name == "page":
+        want = plain(gpt, text, 8, WORLD, torch.float16, 1.0, lambda u: 0.00015, scale=65536.0, weight_decay=0.0)
+    else:
+        want = plain(gpt, text, 16, 4 * WORLD, torch.bfloat16, 0.5, warmup_decay, betas=(0.9, 0.95), weight_decay=0.1)
+    got = losses(ends, text, name)
+    assert [r["ok"] for r in got] == [ok for *_, ok in want] and sum(r["ok"] for r in got) > STEPS // 2
+    assert [r["lr"] for r in got] == pytest.approx([lr for _, lr, _ in want], rel=1e-12)
+    assert [r["loss"] for r in got] == pytest.approx([loss for loss, *_ in want], rel=2e-6)
+    print(
+        name,
+        max(abs(r["loss"] - loss) for r, (loss, *_) in zip(got, want)),
+        [r["ok"] for r in got],
+        got[0]["loss"],
+        got[-1]["loss"],
+    )
+    assert name == "page" or got[-1]["loss"] < 0.8 * got[0]["loss"]
 
 
 def test_a_config_and_flags_that_say_it_twice_end_with_one_sentence(ends, text):

@@ -72,6 +72,7 @@ def test_a_lone_file_gives_its_tail(tmp_path):
     assert data.batch(held_out, 0, 0, 8, 4)["x"].tolist() == [[95, 96, 97, 98]] * 8
 
 
+@pytest.mark.slow
 def test_python_itself_is_the_default():
     train, held_out = data.load()
     assert len(train) > 10 * len(held_out) > 1e6 and all(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from cover import EACH, cover
 from engines import Net, config
 from torch import nn
 
@@ -106,16 +107,20 @@ def a_forward_of_ones_own(m):
 CHANGES = [None, evaluates, one_layer_evaluates, hooks, attributes, a_forward_of_ones_own]
 
 
-def changed(change):
-    runs = [run(stage, change=change, call=call) for stage in (0, 2, 3) for call in ("engine", "module")]
+HOW = [(world, stage, call) for world in (1, 2) for stage in (0, 2, 3) for call in ("engine", "module")]
+
+
+def changed(change, tried):
+    runs = [run(stage, change=change, call=call) for _, stage, call in tried]
     return [r == runs[0] for r in runs], runs[0][0]
 
 
+@EACH
 @pytest.mark.parametrize("world", [1, 2])
-def test_what_a_user_sets_on_the_module_counts_at_every_stage(run_world, world):
-    losses = {}
+def test_what_a_user_sets_on_the_module_counts_at_every_stage(run_world, world, whole):
+    tried, losses = [row for row in (HOW if whole else cover(HOW)) if row[0] == world], {}
     for change in CHANGES:
-        same, losses[change] = zoo.everywhere(run_world, world, changed, change)
+        same, losses[change] = zoo.everywhere(run_world, world, changed, change, tried)
         assert all(same), change
     assert len({tuple(x) for x in losses.values()}) == len(CHANGES)  # each of them changed the run
 

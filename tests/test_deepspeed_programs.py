@@ -282,8 +282,16 @@ def gathered(stage):
     return gap(engine, net)
 
 
-@pytest.mark.parametrize("program", [classifier, masked, gan, scheduled, gathered])
-@pytest.mark.parametrize("stage", STAGES)
+PROGRAMS = [classifier, masked, gan, scheduled, gathered]
+ALWAYS = [(3, program) for program in PROGRAMS] + [(i % 3, program) for i, program in enumerate(PROGRAMS)]
+EVERYWHERE = [
+    pytest.param(stage, program, marks=() if (stage, program) in ALWAYS else pytest.mark.slow)
+    for stage in STAGES
+    for program in PROGRAMS
+]
+
+
+@pytest.mark.parametrize(("stage", "program"), EVERYWHERE)
 def test_programs_give_plain_torchs_weights(run_world, program, stage):
     gaps = run_world(2, program, stage, timeout=120)
     assert max(gaps) < (2e-4 if program is masked else 3e-5), gaps

@@ -158,6 +158,7 @@ with tempfile.TemporaryDirectory() as directory, fz.Checkpointer(directory) as c
 """
 
 
+@pytest.mark.slow
 def test_a_first_save_draws_nothing_beside_the_step():
     """Importing JAX, which orbax stands on, draws from numpy's generator: never in the thread that saves."""
     done = subprocess.run([sys.executable, "-c", SAVES], capture_output=True, text=True, timeout=120)

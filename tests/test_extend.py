@@ -95,8 +95,14 @@ def trained(what, stage, size):
 OWN = {"wire": wire, "transform": transform, "optimizer": optimizer, "partition": partition, "rules": rules}
 
 
-@pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("what", OWN)
+TRIED = [
+    pytest.param(what, stage, marks=() if stage in (3, i % 3) else pytest.mark.slow)
+    for i, what in enumerate(OWN)
+    for stage in range(4)
+]
+
+
+@pytest.mark.parametrize(("what", "stage"), TRIED)
 def test_what_a_user_adds_runs_everywhere(run_world, what, stage):
     """The same bits at every stage; and, but for a wire that rounds where one rank sends nothing, those of one rank."""
     found = zoo.everywhere(run_world, 2, trained, what, stage, 2)

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import product
 
 import pytest
 import torch
 import zoo
+from cover import EACH, cover
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -144,10 +146,12 @@ def accepted(stage, donate):
     return {tree_hash(step.params(run(copy.deepcopy(s) if donate else s, rows)[0])) for s in copies}
 
 
-@pytest.mark.parametrize("donate", [False, True])
-@pytest.mark.parametrize("world", [1, 2])
-def test_any_copy_of_a_state_is_as_good(run_world, world, donate):
-    for stage in range(4):
+COPIED = list(product((1, 2), range(4), (False, True)))
+
+
+@EACH
+def test_any_copy_of_a_state_is_as_good(run_world, whole):
+    for world, stage, donate in COPIED if whole else cover(COPIED):
         assert len(zoo.everywhere(run_world, world, accepted, stage, donate)) == 1
 
 
@@ -226,12 +230,13 @@ def averaged(stage, kind, policy):
     return out
 
 
-@pytest.mark.parametrize("kind", ["whole", "blocks", pytest.param("remat", marks=pytest.mark.slow), "module"])
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_replaced_masters_count_everywhere(run_world, world, kind):
-    for stage in range(4):
-        for policy in (None, "compute=bfloat16"):
-            assert zoo.everywhere(run_world, world, averaged, stage, kind, policy) == [], (stage, policy)
+REPLACED = list(product((1, 2), ("whole", "blocks", "remat", "module"), range(4), (None, "compute=bfloat16")))
+
+
+@EACH
+def test_replaced_masters_count_everywhere(run_world, whole):
+    for world, kind, stage, policy in REPLACED if whole else cover(REPLACED, pairs=[(0, 2), (1, 3), (2, 3)]):
+        assert zoo.everywhere(run_world, world, averaged, stage, kind, policy) == [], (world, kind, stage, policy)
 
 
 def gathers():

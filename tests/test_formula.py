@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import zoo
+from cover import params as covered
 from optimizers import F32, F64, MAKERS, ORACLES, PAIRS, close, masters
 
 import funczero as fz
@@ -93,10 +94,13 @@ def test_without_leaves_pieces_are_all_that_have_a_gradient():
 
 # --- the pair ---------------------------------------------------------------------------------------------------------
 SINGLE = [name for name in PAIRS if name != "a partition"]
+BOUNDS = [(F64, 1e-13), (F32, 1e-6)]
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(F64, 1e-13), (F32, 1e-6)])
-@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize(
+    ("name", "dtype", "atol"),
+    covered([(n, *d) for i, n in enumerate(SINGLE) for d in BOUNDS[:: 1 - 2 * (i % 2)]], by=1),
+)
 def test_the_fused_form_is_the_plain_one(name, dtype, atol):
     """The formula is plain arithmetic's, and the pair that is made of it gives its values."""
     tx, got = PAIRS[name][0], masters(PAIRS[name][0], dtype=dtype)[0]

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from cover import EACH
 from modules import Net, build
 from modules import loss as net_loss
 from torch import nn
@@ -83,10 +84,11 @@ def own(stages):
     return out
 
 
-def test_a_models_own_loop_has_one_text_whatever_the_world(run_world):
+@EACH
+def test_a_models_own_loop_has_one_text_whatever_the_world(run_world, whole):
     want = model().eval().generate(words(4), max_new_tokens=9, do_sample=False)
-    (one,) = run_world(1, own, (0, 3))
-    two = run_world(2, own, (0, 1, 2, 3))
+    (one,) = run_world(1, own, (0, 3) if whole else (1,))
+    two = run_world(2, own, (0, 1, 2, 3) if whole else (0, 3))
     greedy = [x for (*_, what), x in one.items() if what == "greedy"]
     drawn = [x for (*_, what), x in one.items() if what == "drawn"]
     for question in two[0]:

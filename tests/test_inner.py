@@ -197,7 +197,7 @@ def everything(make, loss, runs):
     return {run: got(make, loss, *run) for run in runs}
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_gradients_are_plain_torchs(name, world):
     make, loss = CASES[name]

@@ -220,6 +220,7 @@ USED = "print(json.dumps([registry.used('hadamard', torch.device('cpu')) for _ i
 
 
 @NATIVE
+@pytest.mark.slow
 def test_two_processes_build_one_library_and_a_dead_builder_holds_up_nobody(tmp_path, monkeypatch):
     (tmp_path / "tmpdead").mkdir()  # what a builder leaves that was killed
     (tmp_path / "tmpdead" / "hadamard.so").write_bytes(b"half")

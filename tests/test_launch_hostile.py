@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parent / "campaign" / "hostile.py"
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param("config", marks=pytest.mark.slow), "hostfile", pytest.param("store", marks=pytest.mark.slow)]
+    "part", [pytest.param(part, marks=pytest.mark.slow) for part in ("config", "hostfile", "store")]
 )
 def test_no_hostile_input_does_harm(part):
     done = subprocess.run([sys.executable, str(SCRIPT), f"--only={part}"], capture_output=True, text=True, timeout=300)

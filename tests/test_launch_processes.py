@@ -7,6 +7,8 @@ import sys
 import time
 from types import SimpleNamespace
 
+import pytest
+
 from funczero.launch.node import Node
 
 SCRIPT = """
@@ -44,6 +46,7 @@ print("over")
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_left_where_it_says_so():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60)
     assert done.stdout == "over\n", done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from cover import EACH, cover
 
 import funczero as fz
 from funczero import P, rng
@@ -149,8 +150,8 @@ def openings():
 
 
 def test_however_blocks_are_opened_the_bits_are_those_of_the_plain_loop(run_world):
-    alone = openings()
-    assert len({h for hs in alone for h in hs}) == 1 and zoo.everywhere(run_world, 2, openings) == alone
+    alone = opening(0)
+    assert len(set(alone)) == 1 and zoo.everywhere(run_world, 2, openings) == [alone] * 4
 
 
 def shared_inputs(remat):
@@ -182,7 +183,12 @@ def test_what_blocks_share_learns_from_all_of_them(run_world, remat):
         assert plain == closed and plain[1:] == (True, True)
 
 
-def odd_uses():
+LOSSES = "backwards", "some", "twice", "none", "mixed", "detour"
+ICE = "^$", r"blocks/\d/w", "blocks/[13]"
+USES = [(loss, ice, world) for loss in LOSSES for ice in ICE for world in (1, 2)]
+
+
+def odd_uses(tried):
     """Blocks used in another order, in part, twice, or not at all; frozen in part; a loss that opens some and reads one
     leaf of another.
     """
@@ -211,7 +217,7 @@ def odd_uses():
 
     out = {}
     for loss in (backwards, some, twice, none, mixed, detour):
-        for ice in ("^$", r"blocks/\d/w", "blocks/[13]"):
+        for ice in (ice for name, ice, _ in tried if name == loss.__name__):
             for units in ((), ("blocks",)):
                 g = fz.shard(
                     "data",
@@ -228,9 +234,13 @@ def odd_uses():
     return out
 
 
+@EACH
 @pytest.mark.parametrize("world", [1, 2])
-def test_blocks_may_be_used_in_any_way(run_world, world):
-    found = zoo.everywhere(run_world, world, odd_uses)
+def test_blocks_may_be_used_in_any_way(run_world, world, whole):
+    """Without `whole` every use on both worlds, and every part frozen on both."""
+    tried = [row for row in (USES if whole else cover(USES, pairs=[(0, 2), (1, 2)])) if row[2] == world]
+    found = zoo.everywhere(run_world, world, odd_uses, tried)
+    assert len(found) == 2 * len(tried)
     assert {n: h for n, h in found.items() if h != found[n[0], n[1], ()]} == {}
 
 

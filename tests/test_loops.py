@@ -68,12 +68,13 @@ def furthest(got, want):
 COMBINATIONS = [(s, w) for s in range(4) for w in (1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loops", "stage", "world"),
     [
         (ALL[:1], 3, 2),
-        pytest.param(ALL[1:2], 2, 2, marks=pytest.mark.slow),
-        *(pytest.param(ALL, *at, marks=pytest.mark.slow) for at in COMBINATIONS),
+        (ALL[1:2], 2, 2),
+        *((ALL, *at) for at in COMBINATIONS),
     ],
 )
 def test_a_loop_that_is_killed_and_resumed_is_plain_torchs(tmp_path, loops, stage, world):

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from cover import params as covered
 
 import funczero as fz
 from funczero import P
@@ -105,19 +106,21 @@ def opened(model, batch, forward, remat, link):
     return max(t.gathers.peak for t in tapes), blocks, held, len(loss_fn.units)
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["keep", "remat"])
+OPENED = ("clip", "none"), ("poolformer", "none"), ("llava", "none"), ("llava", "vision")
+
+
 @pytest.mark.parametrize(
-    ("name", "frozen"), [("clip", "none"), ("poolformer", "none"), ("llava", "none"), ("llava", "vision")]
+    ("name", "frozen", "form"), covered([(*one, form) for one in OPENED for form in ("keep", "remat")], by=1)
 )
-def test_two_blocks_at_most_are_open(name, frozen, remat):
+def test_two_blocks_at_most_are_open(name, frozen, form):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, batch, forward = MODELS[name]()
     for n, p in model.named_parameters():
         p.requires_grad_(frozen not in n)
-    for counted, blocks, _, lists in simulate(TWO)(opened, model, batch, forward, remat, Link(latency=0.0)):
+    for counted, blocks, _, lists in simulate(TWO)(opened, model, batch, forward, form == "remat", Link(latency=0.0)):
         assert counted == 2 and blocks <= 2 and lists >= 2
     largest = max(sum(p.nbytes for p in b.parameters()) for b in _blocks(model))
     some = Link(latency=1.0, speed=largest)  # four blocks
-    for counted, blocks, held, _ in simulate(TWO)(opened, model, batch, forward, remat, some):
+    for counted, blocks, held, _ in simulate(TWO)(opened, model, batch, forward, form == "remat", some):
         assert counted == 2 and blocks > 2 and held <= 2 * 1.1 * some.together  # with padding

@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cover import EACH, places
 from programs import table
 
 PROGRAMS = sorted(p.stem for p in (Path(__file__).parent / "programs").glob("*.py") if p.stem != "table")
-SLOW: frozenset[str] = frozenset()  # programs that take many seconds
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in PROGRAMS])
-def test_a_program_is_plain_torch_at_every_stage_and_world(run_world, name):
-    found = {}
+@EACH
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_is_plain_torch_at_every_stage_and_world(run_world, name, whole):
+    found, at = {}, places(name, PROGRAMS, whole)
     for world in (1, 2):
-        for rank, by_stage in enumerate(run_world(world, table.results, name)):
+        stages = [stage for w, stage in at if w == world]
+        for rank, by_stage in enumerate(run_world(world, table.results, name, stages)):
             found |= {(world, rank, stage): result for stage, result in by_stage.items()}
     assert max(far for far, _, _ in found.values()) <= 1e-10, found
     for worlds in [(1, 2)] if all(same for *_, same in found.values()) else [(1,), (2,)]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
@@ -183,13 +181,13 @@ def test_workers_are_started_afresh_after_so_many_runs():
     assert first == second != third
 
 
-def test_workers_end_with_the_process_that_holds_them():
+def test_workers_end_with_the_process_that_holds_them(ends, tmp_path):
     code = (
         "from funczero.testing import WorkerPool; import os, sys; print(*WorkerPool(2).run(os.getpid), flush=True);"
         " os.kill(os.getpid(), 9)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
-    pids = [int(pid) for pid in out.split()]
+    (told,) = ends.run(tmp_path / "life", code)
+    pids = [int(pid) for pid in told["out"].split()]
     deadline = time.monotonic() + 10
     while any(map(_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cover import EACH
 from ends import line
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
@@ -32,8 +33,9 @@ def finish(process):
     return process.returncode, out, err
 
 
-def test_stages_train_alike_and_report(ends, text, tmp_path_factory):
-    """From one command at stage 3; at stage 0 as ranks that somebody else has started."""
+@EACH
+def test_stages_train_alike_and_report(ends, text, tmp_path_factory, whole):
+    """Ranks that somebody else has started; with `whole` at stage 0, and at stage 3 from one command."""
     flags = {
         stage: (
             f"--stage={stage}",
@@ -45,11 +47,13 @@ def test_stages_train_alike_and_report(ends, text, tmp_path_factory):
         )
         for stage in (0, 3)
     }
-    run = start(*flags[3])
+    run = start(*flags[3]) if whole else None
     place = tmp_path_factory.mktemp("ranks")  # not among the texts that they read
-    ranks = ends.run(place, line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[0]), 2, limit=120.0)
+    ours = 0 if whole else 3
+    ranks = ends.run(place, line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[ours]), 2, limit=120.0)
     assert [rank["code"] for rank in ranks] == [0, 0], ranks
-    ended, losses, sent = {0: (0, ranks[0]["out"], ranks[0]["err"]), 3: finish(run)}, {}, {}
+    ended, losses, sent = {ours: (0, ranks[0]["out"], ranks[0]["err"])}, {}, {}
+    ended |= {3: finish(run)} if whole else {}
     for stage, (status, out, err) in ended.items():
         assert status == 0, err
         records = [json.loads(line) for line in (text / f"out{stage}" / "metrics.jsonl").read_text().splitlines()]
@@ -62,9 +66,9 @@ def test_stages_train_alike_and_report(ends, text, tmp_path_factory):
         assert all(math.isclose(r["bits_per_byte"], r["loss"] / math.log(2)) and r["ok"] for r in updates)
         assert out.count("single bytes") == 3 and (text / f"out{stage}" / "loss.png").stat().st_size > 1000
         losses[stage], sent[stage] = torch.tensor([r["loss"] for r in updates]), updates[-1]["bytes_sent"]
-    torch.testing.assert_close(losses[0], losses[3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[ours], losses[3], rtol=1e-5, atol=1e-5)
     # a model that fits one message is gathered once and scattered once, which is what a sum over all ranks sends
-    assert sent[3] == sent[0] > 0
+    assert sent[3] == sent[ours] > 0
 
 
 def test_a_wrong_command_line_ends_with_one_sentence(ends, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cover import EACH, places
 from torch import nn
 
 import funczero as fz
@@ -76,9 +77,11 @@ def trained(name, stage, world, donate=False, unused="keep"):
     return log
 
 
+@EACH
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_one_hash_at_every_stage_and_world(name):
-    found = {tree_hash(x) for s in range(4) for w in (1, 2) for x in simulate({"data": w})(trained, name, s, w)}
+def test_one_hash_at_every_stage_and_world(name, whole):
+    at = places(name, OPTIMIZERS, whole)
+    found = {tree_hash(x) for w, s in at for x in simulate({"data": w})(trained, name, s, w)}
     assert found == {tree_hash(trained(name, 3, 1, donate=True))}
 
 

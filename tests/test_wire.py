@@ -142,7 +142,7 @@ def nested(name):
     return {n: zoo.bits(zoo.train(parts, FOUR, updates=3, micros=4)) for n, parts in chains.items()}
 
 
-@pytest.mark.parametrize("name", ["int8 by slot", "dithered"])
+@pytest.mark.parametrize("name", [pytest.param("int8 by slot", marks=pytest.mark.slow), "dithered"])
 def test_nested_brackets_pack_alike(run_world, name):
     found = zoo.everywhere(run_world, 4, nested, name)
     assert len(set(found.values())) == 1, found

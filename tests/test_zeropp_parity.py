@@ -1,10 +1,9 @@
 """The virtual ranks on which wires are compared are the real ones, bit for bit; a wrong flag gets one sentence."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ends import line
 
 import funczero as fz
 
@@ -50,7 +49,6 @@ QUICK = "--settings=int3"  # a process takes seconds to start
 
 
 @pytest.mark.parametrize("flag", [f if f == QUICK else pytest.param(f, marks=pytest.mark.slow) for f in WRONG])
-def test_a_wrong_flag_gets_one_sentence(flag, tmp_path):
-    call = [sys.executable, EXPERIMENTS / "zeropp_parity.py", flag, f"--out={tmp_path}"]
-    done = subprocess.run(call, capture_output=True, text=True)
-    assert done.returncode and done.stderr.startswith(f"zeropp_parity: {WRONG[flag]}") and done.stderr.count("\n") == 1
+def test_a_wrong_flag_gets_one_sentence(ends, flag, tmp_path):
+    (told,) = ends.run(tmp_path / "life", line(EXPERIMENTS / "zeropp_parity.py", flag, f"--out={tmp_path}"))
+    assert told["code"] and told["err"].startswith(f"zeropp_parity: {WRONG[flag]}") and told["err"].count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -38,6 +39,7 @@ class Reply(NamedTuple):
 
 def serve(pipe: Connection) -> None:
     """A worker's life: answer calls until the pool or the process that holds it is gone."""
+    gc.freeze()  # or collections would go through all that the server has imported, and copy it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is the caller's
     threading.Thread(target=_end_with_parent, name="funczero-parent", daemon=True).start()
     while True:

@@ -211,11 +211,11 @@ def cuts(world, axes):
 
 
 def cut_bits(axes, whole):
-    """By chain; without `whole` of a cover of (world, stage or nest, way)."""
+    """By chain; without `whole` every one on every world, and every way to cut somewhere."""
     rows = [(world, *name.split(" ", 1)) for world in (1, 4) for name, _ in cuts(world, {"data": world})]
     rows += [("nest", *name.split(" ", 1)) for name, _ in cuts(4, {"node": 2, "local": 2})]
     here = "nest" if "node" in axes else {2: 4}.get(world_size(), world_size())
-    some = {f"{chain} {way}" for at, chain, way in cover(rows) if at == here}
+    some = {f"{chain} {way}" for at, chain, way in cover(rows, pairs=[(0, 1)]) if at == here}
     return {
         name: zoo.bits(zoo.train(parts, axes, updates=4))
         for name, parts in cuts(world_size(), axes)

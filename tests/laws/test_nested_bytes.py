@@ -138,7 +138,7 @@ TABLE_OF_RUNS = product(MODELS, [(), ("blocks",)], ["float32", "compute=bfloat16
 
 @pytest.mark.parametrize(
     ("model", "units", "policy"),
-    params(TABLE_OF_RUNS, ids=lambda row: f"{row[0]}-{'blocks' if row[1] else 'whole'}-{row[2]}"),
+    params(TABLE_OF_RUNS, by=1, ids=lambda row: f"{row[0]}-{'blocks' if row[1] else 'whole'}-{row[2]}"),
 )
 def test_bytes_are_the_closed_form(run_world, model, units, policy):
     for by_chain in run_world(4, measured, model, units, policy):

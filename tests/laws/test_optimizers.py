@@ -215,7 +215,7 @@ def random_chains(seeds):
 @EACH
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_plain_form_is_the_fused_one_in_random_chains(run_world, world, whole):
-    found = zoo.everywhere(run_world, world, random_chains, range((24 if whole else 12) // world))
+    found = zoo.everywhere(run_world, world, random_chains, range((24 if whole else 6) // world))
     assert {seed: d for seed, d in enumerate(found) if not d <= 1e-12} == {}
 
 

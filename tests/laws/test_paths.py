@@ -117,9 +117,9 @@ LOSSES = (routed, dropped, looped, by_hand, cast, attack, kept, backwards, penal
 FORMS = {"keep": (("blocks",), False), "remat": (("blocks",), True), "whole": ((), False), "whole, remat": ((), True)}
 
 
-def ways(loss, whole, by=2):
+def ways(loss, whole):
     """By world the stages and forms in which a loss is tried."""
-    return cover.ways(loss.__name__, [f.__name__ for f in LOSSES], FORMS, whole, ("routed", "dropped"), by)
+    return cover.ways(loss.__name__, [f.__name__ for f in LOSSES], FORMS, whole, ("routed", "dropped"))
 
 
 def runs(name, width, policy, ways):
@@ -172,7 +172,7 @@ def reference(loss, width):
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 def test_values_are_plain_torchs_at_every_stage_in_every_form_on_every_world(run_world, loss, whole):
     want, hashes = reference(loss, 6), set()
-    for world, some in ways(loss, whole, by=3).items():
+    for world, some in ways(loss, whole).items():
         found, masters = zoo.everywhere(run_world, world, runs, loss.__name__, 6, "float64", some)
         hashes |= set(found.values())
         off = max(

@@ -54,8 +54,8 @@ def flat(form, k, names=None):
     return runs(zoo.flat_chains, {"data": world_size()}, k, names, **FORMS[form])
 
 
-def nested(form, k):
-    return runs(zoo.nested_chains, {"node": 2, "local": 2}, k, **FORMS[form])
+def nested(form, k, names=None):
+    return runs(zoo.nested_chains, {"node": 2, "local": 2}, k, names, **FORMS[form])
 
 
 @EACH
@@ -85,6 +85,9 @@ def test_three_ranks_are_the_reference_too(run_world, whole):
     check(zoo.everywhere(run_world, 3, flat, "keep", 2, names), one_hash=False)
 
 
+@EACH
 @pytest.mark.parametrize("form", ["keep", *(pytest.param(x, marks=pytest.mark.slow) for x in ("whole", "remat"))])
-def test_every_nest_is_the_reference(run_world, form):
-    check(zoo.everywhere(run_world, 4, nested, form, 2))
+def test_every_nest_is_the_reference(run_world, form, whole):
+    """That all have one hash is asked of worlds, too."""
+    names = None if whole else ["HSDP-1", "ZeRO-2", "MiCS", "hpZ once"]
+    check(zoo.everywhere(run_world, 4, nested, form, 2, names))

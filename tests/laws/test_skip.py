@@ -4,9 +4,12 @@ chain.
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import zoo
+from cover import params as covered
 
 import funczero as fz
 from funczero import tree
@@ -49,7 +52,7 @@ def moved(make, donate, scaled):
     return out
 
 
-@pytest.mark.parametrize(("world", "donate"), [(1, False), (1, True), (2, False), (2, True)])
+@pytest.mark.parametrize(("world", "donate"), covered(product((1, 2), (False, True)), by=1))
 def test_an_overflow_moves_the_scale_alone(run_world, world, donate):
     found = zoo.everywhere(run_world, world, moved, zoo.batch, donate, True)
     assert {

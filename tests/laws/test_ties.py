@@ -79,7 +79,9 @@ def by_stage(*args):
     return [trained(stage, *args) for stage in range(4)]
 
 
-@pytest.mark.parametrize(("units", "remat"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("units", "remat"), [pytest.param(False, False, marks=pytest.mark.slow), (True, False), (True, True)]
+)
 def test_a_tie_survives_any_tree(run_world, units, remat):
     for world in (1, 2):
         for found in zoo.everywhere(run_world, world, by_stage, units, remat):

@@ -81,11 +81,13 @@ def test_what_is_right_is_left_alone(run_world, stage):
 @pytest.mark.parametrize(
     ("kind", "stage", "at"),
     [
-        ("eval", 3, 3),
         ("count", 3, 3),
         ("dtype", 2, 3),
     ]
-    + [pytest.param(k, s, 3, marks=pytest.mark.slow) for k, s in (("eval", 1), ("save", 2), ("fewer", 3), ("error", 1))]
+    + [
+        pytest.param(k, s, 3, marks=pytest.mark.slow)
+        for k, s in (("eval", 3), ("eval", 1), ("save", 2), ("fewer", 3), ("error", 1))
+    ]
     + [
         pytest.param(k, s, LATE, marks=pytest.mark.slow)
         for k in ("eval", "count", "save", "fewer", "error", "dtype")

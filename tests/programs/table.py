@@ -6,7 +6,7 @@ more than that (several chains, an inner loop) returns a `Pair` of two functions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -85,12 +85,12 @@ def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
         return make()
 
 
-def results(name: str) -> dict[int, tuple[float, str, bool]]:
+def results(name: str, stages: Sequence[int] = STAGES) -> dict[int, tuple[float, str, bool]]:
     """As one rank, by stage: how far a program is from plain torch, of the largest value; its hash; `same_bits`."""
     program = import_module(f"programs.{name}").program()
     want, size = [x for _, x in fz.tree.paths(program.plain())], dist.get_world_size() if dist.is_initialized() else 1
     largest, out = max(float(x.abs().max()) for x in want), {}
-    for stage in STAGES:
+    for stage in stages:
         found = program.sharded(stage, MICROS // size)
         both = zip([x for _, x in fz.tree.paths(found)], want, strict=True)
         out[stage] = max(float((a - b).abs().max()) for a, b in both) / largest, tree_hash(found), program.same_bits
