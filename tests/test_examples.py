@@ -72,4 +72,4 @@ def test_a_script_has_one_result(run_world, tmp_path, name):
     (one,) = run_world(1, of_a_script, name, tmp_path / "one", micros, 0)
     two = run_world(2, of_a_script, name, tmp_path / "two", 1, 3)
     near = lambda r: {n: x if n == "loss" and micros == 2 else pytest.approx(x, rel=1e-6) for n, x in r.items()}
-    assert two[0] == two[1] == [near(r) for r in one] and sum("loss" in r for r in one) == 2
+    assert two[0] == [near(r) for r in one] and sum("loss" in r for r in one) == 2  # rank 0 writes
