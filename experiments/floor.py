@@ -17,9 +17,9 @@ Found:
     tiny: alone 2.88. DDP 6.47 is 1.92 of its floor, stages 0, 1, 3 (10.7, 10.6, 11.8) are 2.63, 2.63, 2.66 of theirs:
     4 ms more than DDP, of which the profile gives `mean` (the norm, and the sum in which ranks compare their logs) 1.5,
     `wait` 3, the seam's own operations the rest. Messages alone are 1.1 to 1.6, where DDP's one is 0.5.
-    small: alone 863. DDP 913 is 1.04 of its floor, stages 0, 1, 3 (940, 934, 966) are 1.06, 1.06, 1.08 of theirs. So the
-    aim of 0.97 of DDP for stages 0 and 1 lies below what arithmetic and messages take by themselves (0.967), and that of
-    0.99 for stage 3 a percent above it (0.979). `mean` takes 19 to 26 ms of the 20 to 50 that could go: it squares and
+    small: alone 863. DDP 913 is 1.04 of its floor, stages 0, 1, 3 (940, 934, 966) are 1.06, 1.06, 1.08 of theirs. So
+    the aim of 0.97 of DDP for stages 0 and 1 is what arithmetic and messages take by themselves (0.967), and that of
+    0.99 for stage 3 a percent above it (0.979). `mean` takes 19 to 26 ms of the 50 to 70 over the floor: it squares and
     sums every gradient exactly, in torch operations; a kernel that reads each value once is what is left to try.
     64 blocks did not end within the time that there was.
 """
