@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 import os
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy
 import pytest
@@ -179,6 +180,16 @@ class Slotted:
         self.by = 1.0
 
 
+def reading():
+    """It has an attribute."""
+
+
+def imports(held):
+    import test_compile_settings
+
+    return test_compile_settings.by
+
+
 AROUND = {
     "attribute": (lambda h: h.by, lambda h: setattr(h, "by", 2.0)),
     "set": (lambda h: len(h.among), lambda h: h.among.add(2.0)),
@@ -189,6 +200,8 @@ AROUND = {
     "class": (lambda h: h.all, lambda h: setattr(Held, "shared", 2.0)),
     "key": (lambda h: 1.0 + h.deep.get("new", 0.0), lambda h: h.deep.update(new=1.0)),
     "vars": (lambda h: getattr(h, "new", 1.0), lambda h: setattr(h, "new", 2.0)),
+    "function": (lambda h: reading.by, lambda h: setattr(reading, "by", 2.0)),
+    "module": (imports, lambda h: setattr(sys.modules["test_compile_settings"], "by", 2.0)),
     "environment": (
         lambda h: float(os.environ.get("FUNCZERO_BY", 1)),
         lambda h: os.environ.update(FUNCZERO_BY="2"),
@@ -200,6 +213,9 @@ AROUND = {
 def test_what_a_loss_reads_around_itself_is_compared(name, monkeypatch):
     reads, changes = AROUND[name]
     monkeypatch.setattr(Held, "shared", 1.0)
+    monkeypatch.setattr(reading, "by", 1.0, raising=False)
+    monkeypatch.setitem(sys.modules, "test_compile_settings", ModuleType("test_compile_settings"))
+    sys.modules["test_compile_settings"].by = 1.0
     monkeypatch.delenv("FUNCZERO_BY", raising=False)
     monkeypatch.setenv("FUNCZERO_BY_NOBODY", "1")  # which puts back what the change leaves
     held = Held()

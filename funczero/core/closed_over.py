@@ -186,15 +186,29 @@ def _of_function(name: str, fn: types.FunctionType) -> Inside:
     yield f"{fn.__name__}'s code", lambda: fn.__code__.co_code
     yield f"{fn.__name__}'s defaults", lambda: fn.__defaults__
     yield f"{fn.__name__}'s keyword defaults", lambda: fn.__kwdefaults__
-    names = _names(fn.__code__)
+    yield f"len(vars({fn.__name__}))", lambda: len(fn.__dict__)
+    for k in list(fn.__dict__):
+        yield f"{fn.__name__}.{k}", partial(getitem, fn.__dict__, k)
     for k in sorted(_names(fn.__code__, "LOAD_GLOBAL", "LOAD_NAME") & fn.__globals__.keys()):
-        found = fn.__globals__[k]
         yield k, partial(getitem, fn.__globals__, k)
-        if isinstance(found, types.ModuleType):
-            fixed = installed(found.__name__)
-            for a in sorted(names & vars(found).keys()):
-                if not (fixed and (callable(vars(found)[a]) or isinstance(vars(found)[a], types.ModuleType))):
-                    yield f"{k}.{a}", partial(getitem, vars(found), a)
+        if isinstance(fn.__globals__[k], types.ModuleType):
+            yield from _of_module(k, fn.__globals__[k], fn)
+    for k in sorted(_names(fn.__code__, "IMPORT_NAME")):  # inside of the function
+        inner = f"{fn.__globals__.get('__package__') or ''}.{k}".strip(".")
+        for module in dict.fromkeys((k, inner)):
+            if not installed(module):
+                yield f"import {module}", partial(sys.modules.get, module)  # another one once it is imported
+            if module in sys.modules:
+                yield from _of_module(module, sys.modules[module], fn)
+
+
+def _of_module(name: str, module: types.ModuleType, fn: types.FunctionType) -> Inside:
+    """What a function may read of a module: attributes that its code names."""
+    fixed = installed(module.__name__)
+    for k in sorted(_names(fn.__code__) & vars(module).keys()):
+        x = vars(module)[k]
+        if not (fixed and (callable(x) or isinstance(x, types.ModuleType))):
+            yield f"{name}.{k}", partial(getitem, vars(module), k)
 
 
 def _itself(x: Any) -> Any:
