@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
 import sys
@@ -166,15 +167,19 @@ class Held:
 
     def __init__(self):
         self.by, self.among, self.small, self.array = 1.0, {1.0}, torch.ones(()), numpy.ones(3)
-        self.deep = {"er": [Slotted()]}
+        self.deep, self.kind = {"er": [Slotted()]}, frozenset({Kind.ONE})
 
     @property
     def all(self):
         return self.shared
 
 
+class Kind(enum.Enum):
+    ONE = (SimpleNamespace(by=1.0),)
+
+
 class Slotted:
-    __slots__ = ("by",)
+    __slots__ = ("by", "late")
 
     def __init__(self):
         self.by = 1.0
@@ -182,6 +187,10 @@ class Slotted:
 
 def reading():
     """It has an attribute."""
+
+
+def shadowed(held):
+    return abs(1.0)
 
 
 def imports(held):
@@ -197,6 +206,9 @@ AROUND = {
     "tensor's data": (lambda h: float(h.small), lambda h: h.small.data.fill_(2.0)),
     "array": (lambda h: float(h.array[0]), lambda h: h.array.fill(2.0)),
     "slot": (lambda h: h.deep["er"][0].by, lambda h: setattr(h.deep["er"][0], "by", 2.0)),
+    "empty slot": (lambda h: getattr(h.deep["er"][0], "late", 1.0), lambda h: setattr(h.deep["er"][0], "late", 2.0)),
+    "member": (lambda h: next(iter(h.kind)).value[0].by, lambda h: setattr(Kind.ONE.value[0], "by", 2.0)),
+    "name": (shadowed, lambda h: globals().update(abs=lambda x: 2.0)),
     "class": (lambda h: h.all, lambda h: setattr(Held, "shared", 2.0)),
     "key": (lambda h: 1.0 + h.deep.get("new", 0.0), lambda h: h.deep.update(new=1.0)),
     "vars": (lambda h: getattr(h, "new", 1.0), lambda h: setattr(h, "new", 2.0)),
@@ -214,6 +226,7 @@ def test_what_a_loss_reads_around_itself_is_compared(name, monkeypatch):
     reads, changes = AROUND[name]
     monkeypatch.setattr(Held, "shared", 1.0)
     monkeypatch.setattr(reading, "by", 1.0, raising=False)
+    monkeypatch.setattr(Kind.ONE.value[0], "by", 1.0)
     monkeypatch.setitem(sys.modules, "test_compile_settings", ModuleType("test_compile_settings"))
     sys.modules["test_compile_settings"].by = 1.0
     monkeypatch.delenv("FUNCZERO_BY", raising=False)
@@ -229,6 +242,7 @@ def test_what_a_loss_reads_around_itself_is_compared(name, monkeypatch):
     assert fast(state, torch.ones(3))[1].loss.item() == 2 * first
     assert captured(fast)[0] == 1 and "which is another now: it is recorded again" in str(fast)
     os.environ.pop("FUNCZERO_BY", None)
+    globals().pop("abs", None)
 
 
 def test_what_a_module_shares_with_the_world_is_compared():

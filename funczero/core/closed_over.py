@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import enum
 import logging
 import re
 import sys
@@ -12,7 +11,7 @@ import types
 import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 MOST = 4096  # values that are looked at before each call
 SMALL = 16  # elements up to which a tensor's values are looked at, and not its version alone
 PLAIN = (
-    *(bool, int, float, complex, str, bytes, type(None), type(...), range, slice, frozenset, enum.Enum),
+    *(bool, int, float, complex, str, bytes, type(None), type(...), range, slice, frozenset),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, numpy.generic, numpy.dtype),
 )
 FIXED = (
@@ -33,6 +32,7 @@ FIXED = (
     *(types.MethodDescriptorType, types.ClassMethodDescriptorType, logging.LoggerAdapter),
 )
 HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+MISSING = object()
 
 Inside = Iterator[tuple[str, Callable[[], Any]]]  # (name, what reads it now)
 
@@ -69,10 +69,7 @@ class ClosedOver:
     def changed(self) -> str:
         """The name of the first value that is another one now; "" where all are the same."""
         for name, read, was in self.seen:
-            try:
-                now = read()
-            except (LookupError, AttributeError, ValueError):
-                return name
+            now = _now(read)
             if now is not was and not (type(now) is type(was) and isinstance(was, PLAIN) and now == was):
                 return name
         return ""
@@ -83,12 +80,9 @@ class ClosedOver:
             self.odd = self.odd or f"more than {MOST} values"
         if self.odd:
             return
-        try:
-            value = read()
-        except (LookupError, AttributeError, ValueError):
-            return  # a slot or a closure's cell that is empty
+        value = _now(read)
         self.seen.append((name, read, value))
-        if isinstance(value, PLAIN) or id(value) in self.known:
+        if value is MISSING or isinstance(value, PLAIN) and type(value) is not frozenset or id(value) in self.known:
             return
         self.known[id(value)] = value
         if isinstance(value, Tensor):
@@ -109,7 +103,7 @@ def _inside(name: str, value: Any) -> Inside | None:
         return _of_numbers(name, value)
     if isinstance(value, weakref.ref) and isinstance(value(), (Tensor, type(None))):
         return iter([(name, lambda: id(value()))])
-    if isinstance(value, (list, tuple, dict, set, Mapping)):
+    if isinstance(value, (list, tuple, dict, set, frozenset, Mapping)):
         return _of_container(name, value)
     if isinstance(value, type):
         return iter(()) if installed(value.__module__) else _of_class(name, value)
@@ -131,6 +125,8 @@ def _parts(value: Any) -> tuple[Any, ...] | None:
         return (value.__self__,)
     if isinstance(value, (staticmethod, classmethod)):
         return (value.__func__,)
+    if isinstance(value, cached_property):
+        return (value.func,)
     if isinstance(value, property):
         return value.fget, value.fset
     return (value.__wrapped__,) if hasattr(value, "cache_info") else None  # functools.cache
@@ -146,12 +142,14 @@ def _of_numbers(name: str, x: Any) -> Inside | None:
 
 
 def _of_container(name: str, value: Any) -> Inside:
-    if isinstance(value, set):
+    if isinstance(value, (set, frozenset)):
         yield name, lambda: frozenset(value)
+        yield from ((name, partial(_itself, x)) for x in value)
     else:
         yield f"len({name})", lambda: len(value)
-        for k in range(len(value)) if isinstance(value, (list, tuple)) else list(value):
-            yield f"{name}[{k!r}]", partial(getitem, value, k)
+        keyed = not isinstance(value, (list, tuple))
+        for k in list(value) if keyed else range(len(value)):
+            yield f"{name}[{k!r}]", partial(_item if keyed else getitem, value, k)
     if hasattr(value, "__dict__"):  # of a class of somebody's
         yield from _of_object(name, value)
 
@@ -189,9 +187,9 @@ def _of_function(name: str, fn: types.FunctionType) -> Inside:
     yield f"len(vars({fn.__name__}))", lambda: len(fn.__dict__)
     for k in list(fn.__dict__):
         yield f"{fn.__name__}.{k}", partial(getitem, fn.__dict__, k)
-    for k in sorted(_names(fn.__code__, "LOAD_GLOBAL", "LOAD_NAME") & fn.__globals__.keys()):
+    for k in sorted(_names(fn.__code__, "LOAD_GLOBAL", "LOAD_NAME")):  # of those that are missing some are builtins
         yield k, partial(getitem, fn.__globals__, k)
-        if isinstance(fn.__globals__[k], types.ModuleType):
+        if isinstance(fn.__globals__.get(k), types.ModuleType):
             yield from _of_module(k, fn.__globals__[k], fn)
     for k in sorted(_names(fn.__code__, "IMPORT_NAME")):  # inside of the function
         inner = f"{fn.__globals__.get('__package__') or ''}.{k}".strip(".")
@@ -215,6 +213,19 @@ def _itself(x: Any) -> Any:
     return x
 
 
+def _item(box: Mapping[Any, Any], k: Any) -> Any:
+    """Without what a defaultdict would make of a key that is gone."""
+    return box.get(k, MISSING)
+
+
+def _now(read: Callable[[], Any]) -> Any:
+    """What is read; MISSING where a slot, a closure's cell, a name or a key is empty."""
+    try:
+        return read()
+    except (LookupError, AttributeError, ValueError):
+        return MISSING
+
+
 def _names(code: types.CodeType, *how: str) -> set[str]:
     """Names that a function's code, or that of a function inside it, loads by these instructions; by any without."""
     own = {str(i.argval) for i in dis.get_instructions(code) if i.opname in how} if how else set(code.co_names)
@@ -234,7 +245,7 @@ def _in_python(cls: type) -> bool:
 def installed(module: str | None) -> bool:
     """Is a module's code fixed for a run: torch's, this package's, the standard library's, or in site-packages?"""
     top = (module or "").split(".")[0]
-    if top in ("torch", "funczero") or top != "__main__" and top in sys.stdlib_module_names:
+    if top in ("torch", "funczero") or top in sys.stdlib_module_names:
         return True
     file = getattr(sys.modules.get(top), "__file__", None)
     homes = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
