@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import funczero.deepspeed as deepspeed
+from funczero.deepspeed.engine.flops import Flops
 from funczero.testing import tree_hash
 
 ROWS, MICROS, WIDE, OUT = 4, 2, 8, 3
@@ -81,3 +82,21 @@ def test_what_is_asked_for_is_printed(tmp_path):
     assert not Path(tmp_path / "never").exists()
     with pytest.raises(deepspeed.ConfigError, match="flops_profiler.top_modules"):
         trained(0, enabled=True, top_modules=0)
+
+
+def test_what_is_past_or_ends_in_an_error_is_not_counted():
+    """A run that was resumed after the update says so; a forward that fails is no count, and the next one is."""
+    engine, *_ = deepspeed.initialize(
+        model=nn.Linear(1, 1), config={"train_batch_size": 1, "flops_profiler": {"enabled": True}}
+    )
+    config = engine.config_
+    late, once = Flops(config, 0), Flops(config, 0)
+    with late.of("fwd", lambda: 5):
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    assert not late.counted and not late.on
+    with pytest.raises(RuntimeError), once.of("fwd", lambda: 1):
+        torch.ones(2, 2) @ torch.ones(3, 2)
+    assert not once.counted and once.on
+    with once.of("fwd", lambda: 1):
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    assert once.counted and not Flops(config, 1).on

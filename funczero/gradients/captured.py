@@ -91,18 +91,15 @@ class Capture:
             )
         return [said, *self.told]
 
-    def tell(self, rank: int, words: str) -> None:
-        """Say something once, on rank 0 alone."""
-        if rank == 0 and words not in self.told:
-            logging.warning("compile: %s", words)
+    def tell(self, rank: int, words: str, everywhere: bool = False) -> None:
+        """Say something once, on rank 0 alone or wherever it is so."""
+        if words not in self.told and (everywhere or rank == 0):
+            logging.warning("compile: %s%s", f"rank {rank}: " if rank else "", words)
         self.told[words] = None
 
     def as_written(self, rank: int, why: Any) -> None:
-        """Say once why the eager step's code runs, on every rank where it does: others may run what is compiled."""
-        words = f"the loss runs as it is written, with eager's bits, because {why}"
-        if words not in self.told:
-            logging.warning("compile: %s%s", f"rank {rank}: " if rank else "", words)
-        self.told[words] = None
+        """Say why the eager step's code runs, on every rank where it does: others may run what is compiled."""
+        self.tell(rank, f"the loss runs as it is written, with eager's bits, because {why}", everywhere=True)
 
     def differentiate(
         self, call: LossCall, eager: Eager, whole: list[Any], batch: Any, seed: Seed, state: State, tape: Tape

@@ -99,8 +99,6 @@ def _of_the_call(trainer: Any, updates: int) -> Any:
 
 
 def _source(trainer: Any, axes: tuple[str, ...], policy: str, units: Any, conditional: Any) -> Any:
-    from funczero.core.policy import Policy
-
     dtype = Policy.parse(policy).compute
     loss_fn: Any
     loss_fn, params = stateless(

@@ -247,8 +247,7 @@ ENGINE = (  # honoured by an engine; a chain has no loader, prints, monitor, che
     "managed_gradient_accumulation", "dataloader_drop_last", "steps_per_print",
     "tensorboard.enabled", "csv_monitor.enabled", "wandb.enabled", "wall_clock_breakdown", "comms_logger.enabled",
     "flops_profiler.enabled", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
-    "checkpoint.tag_validation",
-    "checkpoint.load_universal", "checkpoint.use_node_local_storage",
+    "checkpoint.tag_validation", "checkpoint.load_universal", "checkpoint.use_node_local_storage",
 )  # fmt: skip
 
 _Z = "zero_optimization."

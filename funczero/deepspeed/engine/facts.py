@@ -118,7 +118,7 @@ class Facts(Loop):
 
     def wall_clock_breakdown(self) -> bool:
         """Are forward, backward and step timed and printed?"""
-        return self.config_.value("wall_clock_breakdown") or self.config_.value("flops_profiler.enabled")
+        return self._breakdown.times
 
     def steps_per_print(self) -> int | None:
         """Updates between two printed lines."""
@@ -133,11 +133,6 @@ class Facts(Loop):
         return 0
 
     # --- of the run
-    @property
-    def global_steps(self) -> int:
-        """Windows closed, skipped updates included."""
-        return int(self._state.step)
-
     @property
     def skipped_steps(self) -> int:
         """Of these, the updates that were skipped."""

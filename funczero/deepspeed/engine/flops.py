@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ NOTES = (
 )
 
 
-class Facts(NamedTuple):
+class Sizes(NamedTuple):
     """What an engine says of itself, for the table's head."""
 
     world_size: int
@@ -59,27 +59,39 @@ class Flops:
         self._detailed, self._file = ask("detailed"), ask("output_file")
         self._counters: dict[str, FlopCounterMode] = {}
 
+    @property
+    def counted(self) -> bool:
+        """Is there something to print at the end of this update?"""
+        return bool(self._counters)
+
     def of(self, moment: str, updates: Callable[[], int]) -> AbstractContextManager[Any]:
         """While a micro-batch's forward ("fwd") or backward ("bwd") runs; the first one of its update is counted."""
-        if not self.on or moment in self._counters or updates() != self._at:
+        if not self.on or moment in self._counters:
             return nullcontext()
-        self._counters[moment] = FlopCounterMode(display=False)
-        return self._counters[moment]
+        now = updates()
+        if now > self._at:  # a run that was resumed
+            self.on = False
+            logger.info("flops profiler: nothing is counted, because update %d is past; this is %d", self._at, now)
+        return self._counting(moment) if now == self._at else nullcontext()
 
-    def updated(self, module: nn.Module, facts: Facts, latencies: dict[str, float]) -> None:
+    @contextmanager
+    def _counting(self, moment: str) -> Iterator[None]:
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self._counters[moment] = counter  # whole: it did not end in an error
+
+    def updated(self, module: nn.Module, sizes: Sizes, latencies: dict[str, float]) -> None:
         """An update has ended: what it counted is printed, once.
 
         Args:
           latencies: milliseconds of the update before, by moment; none before the first.
         """
-        if not self._counters:
-            return
         self.on = False
         forward, backward = (self._counters.get(moment) for moment in ("fwd", "bwd"))
         flops = [0 if c is None else c.get_total_flops() for c in (forward, backward)]
         parts = list(_parts(module, {} if forward is None else forward.get_flop_counts()))
         lines = [f"flops profiler: update {self._at}, one micro-batch of rank 0", *NOTES, ""]
-        lines += _head(facts, flops, latencies)
+        lines += _head(sizes, flops, latencies)
         lines += ["", "by depth, the modules with the most:", *self._by_depth(parts)]
         if self._detailed:
             lines += ["", "by module:", *(_row(p, parts[0]) for p in parts if self._deep(p.depth))]
@@ -116,15 +128,15 @@ def _parts(module: nn.Module, counts: dict[str, dict[Any, int]]) -> Iterable[Par
         yield Part(path, type(m).__name__, path.count(".") + bool(path), sum(params.values()), found[path])
 
 
-def _head(facts: Facts, flops: list[int], latencies: dict[str, float]) -> Iterable[str]:
+def _head(sizes: Sizes, flops: list[int], latencies: dict[str, float]) -> Iterable[str]:
     """Numbers of the whole model, one a line."""
     forward, backward = flops
     say = lambda name, value: f"{name:60} {value}"
-    yield say("world size, which is the data parallel size", facts.world_size)
-    yield say("batch size per GPU (rows of a micro-batch)", facts.rows)
-    yield say("micro-batches of an update per GPU", facts.micros)
-    yield say("params per GPU (kept between updates, padding included)", amount(facts.held))
-    yield say("params of model", amount(facts.whole))
+    yield say("world size, which is the data parallel size", sizes.world_size)
+    yield say("batch size per GPU (rows of a micro-batch)", sizes.rows)
+    yield say("micro-batches of an update per GPU", sizes.micros)
+    yield say("params per GPU (kept between updates, padding included)", amount(sizes.held))
+    yield say("params of model", amount(sizes.whole))
     yield say("fwd MACs per GPU", amount(forward / 2))
     yield say("fwd flops per GPU", amount(forward))
     yield say("bwd flops per GPU", amount(backward))
@@ -132,14 +144,14 @@ def _head(facts: Facts, flops: list[int], latencies: dict[str, float]) -> Iterab
         yield "latencies: none, because this is the first update; write profile_step: 1 or more"
         return
     seconds = {moment: ms / 1e3 for moment, ms in latencies.items()}
-    fwd, bwd, whole = (facts.micros * forward, facts.micros * backward, sum(seconds.values()))
+    fwd, bwd, whole = (sizes.micros * forward, sizes.micros * backward, sum(seconds.values()))
     for moment, many in (("fwd", fwd), ("bwd", bwd), ("step", 0)):
         yield say(f"{moment} latency of an update", f"{1e3 * seconds[moment]:.2f} ms")
         if many:
             yield say(f"{moment} FLOPS per GPU", f"{amount(many / seconds[moment])}FLOPS")
     yield say("iter latency (fwd + bwd + step)", f"{1e3 * whole:.2f} ms")
     yield say("FLOPS per GPU", f"{amount((fwd + bwd) / whole)}FLOPS")
-    yield say("samples/second", f"{facts.world_size * facts.micros * facts.rows / whole:.2f}")
+    yield say("samples/second", f"{sizes.world_size * sizes.micros * sizes.rows / whole:.2f}")
 
 
 def _row(part: Part, whole: Part) -> str:

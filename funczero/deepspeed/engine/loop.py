@@ -15,7 +15,7 @@ from funczero.deepspeed.config.optimizers import GroupRates
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.breakdown import Breakdown
-from funczero.deepspeed.engine.flops import Facts, Flops, elements
+from funczero.deepspeed.engine.flops import Flops, Sizes, elements
 from funczero.deepspeed.engine.graphs import leaves_under, stamp
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.leaf import write_leaf
@@ -90,7 +90,7 @@ class Loop(nn.Module):
             args, kwargs = tree.map(half, (args, kwargs))
         if not torch.is_grad_enabled():
             return self._holder.forward(*args, **kwargs)
-        with self._breakdown.of("fwd"), self._flops.of("fwd", self._updates):
+        with self._breakdown.of("fwd"), self._flops.of("fwd", lambda: self.global_steps):
             out = self._holder.forward(*args, **kwargs)
         stamp(out, self._clock[0], self._clock)
         return out
@@ -111,7 +111,7 @@ class Loop(nn.Module):
         pull = multiplied(self._holder.pull(loss, retain_graph, over), times)
         micro = (pull, loss if times == 1 else loss.detach() * times, 0.0 if more else 1.0)
         try:
-            with self._breakdown.of("bwd"), self._flops.of("bwd", self._updates):
+            with self._breakdown.of("bwd"), self._flops.of("bwd", lambda: self.global_steps):
                 if more:
                     self._state = amended(self._step, self._state, micro)
                 else:
@@ -147,19 +147,21 @@ class Loop(nn.Module):
         if last:
             with self._breakdown.of("step"):
                 self._update(lr_kwargs or {})
-        if last and self._flops.on:
-            self._flops.updated(self.module, self._facts(), self._breakdown.last)
+        if last and self._flops.counted:
+            self._flops.updated(self.module, self._sizes(), self._breakdown.last)
         if self._breakdown.on:
-            self._breakdown.stepped(last, self.global_samples, self._updates())
+            self._breakdown.stepped(last, self.global_samples, self.global_steps)
 
-    def _updates(self) -> int:
+    @property
+    def global_steps(self) -> int:
+        """Windows closed, skipped updates included."""
         return int(self._state.step)
 
-    def _facts(self) -> Facts:
+    def _sizes(self) -> Sizes:
         """What the flops profiler is told of this engine."""
         held = sum(x.numel() for x in tree.tensors(self._state.views or self._state.params))
         whole = {id(p): elements(p) for p in self._holder.named.values()}
-        return Facts(self.world_size, self.config_.triad.micro, self._k, held, sum(whole.values()))
+        return Sizes(self.world_size, self.config_.triad.micro, self._k, held, sum(whole.values()))
 
     def _check_trains(self, call: str) -> None:
         if self.optimizer is None:
