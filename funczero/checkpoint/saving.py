@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,7 +187,7 @@ def sound(x: Tensor, finite: bool) -> bool:
         return True
     x = torch.view_as_real(x) if x.is_complex() else x.float() if x.dtype.itemsize == 1 else x
     # one pass, and nothing in new memory
-    if bool(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).isfinite()):
+    if isfinite(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).item()):
         return True
     return bool((x.isfinite() if finite else ~x.isnan()).all())
 
