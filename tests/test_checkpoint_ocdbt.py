@@ -14,7 +14,8 @@ from funczero.checkpoint.ocdbt import CONFIG, INLINE, Span
 def some(keys):
     """Values by their keys: short ones, long ones, names of one letter and of many, beyond ASCII, one inside another."""
     draw = random.Random(keys)
-    names = ["p", "p/c", "params.ä", *(f"params.{draw.randrange(keys)}.{'w' * draw.randrange(200)}" for _ in range(keys))]
+    many = (f"params.{draw.randrange(keys)}.{'w' * draw.randrange(200)}" for _ in range(keys))
+    names = ["p", "p/c", "params.\u00e4", *many]
     sizes = (0, 4, 127, 128, INLINE, INLINE + 1, 70_000)
     return {name: draw.randbytes(draw.choice(sizes)) for name in names[:keys]}
 

@@ -25,9 +25,10 @@ class Straight:
     """The values go from where they lie to the system, in pieces that are in a cache since they were checked."""
 
     def __init__(self, folder: Path, arrays: dict[str, Array]) -> None:
-        """Makes the folder, and a file in it."""
+        """Makes the folder, inside one that is there, and a file in it."""
         self._folder, self._arrays, self._path = folder, arrays, f"d/{uuid.uuid4().hex}"
-        (folder / "d").mkdir(parents=True)
+        folder.mkdir()
+        (folder / "d").mkdir()
         self._file, self._end = (folder / self._path).open("xb"), 0
         self._values: dict[str, bytes | Span] = {f"{stored(n)}/zarr.json": description(a) for n, a in arrays.items()}
         self._parts: dict[tuple[str, tuple[int, ...]], tuple[Tensor, int]] = {}  # chunks, and how many values they lack
