@@ -12,7 +12,7 @@ from funczero.checkpoint.ocdbt import CONFIG, INLINE, Span
 
 
 def some(keys):
-    """Values by their keys: short ones, long ones, names of one letter and of many, beyond ASCII, one inside another."""
+    """Values by their keys: short ones, long ones, short and long names, beyond ASCII, one inside another."""
     draw = random.Random(keys)
     many = (f"params.{draw.randrange(keys)}.{'w' * draw.randrange(200)}" for _ in range(keys))
     names = ["p", "p/c", "params.\u00e4", *many]
