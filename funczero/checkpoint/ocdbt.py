@@ -34,10 +34,11 @@ class Span(NamedTuple):
 
 
 def node(file: str, values: Mapping[str, bytes | Span]) -> bytes:
-    """All keys of a store, at most MOST and at least one, with their values or where those lie.
+    """All keys of a store with their values or where those lie.
 
     Args:
-      file: of the values, as the store's folder has it.
+      file: that values lie in, as the store's folder has it.
+      values: at least one, at most MOST.
     """
     keys = sorted((key.encode(), value) for key, value in values.items())
     names, path = [key for key, _ in keys], file.encode()
@@ -46,7 +47,9 @@ def node(file: str, values: Mapping[str, bytes | Span]) -> bytes:
     spans = [value for _, value in keys if isinstance(value, Span)]
     body = [
         bytes([LEAF]),
-        _numbers([1, len(path), 0]) + path,  # one file, of a path that is no base of others
+        (
+            _numbers([1, len(path), 0]) + path if spans else _numbers([0])
+        ),  # files: one, of a path that is no base of others
         _numbers([len(names)]),
         _numbers(shared),
         _numbers(map(len, new)),
