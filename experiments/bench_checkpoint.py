@@ -32,12 +32,12 @@ saved in 278 and 414):
     funczero       315 (310-341)    0.76     202 (200-205)    1.001
     dcp            416 (391-517)             389 (348-554)    1.041
     reference      496 (430-639)    1.20     371 (363-374)    1.001
-    Saved through tensorstore, as before, the same took 225 (207-260) and 686 ms (482-695), 0.87 and 1.56 of DCP's beside
-    it. Where it goes now, both ranks together, in a profile of 154 ms at 19 MB and 313 at 199: 16 and 46 to copy; 15 to
-    agree, to name and to start; 10 and 29 to look for what is not finite; 52 and 142 to make checksums and to write, by
-    far the most of it the system's copy into its cache; 3 to bring it to disk; 46 on rank 0 alone for orbax, the merge
-    of the stores and the seal. Short of the aim: without a compiler a save of 199 MB takes 1.20 of DCP's, since
-    tensorstore opens every array and copies its values once more to have their checksums.
+    Saved through tensorstore, as before, the same took 225 (207-260) and 686 ms (482-695): 0.87 and 1.56 of DCP's, by
+    its side. Where it goes now, both ranks together, in a profile of 154 ms at 19 MB and 313 at 199: 16 and 46 to copy;
+    15 to agree, to name and to start; 10 and 29 to look for what is not finite; 52 and 142 to make checksums and to
+    write, by far the most of it the system's copy into its cache; 3 to bring it to disk; 46 on rank 0 alone for orbax,
+    the merge of the stores and the seal. Short of the aim: without a compiler a save of 199 MB takes 1.20 of DCP's,
+    since tensorstore opens every array and copies its values once more to have their checksums.
     With these contenders the ranks held 1.2 and 1.1 GB at most and the reader 1.2, imports included; at 39 MB with all
     of them 0.7, 0.6 and 0.6. By that account 600 MB stay below 12 GiB; that size has not been run since.
     The quiet run of the clock is owed. The last one (2026-11, through tensorstore alone, 393 and 1189 MB): the stall 37
