@@ -79,7 +79,7 @@ class Values:
                     passed += nbytes(x)
                     yield Held(p, x)
                     del x
-                    if passed > PASSED:  # what writes it copies it, in threads whose memory malloc keeps apart
+                    if passed > PASSED:  # tensorstore copies what it writes, in threads whose memory malloc keeps apart
                         give_back()
                         passed = 0
                 continue
