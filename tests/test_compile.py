@@ -163,6 +163,15 @@ def test_another_form_of_a_batch_is_recorded_in_print(caplog):
     assert captured(fast)[0] == 2 and "another form" in captured(fast)[1][0]
 
 
+def test_a_conjugate_view_is_another_form():
+    """Its dtype, shape and strides are those of what it is a view of."""
+    loss = lambda p, b: ((p["w"] * b.imag).sum(), torch.tensor(1.0))
+    step = by_sgd(fz.value_and_grad(loss, batch=P("data")))
+    fast, state, x = fz.compile(step, mode="graph"), step.init({"w": torch.ones(3)}), torch.full((3,), 1j)
+    for given in (x, x.conj(), x):
+        assert fast(state, given)[1].loss == step(state, given)[1].loss
+
+
 class Held:
     """An object with attributes, a slot's worth of them, a set, and a property that reads one."""
 

@@ -115,6 +115,13 @@ def test_a_plan_needs_shapes_alone():
     assert fz.plan(step(1, loss_fn, ()), linear_module, batch).parameters == 32 * 16 + 16
 
 
+def test_a_plan_of_a_captured_step_says_whose_peak_it_is():
+    batch = {"x": torch.empty(8, 32), "y": torch.empty(8, 16)}
+    made, whole = step(1, linear, ()), {"w": torch.empty(32, 16)}
+    want, found = fz.plan(made, whole, batch), fz.plan(fz.compile(made), whole, batch)
+    assert found.memory == want.memory and not want.notes and "what fz.compile keeps may be more" in str(found)
+
+
 # --- the command
 def test_the_command_plans_a_file(capsys):
     assert main(["plan", "funczero.testing.example", "--mesh=data=4", "--rows=3", "--explain"]) == 0

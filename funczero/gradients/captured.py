@@ -285,4 +285,4 @@ def _form(call: LossCall, given: Given, tape: Tape) -> Any:
 
 
 def _meta(x: Tensor) -> Any:
-    return x.dtype, x.shape, x.stride(), x.device, x.requires_grad, x.layout
+    return x.dtype, x.shape, x.stride(), x.device, x.requires_grad, x.layout, x.is_conj(), x.is_neg()

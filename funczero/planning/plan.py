@@ -144,7 +144,7 @@ def plan(
         tuple(unit.name for unit in structure.units),
         sum(v.flops for v in ran.trace.verbs),
         None if links is None else seconds_of(ran.trace.verbs, links, works),
-        _notes(batch, ran.trace.uncounted),
+        _notes(batch, ran.trace.uncounted, step.grad.env.capture is not None),
     )
 
 
@@ -179,8 +179,10 @@ def _plannable(step: Step, batch: Any) -> None:
         raise ValueError(f"plan: {why}; plan stage 2 of it, or a model without routed blocks")
 
 
-def _notes(batch: Any, uncounted: Mapping[str, int]) -> tuple[str, ...]:
+def _notes(batch: Any, uncounted: Mapping[str, int], captured: bool) -> tuple[str, ...]:
     out = []
+    if captured:
+        out.append("activations and the peak are those of the loss as it is written; what fz.compile keeps may be more")
     if batch is None:
         out.append("without a batch: no activations and no FLOPs, and every unit is read once")
     if uncounted:

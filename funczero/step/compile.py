@@ -18,8 +18,8 @@ def compile(step: Step, *, mode: str = "inductor") -> Step:  # noqa: A001
     "inductor" may hand them out to a tensor's elements in another order.
 
     A recording is of one form of a batch (shapes, dtypes, strides, numbers and text in it) and of what the loss can see
-    around itself: closures, globals, attributes of objects one by one, values of small tensors and versions of large
-    ones. Another form is recorded, too, in print. What the loss can see is compared before every call, and the loss is
+    around itself: closures, globals, attributes of objects and of modules one by one, values of small tensors and
+    versions of large ones. Another form is recorded, too, in print. What the loss can see is compared before every call, and the loss is
     recorded again where that has changed. Installed code is taken as fixed. So are a file, the time and whatever else
     an installed function asks of the world, and what a loss prints is printed once.
 
