@@ -176,7 +176,7 @@ BAD = {
     "a link twice": (["--mesh=data=2", "--link=data=1Gbit/1us,data=2Gbit/1us"], "has two links of 'data'"),
     "rows": (["--rows=0"], "--rows=0 is below 1"),
     "a config's policy": (["--policy=compute=bfloat16"], "--policy would change nothing here"),
-    "a stage to search": (["--search", "--stage=2"], "--stage would change nothing here"),
+    "a stage to search": (["--search", "--stage=0"], "--stage would change nothing here"),
     "verbs of a search": (["--search", "--explain"], "--explain would change nothing here"),
 }
 

@@ -55,7 +55,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _planned(args: argparse.Namespace) -> int:
     _refuse(args)
-    mesh, ks = mesh_of(args.mesh), _numbers(args.accumulate or "1")
+    mesh, ks = mesh_of(args.mesh), _numbers("1" if args.accumulate is None else args.accumulate)
     memory = None if args.memory is None else size(args.memory)
     machine = None if args.flops is None else machine_of(args.flops)
     if args.search:
@@ -75,7 +75,7 @@ def _planned(args: argparse.Namespace) -> int:
 
 # what each of these leaves nothing to say: another argument would be passed over in silence
 SETTLES = {
-    "search": (("stage", "rank", "explain", "ds_config"), "--search looks at every stage, on rank 0"),
+    "search": (("stage", "rank", "explain", "ds_config"), "--search makes its own chains of every stage, and plans rank 0"),
     "ds_config": (("stage", "accumulate", "policy"), "the ds_config.json says its own"),
     "python": (("ds_config", "policy", "length"), "it is for a config of Hugging Face, and a file says its own"),
 }
@@ -89,7 +89,8 @@ def _refuse(args: argparse.Namespace) -> None:
     """
     here = {"search": args.search, "ds_config": args.ds_config, "python": _is_python(args.what)}
     for name, (others, why) in SETTLES.items():
-        odd = next((x for x in others if here[name] and getattr(args, x) not in (None, False)), None)
+        said = (x for x in others if here[name] and getattr(args, x) is not None and getattr(args, x) is not False)
+        odd = next(said, None)
         if odd is not None:
             raise ValueError(f"plan: --{odd} would change nothing here, because {why}; leave it out")
     for name in ("rows", "length"):
