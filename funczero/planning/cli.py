@@ -75,7 +75,7 @@ def _planned(args: argparse.Namespace) -> int:
 
 # what each of these leaves nothing to say: another argument would be passed over in silence
 SETTLES = {
-    "search": (("stage", "rank", "explain", "ds_config"), "--search makes its own chains of every stage, and plans rank 0"),
+    "search": (("stage", "rank", "explain", "ds_config"), "--search makes its own chains and plans rank 0"),
     "ds_config": (("stage", "accumulate", "policy"), "the ds_config.json says its own"),
     "python": (("ds_config", "policy", "length"), "it is for a config of Hugging Face, and a file says its own"),
 }
