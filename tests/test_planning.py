@@ -146,6 +146,9 @@ def test_the_command_plans_a_config_of_hugging_face(tmp_path, capsys):
     assert main(["plan", str(tmp_path), "--mesh=data=4", "--length=16", "--rows=2", f"--ds_config={page}"]) == 0
     assert main([*line, "--search", "--memory=1GB", "--no_batch"]) == 0
     assert "hpZ" in capsys.readouterr().out
+    assert main(["plan", str(tmp_path), "--length=33"]) == 2
+    assert "--length=33, but the config has 32 positions" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path)]) == 0
     ds = ["plan", str(tmp_path), "--length=16", f"--ds_config={page}"]
     own, wide = (("--mesh=data=4",), ("--mesh=data=4", "--rows=2"))
     said = []

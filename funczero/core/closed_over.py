@@ -118,7 +118,11 @@ class ClosedOver:
                 self._look(f"{name}.{k}", partial(getitem, vars(module), k))
             done.update(todo)
         for name, module in self._modules.values():  # an attribute that is not there yet
-            self._look(f"{name}'s names", lambda m=module: frozenset(self._words & vars(m).keys()))
+            self._look(f"{name}'s names", partial(self._present, vars(module)))
+
+    def _present(self, there: dict[str, Any]) -> frozenset[str]:
+        """Which of the names that code says are there."""
+        return frozenset(self._words & there.keys())
 
 
 def _inside(name: str, value: Any) -> Inside | None:

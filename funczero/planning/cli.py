@@ -19,7 +19,6 @@ WHAT = (
     "a .py file or a module with make_step(stage=, accumulate=) -> (step, params) and make_batch(t), as for parity; or"
     " a config.json of Hugging Face, or a folder that holds one"
 )
-LENGTH = 1024  # tokens of a row
 
 
 def add(commands: Any) -> None:
@@ -31,7 +30,9 @@ def add(commands: Any) -> None:
     p.add_argument("--stage", type=int, choices=range(4), help="ZeRO stage; 3 by default")
     p.add_argument("--accumulate", help="micro-batches a rank, 1 by default; with --search several: 1,2,4")
     p.add_argument("--rows", type=int, help="of a micro-batch; by default 1, or what make_batch or the config gives")
-    p.add_argument("--length", type=int, help="tokens of a row, for a config of Hugging Face; 1024 by default")
+    p.add_argument(
+        "--length", type=int, help="tokens of a row, for a config of Hugging Face; 1024 by default, or all positions"
+    )
     p.add_argument("--policy", help="dtypes, for a config of Hugging Face: params=float32,compute=bfloat16")
     p.add_argument("--ds_config", metavar="FILE", help="the chain of a ds_config.json, for a config of Hugging Face")
     p.add_argument("--link", help="rate and latency of a rank's link by axis: node=100Gbit/10us,local=400Gbit/2us")
@@ -107,7 +108,7 @@ def _step(args: argparse.Namespace, mesh: dict[str, int], k: int) -> tuple[Any, 
         step, params = own.make(stage, k)
         batch = own.batch if args.rows is None else _rows(args, own.batch, step, mesh)
         return step, params, None if args.no_batch else batch
-    model = sources.hugging(args.what, args.length or LENGTH)
+    model = sources.hugging(args.what, args.length)
     rows = args.rows or 1
     if args.ds_config:
         step, rows = sources.step_of_ds(args.ds_config, model, mesh)
@@ -137,7 +138,7 @@ def _search(
         batch = own.batch if args.rows is None else sources.of_rows(own.batch, args.rows * _places(mesh, ks))
         found = ranked(every, params, None if args.no_batch else batch, mesh, memory, args.link, machine)
     else:
-        model = sources.hugging(args.what, args.length or LENGTH)
+        model = sources.hugging(args.what, args.length)
         batch = None if args.no_batch else model.rows((args.rows or 1) * _places(mesh, ks))
         parts = (sources.clip_by_global_norm(1.0), sources.adamw(1e-4))
         found = search_plans(

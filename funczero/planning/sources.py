@@ -25,6 +25,7 @@ from funczero.transforms.chain import Source
 from funczero.transforms.clip import clip_by_global_norm
 
 META = torch.device("meta")
+LENGTH = 1024  # tokens of a row
 
 
 class Model(NamedTuple):
@@ -35,14 +36,15 @@ class Model(NamedTuple):
     rows: Callable[[int], Any]  # a batch of so many
 
 
-def hugging(where: str, length: int) -> Model:
+def hugging(where: str, length: int | None = None) -> Model:
     """A causal language model of transformers, by its config: parameters on meta, tokens of a length.
 
     Args:
       where: a config.json, a folder that holds one, or a transformers config.
+      length: None: 1024, or all positions that the config has, if they are fewer.
 
     Raises:
-      ValueError: transformers is not installed, or has no such model.
+      ValueError: transformers is not installed, or has no such model; the config has fewer positions.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -54,6 +56,10 @@ def hugging(where: str, length: int) -> Model:
             module = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"plan: {str(where)!r} is no model of transformers ({str(error).splitlines()[0]})") from None
+    most = getattr(config, "max_position_embeddings", None) or length or LENGTH
+    if (length or 0) > most:
+        raise ValueError(f"plan: --length={length}, but the config has {most} positions; write no more than those")
+    size = length or min(LENGTH, most)
     _with_buffers(module)
     module.config.use_cache = False
 
@@ -63,7 +69,7 @@ def hugging(where: str, length: int) -> Model:
         return out.loss * n, out.loss.detach().new_tensor(n)
 
     loss_fn, params = stateless(module.train(), loss)
-    tokens = lambda n: torch.empty(n, length, dtype=torch.int64, device=META)
+    tokens = lambda n: torch.empty(n, size, dtype=torch.int64, device=META)
     return Model(loss_fn, params, lambda n: {"input_ids": tokens(n), "labels": tokens(n)})
 
 
