@@ -148,7 +148,7 @@ def test_the_command_plans_a_config_of_hugging_face(tmp_path, capsys):
     assert "hpZ" in capsys.readouterr().out
     assert main(["plan", str(tmp_path), "--length=33"]) == 2
     assert "--length=33, but the config has 32 positions" in capsys.readouterr().err
-    assert main(["plan", str(tmp_path)]) == 0
+    assert main(["plan", str(tmp_path)]) == 0 and capsys.readouterr().out
     ds = ["plan", str(tmp_path), "--length=16", f"--ds_config={page}"]
     own, wide = (("--mesh=data=4",), ("--mesh=data=4", "--rows=2"))
     said = []
