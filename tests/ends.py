@@ -112,8 +112,9 @@ def shortly(run):
     try:
         run()
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
+        said = end.code is not None and not isinstance(end.code, int)
+        code = 1 if said else end.code or 0
+        if said:
             print(end.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
