@@ -221,7 +221,7 @@ def main(argv: list[str]) -> None:
     out, console, rows = Path(F.out), Console(soft_wrap=True, highlight=False), []
     out.mkdir(parents=True, exist_ok=True)
     if not F.rates:
-        with WorkerPool(2) as pool:
+        with WorkerPool(2, runs=10**6) as pool:  # they hold what is measured
             pool.run(build, {"data": 2}, F.sizes, names_of([]), timeout=600.0)
             rows = compared(lambda *words: pool.run(do, *words, timeout=600.0), names_of([]), "one machine")
     else:

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <system_error>
 #include <thread>
 #include <type_traits>
@@ -61,6 +62,31 @@ inline void narrow(double x, half& to) { narrow(float(x), to); }
 
 template <class S>
 using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;  // what a dtype is computed in
+
+// 2.0 ** exponent, from -1022 to 1023.
+inline double power(int64_t exponent) { return cast<double>((exponent + 1023) << 52); }
+
+// The largest magnitude as the bits of a double; what is not finite as those of inf, or more.
+template <class S>
+inline uint64_t largest(const S* x, int64_t n) {
+  if constexpr (sizeof(S) == 8) {
+    int64_t top = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t bits = cast<int64_t>(x[i]) & std::numeric_limits<int64_t>::max();
+      top = bits > top ? bits : top;
+    }
+    return top;
+  } else {
+    using Bits = std::conditional_t<sizeof(S) == 4, int32_t, int16_t>;
+    Bits top = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      Bits bits = cast<Bits>(x[i]) & std::numeric_limits<Bits>::max();
+      top = bits > top ? bits : top;
+    }
+    double found = widen(cast<S>(top));
+    return cast<uint64_t>(found) & ~(1ull << 63);
+  }
+}
 
 // The call of a function template with the type of a dtype.
 template <class F>

@@ -13,7 +13,7 @@ from absl import logging
 
 from funczero.kernels import native
 
-NAMES = ("adamw", "block_quantise", "crc32c", "grid", "hadamard")
+NAMES = ("adamw", "block_quantise", "crc32c", "grid", "hadamard", "squares")
 FORMS = {"cpu": "cpu", "cuda": "gpu"}  # by a device's type; torch calls ROCm cuda too
 WORDS = ("auto", "bounded", "reference")
 
@@ -26,7 +26,7 @@ def kernel(name: str, device: torch.device) -> ModuleType:
     "bounded" also takes forms that state a bound (BOUND) in place of equal bits, and says so.
 
     Args:
-      name: "adamw", "block_quantise", "crc32c", "grid" or "hadamard".
+      name: "adamw", "block_quantise", "crc32c", "grid", "hadamard" or "squares".
       device: where the tensors lie.
 
     Raises:
@@ -83,6 +83,8 @@ def _there(name: str, device: torch.device) -> ModuleType | None:
     """The fast form, where what it needs is there."""
     if device.type == "cpu":
         return None if native.library(name) is None else _module(name, "cpu")
+    if importlib.util.find_spec(f"funczero.kernels.{name}.gpu") is None:
+        return None  # the reference's operations are all there is
     if importlib.util.find_spec("triton") is None:
         native.say(name, f"on {device} it needs triton, which is not installed")
         return None

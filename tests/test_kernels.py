@@ -24,6 +24,7 @@ from funczero.kernels.crc32c import trial as crc32c
 from funczero.kernels.grid import trial as grid
 from funczero.kernels.hadamard import trial as hadamard
 from funczero.kernels.same import hard, same
+from funczero.kernels.squares import trial as squares
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,6 +41,7 @@ TABLE = {
     "crc32c": (lambda: crc32c.cases(CPU), crc32c.called),
     "hadamard": (lambda: hadamard.cases(CPU), returned),
     "grid": (lambda: grid.cases(CPU), grid.called),
+    "squares": (lambda: squares.cases(CPU, DTYPES, ((70_001, 1 << 18), (1 << 18, 1, 300_000))), squares.called),
     "adamw": (lambda: ((w, "", case) for w, case in updates.cases(CPU, DTYPES)), lambda m, _, c: updates.called(m, c)),
 }
 
@@ -77,6 +79,7 @@ def test_large_buffers_are_cut_into_threads_anywhere_with_the_same_bits():
             low, bounds, shifts = torch.zeros(n, dtype=torch.int64), ((0, 150_000), (150_000, n)), torch.tensor([9, 30])
             out += [registry.kernel("grid", CPU).to_grid_add(x, bounds, shifts, low), low]
             out += [registry.kernel("grid", CPU).from_grid(low, None, bounds, shifts, torch.float32)]
+            out += [registry.kernel("squares", CPU).square_bins([x.nan_to_num(0, 1, 1), x, low[:9].float()])]
             trees = [[hard(n, torch.float32, k)] for k in range(3)] + [[hard(n, torch.float32, 3).abs()]]
             case = (trees, torch.tensor(3.0), torch.tensor(0.7), torch.tensor(0.0), updates.RATES[0])
             out += updates.called(registry.kernel("adamw", CPU), case)

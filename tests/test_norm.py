@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from funczero.comm.norm import BINS, CHUNK, LOW, WIDTH, add_on_device, folds, norm_of, square_bins
+from funczero.comm.norm import BINS, folds, norm_of, norm_on_device, square_bins
+from funczero.kernels.squares.reference import CHUNK, LOW, WIDTH, add_on_device
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -57,6 +58,48 @@ def test_accelerators_add_the_same_integers(dtype):
         x, out = wild(seed, 300, dtype, 30), torch.zeros(1 + BINS, dtype=torch.int64)
         add_on_device(out, x.double() ** 2, folds(dtype))
         assert torch.equal(out, square_bins(x))
+        for of in (0, 1 << 32):
+            want, parts = norm_of(out, folds(dtype)), [square_bins(part, of=of) for part in x.split(30)]
+            assert norm_on_device(out, folds(dtype)).item() == pytest.approx(want.item(), rel=2**-51)
+            assert norm_on_device(sum(parts), folds(dtype)) == norm_on_device(square_bins(x, of=of), folds(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [1 - 2**-7, 2**-15 * (1 - 2**-7), -1.0 - 2**-7])
+def test_more_values_than_64_bits_hold_are_counted(dtype, value):
+    """A chunk of values, whose squares lie just below a bin's end, in it and just above it, 2**27 times."""
+    scale, times, of = 2.0**14 if dtype == torch.float16 else 2.0**16, 1 << 27, 1 << 45
+    x = torch.full((CHUNK,), value * scale, dtype=torch.float64).to(dtype)
+    bins = square_bins(x, of=of)
+    assert (bins.abs() < 1 << 63 - 27).all()
+    want = abs(x[0].double().item()) * 2.0**22.5
+    assert norm_of(bins * times, folds(dtype)).item() == pytest.approx(want, rel=2**-33)
+    assert norm_on_device(bins * times, folds(dtype)).item() == pytest.approx(want, rel=2**-33)
+    out = torch.zeros_like(bins)
+    add_on_device(out, x.double() ** 2, folds(dtype))
+    assert torch.equal(out, bins)
+
+
+@pytest.mark.parametrize("of", [0, 1 << 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_alone_add_what_they_add_beside_much_larger_ones(dtype, of):
+    """A square counts from half a unit of the lowest bin that counts, whatever its own chunk's highest bin is."""
+    for seed in range(12):
+        for spread in (2, 5, 8, 15, 60):
+            x = wild(seed, 40, dtype, spread)
+            whole = norm_of(square_bins(x), folds(dtype))
+            for size in (1, 7):
+                assert norm_of(sum(square_bins(part, of=of) for part in x.split(size)), folds(dtype)) == whole
+
+
+@pytest.mark.parametrize("order", range(-3, 36))
+def test_half_a_unit_is_rounded_to_even_on_either_side_of_a_bin(order):
+    """Squares at, just below and just above 2**order, added to one that makes their last bin count."""
+    x = 2.0 ** (order / 2) * torch.tensor([1 - 2**-20, 1.0, 1 + 2**-20], dtype=torch.float64)
+    for value in [*x.unbind(), torch.tensor(2.0 ** (order // 2), dtype=torch.float64)]:
+        for large in (2.0**16, 2.0**20, 2.0**32, 2.0**33):
+            pair = torch.tensor([large, value]).float()
+            assert norm_of(square_bins(pair)) == norm_of(square_bins(pair[:1]) + square_bins(pair[1:]))
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

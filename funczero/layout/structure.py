@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import torch.utils._pytree as pytree
@@ -49,6 +50,11 @@ class Structure:
     def members(self) -> tuple[tuple[int, ...], ...]:
         """Leaf numbers by unit."""
         return tuple(tuple(i for i, leaf in enumerate(self.leaves) if leaf.unit == u) for u in range(len(self.units)))
+
+    @cached_property
+    def values(self) -> int:
+        """How many numbers all leaves have, tied ones counted once."""
+        return sum(prod(leaf.shape) for leaf in self.leaves)
 
     def unflatten(self, leaves: Sequence[Any]) -> Tree:
         """The tree with a value a leaf; a tied one is seen at all its paths."""

@@ -94,7 +94,8 @@ def _norms(where: Where, work: list[Work], mesh: Mesh) -> dict[int, list[Tensor]
     if not asked:
         return out
     first = {i: not any(mesh.index(a) for a in where.replicas(i)) for i, _ in asked}
-    bins = torch.stack([square_bins(x if first[i] else x[:0]) for i, x in asked])
+    leaves = where.structure.leaves
+    bins = torch.stack([square_bins(x if first[i] else x[:0], of=prod(leaves[i].shape)) for i, x in asked])
     axes = tuple(a for a, n, _ in where.coords if n > 1)
     total = sum_integers(bins.view(-1), axes, mesh).view(bins.shape) if axes else bins
     for (i, x), row in zip(asked, total.unbind(), strict=True):
@@ -255,7 +256,7 @@ def on_whole(
     assert across is not None
     flat = [[x.view(-1) for x in column] for column in columns]
     asked = across.ready(flat[0], flat[1], flat[2:], scalars)
-    norms = [[norm_of(square_bins(x), folds(x.dtype)) for x in column] for column in asked.norms]
+    norms = [[norm_of(square_bins(x, of=x.numel()), folds(x.dtype)) for x in column] for column in asked.norms]
     rows = []
     for k, (i, shape) in enumerate(zip(leaves, shapes, strict=True) if across.whole is not None else ()):
         values = [column[k].reshape(shape).clone() for column in asked.rows]

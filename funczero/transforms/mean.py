@@ -12,7 +12,7 @@ from funczero.comm.adjoint import total
 from funczero.comm.differentiable import Varied, dot, over_all, pack
 from funczero.comm.exact import Grid
 from funczero.comm.integers import sum_and_compare
-from funczero.comm.norm import BINS, folds, norm_of, square_bins
+from funczero.comm.norm import folds, norm_of, square_bins
 from funczero.core import order
 from funczero.core.straight import root, straight
 from funczero.core.transform import after, around, refuse
@@ -158,14 +158,15 @@ def _squares(grads: Slots, env: Env) -> Tensor:
 
 
 def _norm_bins(grads: Slots, lay: Layout, env: Env) -> Tensor:
-    """This rank's share of the norm: every value counted on one rank only."""
-    first = all(env.mesh.index(a) == 0 for a in lay.batch if a not in grads.where.axes)
-    mine = []
+    """This rank's share of the norm: every value counted on one rank, replicas each count a part of it."""
+    spare, mine = tuple(a for a in lay.batch if a not in grads.where.axes), []
     for u, buffer in enumerate(grads.buffers):
-        for axes, start, stop in grads.where.sections[u] if buffer.numel() and first else ():
-            if all(env.mesh.index(a) == 0 for a in axes):
-                mine.append(buffer[start:stop])
-    return square_bins(*mine) if mine else torch.zeros(1 + BINS, dtype=torch.int64, device=grads.buffers[0].device)
+        for axes, start, stop in grads.where.sections[u] if buffer.numel() else ():
+            index, size = env.mesh.rank(spare + tuple(a for a in axes if a in lay.batch))
+            n = stop - start
+            mine.append(buffer[start + n * index // size : start + n * (index + 1) // size])
+    none = torch.zeros(0, dtype=grads.buffers[0].dtype, device=grads.buffers[0].device)
+    return square_bins(*mine or [none], of=grads.where.structure.values)
 
 
 def global_norm(grads: Slots, factor: Tensor, lay: Layout, env: Env) -> Tensor:

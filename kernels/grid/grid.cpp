@@ -3,7 +3,6 @@
 #include "common.h"
 
 #include <cmath>
-#include <limits>
 
 static const int HALF_BITS = 46, OFFSET = 2048, BAD = 4095;  // as in reference.py
 static const int64_t PIECE = 2048;                           // values whose sums lie in the nearest cache
@@ -18,30 +17,6 @@ struct Call {
   int64_t *low, *tops;
   int dtype, threads;
 };
-
-static double power(int64_t exponent) { return cast<double>((exponent + 1023) << 52); }
-
-// The largest magnitude as the bits of a double; what is not finite as those of inf, or more.
-template <class S>
-static uint64_t largest(const S* x, int64_t n) {
-  if constexpr (sizeof(S) == 8) {
-    int64_t top = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      int64_t bits = cast<int64_t>(x[i]) & std::numeric_limits<int64_t>::max();
-      top = bits > top ? bits : top;
-    }
-    return top;
-  } else {
-    using Bits = std::conditional_t<sizeof(S) == 4, int32_t, int16_t>;
-    Bits top = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      Bits bits = cast<Bits>(x[i]) & std::numeric_limits<Bits>::max();
-      top = bits > top ? bits : top;
-    }
-    double found = widen(cast<S>(top));
-    return cast<uint64_t>(found) & ~(1ull << 63);
-  }
-}
 
 template <class S>
 static void add(const S* __restrict x, int64_t n, double scale, int64_t* __restrict low) {

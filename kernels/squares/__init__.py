@@ -1,0 +1,1 @@
+"""Sums of squares as integers: `reference.py` is the truth."""
