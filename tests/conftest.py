@@ -41,7 +41,6 @@ IMPORTED = ("pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint"
 
 # The longest first. (Without --no-loadscope-reorder xdist would begin with the files that have the most tests.)
 LONG = (
-    "test_readme.py",
     "test_checkpoint_kills.py",
     "test_hf_trainer.py",
     "test_lightning.py",
@@ -58,6 +57,7 @@ LONG = (
     "test_watch.py",
     "test_config_train.py",
     "test_reference.py",
+    "test_readme.py",
     "test_launch_run.py",
     "test_checkpoint_flat.py",
     "test_memory.py",
