@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import enum
+import functools
+import importlib
 import logging
 import os
 import sys
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import funczero as fz
 from funczero import P
@@ -168,6 +171,15 @@ def test_another_form_of_a_batch_is_recorded_in_print(caplog):
     assert captured(fast)[0] == 2 and "another form" in captured(fast)[1][0]
 
 
+def test_a_conjugate_view_is_another_form():
+    """Its dtype, shape and strides are those of what it is a view of."""
+    loss = lambda p, b: ((p["w"] * b.imag).sum(), torch.tensor(1.0))
+    step = by_sgd(fz.value_and_grad(loss, batch=P("data")))
+    fast, state, x = fz.compile(step, mode="graph"), step.init({"w": torch.ones(3)}), torch.full((3,), 1j)
+    for given in (x, x.conj(), x):
+        assert fast(state, given)[1].loss == step(state, given)[1].loss
+
+
 class Held:
     """An object with attributes, a slot's worth of them, a set, and a property that reads one."""
 
@@ -176,10 +188,60 @@ class Held:
     def __init__(self):
         self.by, self.among, self.small, self.array = 1.0, {1.0}, torch.ones(()), numpy.ones(3)
         self.deep, self.kind = {"er": [Slotted()]}, frozenset({Kind.ONE})
+        self.module, self.fixed = settings(), nn.Parameter(torch.ones(()), requires_grad=False)
+        self.order = {1.0: 0, 2.0: 0}
 
     @property
     def all(self):
         return self.shared
+
+
+BY = {"by": 1.0}
+
+
+def settings():
+    """A module of somebody's."""
+    return sys.modules["test_compile_settings"]
+
+
+@functools.wraps(F.cross_entropy)
+def wrapped(held):
+    return BY["by"]
+
+
+class Answers:
+    def __getattr__(self, name):
+        return BY["by"]
+
+
+class Meta(type):
+    @property
+    def by(cls):
+        return BY["by"]
+
+
+class OfMeta(metaclass=Meta):
+    pass
+
+
+ANSWERS = Answers()
+
+
+def by_a_text(held):
+    return getattr(held.module, "by")  # noqa: B009
+
+
+def by_globals(held):
+    return globals()["BY"]["by"]
+
+
+def by_import(held):
+    return importlib.import_module("test_compile_settings").by
+
+
+def by_closure():
+    module = settings()
+    return lambda held: module.by
 
 
 class Kind(enum.Enum):
@@ -226,6 +288,17 @@ AROUND = {
         lambda h: float(os.environ.get("FUNCZERO_BY", 1)),
         lambda h: os.environ.update(FUNCZERO_BY="2"),
     ),
+    "os.getenv": (lambda h: float(os.getenv("FUNCZERO_BY", "1")), lambda h: os.environ.update(FUNCZERO_BY="2")),
+    "module in an attribute": (lambda h: h.module.by, lambda h: setattr(h.module, "by", 2.0)),
+    "module by getattr": (by_a_text, lambda h: setattr(h.module, "by", 2.0)),
+    "module by import_module": (by_import, lambda h: setattr(h.module, "by", 2.0)),
+    "module in a closure": (lambda h: by_closure()(h), lambda h: setattr(h.module, "by", 2.0)),
+    "globals": (by_globals, lambda h: BY.update(by=2.0)),
+    "wraps": (wrapped, lambda h: BY.update(by=2.0)),
+    "__getattr__": (lambda h: ANSWERS.by, lambda h: BY.update(by=2.0)),
+    "metaclass": (lambda h: OfMeta.by, lambda h: BY.update(by=2.0)),
+    "parameter's data": (lambda h: float(h.fixed), lambda h: h.fixed.data.fill_(2.0)),
+    "order": (lambda h: next(iter(h.order)), lambda h: h.order.update({1.0: h.order.pop(1.0)})),
 }
 
 
@@ -237,6 +310,7 @@ def test_what_a_loss_reads_around_itself_is_compared(name, monkeypatch):
     monkeypatch.setattr(Kind.ONE.value[0], "by", 1.0)
     monkeypatch.setitem(sys.modules, "test_compile_settings", ModuleType("test_compile_settings"))
     sys.modules["test_compile_settings"].by = 1.0
+    monkeypatch.setitem(BY, "by", 1.0)
     monkeypatch.delenv("FUNCZERO_BY", raising=False)
     monkeypatch.setenv("FUNCZERO_BY_NOBODY", "1")  # which puts back what the change leaves
     held = Held()
@@ -253,17 +327,29 @@ def test_what_a_loss_reads_around_itself_is_compared(name, monkeypatch):
     globals().pop("abs", None)
 
 
+class OrderedConfig(dict):
+    """Not copied with a module, as its own dicts are."""
+
+
 def test_what_a_module_shares_with_the_world_is_compared():
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    model.settings = SimpleNamespace(by=1.0)
-    loss_fn, params = fz.stateless(model, lambda m, b: ((m(b) * m.settings.by).sum(), torch.tensor(1.0)))
+    model.settings, model.config, model.helper = SimpleNamespace(by=1.0), OrderedConfig(by=1.0), [nn.Identity()]
+    model.helper[0].by = 1.0  # no module of the tree's, since it is in a list
+    loss = lambda m, b: ((m(b) * m.settings.by * m.config["by"] * m.helper[0].by).sum(), torch.tensor(1.0))
+    loss_fn, params = fz.stateless(model, loss)
     step = by_sgd(fz.value_and_grad(loss_fn, batch=P("data")))
     fast, state = fz.compile(step, mode="graph"), step.init(params)
-    for by in (1.0, 2.0):
-        model.settings.by = by
+    changes = (
+        lambda: None,
+        lambda: setattr(model.settings, "by", 2.0),
+        lambda: model.config.update(by=2.0),
+        lambda: setattr(model.helper[0], "by", 2.0),
+    )
+    for n, change in enumerate(changes):
+        change()
         assert fast(state, torch.ones(2, 3))[1].loss == step(state, torch.ones(2, 3))[1].loss
-    assert captured(fast)[0] == 1 and "recorded again" in str(fast)
+        assert str(fast).count("recorded again") == n
 
 
 COUNT = []
@@ -295,6 +381,18 @@ def by_its_key(p, b, key):
     return (fz.rng.dropout(p["w"], 0.5, key) * b).sum(), torch.tensor(1.0)
 
 
+def draws_twice(p, b, key):
+    hidden = checkpoint(lambda w: F.dropout(torch.tanh(w)), p["w"], use_reentrant=False)
+    return (hidden * b).sum(), torch.tensor(1.0)
+
+
+def draws_from_a_seed(p, b, key):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        noise = torch.rand(3)
+    return (p["w"] * b * noise).sum(), torch.tensor(1.0)
+
+
 def with_a_number(p, b, key):
     return (p["w"] * b).sum() * (key % 7), torch.tensor(1.0)
 
@@ -310,6 +408,8 @@ def writes(p, b):
         (decides, "Data"),
         (draws_from_python, "python's generator"),
         (by_its_key, "generator of its own"),
+        (draws_twice, "draws in what runs again in the backward"),
+        (draws_from_a_seed, "sets the state of torch's generator"),
         (with_a_number, "computes with its key"),
         (writes, "writes"),
         (counts, "it changes"),
@@ -324,8 +424,8 @@ def test_what_cannot_be_recorded_runs_as_it_is_written(loss_fn, why, caplog):
     state = step.init({"w": torch.ones(3)})
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            want, (state, metrics) = step(state, torch.ones(3))[1].loss, fast(state, torch.ones(3))
-            assert metrics.loss == want
+            (want, metrics), (state, found) = step(state, torch.ones(3)), fast(state, torch.ones(3))
+            assert found.loss == metrics.loss and tree_hash(state) == tree_hash(want)
     assert captured(fast)[0] == 0 and why in str(fast) and sum(why in r.getMessage() for r in caplog.records) == 1
 
 

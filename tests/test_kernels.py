@@ -115,6 +115,17 @@ def test_sizes_that_do_not_fit_never_reach_the_library():
             call()
 
 
+@pytest.mark.parametrize("form", [pytest.param("cpu", marks=NATIVE), "reference"])
+def test_what_a_checksum_is_written_behind_is_there_or_told(tmp_path, form):
+    module, x = registry._module("crc32c", form), torch.arange(2 * (128 << 10) + 5).to(torch.uint8)
+    with (tmp_path / "file").open("w+b") as file:
+        crc = module.write(file.fileno(), 3, x)
+        assert file.read() == bytes(3) + x.numpy().tobytes() + module.crc32c(x).to_bytes(4, "little")
+    assert crc == module.crc32c(x)
+    with open("/dev/full", "wb") as file, pytest.raises(OSError, match="No space left on device"):
+        module.write(file.fileno(), 0, x[:9])
+
+
 @NATIVE
 def test_draws_are_the_references():
     fast, truth = (registry._module("block_quantise", x) for x in ("cpu", "reference"))

@@ -42,6 +42,10 @@ def test_links_and_arithmetic_are_read_from_text():
     found = links_of("node=100Gbit/10us,local=400Gbit/2us", {"node": 2, "local": 4})
     assert found == {"node": Link(1e-5, 12.5e9), "local": Link(2e-6, 50e9)}
     assert machine_of("3e12") == Machine(3e12) and machine_of("1T,20GB") == Machine(1e12, 2e10)
+    assert machine_of("5ms") == Machine(operation=5e-3) and machine_of("2TB,5us,300T") == Machine(3e14, 2e12, 5e-6)
+    for odd in ("1T,2T", "1T,2TB,3GB", "0T", "1.2.3T", "5us,3ms", "1T,"):
+        with pytest.raises(ValueError, match="is no arithmetic"):
+            machine_of(odd)
 
 
 def test_a_faster_link_takes_less_and_an_exact_sum_of_what_is_computed_stays():
@@ -111,6 +115,13 @@ def test_a_plan_needs_shapes_alone():
     assert fz.plan(step(1, loss_fn, ()), linear_module, batch).parameters == 32 * 16 + 16
 
 
+def test_a_plan_of_a_captured_step_says_whose_peak_it_is():
+    batch = {"x": torch.empty(8, 32), "y": torch.empty(8, 16)}
+    made, whole = step(1, linear, ()), {"w": torch.empty(32, 16)}
+    want, found = fz.plan(made, whole, batch), fz.plan(fz.compile(made), whole, batch)
+    assert found.memory == want.memory and not want.notes and "what fz.compile keeps may be more" in str(found)
+
+
 # --- the command
 def test_the_command_plans_a_file(capsys):
     assert main(["plan", "funczero.testing.example", "--mesh=data=4", "--rows=3", "--explain"]) == 0
@@ -135,6 +146,25 @@ def test_the_command_plans_a_config_of_hugging_face(tmp_path, capsys):
     assert main(["plan", str(tmp_path), "--mesh=data=4", "--length=16", "--rows=2", f"--ds_config={page}"]) == 0
     assert main([*line, "--search", "--memory=1GB", "--no_batch"]) == 0
     assert "hpZ" in capsys.readouterr().out
+    assert main(["plan", str(tmp_path), "--length=33"]) == 2
+    assert "--length=33, but the config has 32 positions" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path)]) == 0 and capsys.readouterr().out
+    ds = ["plan", str(tmp_path), "--length=16", f"--ds_config={page}"]
+    own, wide = (("--mesh=data=4",), ("--mesh=data=4", "--rows=2"))
+    said = []
+    for more in (own, wide):  # a micro-batch has the config's rows
+        assert main([*ds, *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    for more, why in (
+        (["--mesh=data=4", "--rows=1"], "a micro-batch of"),
+        (["--mesh=data=4", "--stage=1"], "--stage would change nothing here, because the ds_config.json says its own"),
+        (["--search"], "--ds_config would change nothing here"),
+    ):
+        assert main([*ds, *more]) == 2 and why in capsys.readouterr().err
+    page.write_text(page.read_text().replace('"stage": 2', '"stage": 3, "zero_hpz_partition_size": 4'))
+    assert main([*ds, "--mesh=node=4,local=2"]) == 2
+    assert "write --mesh=node=2,local=4" in capsys.readouterr().err
 
 
 BAD = {
@@ -145,6 +175,12 @@ BAD = {
     "flops": (["--flops=many"], "is no arithmetic; write 10T"),
     "rank": (["--mesh=data=2", "--rank=2"], "is not on a mesh of 2 ranks"),
     "another axis": (["--mesh=node=2"], "has other axes than the step"),
+    "arithmetic without links": (["--mesh=data=2", "--flops=1T"], "--link says nothing of the axis 'data'"),
+    "a link twice": (["--mesh=data=2", "--link=data=1Gbit/1us,data=2Gbit/1us"], "has two links of 'data'"),
+    "rows": (["--rows=0"], "--rows=0 is below 1"),
+    "a config's policy": (["--policy=compute=bfloat16"], "--policy would change nothing here"),
+    "a stage to search": (["--search", "--stage=0"], "--stage would change nothing here"),
+    "verbs of a search": (["--search", "--explain"], "--explain would change nothing here"),
 }
 
 
@@ -154,6 +190,13 @@ def test_what_is_written_wrong_is_one_sentence(what, capsys):
     assert main(["plan", "funczero.testing.example", *words]) == 2
     said = capsys.readouterr().err
     assert why in said and len(said.splitlines()) == 1
+
+
+def test_what_is_named_is_found_or_refused(capsys):
+    for what, why in (("no.such.module", "there is no module 'no.such.module'"), ("none.py", "there is no file")):
+        assert main(["plan", what]) == 2
+        said = capsys.readouterr().err
+        assert why in said and len(said.splitlines()) == 1
 
 
 # --- what cannot be planned

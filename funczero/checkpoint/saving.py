@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from funczero.checkpoint.memory import give_back, torch_dtype
 from funczero.checkpoint.names import Names, listed
 from funczero.checkpoint.peers import Peers
 from funczero.checkpoint.staging import Held
-from funczero.checkpoint.writing import Filled, write
+from funczero.checkpoint.writer import write
+from funczero.checkpoint.writing import Filled
 from funczero.core.number import dtype_name
 from funczero.world.ending import Work
 
@@ -186,7 +187,7 @@ def sound(x: Tensor, finite: bool) -> bool:
         return True
     x = torch.view_as_real(x) if x.is_complex() else x.float() if x.dtype.itemsize == 1 else x
     # one pass, and nothing in new memory
-    if bool(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).isfinite()):
+    if isfinite(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).item()):
         return True
     return bool((x.isfinite() if finite else ~x.isnan()).all())
 
@@ -211,7 +212,7 @@ def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, Any]:
     job.passing("made")
     key_of = lambda p: f"{job.number}/rows/{p.name}/{p.key}/{p.box.start}"
     if any(p.writer != rank for p in job.deal.pieces):
-        for piece, x, _ in job.values:
+        for piece, x in job.values:
             if piece.writer != rank:
                 odd |= {piece.name: None} if _is_odd(piece.name, x) else {}
                 peers.put_bytes(key_of(piece), x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -226,11 +227,11 @@ def _pieces(path: Path, job: Job, peers: Peers) -> dict[str, Any]:
     mine |= {n for n, a in job.arrays.items() if rank == 0 and not prod(a.shape)}
 
     def chunks() -> Iterator[Filled]:
-        for p, x, row in job.values:
+        for p, x in job.values:
             if p.writer == rank:
                 odd.update({p.name: None} if _is_odd(p.name, x) else {})
                 job.passing("chunk")
-                yield Filled(p.name, p.key, p.box, x, row)
+                yield Filled(p.name, p.key, p.box, x)
         for chunk in received:
             job.passing("chunk")
             yield chunk

@@ -23,7 +23,6 @@ class Held(NamedTuple):
 
     piece: Piece
     values: Tensor
-    row: Tensor | None = None  # bytes: the memory of the values, and four more behind it
 
 
 class Staging:
@@ -43,7 +42,7 @@ class Staging:
     def copied(self, found: Names, own: Deal, rank: int) -> list[Held]:
         """The values of this rank's pieces, in host memory that is kept from save to save."""
         held = [p for p in own.pieces if p.holder == rank]
-        sizes = [-(-(prod(p.box.shape) * found.parts[p.name].value.element_size() + 4) // 64) * 64 for p in held]
+        sizes = [-(-(prod(p.box.shape) * found.parts[p.name].value.element_size()) // 64) * 64 for p in held]
         pinned = any(x.value.device.type == "cuda" for x in found.parts.values())
         if self._arena.numel() < sum(sizes):
             memory = room(sum(sizes))
@@ -52,8 +51,7 @@ class Staging:
         for piece, size in zip(held, sizes, strict=True):
             source = found.parts[piece.name].value.detach()[piece.box.slices(own.boxes[piece.name].start)]
             n = nbytes(source)
-            values = self._arena[at : at + n].view(source.dtype).view(source.shape)
-            out.append(Held(piece, values, self._arena[at : at + n + 4]))
+            out.append(Held(piece, self._arena[at : at + n].view(source.dtype).view(source.shape)))
             sources.append(source)
             at += size
         if out:
@@ -81,7 +79,7 @@ class Values:
                     passed += nbytes(x)
                     yield Held(p, x)
                     del x
-                    if passed > PASSED:  # what writes it copies it, in threads whose memory malloc keeps apart
+                    if passed > PASSED:  # tensorstore copies what it writes, in threads whose memory malloc keeps apart
                         give_back()
                         passed = 0
                 continue

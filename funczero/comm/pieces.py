@@ -157,6 +157,16 @@ class Even(NamedTuple):
     shares: list[int]  # by member: which of these is its own
     numels: list[int]  # by member, in one row
 
+    def row(self, leaves: Sequence[Tensor], size: int) -> list[Tensor]:
+        """What stands side by side in the rows of a wire: leaves in equal shares [W, n], zeros between them."""
+        out: list[Tensor] = [leaves[0].new_zeros(0)] * len(self.sizes)
+        for k, n, x in zip(self.shares, self.numels, leaves, strict=True):
+            out[k] = x.reshape(size, n)
+        if len(out) > len(leaves):
+            own = set(self.shares)
+            out = [x if k in own else x.new_zeros(size, self.sizes[k]) for k, x in enumerate(out)]
+        return out
+
     def pairs(self, leaves: Sequence[Tensor], wire: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """As `pairs`; leaves may come flat."""
         parts, size = wire.split_with_sizes(self.sizes, 1), wire.shape[0]

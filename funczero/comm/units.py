@@ -17,7 +17,7 @@ from funczero.comm.edge import Edge
 from funczero.comm.exact import Tally
 from funczero.comm.launch import launch_backend_scatter, launch_exchange, launch_gather, wait
 from funczero.comm.memory import Held, added, remembered
-from funczero.comm.pieces import off_the_wire, on_the_wire, padded, slot_lengths, travels
+from funczero.comm.pieces import even_of, off_the_wire, on_the_wire, padded, slot_lengths, travels
 from funczero.comm.wire import Key, as_born, pack_units, unpack_units
 from funczero.core import rng
 from funczero.core.order import tree_sum
@@ -87,19 +87,12 @@ def scatter_units(
         whole = [_with_errors(where, u, xs, held, edge) for u, xs in zip(units, leaves, strict=True)]
         leaves = [where.views(u, v) for u, v in zip(units, whole, strict=True)]
     lengths = [inner.lengths[u] for u in units]
-    make = torch.zeros if any(padded(where, u, axis, size) for u in units) else torch.empty
-    send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
-    columns = send.split_with_sizes(lengths, 1)
-    _copy(
-        (there, here)
-        for u, xs, row in zip(units, leaves, columns, strict=True)
-        for here, there in (on_the_wire(where, u, axis, xs, row),)
-    )
+    send = _rows(where, units, axis, size, leaves, lengths)
     if edge.sums == "backend" and size > 1:
         part = launch_backend_scatter(send.to(edge.adds), axis, mesh, tuple(units))
         return Travelling(lambda: list(wait(part).view(-1).split_with_sizes(lengths)))
     if edge.scatter is not as_born and size > 1:
-        return _scatter_packed(inner, units, edge, mesh, columns, key, whole, held)
+        return _scatter_packed(inner, units, edge, mesh, send.split_with_sizes(lengths, 1), key, whole, held)
     wire = launch_exchange(send, axis, mesh, tuple(units))
 
     def finish() -> list[Tensor]:
@@ -110,6 +103,20 @@ def scatter_units(
         return list(tree_sum(rows.to(edge.adds) if size > 1 else rows).split_with_sizes(lengths))
 
     return Travelling(finish)
+
+
+def _rows(
+    where: Where, units: Sequence[int], axis: str, size: int, leaves: Sequence[list[Tensor]], lengths: list[int]
+) -> Tensor:
+    """Units' leaves as the wire [W, n] to all ranks."""
+    even = [even_of(where, u, axis, size) for u in units]
+    if None not in even and len({x.dtype for xs in leaves for x in xs}) == 1:
+        return torch.cat([x for e, xs in zip(even, leaves, strict=True) if e for x in e.row(xs, size)], 1)
+    make = torch.zeros if any(padded(where, u, axis, size) for u in units) else torch.empty
+    send = make(size, sum(lengths), dtype=leaves[0][0].dtype, device=leaves[0][0].device)
+    columns = send.split_with_sizes(lengths, 1)
+    _copy(on_the_wire(where, u, axis, xs, row)[::-1] for u, xs, row in zip(units, leaves, columns, strict=True))
+    return send
 
 
 def _gather_born(

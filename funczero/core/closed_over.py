@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dis
 import logging
+import os
 import re
 import sys
-import sysconfig
 import types
 import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property, partial
 from operator import getitem
-from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
+
+from funczero.core.code import fixed, in_python, installed, names_in, texts_in
 
 MOST = 4096  # values that are looked at before each call
 SMALL = 16  # elements up to which a tensor's values are looked at, and not its version alone
@@ -31,7 +31,7 @@ FIXED = (
     *(types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType),
     *(types.MethodDescriptorType, types.ClassMethodDescriptorType, logging.LoggerAdapter),
 )
-HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+CACHED = type(cache(lambda: None))  # what functools.cache makes
 MISSING = object()
 
 Inside = Iterator[tuple[str, Callable[[], Any]]]  # (name, what reads it now)
@@ -63,8 +63,12 @@ class ClosedOver:
         self.tensors: list[Tensor] = []
         self.known: dict[int, Any] = {}  # what was looked into, which stays alive, by id
         self.odd = ""  # the first value that cannot be compared
+        self._words = set[str]()  # names and texts in the code of all functions
+        self._modules: dict[int, tuple[str, Any]] = {}  # whose code is not fixed: (the name that it has here, itself)
         for root in roots:
-            self._look(getattr(root, "__name__", type(root).__name__), partial(_itself, root))
+            named = isinstance(root, (type, types.FunctionType, types.MethodType))
+            self._look(root.__name__ if named else type(root).__name__, partial(_itself, root))
+        self._look_at_modules()
 
     def changed(self) -> str:
         """The name of the first value that is another one now; "" where all are the same."""
@@ -87,12 +91,38 @@ class ClosedOver:
         self.known[id(value)] = value
         if isinstance(value, Tensor):
             self.tensors.append(value)
+        elif isinstance(value, types.ModuleType) and not installed(value.__name__):
+            self._modules[id(value)] = name, value
+        elif isinstance(value, types.FunctionType) and not fixed(value):
+            self._words |= names_in(value.__code__) | texts_in(value.__code__)
         inside = _inside(name, value)
         if inside is None:
             self.odd = f"{name!r}, a {type(value).__name__}"
             return
         for more, inner in inside:
             self._look(more, inner)
+
+    def _look_at_modules(self) -> None:
+        """What the functions may read of the modules: attributes that the code of one of them names, however it came by
+        the module. What they lead to may name more.
+        """
+        done = set[tuple[int, str]]()
+        while todo := [
+            (i, k)
+            for i, (_, module) in self._modules.items()
+            for k in sorted(self._words & vars(module).keys())
+            if (i, k) not in done
+        ]:
+            for i, k in todo:
+                name, module = self._modules[i]
+                self._look(f"{name}.{k}", partial(getitem, vars(module), k))
+            done.update(todo)
+        for name, module in self._modules.values():  # an attribute that is not there yet
+            self._look(f"{name}'s names", partial(self._present, vars(module)))
+
+    def _present(self, there: dict[str, Any]) -> frozenset[str]:
+        """Which of the names that code says are there."""
+        return frozenset(self._words & there.keys())
 
 
 def _inside(name: str, value: Any) -> Inside | None:
@@ -112,7 +142,7 @@ def _inside(name: str, value: Any) -> Inside | None:
     parts = _parts(value)
     if parts is not None:
         return ((name, partial(_itself, part)) for part in parts)
-    return _of_object(name, value) if _in_python(type(value)) else None
+    return _of_object(name, value) if in_python(type(value)) else None
 
 
 def _parts(value: Any) -> tuple[Any, ...] | None:
@@ -129,13 +159,13 @@ def _parts(value: Any) -> tuple[Any, ...] | None:
         return (value.func,)
     if isinstance(value, property):
         return value.fget, value.fset
-    return (value.__wrapped__,) if hasattr(value, "cache_info") else None  # functools.cache
+    return (value.__wrapped__,) if isinstance(value, CACHED) else None
 
 
 def _of_numbers(name: str, x: Any) -> Inside | None:
     small = (x.numel() if isinstance(x, Tensor) else x.size) <= SMALL
     if isinstance(x, Tensor):
-        if type(x) is Tensor and small and x.layout == torch.strided and not x.is_meta:
+        if type(x) in (Tensor, torch.nn.Parameter) and small and x.layout == torch.strided and not x.is_meta:
             return iter([(f"{name}'s values", lambda: repr(x.tolist()))])
         return None if x.is_inference() else iter([(f"{name}'s values", lambda: x._version)])
     return iter([(f"{name}'s values", lambda: repr(x.tolist()))]) if small else None
@@ -147,16 +177,18 @@ def _of_container(name: str, value: Any) -> Inside:
         yield from ((name, partial(_itself, x)) for x in value)
     else:
         yield f"len({name})", lambda: len(value)
+        if isinstance(value, dict):
+            yield f"order of {name}", lambda: hash(tuple(map(id, value)))
         keyed = not isinstance(value, (list, tuple))
         for k in list(value) if keyed else range(len(value)):
             yield f"{name}[{k!r}]", partial(_item if keyed else getitem, value, k)
-    if hasattr(value, "__dict__"):  # of a class of somebody's
+    if _attributes(value) is not None:  # of a class of somebody's
         yield from _of_object(name, value)
 
 
 def _of_object(name: str, value: Any) -> Inside:
     """Attributes, slots, and the class: its functions read the rest."""
-    own = getattr(value, "__dict__", {})
+    own = _attributes(value) or {}
     yield f"len({name})", lambda: len(own)
     for k in list(own):
         yield f"{name}.{k}", partial(getitem, own, k)
@@ -168,7 +200,18 @@ def _of_object(name: str, value: Any) -> Inside:
     yield type(value).__name__, lambda: type(value)
 
 
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """An object's own ones, without what its class answers in their place; None where it has none."""
+    try:
+        found: dict[str, Any] = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return found
+
+
 def _of_class(name: str, cls: type) -> Inside:
+    if not installed(type(cls).__module__):
+        yield type(cls).__name__, lambda: type(cls)
     for base in cls.__mro__:
         if not installed(base.__module__):
             for k, x in list(vars(base).items()):
@@ -179,7 +222,10 @@ def _of_class(name: str, cls: type) -> Inside:
 def _of_function(name: str, fn: types.FunctionType) -> Inside:
     for free, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
         yield free, partial(getattr, cell, "cell_contents")
-    if installed(fn.__module__):
+        yield from _of_module(free, _now(partial(getattr, cell, "cell_contents")), fn)
+    if fn is os.getenv:
+        yield "os.environ", lambda: os.environ
+    if fixed(fn) and installed(fn.__module__):  # what wraps somebody's function may be called as it is
         return
     yield f"{fn.__name__}'s code", lambda: fn.__code__.co_code
     yield f"{fn.__name__}'s defaults", lambda: fn.__defaults__
@@ -187,25 +233,38 @@ def _of_function(name: str, fn: types.FunctionType) -> Inside:
     yield f"len(vars({fn.__name__}))", lambda: len(fn.__dict__)
     for k in list(fn.__dict__):
         yield f"{fn.__name__}.{k}", partial(getitem, fn.__dict__, k)
-    for k in sorted(_names(fn.__code__, "LOAD_GLOBAL", "LOAD_NAME")):  # of those that are missing some are builtins
+    if not fixed(fn):
+        yield from _of_globals(fn)
+
+
+def _of_globals(fn: types.FunctionType) -> Inside:
+    """Global names, and modules that a function imports."""
+    names, texts = names_in(fn.__code__, "LOAD_GLOBAL", "LOAD_NAME"), texts_in(fn.__code__)
+    if "globals" in names:
+        names |= texts & fn.__globals__.keys()
+    for k in sorted(names):  # of those that are missing some are builtins
         yield k, partial(getitem, fn.__globals__, k)
-        if isinstance(fn.__globals__.get(k), types.ModuleType):
-            yield from _of_module(k, fn.__globals__[k], fn)
-    for k in sorted(_names(fn.__code__, "IMPORT_NAME")):  # inside of the function
+        yield from _of_module(k, fn.__globals__.get(k), fn)
+    for k in sorted(names_in(fn.__code__, "IMPORT_NAME")):  # inside of the function
         inner = f"{fn.__globals__.get('__package__') or ''}.{k}".strip(".")
         for module in dict.fromkeys((k, inner)):
             if not installed(module):
                 yield f"import {module}", partial(sys.modules.get, module)  # another one once it is imported
-            if module in sys.modules:
-                yield from _of_module(module, sys.modules[module], fn)
+            yield from _of_module(module, sys.modules.get(module), fn)
+    for k in sorted(texts & sys.modules.keys()):  # as importlib.import_module is told
+        if not installed(k):
+            yield f"import {k}", partial(sys.modules.get, k)
 
 
-def _of_module(name: str, module: types.ModuleType, fn: types.FunctionType) -> Inside:
-    """What a function may read of a module: attributes that its code names."""
-    fixed = installed(module.__name__)
-    for k in sorted(_names(fn.__code__) & vars(module).keys()):
+def _of_module(name: str, module: Any, fn: types.FunctionType) -> Inside:
+    """What a function may read of a module whose code is fixed: attributes that its own code names, and which are no
+    code themselves.
+    """
+    if not isinstance(module, types.ModuleType) or not installed(module.__name__):
+        return
+    for k in sorted(names_in(fn.__code__) & vars(module).keys()):
         x = vars(module)[k]
-        if not (fixed and (callable(x) or isinstance(x, types.ModuleType))):
+        if not callable(x) and not isinstance(x, types.ModuleType) or x is os.getenv:
             yield f"{name}.{k}", partial(getitem, vars(module), k)
 
 
@@ -224,29 +283,3 @@ def _now(read: Callable[[], Any]) -> Any:
         return read()
     except (LookupError, AttributeError, ValueError):
         return MISSING
-
-
-def _names(code: types.CodeType, *how: str) -> set[str]:
-    """Names that a function's code, or that of a function inside it, loads by these instructions; by any without."""
-    own = {str(i.argval) for i in dis.get_instructions(code) if i.opname in how} if how else set(code.co_names)
-    return own.union(*(_names(c, *how) for c in code.co_consts if isinstance(c, types.CodeType)))
-
-
-def _in_python(cls: type) -> bool:
-    """Has an object of this class no state but attributes and slots? As the standard library's copyreg asks it."""
-    for base in cls.__mro__:
-        new: Any = base.__new__
-        if not base.__flags__ & HEAP or isinstance(new, types.BuiltinFunctionType) and new.__self__ is base:
-            return base in (object, types.SimpleNamespace)
-    return True
-
-
-@cache
-def installed(module: str | None) -> bool:
-    """Is a module's code fixed for a run: torch's, this package's, the standard library's, or in site-packages?"""
-    top = (module or "").split(".")[0]
-    if top in ("torch", "funczero") or top in sys.stdlib_module_names:
-        return True
-    file = getattr(sys.modules.get(top), "__file__", None)
-    homes = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    return file is not None and any(Path(file).is_relative_to(home) for home in homes)

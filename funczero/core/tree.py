@@ -16,8 +16,22 @@ Value = TypeVar("Value")
 
 leaves = pytree.tree_leaves
 flatten = pytree.tree_flatten
-unflatten = pytree.tree_unflatten
 map = pytree.tree_map  # noqa: A001
+
+
+def unflatten(leaves: Iterable[Any], treedef: pytree.TreeSpec) -> Tree:
+    """The tree again; a plain dict, list or tuple of leaves, which a block's parameters are, at once.
+
+    >>> found, form = flatten({"w": 1, "b": 2})
+    >>> unflatten([x + 1 for x in found], form)
+    {'w': 2, 'b': 3}
+    """
+    values, kind = list(leaves), treedef.type
+    if kind in (dict, list, tuple) and treedef.num_nodes == len(values) + 1 == treedef.num_leaves + 1:
+        if kind is dict:
+            return dict(zip(treedef.context, values, strict=True))
+        return tuple(values) if kind is tuple else values
+    return pytree.tree_unflatten(values, treedef)
 
 
 def path_name(path: pytree.KeyPath) -> str:

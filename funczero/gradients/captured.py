@@ -23,7 +23,7 @@ from funczero.gradients.call import LossCall, Outcome
 from funczero.gradients.compiler import compiler
 from funczero.gradients.loss import drew, written
 from funczero.gradients.program import Program, run
-from funczero.gradients.recording import NotCaptured, Recording, say, turned
+from funczero.gradients.recording import Drawing, NotCaptured, Recording, say, turned
 from funczero.gradients.ref import Ref
 from funczero.gradients.segments import Line, Segment, Verb, cut
 from funczero.gradients.tape import Tape
@@ -169,8 +169,6 @@ class Capture:
         line, form, wanted = record(key)
         if line.draws and not key:
             raise NotCaptured("it draws from torch's generator without a key")  # eager refuses it, by the layer's name
-        if line.draws and any(stop.remat for stop in line.visits):
-            raise NotCaptured("it draws, and has blocks that run again (remat)")
         if key and not _alike(line, record((key[0] ^ 1,))[0]):
             raise NotCaptured("it computes with its key, which is another number at every call")
         if name := around.changed():
@@ -230,7 +228,8 @@ def recorded(
     at = [x.detach().requires_grad_(x.requires_grad) for x in loose.values()]
     state, mine = tree.tensors(given.state), rows.tensors(given.batch)
     try:
-        graph = make_fx(line, tracing_mode="fake", _allow_non_fake_inputs=True)(at, state, mine, given.cotangent)
+        with Drawing(tape.device):
+            graph = make_fx(line, tracing_mode="fake", _allow_non_fake_inputs=True)(at, state, mine, given.cotangent)
     except NotCaptured:
         raise
     except Exception as error:  # somebody's code, on tensors without values: whatever it raises there, it does not here
@@ -286,4 +285,4 @@ def _form(call: LossCall, given: Given, tape: Tape) -> Any:
 
 
 def _meta(x: Tensor) -> Any:
-    return x.dtype, x.shape, x.stride(), x.device, x.requires_grad, x.layout
+    return x.dtype, x.shape, x.stride(), x.device, x.requires_grad, x.layout, x.is_conj(), x.is_neg()

@@ -115,7 +115,8 @@ def run_block(
         # as at the seam: a call's uses are summed first
         each = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in refs]
         return block(tree.unflatten(each, bdef), *args, **kwargs)
-    flat, adef = tree.flatten(args)
+    plain = all(isinstance(a, Tensor) for a in args)
+    flat, adef = (list(args), None) if plain else tree.flatten(args)
     values = refs + flat
     taken = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
     outdef: list[Any] = []
@@ -124,7 +125,8 @@ def run_block(
         full = [leaves[v.leaf] if isinstance(v, Ref) else v for v in values]
         for i, t in zip(taken, inputs, strict=True):
             full[i] = t
-        out = block(tree.unflatten(full[: len(refs)], bdef), *tree.unflatten(full[len(refs) :], adef), **kwargs)
+        given = full[len(refs) :] if adef is None else tree.unflatten(full[len(refs) :], adef)
+        out = block(tree.unflatten(full[: len(refs)], bdef), *given, **kwargs)
         if isinstance(out, Tensor):
             return (out,)
         outs, spec = tree.flatten(out)

@@ -17,9 +17,11 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_mode,
     track_tensor_tree,
 )
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from funczero.core import tree
 from funczero.gradients.arrivals import Group
+from funczero.gradients.draws import generators
 from funczero.gradients.loss import written
 from funczero.gradients.surroundings import Uncached
 from funczero.layout.where import Where
@@ -80,6 +82,40 @@ def say(verb: Callable[..., Any], *args: Any, gives: Sequence[Tensor] = ()) -> N
     proxy = mode.tracer.create_proxy("call_function", verb, named, {})
     if gives:
         track_tensor_tree(tuple(gives), proxy, constant=None, tracer=mode.tracer)
+
+
+def draws(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Does a call of an operation draw? Attention without dropout does not."""
+    names = [a.name for a in op._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    never = "dropout_p" in names and not given.get("dropout_p")
+    return torch.Tag.nondeterministic_seeded in op.tags and not never
+
+
+class Drawing(TorchDispatchMode):
+    """Refuses draws that would have other numbers in the line than in the step: a line has one stream, from which
+    every draw takes what comes next.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """The generators stand as a recording finds them, which itself draws nothing."""
+        super().__init__()
+        self.generators = generators(device)
+        self.began = self._states()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operation, where it may be recorded."""
+        if draws(func, args, kwargs or {}):
+            if torch._C._current_graph_task_id() != -1:
+                why = "again in the backward (remat, torch.utils.checkpoint), which must draw the same"
+                raise NotCaptured(f"it draws in what runs {why}")
+            if not all(map(torch.equal, self._states(), self.began)):
+                raise NotCaptured("it sets the state of torch's generator, and draws from there")
+        return func(*args, **(kwargs or {}))
+
+    def _states(self) -> list[Tensor]:
+        with _disable_current_modes():
+            return [g.get_state() for g in self.generators]
 
 
 class Recording:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from funczero.gradients.recording import VERBS, NotCaptured, Stop, opened, reopened
+from funczero.gradients.recording import VERBS, NotCaptured, Stop, draws, opened, reopened
 
 Node = Any  # an fx.Node, whose arguments may be of twenty types
 
@@ -150,7 +150,7 @@ def cut(graph: fx.Graph, visits: Sequence[Stop], constant: Callable[[str], Tenso
     Raises:
       NotCaptured: an operation sends, or writes into what it may only read.
     """
-    whole, held, draws = _Cut(graph, visits), list[tuple[int, Tensor]](), False
+    whole, held, drew = _Cut(graph, visits), list[tuple[int, Tensor]](), False
     pieces = [_Piece(whole, at) for at in range(len(whole.verbs) + 1)]
     inputs, output = [], None
     for node in graph.nodes:
@@ -163,7 +163,7 @@ def cut(graph: fx.Graph, visits: Sequence[Stop], constant: Callable[[str], Tenso
         elif node.op == "output":
             output = node
         elif whole.computed(node):
-            draws |= _checked(node)
+            drew |= _checked(node)
             _written(node, inputs, params, whole.number)
             pieces[whole.at[node]].value(node)
     assert output is not None
@@ -174,7 +174,7 @@ def cut(graph: fx.Graph, visits: Sequence[Stop], constant: Callable[[str], Tenso
         for base in piece.finished():
             if isinstance(base, fx.Node) and whole.computed(base):
                 pieces[whole.at[base]].wanted[base] = None
-    return _line(whole, pieces, inputs, held, output.args[0], draws)
+    return _line(whole, pieces, inputs, held, output.args[0], drew)
 
 
 def _checked(node: Node) -> bool:
@@ -188,9 +188,7 @@ def _checked(node: Node) -> bool:
         raise NotCaptured(f"it sends by itself ({target})")
     if "_rnn" in target.name():
         raise NotCaptured(f"{target} keeps what its backward reads only while torch records a graph")
-    given = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | node.kwargs
-    never = "dropout_p" in (a.name for a in target._schema.arguments) and not given.get("dropout_p")
-    return torch.Tag.nondeterministic_seeded in target.tags and not never
+    return draws(target, node.args, node.kwargs)
 
 
 def _written_by(node: Node) -> list[Node]:
@@ -220,7 +218,7 @@ def _nodes(args: Any) -> list[Node]:
 
 
 def _line(
-    whole: _Cut, pieces: list[_Piece], inputs: list[int], held: list[tuple[int, Tensor]], output: Any, draws: bool
+    whole: _Cut, pieces: list[_Piece], inputs: list[int], held: list[tuple[int, Tensor]], output: Any, drew: bool
 ) -> Line:
     """Pieces and verbs in their order, with the slots that each lets go."""
     ends = [*enumerate(verb.args for verb in whole.verbs), (len(whole.verbs), output)]
@@ -246,7 +244,7 @@ def _line(
         steps.append(Verb(verb.target.__name__, slotted(at, verb.args), writes, ()))
     outputs = slotted(len(whole.verbs), tuple(output))
     lasting = {x.number for x in outputs if isinstance(x, Slot)} | {n for n, _ in held}
-    return Line(_let_go(steps, lasting), tuple(inputs), tuple(held), outputs, tuple(stops), len(whole.number), draws)
+    return Line(_let_go(steps, lasting), tuple(inputs), tuple(held), outputs, tuple(stops), len(whole.number), drew)
 
 
 def _slots(args: Any) -> list[int]:

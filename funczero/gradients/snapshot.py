@@ -93,10 +93,13 @@ class Snapshot:
     def shared(self) -> list[Any]:
         """What its modules have in common with the world around them: objects among their attributes, and classes."""
         found: dict[int, Any] = {id(type(m)): type(m) for m, _ in self.wiring}
+        own = {id(m) for m, _ in self.wiring}
         for m, _ in self.wiring:
             for v in m.__dict__.values():
-                for x in v if isinstance(v, list) else v.values() if isinstance(v, dict) else (v,):
-                    if not isinstance(x, (nn.Module, Tensor, str, int, float, type(None))):
+                # copies have lists and dicts of their own, but not those of somebody's class
+                inside = v if type(v) is list else v.values() if type(v) in (dict, OrderedDict) else (v,)
+                for x in inside:
+                    if not isinstance(x, (Tensor, str, int, float, type(None))) and id(x) not in own:
                         found[id(x)] = x
         return list(found.values())
 

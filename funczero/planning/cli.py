@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from funczero.core.types import ChainError
@@ -25,16 +27,18 @@ def add(commands: Any) -> None:
     p = commands.add_parser("plan", help=text, description=text)
     p.add_argument("what", help=WHAT)
     p.add_argument("--mesh", default="data=1", help="ranks by axis, outermost first: data=64, or node=8,local=8")
-    p.add_argument("--stage", type=int, default=3, choices=range(4), help="ZeRO stage")
-    p.add_argument("--accumulate", default="1", help="micro-batches a rank; with --search several: 1,2,4")
-    p.add_argument("--rows", type=int, help="of a micro-batch; by default 1, or what make_batch gives")
-    p.add_argument("--length", type=int, default=1024, help="tokens of a row, for a config of Hugging Face")
+    p.add_argument("--stage", type=int, choices=range(4), help="ZeRO stage; 3 by default")
+    p.add_argument("--accumulate", help="micro-batches a rank, 1 by default; with --search several: 1,2,4")
+    p.add_argument("--rows", type=int, help="of a micro-batch; by default 1, or what make_batch or the config gives")
+    p.add_argument(
+        "--length", type=int, help="tokens of a row, for a config of Hugging Face; 1024 by default, or all positions"
+    )
     p.add_argument("--policy", help="dtypes, for a config of Hugging Face: params=float32,compute=bfloat16")
     p.add_argument("--ds_config", metavar="FILE", help="the chain of a ds_config.json, for a config of Hugging Face")
     p.add_argument("--link", help="rate and latency of a rank's link by axis: node=100Gbit/10us,local=400Gbit/2us")
     p.add_argument("--flops", help="of a rank: 300T, or with memory's rate and a cost an operation: 300T,2TB,5us")
     p.add_argument("--memory", help="of a rank: 24GiB; then the exit code is 1 where it does not fit")
-    p.add_argument("--rank", type=int, default=0, help="whose plan")
+    p.add_argument("--rank", type=int, help="whose plan; 0 by default")
     p.add_argument("--no_batch", action="store_true", help="leave out activations and FLOPs: a large model in seconds")
     p.add_argument("--explain", action="store_true", help="what a rank does, line by line")
     p.add_argument("--search", action="store_true", help="stages, brackets, wires and accumulates for that memory")
@@ -51,7 +55,8 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _planned(args: argparse.Namespace) -> int:
-    mesh, ks = mesh_of(args.mesh), _numbers(args.accumulate)
+    _refuse(args)
+    mesh, ks = mesh_of(args.mesh), _numbers("1" if args.accumulate is None else args.accumulate)
     memory = None if args.memory is None else size(args.memory)
     machine = None if args.flops is None else machine_of(args.flops)
     if args.search:
@@ -59,7 +64,7 @@ def _planned(args: argparse.Namespace) -> int:
     if len(ks) > 1:
         raise ValueError(f"plan: --accumulate={args.accumulate!r} are several; write one, or --search")
     step, params, batch = _step(args, mesh, ks[0])
-    found = plan(step, params, batch, mesh, args.link, machine, args.rank)
+    found = plan(step, params, batch, mesh, args.link, machine, args.rank or 0)
     print(found)
     if args.explain:
         print(explained(found))
@@ -69,21 +74,51 @@ def _planned(args: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
+# what each of these leaves nothing to say: another argument would be passed over in silence
+SETTLES = {
+    "search": (("stage", "rank", "explain", "ds_config"), "--search makes its own chains and plans rank 0"),
+    "ds_config": (("stage", "accumulate", "policy"), "the ds_config.json says its own"),
+    "python": (("ds_config", "policy", "length"), "it is for a config of Hugging Face, and a file says its own"),
+}
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    """Refuse arguments that would change nothing, and numbers that are none.
+
+    Raises:
+      ValueError: with the argument.
+    """
+    here = {"search": args.search, "ds_config": args.ds_config, "python": _is_python(args.what)}
+    for name, (others, why) in SETTLES.items():
+        said = (x for x in others if here[name] and getattr(args, x) is not None and getattr(args, x) is not False)
+        odd = next(said, None)
+        if odd is not None:
+            raise ValueError(f"plan: --{odd} would change nothing here, because {why}; leave it out")
+    for name in ("rows", "length"):
+        n = getattr(args, name)
+        if n is not None and n < 1:
+            raise ValueError(f"plan: --{name}={n} is below 1; write a whole number of at least 1")
+
+
 def _step(args: argparse.Namespace, mesh: dict[str, int], k: int) -> tuple[Any, Any, Any]:
     """The step, its parameters and a global batch of what was named."""
+    stage = 3 if args.stage is None else args.stage
     if _is_python(args.what):
-        if args.ds_config or args.policy:
-            raise ValueError("plan: --ds_config and --policy are for a config of Hugging Face; make_step says its own")
         own = sources.built(args.what)
-        step, params = own.make(args.stage, k)
+        step, params = own.make(stage, k)
         batch = own.batch if args.rows is None else _rows(args, own.batch, step, mesh)
         return step, params, None if args.no_batch else batch
     model = sources.hugging(args.what, args.length)
+    rows = args.rows or 1
     if args.ds_config:
-        step = sources.step_of_ds(args.ds_config, model, mesh)
+        step, rows = sources.step_of_ds(args.ds_config, model, mesh)
+        if args.rows not in (None, rows):
+            raise ValueError(
+                f"plan: --rows={args.rows}, but a micro-batch of {args.ds_config} has {rows}; leave it out"
+            )
     else:
-        step = sources.step_of(model, mesh, args.stage, k, args.policy)
-    batch = model.rows((args.rows or 1) * sources.micros_of(step, mesh))
+        step = sources.step_of(model, mesh, stage, k, args.policy)
+    batch = model.rows(rows * sources.micros_of(step, mesh))
     return step, model.params, None if args.no_batch else batch
 
 
@@ -120,7 +155,10 @@ def _places(mesh: dict[str, int], ks: list[int]) -> int:
 
 
 def _is_python(what: str) -> bool:
-    return what.endswith(".py") or ("/" not in what and "." in what and not what.endswith(".json"))
+    """Is it a file or a module that builds a step? A folder with a point in its name is one of Hugging Face."""
+    if what.endswith(".py") or Path(what).exists() or "/" in what or what.endswith(".json"):
+        return what.endswith(".py")
+    return "." in what or what.isidentifier() and find_spec(what) is not None
 
 
 def mesh_of(text: str) -> dict[str, int]:

@@ -16,12 +16,21 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from funczero.core.link import Link
+from funczero.core.number import shown
 from funczero.planning.trace import Verb
 from funczero.planning.words import duration
 
-RATES = {"bit": 0.125, "b": 1.0, "byte": 1.0}
-PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+RATES = {"bit": 0.125, "B": 1.0, "byte": 1.0}
+PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 A_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+NUMBER, MANY = r"([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)", r"\s*([kKmMgGtTpP]?)"
+LINK = re.compile(rf"{NUMBER}{MANY}(bit|B|byte)(?:/s)?/{NUMBER}\s*(s|ms|us|ns)")
+# what each part of an arithmetic is told by: its unit
+ARITHMETIC = {
+    "flops": re.compile(rf"{NUMBER}{MANY}(?:flops?|FLOPS?)?(?:/s)?"),
+    "bandwidth": re.compile(rf"{NUMBER}{MANY}(?:B|byte)(?:/s)?"),
+    "operation": re.compile(rf"{NUMBER}\s*(s|ms|us|ns)"),
+}
 
 
 class Machine(NamedTuple):
@@ -50,18 +59,25 @@ class Seconds(NamedTuple):
         )
 
 
-def links_of(said: str | Mapping[str, Link] | None, axes: Mapping[str, int]) -> dict[str, Link] | None:
-    """Links by mesh axis.
+def links_of(
+    said: str | Mapping[str, Link] | None, axes: Mapping[str, int], machine: object = None
+) -> dict[str, Link] | None:
+    """Links by mesh axis; None: no seconds are asked for.
+
+    Args:
+      machine: what a rank computes with, if that is said: its seconds need the links', too.
 
     Raises:
       ValueError: an axis is not on the mesh, or has no link; what is written is none.
+      TypeError: a link is no Link, or its numbers are none.
 
     >>> links_of("node=100Gbit/10us,local=8GB/2us", {"node": 2, "local": 4})["local"]
     Link(latency=2e-06, speed=8000000000.0)
     """
-    if said is None:
+    if said is None and machine is None:
         return None
-    found = _links(said) if isinstance(said, str) else dict(said)
+    said = {} if said is None else said
+    found = _links(said) if isinstance(said, str) else {axis: _checked(axis, link) for axis, link in said.items()}
     odd = next((a for a in found if a not in axes), None)
     if odd is not None:
         raise ValueError(f"plan: --link names {odd!r}, which is no axis of the mesh; write one of {list(axes)}")
@@ -71,14 +87,22 @@ def links_of(said: str | Mapping[str, Link] | None, axes: Mapping[str, int]) -> 
     return found
 
 
+def _checked(axis: str, link: Link) -> Link:
+    if not isinstance(link, Link):
+        raise TypeError(f"plan: the link of {axis!r} is {shown(link)}; write fz.Link(latency=10e-6, speed=12.5e9)")
+    return link.checked(f"plan: link of {axis!r}")
+
+
 def _links(text: str) -> dict[str, Link]:
-    out = {}
+    out: dict[str, Link] = {}
     for part in text.split(","):
-        axis, _, rest = part.strip().partition("=")
-        found = re.fullmatch(r"([0-9.]+)\s*([kKmMgGtT]?)(bit|B|byte)(?:/s)?/([0-9.]+)\s*(s|ms|us|ns)", rest.strip())
+        axis, _, rest = (x.strip() for x in part.partition("="))
+        found = LINK.fullmatch(rest)
         if not axis or not found or float(found[1]) <= 0:
             raise ValueError(f"plan: --link={part.strip()!r} is no link; write axis=rate/latency, as node=100Gbit/10us")
-        rate = float(found[1]) * PREFIX[found[2].lower()] * RATES[found[3].lower()]
+        if axis in out:
+            raise ValueError(f"plan: --link={text!r} has two links of {axis!r}; write one")
+        rate = float(found[1]) * PREFIX[found[2].lower()] * RATES[found[3]]
         out[axis] = Link(float(found[4]) / A_SECOND[found[5]], rate)
     return out
 
@@ -86,25 +110,23 @@ def _links(text: str) -> dict[str, Link]:
 def machine_of(text: str) -> Machine:
     """Arithmetic as "10T" or "10Tflops,200GB,5us": FLOPs a second, memory's bytes a second, seconds an operation.
 
+    Each is told by its unit, and what is not written takes no time.
+
     Raises:
       ValueError: it is none.
 
     >>> machine_of("10T,200GB,5us")
     Machine(flops=10000000000000.0, bandwidth=200000000000.0, operation=5e-06)
     """
-    out = Machine()
-    for i, part in enumerate(text.split(",")):
-        found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kKmMgGtT]?)(flops|FLOPS|B|s|us|ms|ns)?(?:/s)?", part.strip())
-        if i > 2 or not found:
+    out = dict[str, float]()
+    for part in text.split(","):
+        matches = ((what, form.fullmatch(part.strip())) for what, form in ARITHMETIC.items())
+        what, found = next(((what, found) for what, found in matches if found), ("", None))
+        if found is None or what in out or float(found[1]) <= 0:
             raise ValueError(f"plan: --flops={text!r} is no arithmetic; write 10T, or 10T,200GB,5us")
-        number, unit = float(found[1]), found[3] or ""
-        if unit in A_SECOND or i == 2:
-            out = out._replace(operation=number / A_SECOND.get(unit, 1.0))
-        elif i == 1 or unit == "B":
-            out = out._replace(bandwidth=number * PREFIX[found[2].lower()])
-        else:
-            out = out._replace(flops=number * PREFIX[found[2].lower()])
-    return out
+        seconds, n = what == "operation", float(found[1])
+        out[what] = n / A_SECOND[found[2]] if seconds else n * PREFIX[found[2].lower()]
+    return Machine(**out)
 
 
 def seconds_of(verbs: Sequence[Verb], links: Mapping[str, Link], machine: Machine) -> Seconds:

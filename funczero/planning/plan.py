@@ -92,7 +92,7 @@ def plan(
       link: by mesh axis, as "node=100Gbit/10us,local=400Gbit/2us": rate and latency of one rank's link (see
         planning/model.py). None: no seconds.
       machine: what a rank computes with, as "300T,2TB,5us": FLOPs and memory's bytes a second, seconds an operation;
-        None: nothing takes time but messages.
+        None: nothing takes time but messages. It needs the links of all axes with more than one rank.
       rank: whose, among all. Rank 0 has the first rows of every leaf, never fewer than others; optimizers of whole
         leaves give it other leaves than others.
 
@@ -115,7 +115,8 @@ def plan(
     sizes = _sizes(step, mesh)
     if not isinstance(rank, int) or not 0 <= rank < prod(sizes.values()):
         raise ValueError(f"plan: rank={rank!r} is not on a mesh of {prod(sizes.values())} ranks; write one from 0")
-    links, works = links_of(link, sizes), machine_of(machine) if isinstance(machine, str) else machine or Machine()
+    links = links_of(link, sizes, machine)
+    works = machine_of(machine) if isinstance(machine, str) else machine or Machine()
     _plannable(step, batch)
     ran = gone_through(step, params, batch, sizes, rank)
     live, own, structure = ran.trace.live, bytes_of(ran.state), ran.state.params.where.structure
@@ -143,7 +144,7 @@ def plan(
         tuple(unit.name for unit in structure.units),
         sum(v.flops for v in ran.trace.verbs),
         None if links is None else seconds_of(ran.trace.verbs, links, works),
-        _notes(batch, ran.trace.uncounted),
+        _notes(batch, ran.trace.uncounted, step.grad.env.capture is not None),
     )
 
 
@@ -178,8 +179,10 @@ def _plannable(step: Step, batch: Any) -> None:
         raise ValueError(f"plan: {why}; plan stage 2 of it, or a model without routed blocks")
 
 
-def _notes(batch: Any, uncounted: Mapping[str, int]) -> tuple[str, ...]:
+def _notes(batch: Any, uncounted: Mapping[str, int], captured: bool) -> tuple[str, ...]:
     out = []
+    if captured:
+        out.append("activations and the peak are those of the loss as it is written; what fz.compile keeps may be more")
     if batch is None:
         out.append("without a batch: no activations and no FLOPs, and every unit is read once")
     if uncounted:

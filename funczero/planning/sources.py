@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -24,6 +25,7 @@ from funczero.transforms.chain import Source
 from funczero.transforms.clip import clip_by_global_norm
 
 META = torch.device("meta")
+LENGTH = 1024  # tokens of a row
 
 
 class Model(NamedTuple):
@@ -34,14 +36,15 @@ class Model(NamedTuple):
     rows: Callable[[int], Any]  # a batch of so many
 
 
-def hugging(where: str, length: int) -> Model:
+def hugging(where: str, length: int | None = None) -> Model:
     """A causal language model of transformers, by its config: parameters on meta, tokens of a length.
 
     Args:
       where: a config.json, a folder that holds one, or a transformers config.
+      length: None: 1024, or all positions that the config has, if they are fewer.
 
     Raises:
-      ValueError: transformers is not installed, or has no such model.
+      ValueError: transformers is not installed, or has no such model; the config has fewer positions.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -53,6 +56,10 @@ def hugging(where: str, length: int) -> Model:
             module = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"plan: {str(where)!r} is no model of transformers ({str(error).splitlines()[0]})") from None
+    most = getattr(config, "max_position_embeddings", None) or length or LENGTH
+    if (length or 0) > most:
+        raise ValueError(f"plan: --length={length}, but the config has {most} positions; write no more than those")
+    size = length or min(LENGTH, most)
     _with_buffers(module)
     module.config.use_cache = False
 
@@ -62,7 +69,7 @@ def hugging(where: str, length: int) -> Model:
         return out.loss * n, out.loss.detach().new_tensor(n)
 
     loss_fn, params = stateless(module.train(), loss)
-    tokens = lambda n: torch.empty(n, length, dtype=torch.int64, device=META)
+    tokens = lambda n: torch.empty(n, size, dtype=torch.int64, device=META)
     return Model(loss_fn, params, lambda n: {"input_ids": tokens(n), "labels": tokens(n)})
 
 
@@ -88,21 +95,30 @@ def step_of(model: Model, mesh: Mapping[str, int], stage: int, accumulate: int, 
     return train_step(*chain, mesh=mesh, policy=policy)
 
 
-def step_of_ds(page: str, model: Model, mesh: Mapping[str, int]) -> Step:
-    """What a ds_config.json makes of it.
+def step_of_ds(page: str, model: Model, mesh: Mapping[str, int]) -> tuple[Step, int]:
+    """What a ds_config.json makes of it, and the rows of its micro-batches.
 
     Raises:
-      ValueError: what the config says is refused, in its own words; the mesh has other axes than it asks for.
+      ValueError: what the config says is refused, in its own words; the mesh is not the one that it asks for.
     """
     from funczero.deepspeed.config.build import from_deepspeed
+    from funczero.deepspeed.config.crossing import crossing
+    from funczero.deepspeed.config.resolve import resolve
 
     if not Path(page).is_file():
         raise ValueError(f"plan: there is no file {page!r}; write the path of a ds_config.json")
-    axes = tuple(mesh)
+    axes, sizes, found = tuple(mesh), tuple(mesh.values()), resolve(page, prod(mesh.values()))
+    run = crossing(found, {"LOCAL_WORLD_SIZE": str(sizes[-1])} if len(sizes) > 1 else os.environ)
+    if run.nested and tuple(run.mesh.values()) != sizes:
+        wants = ",".join(f"{axis}={n}" for axis, n in run.mesh.items())
+        raise ValueError(f"plan: {page} asks for groups of ranks, and --mesh has others; write --mesh={wants}")
+    if run != crossing(found):
+        why = f"in a run what {page} quantises would cross hosts of {sizes[-1]} ranks, and here it would not"
+        raise ValueError(f"plan: {why}; set LOCAL_WORLD_SIZE={sizes[-1]} in the environment, as a launcher does")
     own: dict[str, Any] = {"trainable": getattr(model.loss_fn, "trainable", None), "rng": True}
     axis = axes if len(axes) > 1 else axes[0]
-    chain, config = from_deepspeed(page, model.loss_fn, world=prod(mesh.values()), axis=axis, **own)
-    return train_step(*chain, **{**config.arguments, "mesh": dict(mesh)})
+    chain, config = from_deepspeed(found, model.loss_fn, axis=axis, **own)
+    return train_step(*chain, **{**config.arguments, "mesh": dict(mesh)}), found.triad.micro
 
 
 class Built(NamedTuple):
@@ -113,8 +129,17 @@ class Built(NamedTuple):
 
 
 def built(where: str) -> Built:
-    """make_step(stage=, accumulate=) -> (step, params) and make_batch(t) of a file or a module, as parity's."""
-    make, batch = load(f"{where}:make_step"), load(f"{where}:make_batch")
+    """make_step(stage=, accumulate=) -> (step, params) and make_batch(t) of a file or a module, as parity's.
+
+    Raises:
+      ValueError: there is no such file or module, or it lacks one of the two.
+    """
+    try:
+        make, batch = load(f"{where}:make_step"), load(f"{where}:make_batch")
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{where}.".startswith(f"{error.name}."):  # something that it imports itself
+            raise
+        raise ValueError(f"plan: there is no module {where!r}; write a .py file, or a module that imports") from None
     return Built(lambda stage, k: make(stage=stage, accumulate=k), shapes_of(batch(0), "leaf of the batch"))
 
 

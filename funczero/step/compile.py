@@ -18,15 +18,16 @@ def compile(step: Step, *, mode: str = "inductor") -> Step:  # noqa: A001
     "inductor" may hand them out to a tensor's elements in another order.
 
     A recording is of one form of a batch (shapes, dtypes, strides, numbers and text in it) and of what the loss can see
-    around itself: closures, globals, attributes of objects one by one, values of small tensors and versions of large
-    ones. Another form is recorded, too, in print. What the loss can see is compared before every call, and the loss is
-    recorded again where that has changed. Installed code is taken as fixed. So are a file, the time and whatever else
-    an installed function asks of the world, and what a loss prints is printed once.
+    around itself: closures, globals, attributes of objects and of modules one by one, values of small tensors and
+    versions of large ones. Another form is recorded, too, in print. What the loss can see is compared before every
+    call, and the loss is recorded again where that has changed. Installed code is taken as fixed. So are a file, the
+    time and whatever else an installed function asks of the world, and what a loss prints is printed once.
 
     A loss that cannot be recorded runs as it is written, and why is said once by each rank, and by print(step): one
-    that decides by values, draws from python or numpy, computes with its key as a number, changes what it reads, can
-    see what cannot be compared (an iterator, a deque, a lock), sends by itself, holds units open (fz.gather), or has an
-    LSTM whose kernel keeps a workspace. step.eval runs as written.
+    that decides by values, draws from python or numpy, draws in what runs again in the backward
+    (torch.utils.checkpoint) or from a state of the generator that it sets, computes with its key as a number, changes
+    what it reads, can see what cannot be compared (an iterator, a deque, a lock), sends by itself, holds units open
+    (fz.gather), or has an LSTM whose kernel keeps a workspace. step.eval runs as written.
 
     Every rank compiles when it first sees a form, which takes tens of seconds with "inductor", and less where torch's
     cache on disk has it; like blocks are compiled once. The others wait in their next sum for as long.

@@ -1,6 +1,6 @@
 // CRC-32C by the processor's own instruction, or eight bytes at a time by tables; where it multiplies polynomials, 64
 // bytes at a time, which takes half the time. A part of a file is read in pieces that stay in a near cache until they are
-// checked.
+// checked, and written in pieces that are there since they were.
 #include "common.h"
 
 #include <cerrno>
@@ -101,4 +101,28 @@ EXPORT int64_t read_checked(int file, int64_t start, uint8_t* out, int64_t n, ui
     done += got;
   }
   return done;
+}
+
+static int64_t put(int file, int64_t start, const uint8_t* x, int64_t n) {
+  for (int64_t done = 0; done < n;) {
+    const ssize_t took = pwrite(file, x + done, size_t(n - done), off_t(start + done));
+    if (took < 0 && errno == EINTR) continue;
+    if (took <= 0) return took < 0 ? -int64_t(errno) : -int64_t(EIO);
+    done += took;
+  }
+  return n;
+}
+
+// Bytes that were written, those of the checksum among them, or the error's number, negative.
+EXPORT int64_t write_checked(int file, int64_t start, const uint8_t* x, int64_t n, uint32_t* crc) {
+  *crc = 0;
+  for (int64_t done = 0; done < n; done += PIECE) {
+    const int64_t piece = n - done < PIECE ? n - done : PIECE;
+    *crc = crc32c(x + done, piece, *crc);
+    const int64_t wrote = put(file, start + done, x + done, piece);
+    if (wrote < 0) return wrote;
+  }
+  const uint8_t tail[4] = {uint8_t(*crc), uint8_t(*crc >> 8), uint8_t(*crc >> 16), uint8_t(*crc >> 24)};
+  const int64_t wrote = put(file, start + n, tail, 4);
+  return wrote < 0 ? wrote : n + wrote;
 }

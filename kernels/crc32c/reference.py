@@ -56,6 +56,25 @@ def read(file: int, start: int, out: Tensor) -> int:
     return crc32c(out)
 
 
+def write(file: int, start: int, x: Tensor) -> int:
+    """Write memory into a file, and behind it its checksum, four bytes of which the lowest comes first; return it.
+
+    Args:
+      file: a descriptor.
+      start: in bytes.
+      x: [n] uint8, contiguous, on the CPU.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    crc = crc32c(x)
+    text = memoryview(x.numpy().tobytes() + crc.to_bytes(4, "little"))
+    while text:
+        done = os.pwrite(file, text, start)
+        text, start = text[done:], start + done
+    return crc
+
+
 @cache
 def _table() -> tuple[int, ...]:
     """What a byte makes of a remainder."""

@@ -21,12 +21,17 @@ def cases(device: torch.device) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         for before in (0, 0xE3069283):
             yield f"crc32c, {n} bytes from {start}, before={before}", "crc32c", (x[start : start + n], before)
         yield f"read, {n} bytes from {start}", "read", (x, start, torch.zeros(n, dtype=torch.uint8, device=device))
+        yield f"write, {n} bytes at {start}", "write", (x[start : start + n], start)
 
 
 def called(module: ModuleType, name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """What a function returns and fills, as tensors."""
     if name == "crc32c":
         return (torch.tensor(module.crc32c(*args)),)
+    if name == "write":
+        with tempfile.TemporaryFile() as file:
+            crc = module.write(file.fileno(), args[1], args[0])
+            return torch.tensor(crc), torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
     content, start, out = args
     with tempfile.TemporaryFile() as file:
         file.write(content.numpy().tobytes())
