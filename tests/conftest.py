@@ -8,28 +8,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
-import torch
-
-from funczero.kernels import native, registry
-from funczero.testing import WorkerPool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)  # bits of large sums depend on the number of threads
-house = dict(deadline=None, derandomize=True, database=None)
-hypothesis.settings.register_profile("house", **house)
-hypothesis.settings.register_profile("few", max_examples=40, **house)
+
+
+def hands_out(config: pytest.Config) -> bool:
+    """Is this the process that hands files to workers? It runs no test, and need not wait for torch."""
+    return getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With the slow tests, 100 examples where a test does not say how many."""
+    """One thread, compiled kernels, and with the slow tests 100 examples where a test does not say how many."""
+    if hands_out(config):
+        return
+    gc.disable()  # until all is collected: nothing of what is imported goes away
+    import hypothesis
+    import torch
+
+    from funczero.kernels import native, registry
+
+    torch.set_num_threads(1)  # bits of large sums depend on the number of threads
+    house = dict(deadline=None, derandomize=True, database=None)
+    hypothesis.settings.register_profile("house", **house)
+    hypothesis.settings.register_profile("few", max_examples=40, **house)
     hypothesis.settings.load_profile("few" if config.option.markexpr == "not slow" else "house")
-
-
-def pytest_sessionstart() -> None:
-    """Kernels are compiled before a rank would wait for them; a cache keeps them."""
-    native.build(registry.NAMES)
+    native.build(registry.NAMES)  # before a rank would wait for them; a cache keeps them
 
 
 # What every worker would import in each of its lives: the server that they are forked from has it, and has no thread.
@@ -37,7 +41,6 @@ IMPORTED = ("pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint"
 
 # The longest first. (Without --no-loadscope-reorder xdist would begin with the files that have the most tests.)
 LONG = (
-    "test_readme.py",
     "test_checkpoint_kills.py",
     "test_hf_trainer.py",
     "test_lightning.py",
@@ -54,6 +57,7 @@ LONG = (
     "test_watch.py",
     "test_config_train.py",
     "test_reference.py",
+    "test_readme.py",
     "test_launch_run.py",
     "test_checkpoint_flat.py",
     "test_memory.py",
@@ -73,6 +77,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays to the end: no collection goes through it again."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -96,6 +101,8 @@ def run_world() -> Iterator[Callable[..., list[Any]]]:
     """`run_world(4, fn, *args, timeout=60)`: a module-level function in every rank of a gloo world of 4; its results by
     rank.
     """
+    from funczero.testing import WorkerPool
+
     pools: dict[int, WorkerPool] = {}
 
     def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -130,6 +137,8 @@ def originals(run_world, tmp_path_factory):
 @pytest.fixture
 def alone(monkeypatch):
     """A process that torchrun has not started and that has joined nothing."""
+    import torch
+
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)

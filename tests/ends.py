@@ -1,13 +1,15 @@
 """Scripts that come to their end in every way Python has, as ranks of a world with a store of its own. They are forked
 from one process that has imported everything.
 
-`python ends.py` reads a life as a line of JSON, {"place", "size", "script", "limit"}, runs the script in every rank to
-the very end of its interpreter, and leaves in `<place>/told.json` by rank the exit code, what was printed, the seconds
-it took, and when it ended (since the epoch). A rank without RANK in its environment is a world of one.
+`python ends.py` reads a life as a line of JSON, {"place", "size", "script", "limit", "short"}, runs the script in every
+rank to the very end of its interpreter, and leaves in `<place>/told.json` by rank the exit code, what was printed, the
+seconds it took, and when it ended (since the epoch). A rank without RANK in its environment is a world of one. A life
+with "victims" is one of kills.py.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -15,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -35,10 +38,13 @@ class Ends:
         env = {k: v for k, v in env.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=env)
 
-    def start(self, place, script, size=1, limit=LIMIT):
-        """A life in a folder of its own."""
+    def start(self, place, script, size=1, limit=LIMIT, short=False):
+        """A life in a folder of its own; `short` says that the test is not about how it ends (`shortly`)."""
         place.mkdir(parents=True, exist_ok=True)
-        life = {"place": str(place), "size": size, "script": script, "limit": limit}
+        self.ask({"place": str(place), "size": size, "script": script, "limit": limit, "short": short})
+
+    def ask(self, life):
+        """A life as a line."""
         self.process.stdin.write(json.dumps(life) + "\n")
         self.process.stdin.flush()
 
@@ -50,9 +56,9 @@ class Ends:
             time.sleep(0.02)
         return json.loads((place / "told.json").read_text())
 
-    def run(self, place, script, size=1, limit=LIMIT):
+    def run(self, place, script, size=1, limit=LIMIT, short=False):
         """`start` and `told`."""
-        self.start(place, script, size, limit)
+        self.start(place, script, size, limit, short)
         return self.told(place, limit)
 
     def close(self):
@@ -68,12 +74,19 @@ def line(file, *words):
 
 
 def main():
-    """The script of a rank that is to be run, in its own process, as a file; None where all lines are done."""
+    """The script of a rank that is to be run, in its own process: (its file, whether it ends shortly); None where all
+    lines are done.
+    """
+    import kills
     import orbax.checkpoint  # noqa: F401
     import sympy  # noqa: F401  # which the first update would import
     import torch
+    import torch._dynamo  # noqa: F401  # which the first torch.optim and the first torch.utils.checkpoint would import
     import torch.distributed.device_mesh
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401
     import zoo  # noqa: F401
+
+    import funczero.deepspeed  # noqa: F401
 
     torch.set_num_threads(1)
     gc.freeze()  # or the end of every interpreter would go through all that is imported here, and copy it
@@ -81,10 +94,36 @@ def main():
     for line in sys.stdin:
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            script = guardian(json.loads(line))
+            life = json.loads(line)
+            if "victims" in life:
+                os._exit(kills.guardian(life))
+            script = guardian(life)
             if script is not None:
-                return script
+                return script, life["short"]
             os._exit(0)
+    return None
+
+
+def shortly(run):
+    """Call it as an interpreter would run a script, to the end of its threads and of what was registered for its exit.
+    Then the system takes back the memory: to free all that was imported takes a rank a third of a second more.
+    """
+    code = 0
+    try:
+        run()
+    except SystemExit as end:
+        said = end.code is not None and not isinstance(end.code, int)
+        code = 1 if said else end.code or 0
+        if said:
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def guardian(life):
@@ -130,4 +169,9 @@ def guardian(life):
 if __name__ == "__main__":
     to_run = main()
     if to_run is not None:
-        exec(compile(to_run.read_text(), to_run, "exec"), {"__name__": "__main__", "__file__": str(to_run)})
+        file, short = to_run
+        run = compile(file.read_text(), file, "exec")
+        names = {"__name__": "__main__", "__file__": str(file)}
+        if short:
+            shortly(lambda: exec(run, names))
+        exec(run, names)

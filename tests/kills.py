@@ -1,18 +1,15 @@
-"""Worlds of two ranks that train, save and are killed. They are forked from one process that has imported everything; a
-world takes tenths of a second.
+"""Worlds of two ranks that train, save and are killed. They are forked from the process of ends.py, which has imported
+everything; a world takes tenths of a second.
 
-`python kills.py` reads a life as a line of JSON and leaves what its ranks told in `<life>/told.json`. Kills come at a
-point of a save, which the Checkpointer tells, or from a clock.
+What its ranks told is left in `<life>/told.json`. Kills come at a point of a save, which the Checkpointer tells, or
+from a clock.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import traceback
 from contextlib import contextmanager
@@ -22,69 +19,46 @@ CHAIN = "3 [grad acc"
 QUICK = 2.0  # seconds of silence until a rank is taken for dead, where the product's own 8 would take too long
 ALL_PASS = ("asked", "copied", "made", "chunk", "written")  # points that every rank passes by itself
 DELETED = ".funczero-deleted"
-HERE = Path(__file__).parent
 
 
 class Nursery:
-    """The process that worlds are forked from."""
+    """Worlds forked from the process of an `ends.Ends`."""
 
-    def __init__(self):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
-        )
+    def __init__(self, ends):
+        self.ends = ends
 
     def start(self, place, **life):
         """A world's life in a folder of its own; `told` waits for it."""
         place.mkdir(parents=True, exist_ok=True)
         (place / "told.json").unlink(missing_ok=True)
-        self.process.stdin.write(json.dumps({"place": str(place), **life}) + "\n")
-        self.process.stdin.flush()
+        self.ends.ask({"place": str(place), **life})
 
     def told(self, place, within=60.0):
         """By rank what it said: {"events": [...], "ended": how}."""
         stop = time.monotonic() + within
         while not (place / "told.json").exists():
-            assert time.monotonic() < stop and self.process.poll() is None, f"{place}: no word within {within} s"
+            alive = self.ends.process.poll() is None
+            assert time.monotonic() < stop and alive, f"{place}: no word within {within} s"
             time.sleep(0.02)
         return json.loads((place / "told.json").read_text())
-
-    def close(self):
-        """End it."""
-        self.process.stdin.close()
-        self.process.wait(60)
 
 
 @contextmanager
 def nursery():
-    """One that is closed at the end."""
-    n = Nursery()
+    """One of its own, that is closed at the end."""
+    from ends import Ends
+
+    ends = Ends()
     try:
-        yield n
+        yield Nursery(ends)
     finally:
-        n.close()
-
-
-def main():
-    """Fork a world for every line."""
-    import orbax.checkpoint  # noqa: F401
-    import sympy  # noqa: F401  # which the first update would import
-    import torch
-    import torch.distributed.device_mesh
-    import zoo  # noqa: F401
-
-    torch.set_num_threads(1)
-    gc.freeze()  # or a collection in any world would go through all that is imported here, and copy it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    for line in sys.stdin:
-        if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os._exit(guardian(json.loads(line)))
+        ends.close()
 
 
 def guardian(life):
     """Start the ranks, kill by the clock where the life says so, and write down how they ended."""
     place = Path(life["place"])
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the store says of ranks that are gone; they have files
     for old in (*place.glob("rank*"), *place.glob("stderr*")):
         old.unlink()
     store = place / f"store{time.monotonic_ns()}"
@@ -289,7 +263,3 @@ def by_clock(rank, life, say):
             ck.save(state, *(("last",) if t % 4 == 0 else (t,)), overwrite=t % 4 == 0)
             say("saves", step=t)
         ck.poll()
-
-
-if __name__ == "__main__":
-    main()

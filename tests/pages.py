@@ -94,7 +94,7 @@ def fill(page: str, folder: Path) -> None:
 
     ends = Ends()
     code, run = script(page)
-    told = ends.run(folder / "life", f"import os; os.chdir({str(folder)!r})\n{code}", 2, 120.0)
+    told = ends.run(folder / "life", f"import os; os.chdir({str(folder)!r})\n{code}", 2, 120.0, short=True)
     ends.close()
     assert not any(rank["code"] for rank in told), told[0]["err"]
     text = (DOCS / page).read_text()

@@ -51,7 +51,7 @@ print(json.dumps([*out, held()]))
 def test_all_saves_hold_as_much_as_half_of_them(ends, tmp_path, size, saves):
     """The store is rank 0's."""
     script = SAVES.replace("{directory!r}", repr(str(tmp_path / "run"))).replace("{saves}", str(saves))
-    for told in ends.run(tmp_path / "life", script, size):
+    for told in ends.run(tmp_path / "life", script, size, short=True):
         assert told["code"] == 0, told
         half, whole, others = json.loads(told["out"])
         native = [x.pop("threads") for x in (half, whole, others)]  # of pools that grow up to a size

@@ -10,7 +10,7 @@ from functools import cache
 import checkpoints
 import pytest
 import zoo
-from kills import CHAIN, nursery
+from kills import CHAIN, Nursery, nursery
 
 from funczero.checkpoint import Checkpointer, folder, manifest
 from funczero.testing import tree_hash
@@ -79,10 +79,9 @@ CASES = [pytest.param(c, marks=() if form_of(c) in FEW else pytest.mark.slow, id
 
 
 @pytest.fixture(scope="module")
-def worlds():
-    """The process that all are forked from."""
-    with nursery() as n:
-        yield n
+def worlds(ends):
+    """What all are forked from."""
+    return Nursery(ends)
 
 
 @pytest.fixture(scope="module")

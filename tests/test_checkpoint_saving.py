@@ -37,7 +37,7 @@ def test_two_processes_in_one_folder(ends, tmp_path, tmp_path_factory):
         from funczero.checkpoint import Checkpointer
         from pathlib import Path
         print(t.saves(Checkpointer(Path({str(tmp_path)!r})), t.started(1)[1], 2))"""
-    (said,) = ends.run(tmp_path_factory.mktemp("other"), code, limit=200)
+    (said,) = ends.run(tmp_path_factory.mktemp("other"), code, limit=200, short=True)
     refused = saves(other, state, 3)
     go.set()
     ck.wait()

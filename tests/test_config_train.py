@@ -51,7 +51,9 @@ def start(ends, text, name, size, *flags, config=None):
         "--sample=0",
     ]
     own = [f"--deepspeed_config={text}/{name}.json", f"--nproc={WORLD}", f"--data={text}", f"--out={text}/{name}"]
-    ends.start(life(text, name), line(EXPERIMENTS / "train_gpt.py", *small, *own, *flags), size, limit=120.0)
+    ends.start(
+        life(text, name), line(EXPERIMENTS / "train_gpt.py", *small, *own, *flags), size, limit=120.0, short=True
+    )
 
 
 def losses(ends, text, name):

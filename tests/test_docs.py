@@ -32,7 +32,7 @@ def lives(ends, tmp_path_factory):
         page = next(begun, None)
         if page is not None:
             own = f"import os; os.chdir({str(places[page])!r})\n{pages.script(page)[0]}"
-            ends.start(places[page] / "life", own, 2, LIMIT)
+            ends.start(places[page] / "life", own, 2, LIMIT, short=True)
 
     told = {}
     start()
@@ -68,7 +68,7 @@ def test_the_start_page_goes_as_it_is_written(ends, tmp_path, whole):
     for words, steps in ((first, 300), (second, 400)) if whole else ((first, 30), (second, 40)):
         short = [] if whole else [f"--steps={steps}", "--save_every=10"]
         own = f"import os; os.chdir({str(tmp_path)!r})\n{line(script, *words, *short)}"
-        ranks = ends.run(tmp_path / str(steps), own, 2, LIMIT)
+        ranks = ends.run(tmp_path / str(steps), own, 2, LIMIT, short=True)
         assert all(rank["code"] == 0 for rank in ranks), ranks[0]["err"][-3000:]
         assert re.search(rf"step +{steps}  accuracy 0.{9 if whole else ''}", ranks[0]["out"]), ranks[0]["out"]
         if words is first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,10 +11,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+MISSING = [n for n in ("transformers", "accelerate") if importlib.util.find_spec(n) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} are not installed")
 LOOPS = Path(__file__).parent / "loops"
 ROOT = LOOPS.parent.parent
 ALL = "trainer", "accelerated", "engine"

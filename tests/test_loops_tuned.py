@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
+import torch
 from test_loops import furthest, start, told, truth
 
 from funczero.checkpoint import manifest
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
+MISSING = [n for n in ("transformers", "accelerate", "peft") if importlib.util.find_spec(n) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} are not installed")
+
 STEPS_OF_8 = [0, 0, 1 / 2, 1, 5 / 6, 4 / 6]  # DeepSpeed's WarmupDecayLR begins with its least rate twice
 STEPS_OF_4 = [0, 0, 1 / 2, 1]
 
@@ -20,6 +23,7 @@ def test_what_else_a_trainer_does(tmp_path, stage, world):
     folder = tmp_path / "ours"
     got = told(start("tuned", stage, folder, world), folder)
     truth()
+    import peft
     import same
     from safetensors.torch import load_file
     from transformers import GPT2LMHeadModel

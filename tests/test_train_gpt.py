@@ -50,7 +50,7 @@ def test_stages_train_alike_and_report(ends, text, tmp_path_factory, whole):
     run = start(*flags[3]) if whole else None
     place = tmp_path_factory.mktemp("ranks")  # not among the texts that they read
     ours = 0 if whole else 3
-    ranks = ends.run(place, line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[ours]), 2, limit=120.0)
+    ranks = ends.run(place, line(EXPERIMENTS / "train_gpt.py", *SMALL, *flags[ours]), 2, limit=120.0, short=True)
     assert [rank["code"] for rank in ranks] == [0, 0], ranks
     ended, losses, sent = {ours: (0, ranks[0]["out"], ranks[0]["err"])}, {}, {}
     ended |= {3: finish(run)} if whole else {}
@@ -81,7 +81,7 @@ def test_a_wrong_command_line_ends_with_one_sentence(ends, tmp_path):
     }
     for flag, sentence in wrong.items():
         script = line(EXPERIMENTS / "train_gpt.py", *SMALL, flag, f"--out={tmp_path}/out")
-        (told,) = ends.run(tmp_path / flag.split("=")[0], script)
+        (told,) = ends.run(tmp_path / flag.split("=")[0], script, short=True)
         assert told["code"] == 2 and not told["out"], told
         assert told["err"].startswith(sentence) and told["err"].count("\n") == 1
 

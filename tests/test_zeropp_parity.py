@@ -50,5 +50,5 @@ QUICK = "--settings=int3"  # a process takes seconds to start
 
 @pytest.mark.parametrize("flag", [f if f == QUICK else pytest.param(f, marks=pytest.mark.slow) for f in WRONG])
 def test_a_wrong_flag_gets_one_sentence(ends, flag, tmp_path):
-    (told,) = ends.run(tmp_path / "life", line(EXPERIMENTS / "zeropp_parity.py", flag, f"--out={tmp_path}"))
+    (told,) = ends.run(tmp_path / "life", line(EXPERIMENTS / "zeropp_parity.py", flag, f"--out={tmp_path}"), short=True)
     assert told["code"] and told["err"].startswith(f"zeropp_parity: {WRONG[flag]}") and told["err"].count("\n") == 1

@@ -8,6 +8,7 @@ dataset (dataset.py).
 
 import hashlib
 import math
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,8 @@ def text_files(paths: Sequence[str | Path]) -> list[Piece]:
                 f"data: there is no file or folder {str(path)!r}; give a text file, or a folder that holds"
                 f" {' or '.join(SUFFIXES)} files"
             )
-        root, files = (path, sorted(path.rglob("*"))) if path.is_dir() else (path.parent, [path])
-        wanted = [file for file in files if file.is_file() and (file == path or _wanted(file, root))]
+        root, files = (path, sorted(_texts(path))) if path.is_dir() else (path.parent, [path])
+        wanted = [file for file in files if file.is_file()]
         pieces = [Piece(file.relative_to(root).as_posix(), file, 0, file.stat().st_size) for file in wanted]
         if not any(piece.stop for piece in pieces):
             raise ValueError(
@@ -79,8 +80,13 @@ def text_files(paths: Sequence[str | Path]) -> list[Piece]:
     return list(found.values())
 
 
-def _wanted(file: Path, root: Path) -> bool:
-    return file.suffix in SUFFIXES and SKIPPED.isdisjoint(file.relative_to(root).parts)
+def _texts(folder: Path) -> Iterator[Path]:
+    """What has the name of a text; folders that are skipped are not entered: under Python's own library they have most
+    of the files.
+    """
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        yield from (path for name in names if (path := Path(at, name)).suffix in SUFFIXES)
 
 
 def load(paths: Sequence[str | Path] = ()) -> tuple[Corpus, Corpus]:

@@ -36,7 +36,7 @@ def called_twice(chains):
         step = fz.train_step(*parts, mesh={"data": -1}, policy="compute=bfloat16")
         state = step.init(zoo.params(), key=3)
         for t in range(3):
-            rows = step.local_rows(zoo.batch(zoo.BAD - 1 + t))
+            rows = step.local_rows(zoo.batch(zoo.BAD - 1 + t, micros=zoo.FEW))
             for b in [*zoo.split(rows, stream), None] if stream else [rows]:
                 before = tree_hash([state._asdict(), b])
                 new, m = step(state, b)
@@ -49,7 +49,7 @@ def called_twice(chains):
 
 def chains_of_all_transforms(world, whole):
     """All chains, and every transform at three stages; or each transform at one of them."""
-    k = zoo.MICROS // world
+    k = zoo.FEW // world
     g = zoo.source(loss_fn=zoo.loss_random, rng=True)
     more = {
         f"{n} {stage}": (fz.zero(g, *tx, stage=stage, accumulate=k), 0)
