@@ -172,10 +172,9 @@ def _of_numbers(name: str, x: Any) -> Inside | None:
 
 
 def _of_container(name: str, value: Any) -> Inside:
-    if value is sys.modules:  # others come at any time: torch imports some of its own when it records
-        for m in [m for m in value if not installed(m)]:
-            yield f"{name}[{m!r}]", partial(_item, value, m)
-    elif isinstance(value, (set, frozenset)):
+    if value is sys.modules:  # torch imports more as it records; those that code names are looked at by name
+        return
+    if isinstance(value, (set, frozenset)):
         yield name, lambda: frozenset(value)
         yield from ((name, partial(_itself, x)) for x in value)
     else:

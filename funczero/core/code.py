@@ -45,9 +45,13 @@ def fixed(fn: types.FunctionType) -> bool:
 
 
 @cache
-def installed(module: str | None) -> bool:
-    """Is a module's code fixed for a run: torch's, this package's, the standard library's, or in site-packages?"""
-    top = (module or "").split(".")[0]
+def installed(module: Any) -> bool:
+    """Is a module's code fixed for a run: torch's, this package's, the standard library's, or in site-packages?
+
+    Args:
+      module: its name, as a class says it; some answer with another thing.
+    """
+    top = module.split(".")[0] if isinstance(module, str) else ""
     if top in ("torch", "funczero") or top in sys.stdlib_module_names:
         return True
     file = getattr(sys.modules.get(top), "__file__", None)
