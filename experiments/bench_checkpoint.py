@@ -38,11 +38,10 @@ saved in 278 and 414):
     write, by far the most of it the system's copy into its cache; 3 to bring it to disk; 46 on rank 0 alone for orbax,
     the merge of the stores and the seal. Short of the aim: without a compiler a save of 199 MB takes 1.20 of DCP's,
     since tensorstore opens every array and copies its values once more to have their checksums.
-    With these contenders the ranks held 1.2 and 1.1 GB at most and the reader 1.2, imports included; at 39 MB with all
-    of them 0.7, 0.6 and 0.6. By that account 600 MB stay below 12 GiB; that size has not been run since.
-    The quiet run of the clock is owed. The last one (2026-11, through tensorstore alone, 393 and 1189 MB): the stall 37
-    and 109 ms, which is 1.3 and 1.5 copies and a quarter of what DCP's async save blocks; a save 1.03 and 1.34 of DCP's
-    sync; a restore by two ranks 2.0 and 1.9 of DCP's, by one 1.04 and 1.07.
+    Quiet, by the clock, at the default sizes (--rounds=2 --contenders=funczero,dcp,copy; ms at 199 and 597 MB): a save
+    500 and 1317 where DCP's sync takes 522 and 1312; the stall 40 and 81, which is 1.6 and 1.1 copies; a restore by two
+    ranks 122 and 168 (DCP 283 and 366), by one 166 and 225 (313 and 517). The ranks and the reader held 1.1, 1.0, 1.2
+    GB at most at 199 MB, 2.3, 2.2, 3.6 at 597. DCP's async form was not run at these sizes since.
 """
 
 from __future__ import annotations

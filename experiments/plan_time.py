@@ -14,8 +14,9 @@ Expect:
     Predicted within 25 % of measured at every stage, where arithmetic or the link is what takes time; a tiny step is
     Python's own work, of which the model has one number an operation.
 
-Found:
-    No quiet run was taken. On two cores with sixty processes waiting for them, small: 0.77 at stage 1, 0.72 at stage 3.
+Found (quiet, two cores, --sizes=tiny,small --rounds=3; predicted over measured at stages 0, 1, 2, 3):
+    small: 0.88, 0.86, 0.86, 0.85. tiny: 0.95, 0.72, 0.68, 0.85: stages 1 and 2 are just out of the bound. Medium and the
+    slow link were not measured since.
 """
 
 from __future__ import annotations
