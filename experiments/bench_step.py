@@ -31,7 +31,7 @@ Found (quiet, two cores, --ranks=2 --policies=fp32 --rounds=4; wall and CPU time
     message, 0.1 the arrival of its gradients; at stage 3 the gathers take 0.5 more, and what a backward asks for again
     0.6. bf16, four ranks and the peers in one table are owed.
 
-Found before that (before there were heats, memory and start-up: the run of the whole table on a quiet machine is owed; two shared
+Found before that (before there were heats, memory and start-up: a quiet run of the whole table is owed; two shared
 cores, 2 ranks, fp32; median ms a step, ratio to DDP within a round and its spread over rounds; first losses within
 1e-6):
               tiny                    small, 3.5 M             medium, 25.9 M           sent, B/param

@@ -15,8 +15,8 @@ Expect:
     Python's own work, of which the model has one number an operation.
 
 Found (quiet, two cores, --sizes=tiny,small --rounds=3; predicted over measured at stages 0, 1, 2, 3):
-    small: 0.88, 0.86, 0.86, 0.85. tiny: 0.95, 0.72, 0.68, 0.85: stages 1 and 2 are just out of the bound. Medium and the
-    slow link were not measured since.
+    small: 0.88, 0.86, 0.86, 0.85. tiny: 0.95, 0.72, 0.68, 0.85: stages 1 and 2 are just out of the bound. Medium and
+    the slow link were not measured since.
 """
 
 from __future__ import annotations
