@@ -15,6 +15,7 @@ from leaves import TX, masters, trained, with_muon
 
 import funczero as fz
 from funczero import P
+from funczero.comm import norm
 from funczero.layout.processes import world_size
 from funczero.testing import tree_hash
 from funczero.testing.simulate import simulate
@@ -32,6 +33,15 @@ def test_the_bits_are_the_unsharded_runs_at_every_stage_and_world(name, whole):
         for stage in stages:
             found |= set(simulate({"data": world})(lambda s: masters(TX[name], s, donate=s == 3), stage))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("many", [0, 20])
+def test_norms_of_very_many_values_are_the_same_beside_others(monkeypatch, many):
+    """Sums of more values than 64 bits hold take two words; here of all leaves, or of the larger ones alone."""
+    want = masters(TX["lamb"], 0)
+    monkeypatch.setattr(norm, "MANY", many)
+    found = {h for w, s in ((1, 0), (2, 0), (4, 3)) for h in simulate({"data": w})(lambda s: masters(TX["lamb"], s), s)}
+    assert found == {want}
 
 
 def nested(kind, tx):

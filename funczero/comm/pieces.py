@@ -159,13 +159,8 @@ class Even(NamedTuple):
 
     def row(self, leaves: Sequence[Tensor], size: int) -> list[Tensor]:
         """What stands side by side in the rows of a wire: leaves in equal shares [W, n], zeros between them."""
-        out: list[Tensor] = [leaves[0].new_zeros(0)] * len(self.sizes)
-        for k, n, x in zip(self.shares, self.numels, leaves, strict=True):
-            out[k] = x.reshape(size, n)
-        if len(out) > len(leaves):
-            own = set(self.shares)
-            out = [x if k in own else x.new_zeros(size, self.sizes[k]) for k, x in enumerate(out)]
-        return out
+        own = {k: x.reshape(size, n) for k, n, x in zip(self.shares, self.numels, leaves, strict=True)}
+        return [own[k] if k in own else leaves[0].new_zeros(size, n) for k, n in enumerate(self.sizes)]
 
     def pairs(self, leaves: Sequence[Tensor], wire: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """As `pairs`; leaves may come flat."""

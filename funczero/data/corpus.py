@@ -84,9 +84,14 @@ def _texts(folder: Path) -> Iterator[Path]:
     """What has the name of a text; folders that are skipped are not entered: under Python's own library they have most
     of the files.
     """
-    for at, folders, names in os.walk(folder):
+    for at, folders, names in os.walk(folder, onerror=_stop):
         folders[:] = [name for name in folders if name not in SKIPPED]
         yield from (path for name in names if (path := Path(at, name)).suffix in SUFFIXES)
+
+
+def _stop(error: OSError) -> None:
+    """A folder that cannot be read is told, or its texts would be missing on this rank alone."""
+    raise error
 
 
 def load(paths: Sequence[str | Path] = ()) -> tuple[Corpus, Corpus]:

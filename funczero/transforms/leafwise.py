@@ -94,8 +94,8 @@ def _norms(where: Where, work: list[Work], mesh: Mesh) -> dict[int, list[Tensor]
     if not asked:
         return out
     first = {i: not any(mesh.index(a) for a in where.replicas(i)) for i, _ in asked}
-    leaves = where.structure.leaves
-    bins = torch.stack([square_bins(x if first[i] else x[:0], of=prod(leaves[i].shape)) for i, x in asked])
+    most = max(prod(where.structure.leaves[i].shape) for i, _ in asked)  # one width for all that travel together
+    bins = torch.stack([square_bins(x if first[i] else x[:0], of=most) for i, x in asked])
     axes = tuple(a for a, n, _ in where.coords if n > 1)
     total = sum_integers(bins.view(-1), axes, mesh).view(bins.shape) if axes else bins
     for (i, x), row in zip(asked, total.unbind(), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,29 +24,27 @@ def read(file: int, start: int, out: Tensor) -> int:
     """As the reference's."""
     if not _takes(out):
         return reference.read(file, start, out)
-    crc, memory = ctypes.c_uint32(), ctypes.c_void_p(out.data_ptr())
-    done = _library().read_checked(
-        ctypes.c_int(file), ctypes.c_int64(start), memory, ctypes.c_int64(len(out)), ctypes.byref(crc)
-    )
     native.written(out)
-    if done < 0:
-        raise OSError(-done, os.strerror(-done))
+    done, crc = _through(_library().read_checked, file, start, out)
     if done < len(out):
         raise EOFError(f"the file ends {len(out) - done} bytes early")
-    return crc.value
+    return crc
 
 
 def write(file: int, start: int, x: Tensor) -> int:
     """As the reference's."""
     if not _takes(x):
         return reference.write(file, start, x)
+    return _through(_library().write_checked, file, start, x)[1]
+
+
+def _through(call: Callable[..., int], file: int, start: int, x: Tensor) -> tuple[int, int]:
+    """(bytes that went between a file and memory, their checksum)."""
     crc, memory = ctypes.c_uint32(), ctypes.c_void_p(x.data_ptr())
-    done = _library().write_checked(
-        ctypes.c_int(file), ctypes.c_int64(start), memory, ctypes.c_int64(len(x)), ctypes.byref(crc)
-    )
+    done = call(ctypes.c_int(file), ctypes.c_int64(start), memory, ctypes.c_int64(len(x)), ctypes.byref(crc))
     if done < 0:
         raise OSError(-done, os.strerror(-done))
-    return crc.value
+    return done, crc.value
 
 
 def _takes(x: Tensor) -> bool:
