@@ -124,3 +124,20 @@ def test_what_initialize_cannot_honour_is_refused_by_name():
     with pytest.raises(RuntimeError, match="belongs to another engine already"):
         make(model=net)
     assert engine.global_steps == 0
+
+
+@pytest.mark.parametrize("stage", (0, 1, 3))
+def test_an_initialize_that_is_refused_takes_nothing(stage):
+    net, other = Net(), torch.optim.SGD(Net().parameters(), lr=0.1)
+    before = {n: x.clone() for n, x in net.state_dict().items()}
+    refused = []  # an error keeps its frames, and so the engine that was built, alive
+    for scheduler in (torch.optim.lr_scheduler.StepLR(other, 1), lambda optimizer: object(), lambda optimizer: 1 / 0):
+        with pytest.raises((ValueError, TypeError, ZeroDivisionError)) as error:
+            deepspeed.initialize(model=net, lr_scheduler=scheduler, config=config(stage))
+        refused.append(error.value)
+        assert {type(p) for p in net.parameters()} == {nn.Parameter}
+        assert all(torch.equal(x, before[n]) for n, x in net.state_dict().items())
+    loss = F.cross_entropy(net(a[0]), a[1])
+    engine = make(stage, model=net)
+    torch.testing.assert_close(F.cross_entropy(engine(a[0]), a[1]), loss)
+    assert len(refused) == 3

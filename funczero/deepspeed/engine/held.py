@@ -176,13 +176,19 @@ def named(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(remove_duplicate=False))
 
 
+def check_free(module: nn.Module) -> None:
+    """Refuse a module whose parameters belong to an engine that is still there."""
+    for name, p in named(module).items():
+        home = getattr(p, "home", None)
+        if home is not None and home[0] is not None and home[0]() is not None:
+            why = "belongs to another engine already; give each engine a module of its own"
+            raise RuntimeError(f"initialize: parameter {name!r} {why}")
+
+
 def take(module: nn.Module, engine: Any, cls: type[Held]) -> None:
     """Marks a module's parameters as an engine's; closed ones keep shape, dtype and requires_grad alone."""
     for name, p in named(module).items():
         home = getattr(p, "home", None)
-        if home is not None and home[0] is not None and home[0]() not in (None, engine):
-            why = "belongs to another engine already; give each engine a module of its own"
-            raise RuntimeError(f"initialize: parameter {name!r} {why}")
         if home is None or home[0] is None or home[0]() is not engine:
             if cls is Closed and type(p) is not Closed:
                 emptied(p)

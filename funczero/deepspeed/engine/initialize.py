@@ -19,7 +19,7 @@ from funczero.deepspeed.config.resolve import resolve
 from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.engine import Engine
-from funczero.deepspeed.engine.held import Closed, named, take
+from funczero.deepspeed.engine.held import Closed, check_free, named, take
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.loader import Loader
 from funczero.deepspeed.engine.sharded import ShardedParameters
@@ -101,15 +101,19 @@ def initialize(
     client = optimizer if optimizer is None or isinstance(optimizer, torch.optim.Optimizer) else optimizer(groups)
     if client is not None:
         groups = [dict(g) for g in client.param_groups]
-    engine, numbers, rates = _engine_of(resolved, model, groups, client, lr_scheduler)
+    engine, holder, numbers, rates = _engine_of(resolved, model, groups, client, lr_scheduler)
     if evaluates:
-        return engine, None, _loader(engine, training_data, collate_fn), None
+        loader = _loader(engine, training_data, collate_fn)
+        _take_over(model, engine, holder)
+        return engine, None, loader, None
     shown = {} if client is not None else resolved.block("optimizer.params")
     fixed, state = {name: x for name, x in shown.items() if name not in numbers[0]}, engine.state
     engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), client, fixed)
     engine.optimizer.pull(state)
     engine.lr_scheduler, engine.client_lr_scheduler = _scheduler(engine.optimizer, lr_scheduler, resolved, rates)
-    return engine, engine.optimizer, _loader(engine, training_data, collate_fn), engine.lr_scheduler
+    loader = _loader(engine, training_data, collate_fn)
+    _take_over(model, engine, holder)
+    return engine, engine.optimizer, loader, engine.lr_scheduler
 
 
 def engine_over(
@@ -127,26 +131,31 @@ def engine_over(
     groups: Groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     if optimizer is not None:
         groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in optimizer.param_groups]
-    engine, numbers, _ = _engine_of(config, model, groups, optimizer, None, between)
+    engine, holder, numbers, _ = _engine_of(config, model, groups, optimizer, None, between)
     if optimizer is not None:
         state = engine.state
         engine.optimizer = EngineOptimizer(engine, with_numbers(groups, numbers), optimizer)
         engine.optimizer.pull(state)
+    _take_over(model, engine, holder)
     return engine
 
 
 def _engine_of(
     config: Config, model: nn.Module, groups: Groups, client: Any, scheduler: Any, between: Sequence[Transform] = ()
-) -> tuple[Engine, list[Numbers], list[GroupRates]]:
-    """The engine over a placed module, which it takes over; the groups' numbers and the config's rates."""
+) -> tuple[Engine, Holder, list[Numbers], list[GroupRates]]:
+    """The engine over a placed module, which is not taken over yet; the groups' numbers and the config's rates."""
+    check_free(model)
     made, holder, numbers, rates = _built(config, model, groups, client, scheduler, between)
     step = made(config)
     threshold = config.value("zero_optimization.stage3_param_persistence_threshold") + 1
     state = step.init(holder.start(threshold, step))
-    engine = Engine(holder, config, step, state, rates, made)
+    return Engine(holder, config, step, state, rates, made), holder, numbers, rates
+
+
+def _take_over(model: nn.Module, engine: Engine, holder: Holder) -> None:
+    """The module becomes the engine's. It is the last thing done, so that a call that ends in an error takes nothing."""
     take(model, engine, holder.kind)
     holder.attach()
-    return engine, numbers, rates
 
 
 def _loader(engine: Engine, data: Any, collate_fn: Any) -> Any:
