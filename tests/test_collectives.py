@@ -74,6 +74,7 @@ def test_verbs_are_what_they_say(run_world, world, dtype):
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_verbs_are_the_same_where_no_message_is_short(monkeypatch, world, dtype):
     monkeypatch.setattr(launch, "DIRECT", 0)
+    monkeypatch.setattr(launch, "LARGE", 0)
     assert simulate({"data": world})(verbs, world, dtype) == [(True, True, True)] * world
 
 

@@ -18,6 +18,7 @@ from funczero.world.sent import Sent
 
 SHORT = 1 << 15  # bytes on all wires under which a sum is all latency
 DIRECT = 1 << 18  # bytes on all wires up to which an exchange gathers sooner than gloo's ring, wherever the ranks are
+LARGE = 1 << 15  # bytes of a leaf from which a copy of its rows costs more than one more call does
 _ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
 
 
@@ -74,16 +75,19 @@ def launch_gather(
         return x.view(1, -1)
     values = x.numel() if values is None else values
     with _sent(mesh, axis, "all_gather", form or x.dtype, x.nbytes * (size - 1), values * (size - 1), units):
-        return _gather_rows(x, size, group, mesh)
+        return _gather_rows(x, size, group, mesh, axis in mesh.near)
 
 
-def apart(nbytes: int, axis: str, mesh: Mesh) -> bool:
-    """Is a gather of so many bytes a rank better launched by `launch_others`? From a CPU, within one machine, a long
-    one: it takes no longer than gloo's ring, without a copy of what this rank has, and gloo's threads keep no memory.
+def apart(nbytes: int, leaves: int, axis: str, mesh: Mesh) -> bool:
+    """Is a gather better launched by `launch_others`? From a CPU, within one machine, a long one of large leaves: no
+    copy of what this rank has goes out and back, but what arrives is read in three stretches.
 
-    Between machines a long message goes round the ring, which crosses from one to the next once.
+    Args:
+      nbytes: of one rank.
+      leaves: how many these bytes are of.
     """
-    return axis in mesh.near and mesh.sends_from == "cpu" and nbytes * mesh.axes[axis].size > DIRECT
+    large = nbytes * mesh.axes[axis].size > DIRECT and nbytes >= LARGE * leaves
+    return large and axis in mesh.near and mesh.sends_from == "cpu"
 
 
 def launch_others(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ()) -> Tensor:
@@ -102,8 +106,12 @@ def launch_others(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ())
         return mesh.flight.note(rows, _ops.all_to_all_single(rows, splits, splits, group)).view(size - 1, n)
 
 
-def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
-    """[n] to [W, n]. From a CPU what is short goes to every rank directly, in half of the latency of gloo's ring.
+def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh, near: bool = False) -> Tensor:
+    """[n] to [W, n].
+
+    From a CPU what is short goes to every rank directly, in half of the latency of gloo's ring. So does all that stays
+    on one machine: it takes no longer, and gloo's threads keep no memory for it. Between machines a long message goes
+    round the ring, which crosses from one to the next once.
 
     The ring is launched in the form that is given its output. gloo's threads write the name of what they completed last
     into one string without a lock, and where the name of the other form, `ALLGATHER_COALESCED`, which is too long to
@@ -111,7 +119,7 @@ def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
     unaligned tcache chunk detected").
     """
     with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
-        if mesh.sends_from == "cpu" and x.nbytes * size <= DIRECT:
+        if mesh.sends_from == "cpu" and (near or x.nbytes * size <= DIRECT):
             rows = x.expand(size, -1).reshape(-1)
             splits = [x.numel()] * size
             return mesh.flight.note(rows, _ops.all_to_all_single(rows, splits, splits, group)).view(size, -1)

@@ -124,7 +124,8 @@ def _gather_born(
 ) -> Callable[[], list[Wire]]:
     """Start to gather units as they are; the result waits for it: all ranks' rows by unit."""
     flat, lengths = parts[0] if len(parts) == 1 else torch.cat(parts), [p.numel() for p in parts]
-    if not apart(flat.nbytes, edge.axis, mesh):
+    leaves = sum(len(inner.structure.members[u]) for u in units)
+    if not apart(flat.nbytes, leaves, edge.axis, mesh):
         sent = launch_gather(flat, edge.axis, mesh, tuple(units))
         return lambda: [(rows,) for rows in wait(sent).split_with_sizes(lengths, 1)]
     index, others = mesh.index(edge.axis), launch_others(flat, edge.axis, mesh, tuple(units))
