@@ -26,6 +26,7 @@ class Memory(NamedTuple):
     moments: int  # all that optimizers and other transforms keep, numbers included
     wires: int  # what wires remember
     model_state: int
+    frozen: int  # what fz.frozen keeps for the loss
     gathered: int  # the most that was gathered at once
     activations: int  # the most that forwards and backwards held at once
     peak: int  # the most that existed at once
@@ -127,6 +128,7 @@ def plan(
         own["moments"],
         own["wires"],
         own["model state"],
+        live.most("frozen"),
         live.most("gathered"),
         live.most("activations"),
         live.peak,

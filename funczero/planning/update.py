@@ -80,7 +80,7 @@ def _made(g: Grad, trace: Trace, state: TrainState, batch: Any, device: torch.de
     """An update by g, which the trace sees; bytes of the views that it reads, 0 where they are the masters."""
     whole = torch.empty(g.layout.stride, device=META) if batch is None else shapes_of(batch, "leaf of the batch")
     mine = order.deal(whole, g.layout, g.env.mesh.index)
-    with hollow(trace.saw, device):
+    with hollow(trace.saw, device, g.env.mesh):
         held = emptied(state, device)
         for name, part in parts_of(held).items():
             trace.live.hold(part, name)
