@@ -58,6 +58,7 @@ class Mesh(NamedTuple):
     flight: InFlight  # what the backend may still hold when the process ends
     world_group: str = ""  # the group of all, where the mesh spans them
     connected: bool = False
+    gathers_into: bool = False  # its groups are of torch's own kind, which gathers into a tensor that it is given
     stands_for: str = ""  # of a plan without values: the type of device that a run would be on
 
     @property
@@ -236,6 +237,7 @@ def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
         device = torch.device(device.type, torch.accelerator.current_device_index())
     everyone = dist.group.WORLD if dist.get_world_size() == mesh.size() else None
     group = "" if everyone is None else everyone.group_name
-    out = Mesh(axes, device, Sent(), ledger or Ledger(), InFlight(), group, connected=True)
+    into = all(type(g) is dist.ProcessGroup for g in mesh.get_all_groups())  # a group in Python has no such form
+    out = Mesh(axes, device, Sent(), ledger or Ledger(), InFlight(), group, connected=True, gathers_into=into)
     out.ledger.joined(*out.rank(tuple(axes)), device)
     return out

@@ -153,7 +153,7 @@ def _engine_of(
 
 
 def _take_over(model: nn.Module, engine: Engine, holder: Holder) -> None:
-    """The module becomes the engine's. It is the last thing done, so that a call that ends in an error takes nothing."""
+    """The module becomes the engine's, as the last thing done: a call that ends in an error takes nothing."""
     take(model, engine, holder.kind)
     holder.attach()
 
