@@ -186,7 +186,7 @@ def _notes(batch: Any, uncounted: Mapping[str, int], captured: bool) -> tuple[st
     if captured:
         out.append("activations and the peak are those of the loss as it is written; what fz.compile keeps may be more")
     if batch is None:
-        out.append("without a batch: no activations and no FLOPs, and every unit is read once")
+        out.append("without a batch: no activations and no FLOPs, every unit is read once, and nothing of fz.frozen is")
     if uncounted:
         named = ", ".join(f"{name} ({n} times)" for name, n in list(uncounted.items())[:4])
         out.append(f"torch's counter knows no FLOPs of {named}, which count as none")
