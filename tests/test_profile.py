@@ -7,7 +7,9 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
+from engines import data, make
 from torch.profiler import profile as profiler
 
 import funczero as fz
@@ -62,3 +64,22 @@ def test_a_profile_without_a_step_says_so(tmp_path):
     with fz.profile(tmp_path / "none.json") as found:
         torch.ones(2) + 1
     assert str(found) == "profile: no step was called in it" and found.shares() == {} and os.listdir(tmp_path)
+
+
+def of_an_engine(stage):
+    """(shares, collectives) of two updates of an engine, whose forwards run before its step."""
+    engine = make(stage)
+    with fz.profile() as found:
+        for _ in range(2):
+            engine.backward(F.cross_entropy(engine(data()[0]), data()[1]))
+            engine.step()
+    return found.shares(), found.travels, str(found)
+
+
+@pytest.mark.parametrize("stage, size", [(0, 1), (3, 2)])
+def test_a_profile_of_an_engine_has_its_forwards_and_backwards(run_world, stage, size):
+    for shares, travels, table in run_world(size, of_an_engine, stage):
+        assert {"forward", "backward"} <= set(shares) and abs(sum(shares.values()) - 1) < 1e-6
+        assert "4 calls of a step" in table  # a micro-batch and an update, each a call
+        if stage:
+            assert "blocks.*" in shares and travels["all_gather data"].launches >= 4
