@@ -80,11 +80,25 @@ def all_reduce(
 
     The sum, and the new memory of a wire that has one.
     """
-    if edge.sums != "backend" or mesh.axes[edge.axis].size == 1:
-        part, errors = reduce_scatter(x, edge, mesh, key, held)
-        return all_gather(part, edge, mesh, key), errors
+    size = mesh.axes[edge.axis].size
+    if size == 1:
+        return x, None
+    if edge.sums != "backend":
+        return _summed(x, edge, mesh, key, held)
     flying = [launch_backend_sum(b.to(edge.adds), edge.axis, mesh) for b in x.buffers]
     return Slots(tuple(wait(b) for b in flying), x.where), None
+
+
+def _summed(x: Slots, edge: Edge, mesh: Mesh, key: Key, held: Held | None) -> tuple[Slots, Slots | None]:
+    """A scatter and a gather of each message, so that the parts of few are there at once."""
+
+    def launch(units: list[int]) -> Travelling:
+        leaves = [x.where.views(u, x.buffers[u]) for u in units]
+        sent = scatter_units(x.where, units, edge, mesh, leaves, key, held)
+        return Travelling(lambda: gather_units(x.where, units, edge, mesh, sent.wait(), key).wait(), sent.errors)
+
+    buffers, new = _travelled(_messages(x, apart=edge.views_of(True) is not edge.gather), launch, x)
+    return Slots(buffers, x.where), None if held is None else with_units(held.errors, new)
 
 
 def with_units(x: Slots, new: Mapping[int, Tensor]) -> Slots:

@@ -17,7 +17,7 @@ from funczero.layout.mesh import Mesh
 from funczero.world.sent import Sent
 
 SHORT = 1 << 15  # bytes on all wires under which a sum is all latency
-DIRECT = 1 << 18  # bytes on all wires up to which gloo's exchange gathers sooner than its ring (0.5 to 0.9 of the time)
+DIRECT = 1 << 18  # bytes on all wires up to which an exchange gathers sooner than gloo's ring, wherever the ranks are
 _ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
 
 
@@ -77,13 +77,38 @@ def launch_gather(
         return _gather_rows(x, size, group, mesh)
 
 
-def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
-    """[n] to [W, n]. What is not long goes to every rank directly: gloo's gather takes twice an exchange's latency.
+def apart(nbytes: int, axis: str, mesh: Mesh) -> bool:
+    """Is a gather of so many bytes a rank better launched by `launch_others`? From a CPU, within one machine, a long
+    one: it takes no longer than gloo's ring, without a copy of what this rank has, and gloo's threads keep no memory.
 
-    A long one takes the form that is given its output. gloo's threads write the name of what they completed last into
-    one string without a lock, and where the name of the other form, `ALLGATHER_COALESCED`, which is too long to lie in
-    the string itself, meets another, a thread writes into memory that is free (torch 2.13; seen as "malloc(): unaligned
-    tcache chunk detected").
+    Between machines a long message goes round the ring, which crosses from one to the next once.
+    """
+    return axis in mesh.near and mesh.sends_from == "cpu" and nbytes * mesh.axes[axis].size > DIRECT
+
+
+def launch_others(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ()) -> Tensor:
+    """Start to gather [n] of the other ranks of an axis of more than one, in their order: [W - 1, n].
+
+    Args: as launch_gather's.
+    """
+    size, index, group = mesh.axes[axis]
+    n = x.numel()
+    splits = [0 if q == index else n for q in range(size)]
+    with (
+        _sent(mesh, axis, "all_gather", x.dtype, x.nbytes * (size - 1), n * (size - 1), units),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        rows = x.expand(size - 1, -1).reshape(-1)
+        return mesh.flight.note(rows, _ops.all_to_all_single(rows, splits, splits, group)).view(size - 1, n)
+
+
+def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
+    """[n] to [W, n]. From a CPU what is short goes to every rank directly, in half of the latency of gloo's ring.
+
+    The ring is launched in the form that is given its output. gloo's threads write the name of what they completed last
+    into one string without a lock, and where the name of the other form, `ALLGATHER_COALESCED`, which is too long to
+    lie in the string itself, meets another, a thread writes into memory that is free (torch 2.13; seen as "malloc():
+    unaligned tcache chunk detected").
     """
     with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
         if mesh.sends_from == "cpu" and x.nbytes * size <= DIRECT:
