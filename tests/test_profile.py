@@ -18,7 +18,7 @@ from funczero.core.spans import MARK, span
 
 def seen(stage, path):
     """(shares, hidden, table, names in the trace, names of the chain) of two updates."""
-    right = (fz.clip_by_global_norm(1.0), fz.partition([("embed", fz.sgd(0.1)), ("", fz.adamw(1e-2))]))
+    right = (fz.scale_loss(init=4.0, weight=8.0), fz.clip_by_global_norm(1.0), fz.partition([("embed", fz.sgd(0.1)), ("", fz.adamw(1e-2))]))
     step = fz.train_step(*fz.zero(zoo.source(), *right, stage=stage, accumulate=2), mesh={"data": -1})
     state = step.init(zoo.params())
     state, _ = step(state, step.local_rows(zoo.batch(0)))
@@ -35,7 +35,7 @@ def seen(stage, path):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_every_part_of_the_chain_has_its_name_in_the_trace(run_world, tmp_path, stage, size):
     for rank, found in enumerate(run_world(size, seen, stage, tmp_path / "t.json")):
         shares, hidden, table, names, chain, travels, same, file = found
@@ -43,11 +43,13 @@ def test_every_part_of_the_chain_has_its_name_in_the_trace(run_world, tmp_path, 
         assert file == ("t.json" if size == 1 else f"t.rank{rank}.json")
         assert {"forward", "backward", "accumulate(2)", "mean", "clip_by_global_norm(1)", "step(state, batch)"} <= names
         assert {"blocks/0", "blocks/1"} <= names
-        assert {"sgd", "adamw", chain[-1]} <= names  # each of the optimizers, and the place where the last one applies
+        own = {name for name in chain if name != ")" and not name.startswith(("value_and_grad", "shard", "sgd("))}
+        assert own <= names and ("the end of shard('data')" in names) == (")" in chain)
+        assert {"sgd", "adamw"} <= names  # each of the optimizers
         assert abs(sum(shares.values()) - 1) < 1e-6 and all(x >= 0 for x in shares.values())
         assert "2 calls of a step" in table
         if size == 2:
-            gathers = {0: set(), 3: {"all_gather data"}}[stage]
+            gathers = {0: set(), 1: {"all_gather data"}, 3: {"all_gather data"}}[stage]
             assert gathers <= set(travels) and "all_reduce data" in travels
             assert all(0 <= x <= 1 for x in hidden.values()) and set(hidden) == set(travels)
 

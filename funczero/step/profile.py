@@ -80,7 +80,9 @@ def profile(path: str | Path | None = None, **more: Any) -> Iterator[Profile]:
     """Traces the steps that are called while it is open, on this rank.
 
     The trace opens in Perfetto or chrome://tracing, and HTA reads it: every transform, unit, optimizer and collective
-    has the name there that it has in the printed chain. Tracing itself costs time, of small operations more than half.
+    has the name there that it has in the printed chain. A gradient is its "forward" and "backward", and where a bracket
+    closes it says which, as "the end of shard('data')". Of an engine its forwards count, too, which run before its
+    steps. Tracing itself costs time, of small operations more than half.
 
     Args:
       path: where to write the trace, as "trace.json"; of several ranks each writes its own, "trace.rank1.json".
