@@ -241,7 +241,11 @@ def test_arguments_that_are_none_are_refused_by_name():
     batch, params = {"x": torch.empty(8, 32), "y": torch.empty(8, 16)}, {"w": torch.empty(32, 16)}
     at = lambda **kw: fz.plan(step(1, linear, ()), params, batch, **{"mesh": {"data": 4}, **kw})
     search = lambda **kw: fz.search_plans(
-        fz.value_and_grad(linear, batch=P("data")), fz.adamw(1e-3), params=params, batch=batch, **{"mesh": {"data": 4}, **kw}
+        fz.value_and_grad(linear, batch=P("data")),
+        fz.adamw(1e-3),
+        params=params,
+        batch=batch,
+        **{"mesh": {"data": 4}, **kw},
     )
     drawn = lambda mesh: lambda: fz.visualize({"w": P("data")}, mesh)
     for fn, why in (
@@ -262,9 +266,7 @@ def test_arguments_that_are_none_are_refused_by_name():
 
 def test_ranks_are_numbered_by_the_steps_own_order_of_axes():
     grad = fz.value_and_grad(linear, batch=P(("node", "local")))
-    made = fz.train_step(
-        *fz.zero(grad, fz.adamw(1e-3), stage=1, axis=("node", "local")), mesh={"node": 1, "local": 1}
-    )
+    made = fz.train_step(*fz.zero(grad, fz.adamw(1e-3), stage=1, axis=("node", "local")), mesh={"node": 1, "local": 1})
     assert fz.plan(made, {"w": torch.empty(32, 16)}, mesh={"local": 2, "node": 4}).mesh == {"node": 4, "local": 2}
 
 

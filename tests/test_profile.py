@@ -18,7 +18,11 @@ from funczero.core.spans import MARK, span
 
 def seen(stage, path):
     """(shares, hidden, table, names in the trace, names of the chain) of two updates."""
-    right = (fz.scale_loss(init=4.0, weight=8.0), fz.clip_by_global_norm(1.0), fz.partition([("embed", fz.sgd(0.1)), ("", fz.adamw(1e-2))]))
+    right = (
+        fz.scale_loss(init=4.0, weight=8.0),
+        fz.clip_by_global_norm(1.0),
+        fz.partition([("embed", fz.sgd(0.1)), ("", fz.adamw(1e-2))]),
+    )
     step = fz.train_step(*fz.zero(zoo.source(), *right, stage=stage, accumulate=2), mesh={"data": -1})
     state = step.init(zoo.params())
     state, _ = step(state, step.local_rows(zoo.batch(0)))

@@ -252,7 +252,9 @@ class ShardedParameters:
                 look, retain=retain, key=key, grid=grid
             ):  # uses counted too high, a unit is only scattered later
                 leaves = list(wanted.values())
-                found = differentiate(loss, leaves, cotangent, retain, over, (tape.port,), self.owner, tape.arrivals.amid)
+                found = differentiate(
+                    loss, leaves, cotangent, retain, over, (tape.port,), self.owner, tape.arrivals.amid
+                )
             grads: list[Any] = [None] * len(tape.whole.structure.leaves)
             for i, g in zip(wanted, found, strict=True):
                 grads[i] = g
