@@ -16,8 +16,8 @@ from funczero.deepspeed.engine.held import Held, named
 from funczero.gradients.pullback import pullback
 from funczero.layout.spec import P
 from funczero.step.step import Step
-from funczero.world.entries import FORWARD
 from funczero.transforms.chain import Source
+from funczero.world.entries import FORWARD
 
 
 class WholeParameters:
