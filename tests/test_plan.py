@@ -82,6 +82,41 @@ def test_zero_plus_plus_is_planned_to_the_byte():
     agrees(lambda mesh: fz.train_step(*parts, mesh=mesh), zoo.params(), zoo.batch(0), {"node": 2, "local": 2}, (0, 3))
 
 
+def beside(storage, own=3):
+    """A step builder by mesh, whose loss reads a teacher that is cut over the ranks; and what it keeps on each."""
+    kept = []
+
+    def forward(p, x):
+        return fz.layers(lambda block, x: torch.tanh(x @ block["w"]), p["blocks"], x @ p["in"])
+
+    def build(mesh):
+        def loss(p, x):
+            want = forward(teacher.params(), x)
+            return ((forward(p, x) - want) ** 2).sum(), torch.tensor(float(len(x)))
+
+        source = fz.value_and_grad(loss, batch=P("data"), units=("blocks",))
+        step = fz.train_step(*fz.zero(source, fz.adamw(1e-3), stage=3), mesh=mesh)
+        teacher = fz.frozen(params, step, stage=own, storage=storage)
+        kept.append(teacher.nbytes)
+        return step
+
+    params = {"in": torch.ones(5, 7), "blocks": [{"w": torch.ones(7, 7)} for _ in range(3)]}
+    return build, params, kept
+
+
+@pytest.mark.parametrize("storage", [None, pytest.param("int8", marks=pytest.mark.slow)])
+def test_what_a_loss_reads_of_a_teacher_is_planned_with_it(storage):
+    """Its parts lie on the mesh of the plan, and not where the step that is planned was made."""
+    build, params, kept = beside(storage)
+    agrees(build, params, torch.ones(4, 5), {"data": 2}, ranks=(1,))
+    plan = fz.plan(build({"data": 1}), shapes(params), torch.ones(4, 5), mesh={"data": 2})
+    assert plan.memory.frozen == kept[0] == kept[1] and "frozen" in str(plan)  # of the ranks; a plan's own is whole
+    alone = build({"data": 1})
+    with fz.count_bytes(alone) as sent:
+        fz.plan(alone, shapes(params), torch.ones(4, 5), mesh={"data": 2})
+    assert not sent
+
+
 def test_a_forward_elsewhere_is_planned_without_it():
     def build(mesh):
         return fz.train_step(*fz.zero(fz.pullback(P("data")), fz.adamw(1e-2), stage=2), mesh=mesh)

@@ -235,3 +235,56 @@ def test_routed_blocks_and_other_meshes_are_refused_by_name():
         fz.plan(step(1, has_aux=True, unused="keep"), zoo.params(), mesh={"data": 2})
     with pytest.raises(ValueError, match="does not divide"):
         fz.plan(step(), zoo.params(), zoo.batch(0, micros=1), mesh={"data": 4})
+
+
+def test_arguments_that_are_none_are_refused_by_name():
+    batch, params = {"x": torch.empty(8, 32), "y": torch.empty(8, 16)}, {"w": torch.empty(32, 16)}
+    at = lambda **kw: fz.plan(step(1, linear, ()), params, batch, **{"mesh": {"data": 4}, **kw})
+    search = lambda **kw: fz.search_plans(
+        fz.value_and_grad(linear, batch=P("data")),
+        fz.adamw(1e-3),
+        params=params,
+        batch=batch,
+        **{"mesh": {"data": 4}, **kw},
+    )
+    drawn = lambda mesh: lambda: fz.visualize({"w": P("data")}, mesh)
+    for fn, why in (
+        (lambda: at(link=Link()), "is no link of an axis"),
+        (lambda: at(link="data=1Gbit/1us", machine=5.0), "machine=5.0 is no machine"),
+        (lambda: at(link="data=1Gbit/1us", machine=Machine(-1.0)), "machine: flops=-1.0 is below 0"),
+        (lambda: at(rank=True), "rank=True is not on a mesh"),
+        (lambda: search(memory=0), "search_plans: memory=0 is not above 0"),
+        (lambda: search(accumulate=2), "accumulate=2 are no numbers"),
+        (lambda: search(mesh={}), "the mesh has no axis"),
+        (drawn({"data": 0}), "mesh axis 'data'=0 is below 1"),
+        (drawn({"data": 2.0}), "is a float and no whole number"),
+        (drawn(8), "mesh=8 is no dict of sizes"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=why):
+            fn()
+
+
+def test_ranks_are_numbered_by_the_steps_own_order_of_axes():
+    grad = fz.value_and_grad(linear, batch=P(("node", "local")))
+    made = fz.train_step(*fz.zero(grad, fz.adamw(1e-3), stage=1, axis=("node", "local")), mesh={"node": 1, "local": 1})
+    assert fz.plan(made, {"w": torch.empty(32, 16)}, mesh={"local": 2, "node": 4}).mesh == {"node": 4, "local": 2}
+
+
+def test_a_search_shows_the_rank_that_holds_most():
+    """The first rank has the dearest leaf, the second the two others, which take more."""
+    loss = lambda p, x: (sum((x @ w).square().sum() for w in p.values()), torch.tensor(float(len(x))))
+    params = {"a": torch.empty(64, 40), "b": torch.empty(64, 36), "c": torch.empty(64, 36)}
+    found = fz.search_plans(
+        fz.value_and_grad(loss, batch=P("data")), fz.soap(1e-3), params=params, mesh={"data": 2},
+        batch=torch.empty(4, 64), wires=("exact",),
+    )  # fmt: skip
+    assert {row.candidate.name: row.plan.rank for row in found.rows}["ZeRO-3"] == 1
+    assert "that hold most, [1]" in str(found)
+
+
+def test_norms_of_leaves_are_planned():
+    """The bins of small leaves are numbers, which keep their values in a plan, and are sent to nobody."""
+    grad = fz.value_and_grad(linear, batch=P("data"))
+    made = fz.train_step(*fz.zero(grad, fz.lamb(1e-3), stage=3), mesh={"data": 1})
+    found = fz.plan(made, {"w": torch.empty(3, 2)}, {"x": torch.empty(4, 3), "y": torch.empty(4, 2)}, mesh={"data": 2})
+    assert found.sent["data", "all_reduce", "int64"] > 0

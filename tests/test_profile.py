@@ -7,7 +7,9 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
+from engines import data, make
 from torch.profiler import profile as profiler
 
 import funczero as fz
@@ -16,7 +18,11 @@ from funczero.core.spans import MARK, span
 
 def seen(stage, path):
     """(shares, hidden, table, names in the trace, names of the chain) of two updates."""
-    right = (fz.clip_by_global_norm(1.0), fz.partition([("embed", fz.sgd(0.1)), ("", fz.adamw(1e-2))]))
+    right = (
+        fz.scale_loss(init=4.0, weight=8.0),
+        fz.clip_by_global_norm(1.0),
+        fz.partition([("embed", fz.sgd(0.1)), ("", fz.adamw(1e-2))]),
+    )
     step = fz.train_step(*fz.zero(zoo.source(), *right, stage=stage, accumulate=2), mesh={"data": -1})
     state = step.init(zoo.params())
     state, _ = step(state, step.local_rows(zoo.batch(0)))
@@ -33,7 +39,7 @@ def seen(stage, path):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_every_part_of_the_chain_has_its_name_in_the_trace(run_world, tmp_path, stage, size):
     for rank, found in enumerate(run_world(size, seen, stage, tmp_path / "t.json")):
         shares, hidden, table, names, chain, travels, same, file = found
@@ -41,11 +47,13 @@ def test_every_part_of_the_chain_has_its_name_in_the_trace(run_world, tmp_path, 
         assert file == ("t.json" if size == 1 else f"t.rank{rank}.json")
         assert {"forward", "backward", "accumulate(2)", "mean", "clip_by_global_norm(1)", "step(state, batch)"} <= names
         assert {"blocks/0", "blocks/1"} <= names
-        assert {"sgd", "adamw", chain[-1]} <= names  # each of the optimizers, and the place where the last one applies
+        own = {name for name in chain if name != ")" and not name.startswith(("value_and_grad", "shard", "sgd("))}
+        assert own <= names and ("the end of shard('data')" in names) == (")" in chain)
+        assert {"sgd", "adamw"} <= names  # each of the optimizers
         assert abs(sum(shares.values()) - 1) < 1e-6 and all(x >= 0 for x in shares.values())
         assert "2 calls of a step" in table
         if size == 2:
-            gathers = {0: set(), 3: {"all_gather data"}}[stage]
+            gathers = {0: set(), 1: {"all_gather data"}, 3: {"all_gather data"}}[stage]
             assert gathers <= set(travels) and "all_reduce data" in travels
             assert all(0 <= x <= 1 for x in hidden.values()) and set(hidden) == set(travels)
 
@@ -62,3 +70,22 @@ def test_a_profile_without_a_step_says_so(tmp_path):
     with fz.profile(tmp_path / "none.json") as found:
         torch.ones(2) + 1
     assert str(found) == "profile: no step was called in it" and found.shares() == {} and os.listdir(tmp_path)
+
+
+def of_an_engine(stage):
+    """(shares, collectives) of two updates of an engine, whose forwards run before its step."""
+    engine = make(stage)
+    with fz.profile() as found:
+        for _ in range(2):
+            engine.backward(F.cross_entropy(engine(data()[0]), data()[1]))
+            engine.step()
+    return found.shares(), found.travels, str(found)
+
+
+@pytest.mark.parametrize("stage, size", [(0, 1), (3, 2)])
+def test_a_profile_of_an_engine_has_its_forwards_and_backwards(run_world, stage, size):
+    for shares, travels, table in run_world(size, of_an_engine, stage):
+        assert {"forward", "backward"} <= set(shares) and abs(sum(shares.values()) - 1) < 1e-6
+        assert "4 calls of a step" in table  # a micro-batch and an update, each a call
+        if stage:
+            assert "blocks.*" in shares and travels["all_gather data"].launches >= 4

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,10 +25,20 @@ def told(error: BaseException, where: Callable[[], str]) -> None:
         error.add_note(f"{TOLD} {where()}")
 
 
+@contextmanager
+def asking(where: Callable[[], str]) -> Iterator[None]:
+    """Inside, who asks for memory and finds none is told."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        told(error, where)
+        raise
+
+
 def held(error: BaseException, what: Callable[[], str]) -> None:
-    """Adds what this rank holds to an error of an allocator."""
-    if of_memory(error):
-        error.add_note(what())
+    """Adds what this rank holds to an error of an allocator, once."""
+    if of_memory(error) and (said := what()) not in getattr(error, "__notes__", ()):
+        error.add_note(said)
 
 
 def of_memory(error: BaseException) -> bool:

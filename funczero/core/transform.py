@@ -54,6 +54,7 @@ def around(
     before: Callable[[Slots, Seed, State], tuple[Seed, Carried]],
     fn: Callable[[In, State, Carried], tuple[Out, State]],
     init: Callable[[Lazy], State] | None = None,
+    called: str = "",
 ) -> Grad:
     """As `after`, for a transform whose two halves share a value.
 
@@ -61,13 +62,14 @@ def around(
       before: (views at rest, seed, state) -> (the seed handed to the left, a value that is carried past it).
       fn: (out, state, carried) -> (out, state).
       init: as after's.
+      called: in a trace and where it finds no memory, if its name in the chain says too little there.
     """
 
     def apply(views: Slots, state: State, batch: Tree, s: Seed) -> tuple[Out | None, State]:
         s, carried = before(views, s, state)
         out: Any  # an `In`, as the phase of g's layout says
         out, state = g.apply(views, state, batch, s)
-        return (None, state) if out is None else _named(name, fn, out, state, carried)
+        return (None, state) if out is None else _named(called or name, fn, out, state, carried)
 
     return _right_of(g, name, layout, apply, init)
 

@@ -80,6 +80,7 @@ class Arrivals:
         self.sums: dict[int, list[Tensor]] = {}  # of units of which more uses will arrive
         self.ready: dict[int, list[Tensor]] = {}  # complete, and waiting for their turn
         self.turn, self.number = 0, 0  # how many messages have left; how many gradients have arrived
+        self.latest = -1  # unit of the last one
         self.scattering: tuple[Group, Callable[[], list[Tensor]]] | None = None
         self.grads: dict[int, Tensor] = {}
         self.bad: dict[int, Tensor] = {}
@@ -115,6 +116,12 @@ class Arrivals:
             self.booking = False
             self.uses = before if retain else self.uses
 
+    def amid(self) -> str:
+        """Where a backward is, as far as gradients of units have told."""
+        name = self.whole.structure.units[self.latest].name if self.latest >= 0 else ""
+        after = f", after the gradients of unit {name!r}" if name else ""
+        return f"in the backward{after}: gradients, and what a forward kept"
+
     def use(self, group: Group) -> None:
         """One more use of units in this forward: a gradient is complete after the last one."""
         for unit in group:
@@ -136,7 +143,7 @@ class Arrivals:
         if unit in self.sums:
             full = [a + b for a, b in zip(self.sums.pop(unit), full, strict=True)]
         self.uses[unit] -= 1
-        self.number += 1
+        self.number, self.latest = self.number + 1, unit
         if self.uses[unit] > 0:
             self.sums[unit] = full
         else:

@@ -185,7 +185,7 @@ def _differentiate(
                     loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True
                 )
             except RuntimeError as error:
-                told(error, lambda: "in the backward")
+                told(error, tape.arrivals.amid)
                 if "not implemented for sparse" in str(error):
                     raise TypeError(sparse()) from None
                 if "When use_reentrant=True" in str(error):

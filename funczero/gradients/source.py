@@ -11,6 +11,7 @@ import torch
 from funczero.comm.collectives import all_gather
 from funczero.comm.wire import Key
 from funczero.core import order
+from funczero.core.exhausted import asking
 from funczero.core.types import Apply, ChainError, Env, Grad, Layout, Seed, Sum
 from funczero.gradients.arrivals import Collected
 from funczero.gradients.tape import Tape
@@ -100,6 +101,11 @@ def gradient_of(source: Source, env: Env, layout: Layout, apply: Apply) -> Grad:
 
 def close(tape: Tape, grads: list[Any]) -> Collected:
     """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
+    with asking(lambda: "for gradients, as they become buffers and travel"):
+        return _closed(tape, grads)
+
+
+def _closed(tape: Tape, grads: list[Any]) -> Collected:
     structure, where, device = tape.whole.structure, tape.whole, tape.port.device
     tape.end()
     tape.arrivals.used.update(i for i, g in enumerate(grads) if g is not None)

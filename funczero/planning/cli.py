@@ -132,14 +132,15 @@ def _search(
     """Of a file its stages and accumulates; of a model brackets and wires, too."""
     if _is_python(args.what):
         own = sources.built(args.what)
-        _, params = own.make(0, 1)
+        first, params = own.make(0, 1)
         make = lambda stage, k: (lambda: own.make(stage, k)[0])
         every = [Candidate(f"ZeRO-{s}", "its own", k, make(s, k)) for k in ks for s in range(4)]
-        batch = own.batch if args.rows is None else sources.of_rows(own.batch, args.rows * _places(mesh, ks))
+        places, cut = _places(mesh, ks, first.source.batch), first.grad.layout.cut
+        batch = own.batch if args.rows is None else sources.of_rows(own.batch, args.rows * places, cut)
         found = ranked(every, params, None if args.no_batch else batch, mesh, memory, args.link, machine)
     else:
         model = sources.hugging(args.what, args.length)
-        batch = None if args.no_batch else model.rows((args.rows or 1) * _places(mesh, ks))
+        batch = None if args.no_batch else model.rows((args.rows or 1) * _places(mesh, ks, tuple(mesh)))
         parts = (sources.clip_by_global_norm(1.0), sources.adamw(1e-4))
         found = search_plans(
             sources.source_of(model, tuple(mesh)), *parts, params=model.params, mesh=mesh, batch=batch, memory=memory,
@@ -149,9 +150,9 @@ def _search(
     return 0 if found.best is not None else 1
 
 
-def _places(mesh: dict[str, int], ks: list[int]) -> int:
-    """Micro-batches of the update that all accumulates divide: of the largest."""
-    return max(ks) * sources.prod(mesh.values())
+def _places(mesh: dict[str, int], ks: list[int], axes: tuple[str, ...]) -> int:
+    """Micro-batches of the update that all accumulates divide, of the largest, where these axes split the batch."""
+    return max(ks) * sources.prod(n for axis, n in mesh.items() if axis in axes)
 
 
 def _is_python(what: str) -> bool:

@@ -61,9 +61,9 @@ class Still:
 class Hollow(Planned, TorchDispatchMode):
     """Answers the questions that this package asks of values, and shows every operation to `seen`."""
 
-    def __init__(self, seen: Callable[[Any, Any, Any, Any], None], device: torch.device) -> None:
+    def __init__(self, seen: Callable[[Any, Any, Any, Any], None], device: torch.device, mesh: Any = None) -> None:
         """seen: (operation, args, kwargs, what it returned)."""
-        super().__init__()
+        super().__init__(mesh)
         self.generator, self.seen, self.device = Still(), seen, device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,7 +80,8 @@ class Hollow(Planned, TorchDispatchMode):
         if func is _aten.equal.default and any(_valueless(x) for x in args):
             _only_ours("compares the values of two tensors")
             return True
-        if FakeTensor not in types and self.device.type != "meta" and _small((args, kwargs)):
+        sends = func.namespace == "_c10d_functional"  # there is nobody to send even a number to
+        if FakeTensor not in types and not sends and self.device.type != "meta" and _small((args, kwargs)):
             with unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))
         # a collective that is waited for is the tensor that was launched; torch's form of it for shapes is a new one
@@ -153,13 +154,16 @@ def asker() -> FrameType | None:
 
 
 @contextmanager
-def hollow(seen: Callable[[Any, Any, Any, Any], None] = lambda *op: None, device: torch.device = CPU) -> Iterator[None]:
+def hollow(
+    seen: Callable[[Any, Any, Any, Any], None] = lambda *op: None, device: torch.device = CPU, mesh: Any = None
+) -> Iterator[None]:
     """Inside, tensors of a device have no values and no memory.
 
     Args:
       seen: as Hollow's.
       device: the CPU, whose kernels, autocast and memory are then those of a run; or meta, which is faster, and where
         nothing may be made on another device.
+      mesh: the one of the plan, on which lies what a loss brings along (fz.frozen).
 
     Raises:
       TypeError: a loss reads a value, or makes a tensor whose shape hangs on values.
@@ -173,7 +177,7 @@ def hollow(seen: Callable[[Any, Any, Any, Any], None] = lambda *op: None, device
         for name in NAMES:  # whoever tries a kernel tries it on values
             kernel(name, device)
     fake = nullcontext() if device.type == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
-    mode = Hollow(seen, device)
+    mode = Hollow(seen, device, mesh)
     with fake, Named(mode), mode:
         try:
             yield

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from funczero.core.link import Link
-from funczero.core.number import shown
+from funczero.core.number import number, shown
 from funczero.planning.trace import Verb
 from funczero.planning.words import duration
 
@@ -77,6 +77,9 @@ def links_of(
     if said is None and machine is None:
         return None
     said = {} if said is None else said
+    if not isinstance(said, (str, Mapping)):
+        what = f"plan: link={shown(said)} is no link of an axis"
+        raise TypeError(f"{what}; write link={{{next(iter(axes), 'data')!r}: fz.Link(...)}}, or 'data=100Gbit/10us'")
     found = _links(said) if isinstance(said, str) else {axis: _checked(axis, link) for axis, link in said.items()}
     odd = next((a for a in found if a not in axes), None)
     if odd is not None:
@@ -127,6 +130,20 @@ def machine_of(text: str) -> Machine:
         seconds, n = what == "operation", float(found[1])
         out[what] = n / A_SECOND[found[2]] if seconds else n * PREFIX[found[2].lower()]
     return Machine(**out)
+
+
+def works_of(machine: object) -> Machine:
+    """What a rank computes with, as plan is told it; None: nothing takes time.
+
+    Raises:
+      TypeError, ValueError: it is none.
+    """
+    if machine is None or isinstance(machine, str):
+        return Machine() if machine is None else machine_of(machine)
+    if not isinstance(machine, Machine):
+        raise TypeError(f"plan: machine={shown(machine)} is no machine; write '300T,2TB,5us'")
+    parts = machine._asdict().items()
+    return Machine(*(number("plan: machine", name, x) for name, x in parts))
 
 
 def seconds_of(verbs: Sequence[Verb], links: Mapping[str, Link], machine: Machine) -> Seconds:

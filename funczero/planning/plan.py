@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch.distributed.device_mesh import DeviceMesh
 
 from funczero.core.types import Layout
-from funczero.planning.model import Link, Machine, Seconds, links_of, machine_of, seconds_of
+from funczero.planning.model import Link, Machine, Seconds, links_of, seconds_of, works_of
 from funczero.planning.trace import Verb
 from funczero.planning.update import bytes_of, gone_through
 from funczero.planning.words import amount, columns
@@ -26,6 +26,7 @@ class Memory(NamedTuple):
     moments: int  # all that optimizers and other transforms keep, numbers included
     wires: int  # what wires remember
     model_state: int
+    frozen: int  # what fz.frozen keeps for the loss
     gathered: int  # the most that was gathered at once
     activations: int  # the most that forwards and backwards held at once
     peak: int  # the most that existed at once
@@ -88,7 +89,7 @@ def plan(
         the step was given last.
       batch: the global batch of an update, as step.local_rows takes it; shapes do. None: without activations and
         FLOPs, each unit read once, for a look at a large model in seconds.
-      mesh: sizes of the step's mesh axes, outermost first, up to thousands of ranks; None: the step's own.
+      mesh: sizes of the step's mesh axes, up to thousands of ranks; None: the step's own.
       link: by mesh axis, as "node=100Gbit/10us,local=400Gbit/2us": rate and latency of one rank's link (see
         planning/model.py). None: no seconds.
       machine: what a rank computes with, as "300T,2TB,5us": FLOPs and memory's bytes a second, seconds an operation;
@@ -113,10 +114,10 @@ def plan(
     2064384
     """
     sizes = _sizes(step, mesh)
-    if not isinstance(rank, int) or not 0 <= rank < prod(sizes.values()):
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < prod(sizes.values()):
         raise ValueError(f"plan: rank={rank!r} is not on a mesh of {prod(sizes.values())} ranks; write one from 0")
     links = links_of(link, sizes, machine)
-    works = machine_of(machine) if isinstance(machine, str) else machine or Machine()
+    works = works_of(machine)
     _plannable(step, batch)
     ran = gone_through(step, params, batch, sizes, rank)
     live, own, structure = ran.trace.live, bytes_of(ran.state), ran.state.params.where.structure
@@ -127,6 +128,7 @@ def plan(
         own["moments"],
         own["wires"],
         own["model state"],
+        live.most("frozen"),
         live.most("gathered"),
         live.most("activations"),
         live.peak,
@@ -159,7 +161,7 @@ def _sizes(step: Step, mesh: Mapping[str, int] | DeviceMesh | None) -> dict[str,
     odd = next((a for a, n in mesh.items() if not isinstance(n, int) or isinstance(n, bool) or n < 1), None)
     if odd is not None:
         raise ValueError(f"plan: mesh axis {odd!r} has size {mesh[odd]!r}; write a positive number of processes")
-    return dict(mesh)
+    return {axis: mesh[axis] for axis in own}  # ranks are numbered by the step's own order
 
 
 def _plannable(step: Step, batch: Any) -> None:
@@ -184,7 +186,7 @@ def _notes(batch: Any, uncounted: Mapping[str, int], captured: bool) -> tuple[st
     if captured:
         out.append("activations and the peak are those of the loss as it is written; what fz.compile keeps may be more")
     if batch is None:
-        out.append("without a batch: no activations and no FLOPs, and every unit is read once")
+        out.append("without a batch: no activations and no FLOPs, every unit is read once, and nothing of fz.frozen is")
     if uncounted:
         named = ", ".join(f"{name} ({n} times)" for name, n in list(uncounted.items())[:4])
         out.append(f"torch's counter knows no FLOPs of {named}, which count as none")

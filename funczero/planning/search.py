@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from funczero.comm.quantised import int4, int8
+from funczero.core.number import number
 from funczero.core.policy import Policy
 from funczero.core.types import ChainError
 from funczero.planning.model import Link, Machine
 from funczero.planning.plan import Plan, plan
-from funczero.planning.update import states_of
+from funczero.planning.update import heaviest
 from funczero.planning.words import amount, columns, duration, size
 from funczero.step.step import Step
 from funczero.step.train_step import train_step
@@ -61,7 +62,9 @@ class Ranking(NamedTuple):
         told = "nothing fits: more ranks, smaller micro-batches or a block that runs again (remat) would need less"
         if first is not None:
             told = f"first of those that fit: {first.candidate.name}, {first.candidate.wires}"
-        left = [f"left out: {line}" for line in self.left_out]
+        heavy = sorted({row.plan.rank for row in self.rows if row.plan is not None and row.plan.rank})
+        which = f"whole leaves are dealt among ranks: what is shown is of those that hold most, {heavy}"
+        left = [which] * bool(heavy) + [f"left out: {line}" for line in self.left_out]
         return "\n".join([f"on {ranks}, {room}", *columns([head, *cells], indent=1, left=2), told, *left])
 
 
@@ -86,7 +89,8 @@ def search_plans(
     wires: Sequence[str] = tuple(WIRES),
 ) -> Ranking:
     """Stages 0 to 3, and with an axis between nodes and one within them MiCS, hpZ and ZeRO++, each with these wires and
-    accumulates: the fastest that fits the memory first, without a link the one that sends least.
+    accumulates: the fastest that fits the memory first, without a link the one that sends least. What is planned is the
+    rank that holds most, which of optimizers of whole leaves need not be the first.
 
     Args:
       grad, transforms: as zero's: value_and_grad over all axes of the mesh, then what works on the mean.
@@ -98,7 +102,7 @@ def search_plans(
       wires: which of "exact", "int8 views" and "int8 views, int4 sums".
 
     Raises:
-      ValueError: no such wires; no candidate can be planned, with the reason of the first.
+      ValueError: no such wires, memory, mesh or accumulates; no candidate can be planned, with the reason of the first.
 
     >>> import torch, funczero as fz
     >>> loss = lambda params, batch: (((batch @ params["w"]) ** 2).sum(), batch.new_tensor(len(batch)))
@@ -111,7 +115,12 @@ def search_plans(
     odd = next((w for w in wires if w not in WIRES), None)
     if odd is not None:
         raise ValueError(f"plan: wires {odd!r} are none of {list(WIRES)}; write some of them")
-    room = size(memory, "search_plans: memory") if isinstance(memory, str) else memory
+    who = "search_plans"
+    room = size(memory, f"{who}: memory") if isinstance(memory, str) else memory
+    room = None if room is None else int(number(who, "memory", room, above=True))
+    if isinstance(accumulate, (int, str)) or not accumulate or not mesh:
+        why = f"accumulate={accumulate!r} are no numbers" if mesh else "the mesh has no axis"
+        raise ValueError(f"search_plans: {why}; write accumulate=(1, 2) and mesh={{'data': 8}}")
     every = list(candidates(grad, transforms, mesh, accumulate, wires, policy))
     return ranked(every, params, batch, mesh, room, link, machine)
 
@@ -135,9 +144,9 @@ def ranked(
         name = f"{candidate.name} with accumulate {candidate.accumulate}"
         try:
             step = candidate.build()
-            states = sum(states_of(step, params, dict(mesh)).values())
+            rank, states = heaviest(step, params, dict(mesh))
             fits = memory is None or states <= memory
-            made = plan(step, params, batch, mesh, link, machine) if fits else None
+            made = plan(step, params, batch, mesh, link, machine, rank) if fits else None
         except (ChainError, ValueError) as error:  # as rows that this accumulate does not divide
             if not isinstance(error, ChainError) and "divide" not in str(error):
                 raise

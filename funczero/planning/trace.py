@@ -42,6 +42,7 @@ INNER = {
     "funczero.transforms.feedback": (("", "wires"),),
     "funczero.transforms.update": (("", "update"),),
     "funczero.transforms.mean": (("", "values"),),
+    "funczero.step.frozen": (("Frozen.on", "frozen"),),
 }
 # of what travels: whose it is
 OUTER = {"summed": "gradients", "closed": "views"}

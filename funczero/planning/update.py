@@ -23,6 +23,7 @@ from funczero.transforms.chain import Source
 from funczero.transforms.model_state import MODEL
 
 META = torch.device("meta")
+MANY = 64  # ranks that are compared
 
 
 class Ran(NamedTuple):
@@ -80,7 +81,7 @@ def _made(g: Grad, trace: Trace, state: TrainState, batch: Any, device: torch.de
     """An update by g, which the trace sees; bytes of the views that it reads, 0 where they are the masters."""
     whole = torch.empty(g.layout.stride, device=META) if batch is None else shapes_of(batch, "leaf of the batch")
     mine = order.deal(whole, g.layout, g.env.mesh.index)
-    with hollow(trace.saw, device):
+    with hollow(trace.saw, device, g.env.mesh):
         held = emptied(state, device)
         for name, part in parts_of(held).items():
             trace.live.hold(part, name)
@@ -114,11 +115,21 @@ def known(step: Step, params: Any, who: str = "plan") -> Any:
     return masters.structure.unflatten([torch.empty(leaf.shape, device=META) for leaf in masters.structure.leaves])
 
 
-def states_of(step: Step, params: Any, sizes: dict[str, int], rank: int = 0) -> dict[str, int]:
-    """Bytes of a rank's state at rest by what they are for, in the time that its form takes."""
+def heaviest(step: Step, params: Any, sizes: dict[str, int]) -> tuple[int, int]:
+    """The rank that holds most at rest, and how many bytes; in the time that the state's form takes.
+
+    Where optimizers have whole leaves, ranks hold different ones: the first MANY are looked at. Else all hold as much.
+    """
     env = step.grad.env
-    mesh = on_mesh(sizes, rank, META, env.mesh.device, Trace())
-    return bytes_of(_begun(step.interpreted(env._replace(mesh=mesh, early=None)), step, params))
+
+    def of(rank: int) -> tuple[int, Grad]:
+        mesh = on_mesh(sizes, rank, META, env.mesh.device, Trace())
+        g = step.interpreted(env._replace(mesh=mesh, early=None))
+        return sum(bytes_of(_begun(g, step, params)).values()), g
+
+    first, g = of(0)
+    others = range(1, min(prod(sizes.values()), MANY) if g.notes(None) else 1)
+    return max([(0, first), *((rank, of(rank)[0]) for rank in others)], key=lambda found: (found[1], -found[0]))
 
 
 def _begun(g: Grad, step: Step, params: Any) -> TrainState:

@@ -9,10 +9,10 @@ from math import prod
 from typing import Any, NamedTuple
 
 from funczero.core import tree
+from funczero.core.number import shown, whole
 from funczero.layout.spec import P
 from funczero.planning.words import columns
 
-MARKS = "0123456789abcdefghijklmnopqrstuvwxyz"
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f")
 MOST = 16  # columns
 
@@ -54,13 +54,16 @@ class Drawn(NamedTuple):
 def visualize(specs: Any, mesh: Mapping[str, int]) -> Drawn:
     """Who holds what of a tree of PartitionSpecs: a row a leaf, a column a rank.
 
+    A spec has no shape, so all parts are drawn alike. A rank holds ceil(rows / ranks) rows or fewer: where rows do not
+    divide by ranks the last part is smaller, and of a leaf with fewer rows than ranks the last ranks hold nothing.
+
     Args:
       specs: a tree of P, as step.specs(params)["params"] or all of step.specs(params).
       mesh: sizes of the mesh's axes, outermost first.
 
     Raises:
-      ValueError: a spec names an axis that the mesh has not.
-      TypeError: a leaf is no P.
+      ValueError: a spec names an axis that the mesh has not; a size is none.
+      TypeError: a leaf is no P, or the mesh no dict.
 
     >>> from funczero import P
     >>> print(visualize({"w": P("data"), "b": P(), "v": P(None, ("data", "local"))}, {"data": 2, "local": 2}))
@@ -70,12 +73,15 @@ def visualize(specs: Any, mesh: Mapping[str, int]) -> Drawn:
     v P(None, ('data', 'local'))  █···          ·█··          ··█·          ···█
     """
     named = tree.paths(specs)
-    sizes = dict(mesh)
+    if not isinstance(mesh, Mapping):
+        what = f"visualize: mesh={shown(mesh)} is no dict of sizes"
+        raise TypeError(f"{what}; write step.mesh.sizes(), or {{'data': 4}}")
+    sizes = {axis: whole("visualize", f"mesh axis {axis!r}", n, low=1) for axis, n in mesh.items()}
     places = [dict(zip(sizes, place, strict=True)) for place in product(*map(range, sizes.values()))]
-    shown = places[:MOST]
-    parts = tuple(tuple(_part(path, spec, sizes, place) for place in shown) for path, spec in named)
-    ranks = tuple(",".join(f"{axis}{i}" for axis, i in place.items()) or "0" for place in shown)
-    return Drawn(sizes, ranks, tuple(f"{path} {spec}" for path, spec in named), parts, len(places) - len(shown))
+    columned = places[:MOST]
+    parts = tuple(tuple(_part(path, spec, sizes, place) for place in columned) for path, spec in named)
+    ranks = tuple(",".join(f"{axis}{i}" for axis, i in place.items()) or "0" for place in columned)
+    return Drawn(sizes, ranks, tuple(f"{path} {spec}" for path, spec in named), parts, len(places) - len(columned))
 
 
 def _part(path: str, spec: Any, sizes: Mapping[str, int], place: Mapping[str, int]) -> tuple[int, int]:

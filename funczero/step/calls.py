@@ -34,18 +34,19 @@ def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> 
                     return fn(state, *batch)
                 return _entered(ledger, name, fn, state, *batch)
             except (RuntimeError, MemoryError) as error:
-                exhausted.held(error, lambda: _holding(name, state))
+                exhausted.held(error, lambda: holding(name, state))
                 raise
 
     return call
 
 
-def _holding(name: str, state: TrainState) -> str:
+def holding(name: str, state: TrainState) -> str:
     """What a state takes on this rank, by class."""
     kinds = {"parameters": state.params, "views": state.views, **state.chain}
     sizes = [f"{kind} {exhausted.size(tree.tensors(x))}" for kind, x in kinds.items() if tree.tensors(x)]
     where = f"rank {world_rank()} of {world_size()}, {name} at step {int(state.step)}"
-    return f"{where}: its state holds {', '.join(sizes)}; all else is gathered parameters, activations and gradients"
+    rest = "gathered parameters, activations, gradients and, but for what fz.donate reuses, the new state"
+    return f"{where}: its state holds {', '.join(sizes)}; all else is {rest}"
 
 
 def _entered(ledger: Ledger, name: str, fn: Callable[..., Any], state: TrainState, *batch: Any) -> Any:

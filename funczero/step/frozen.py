@@ -15,12 +15,13 @@ from funczero.comm.edge import Edge
 from funczero.comm.wire import Key
 from funczero.core import tree
 from funczero.core.number import dtype_name
+from funczero.core.planned import planned
 from funczero.core.types import Env, TrainState
 from funczero.gradients.loss import written
-from funczero.gradients.stored import STORAGES, Stored, StoredTape, stored
+from funczero.gradients.stored import STORAGES, Stored, StoredTape, empty, stored
 from funczero.gradients.tape import Lent, Tape
 from funczero.layout.lazy import Lazy, lazy
-from funczero.layout.mesh import Coords
+from funczero.layout.mesh import Coords, Mesh
 from funczero.layout.slots import Slots
 from funczero.layout.structure import Structure
 from funczero.layout.where import Where
@@ -48,6 +49,9 @@ class Frozen:
         Raises:
           RuntimeError: it was the state of a step that has used it up (fz.donate), or a loss wrote into what it had.
         """
+        plan = planned()
+        if plan is not None and plan.mesh is not None and plan.mesh is not self.env.mesh:
+            return plan.there(self, lambda: self.on(plan.mesh)).params()
         if self.state is not None and int(self.state.step) < 0:
             why = "its state was donated and its memory is in use"
             raise RuntimeError(f"frozen: {why}; write fz.frozen(state, step) with the state that the step returned")
@@ -64,6 +68,23 @@ class Frozen:
         tape.lend(tape.tensors(rest))
         self.lent = tape.lent
         return self.where.structure.unflatten(rest)
+
+    def on(self, mesh: Mesh) -> Frozen:
+        """The same leaves on another mesh, whose axes have the same names; without values, for a plan.
+
+        Raises:
+          ValueError: that mesh lacks an axis that they are cut over.
+        """
+        odd = next((a for a in self.where.axes if a not in mesh.axes), None)
+        if odd is not None:
+            why = f"the loss reads parameters that fz.frozen cut over {odd!r}, which the mesh ({mesh}) has not"
+            raise ValueError(f"plan: {why}; plan on a mesh with that axis, or write fz.frozen(..., axes=...)")
+        coords, env = mesh.coords(self.where.axes), self.env._replace(mesh=mesh)
+        structure = replace(self.where.structure)  # what forwards of a run have learned of it is not known here
+        if self.stored is not None:
+            return Frozen(empty(structure, coords, self.stored.dtype, self.stored.coded, mesh.device), env, self.key)
+        where = replace(self.where, structure=structure, coords=coords)
+        return Frozen(Slots.zeros(where, self.views.buffers[0].dtype, mesh.device), env, self.key)
 
     @property
     def nbytes(self) -> int:

@@ -12,9 +12,10 @@ from torch.profiler import profile as profiler
 
 from funczero.core.spans import MARK
 from funczero.layout.processes import world_rank, world_size
-from funczero.world.entries import UPDATE
+from funczero.world.entries import FORWARD, UPDATE
 
 WAIT = "wait"
+LISTED = {UPDATE: "the rest", FORWARD: "forward"}  # what is looked at: an engine runs its forward before its step
 BACKENDS = re.compile(r"(gloo|nccl|mpi|ucc|xccl):\w+")
 
 
@@ -79,7 +80,9 @@ def profile(path: str | Path | None = None, **more: Any) -> Iterator[Profile]:
     """Traces the steps that are called while it is open, on this rank.
 
     The trace opens in Perfetto or chrome://tracing, and HTA reads it: every transform, unit, optimizer and collective
-    has the name there that it has in the printed chain. Tracing itself costs time, of small operations more than half.
+    has the name there that it has in the printed chain. A gradient is its "forward" and "backward", and where a bracket
+    closes it says which, as "the end of shard('data')". Of an engine its forwards count, too, which run before its
+    steps. Tracing itself costs time, of small operations more than half.
 
     Args:
       path: where to write the trace, as "trace.json"; of several ranks each writes its own, "trace.rank1.json".
@@ -112,14 +115,14 @@ def _read(out: Profile, events: Sequence[Any]) -> None:
     """Fill a profile from a trace's events."""
     named = [Stretch(e.name, e.time_range.start, e.time_range.end) for e in events]
     marked = sorted((x._replace(name=x.name[len(MARK) :]) for x in named if x.name.startswith(MARK)), key=_order)
-    steps = [x for x in marked if x.name == UPDATE]
+    steps = [x for x in marked if x.name in LISTED]
     inside = [x for x in marked if any(s.start <= x.start and x.end <= s.end for s in steps)]
-    out.updates, out.total = len(steps), sum(s.end - s.start for s in steps)
+    out.updates = sum(x.name == UPDATE for x in steps)
     own: dict[str, float] = {}
     for name, time in _own_times(inside):
-        name = _listed(name) if name != UPDATE else "the rest"
+        name = LISTED.get(name) or _listed(name)
         own[name] = own.get(name, 0.0) + time
-    out.own = own
+    out.own, out.total = own, sum(own.values())
     sent = sorted((x for x in named if BACKENDS.fullmatch(x.name)), key=_order)
     out.travels = _travels(inside, sent)
 

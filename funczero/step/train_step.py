@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from funczero.core.exhausted import asking
 from funczero.core.link import Link
 from funczero.core.policy import Policy
 from funczero.core.transform import refuse
@@ -144,7 +145,9 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         made, (batch, micros) = fits.look(state), dealt(batch, source)
         now, seen = int(state.step), _seen(book, state, patience)
         seed = seed_of(state, g.env.mesh.device, look=options.debug or seen.row > 0)._replace(micros=micros)
-        views, own = fits.views(state, made), {**state.chain, "params": state.params}
+        with asking(lambda: "for views of the parameters"):
+            views = fits.views(state, made)
+        own = {**state.chain, "params": state.params}
         if early.open:
             early.before(state.params)
             if _begins(state, batch):
@@ -162,7 +165,8 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
             if early.updates == 1 and g.layout.rest and (whole := gathered(g, masters.where.structure, SAID)):
                 said.append(f"train_step: {whole}; lists of blocks that are not found are named with units=(...)")
             say(book.said, *(said if _speaks(g) else ()))
-        wide = None if state.views is None else _renewed(out.params, views)
+        with asking(lambda: "for new views of the parameters"):
+            wide = None if state.views is None else _renewed(out.params, views)
         fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
         book.add(fresh, seen)
         if donated:

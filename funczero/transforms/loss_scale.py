@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funczero.core import rng
 from funczero.core.number import flag, number, whole
+from funczero.core.spans import span
 from funczero.core.transform import after, refuse, slot_name
 from funczero.core.types import Apply, Grad, Seed, State, Transform, Tree, Value
 from funczero.layout.slots import Slots
@@ -175,8 +176,9 @@ def _scaled(g: Grad, key: str, settings: Settings) -> Apply:
         if out is None:
             return None, state
         assert isinstance(out, Value) and out.norm is not None  # the mean's
-        new, logs = settings.after(scaler, out)
-        unscaled = out._replace(factor=out.factor / factor, norm=out.norm / factor, logs={**out.logs, **logs})
+        with span("scale_loss"):
+            new, logs = settings.after(scaler, out)
+            unscaled = out._replace(factor=out.factor / factor, norm=out.norm / factor, logs={**out.logs, **logs})
         return unscaled, {**state, key: new}
 
     return apply

@@ -172,4 +172,4 @@ def closed(g: Grad, axis: str, name: str) -> Grad:
         read = collectives.all_gather_new(new, held, edge, mesh, key)
         return out._replace(params=read.map(lambda n, h: torch.where(out.ok, n, h), held)), state
 
-    return around(g, name, layout, before, after)
+    return around(g, name, layout, before, after, called=f"the end of shard({axis!r})" if name == ")" else name)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 UPDATE = "step(state, batch)"
+FORWARD = "engine(batch)"
 BEGINS = "begins with"
 GIVEN = "was given"
 RETURNED = "returned"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funczero.core import tree
+from funczero.core.exhausted import asking
+from funczero.core.spans import span
 
 OLD = (
     "backward: this loss comes from a forward before the last update, and the parameters have moved since; "
@@ -24,6 +26,7 @@ def differentiate(
     over: float,
     ports: tuple[Tensor, ...] = (),
     owner: Any = None,
+    amid: Callable[[], str] = lambda: "in the backward: gradients, and what a forward kept",
 ) -> list[Tensor | None]:
     """Gradients at `wanted`. Leaves of no engine get theirs added to .grad, as (loss / over).backward() would.
 
@@ -31,6 +34,7 @@ def differentiate(
       loss, cotangent: 0-d.
       ports: leaves that stand for closed units; the gradients of those go their own way.
       owner: the `home` of leaves that were made for one window.
+      amid: where the backward is, for an error of memory.
 
     Raises:
       RuntimeError: the loss is of an older window, or depends on no parameter that is trained.
@@ -42,7 +46,8 @@ def differentiate(
         why = "this loss depends on no parameter of this engine that is trained"
         raise RuntimeError(f"engine.backward: {why}; compute it from what engine(batch) returns")
     others = [x for x in leaves if id(x) not in known and not hasattr(x, "home")]
-    found = torch.autograd.grad(loss, [*wanted, *ports, *others], cotangent, retain_graph=retain, allow_unused=True)
+    with span("backward"), asking(amid):
+        found = torch.autograd.grad(loss, [*wanted, *ports, *others], cotangent, retain_graph=retain, allow_unused=True)
     for x, g in zip(others, found[len(known) :], strict=True):
         if g is not None:
             own = (g / (cotangent * over).to(g.dtype)).detach()

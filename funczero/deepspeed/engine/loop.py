@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from funczero.core import tree
+from funczero.core import exhausted, tree
 from funczero.core.types import Metrics, TrainState
 from funczero.deepspeed.config.optimizers import GroupRates
 from funczero.deepspeed.config.resolved import Config
@@ -25,9 +25,10 @@ from funczero.deepspeed.engine.throughput import Throughput
 from funczero.deepspeed.engine.window import amended, emptied, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
 from funczero.layout.mesh import Mesh
-from funczero.step.calls import recorded
+from funczero.step.calls import holding, recorded
 from funczero.step.step import Step
 from funczero.step.train_step import donate
+from funczero.world.entries import FORWARD
 
 Found = TypeVar("Found")  # what a call gives
 
@@ -74,7 +75,7 @@ class Loop(nn.Module):
         self._flops = Flops(config, ranks.get_rank())
         self.global_rank, self.local_rank = ranks.get_rank(), ranks.get_local_rank()
         self.world_size = self.dp_world_size = ranks.get_world_size()
-        self._holder.renew(step, state)
+        self._holder.renew(self._step, state)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__:  # a plain attribute: a module's own way takes ten times as long
@@ -88,10 +89,14 @@ class Loop(nn.Module):
         if self._cast:
             half = lambda x: x.half() if isinstance(x, Tensor) and x.is_floating_point() else x
             args, kwargs = tree.map(half, (args, kwargs))
-        if not torch.is_grad_enabled():
-            return self._holder.forward(*args, **kwargs)
-        with self._breakdown.of("fwd"), self._flops.of("fwd", lambda: self.global_steps):
-            out = self._holder.forward(*args, **kwargs)
+        try:
+            if not torch.is_grad_enabled():
+                return self._holder.forward(*args, **kwargs)
+            with self._breakdown.of("fwd"), self._flops.of("fwd", lambda: self.global_steps):
+                out = self._holder.forward(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            exhausted.held(error, lambda: holding(FORWARD, self._state))
+            raise
         stamp(out, self._clock[0], self._clock)
         return out
 

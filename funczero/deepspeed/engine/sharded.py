@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from funczero.comm.exact import Grid
 from funczero.comm.wire import Key
 from funczero.core import tree
+from funczero.core.exhausted import asking
 from funczero.core.types import TrainState
 from funczero.deepspeed.engine.graphs import OLD, differentiate, leaves_under
 from funczero.deepspeed.engine.held import Closed, Held, named
@@ -36,6 +37,7 @@ from funczero.layout.spec import P
 from funczero.step.calls import recorded
 from funczero.step.step import Step
 from funczero.transforms.chain import Source
+from funczero.world.entries import FORWARD
 
 
 class ShardedParameters:
@@ -168,7 +170,8 @@ class ShardedParameters:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, hooks included."""
-        return self.inside(self.module, *args, **kwargs)
+        with asking(lambda: "in the forward, outside the units"):
+            return self.inside(self.module, *args, **kwargs)
 
     def inside(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """fn with parameters in their places."""
@@ -187,7 +190,7 @@ class ShardedParameters:
             with self.bound(values), unasked(ours):
                 return fn(*batch, **kwargs)
 
-        name = "engine(batch)" if torch.is_grad_enabled() else "engine(batch) under no_grad"
+        name = FORWARD if torch.is_grad_enabled() else f"{FORWARD} under no_grad"
         return recorded(name, call, self.step.running)(self.state, *args)
 
     def run(self, i: int, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +252,9 @@ class ShardedParameters:
                 look, retain=retain, key=key, grid=grid
             ):  # uses counted too high, a unit is only scattered later
                 leaves = list(wanted.values())
-                found = differentiate(loss, leaves, cotangent, retain, over, (tape.port,), self.owner)
+                found = differentiate(
+                    loss, leaves, cotangent, retain, over, (tape.port,), self.owner, tape.arrivals.amid
+                )
             grads: list[Any] = [None] * len(tape.whole.structure.leaves)
             for i, g in zip(wanted, found, strict=True):
                 grads[i] = g

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funczero.core.exhausted import asking
+from funczero.core.spans import span
 from funczero.core.types import TrainState
 from funczero.deepspeed.engine.graphs import differentiate
 from funczero.deepspeed.engine.held import Held, named
@@ -15,6 +17,7 @@ from funczero.gradients.pullback import pullback
 from funczero.layout.spec import P
 from funczero.step.step import Step
 from funczero.transforms.chain import Source
+from funczero.world.entries import FORWARD
 
 
 class WholeParameters:
@@ -60,7 +63,8 @@ class WholeParameters:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's."""
-        return self.module(*args, **kwargs)
+        with span(FORWARD if torch.is_grad_enabled() else f"{FORWARD} under no_grad"), asking(lambda: "in the forward"):
+            return self.module(*args, **kwargs)
 
     def inside(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """fn as it is: parameters are always open."""
