@@ -37,7 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # What every worker would import in each of its lives: the server that they are forked from has it, and has no thread.
-IMPORTED = ("pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint", "transformers.modeling_utils")
+IMPORTED = (
+    "pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint", "transformers.modeling_utils",
+    "funczero.testing.proven",
+)  # fmt: skip
 
 # The longest first. (Without --no-loadscope-reorder xdist would begin with the files that have the most tests.)
 LONG = (

@@ -87,6 +87,7 @@ def main():
     import zoo  # noqa: F401
 
     import funczero.deepspeed  # noqa: F401
+    import funczero.testing.proven  # noqa: F401
 
     torch.set_num_threads(1)
     gc.freeze()  # or the end of every interpreter would go through all that is imported here, and copy it
