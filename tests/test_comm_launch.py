@@ -56,10 +56,11 @@ def sent(mesh, launch):
 
 def gathered(axis, n, dtype):
     mesh, ranks, at = live(axis)
-    out, found = sent(mesh, lambda: launch_gather(values(ranks[at], n, dtype), axis, mesh))
-    assert same(out, torch.stack([values(r, n, dtype) for r in ranks]))
-    name = str(dtype).removeprefix("torch.")
-    assert found == {(axis, "all_gather", name): (len(ranks) - 1) * n * dtype.itemsize} or not n
+    for m in (mesh, mesh._replace(near=frozenset())):
+        out, found = sent(m, lambda m=m: launch_gather(values(ranks[at], n, dtype), axis, m))
+        assert same(out, torch.stack([values(r, n, dtype) for r in ranks]))
+        name = str(dtype).removeprefix("torch.")
+        assert found == {(axis, "all_gather", name): (len(ranks) - 1) * n * dtype.itemsize} or not n
 
 
 @SHORT_AND_LONG
@@ -182,10 +183,10 @@ def test_over_one_rank_nothing_is_sent():
 
 def launched():
     """The names by which torch knows what was launched, of every kind and length."""
-    mesh = connect(plan_mesh({"data": -1}))
-    size, _, group = mesh.axes["data"]
+    near = connect(plan_mesh({"data": -1}))
+    size, _, group = near.axes["data"]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for n in (1, DIRECT):
+        for n, mesh in ((1, near), (DIRECT, near), (DIRECT, near._replace(near=frozenset()))):
             x = torch.ones(n)
             wait(launch_gather(x, "data", mesh))
             wait(launch_exchange(x.expand(size, -1).contiguous(), "data", mesh))

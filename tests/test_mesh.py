@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import funczero as fz
 from funczero.layout.mesh import Axis, connect, located, plan_mesh
+from funczero.testing import simulate
 
 
 @pytest.mark.parametrize(
@@ -129,3 +130,27 @@ def test_a_step_by_sizes_says_each_rank_its_own_place(run_world):
 def test_coordinates_along_no_axis():
     mesh = plan_mesh({"a": 1})._replace(axes={"a": Axis(2, 1, ""), "b": Axis(3, 2, "")})
     assert mesh.coords(()) == () and mesh.rank(()) == (0, 1) and mesh.rank(("b", "a")) == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "near"),
+    [((1, 1, 1, 1), {"node", "local"}), ((1, 1, 2, 2), {"local"}), ((1, 2, 1, 2), {"node"}), ((1, 2, 3, 4), set())],
+    ids=["one", "by row", "by column", "each"],
+)
+def test_an_axis_is_near_where_all_its_lines_lie_on_one_machine(monkeypatch, hosts, near):
+    monkeypatch.setattr("funczero.layout.mesh.hosts_of_the_world", lambda: hosts)
+    found = simulate({"node": 2, "local": 2})(lambda: connect(plan_mesh({"node": 2, "local": 2})).near)
+    assert found == [near] * 4
+
+
+def test_real_ranks_learn_whether_they_are_on_one_machine(run_world):
+    for world in (1, 2):
+        near = run_world(world, axes_near)
+        assert near == [{"data"} if world > 1 else set()] * world
+
+
+def axes_near():
+    """The axes that lie on one machine, of a mesh that funczero made; a DeviceMesh that is given says nothing."""
+    mesh = connect(plan_mesh({"data": -1}))
+    assert connect(plan_mesh(fz.make_mesh({"data": -1}))).near == set()
+    return set(mesh.near)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from math import prod
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from funczero.layout.mesh import Mesh
 from funczero.layout.slots import Slots
 
 MESSAGE = 1 << 22  # bytes of neighbouring units that share one message
+UNDER_WAY = 3  # messages at once: a backend sends two, and one is copied meanwhile
 
 
 def all_gather(x: Slots, edge: Edge | str, mesh: Mesh, key: Key = (0,)) -> Slots:
@@ -39,8 +41,10 @@ def all_gather(x: Slots, edge: Edge | str, mesh: Mesh, key: Key = (0,)) -> Slots
     if mesh.axes[axis].size == 1:
         return Slots(x.buffers, where)
     messages = _messages(x, apart=edge.views_of(True) is not edge.gather)
-    flying = [(us, gather_units(where, us, edge, mesh, [x.buffers[u] for u in us], key)) for us in messages]
-    return Slots(_landed(flying, x), where)
+    buffers, _ = _travelled(
+        messages, lambda us: gather_units(where, us, edge, mesh, [x.buffers[u] for u in us], key), x
+    )
+    return Slots(buffers, where)
 
 
 def reduce_scatter(
@@ -60,12 +64,13 @@ def reduce_scatter(
     inner = x.where.inner(edge.axis, size, index)
     if size == 1:
         return Slots(x.buffers, inner), None
-    flying = []
-    for us in _messages(x):
-        leaves = [x.where.views(u, x.buffers[u]) for u in us]
-        flying.append((us, scatter_units(x.where, us, edge, mesh, leaves, key, held, tally)))
-    new = {u: e for us, f in flying for u, e in zip(us, f.errors, strict=False)}
-    return Slots(_landed(flying, x), inner), None if held is None else with_units(held.errors, new)
+
+    def launch(units: list[int]) -> Travelling:
+        leaves = [x.where.views(u, x.buffers[u]) for u in units]
+        return scatter_units(x.where, units, edge, mesh, leaves, key, held, tally)
+
+    buffers, new = _travelled(_messages(x), launch, x)
+    return Slots(buffers, inner), None if held is None else with_units(held.errors, new)
 
 
 def all_reduce(
@@ -75,11 +80,25 @@ def all_reduce(
 
     The sum, and the new memory of a wire that has one.
     """
-    if edge.sums != "backend" or mesh.axes[edge.axis].size == 1:
-        part, errors = reduce_scatter(x, edge, mesh, key, held)
-        return all_gather(part, edge, mesh, key), errors
+    size = mesh.axes[edge.axis].size
+    if size == 1:
+        return x, None
+    if edge.sums != "backend":
+        return _summed(x, edge, mesh, key, held)
     flying = [launch_backend_sum(b.to(edge.adds), edge.axis, mesh) for b in x.buffers]
     return Slots(tuple(wait(b) for b in flying), x.where), None
+
+
+def _summed(x: Slots, edge: Edge, mesh: Mesh, key: Key, held: Held | None) -> tuple[Slots, Slots | None]:
+    """A scatter and a gather of each message, so that the parts of few are there at once."""
+
+    def launch(units: list[int]) -> Travelling:
+        leaves = [x.where.views(u, x.buffers[u]) for u in units]
+        sent = scatter_units(x.where, units, edge, mesh, leaves, key, held)
+        return Travelling(lambda: gather_units(x.where, units, edge, mesh, sent.wait(), key).wait(), sent.errors)
+
+    buffers, new = _travelled(_messages(x, apart=edge.views_of(True) is not edge.gather), launch, x)
+    return Slots(buffers, x.where), None if held is None else with_units(held.errors, new)
 
 
 def with_units(x: Slots, new: Mapping[int, Tensor]) -> Slots:
@@ -154,9 +173,26 @@ def _messages(x: Slots, apart: bool = False) -> list[list[int]]:
     return out
 
 
-def _landed(flying: list[tuple[list[int], Travelling]], x: Slots) -> tuple[Tensor, ...]:
-    done = {u: b for us, f in flying for u, b in zip(us, f.wait(), strict=True)}
-    return tuple(done.get(u, b) for u, b in enumerate(x.buffers))
+def _travelled(
+    messages: list[list[int]], launch: Callable[[list[int]], Travelling], x: Slots
+) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
+    """The buffers of x after its messages, few of them under way at once, since each takes memory; and by unit the new
+    memory of a wire that has one.
+    """
+    flying, done, new = deque[tuple[list[int], Travelling]](), dict[int, Tensor](), dict[int, Tensor]()
+
+    def land() -> None:
+        units, message = flying.popleft()
+        done.update(zip(units, message.wait(), strict=True))
+        new.update(zip(units, message.errors, strict=False))
+
+    for units in messages:
+        if len(flying) == UNDER_WAY:
+            land()
+        flying.append((units, launch(units)))
+    while flying:
+        land()
+    return tuple(done.get(u, b) for u, b in enumerate(x.buffers)), new
 
 
 def cut(x: Slots, axis: str, mesh: Mesh) -> Slots:

@@ -17,7 +17,7 @@ from funczero.layout.mesh import Mesh
 from funczero.world.sent import Sent
 
 SHORT = 1 << 15  # bytes on all wires under which a sum is all latency
-DIRECT = 1 << 18  # bytes on all wires up to which gloo's exchange gathers sooner than its ring (0.5 to 0.9 of the time)
+DIRECT = 1 << 18  # bytes on all wires up to which an exchange gathers sooner than gloo's ring, wherever the ranks are
 _ops = torch.ops._c10d_functional  # pure, asynchronous and traceable; private to torch, hence used here alone
 
 
@@ -74,19 +74,23 @@ def launch_gather(
         return x.view(1, -1)
     values = x.numel() if values is None else values
     with _sent(mesh, axis, "all_gather", form or x.dtype, x.nbytes * (size - 1), values * (size - 1), units):
-        return _gather_rows(x, size, group, mesh)
+        return _gather_rows(x, size, group, mesh, axis in mesh.near)
 
 
-def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
-    """[n] to [W, n]. What is not long goes to every rank directly: gloo's gather takes twice an exchange's latency.
+def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh, near: bool = False) -> Tensor:
+    """[n] to [W, n].
 
-    A long one takes the form that is given its output. gloo's threads write the name of what they completed last into
-    one string without a lock, and where the name of the other form, `ALLGATHER_COALESCED`, which is too long to lie in
-    the string itself, meets another, a thread writes into memory that is free (torch 2.13; seen as "malloc(): unaligned
-    tcache chunk detected").
+    From a CPU what is short goes to every rank directly, in half of the ring's latency. So does all that stays on one
+    machine: it takes the same time, and gloo's threads keep no memory of their own for it. Between machines a long
+    message goes round the ring, which crosses from one to the next once.
+
+    The ring is launched in the form that is given its output. gloo's threads write the name of what they completed last
+    into one string without a lock, and where the name of the other form, `ALLGATHER_COALESCED`, which is too long to
+    lie in the string itself, meets another, a thread writes into memory that is free (torch 2.13; seen as "malloc():
+    unaligned tcache chunk detected").
     """
     with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
-        if mesh.sends_from == "cpu" and x.nbytes * size <= DIRECT:
+        if mesh.sends_from == "cpu" and (near or x.nbytes * size <= DIRECT):
             rows = x.expand(size, -1).reshape(-1)
             splits = [x.numel()] * size
             return mesh.flight.note(rows, _ops.all_to_all_single(rows, splits, splits, group)).view(size, -1)

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from funczero.layout.processes import default_device, init_distributed, world_rank, world_size
 from funczero.world import presence
+from funczero.world.host import hosts_of_the_world
 from funczero.world.inflight import InFlight
 from funczero.world.ledger import Ledger
 from funczero.world.sent import Sent
@@ -58,6 +59,7 @@ class Mesh(NamedTuple):
     flight: InFlight  # what the backend may still hold when the process ends
     world_group: str = ""  # the group of all, where the mesh spans them
     connected: bool = False
+    near: frozenset[str] = frozenset()  # the axes of which all processes are known to be on one machine
     gathers_into: bool = False  # its groups are of torch's own kind, which gathers into a tensor that it is given
     stands_for: str = ""  # of a plan without values: the type of device that a run would be on
 
@@ -190,7 +192,8 @@ def connect(mesh: Mesh) -> Mesh:
         return mesh._replace(connected=True)
     presence.announce()
     try:
-        live = _connected(_shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type), mesh.ledger)
+        shared, hosts = _shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type)
+        live = _connected(shared, mesh.ledger, hosts)
     except RuntimeError as e:
         raise _lost(world.rank, e) from e
     return live._replace(sent=mesh.sent, device=mesh.device)
@@ -212,14 +215,21 @@ def _lost(rank: int, error: RuntimeError) -> RuntimeError:
 
 
 @lru_cache(maxsize=16)
-def _shared_mesh(world: dist.ProcessGroup | None, sizes: tuple[tuple[str, int], ...], device: str) -> DeviceMesh:
+def _shared_mesh(
+    world: dist.ProcessGroup | None, sizes: tuple[tuple[str, int], ...], device: str
+) -> tuple[DeviceMesh, tuple[int, ...]]:
     """Steps of one world with the same axes share their process groups: each costs sockets and threads that torch
-    never frees.
+    never frees. With the machines of all ranks, which only who sends from a CPU asks for.
     """
-    return make_mesh(dict(sizes), device)
+    return make_mesh(dict(sizes), device), hosts_of_the_world() if device == "cpu" else ()
 
 
-def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
+def _connected(mesh: DeviceMesh, ledger: Ledger | None = None, hosts: tuple[int, ...] = ()) -> Mesh:
+    """The mesh as this process sees it.
+
+    Args:
+      hosts: of all ranks; unknown of a DeviceMesh that somebody else made, whose axes then are not called near.
+    """
     names = mesh.mesh_dim_names
     if not names:
         raise ValueError("mesh: this DeviceMesh has no mesh_dim_names; make it with fz.make_mesh({'data': -1})")
@@ -228,16 +238,17 @@ def _connected(mesh: DeviceMesh, ledger: Ledger | None = None) -> Mesh:
         raise ValueError(
             f"mesh: rank {dist.get_rank()} is not part of this DeviceMesh; build one over all ranks with fz.make_mesh"
         )
-    axes = {
-        n: Axis(mesh.size(d), place[d], mesh.get_group(d).group_name if mesh.size(d) > 1 else "")
-        for d, n in enumerate(names)
-    }
+    groups = {n: mesh.get_group(d) for d, n in enumerate(names) if mesh.size(d) > 1}
+    axes = {n: Axis(mesh.size(d), place[d], groups[n].group_name if n in groups else "") for d, n in enumerate(names)}
+    lines = {n: dist.get_process_group_ranks(g) for n, g in groups.items() if hosts}
+    near = frozenset(n for n, ranks in lines.items() if len({hosts[r] for r in ranks}) == 1)
     device = torch.device(mesh.device_type)
     if device.type != "cpu":
         device = torch.device(device.type, torch.accelerator.current_device_index())
     everyone = dist.group.WORLD if dist.get_world_size() == mesh.size() else None
     group = "" if everyone is None else everyone.group_name
-    into = all(type(g) is dist.ProcessGroup for g in mesh.get_all_groups())  # a group in Python has no such form
-    out = Mesh(axes, device, Sent(), ledger or Ledger(), InFlight(), group, connected=True, gathers_into=into)
+    into = all(type(g) is dist.ProcessGroup for g in groups.values())  # a group in Python has no such form
+    out = Mesh(axes, device, Sent(), ledger or Ledger(), InFlight(), group, connected=True)
+    out = out._replace(near=near, gathers_into=into)
     out.ledger.joined(*out.rank(tuple(axes)), device)
     return out

@@ -114,7 +114,8 @@ def on_mesh(sizes: dict[str, int], rank: int, device: torch.device, like: torch.
     ledger, world = Agreeing(trace), "planned" if prod(sizes.values()) > 1 else ""
     ledger.place, ledger.ranks = rank, prod(sizes.values())
     axes = dict(reversed(axes.items()))
-    return Mesh(axes, device, Noted(trace), ledger, Landed(), world, connected=True, stands_for=like.type)
+    near = frozenset(axes)  # the form of a gather that holds more memory
+    return Mesh(axes, device, Noted(trace), ledger, Landed(), world, True, near, stands_for=like.type)
 
 
 class Trace:
