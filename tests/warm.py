@@ -94,7 +94,7 @@ def serve(listener, modules):
 
 
 def guardian(asked):
-    """Fork who runs it, in which this returns. Here tell the program how that ended, or end it where the program did."""
+    """Fork who runs it, in which this returns; here tell the program how that ended, or end it with the program."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, fds, _, _ = socket.recv_fds(asked, 8, 250)
     with asked.makefile("rb") as file:
