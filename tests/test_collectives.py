@@ -8,7 +8,7 @@ import zoo
 
 import funczero as fz
 from funczero import P
-from funczero.comm import collectives
+from funczero.comm import collectives, launch
 from funczero.comm.edge import Edge
 from funczero.comm.launch import broadcast
 from funczero.core import order
@@ -17,6 +17,7 @@ from funczero.layout.lazy import lazy
 from funczero.layout.mesh import connect, plan_mesh
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
+from funczero.testing import simulate
 
 NEST = {"node": 2, "local": 2}
 
@@ -67,6 +68,13 @@ def verbs(world, dtype):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_verbs_are_what_they_say(run_world, world, dtype):
     assert zoo.everywhere(run_world, world, verbs, world, dtype) == (True, True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_verbs_are_the_same_where_no_message_is_short(monkeypatch, world, dtype):
+    monkeypatch.setattr(launch, "DIRECT", 0)
+    assert simulate({"data": world})(verbs, world, dtype) == [(True, True, True)] * world
 
 
 def frozen_empties():

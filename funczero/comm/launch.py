@@ -74,15 +74,36 @@ def launch_gather(
         return x.view(1, -1)
     values = x.numel() if values is None else values
     with _sent(mesh, axis, "all_gather", form or x.dtype, x.nbytes * (size - 1), values * (size - 1), units):
-        return _gather_rows(x, size, group, mesh, axis in mesh.near)
+        return _gather_rows(x, size, group, mesh)
 
 
-def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh, near: bool = False) -> Tensor:
-    """[n] to [W, n].
+def apart(nbytes: int, axis: str, mesh: Mesh) -> bool:
+    """Is a gather of so many bytes a rank better launched by `launch_others`? From a CPU, within one machine, a long
+    one: it takes no longer than gloo's ring, without a copy of what this rank has, and gloo's threads keep no memory.
 
-    From a CPU what is short goes to every rank directly, in half of the ring's latency. So does all that stays on one
-    machine: it takes the same time, and gloo's threads keep no memory of their own for it. Between machines a long
-    message goes round the ring, which crosses from one to the next once.
+    Between machines a long message goes round the ring, which crosses from one to the next once.
+    """
+    return axis in mesh.near and mesh.sends_from == "cpu" and nbytes * mesh.axes[axis].size > DIRECT
+
+
+def launch_others(x: Tensor, axis: str, mesh: Mesh, units: tuple[int, ...] = ()) -> Tensor:
+    """Start to gather [n] of the other ranks of an axis of more than one, in their order: [W - 1, n].
+
+    Args: as launch_gather's.
+    """
+    size, index, group = mesh.axes[axis]
+    n = x.numel()
+    splits = [0 if q == index else n for q in range(size)]
+    with (
+        _sent(mesh, axis, "all_gather", x.dtype, x.nbytes * (size - 1), n * (size - 1), units),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        rows = x.expand(size - 1, -1).reshape(-1)
+        return mesh.flight.note(rows, _ops.all_to_all_single(rows, splits, splits, group)).view(size - 1, n)
+
+
+def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh) -> Tensor:
+    """[n] to [W, n]. From a CPU what is short goes to every rank directly, in half of the latency of gloo's ring.
 
     The ring is launched in the form that is given its output. gloo's threads write the name of what they completed last
     into one string without a lock, and where the name of the other form, `ALLGATHER_COALESCED`, which is too long to
@@ -90,7 +111,7 @@ def _gather_rows(x: Tensor, size: int, group: str, mesh: Mesh, near: bool = Fals
     unaligned tcache chunk detected").
     """
     with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated by torch: skip its Python rules
-        if mesh.sends_from == "cpu" and (near or x.nbytes * size <= DIRECT):
+        if mesh.sends_from == "cpu" and x.nbytes * size <= DIRECT:
             rows = x.expand(size, -1).reshape(-1)
             splits = [x.numel()] * size
             return mesh.flight.note(rows, _ops.all_to_all_single(rows, splits, splits, group)).view(size, -1)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from funczero.comm.wire import Lengths
@@ -63,6 +64,7 @@ class Stretch(NamedTuple):
 
 
 Piece = Share | Everywhere | Stretch
+Wire = tuple[Tensor, ...]  # the rows [W, n] of all ranks of an axis, in stretches that follow one another
 
 
 def plan_of(where: Where, unit: int, axis: str, size: int) -> list[list[Piece]]:
@@ -162,11 +164,18 @@ class Even(NamedTuple):
         own = {k: x.reshape(size, n) for k, n, x in zip(self.shares, self.numels, leaves, strict=True)}
         return [own[k] if k in own else leaves[0].new_zeros(size, n) for k, n in enumerate(self.sizes)]
 
-    def pairs(self, leaves: Sequence[Tensor], wire: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def pairs(self, leaves: Sequence[Tensor], wire: Wire) -> tuple[list[Tensor], list[Tensor]]:
         """As `pairs`; leaves may come flat."""
-        parts, size = wire.split_with_sizes(self.sizes, 1), wire.shape[0]
-        here = [x.reshape(size, n) for x, n in zip(leaves, self.numels, strict=True)]
-        return here, [parts[k] for k in self.shares]
+        size, first = sum(map(len, wire)), 0
+        rows, here, there = [x.reshape(size, n) for x, n in zip(leaves, self.numels, strict=True)], [], []
+        for stretch in wire:
+            n = len(stretch)
+            if n:
+                parts = stretch.split_with_sizes(self.sizes, 1)
+                here += rows if n == size else [x.narrow(0, first, n) for x in rows]
+                there += [parts[k] for k in self.shares]
+            first += n
+        return here, there
 
 
 def even_of(where: Where, unit: int, axis: str, size: int) -> Even | None:
@@ -190,20 +199,22 @@ def on_the_wire(
     """Matching views of a unit's leaves here and of the wire [W, n] to all ranks."""
     even = even_of(where, unit, axis, wire.shape[0])
     if even is not None:
-        return even.pairs(leaves, wire)
+        return even.pairs(leaves, (wire,))
     return pairs(plan_of(where, unit, axis, wire.shape[0]), leaves, wire, None)
 
 
 def off_the_wire(
-    where: Where, unit: int, axis: str, buffer: Tensor, wire: Tensor, own: Tensor
+    where: Where, unit: int, axis: str, buffer: Tensor, wire: Wire, own: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Matching views of a unit's buffer here and of the wire from all ranks; what the axis does not cut comes from
     `own`.
     """
-    even = even_of(where, unit, axis, wire.shape[0])
+    size = sum(map(len, wire))
+    even = even_of(where, unit, axis, size)
     if even is not None:
         return even.pairs(where.parts(unit, buffer), wire)
-    return pairs(plan_of(where, unit, axis, wire.shape[0]), where.views(unit, buffer), wire, own)
+    rows = wire[0] if len(wire) == 1 else torch.cat(wire)
+    return pairs(plan_of(where, unit, axis, size), where.views(unit, buffer), rows, own)
 
 
 def travels(inner: Where, unit: int, axis: str) -> int:

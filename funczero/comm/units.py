@@ -15,9 +15,9 @@ from torch import Tensor
 
 from funczero.comm.edge import Edge
 from funczero.comm.exact import Tally
-from funczero.comm.launch import launch_backend_scatter, launch_exchange, launch_gather, wait
+from funczero.comm.launch import apart, launch_backend_scatter, launch_exchange, launch_gather, launch_others, wait
 from funczero.comm.memory import Held, added, remembered
-from funczero.comm.pieces import even_of, off_the_wire, on_the_wire, padded, slot_lengths, travels
+from funczero.comm.pieces import Wire, even_of, off_the_wire, on_the_wire, padded, slot_lengths, travels
 from funczero.comm.wire import Key, as_born, pack_units, unpack_units
 from funczero.core import rng
 from funczero.core.order import tree_sum
@@ -121,17 +121,26 @@ def _rows(
 
 def _gather_born(
     inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, parts: list[Tensor], key: Key
-) -> Callable[[], list[Tensor]]:
-    """Start to gather units as they are; the result waits for it: [W, n] by unit."""
-    sent = launch_gather(parts[0] if len(parts) == 1 else torch.cat(parts), edge.axis, mesh, tuple(units))
-    return lambda: list(wait(sent).split_with_sizes([p.numel() for p in parts], 1))
+) -> Callable[[], list[Wire]]:
+    """Start to gather units as they are; the result waits for it: all ranks' rows by unit."""
+    flat, lengths = parts[0] if len(parts) == 1 else torch.cat(parts), [p.numel() for p in parts]
+    if not apart(flat.nbytes, edge.axis, mesh):
+        sent = launch_gather(flat, edge.axis, mesh, tuple(units))
+        return lambda: [(rows,) for rows in wait(sent).split_with_sizes(lengths, 1)]
+    index, others = mesh.index(edge.axis), launch_others(flat, edge.axis, mesh, tuple(units))
+
+    def arrived() -> list[Wire]:
+        theirs = wait(others).split_with_sizes(lengths, 1)
+        return [(rows[:index], own.view(1, -1), rows[index:]) for rows, own in zip(theirs, parts, strict=True)]
+
+    return arrived
 
 
 # --- one message of packed units --------------------------------------------------------------------------------------
 def _gather_packed(
     inner: Where, units: Sequence[int], edge: Edge, mesh: Mesh, parts: list[Tensor], key: Key
-) -> Callable[[], list[Tensor]]:
-    """Start to gather what the wire makes of units; the result waits and reads it: [W, n] by unit."""
+) -> Callable[[], list[Wire]]:
+    """Start to gather what the wire makes of units; the result waits and reads it: all ranks' rows by unit."""
     lengths = [slot_lengths(inner, u, p.numel()) for u, p in zip(units, parts, strict=True)]
     frozen = [inner.structure.units[u].frozen for u in units]  # read alike at every update, as their views are kept
     parts_of = [key[:1] if still else key for still in frozen]
@@ -139,7 +148,7 @@ def _gather_packed(
     wire, values = edge.views_of(frozen[0]), sum(p.numel() for p in parts)
     packed = pack_units(wire, [parts], lengths, keys)
     sent = launch_gather(packed.rows[0], edge.axis, mesh, tuple(units), wire.name, values)
-    return lambda: [torch.stack(xs) for xs in unpack_units(wire, packed, wait(sent), lengths, parts[0].dtype)]
+    return lambda: [(torch.stack(xs),) for xs in unpack_units(wire, packed, wait(sent), lengths, parts[0].dtype)]
 
 
 def _scatter_packed(
@@ -171,7 +180,7 @@ def _scatter_packed(
     if whole and held is not None and edge.scatter.memory is not None:
         read = unpack_units(edge.scatter, packed, packed.rows, lengths, edge.adds)
         for u, sent_, rows in zip(units, whole, read, strict=True):
-            (back,) = _joined(inner.outer, (u,), edge.axis, [torch.stack(rows)], [rows[mesh.index(edge.axis)]])
+            (back,) = _joined(inner.outer, (u,), edge.axis, [(torch.stack(rows),)], [rows[mesh.index(edge.axis)]])
             errors.append(remembered(edge.scatter.memory, sent_, back, held.errors.buffers[u], held.scale))
     return Travelling(finish, tuple(errors))
 
@@ -184,14 +193,14 @@ def _with_errors(where: Where, unit: int, leaves: list[Tensor], held: Held, edge
 
 
 def _joined(
-    where: Where, units: Sequence[int], axis: str, wires: Sequence[Tensor], owns: Sequence[Tensor]
+    where: Where, units: Sequence[int], axis: str, wires: Sequence[Wire], owns: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Units' buffers out of their parts [W, n] of all ranks of an axis; what that does not cut comes from `owns`."""
+    """Units' buffers out of all ranks' rows along an axis; what that does not cut comes from `owns`."""
     out = []
     for u, own in zip(units, owns, strict=True):
         make = torch.zeros if where.gaps[u] else torch.empty
         out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
-    _copy(off_the_wire(where, u, axis, *each) for u, *each in zip(units, out, wires, owns, strict=True))
+    _copy(off_the_wire(where, u, axis, x, w, own) for u, x, w, own in zip(units, out, wires, owns, strict=True))
     return out
 
 
