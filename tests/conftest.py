@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # What every worker would import in each of its lives: the server that they are forked from has it, and has no thread.
 IMPORTED = (
     "pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint", "transformers.modeling_utils",
-    "funczero.testing.proven", "funczero.deepspeed",
+    "funczero.testing.proven", "funczero.deepspeed", "torch._decomp.decompositions_for_jvp",
 )  # fmt: skip
 OF_ENDS = ("torch.distributed.device_mesh", "torch.fx.experimental.symbolic_shapes", "zoo", "kills")
 
