@@ -8,6 +8,7 @@ there; python itself, where that process is gone. Who kills the program kills wh
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -73,7 +74,6 @@ def _open(fd):
 # --- the process that has imported
 def serve(listener, modules):
     """What to run, in a process of its own; None where nobody will ask any more."""
-    import contextlib
     import gc
     import importlib
 
@@ -111,10 +111,8 @@ def guardian(asked):
     if ended not in select.select([ended, asked], [], [])[0]:
         os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try:
+    with contextlib.suppress(OSError):  # nobody waits for it
         asked.sendall(bytes([code % 256 if code >= 0 else 128 - code]))
-    except OSError:
-        code = 1  # nobody waits for it
     os._exit(0)
 
 
