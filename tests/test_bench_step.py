@@ -43,12 +43,22 @@ def test_a_heat_of_two_computes_the_same_and_is_written_down(tmp_path):
 
 
 @pytest.mark.slow
-def test_everybody_runs_on_two_and_four_ranks_in_both_policies(tmp_path):
-    rows, out = bench(tmp_path, "--heat=4")
-    assert {(2, "fp32"), (2, "bf16"), (4, "fp32"), (4, "bf16")} == {key[1:] for key in rows}
+@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_everybody_runs_on_two_and_four_ranks_in_both_policies(tmp_path, ranks, policy):
+    """Some twenty contenders, each of which starts anew to have its memory measured: minutes a table."""
+    rows, out = bench(tmp_path, "--heat=4", f"--ranks={ranks}", f"--policies={policy}")
+    assert {(ranks, policy)} == {key[1:] for key in rows}
     for name in ("plain", "fsdp", "stage0", "stage1", "stage2", "stage3", "engine0", "engine3"):
-        assert all(x["over"] > 0 and x["start"] > 0 for key, x in rows.items() if key[0] == name)
-    assert ("hpz", 4, "fp32") in rows and "not run: hpz on 2 ranks: two nodes of two ranks are the least" in out
+        assert rows[name, ranks, policy]["over"] > 0 and rows[name, ranks, policy]["start"] > 0
+    assert (("hpz", ranks, policy) in rows) == (ranks == 4)
+    assert ("not run: hpz on 2 ranks: two nodes of two ranks are the least" in out) == (ranks == 2)
+
+
+@pytest.mark.slow
+def test_by_itself_it_writes_a_table_for_two_and_four_ranks_in_both_policies(tmp_path):
+    rows, _ = bench(tmp_path, "--contenders=stage3", "--lives=0")
+    assert {(2, "fp32"), (2, "bf16"), (4, "fp32"), (4, "bf16")} == {key[1:] for key in rows}
     assert (tmp_path / "bench_step.md").read_text().count("\n## ") == 4
 
 

@@ -20,14 +20,17 @@ def cases(
 ) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """(words, function, its arguments)."""
     for dtype in dtypes:
-        for wide in (False, True):
-            for lengths in ((0,), (1,), (13, 0, 200), *sizes):
-                xs = [hard(n, dtype, k).to(device) for k, n in enumerate(lengths)]
-                words = f"square_bins, {dtype}, lengths={lengths}, wide={wide}"
-                yield words, "square_bins", (xs, wide)
-                yield f"{words}, finite", "square_bins", ([x[: len(x) * 2 // 3] for x in xs], wide)
-                yield f"{words}, of one size", "square_bins", ([x.nan_to_num(0, 1, 1).sin() for x in xs], wide)
-                yield f"{words}, zeros", "square_bins", ([torch.zeros_like(x) for x in xs], wide)
+        for lengths in ((0,), (1,), (13, 0, 200), *sizes):
+            xs = [hard(n, dtype, k).to(device) for k, n in enumerate(lengths)]
+            given = {
+                "": xs,
+                ", finite": [x[: len(x) * 2 // 3] for x in xs],
+                ", of one size": [x.nan_to_num(0, 1, 1).sin() for x in xs],
+                ", zeros": [torch.zeros_like(x) for x in xs],
+            }
+            for wide in (False, True):
+                for kind, ys in given.items():
+                    yield f"square_bins, {dtype}, lengths={lengths}, wide={wide}{kind}", "square_bins", (ys, wide)
 
 
 def called(module: ModuleType, name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
