@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-PROGRAM = pytest.StashKey[str]()  # warm.py's, of the process that hands out
 
 
 def hands_out(config: pytest.Config) -> bool:
@@ -25,7 +21,6 @@ def hands_out(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """One thread, compiled kernels, and with the slow tests 100 examples where a test does not say how many."""
     if hands_out(config):
-        begin_warm(config)
         return
     gc.disable()  # until all is collected: nothing of what is imported goes away
     import hypothesis
@@ -46,32 +41,6 @@ IMPORTED = (
     "pytest", "hypothesis", "sympy", "torch._dynamo", "orbax.checkpoint", "transformers.modeling_utils",
     "funczero.testing.proven", "funczero.deepspeed", "torch._decomp.decompositions_for_jvp",
 )  # fmt: skip
-OF_ENDS = ("torch.distributed.device_mesh", "torch.fx.experimental.symbolic_shapes", "zoo", "kills")
-
-
-def begin_warm(config: pytest.Config) -> None:
-    """The process that workers' servers are forked from; none where the system cannot hand over open files."""
-    import warm
-
-    folder = tempfile.TemporaryDirectory(prefix="warm-")
-    config.add_cleanup(folder.cleanup)
-    if hasattr(os, "pidfd_open"):
-        with contextlib.suppress(OSError):
-            process, config.stash[PROGRAM] = warm.begin(folder.name, [*IMPORTED, *OF_ENDS])
-            config.add_cleanup(process.kill)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: Any) -> None:
-    """A worker of xdist hears of warm.py's program."""
-    node.workerinput["python"] = node.config.stash.get(PROGRAM, sys.executable)
-
-
-@pytest.fixture(scope="session")
-def python(pytestconfig: pytest.Config) -> str:
-    """What runs a server: warm.py's program in a worker of xdist, otherwise python."""
-    return getattr(pytestconfig, "workerinput", {}).get("python", sys.executable)
-
 
 # The longest first. (Without --no-loadscope-reorder xdist would begin with the files that have the most tests.)
 LONG = (
@@ -131,21 +100,12 @@ def launched() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def run_world(python: str) -> Iterator[Callable[..., list[Any]]]:
+def run_world() -> Iterator[Callable[..., list[Any]]]:
     """`run_world(4, fn, *args, timeout=60)`: a module-level function in every rank of a gloo world of 4; its results by
     rank.
     """
-    import multiprocessing.forkserver
-    import multiprocessing.resource_tracker
-
     from funczero.testing import WorkerPool
 
-    if python != sys.executable:
-        multiprocessing.resource_tracker.ensure_running()
-        multiprocessing.set_forkserver_preload([*IMPORTED])
-        multiprocessing.set_executable(python)
-        multiprocessing.forkserver.ensure_running()
-        multiprocessing.set_executable(sys.executable)
     pools: dict[int, WorkerPool] = {}
 
     def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -160,11 +120,11 @@ def run_world(python: str) -> Iterator[Callable[..., list[Any]]]:
 
 
 @pytest.fixture(scope="session")
-def ends(python: str):
+def ends():
     """`ends.run(folder, script, size)`: scripts run to their very end, as tests/ends.py says."""
     from ends import Ends
 
-    e = Ends(python)
+    e = Ends()
     yield e
     e.close()
 

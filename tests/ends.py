@@ -26,9 +26,9 @@ LIMIT = 60.0  # seconds, after which a life is ended if it does not say otherwis
 
 
 class Ends:
-    """The process that lives are forked from; `python` is what runs it, as warm.py's program does."""
+    """The process that lives are forked from."""
 
-    def __init__(self, python=sys.executable):
+    def __init__(self):
         env = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -36,7 +36,7 @@ class Ends:
             "GLOO_SOCKET_IFNAME": "lo",
         }
         env = {k: v for k, v in env.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-        self.process = subprocess.Popen([python, __file__], stdin=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=env)
 
     def start(self, place, script, size=1, limit=LIMIT, short=False):
         """A life in a folder of its own; `short` says that the test is not about how it ends (`shortly`)."""
