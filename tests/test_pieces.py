@@ -65,10 +65,13 @@ def test_a_row_of_the_wire_is_that_ranks_buffer(shapes, outer, size, dim, thresh
         for a, b in zip(to, source, strict=True):
             a.copy_(b)
         assert torch.equal(back, here.buffers[0])
-        again = torch.zeros_like(back)
-        for a, b in zip(*pieces.off_the_wire(here.where, 0, "x", again, wire[:, :n], part.buffers[0]), strict=True):
-            a.copy_(b)
-        assert torch.equal(again, back)
+        rows, own = wire[:, :n], part.buffers[0][:n].view(1, -1)
+        for stretches in ((rows,), (rows[:q], own, rows[q + 1 :])):
+            again = torch.zeros_like(back)
+            found = pieces.off_the_wire(here.where, 0, "x", again, stretches, part.buffers[0])
+            for a, b in zip(*found, strict=True):
+                a.copy_(b)
+            assert torch.equal(again, back)
 
 
 def kinds(shape, rule, size):
