@@ -22,14 +22,15 @@ Expect:
 
 Found (quiet, two cores, --ranks=2 --policies=fp32 --rounds=4; wall and CPU time over DDP's, medians):
               stage 0       stage 1       stage 3      DDP, ms
-    tiny      1.50, 1.77    1.48, 1.69    1.51, 1.70     6.9
-    small     1.02, 1.02    1.03, 1.02    1.02, 1.02   897
-    blocks    1.34, 1.34    1.24, 1.24    1.68, 1.70   174     (64 of width 64; aims 1.15, 1.15, 1.5)
-    medium                                1.05, 1.04  2967     (2 rounds; peak 579 MiB over imports, DDP 689: 0.84)
-    Short of the aims everywhere; floor.py says that of small the floor is 0.97 and 0.98. Of a block of 0.65 ms that DDP
+    tiny      1.47, 1.71    1.50, 1.69    1.50, 1.76     7.5
+    small     1.04, 1.02    1.01, 1.01    1.04, 1.03   889     (0.97 to 1.08 in five runs; engines 1.04 at 1 and 3)
+    blocks    1.38, 1.37    1.29, 1.28    1.69, 1.71   173     (64 of width 64; aims 1.15, 1.15, 1.5)
+    medium    1.07, 1.06    1.00, 1.00    1.04, 1.03  2945     (2 rounds)
+    over DDP's peak of 718 MiB at medium: 1.04, 0.79, 0.69 (one life each)
+    Short of the aims of time; floor.py says that of small the floor is 0.97 and 0.98. Of a block of 0.65 ms that DDP
     does not have, 0.2 are its leaves in autograd's graph (a Python function of twelve outputs), 0.2 the copy into the
     message, 0.1 the arrival of its gradients; at stage 3 the gathers take 0.5 more, and what a backward asks for again
-    0.6. bf16, four ranks and the peers in one table are owed.
+    0.6. bf16 (two rounds of small were not done in 200 s), four ranks and the peers in one table are owed.
 
 Found before that (before there were heats, memory and start-up: a quiet run of the whole table is owed; two shared
 cores, 2 ranks, fp32; median ms a step, ratio to DDP within a round and its spread over rounds; first losses within
