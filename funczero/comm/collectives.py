@@ -64,12 +64,7 @@ def reduce_scatter(
     inner = x.where.inner(edge.axis, size, index)
     if size == 1:
         return Slots(x.buffers, inner), None
-
-    def launch(units: list[int]) -> Travelling:
-        leaves = [x.where.views(u, x.buffers[u]) for u in units]
-        return scatter_units(x.where, units, edge, mesh, leaves, key, held, tally)
-
-    buffers, new = _travelled(_messages(x), launch, x)
+    buffers, new = _travelled(_messages(x), lambda us: _scattered(x, us, edge, mesh, key, held, tally), x)
     return Slots(buffers, inner), None if held is None else with_units(held.errors, new)
 
 
@@ -80,21 +75,14 @@ def all_reduce(
 
     The sum, and the new memory of a wire that has one.
     """
-    size = mesh.axes[edge.axis].size
-    if size == 1:
+    if mesh.axes[edge.axis].size == 1:
         return x, None
-    if edge.sums != "backend":
-        return _summed(x, edge, mesh, key, held)
-    flying = [launch_backend_sum(b.to(edge.adds), edge.axis, mesh) for b in x.buffers]
-    return Slots(tuple(wait(b) for b in flying), x.where), None
+    if edge.sums == "backend":
+        flying = [launch_backend_sum(b.to(edge.adds), edge.axis, mesh) for b in x.buffers]
+        return Slots(tuple(wait(b) for b in flying), x.where), None
 
-
-def _summed(x: Slots, edge: Edge, mesh: Mesh, key: Key, held: Held | None) -> tuple[Slots, Slots | None]:
-    """A scatter and a gather of each message, so that the parts of few are there at once."""
-
-    def launch(units: list[int]) -> Travelling:
-        leaves = [x.where.views(u, x.buffers[u]) for u in units]
-        sent = scatter_units(x.where, units, edge, mesh, leaves, key, held)
+    def launch(units: list[int]) -> Travelling:  # the parts of few messages are there at once
+        sent = _scattered(x, units, edge, mesh, key, held)
         return Travelling(lambda: gather_units(x.where, units, edge, mesh, sent.wait(), key).wait(), sent.errors)
 
     buffers, new = _travelled(_messages(x, apart=edge.views_of(True) is not edge.gather), launch, x)
@@ -171,6 +159,13 @@ def _messages(x: Slots, apart: bool = False) -> list[list[int]]:
             out[-1].append(u)
             room -= b.nbytes
     return out
+
+
+def _scattered(
+    x: Slots, units: list[int], edge: Edge, mesh: Mesh, key: Key, held: Held | None, tally: Tally | None = None
+) -> Travelling:
+    leaves = [x.where.views(u, x.buffers[u]) for u in units]
+    return scatter_units(x.where, units, edge, mesh, leaves, key, held, tally)
 
 
 def _travelled(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from funczero.core.exhausted import told
+from funczero.core.exhausted import asking
 from funczero.core.spans import span
 from funczero.core.types import Apply, ChainError, Grad, Layout, Out, Seed, State, Tree
 
@@ -76,12 +76,8 @@ def around(
 
 def _named(name: str, fn: Callable[..., tuple[Out, State]], *args: Any) -> tuple[Out, State]:
     """fn(*args) under a transform's name, in a trace and where it finds no memory."""
-    with span(name):
-        try:
-            return fn(*args)
-        except (RuntimeError, MemoryError) as error:
-            told(error, lambda: f"in {name}")
-            raise
+    with span(name), asking(lambda: f"in {name}"):
+        return fn(*args)
 
 
 def _right_of(g: Grad, name: str, layout: Layout, apply: Apply, init: Callable[[Lazy], State] | None) -> Grad:

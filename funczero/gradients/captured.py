@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from funczero.core import rng, rows, tree
 from funczero.core.closed_over import ClosedOver
-from funczero.core.exhausted import told
+from funczero.core.exhausted import asking
 from funczero.core.spans import span
 from funczero.core.types import Seed, State
 from funczero.gradients import draws
@@ -115,16 +115,12 @@ class Capture:
         if program is None:
             return eager(whole, batch, seed, state, tape)
         flat = given.tensors()
-        try:
-            with span("captured"):
-                if program.line.draws:
-                    with draws.keyed(key[0], tape.device, drew):
-                        found = run(program, tape, call, seed, flat)
-                else:
+        with span("captured"), asking(lambda: "in the captured forward and backward"):
+            if program.line.draws:
+                with draws.keyed(key[0], tape.device, drew):
                     found = run(program, tape, call, seed, flat)
-        except (RuntimeError, MemoryError) as error:
-            told(error, lambda: "in the captured forward and backward")
-            raise
+            else:
+                found = run(program, tape, call, seed, flat)
         loss, weight, moved, aux = found.returned
         outcome = call.outcome(loss, weight, moved, aux, given.state, seed)
         grads = [None if found.void else found.grads.get(i) for i in range(len(tape.whole.structure.leaves))]

@@ -6,14 +6,13 @@ go, and never are more than two open: the one that is used, and the one that tra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from funczero.comm.units import Travelling, gather_units
 from funczero.comm.wire import Key
-from funczero.core.exhausted import told
+from funczero.core.exhausted import asking
 from funczero.core.types import Env
 from funczero.gradients.agree import Agreement
 from funczero.gradients.arrivals import Group
@@ -66,7 +65,7 @@ class Gathers:
 
     def start(self, units: Group) -> None:
         """One message is under way."""
-        with self._named(units):
+        with asking(lambda: self._gathered(units)):
             message = Message(units, self.sent(units))
         for u in units:
             self.flying[u] = message
@@ -87,16 +86,8 @@ class Gathers:
             buffers = gather_units(where, units, self.env.edges[axis], self.env.mesh, buffers, self.at).wait()
         return buffers
 
-    @contextmanager
-    def _named(self, units: Group) -> Iterator[None]:
-        """Where memory is not there for gathered units, the error says whose."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            told(error, lambda: self._gathered(units))
-            raise
-
     def _gathered(self, units: Group) -> str:
+        """Whose memory it is, for an error that has none of it."""
         all_units = self.views.where.structure.units
         names = lambda us: ", ".join(repr(name) for name in dict.fromkeys(all_units[u].name for u in us))
         others = names(u for u, held in self.holds.items() if held and u not in units)
@@ -113,7 +104,7 @@ class Gathers:
     def _landed(self, message: Message) -> list[Tensor]:
         """The buffers of a message, complete."""
         assert message.sent is not None
-        with self._named(message.units):
+        with asking(lambda: self._gathered(message.units)):
             buffers, message.sent = message.sent.wait(), None
             buffers = self.outwards(message.units, buffers)
         for u in message.units:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from funczero.core import order, tree
-from funczero.core.exhausted import told
+from funczero.core.exhausted import asking
 from funczero.core.number import flag
 from funczero.core.rows import counting
 from funczero.core.spans import span
@@ -168,12 +168,8 @@ def _differentiate(
     structure = tape.whole.structure
     open_leaves = tape.tensors(whole)
     before = tape.copies(open_leaves)
-    with span("forward"):
-        try:
-            outcome = call(structure.unflatten(whole), batch, seed, state, tape.port.device)
-        except (RuntimeError, MemoryError) as error:
-            told(error, lambda: "in the forward, outside the units")
-            raise
+    with span("forward"), asking(lambda: "in the forward, outside the units"):
+        outcome = call(structure.unflatten(whole), batch, seed, state, tape.port.device)
     loss, void = outcome.loss, call.void(outcome, seed)
     tape.left_alone(open_leaves, before)
     wanted = {i: x for i, x in open_leaves.items() if x.requires_grad}
@@ -181,11 +177,11 @@ def _differentiate(
     if loss.requires_grad:
         with span("backward"), tape.collecting(seed.look, void=void):
             try:
-                found = torch.autograd.grad(
-                    loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True
-                )
+                with asking(tape.arrivals.amid):
+                    found = torch.autograd.grad(
+                        loss, [*wanted.values(), tape.port], seed.cotangent.to(loss.dtype), allow_unused=True
+                    )
             except RuntimeError as error:
-                told(error, tape.arrivals.amid)
                 if "not implemented for sparse" in str(error):
                     raise TypeError(sparse()) from None
                 if "When use_reentrant=True" in str(error):

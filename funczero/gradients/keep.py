@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funczero.core.exhausted import told
+from funczero.core.exhausted import asking
 from funczero.core.spans import span
 from funczero.gradients.arrivals import Group
 from funczero.gradients.course import Visit
@@ -103,12 +103,9 @@ def _run_open(entered: Sequence[Entered], run: Runs) -> Any:
     """A block on its open leaves."""
     before, first = [e.tape.copies(e.leaves) for e in entered], entered[0]
     name = first.tape.whole.structure.units[first.group[0]].name
-    with span(name), Uncached():
-        try:
-            out = run([e.leaves for e in entered])
-        except (RuntimeError, MemoryError) as error:
-            told(error, lambda: f"in the forward of unit {name!r}: what it computes, and what is kept for the backward")
-            raise
+    where = lambda: f"in the forward of unit {name!r}: what it computes, and what is kept for the backward"
+    with span(name), Uncached(), asking(where):
+        out = run([e.leaves for e in entered])
     for e, copies in zip(entered, before, strict=True):
         e.tape.untouched(e.leaves, copies)
     return out

@@ -192,8 +192,8 @@ def connect(mesh: Mesh) -> Mesh:
         return mesh._replace(connected=True)
     presence.announce()
     try:
-        shared, hosts = _shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type)
-        live = _connected(shared, mesh.ledger, hosts)
+        shared = _shared_mesh(dist.group.WORLD, tuple(sizes.items()), mesh.device.type)
+        live = _connected(shared, mesh.ledger, _hosts(dist.group.WORLD) if mesh.device.type == "cpu" else ())
     except RuntimeError as e:
         raise _lost(world.rank, e) from e
     return live._replace(sent=mesh.sent, device=mesh.device)
@@ -215,13 +215,17 @@ def _lost(rank: int, error: RuntimeError) -> RuntimeError:
 
 
 @lru_cache(maxsize=16)
-def _shared_mesh(
-    world: dist.ProcessGroup | None, sizes: tuple[tuple[str, int], ...], device: str
-) -> tuple[DeviceMesh, tuple[int, ...]]:
+def _shared_mesh(world: dist.ProcessGroup | None, sizes: tuple[tuple[str, int], ...], device: str) -> DeviceMesh:
     """Steps of one world with the same axes share their process groups: each costs sockets and threads that torch
-    never frees. With the machines of all ranks, which only who sends from a CPU asks for.
+    never frees.
     """
-    return make_mesh(dict(sizes), device), hosts_of_the_world() if device == "cpu" else ()
+    return make_mesh(dict(sizes), device)
+
+
+@lru_cache(maxsize=16)
+def _hosts(world: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """The machines of all ranks of a world, which do not move."""
+    return hosts_of_the_world()
 
 
 def _connected(mesh: DeviceMesh, ledger: Ledger | None = None, hosts: tuple[int, ...] = ()) -> Mesh:

@@ -11,6 +11,15 @@ import torch
 import torch.distributed as dist
 
 
+def boot() -> str:
+    """Linux's own name for this boot of this machine.
+
+    Raises:
+      OSError: the system has none.
+    """
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def host() -> int:
     """A number of 62 bits that processes share whose messages stay within one machine: the same boot and the same
     network namespace. Where the system does not tell, nobody shares it.
@@ -19,8 +28,7 @@ def host() -> int:
     True
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return int(hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/net')}".encode()).hexdigest(), 16) >> 194
+        return int(hashlib.sha256(f"{boot()} {os.readlink('/proc/self/ns/net')}".encode()).hexdigest(), 16) >> 194
     except OSError:
         return secrets.randbits(62)
 

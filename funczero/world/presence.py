@@ -13,6 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from funczero.world.host import boot
+
 KEY = "funczero/process"
 
 
@@ -26,8 +28,7 @@ def identity() -> str:
 @lru_cache(maxsize=1)
 def _identity(process: int) -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')} {process} {_state(process)[1]}"
+        return f"{boot()} {os.readlink('/proc/self/ns/pid')} {process} {_state(process)[1]}"
     except OSError:
         return ""
 

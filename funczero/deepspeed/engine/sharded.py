@@ -182,11 +182,11 @@ class ShardedParameters:
             values = self.state.params.where.structure.unflatten(self._open())
             groups = [groups_of([values[s.name] for s in b.spots]) for b in self.blocks]
             self.seam = Blocks([b.path for b in self.blocks], groups)
-            asking = [m for m in self.modules if m.training and asks(m)]
+            askers = [m for m in self.modules if m.training and asks(m)]
             self.again = (
-                {i for i, b in enumerate(self.blocks) if any(m in b.within for m in asking)} if asking else set()
+                {i for i, b in enumerate(self.blocks) if any(m in b.within for m in askers)} if askers else set()
             )
-            ours = [m for m in asking if any(m in self.blocks[i].within for i in self.again)]  # the seam does it
+            ours = [m for m in askers if any(m in self.blocks[i].within for i in self.again)]  # the seam does it
             with self.bound(values), unasked(ours):
                 return fn(*batch, **kwargs)
 
