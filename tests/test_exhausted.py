@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funczero as fz
+import funczero.deepspeed as deepspeed
+from funczero import tree
 from funczero.core.exhausted import held, told
 
 TOO_MUCH = 1 << 45  # values: more than any machine has
@@ -93,6 +98,174 @@ def gathered():
 def test_a_gather_that_finds_no_memory_names_its_unit(run_world):
     for first, *_ in run_world(2, gathered):
         assert first == "out of memory for the gathered parameters of unit 'blocks/0'", first
+
+
+# --- any allocation ---------------------------------------------------------------------------------------------------
+class Fails(TorchDispatchMode):
+    """The allocation of this number fails; they are counted."""
+
+    def __init__(self, at=0):
+        super().__init__()
+        self.at, self.count = at, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        there = {x.untyped_storage()._cdata for x in tree.tensors((args, kwargs))}
+        if any(x.untyped_storage()._cdata not in there for x in tree.tensors(out)):
+            self.count += 1
+            if self.count == self.at:
+                raise torch.OutOfMemoryError(
+                    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+                )
+        return out
+
+
+def plain_loss(params, batch):
+    h = fz.layers(lambda p, h: torch.tanh(h @ p["w"]), params["blocks"], batch["x"])
+    return (h**2).sum() * params["scale"].sum(), torch.tensor(float(len(h)))
+
+
+def made(stage=3, k=1, tx=None, right=(), stream=False, **kw):
+    source = {n: kw.pop(n) for n in ("higher_order",) if n in kw}
+    grad = fz.value_and_grad(plain_loss, batch=fz.P("data"), units=("blocks",), **source)
+    chain = fz.zero(grad, fz.clip_by_global_norm(1.0), tx or fz.adamw(1e-2), *right, stage=stage, accumulate=k)
+    if stream:
+        chain = (chain[0], fz.accumulate(2, stream=True), *chain[1:])
+    return fz.train_step(*chain, mesh={"data": -1}, **kw)
+
+
+EVERY = {"exact": 11}  # allocation that is tried; without its kernel an exact sum has some six hundred
+STEPS = {
+    "stage 0": lambda: made(0),
+    "stage 1, bfloat16": lambda: made(1, policy="params=float32,compute=bfloat16"),
+    "stage 3": lambda: made(3, k=3),
+    "exact": lambda: made(2, k=3, sums="exact"),
+    "higher order": lambda: made(3, higher_order=True),
+    "a stream": lambda: made(1, stream=True),
+    "an average": lambda: made(2, tx=fz.lion(1e-3), right=(fz.ema(0.9),)),
+}
+
+
+def begun(step):
+    dtype = step.policy.compute
+    state = step.init({"blocks": [{"w": torch.eye(4)} for _ in range(3)], "scale": torch.ones(3)})
+    batches = [step.local_rows({"x": torch.full((6, 4), 0.1 * i, dtype=dtype)}) for i in (1, 2, 3)]
+    if "stream=True" in str(step):
+        state, _ = step(state, batches[2])
+        batches[1] = None
+    return step(state, batches[0])[0], batches[1]
+
+
+def failed(step, state, batch, at):
+    """The error where one allocation of an update fails; None where the update has fewer."""
+    try:
+        with Fails(at):
+            step(state, batch)
+    except torch.OutOfMemoryError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_whatever_allocation_of_an_update_fails_it_is_told_once(name):
+    step = STEPS[name]()
+    state, batch = begun(step)
+    step(state, batch)
+    for at in range(1, 10_000, EVERY.get(name, 1)):
+        error = failed(step, state, batch, at)
+        if error is None:
+            break
+        said = [x for x in error.__notes__ if x.startswith("out of memory ")]
+        holds = [x for x in error.__notes__ if "its state holds parameters" in x]
+        assert len(said) == len(holds) == 1, (at, error.__notes__)
+    assert at > 30
+
+
+def copied(state):
+    return [x.clone() for x in tree.tensors((state.params, state.chain))]
+
+
+@pytest.mark.parametrize("name", [n for n in STEPS if n != "a stream"])
+def test_a_donated_state_is_as_it_was_or_says_that_it_is_used_up(name):
+    step = STEPS[name]()
+    state, batch = begun(step)
+    want, donated = step(state, batch)[0], fz.donate(step)
+    seen = set()
+    for at in range(1, 10_000, EVERY.get(name, 1)):
+        given = tree.clone(state)
+        before = copied(given)
+        if failed(donated, given, batch, at) is None:
+            break
+        same = all(torch.equal(a, b) for a, b in zip(before, copied(given), strict=True))
+        try:
+            after, _ = donated(given, batch)
+        except RuntimeError as error:
+            assert "restore a checkpoint if that call failed" in str(error)
+            seen.add("used up")
+        else:
+            assert same and all(
+                torch.equal(a, b) for a, b in zip(want.params.buffers, after.params.buffers, strict=True)
+            )
+            seen.add("goes on")
+    assert seen == {"used up", "goes on"}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_whatever_allocation_of_an_engines_moments_fails_it_is_told_once(stage):
+    def engine_at(moment):
+        """An engine before a moment, and that moment."""
+        torch.manual_seed(0)
+        config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+        adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+        engine = deepspeed.initialize(model=net, config={**config, **adam})[0]
+        x = torch.ones(2, 4)
+        if moment == "forward":
+            return lambda: engine(x)
+        loss = engine(x).square().mean()
+        if moment == "backward":
+            return lambda: engine.backward(loss)
+        engine.backward(loss)
+        return engine.step
+
+    for moment in ("forward", "backward", "step"):
+        for at in range(1, 10_000):
+            call = engine_at(moment)
+            try:
+                with Fails(at) as reached:
+                    call()
+            except torch.OutOfMemoryError as error:
+                said = [x for x in error.__notes__ if x.startswith("out of memory ")]
+                holds = [x for x in error.__notes__ if "its state holds parameters" in x]
+                assert len(said) == len(holds) == 1, (moment, at, error.__notes__)
+            if reached.count < at:
+                break
+        assert at > 3, moment
+
+
+def peaks():
+    """Of the first three updates of an engine at stage 3: the least of three engines, since what a message holds is let
+    go by a thread of gloo.
+    """
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    every = []
+    for _ in range(3):
+        net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+        engine, found = deepspeed.initialize(model=net, config={**config, **adam})[0], []
+        for _ in range(3):
+            with fz.count_memory(engine.state) as seen:
+                engine.backward(engine(torch.ones(1, 64)).square().mean())
+                time.sleep(0.05)
+                engine.step()
+            found.append(seen.peak)
+        every.append(found)
+    return [min(each) for each in zip(*every, strict=True)]
+
+
+def test_an_engines_later_updates_need_no_more_memory_than_its_first(run_world):
+    for first, second, third in run_world(2, peaks):
+        assert max(second, third) <= first + 1024, (first, second, third)  # what a call keeps beside tensors of a unit
 
 
 def test_other_errors_are_as_they_are():

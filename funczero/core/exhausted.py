@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 TOLD = "out of memory"  # begins every sentence of ours
+HOLDS = "its state holds"  # what is said of a state
 
 
 def told(error: BaseException, where: Callable[[], str]) -> None:
@@ -36,9 +37,9 @@ def asking(where: Callable[[], str]) -> Iterator[None]:
 
 
 def held(error: BaseException, what: Callable[[], str]) -> None:
-    """Adds what this rank holds to an error of an allocator, once."""
-    if of_memory(error) and (said := what()) not in getattr(error, "__notes__", ()):
-        error.add_note(said)
+    """Adds what this rank holds to an error of an allocator, once: the first to say it knows the call."""
+    if of_memory(error) and not any(HOLDS in n for n in getattr(error, "__notes__", ())):
+        error.add_note(what())
 
 
 def of_memory(error: BaseException) -> bool:

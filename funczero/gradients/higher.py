@@ -14,6 +14,8 @@ from torch import Tensor
 from funczero.comm import collectives, differentiable
 from funczero.comm.adjoint import vary
 from funczero.core import tree
+from funczero.core.exhausted import asking
+from funczero.core.spans import span
 from funczero.core.straight import HOLE
 from funczero.core.types import Apply, ChainError, Env, Seed, State, Sum
 from funczero.gradients.arrivals import sparse
@@ -46,7 +48,7 @@ class Loss(NamedTuple):
 
     def __call__(self, parts: Parts, batch: Any, seed: Seed, state: State) -> Outcome:
         """What it says of this rank's rows."""
-        with Derivable(), opened_first():
+        with span("forward"), asking(lambda: "in the forward"), Derivable(), opened_first():
             found = self.call(parts.tree(), batch, seed, state, parts.device)
         parts.left_alone()
         parts.void = self.call.void(found, seed)
@@ -97,7 +99,7 @@ def _derived(loss: Loss, views: Slots, batch: Any, seed: Seed, state: State) -> 
     found: list[Any] = [None] * len(learning)
     if value.requires_grad:
         cotangent = seed.cotangent.to(value.dtype)
-        with _dense():
+        with _backward():
             found = list(torch.autograd.grad(value, list(learning.values()), cotangent, allow_unused=True))
     if learning and all(g is None for g in found) and bool(outcome.weight != 0):
         raise RuntimeError(no_gradient())
@@ -128,7 +130,7 @@ def _derivable(loss: Loss, views: Slots, batch: Any, seed: Seed, state: State) -
     value, pull, tensors = found
     outcome = tree.unflatten([tensors.pop(0) if x is HOLE else x for x in form[1]], form[0])
     cotangent = differentiable.over_all(seed.cotangent, loss.batch, mesh, vary)
-    with _dense():
+    with _backward():
         grads = pull(cotangent.to(value.dtype))[0]
     return outcome._replace(loss=value), _packed(grads, views)
 
@@ -141,9 +143,10 @@ def _packed(grads: dict[int, Tensor], views: Slots) -> Slots:
 
 
 @contextmanager
-def _dense() -> Iterator[None]:
+def _backward() -> Iterator[None]:
     try:
-        yield
+        with span("backward"), asking(lambda: "in the backward: gradients, and what a forward kept"):
+            yield
     except (RuntimeError, NotImplementedError) as error:
         if "sparse" in str(error).lower():
             raise TypeError(sparse()) from error

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
+from funczero.core.exhausted import asking
+from funczero.core.spans import span
 from funczero.core.types import ChainError, Env, Grad, Seed, State
 from funczero.gradients.call import Outcome
 from funczero.gradients.source import gradient_of, layout_of, names_of, on_tape, patterns_of
@@ -39,7 +41,8 @@ def pullback(
         pull, loss, weight = micro
         loss, weight = (torch.as_tensor(x, device=tape.port.device).detach() for x in (loss, weight))
         structure = tape.whole.structure
-        flat = structure.treedef.flatten_up_to(pull(seed.cotangent.to(loss.dtype)))
+        with span("backward"), asking(lambda: "in the backward: gradients, and what a forward kept"):
+            flat = structure.treedef.flatten_up_to(pull(seed.cotangent.to(loss.dtype)))
         grads: list[Any] = [None] * len(structure.leaves)
         for place, g in zip(structure.places, flat, strict=True):
             if g is not None:

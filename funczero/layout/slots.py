@@ -47,6 +47,14 @@ class Slots(NamedTuple):
         """A whole leaf's part, in place."""
         self.present()[leaf].data.copy_(whole.detach()[self.where.slots[leaf].place])
 
+    def versions(self) -> list[int] | None:
+        """How often each buffer was written to; None where torch does not count (inference mode)."""
+        return None if any(b.is_inference() for b in self.buffers) else [b._version for b in self.buffers]
+
+    def begin_writing(self) -> None:
+        """Counts one write in every buffer, before the first is made."""
+        torch.autograd.graph.increment_version([b for b in self.buffers if not b.is_inference()])
+
     def map(self, fn: Callable[..., Tensor], *others: Slots) -> Slots:
         """fn on buffers; padding must stay zero."""
         return Slots(tuple(fn(*b) for b in zip(self.buffers, *(o.buffers for o in others), strict=True)), self.where)

@@ -34,6 +34,7 @@ def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> 
                     return fn(state, *batch)
                 return _entered(ledger, name, fn, state, *batch)
             except (RuntimeError, MemoryError) as error:
+                exhausted.told(error, lambda: "beside the transforms: what a step reads and says of itself")
                 exhausted.held(error, lambda: holding(name, state))
                 raise
 
@@ -46,7 +47,7 @@ def holding(name: str, state: TrainState) -> str:
     sizes = [f"{kind} {exhausted.size(tree.tensors(x))}" for kind, x in kinds.items() if tree.tensors(x)]
     where = f"rank {world_rank()} of {world_size()}, {name} at step {int(state.step)}"
     rest = "gathered parameters, activations, gradients and, but for what fz.donate reuses, the new state"
-    return f"{where}: its state holds {', '.join(sizes)}; all else is {rest}"
+    return f"{where}: {exhausted.HOLDS} {', '.join(sizes)}; all else is {rest}"
 
 
 def _entered(ledger: Ledger, name: str, fn: Callable[..., Any], state: TrainState, *batch: Any) -> Any:

@@ -8,7 +8,8 @@ run the same program decide alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -53,8 +54,27 @@ def unused(who: str, state: TrainState) -> None:
     if now is not None and now < 0:
         raise RuntimeError(
             f"{who}: this state was donated at step {-1 - now} and its memory is in use; go on with the state that"
-            " step(...) returned, or leave fz.donate out"
+            " step(...) returned, restore a checkpoint if that call failed, or leave fz.donate out"
         )
+
+
+@contextmanager
+def using_up(state: TrainState) -> Iterator[None]:
+    """While a step writes into the memory of the state that it was given. Where it fails after its first write, the
+    state is used up as well; before, a caller may try again with it.
+    """
+    before, now = state.params.versions(), int(state.step)
+    try:
+        yield
+    except BaseException:
+        if before is None or state.params.versions() != before:
+            mark_used(state, now)
+        raise
+
+
+def mark_used(state: TrainState, now: int) -> None:
+    """A state of this step says from now on that it was donated."""
+    state.step.fill_(-1 - now)
 
 
 class Fits:

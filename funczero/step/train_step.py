@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from funczero.step.alike import begin, given
 from funczero.step.book import Book
 from funczero.step.calls import recorded, watched
 from funczero.step.describe import gathered
-from funczero.step.fits import Fits, packed
+from funczero.step.fits import Fits, mark_used, packed, using_up
 from funczero.step.initial import check_widening, initial, read_lazily
 from funczero.step.look import dealt, looking, seed_of, seen
 from funczero.step.notices import Early, narrow, nested, say
@@ -90,6 +91,9 @@ def train_step(
 def donate(step: Step) -> Step:
     """The same step with the same bits, in place: the state it is given is used up, and raises when it is used
     again.
+
+    Where a call fails before it has written, as for want of memory in a forward, the state is as it was; where it fails
+    later, it is used up as well.
     """
     return step.rebuild(True)
 
@@ -141,8 +145,12 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
         return state
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics | None]:
+        made, rows = fits.look(state), dealt(batch, source)
+        with using_up(state) if donated else nullcontext():
+            return updated(state, made, *rows)
+
+    def updated(state: TrainState, made: bool, batch: Any, micros: int | None) -> tuple[TrainState, Metrics | None]:
         g = running()
-        made, (batch, micros) = fits.look(state), dealt(batch, source)
         now, seen = int(state.step), _seen(book, state, patience)
         seed = seed_of(state, g.env.mesh.device, look=options.debug or seen.row > 0)._replace(micros=micros)
         with asking(lambda: "for views of the parameters"):
@@ -169,9 +177,10 @@ def _make(parts: tuple[Any, ...], env: Env, options: Options, donated: bool, boo
             wide = None if state.views is None else _renewed(out.params, views)
         fresh = TrainState(masters, wide, new, state.step + 1, state.updates + out.ok, state.key)
         book.add(fresh, seen)
+        metrics = metrics_of(out, fresh)
         if donated:
-            state.step.fill_(-1 - now)  # the old value says so when it is used again
-        return fresh, metrics_of(out, fresh)
+            mark_used(state, now)
+        return fresh, metrics
 
     fits = Fits(book, running, lambda g, meta: read_lazily(source, g, meta, torch.device("meta")))
     rebuild = lambda donating=donated, capture=env.capture: _make(

@@ -9,6 +9,7 @@ import torch
 
 from funczero.comm.exact import Grid
 from funczero.core import order, rows
+from funczero.core.exhausted import asking
 from funczero.core.spans import span
 from funczero.core.transform import refuse, slot_name
 from funczero.core.types import Apply, Grad, Seed, State, Sum, Transform, Tree
@@ -75,9 +76,9 @@ def _loop(g: Grad, k: int, name: str) -> Apply:
         for j, micro in enumerate(rows.split(batch, k, name, cut)):
             out, state = g.apply(views, state, micro, seed._replace(index=seed.index + j * stride))
             assert isinstance(out, Sum)
-            with span(name):
+            with span(name), asking(lambda: f"in {name}"):
                 counter = _taken(counter, j, out, seed.grid, wide, reuse)
-        with span(name):
+        with span(name), asking(lambda: f"in {name}"):
             return order.close(counter, lambda a, b: _add(a, b, wide, reuse)), state
 
     return apply
@@ -91,12 +92,13 @@ def _window(g: Grad, k: int, name: str, key: str) -> Apply:
         window: Accumulate = state[key]
         j = int(window.count)
         if batch is None:
-            return _handed_over(window, wide, name, g.env.donate), {**state, key: _empty()}
+            with span(name), asking(lambda: f"in {name}"):
+                return _handed_over(window, wide, name, g.env.donate), {**state, key: _empty()}
         if j == k:
             raise ValueError(f"{name}: the window already holds {k} micro-batches; call step(state, None) to update")
         out, state = g.apply(views, state, batch, seed._replace(index=seed.index + j * stride))
         assert isinstance(out, Sum)
-        with span(name):
+        with span(name), asking(lambda: f"in {name}"):
             partial = _taken(window.partial, j, out, seed.grid, wide)
         return None, {**state, key: Accumulate(window.count + 1, partial)}
 

@@ -115,6 +115,8 @@ def apply_update(g: Grad, tx: Optimizer, elsewhere: Elsewhere | None = None) -> 
         new = old if donate or not in_place else tree.clone(old)  # the same formula, on clones
         grads, factor = _ready(out, dtype)
         plain = grads.map(lambda b: b * factor.to(b.dtype)) if None in reads else grads  # which formulas write into
+        if donate:
+            old.begin_writing()  # whatever is written first, the masters tell that a state is used up
         for (e, where, held), reading in zip(having, reads, strict=True):
             if reading is None:
                 before, grad = (old, plain) if held is None else (taken(old, where), taken(plain, where))

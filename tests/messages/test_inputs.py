@@ -143,8 +143,8 @@ def pulls_nothing():
 
 WANT = "(sum of losses, sum of weights)"
 DONATED = (
-    "step: this state was donated at step 0 and its memory is in use; go on with the state that step(...) returned, or"
-    " leave fz.donate out"
+    "step: this state was donated at step 0 and its memory is in use; go on with the state that step(...) returned,"
+    " restore a checkpoint if that call failed, or leave fz.donate out"
 )
 INPUTS = {
     "a mesh of another world": (

@@ -81,3 +81,31 @@ def stamp(out: Any, window: int, clock: list[int]) -> None:
         for t in (x,) if isinstance(x, Tensor) else tuple(getattr(x, "__dict__", {}).values()):
             if isinstance(t, Tensor) and t.grad_fn is not None:
                 t.grad_fn.register_prehook(check)
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what engine.backward can take no gradient of."""
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+        what = f"a {type(loss).__name__}"
+        if isinstance(loss, Tensor):
+            what = f"a tensor of shape {tuple(loss.shape)} and {loss.dtype}"
+        raise TypeError(f"engine.backward: the loss is {what}; give one floating 0-d tensor, as loss.mean()")
+    if not loss.requires_grad:
+        why = "this loss needs no gradient; was the forward under torch.no_grad(), or the output detached?"
+        raise RuntimeError(f"engine.backward: {why}")
+
+
+def explained(error: RuntimeError) -> str | None:
+    """torch's errors of graphs in the engine's words."""
+    text = str(error)
+    if "modified by an inplace operation" in text:
+        return (
+            "engine.backward: this loss was computed before the last update, or something in its graph was changed in "
+            "place; run the forward again after engine.step()"
+        )
+    if "backward through the graph a second time" in text:
+        return (
+            "engine.backward: this graph was used up by a backward before; "
+            "write engine.backward(loss, retain_graph=True) the first time, or add the losses"
+        )
+    return None

@@ -16,7 +16,7 @@ from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.breakdown import Breakdown
 from funczero.deepspeed.engine.flops import Flops, Sizes, elements
-from funczero.deepspeed.engine.graphs import leaves_under, stamp
+from funczero.deepspeed.engine.graphs import check_loss, explained, leaves_under, stamp
 from funczero.deepspeed.engine.holder import Holder
 from funczero.deepspeed.engine.leaf import write_leaf
 from funczero.deepspeed.engine.log import logger
@@ -89,14 +89,11 @@ class Loop(nn.Module):
         if self._cast:
             half = lambda x: x.half() if isinstance(x, Tensor) and x.is_floating_point() else x
             args, kwargs = tree.map(half, (args, kwargs))
-        try:
+        with self._asking(FORWARD):
             if not torch.is_grad_enabled():
                 return self._holder.forward(*args, **kwargs)
             with self._breakdown.of("fwd"), self._flops.of("fwd", lambda: self.global_steps):
                 out = self._holder.forward(*args, **kwargs)
-        except (RuntimeError, MemoryError) as error:
-            exhausted.held(error, lambda: holding(FORWARD, self._state))
-            raise
         stamp(out, self._clock[0], self._clock)
         return out
 
@@ -109,23 +106,27 @@ class Loop(nn.Module):
           scale_wrt_gas: False: this loss is added to the window undivided.
         """
         self._check_trains("backward")
-        _check_loss(loss)
+        check_loss(loss)
         over = self._k if scale_wrt_gas else 1
         more = self._again or self.window_length() >= self._k
         times = self._k // over  # a loss that is not averaged weighs as much as k of those that are
         pull = multiplied(self._holder.pull(loss, retain_graph, over), times)
         micro = (pull, loss if times == 1 else loss.detach() * times, 0.0 if more else 1.0)
         try:
-            with self._breakdown.of("bwd"), self._flops.of("bwd", lambda: self.global_steps):
+            with (
+                self._asking("engine.backward"),
+                self._breakdown.of("bwd"),
+                self._flops.of("bwd", lambda: self.global_steps),
+            ):
                 if more:
                     self._state = amended(self._step, self._state, micro)
                 else:
                     self._state, _ = self._step(self._state, micro)
         except RuntimeError as e:
-            explained = _explained(e)
-            if explained is None:
+            why = explained(e)
+            if why is None:
                 raise
-            raise RuntimeError(explained) from e
+            raise RuntimeError(why) from e
         self._backwards += 1
         self._again = True
         return loss.detach() / over if over > 1 else loss.detach()
@@ -150,12 +151,22 @@ class Loop(nn.Module):
         self.micro_steps, self._micro, self._backwards = self.micro_steps + 1, self._micro + 1, 0
         self._updated, self._again = False, False
         if last:
-            with self._breakdown.of("step"):
+            with self._asking("engine.step"), self._breakdown.of("step"):
                 self._update(lr_kwargs or {})
         if last and self._flops.counted:
             self._flops.updated(self.module, self._sizes(), self._breakdown.last)
         if self._breakdown.on:
             self._breakdown.stepped(last, self.global_samples, self.global_steps)
+
+    @contextlib.contextmanager
+    def _asking(self, call: str) -> Iterator[None]:
+        """Who asks for memory inside a call and finds none is told."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            exhausted.told(error, lambda: f"in {call}, beside what its step computes")
+            exhausted.held(error, lambda: holding(call, self._state))
+            raise
 
     @property
     def global_steps(self) -> int:
@@ -296,30 +307,3 @@ class Loop(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: a gradient is used once."""
-
-
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
-        what = f"a {type(loss).__name__}"
-        if isinstance(loss, Tensor):
-            what = f"a tensor of shape {tuple(loss.shape)} and {loss.dtype}"
-        raise TypeError(f"engine.backward: the loss is {what}; give one floating 0-d tensor, as loss.mean()")
-    if not loss.requires_grad:
-        why = "this loss needs no gradient; was the forward under torch.no_grad(), or the output detached?"
-        raise RuntimeError(f"engine.backward: {why}")
-
-
-def _explained(error: RuntimeError) -> str | None:
-    """torch's errors of graphs in the engine's words."""
-    text = str(error)
-    if "modified by an inplace operation" in text:
-        return (
-            "engine.backward: this loss was computed before the last update, or something in its graph was changed in "
-            "place; run the forward again after engine.step()"
-        )
-    if "backward through the graph a second time" in text:
-        return (
-            "engine.backward: this graph was used up by a backward before; "
-            "write engine.backward(loss, retain_graph=True) the first time, or add the losses"
-        )
-    return None
