@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from funczero.comm.edge import Edge, joined
 from funczero.core.optimizer import GradientTransformation
 from funczero.core.transform import refuse
-from funczero.core.types import ChainError, Env, Grad
+from funczero.core.types import ChainError, Env, Grad, Transform
 from funczero.transforms.feedback import kept_where_skipped
 from funczero.transforms.partition import Partition
 from funczero.transforms.shares import Optimizer, foreign
@@ -52,6 +52,19 @@ class Bracket(NamedTuple):
         return self.edge.axis
 
 
+class Summed(NamedTuple):
+    """`all_reduce(axis)`: a scatter and a gather. Directly right of a Source with units the seam scatters for it."""
+
+    name: str
+    axis: str
+    both: Transform
+    gather: Transform  # what is left to do where the Source scatters
+
+    def __call__(self, g: Grad) -> Grad:
+        """g with the sum taken."""
+        return self.both(g)
+
+
 class Configure(NamedTuple):
     """A part that changes the Source, wherever it stands."""
 
@@ -91,7 +104,7 @@ def build(parts: Sequence[Any], env: Env) -> Grad:
                 f"{source.name}: {axis!r} is not an axis of the mesh ({env.mesh}); write one of {list(env.mesh.axes)}"
             )
     if source.units:
-        source, marked = _open_at_seam(source, marked)
+        source, marked = _open_at_seam(source, marked, env.sums == "tree" and not env.differentiable)
     _once_an_update(source, edges)
     g = _counted(fold(source.make(source, env._replace(edges=edges)), marked), source)
     _all_used(source, env)
@@ -302,14 +315,18 @@ def opening(edge: Edge) -> str:
     return f"shard({edge.axis!r}," if edge.exact else f"shard({edge.axis!r}, {edge},"
 
 
-def _open_at_seam(source: Source, parts: tuple[Any, ...]) -> tuple[Source, tuple[Any, ...]]:
-    """Brackets that open directly right of a Source with units scatter each unit's gradient as soon as it exists."""
+def _open_at_seam(source: Source, parts: tuple[Any, ...], sums: bool) -> tuple[Source, tuple[Any, ...]]:
+    """Brackets that open directly right of a Source with units scatter each unit's gradient as soon as it exists.
+
+    Args:
+      sums: so does a sum over an axis, which is then gathered where it stands.
+    """
     first = parts[0] if parts else None
-    if (
-        not isinstance(first, Bracket)
-        or first.axis not in source.batch
-        or first.axis in (*source.axes, *source.scatter)
-    ):
+    opens = isinstance(first, Bracket) or sums and isinstance(first, Summed)
+    if not opens or first.axis not in source.batch or first.axis in (*source.axes, *source.scatter):
         return source, parts
-    source, inner = _open_at_seam(source._replace(scatter=(*source.scatter, first.axis)), first.parts)
+    opened = source._replace(scatter=(*source.scatter, first.axis))
+    if isinstance(first, Summed):
+        return opened, (first.gather, *parts[1:])
+    source, inner = _open_at_seam(opened, first.parts, sums)
     return source, (first._replace(parts=inner, opened=True), *parts[1:])

@@ -14,6 +14,7 @@ from funczero.core.transform import around, refuse
 from funczero.core.types import Grad, Out, Seed, State, Sum, Transform, Updated
 from funczero.layout.slots import Slots
 from funczero.transforms import exact, feedback
+from funczero.transforms.chain import Summed
 
 
 def with_wires(g: Grad, name: str, edge: Edge) -> Grad:
@@ -90,7 +91,7 @@ def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
         return summed(g, Edge(axis, gather=joins, scatter=wire), name, scattered=False)
 
     transform.__name__ = name
-    return transform
+    return Summed(name, axis, transform, lambda g: closed(g, axis, name)) if wire is as_born else transform
 
 
 def reduce_scatter(axis: str, wire: Wire = as_born) -> Transform:
