@@ -112,6 +112,9 @@ class Arrivals:
         self.booking, self.look, self.void = True, look, void
         try:
             yield
+        except BaseException:
+            self._clear()  # what a failed backward has brought is no part of the next one's
+            raise
         finally:
             self.booking = False
             self.uses = before if retain else self.uses

@@ -266,7 +266,7 @@ class Trainer(transformers.Trainer):
         """
         if isinstance(dataloader, DataLoader):
             dataloader = EvalRows(dataloader, self.args.process_index, self.args.world_size, self._data_seed)
-        rows, pad = dataloader, self.accelerator.pad_across_processes
+        rows, pad, gather = dataloader, self.accelerator.pad_across_processes, self.gather_function
         if isinstance(rows, EvalRows):
             joined: Any = lambda x: self.accelerator.gather(pad(x, dim=1, pad_index=-100))
             self.gather_function = lambda x: rows.gathered(x, joined)
@@ -276,6 +276,7 @@ class Trainer(transformers.Trainer):
             return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self.accelerator.__dict__.pop("pad_across_processes", None)
+            self.gather_function = gather
             del self._looks
 
     def prediction_step(
