@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from funczero.core import exhausted, tree
 from funczero.core.types import Metrics, TrainState
@@ -16,25 +16,21 @@ from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.breakdown import Breakdown
 from funczero.deepspeed.engine.flops import Flops, Sizes, elements
-from funczero.deepspeed.engine.graphs import check_loss, explained, leaves_under, stamp
+from funczero.deepspeed.engine.graphs import check_loss, explained, stamp
 from funczero.deepspeed.engine.holder import Holder
-from funczero.deepspeed.engine.leaf import check_leaf, write_leaf
 from funczero.deepspeed.engine.log import logger
 from funczero.deepspeed.engine.monitor import Monitor
+from funczero.deepspeed.engine.standing import Standing
 from funczero.deepspeed.engine.throughput import Throughput
 from funczero.deepspeed.engine.window import amended, emptied, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
-from funczero.layout.mesh import Mesh
-from funczero.step.calls import holding, recorded
+from funczero.step.calls import holding
 from funczero.step.step import Step
-from funczero.step.train_step import donate
 from funczero.world.entries import FORWARD
 
-Found = TypeVar("Found")  # what a call gives
 
-
-class Loop(nn.Module):
-    """A module, a step, its state, and where the loop stands in the window of micro-batches."""
+class Loop(Standing):
+    """Where a loop over an engine's state stands in the window of micro-batches."""
 
     def __init__(
         self,
@@ -52,22 +48,17 @@ class Loop(nn.Module):
           rates: the config's schedule by group.
           made: the step of a config with another batch.
         """
-        super().__init__()
-        self.module = holder.module
-        self._holder, self.config_, self.train_step, self._state = holder, config, step, state
-        self._step, self._k, self._rates, self._made = donate(step), config.triad.steps, rates, made
+        super().__init__(holder, step, state)
+        self.config_, self._k, self._rates, self._made = config, config.triad.steps, rates, made
         self._managed, self._cast = config.value("managed_gradient_accumulation"), config.value("fp16.auto_cast")
         self._boundary: bool | None = None
-        self._clock = [0]  # windows closed: what a graph was built in
         self._backwards = self._micro = 0  # backwards since the last step(), step() calls in the window
         self._again = False  # the next backward adds to the micro-batch of the last one
         self._unsent = False  # inside no_sync
-        self._left = ""  # the call that failed when it had begun to write
-        self._waits = False  # the last step() failed before that, and its window is as it was
+        self._waits = False  # the last step() failed before it wrote, and its window is as it was
         self.micro_steps = self.global_samples = 0
         self.metrics: Metrics | None = None
         self._updated = False
-        self.optimizer: Any = None
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
         self.client_lr_scheduler = False
@@ -78,12 +69,6 @@ class Loop(nn.Module):
         self.global_rank, self.local_rank = ranks.get_rank(), ranks.get_local_rank()
         self.world_size = self.dp_world_size = ranks.get_world_size()
         self._holder.renew(self._step, state)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__:  # a plain attribute: a module's own way takes ten times as long
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
 
     # --- the three moments
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,12 +168,6 @@ class Loop(nn.Module):
             exhausted.held(error, lambda: holding(call, self._state))
             raise
 
-    @property
-    def global_steps(self) -> int:
-        """Windows closed, skipped updates included."""
-        now = int(self._state.step)
-        return now if now >= 0 else -1 - now  # of a state that a failed update has used up
-
     def _sizes(self) -> Sizes:
         """What the flops profiler is told of this engine."""
         held = sum(x.numel() for x in tree.tensors(self._state.views or self._state.params))
@@ -199,17 +178,6 @@ class Loop(nn.Module):
         if self.optimizer is None:
             why = "neither the config nor the call of initialize names an optimizer, so this engine only evaluates"
             raise RuntimeError(f'engine.{call}: {why}; add "optimizer": {{"type": "Adam"}} to the config')
-
-    def check_whole(self, call: str) -> None:
-        """Refuse what an engine holds that a failed call has left amid its writing.
-
-        Raises:
-          RuntimeError: it has; a loaded checkpoint mends it.
-        """
-        if self._left:
-            why = f"{self._left} has failed when it had begun to write, so that weights and moments may be of two updates"
-            remedy = "load a checkpoint with engine.load_checkpoint, or build the module and its engine anew"
-            raise RuntimeError(f"{call}: {why}; {remedy}")
 
     def _ended(self, last: bool) -> None:
         """A micro-batch has ended, and with the last one its window."""
@@ -266,32 +234,6 @@ class Loop(nn.Module):
             lr = [g["lr"] for g in self.optimizer.param_groups]
             logger.info("step %d: loss %.6g, grad norm %.4g, scale %g, lr %s", number, m.loss, m.grad_norm, m.scale, lr)
 
-    @property
-    def live_mesh(self) -> Mesh:
-        """The mesh with its process groups."""
-        return self._step.live_mesh
-
-    @property
-    def state(self) -> TrainState:
-        """The chain's state with the optimizer's groups as they show now.
-
-        `engine.train_step(engine.state, ...)` goes on without the engine.
-        """
-        self.check_whole("engine.state")
-        return self._state if self.optimizer is None else self.optimizer.push(self._state)
-
-    @state.setter
-    def state(self, state: TrainState) -> None:
-        """Parameters and the optimizer's face follow."""
-        state = self._step.fits.settled(state)
-        before, self._left = self._left, self._left or "engine.state = ..."
-        self._state = state
-        self._clock[0] += 1
-        self._holder.renew(self._step, state)
-        if self.optimizer is not None:
-            self.optimizer.pull(state)
-        self._left = before
-
     def window_length(self) -> int:
         """Micro-batches that the open window holds."""
         return taken(self._step, self._state)
@@ -300,53 +242,12 @@ class Loop(nn.Module):
         """Do parameters stand still now? From a backward to its step(), and for who writes until the update."""
         return self._backwards > 0 or writes and self.window_length() > 0
 
-    def reached_by(self, loss: Tensor) -> bool:
-        """Does a loss depend on parameters of this engine?"""
-        return any(self._holder.owns(x) for x in leaves_under(loss))
-
     def forget(self) -> None:
         """The open window is empty again: its gradients are not used. Nothing is sent, and all ranks call it alike."""
         if self.window_length():
             self._state = emptied(self._step, self._state)
         self._micro = self._backwards = 0
         self._again = self._waits = False
-
-    def keep(self, own: Any) -> None:
-        """Another state of one transform, for the next update; parameters and the open window stand still."""
-        self._state = self._step.with_state(self._state, own)
-
-    def inside(self, fn: Callable[..., Found], /, *args: Any, **kwargs: Any) -> Found:
-        """fn(*args, **kwargs), which may read the module's parameters; at stage 3 all ranks call it alike."""
-        self.check_whole("a method of engine.module")
-        return self._holder.inside(fn, *args, **kwargs)
-
-    def together(self, call: str, fn: Callable[[], Found]) -> Found:
-        """fn(), which sends; where a rank makes this call and another does not, all are told."""
-        self.check_whole(call)
-        return recorded(call, lambda state: fn(), self._step.running)(self._state)
-
-    def write_parameters(self, values: Mapping[str, Tensor]) -> None:
-        """Whole values by name into the masters, which forwards read from now on; every rank gives the same.
-
-        Raises:
-          ValueError: one has another shape; nothing is written then.
-        """
-        self.check_whole("writing parameters")
-        for name, value in values.items():
-            check_leaf(self._state.params, name, value)
-        self._left = "writing parameters"
-        for name, value in values.items():
-            write_leaf(self._state, name, value)
-        self.state = self._state
-        self._left = ""
-
-    def refresh_parameters(self) -> None:
-        """The module's parameters show the state again, after somebody opened them."""
-        self._holder.refresh()
-
-    def stray_gradient(self) -> str | None:
-        """A parameter with a gradient of loss.backward(), of which the engine has not heard."""
-        return self._holder.stray_gradient()
 
     # --- boundaries
     def is_gradient_accumulation_boundary(self) -> bool:

@@ -15,7 +15,7 @@ from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.facts import Facts
 from funczero.deepspeed.engine.held import filled_in
 from funczero.deepspeed.engine.leaf import read_leaf
-from funczero.deepspeed.engine.loop import Found
+from funczero.deepspeed.engine.standing import Found
 from funczero.deepspeed.engine.values import module_state
 from funczero.deepspeed.engine.zero_init import close
 
