@@ -101,7 +101,7 @@ def gradient_of(source: Source, env: Env, layout: Layout, apply: Apply) -> Grad:
 
 def close(tape: Tape, grads: list[Any]) -> Collected:
     """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
-    with asking(lambda: "for gradients, as they become buffers and travel"):
+    with asking(lambda: "for gradients, as they become buffers and travel"), tape.arrivals.or_nothing():
         return _closed(tape, grads)
 
 

@@ -53,9 +53,7 @@ class Holder(Protocol):
     def owns(self, leaf: Tensor) -> bool:
         """Does this leaf of a loss's graph stand for parameters of the module?"""
 
-    def pull(
-        self, loss: Tensor, retain: bool, over: float, others: list[tuple[Tensor, Tensor]]
-    ) -> Callable[..., Any]:
+    def pull(self, loss: Tensor, retain: bool, over: float, others: list[tuple[Tensor, Tensor]]) -> Callable[..., Any]:
         """The vector-Jacobian product of a loss for the chain.
 
         Args:

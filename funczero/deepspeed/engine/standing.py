@@ -47,7 +47,9 @@ class Standing(nn.Module):
           RuntimeError: it has; a loaded checkpoint mends it.
         """
         if self._left:
-            why = f"{self._left} has failed when it had begun to write, so that weights and moments may be of two updates"
+            why = (
+                f"{self._left} has failed when it had begun to write, so that weights and moments may be of two updates"
+            )
             remedy = "load a checkpoint with engine.load_checkpoint, or build the module and its engine anew"
             raise RuntimeError(f"{call}: {why}; {remedy}")
 
