@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engines import ADAM, Net, a, b, config, make
-from torch import nn
 
 import funczero as fz
 import funczero.deepspeed as deepspeed

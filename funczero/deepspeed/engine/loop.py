@@ -130,8 +130,8 @@ class Loop(Standing):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """The end of a micro-batch; at the boundary the update.
 
-        Where it fails before it has written, as for a schedule that raises, everything is as it was and it may be called
-        again. Where it fails later, the engine says so until a checkpoint is loaded.
+        Where it fails before it has written, as for a schedule that raises, everything is as it was and it may be
+        called again. Where it fails later, the engine says so until a checkpoint is loaded.
 
         Args:
           lr_kwargs: for the step() of a client's scheduler.
