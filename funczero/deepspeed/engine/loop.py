@@ -188,6 +188,7 @@ class Loop(Standing):
         self._backwards, self._again, self._waits = 0, False, False
 
     def _update(self) -> None:
+        """All of an update but a client's scheduler, until which the engine counts as left amid it."""
         old = self._state
         try:
             self._check_written()
@@ -204,7 +205,6 @@ class Loop(Standing):
         self.global_samples += self.config_.triad.batch
         self.tput_timer.updated(self.config_.triad.batch)
         self.optimizer.stepped()
-        self._left = ""
 
     def _check_written(self) -> None:
         name = self._holder.written()
@@ -214,10 +214,12 @@ class Loop(Standing):
             raise RuntimeError(f"engine.step: parameter {name!r} {what}; {remedy}")
 
     def _scheduled(self, lr_kwargs: dict[str, Any]) -> None:
-        """A client's scheduler moves. What it raises by itself is its own matter: the update is made."""
+        """The end of an update: a client's scheduler moves. What it raises by itself is its own matter."""
         if not (self._updated and self.client_lr_scheduler):
+            self._left = ""
             return
         try:
+            self._left = ""
             self.lr_scheduler.step(**lr_kwargs)
         except Exception:
             raise
