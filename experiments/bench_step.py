@@ -20,33 +20,35 @@ Expect:
     Bytes a parameter and step on 2 ranks in float32: stages 0-2: 4; stage 3: at most 6 (two gathers and a scatter of
     half of all); FSDP2: 8.
 
-Found (quiet, two cores, --ranks=2 --policies=fp32 --rounds=4; wall and CPU time over DDP's, medians):
-              stage 0       stage 1       stage 3      DDP, ms
-    tiny      1.47, 1.71    1.50, 1.69    1.50, 1.76     7.5
-    small     1.04, 1.02    1.01, 1.01    1.04, 1.03   889     (0.97 to 1.08 in five runs; engines 1.04 at 1 and 3)
-    blocks    1.38, 1.37    1.29, 1.28    1.69, 1.71   173     (64 of width 64; aims 1.15, 1.15, 1.5)
-    medium    1.07, 1.06    1.00, 1.00    1.04, 1.03  2945     (2 rounds)
-    over DDP's peak of 718 MiB at medium: 1.04, 0.79, 0.69 (one life each)
-    Short of the aims of time; floor.py says that of small the floor is 0.97 and 0.98. Of a block of 0.65 ms that DDP
-    does not have, 0.2 are its leaves in autograd's graph (a Python function of twelve outputs), 0.2 the copy into the
-    message, 0.1 the arrival of its gradients; at stage 3 the gathers take 0.5 more, and what a backward asks for again
-    0.6. bf16 (two rounds of small were not done in 200 s), four ranks and the peers in one table are owed.
-
-Found before that (before there were heats, memory and start-up: a quiet run of the whole table is owed; two shared
-cores, 2 ranks, fp32; median ms a step, ratio to DDP within a round and its spread over rounds; first losses within
-1e-6):
-              tiny                    small, 3.5 M             medium, 25.9 M           sent, B/param
-    plain      1.1 (0.29)             352 (1.01)               1128 (0.95)              0
-    ddp        4.2                    353                      1193                     4.00
-    fsdp      13.4 (3.23, 2.4-6.3)    424 (1.23, 1.14-1.66)    1558 (1.33, 1.27-1.35)   8.00
-    stage 0    6.3 (1.55, 1.0-3.1)    354 (1.01, 0.97-1.06)    1392 (1.17, 1.07-1.30)   4.00
-    stage 1    6.0 (1.48, 1.0-2.6)    352 (1.00, 0.93-1.10)    1412 (1.17, 1.11-1.28)   4.00
-    stage 2    5.8 (1.47, 1.0-2.7)    351 (1.00, 0.89-1.13)    1241 (1.04, 0.99-1.17)   4.00
-    stage 3    7.1 (1.85, 1.4-3.3)    365 (1.03, 0.93-1.21)    1312 (1.11, 1.05-1.39)   4.06, 5.36, 5.71
-    Short of the aim: stage 3 is 3 % and 11 % slower than DDP (FSDP2: 23 % and 33 %), and stage 1 equals DDP at 3.5 M
-    without being faster. With one micro-batch stages 1 and 2 are the same chain, so what they differ by is noise. The
-    tiny step is not under 2 ms: with no other contender in the process its best is 2.3 (DDP 1.2), of which plain torch
-    is 0.9, Python of the chain 0.4, and three short messages with their copies the rest.
+Found (quiet, two cores; medians: wall of DDP's within a round, CPU time of DDP's; `start` and `over` of one life):
+    --ranks=2 --policies=fp32 --rounds=4 (medium: 3), all contenders below in one command, DeepSpeed 0.19.8, JAX 0.10.2
+                  tiny                     small, 3.5 M                     medium, 25.9 M                  sent
+                  wall  cpu   over start   wall  cpu   over  start          wall  cpu   over  start         B/param
+    ddp, ms       6.9   11.4    47   4.1   931   1824   226    5.9          3054  6078   681    8.1         4.00
+    plain         0.58  0.70    47   4.1   1.01  1.03   290    5.7                                          0
+    fsdp          3.10  2.90    51   4.7   1.10  1.08   229    5.9          1.11  1.09   813    8.8         8.00
+    deepspeed1    2.03  1.94    98   6.9   1.07  1.06   302    8.5                                          6.00
+    deepspeed3    3.28  3.40    99   7.3   1.09  1.09   333    9.3          1.19  1.16  1060   12.3         6.00
+    jax           0.45  0.34   257   8.8   1.85  1.81   818   16.6                                          0
+    stage 0       1.71  1.70    35   4.1   1.10  1.08   172    5.8          1.04  1.03   757    8.1         4.00
+    stage 1       1.47  1.67    34   4.1   1.05  1.05   163    5.8          1.01  1.00   566    8.1         4.00
+    stage 2       1.59  1.68    35   4.3   1.06  1.04   168    5.8                                          4.00
+    stage 3       1.64  1.69    37   4.4   1.07  1.06   161    6.0          1.02  1.01   476    8.2         5.36, 5.71
+    engine 1      1.71  1.81    59   5.8   1.04  1.04   233    7.4                                          4.00
+    engine 3      2.01  1.97    57   6.4   1.03  1.04   204    6.8          1.07  1.05   565    9.8         5.36, 5.71
+    captured 1    1.57  1.56   111   9.6   0.99  1.01   247   20.2                                          4.00
+    captured 3    1.64  1.53   112  10.3   1.01  1.02   219   11.9                                          5.36
+    Ratios of small move by 0.04 from run to run; of an earlier day: stages 0, 1, 3 1.04, 1.01, 1.04, and by CPU time
+    alone (five rounds in turn, nothing else in the processes) stage 1 0.97 and stage 3 1.02 of DDP.
+    --ranks=4 --policies=fp32 --rounds=3 (two cores, so ranks take turns), stages 0, 1, 3: tiny 1.51, 1.58, 1.60
+    (FSDP2 3.56); small 1.06, 1.03, 1.06 (FSDP2 1.20); 16-bit sums are not used, so 6.00, 6.00, 8.04 bytes.
+    --ranks=2 --policies=bf16 --rounds=3: tiny 1.44, 1.39, 1.45 with 3.0, 2.0, 2.0 bytes; small by CPU time 1.01, 1.00,
+    1.00 with 3.00, 2.00, 2.68 bytes (a step takes 10 s: this processor has no bfloat16).
+    --sizes=blocks (64 of width 64; aims 1.15, 1.15, 1.5), wall: two ranks 1.38, 1.29, 1.69; four 1.42, 1.33, 1.55. Of a
+    block of 0.65 ms that DDP does not have, 0.2 are its leaves in autograd's graph (a Python function of twelve
+    outputs), 0.2 the copy into the message, 0.1 the arrival of its gradients; at stage 3 the gathers take 0.5 more, and
+    what a backward asks for again 0.6.
+    Short of the aims of time: floor.py says that of small the floor is 0.97 and 0.98.
 """
 
 from __future__ import annotations
