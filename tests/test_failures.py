@@ -5,6 +5,7 @@ without it, or is told.
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funczero as fz
 import funczero.deepspeed as deepspeed
-from funczero.checkpoint import Checkpointer, CheckpointError
+from funczero.checkpoint import Checkpointer, CheckpointError, checkpointer
 
 
 class Fuse(torch.autograd.Function):
@@ -147,6 +148,7 @@ REFUSED = {
     "a step": lambda e: e.step(),
     "whole weights": lambda e: e.module_state_dict(),
     "a parameter": lambda e: deepspeed.utils.safe_get_full_fp32_param(next(e.parameters())),
+    "its masters": lambda e: next(e.masters()),
     "a checkpoint of it": lambda e: e.save_checkpoint("/nowhere", "left"),
 }
 
@@ -313,3 +315,46 @@ def test_a_state_that_a_failed_restore_has_written_into_is_used_up(tmp_path, mon
         fz.donate(step)(used, torch.ones(2, 4))
         with pytest.raises(RuntimeError, match="this state was donated at step 1"):
             look(used)
+
+
+def test_a_save_that_an_interrupt_has_cut_off_writes_what_it_was_given(tmp_path, monkeypatch):
+    step = fz.train_step(fz.value_and_grad(plain), fz.sgd(0.1))
+    first, second = (step.init({"w": torch.full((4, 4), x)}) for x in (1.0, 2.0))
+    goes_on, threads, save = threading.Event(), [], checkpointer.Save
+    with Checkpointer(tmp_path, step=step, passing=lambda point: point != "begun" or goes_on.wait()) as ck:
+
+        def cut_off(*args):
+            threads.append(save(*args))
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpointer, "Save", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                ck.save(first, 1)
+        ck.save(second, 2)
+        goes_on.set()
+        threads[0].result()
+        with contextlib.suppress(CheckpointError):  # both are saved at once
+            ck.wait()
+        got = ck.restore(1, like=(step, {"w": torch.empty(4, 4)})).state
+        assert torch.equal(step.params(got)["w"], step.params(first)["w"])
+
+
+# --- a loop's optimizer -----------------------------------------------------------------------------------------------
+def test_moments_of_another_shape_are_refused_before_one_is_written():
+    pytest.importorskip("lightning")
+    from funczero.lightning.moments import optimizer_state, restore_optimizer
+
+    model = Net()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    more = {k: x for k, x in config(3).items() if k != "optimizer"}
+    engine = deepspeed.initialize(model=model, config=more, optimizer=optimizer)[0]
+    engine.backward(loss_of(engine, a))
+    engine.step()
+    before, saved = optimizer_state(engine), optimizer_state(engine)
+    saved["state"] = {i: {k: x + 1 for k, x in own.items()} for i, own in saved["state"].items()}
+    saved["state"][max(saved["state"])]["exp_avg"] = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="but the value has"):
+        restore_optimizer(engine, saved)
+    after = optimizer_state(engine)
+    assert all(same(own.values(), after["state"][i].values()) for i, own in before["state"].items())
