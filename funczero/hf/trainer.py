@@ -92,8 +92,12 @@ class Trainer(transformers.Trainer):
         """As transformers.Trainer's; of a folder of checkpoints the last one that is whole is taken.
 
         Raises:
-          RuntimeError: it has trained before, and its moments are gone.
+          RuntimeError: it has trained before, and its moments are gone; or an error has ended that.
         """
+        if self.run is not None and not self._trained and self.model_init is None:
+            why = "an error has ended its training, and its model has no values any more"
+            remedy = "make the model and a Trainer of it anew, and write resume_from_checkpoint=True"
+            raise RuntimeError(f"hf.Trainer: {why}; {remedy}")
         if self._trained and self.model_init is None and not resume_from_checkpoint:
             why = "this Trainer has trained, and its moments are gone"
             raise RuntimeError(f"hf.Trainer: {why}; make a new one of its model, or write resume_from_checkpoint=True")
