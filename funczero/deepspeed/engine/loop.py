@@ -96,12 +96,12 @@ class Loop(Standing):
         self._check_trains("backward")
         self.check_whole("engine.backward")
         if self._waits:
-            why = "the last engine.step() failed before it wrote anything, and this gradient would be added to its own"
+            waits = "the last engine.step() failed before it wrote anything, and this gradient would be added to its own"
             remedy = (
                 "call engine.step() again, or engine.forget() (zero_grad() under Lightning) to go on without those"
                 " micro-batches"
             )
-            raise RuntimeError(f"engine.backward: {why}; {remedy}")
+            raise RuntimeError(f"engine.backward: {waits}; {remedy}")
         check_loss(loss)
         over = self._k if scale_wrt_gas else 1
         more = self._again or self.window_length() >= self._k
