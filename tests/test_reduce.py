@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import zoo
 
 import funczero as fz
 from funczero import P
+from funczero.core.transform import after
+from funczero.core.types import Updated
 from funczero.layout.processes import world_size
 
 MESH = {"data": -1}
@@ -76,3 +79,47 @@ def test_reductions_are_shown_at_their_arrows():
         "new parameters, of 16 micro-batches",
     ]
     assert step.grad.layout.order == (("local", 4), ("accumulate", 2), ("node", 2))
+
+
+# --- what a transform has seen ----------------------------------------------------------------------------------------
+def spied(seen):
+    """A transform of a user's that keeps what it sees, and copies of it."""
+
+    def transform(g):
+        def fn(out, state):
+            slots = out.params if isinstance(out, Updated) else out.grads
+            seen.append((slots.buffers, [b.clone() for b in slots.buffers]))
+            return out, state
+
+        return after(g, "spied", g.layout, fn)
+
+    return transform
+
+
+def kept(chain, how):
+    """Chains with a spy at every place: is all that was seen as it was, and how much was seen?"""
+    seen = []
+    spy = spied(seen)
+    source = fz.value_and_grad(zoo.loss_plain, batch=P("data"), units=("blocks",))
+    right = [x for part in (fz.clip_by_global_norm(0.1), fz.adamw(1e-2), fz.ema(0.9)) for x in (spy, part)] + [spy]
+    over = [x for part in (fz.accumulate(3),) for x in (spy, part)]
+    chains = {
+        "all_reduce": (source, *over, spy, fz.all_reduce("data"), *right),
+        "shard": (source, *over, spy, fz.shard("data", *right), spy),
+        "at the seam": (source, fz.shard("data", *over, *right), spy),
+        "at rest": (fz.shard("data", source, *over, *right),),
+    }
+    step = fz.train_step(*chains[chain], mesh={"data": -1}, **how)
+    state = step.init(zoo.params())
+    for t in range(2):
+        state, _ = step(state, step.local_rows(zoo.batch(t, micros=6)))
+    same = all(torch.equal(a, b) for buffers, copies in seen for a, b in zip(buffers, copies, strict=True))
+    return same, len(seen)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("sums", ["tree", "exact"])
+@pytest.mark.parametrize("chain", ["all_reduce", "shard", "at the seam", "at rest"])
+def test_what_a_transform_has_seen_is_not_written_into(run_world, size, chain, sums):
+    for same, count in run_world(size, kept, chain, {"sums": sums}):
+        assert same and count >= 2 * (3 + 4)

@@ -69,11 +69,15 @@ def reduce_scatter(
 
 
 def all_reduce(
-    x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,), held: Held | None = None
+    x: Slots, edge: Edge, mesh: Mesh, key: Key = (0,), held: Held | None = None, reuse: bool = False
 ) -> tuple[Slots, Slots | None]:
     """The sum over an axis in `edge.adds`, whole on every rank: a scatter and a gather, or what the backend does.
 
-    The sum, and the new memory of a wire that has one.
+    Args:
+      reuse: nobody else reads x, whose memory is the sum's where dtypes agree.
+
+    Returns:
+      The sum, and the new memory of a wire that has one.
     """
     if mesh.axes[edge.axis].size == 1:
         return x, None
@@ -83,7 +87,13 @@ def all_reduce(
 
     def launch(units: list[int]) -> Travelling:  # the parts of few messages are there at once
         sent = _scattered(x, units, edge, mesh, key, held)
-        return Travelling(lambda: gather_units(x.where, units, edge, mesh, sent.wait(), key).wait(), sent.errors)
+
+        def rest() -> list[Tensor]:
+            parts, old = sent.wait(), [x.buffers[u] for u in units]
+            into = old if reuse and all(a.dtype == b.dtype for a, b in zip(parts, old, strict=True)) else None
+            return gather_units(x.where, units, edge, mesh, parts, key, into).wait()
+
+        return Travelling(rest, sent.errors)
 
     buffers, new = _travelled(_messages(x, apart=edge.views_of(True) is not edge.gather), launch, x)
     return Slots(buffers, x.where), None if held is None else with_units(held.errors, new)

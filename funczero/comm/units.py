@@ -34,12 +34,19 @@ class Travelling(NamedTuple):
 
 # --- one message of units ---------------------------------------------------------------------------------------------
 def gather_units(
-    where: Where, units: Sequence[int], edge: Edge, mesh: Mesh, buffers: Sequence[Tensor], key: Key = (0,)
+    where: Where,
+    units: Sequence[int],
+    edge: Edge,
+    mesh: Mesh,
+    buffers: Sequence[Tensor],
+    key: Key = (0,),
+    into: Sequence[Tensor] | None = None,
 ) -> Travelling:
     """Start to gather units one step outwards, to `where`, as one message; waiting returns their buffers there.
 
     Args:
       key: of the update, for wires that draw; the same on all ranks, and whenever the same values are gathered again.
+      into: buffers there whose padding is zero, which are the result; None: new ones are.
     """
     axis = edge.axis
     size, index, _ = mesh.axes[axis]
@@ -51,7 +58,7 @@ def gather_units(
     gather = _gather_born if wire is as_born else _gather_packed
     arrived = gather(inner, units, edge, mesh, parts, key)
 
-    return Travelling(lambda: _joined(where, units, axis, arrived(), buffers))
+    return Travelling(lambda: _joined(where, units, axis, arrived(), buffers, into))
 
 
 def scatter_units(
@@ -194,11 +201,16 @@ def _with_errors(where: Where, unit: int, leaves: list[Tensor], held: Held, edge
 
 
 def _joined(
-    where: Where, units: Sequence[int], axis: str, wires: Sequence[Wire], owns: Sequence[Tensor]
+    where: Where,
+    units: Sequence[int],
+    axis: str,
+    wires: Sequence[Wire],
+    owns: Sequence[Tensor],
+    into: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Units' buffers out of all ranks' rows along an axis; what that does not cut comes from `owns`."""
-    out = []
-    for u, own in zip(units, owns, strict=True):
+    out = list(into or ())
+    for u, own in zip(units, owns, strict=True) if into is None else ():
         make = torch.zeros if where.gaps[u] else torch.empty
         out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
     _copy(off_the_wire(where, u, axis, x, w, own) for u, x, w, own in zip(units, out, wires, owns, strict=True))

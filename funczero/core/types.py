@@ -184,6 +184,12 @@ class Grad(NamedTuple):
     streams: bool = False  # does an accumulate to the left take one micro-batch a call?
     # what a printed chain says of its optimizers, where the place of the parameters is known, and where it is not
     notes: Callable[[Where | None], list[str]] = lambda where: []
+    fresh: Apply | None = None  # whose gradients lie in memory that nobody else has seen
+
+    @property
+    def owned(self) -> bool:
+        """May what is right of it write into the gradients? Not where a transform that may keep them has seen them."""
+        return self.fresh is self.apply
 
 
 Transform = Callable[[Grad], Grad]  # wraps everything to its left in the chain

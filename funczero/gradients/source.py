@@ -96,11 +96,15 @@ def gradient_of(source: Source, env: Env, layout: Layout, apply: Apply) -> Grad:
         said = f"(batch={source.spec})"
     opened = tuple(opening(env.edges[a]) for a in source.axes)
     arrows = (*[Layout()] * len(opened), layout)
-    return Grad(init, view, apply, layout, (*opened, source.name + said), env, arrows)
+    return Grad(init, view, apply, layout, (*opened, source.name + said), env, arrows, fresh=apply)
 
 
 def close(tape: Tape, grads: list[Any]) -> Collected:
-    """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be."""
+    """Leaf gradients and the tape's units as Slots; what lies outside the units is scattered here, where it must be.
+
+    Args:
+      grads: by leaf, given away: each is let go as soon as it is copied.
+    """
     with asking(lambda: "for gradients, as they become buffers and travel"), tape.arrivals.or_nothing():
         return _closed(tape, grads)
 
@@ -116,7 +120,8 @@ def _closed(tape: Tape, grads: list[Any]) -> Collected:
         if tape.look:
             zero = torch.zeros((), dtype=torch.int64, device=device)
             bad = torch.stack([zero if g is None else (~g.isfinite()).sum() for g in grads])
-        return Collected(Slots(Slots.pack(where, grads, tape.dtype, device).buffers, tape.arrivals.here), bad)
+        packed = Slots.pack(where, grads, tape.dtype, device, spent=True)
+        return Collected(Slots(packed.buffers, tape.arrivals.here), bad)
     loose = [u for u, unit in enumerate(structure.units) if not unit.seam and not unit.frozen and structure.members[u]]
     return tape.arrivals.close({u: [grads[i] for i in structure.members[u]] for u in loose})
 

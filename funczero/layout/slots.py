@@ -99,8 +99,14 @@ class Slots(NamedTuple):
         )
 
     @staticmethod
-    def pack(where: Where, leaves: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Slots:
-        """Leaves of this place copied into buffers; units of None (frozen) are empty, a None among others is zero."""
+    def pack(
+        where: Where, leaves: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device, spent: bool = False
+    ) -> Slots:
+        """Leaves of this place copied into buffers; units of None (frozen) are empty, a None among others is zero.
+
+        Args:
+          spent: the list is given away, and a unit's leaves are let go as soon as they are copied.
+        """
         buffers = []
         for u, members in enumerate(where.structure.members):
             mine = [leaves[i] for i in members]
@@ -114,4 +120,8 @@ class Slots(NamedTuple):
             if pairs:
                 torch._foreach_copy_([v for v, _ in pairs], [x for _, x in pairs])
             buffers.append(buffer)
+            if spent:
+                assert isinstance(leaves, list)
+                for i in members:
+                    leaves[i] = None
         return Slots(tuple(buffers), where)

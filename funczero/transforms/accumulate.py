@@ -57,7 +57,8 @@ def accumulate(k: int, stream: bool = False) -> Transform:
         names, arrows = (*g.names, name), (*g.arrows, layout)
         wider = g._replace(layout=layout, names=names, arrows=arrows)
         if not stream:
-            return wider._replace(apply=_loop(g, k, name))
+            looped = _loop(g, k, name)
+            return wider._replace(apply=looped, fresh=looped)
         key = slot_name(g, "accumulate")
         init = lambda params: {**g.init(params), key: _empty()}
         return wider._replace(init=init, apply=_window(g, k, name, key), streams=True)
@@ -68,7 +69,7 @@ def accumulate(k: int, stream: bool = False) -> Transform:
 
 def _loop(g: Grad, k: int, name: str) -> Apply:
     """g on k parts of a batch, one after another."""
-    stride, wide, reuse = g.layout.stride, g.env.policy.accumulate, not g.env.differentiable
+    stride, wide, reuse = g.layout.stride, g.env.policy.accumulate, g.owned and not g.env.differentiable
     cut = g.layout.cut
 
     def apply(views: Slots, state: State, batch: Tree, seed: Seed) -> tuple[Sum, State]:
@@ -135,7 +136,7 @@ def _taken(
 def _add(a: Sum, b: Sum, wide: torch.dtype, reuse: bool = False) -> Sum:
     """The sum of two partial sums, in the accumulate dtype; what is stacked per micro-batch is joined in order of time.
 
-    With reuse, a's memory may be the result's: a loop's partial sums are its own.
+    With reuse, a's memory may be the result's: nobody else has seen it.
     """
     if reuse and a.grads.buffers[0].dtype == wide:
         torch._foreach_add_(list(a.grads.buffers), [x.to(wide) for x in b.grads.buffers])

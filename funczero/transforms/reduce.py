@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 
@@ -44,6 +44,8 @@ def summed(g: Grad, edge: Edge, name: str, scattered: bool) -> Grad:
     g, axis = with_wires(g, name, edge), edge.axis
     kind = differentiable if g.env.differentiable else collectives
     fn, sharded = (kind.reduce_scatter, (axis,)) if scattered else (kind.all_reduce, ())
+    if not scattered and not g.env.differentiable:
+        fn = partial(collectives.all_reduce, reuse=g.owned)
     lay, mesh, edge = g.layout, g.env.mesh, g.env.edges[axis]
     if lay.mean or lay.applied:
         raise refuse(g, name, "it adds up sums, but the mean is already taken; put it further left")

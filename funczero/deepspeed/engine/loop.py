@@ -96,7 +96,7 @@ class Loop(Standing):
         self._check_trains("backward")
         self.check_whole("engine.backward")
         if self._waits:
-            waits = "the last engine.step() failed before it wrote anything, and this gradient would be added to its own"
+            waits = "the last engine.step() failed before it wrote anything, and this gradient would join its own"
             remedy = (
                 "call engine.step() again, or engine.forget() (zero_grad() under Lightning) to go on without those"
                 " micro-batches"
