@@ -98,6 +98,22 @@ def test_the_gradients_of_a_backward_that_failed_are_in_no_update(run_world, sta
     assert run_world(2, backwards_that_fail, stage) == [[True] * 3] * 2
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_leaves_of_no_engine_hear_nothing_of_a_backward_that_failed(stage, monkeypatch):
+    engine, own = make(stage, **ADAM), torch.ones(3, requires_grad=True)
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("funczero.transforms.accumulate._taken", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.backward(F.cross_entropy(engine(a[0]) * own, a[1]))
+    assert own.grad is None and engine.window_length() == 0
+    engine.backward(F.cross_entropy(engine(a[0]) * own, a[1]))
+    assert own.grad is not None and engine.window_length() == 1
+
+
 # --- an engine's step -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stage", range(4))
 def test_a_step_that_fails_before_it_writes_is_made_again(stage):

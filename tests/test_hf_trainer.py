@@ -276,5 +276,5 @@ def test_weights_of_an_update_that_failed_amid_its_writing_are_neither_shown_nor
     for look in (lambda: t.save_model(str(tmp_path / "kept")), lambda: t.whole().__enter__(), t.evaluate):
         with pytest.raises(RuntimeError, match="this state was donated at step 0 and its memory is in use"):
             look()
-    with pytest.raises(RuntimeError, match="an error has ended its training, .* make the model and a Trainer of it anew"):
+    with pytest.raises(RuntimeError, match="an error has ended its training, .* the model and a Trainer of it anew"):
         t.train()
