@@ -11,6 +11,7 @@ from funczero import P
 from funczero.core.transform import after
 from funczero.core.types import Updated
 from funczero.layout.processes import world_size
+from funczero.testing import tree_hash
 
 MESH = {"data": -1}
 
@@ -79,6 +80,27 @@ def test_reductions_are_shown_at_their_arrows():
         "new parameters, of 16 micro-batches",
     ]
     assert step.grad.layout.order == (("local", 4), ("accumulate", 2), ("node", 2))
+
+
+def chain_of(k):
+    """A printed chain of k micro-batches, and the weights after an update of it and of one that says both halves."""
+    both = {"all_reduce": (fz.all_reduce("data"),), "halves": (fz.reduce_scatter("data"), fz.all_gather("data"))}
+    found, over = {}, (fz.accumulate(k),) if k > 1 else ()
+    for name, parts in both.items():
+        step = fz.train_step(zoo.source(), *over, *parts, *zoo.tx(), mesh=MESH)
+        state = step.init(zoo.params())
+        state, _ = step(state, step.local_rows(zoo.batch(0, micros=2 * k)))
+        found[name] = zoo.whole(state.params, step.live_mesh)
+    step = fz.train_step(zoo.source(), *over, fz.all_reduce("data"), *zoo.tx(), mesh=MESH)
+    return str(step), tree_hash(found["all_reduce"]), tree_hash(found["halves"])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_sum_right_of_a_gradient_is_scattered_as_its_units_arrive(run_world, k):
+    for shown, one, other in run_world(2, chain_of, k):
+        gradient, said = next(x.split("->") for x in shown.splitlines() if "value_and_grad" in x)
+        assert ("sharded over ['data']" in said) == (k == 1), shown
+        assert one == other
 
 
 # --- what a transform has seen ----------------------------------------------------------------------------------------

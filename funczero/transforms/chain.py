@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from funczero.comm.edge import Edge, joined
@@ -52,7 +53,8 @@ class Bracket(NamedTuple):
         return self.edge.axis
 
 
-class Summed(NamedTuple):
+@dataclass(frozen=True)
+class Summed:
     """`all_reduce(axis)`: a scatter and a gather. Directly right of a Source with units the seam scatters for it."""
 
     name: str
@@ -322,11 +324,12 @@ def _open_at_seam(source: Source, parts: tuple[Any, ...], sums: bool) -> tuple[S
       sums: so does a sum over an axis, which is then gathered where it stands.
     """
     first = parts[0] if parts else None
-    opens = isinstance(first, Bracket) or sums and isinstance(first, Summed)
-    if not opens or first.axis not in source.batch or first.axis in (*source.axes, *source.scatter):
+    axis = first.axis if isinstance(first, Bracket) or sums and isinstance(first, Summed) else None
+    if axis not in source.batch or axis in (*source.axes, *source.scatter):
         return source, parts
-    opened = source._replace(scatter=(*source.scatter, first.axis))
+    opened = source._replace(scatter=(*source.scatter, axis))
     if isinstance(first, Summed):
         return opened, (first.gather, *parts[1:])
+    assert isinstance(first, Bracket)
     source, inner = _open_at_seam(opened, first.parts, sums)
     return source, (first._replace(parts=inner, opened=True), *parts[1:])

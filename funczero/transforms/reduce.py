@@ -79,6 +79,8 @@ def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
     """The sum over a mesh axis, whole on every rank; over an axis of size 1 the identity.
 
     Layout: unreduced over axis -> reduced. Bytes a rank: 2 (W - 1) / W of the gradient's. Bits: the one tree, any W.
+    It is a scatter and a gather: directly right of a gradient with units, each unit's gradient is scattered as soon as
+    it exists, as a bracket's is.
 
     Args:
       axis: a mesh axis that the batch is split over.
@@ -91,7 +93,9 @@ def all_reduce(axis: str, wire: Wire = as_born) -> Transform:
         return summed(g, Edge(axis, gather=joins, scatter=wire), name, scattered=False)
 
     transform.__name__ = name
-    return Summed(name, axis, transform, lambda g: closed(g, axis, name)) if wire is as_born else transform
+    if wire is not as_born:
+        return transform
+    return Summed(name, axis, transform, lambda g: closed(g, axis, name))
 
 
 def reduce_scatter(axis: str, wire: Wire = as_born) -> Transform:
