@@ -83,3 +83,4 @@ def test_one_rank_reads_its_masters_after_its_first_update(stage):
     shared = [a.data_ptr() == b.data_ptr() for a, b in zip(state.views.buffers, state.params.buffers, strict=True)]
     apart = sum(b.nbytes for b, same in zip(state.views.buffers, shared, strict=True) if not same)
     assert plan.memory.views == apart > 0 and plan.memory.masters == sum(b.nbytes for b in state.params.buffers) > apart
+    assert plan.memory.at_peak["masters"] == plan.memory.masters and plan.memory.at_peak["views"] == apart

@@ -92,6 +92,7 @@ def _made(g: Grad, trace: Trace, state: TrainState, batch: Any, device: torch.de
         pairs = zip(views.buffers, held.params.buffers, strict=True)
         apart = [a for a, b in pairs if a is not b]
         trace.live.hold(apart, "views")
+        trace.live.hold(held.params, "masters")  # which views may be
         out = _applied(g, views, {**held.chain, "params": held.params}, here, source.name == "pullback")
         if held.views is not None:  # new views in their dtype, as the step keeps them
             out.params.to(views.buffers[0].dtype)
