@@ -262,3 +262,19 @@ def test_more_that_has_no_stock_beside_it(run_world, tmp_path, world):
     assert furthest([x[:1] for x in alone["bf16"]], [x[:1] for x in quiet]) < 0.05
     assert furthest([x[:1] for x in alone["wires"]], [x[:1] for x in quiet]) < 0.05
     assert alone["averaged"] and alone["broken"] == 4
+
+
+def test_weights_of_an_update_that_failed_amid_its_writing_are_neither_shown_nor_saved(tmp_path, monkeypatch):
+    def fails(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    t = h.trainer(zero(2), "gpt2", tmp_path, max_steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("funczero.transforms.update.Updated", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            t.train()
+    for look in (lambda: t.save_model(str(tmp_path / "kept")), lambda: t.whole().__enter__(), t.evaluate):
+        with pytest.raises(RuntimeError, match="this state was donated at step 0 and its memory is in use"):
+            look()
+    with pytest.raises(RuntimeError, match="an error has ended its training, .* the model and a Trainer of it anew"):
+        t.train()

@@ -167,6 +167,7 @@ class Checkpointer:
             begun = True
         finally:
             if not begun:
+                self._staging = Staging()  # a thread that an interrupt has cut off from here may be writing the copy
                 peers.over(number)
 
     def save_named(
@@ -299,7 +300,7 @@ class Checkpointer:
           only: regexes on names ("^params/"): others stay as `like` has them.
           rename: (regex, replacement) from the state's names to the checkpoint's.
           donate: fill the memory of `like`, a state, instead of new memory; what is not read stays, and after an error
-            it holds some of both.
+            amid the reading it is used up, as by fz.donate, until a restore of all of it succeeds.
           fallback: pass over damaged checkpoints, with a line each.
 
         Raises:

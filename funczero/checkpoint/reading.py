@@ -18,6 +18,7 @@ from funczero.checkpoint.restore import fill, load_client
 from funczero.checkpoint.saving import KINDS, Passing, sentence, spoken
 from funczero.checkpoint.target import Restorer, Want, template
 from funczero.core.types import TrainState
+from funczero.step.fits import taken_back
 
 
 class Restored(NamedTuple):
@@ -140,6 +141,8 @@ def _tried(
     all_told = peers.wait([(r, f"{key}/{r}") for r in range(peers.size)], "restore")
     bad = next(((r, text) for r, text in enumerate(all_told) if text), None)
     if bad is None:
+        if done is not None and restorer.donated:
+            taken_back(done.state)
         return done, ""
     return None, bad[1] + f" (rank {bad[0]})" * (peers.size > 1)
 

@@ -21,13 +21,14 @@ from funczero.checkpoint.error import CheckpointError
 from funczero.checkpoint.layout import Box
 from funczero.checkpoint.manifest import ARRAYS, FILE, Manifest
 from funczero.checkpoint.memory import narrowed, torch_dtype
-from funczero.checkpoint.names import Part, named
+from funczero.checkpoint.names import Part, listed, named
 from funczero.checkpoint.parts import Reader
 from funczero.checkpoint.reader import opened
 from funczero.checkpoint.script_rates import ScriptRates
 from funczero.checkpoint.target import Restorer, Want, roomy, views_of
 from funczero.core.number import dtype_name
 from funczero.core.types import TrainState
+from funczero.step.fits import mark_used
 
 BLOCK = 32 << 20  # bytes of a leaf that are read at a time where it is read whole
 
@@ -36,7 +37,7 @@ def fill(
     path: Path, manifest: Manifest, like: TrainState, fresh: Callable[[], TrainState], want: Want, restorer: Restorer
 ) -> tuple[TrainState, list[str]]:
     """A new state of the form of `like` with what a checkpoint holds, of `fresh()` with what it does not, and notes on
-    what was not taken as it is.
+    what was not taken as it is. Where `like` itself is filled it is marked as used up, for the caller to take back.
 
     Raises:
       CheckpointError: a name is missing, a shape or a kind of dtype differs, an array is damaged.
@@ -64,15 +65,20 @@ def fill(
     notes += _folded(parts, source, manifest)
     views = {} if state.views is None else views_of(state.views, everything)
     views = {n: v for n, v in views.items() if n.replace("params", "views", 1) not in kept & parts.keys()}
-    if not restorer.donated:
-        _keep(everything, views, {*parts, *rates.parts}, dropped, fresh, restorer)
+    left = [n for n in everything if n not in {*parts, *rates.parts} | dropped and "/partial/" not in n]
+    if left:
+        _keep(everything, views, left, like if restorer.donated else fresh(), restorer)
     reader = opened(path / ARRAYS, manifest.arrays)
-    for name, part in [*parts.items(), *((n, v) for n, v in views.items() if n in parts)]:
-        _read(reader, source[name], manifest.arrays[source[name]], part)
-    reader.finish()
-    for second in twins:
-        if ties[second] in parts:
-            _compare(reader, twins[second], source[ties[second]], manifest, parts[ties[second]])
+    try:
+        for name, part in [*parts.items(), *((n, v) for n, v in views.items() if n in parts)]:
+            _read(reader, source[name], manifest.arrays[source[name]], part)
+        reader.finish()
+        for second in twins:
+            if ties[second] in parts:
+                _compare(reader, twins[second], source[ties[second]], manifest, parts[ties[second]])
+    finally:
+        if restorer.donated and int(state.step) >= 0:  # until all ranks say that they have all of it
+            mark_used(state, int(state.step))
     notes += rates.settled(set(parts))
     notes += [f"{n} leaves were cast from {a} to {b}, as the policy says" for (a, b), n in casts.items()]
     return state, notes
@@ -94,23 +100,26 @@ def _asked(left: dict[str, Part], everything: dict[str, Part], want: Want) -> di
 
 
 def _keep(
-    everything: dict[str, Part],
-    views: dict[str, Part],
-    read: set[str],
-    dropped: set[str],
-    fresh: Callable[[], TrainState],
-    restorer: Restorer,
+    everything: dict[str, Part], views: dict[str, Part], left: list[str], given: TrainState, restorer: Restorer
 ) -> None:
-    """What is not read stays as it is in a fresh state, or in the one that was given."""
-    left = [n for n in everything if n not in read and n not in dropped and "/partial/" not in n]
-    if left:
-        given = fresh()
-        parts = named(given, restorer.rank, restorer.size).parts
-        others = {} if given.views is None else views_of(given.views, parts)
-        for new, old in ((everything, parts), (views, others)):
-            for n in (n for n in left if n in new):
-                for x in (new[n].value, *new[n].also):
-                    x.copy_(old[n].value)
+    """What is not read stays as it is in a fresh state, or in the one that was given.
+
+    Raises:
+      CheckpointError: that one was donated, or an update of it has failed amid its writing.
+    """
+    if int(given.step) < 0:
+        raise CheckpointError(
+            f"restore: {listed(left)} would stay as the given state has them, but that one was donated or its update"
+            " failed; restore all of it, or give like=(step, params)"
+        )
+    if restorer.donated:
+        return
+    parts = named(given, restorer.rank, restorer.size).parts
+    others = {} if given.views is None else views_of(given.views, parts)
+    for new, old in ((everything, parts), (views, others)):
+        for n in (n for n in left if n in new):
+            for x in (new[n].value, *new[n].also):
+                x.copy_(old[n].value)
 
 
 def _folded(parts: dict[str, Part], source: dict[str, str], manifest: Manifest) -> list[str]:

@@ -111,10 +111,20 @@ class Arrivals:
         before = dict(self.uses)
         self.booking, self.look, self.void = True, look, void
         try:
-            yield
+            with self.or_nothing():
+                yield
         finally:
             self.booking = False
             self.uses = before if retain else self.uses
+
+    @contextmanager
+    def or_nothing(self) -> Iterator[None]:
+        """What arrives inside is here afterwards, or where it fails nothing is: no part of the next backward's."""
+        try:
+            yield
+        except BaseException:
+            self._clear()
+            raise
 
     def amid(self) -> str:
         """Where a backward is, as far as gradients of units have told."""

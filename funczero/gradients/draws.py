@@ -99,8 +99,8 @@ def keyed(key: int | None, device: torch.device, drew: Callable[[str], Exception
         return
     simulated = own_generator() is not None
     was, before = streams(device), _marks(device)
-    seed(key, device)
     try:
+        seed(key, device)
         yield
         if simulated:
             _told(before, _marks(device), KINDS[1:], drew)

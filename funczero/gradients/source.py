@@ -105,7 +105,7 @@ def close(tape: Tape, grads: list[Any]) -> Collected:
     Args:
       grads: by leaf, given away: each is let go as soon as it is copied.
     """
-    with asking(lambda: "for gradients, as they become buffers and travel"):
+    with asking(lambda: "for gradients, as they become buffers and travel"), tape.arrivals.or_nothing():
         return _closed(tape, grads)
 
 

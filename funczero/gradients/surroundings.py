@@ -34,10 +34,10 @@ def restored(s: Surroundings) -> Iterator[None]:
     """The surroundings of a first run around a second; afterwards all is as it was."""
     dtype, found = torch.get_default_dtype(), generators(s.device)
     before = [g.get_state() for g in found]
-    torch.set_default_dtype(s.dtype)
-    for g, state in zip(found, s.generators, strict=True):
-        g.set_state(state)
     try:
+        torch.set_default_dtype(s.dtype)
+        for g, state in zip(found, s.generators, strict=True):
+            g.set_state(state)
         with ExitStack() as stack:
             for kind, enabled, narrow in s.autocast:
                 stack.enter_context(torch.autocast(kind, narrow, enabled))

@@ -22,6 +22,7 @@ from funczero.hf.places import Places
 from funczero.hf.rows import Deal, Place
 from funczero.step.alike import checksum
 from funczero.step.calls import recorded
+from funczero.step.fits import unused
 from funczero.step.step import Step
 from funczero.step.train_step import donate
 from funczero.transforms.accumulate import Accumulate
@@ -137,7 +138,11 @@ class Run:
         Args:
           average: the running average's values instead.
           where: they are kept: "device", "host", or "nowhere", for shapes alone.
+
+        Raises:
+          RuntimeError: an update has failed when it had begun to write.
         """
+        unused("hf.Trainer", self.state)
         return self._gather(averaged(self.state) if average else self.state, where)
 
     def _gathered(self, state: TrainState, where: str) -> dict[str, Tensor]:

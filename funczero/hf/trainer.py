@@ -92,8 +92,12 @@ class Trainer(transformers.Trainer):
         """As transformers.Trainer's; of a folder of checkpoints the last one that is whole is taken.
 
         Raises:
-          RuntimeError: it has trained before, and its moments are gone.
+          RuntimeError: it has trained before, and its moments are gone; or an error has ended that.
         """
+        if self.run is not None and not self._trained and self.model_init is None:
+            why = "an error has ended its training, and its model has no values any more"
+            remedy = "make the model and a Trainer of it anew, and write resume_from_checkpoint=True"
+            raise RuntimeError(f"hf.Trainer: {why}; {remedy}")
         if self._trained and self.model_init is None and not resume_from_checkpoint:
             why = "this Trainer has trained, and its moments are gone"
             raise RuntimeError(f"hf.Trainer: {why}; make a new one of its model, or write resume_from_checkpoint=True")
@@ -266,7 +270,7 @@ class Trainer(transformers.Trainer):
         """
         if isinstance(dataloader, DataLoader):
             dataloader = EvalRows(dataloader, self.args.process_index, self.args.world_size, self._data_seed)
-        rows, pad = dataloader, self.accelerator.pad_across_processes
+        rows, pad, gather = dataloader, self.accelerator.pad_across_processes, self.gather_function
         if isinstance(rows, EvalRows):
             joined: Any = lambda x: self.accelerator.gather(pad(x, dim=1, pad_index=-100))
             self.gather_function = lambda x: rows.gathered(x, joined)
@@ -276,6 +280,7 @@ class Trainer(transformers.Trainer):
             return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self.accelerator.__dict__.pop("pad_across_processes", None)
+            self.gather_function = gather
             del self._looks
 
     def prediction_step(

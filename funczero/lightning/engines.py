@@ -105,9 +105,8 @@ class One:
                     " nothing here has heard of it; write self.manual_backward(loss), or fabric.backward(loss)"
                 )
             return
-        strict, self.strict, self.clipped = self.strict, False, False
-        e.step()
-        self.spent = True
+        e.step()  # where it fails, what was asked of it is still asked
+        strict, self.strict, self.clipped, self.spent = self.strict, False, False, True
         if not e.was_step_applied() and e.train_step.state_of(e.state, ScaleLoss) is None:
             if strict:
                 why = "the total norm of the gradients is not finite, so nothing was updated"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funczero.deepspeed.engine.engine import Engine
-from funczero.deepspeed.engine.leaf import read_leaf, write_part
+from funczero.deepspeed.engine.leaf import check_leaf, read_leaf, write_part
 from funczero.deepspeed.optim.clients import Client
 from funczero.transforms.loss_scale import ScaleLoss
 
@@ -53,23 +53,22 @@ def restore_optimizer(engine: Engine, saved: Mapping[str, Any]) -> None:
             f" saved one has {[len(g['params']) for g in theirs]}; build the groups as they were"
         )
     place = dict(zip(_numbers(groups), _numbers(theirs), strict=True))
-    kept, started = saved["state"], False
-    for i, name, leaf in _trained(engine):
-        mine = kept.get(place[i])
-        if mine is None:
-            continue
-        started = True
-        _check(name, mine, own)
-        for k, x in own.scalars.items():
-            x[leaf] = float(mine[k])
-        for k, slots in own.moments.items():
-            write_part(slots, name, torch.as_tensor(mine[k]))
+    kept = saved["state"]
+    there = [(name, leaf, kept[place[i]]) for i, name, leaf in _trained(engine) if kept.get(place[i]) is not None]
+    started = bool(there)
     lacking = [name for i, name, _ in _trained(engine) if started and place[i] not in kept]
     if lacking:
         raise ValueError(
             f"load_state_dict: there is no state of parameter {lacking[0]!r}, though others have one, and here all"
             " parameters are updated together; load the weights alone"
         )
+    for name, _, mine in there:
+        _check(name, mine, own)
+    for name, leaf, mine in there:
+        for k, x in own.scalars.items():
+            x[leaf] = float(mine[k])
+        for k, slots in own.moments.items():
+            write_part(slots, name, torch.as_tensor(mine[k]))
     for g, other in zip(groups, theirs, strict=True):
         g.update({k: v for k, v in other.items() if k != "params"})
     state = engine.train_step.with_state(engine.state, own._replace(started=torch.full_like(own.started, started)))
@@ -92,6 +91,8 @@ def _check(name: str, saved: Mapping[str, Any], own: Client) -> None:
             f"load_state_dict: the saved state of parameter {name!r} has {sorted(found)}, and this optimizer keeps"
             f" {sorted(wanted)}; build the optimizer that it was"
         )
+    for k, slots in own.moments.items():
+        check_leaf(slots, name, torch.as_tensor(saved[k]))
 
 
 def _client(engine: Engine) -> Client:

@@ -45,7 +45,9 @@ def holding(name: str, state: TrainState) -> str:
     """What a state takes on this rank, by class."""
     kinds = {"parameters": state.params, "views": state.views, **state.chain}
     sizes = [f"{kind} {exhausted.size(tree.tensors(x))}" for kind, x in kinds.items() if tree.tensors(x)]
-    where = f"rank {world_rank()} of {world_size()}, {name} at step {int(state.step)}"
+    now = int(state.step)
+    now = now if now >= 0 else -1 - now  # of a state that this call has used up
+    where = f"rank {world_rank()} of {world_size()}, {name} at step {now}"
     rest = "gathered parameters, activations, gradients and, but for what fz.donate reuses, the new state"
     return f"{where}: {exhausted.HOLDS} {', '.join(sizes)}; all else is {rest}"
 

@@ -77,6 +77,11 @@ def mark_used(state: TrainState, now: int) -> None:
     state.step.fill_(-1 - now)
 
 
+def taken_back(state: TrainState) -> None:
+    """A state that was marked as used up is whole again."""
+    state.step.fill_(-1 - int(state.step))
+
+
 class Fits:
     """Looks at the states that a step is given."""
 
@@ -149,7 +154,12 @@ class Fits:
 
         Args:
           made: what `look` said, where it is known.
+
+        Raises:
+          RuntimeError: nobody has looked at the state, and it was donated.
         """
+        if made is None:
+            unused("step.views", state)
         g = self.running()
         if state.views is None:
             return state.params.to(g.env.policy.compute)

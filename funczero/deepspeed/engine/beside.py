@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funczero.checkpoint import CheckpointError
 
-COUNTS = "micro_steps", "global_samples", "_micro", "_backwards"  # of the loop, beside the state's own
+COUNTS = "micro_steps", "global_samples", "_micro", "_backwards", "_waits"  # of the loop, beside the state's own
 
 
 def split(found: Any) -> tuple[Any, dict[str, Any]]:

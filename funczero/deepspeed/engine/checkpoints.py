@@ -93,7 +93,7 @@ class Checkpoints(Weights):
     def _beside(self) -> dict[str, Any]:
         """What a loop needs beside the state."""
         kept = self.client_lr_scheduler and hasattr(self.lr_scheduler, "state_dict")
-        counts = {n: getattr(self, n) for n in COUNTS}
+        counts = {n: int(x) for n in COUNTS if (x := getattr(self, n)) or n != "_waits"}
         return {
             "counts": counts,
             "k": self._k,
@@ -170,12 +170,19 @@ class Checkpoints(Weights):
         if schedulers and self._rates and int(groups["updates"]) != int(updates):  # another chain's, or left out
             groups = scheduled({**groups, "updates": updates.clone()}, self._rates, updates)
             state = state._replace(chain={**state.chain, KEY: groups})
+        self._left = "engine.load_checkpoint"  # until all of it is here
         own = dict(self.module.named_buffers(remove_duplicate=False))
         for name, x in buffers.items():
             own[name].copy_(x)
-        self.state, self.metrics, self._updated = state, None, False
-        if module_only:
-            return
+        self.state, self.metrics, self._updated, self._waits = state, None, False, False
+        if not module_only:
+            self._counted(state, beside)
+            if schedulers and self.client_lr_scheduler and beside.get("lr_scheduler") is not None:
+                self.lr_scheduler.load_state_dict(beside["lr_scheduler"])
+        self._left = ""
+
+    def _counted(self, state: TrainState, beside: dict[str, Any]) -> None:
+        """The loop's counts, as they were saved or as they follow from the state."""
         for name, n in beside.get("counts", {"micro_steps": int(state.step) * self._k}).items():
             setattr(self, name, n)  # one of COUNTS
         if taken(self._step, state) != beside.get("taken", 0):  # the open window was left out
@@ -185,8 +192,6 @@ class Checkpoints(Weights):
             counted = "global_samples" in beside.get("counts", {})
             self.micro_steps = (self.global_samples // rows if counted else int(state.step) * self._k) + self._micro
         self._again = self._backwards > 0
-        if schedulers and self.client_lr_scheduler and beside.get("lr_scheduler") is not None:
-            self.lr_scheduler.load_state_dict(beside["lr_scheduler"])
 
     def _refuse_foreign(self, where: Path) -> None:
         theirs = next((p for pattern in THERE for p in (*where.glob(pattern), *where.glob(f"*/{pattern}"))), None)

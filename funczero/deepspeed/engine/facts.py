@@ -62,6 +62,7 @@ class Facts(Loop):
         self._set_triad("set_train_micro_batch_size", triad)
 
     def _set_triad(self, call: str, triad: Triad) -> None:
+        self.check_whole(f"engine.{call}")
         if self.window_length() or self._backwards:
             why = "the window of micro-batches is open; call it right after an update"
             raise RuntimeError(f"engine.{call}: {why}")
@@ -72,8 +73,11 @@ class Facts(Loop):
             scale = step.state_of(state, ScaleLoss)
             if scale is not None:
                 state = step.with_state(state, scale._replace(weight=torch.full_like(scale.weight, triad.weight)))
-            self.train_step, self._step, self._k = step, donate(step), triad.steps
+            donating = donate(step)
+            self._left = f"engine.{call}"
+            self.train_step, self._step, self._k = step, donating, triad.steps
             self.state = state
+            self._left = ""
         self.config_ = config
 
     def train_batch_size(self) -> int:
@@ -136,7 +140,7 @@ class Facts(Loop):
     @property
     def skipped_steps(self) -> int:
         """Of these, the updates that were skipped."""
-        return int(self._state.step) - int(self._state.updates)
+        return self.global_steps - int(self._state.updates)
 
     def was_step_applied(self) -> bool:
         """Did the last step() apply an update?"""

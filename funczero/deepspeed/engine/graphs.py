@@ -26,14 +26,16 @@ def differentiate(
     over: float,
     ports: tuple[Tensor, ...] = (),
     owner: Any = None,
+    others: list[tuple[Tensor, Tensor]] | None = None,
     amid: Callable[[], str] = lambda: "in the backward: gradients, and what a forward kept",
 ) -> list[Tensor | None]:
-    """Gradients at `wanted`. Leaves of no engine get theirs added to .grad, as (loss / over).backward() would.
+    """Gradients at `wanted`.
 
     Args:
       loss, cotangent: 0-d.
       ports: leaves that stand for closed units; the gradients of those go their own way.
       owner: the `home` of leaves that were made for one window.
+      others: is given the leaves of no engine with what (loss / over).backward() would add to their .grad.
       amid: where the backward is, for an error of memory.
 
     Raises:
@@ -45,13 +47,12 @@ def differentiate(
     if not any(id(x) in known for x in leaves):
         why = "this loss depends on no parameter of this engine that is trained"
         raise RuntimeError(f"engine.backward: {why}; compute it from what engine(batch) returns")
-    others = [x for x in leaves if id(x) not in known and not hasattr(x, "home")]
+    beside = [x for x in leaves if id(x) not in known and not hasattr(x, "home")]
     with span("backward"), asking(amid):
-        found = torch.autograd.grad(loss, [*wanted, *ports, *others], cotangent, retain_graph=retain, allow_unused=True)
-    for x, g in zip(others, found[len(known) :], strict=True):
-        if g is not None:
-            own = (g / (cotangent * over).to(g.dtype)).detach()
-            x.grad = own if x.grad is None else x.grad + own
+        found = torch.autograd.grad(loss, [*wanted, *ports, *beside], cotangent, retain_graph=retain, allow_unused=True)
+    for x, g in zip(beside, found[len(known) :], strict=True):
+        if g is not None and others is not None:
+            others.append((x, (g / (cotangent * over).to(g.dtype)).detach()))
     return list(found[: len(wanted)])
 
 

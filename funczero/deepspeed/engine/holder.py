@@ -53,11 +53,12 @@ class Holder(Protocol):
     def owns(self, leaf: Tensor) -> bool:
         """Does this leaf of a loss's graph stand for parameters of the module?"""
 
-    def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[..., Any]:
-        """The vector-Jacobian product of a loss for the chain; what else learns gets the .grad of loss / over.
+    def pull(self, loss: Tensor, retain: bool, over: float, others: list[tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+        """The vector-Jacobian product of a loss for the chain.
 
         Args:
           retain: the loss's graph is used once more.
+          others: is given what else learns, with its gradient of loss / over.
         """
 
     def refresh(self) -> None:

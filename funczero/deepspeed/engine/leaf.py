@@ -28,13 +28,25 @@ def write_leaf(state: TrainState, name: str, value: Tensor) -> None:
         write_part(slots, name, value)
 
 
-def write_part(slots: Slots, name: str, value: Tensor) -> None:
-    """A whole leaf's part here."""
-    i = number(slots.where.structure, name)
-    shape = slots.where.structure.leaves[i].shape
+def check_leaf(slots: Slots, name: str, value: Tensor) -> None:
+    """Refuse a whole value that a leaf cannot take.
+
+    Raises:
+      ValueError: it has another shape.
+    """
+    shape = slots.where.structure.leaves[number(slots.where.structure, name)].shape
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
             f"parameter {name!r} has shape {tuple(shape)}, but the value has {tuple(value.shape)}; "
             "give one of the same shape"
         )
-    slots.write(i, value)
+
+
+def write_part(slots: Slots, name: str, value: Tensor) -> None:
+    """A whole leaf's part here.
+
+    Raises:
+      ValueError: the value has another shape.
+    """
+    check_leaf(slots, name, value)
+    slots.write(number(slots.where.structure, name), value)

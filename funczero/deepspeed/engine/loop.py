@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from funczero.core import exhausted, tree
 from funczero.core.types import Metrics, TrainState
@@ -16,25 +16,21 @@ from funczero.deepspeed.config.resolved import Config
 from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.breakdown import Breakdown
 from funczero.deepspeed.engine.flops import Flops, Sizes, elements
-from funczero.deepspeed.engine.graphs import check_loss, explained, leaves_under, stamp
+from funczero.deepspeed.engine.graphs import check_loss, explained, stamp
 from funczero.deepspeed.engine.holder import Holder
-from funczero.deepspeed.engine.leaf import write_leaf
 from funczero.deepspeed.engine.log import logger
 from funczero.deepspeed.engine.monitor import Monitor
+from funczero.deepspeed.engine.standing import Standing
 from funczero.deepspeed.engine.throughput import Throughput
 from funczero.deepspeed.engine.window import amended, emptied, filled, multiplied, taken
 from funczero.deepspeed.optim.optimizer import DIRECT
-from funczero.layout.mesh import Mesh
-from funczero.step.calls import holding, recorded
+from funczero.step.calls import holding
 from funczero.step.step import Step
-from funczero.step.train_step import donate
 from funczero.world.entries import FORWARD
 
-Found = TypeVar("Found")  # what a call gives
 
-
-class Loop(nn.Module):
-    """A module, a step, its state, and where the loop stands in the window of micro-batches."""
+class Loop(Standing):
+    """Where a loop over an engine's state stands in the window of micro-batches."""
 
     def __init__(
         self,
@@ -52,20 +48,17 @@ class Loop(nn.Module):
           rates: the config's schedule by group.
           made: the step of a config with another batch.
         """
-        super().__init__()
-        self.module = holder.module
-        self._holder, self.config_, self.train_step, self._state = holder, config, step, state
-        self._step, self._k, self._rates, self._made = donate(step), config.triad.steps, rates, made
+        super().__init__(holder, step, state)
+        self.config_, self._k, self._rates, self._made = config, config.triad.steps, rates, made
         self._managed, self._cast = config.value("managed_gradient_accumulation"), config.value("fp16.auto_cast")
         self._boundary: bool | None = None
-        self._clock = [0]  # windows closed: what a graph was built in
         self._backwards = self._micro = 0  # backwards since the last step(), step() calls in the window
         self._again = False  # the next backward adds to the micro-batch of the last one
         self._unsent = False  # inside no_sync
+        self._waits = False  # the last step() failed before it wrote, and its window is as it was
         self.micro_steps = self.global_samples = 0
         self.metrics: Metrics | None = None
         self._updated = False
-        self.optimizer: Any = None
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
         self.client_lr_scheduler = False
@@ -77,15 +70,10 @@ class Loop(nn.Module):
         self.world_size = self.dp_world_size = ranks.get_world_size()
         self._holder.renew(self._step, state)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__:  # a plain attribute: a module's own way takes ten times as long
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
-
     # --- the three moments
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, unscaled. Under torch.no_grad() it has no side effect on the window."""
+        self.check_whole("engine(...)")
         if self._cast:
             half = lambda x: x.half() if isinstance(x, Tensor) and x.is_floating_point() else x
             args, kwargs = tree.map(half, (args, kwargs))
@@ -106,11 +94,20 @@ class Loop(nn.Module):
           scale_wrt_gas: False: this loss is added to the window undivided.
         """
         self._check_trains("backward")
+        self.check_whole("engine.backward")
+        if self._waits:
+            waits = "the last engine.step() failed before it wrote anything, and this gradient would join its own"
+            remedy = (
+                "call engine.step() again, or engine.forget() (zero_grad() under Lightning) to go on without those"
+                " micro-batches"
+            )
+            raise RuntimeError(f"engine.backward: {waits}; {remedy}")
         check_loss(loss)
         over = self._k if scale_wrt_gas else 1
         more = self._again or self.window_length() >= self._k
         times = self._k // over  # a loss that is not averaged weighs as much as k of those that are
-        pull = multiplied(self._holder.pull(loss, retain_graph, over), times)
+        others: list[tuple[Tensor, Tensor]] = []  # leaves of no engine
+        pull = multiplied(self._holder.pull(loss, retain_graph, over, others), times)
         micro = (pull, loss if times == 1 else loss.detach() * times, 0.0 if more else 1.0)
         try:
             with (
@@ -118,26 +115,29 @@ class Loop(nn.Module):
                 self._breakdown.of("bwd"),
                 self._flops.of("bwd", lambda: self.global_steps),
             ):
-                if more:
-                    self._state = amended(self._step, self._state, micro)
-                else:
-                    self._state, _ = self._step(self._state, micro)
+                state = amended(self._step, self._state, micro) if more else self._step(self._state, micro)[0]
+                beside = [(x, g if x.grad is None else x.grad + g) for x, g in others]
         except RuntimeError as e:
             why = explained(e)
             if why is None:
                 raise
             raise RuntimeError(why) from e
-        self._backwards += 1
-        self._again = True
+        self._state, self._backwards, self._again = state, self._backwards + 1, True  # all of it, or nothing
+        for x, g in beside:
+            x.grad = g
         return loss.detach() / over if over > 1 else loss.detach()
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """The end of a micro-batch; at the boundary the update.
 
+        Where it fails before it has written, as for a schedule that raises, everything is as it was and it may be
+        called again. Where it fails later, the engine says so until a checkpoint is loaded.
+
         Args:
           lr_kwargs: for the step() of a client's scheduler.
         """
         self._check_trains("step")
+        self.check_whole("engine.step")
         if not self._backwards:
             name = self.stray_gradient()
             if name is not None:
@@ -148,11 +148,14 @@ class Loop(nn.Module):
             why = "it is called inside engine.no_sync(), where nothing is reduced; leave the context first"
             raise RuntimeError(f"engine.step: {why}")
         last = self.is_gradient_accumulation_boundary()
-        self.micro_steps, self._micro, self._backwards = self.micro_steps + 1, self._micro + 1, 0
-        self._updated, self._again = False, False
+        self._updated = False
         if last:
             with self._asking("engine.step"), self._breakdown.of("step"):
-                self._update(lr_kwargs or {})
+                self._update()
+                self._scheduled(lr_kwargs or {})
+            self._reported()
+        else:
+            self._ended(last)
         if last and self._flops.counted:
             self._flops.updated(self.module, self._sizes(), self._breakdown.last)
         if self._breakdown.on:
@@ -168,11 +171,6 @@ class Loop(nn.Module):
             exhausted.held(error, lambda: holding(call, self._state))
             raise
 
-    @property
-    def global_steps(self) -> int:
-        """Windows closed, skipped updates included."""
-        return int(self._state.step)
-
     def _sizes(self) -> Sizes:
         """What the flops profiler is told of this engine."""
         held = sum(x.numel() for x in tree.tensors(self._state.views or self._state.params))
@@ -184,21 +182,55 @@ class Loop(nn.Module):
             why = "neither the config nor the call of initialize names an optimizer, so this engine only evaluates"
             raise RuntimeError(f'engine.{call}: {why}; add "optimizer": {{"type": "Adam"}} to the config')
 
-    def _update(self, lr_kwargs: dict[str, Any]) -> None:
+    def _ended(self, last: bool) -> None:
+        """A micro-batch has ended, and with the last one its window."""
+        self.micro_steps, self._micro = self.micro_steps + 1, 0 if last else self._micro + 1
+        self._backwards, self._again, self._waits = 0, False, False
+
+    def _update(self) -> None:
+        """All of an update but a client's scheduler, until which the engine counts as left amid it."""
+        old = self._state
+        try:
+            self._check_written()
+            self._left = "engine.step"
+            new, metrics = self._step(self.optimizer.push(filled(self._step, old, self._k)), None)
+        except BaseException:
+            if int(old.step) >= 0:  # nothing is written
+                self._left, self._waits = "", True
+            raise
+        self.state, self.metrics = new, metrics
+        assert metrics is not None
+        self._ended(last=True)
+        self._updated = bool(metrics.ok)
+        self.global_samples += self.config_.triad.batch
+        self.tput_timer.updated(self.config_.triad.batch)
+        self.optimizer.stepped()
+
+    def _check_written(self) -> None:
         name = self._holder.written()
         if name is not None:
             what = "was written to since the last update, but the master did not hear of it"
             remedy = "write inside deepspeed.zero.GatheredParameters(params, modifier_rank=0)"
             raise RuntimeError(f"engine.step: parameter {name!r} {what}; {remedy}")
-        self.state, self.metrics = self._step(self.optimizer.push(filled(self._step, self._state, self._k)), None)
+
+    def _scheduled(self, lr_kwargs: dict[str, Any]) -> None:
+        """The end of an update: a client's scheduler moves. What it raises by itself is its own matter."""
+        if not (self._updated and self.client_lr_scheduler):
+            self._left = ""
+            return
+        try:
+            self._left = ""
+            self.lr_scheduler.step(**lr_kwargs)
+        except Exception:
+            raise
+        except BaseException:  # an interrupt, anywhere in it
+            self._left = "engine.step"
+            raise
+
+    def _reported(self) -> None:
+        """What is written and printed of an update."""
         m = self.metrics
         assert m is not None
-        self._micro, self._updated = 0, bool(m.ok)
-        self.global_samples += self.config_.triad.batch
-        self.tput_timer.updated(self.config_.triad.batch)
-        self.optimizer.stepped()
-        if self._updated and self.client_lr_scheduler:
-            self.lr_scheduler.step(**lr_kwargs)
         if self.monitor.writers:
             scale = self.optimizer.cur_scale if self.config_.value("fp16.enabled") else None
             self.monitor.updated(self.global_samples, m.loss, self.optimizer.param_groups[0]["lr"], scale)
@@ -206,28 +238,6 @@ class Loop(nn.Module):
         if every and number % every == 0 and self.global_rank == 0:
             lr = [g["lr"] for g in self.optimizer.param_groups]
             logger.info("step %d: loss %.6g, grad norm %.4g, scale %g, lr %s", number, m.loss, m.grad_norm, m.scale, lr)
-
-    @property
-    def live_mesh(self) -> Mesh:
-        """The mesh with its process groups."""
-        return self._step.live_mesh
-
-    @property
-    def state(self) -> TrainState:
-        """The chain's state with the optimizer's groups as they show now.
-
-        `engine.train_step(engine.state, ...)` goes on without the engine.
-        """
-        return self._state if self.optimizer is None else self.optimizer.push(self._state)
-
-    @state.setter
-    def state(self, state: TrainState) -> None:
-        """Parameters and the optimizer's face follow."""
-        self._state = state = self._step.fits.settled(state)
-        self._clock[0] += 1
-        self._holder.renew(self._step, state)
-        if self.optimizer is not None:
-            self.optimizer.pull(state)
 
     def window_length(self) -> int:
         """Micro-batches that the open window holds."""
@@ -237,42 +247,12 @@ class Loop(nn.Module):
         """Do parameters stand still now? From a backward to its step(), and for who writes until the update."""
         return self._backwards > 0 or writes and self.window_length() > 0
 
-    def reached_by(self, loss: Tensor) -> bool:
-        """Does a loss depend on parameters of this engine?"""
-        return any(self._holder.owns(x) for x in leaves_under(loss))
-
     def forget(self) -> None:
         """The open window is empty again: its gradients are not used. Nothing is sent, and all ranks call it alike."""
         if self.window_length():
             self._state = emptied(self._step, self._state)
         self._micro = self._backwards = 0
-        self._again = False
-
-    def keep(self, own: Any) -> None:
-        """Another state of one transform, for the next update; parameters and the open window stand still."""
-        self._state = self._step.with_state(self._state, own)
-
-    def inside(self, fn: Callable[..., Found], /, *args: Any, **kwargs: Any) -> Found:
-        """fn(*args, **kwargs), which may read the module's parameters; at stage 3 all ranks call it alike."""
-        return self._holder.inside(fn, *args, **kwargs)
-
-    def together(self, call: str, fn: Callable[[], Found]) -> Found:
-        """fn(), which sends; where a rank makes this call and another does not, all are told."""
-        return recorded(call, lambda state: fn(), self._step.running)(self._state)
-
-    def write_parameters(self, values: Mapping[str, Tensor]) -> None:
-        """Whole values by name into the masters, which forwards read from now on; every rank gives the same."""
-        for name, value in values.items():
-            write_leaf(self._state, name, value)
-        self.state = self._state
-
-    def refresh_parameters(self) -> None:
-        """The module's parameters show the state again, after somebody opened them."""
-        self._holder.refresh()
-
-    def stray_gradient(self) -> str | None:
-        """A parameter with a gradient of loss.backward(), of which the engine has not heard."""
-        return self._holder.stray_gradient()
+        self._again = self._waits = False
 
     # --- boundaries
     def is_gradient_accumulation_boundary(self) -> bool:

@@ -35,6 +35,7 @@ from funczero.gradients.tape import Tape
 from funczero.gradients.units import find_units
 from funczero.layout.spec import P
 from funczero.step.calls import recorded
+from funczero.step.fits import unused
 from funczero.step.step import Step
 from funczero.transforms.chain import Source
 from funczero.world.entries import FORWARD
@@ -125,9 +126,9 @@ class ShardedParameters:
             why = f"was replaced after initialize ({how}), but the engine runs its own values"
             remedy = "write into it with deepspeed.zero.GatheredParameters, or run a copy of the module"
             raise RuntimeError(f"engine: parameter {odd!r} {why}; {remedy}")
-        self.values = values
-        bind(self.spots, values)
         try:
+            self.values = values
+            bind(self.spots, values)
             yield
         finally:
             self.values = None
@@ -179,6 +180,7 @@ class ShardedParameters:
             return fn(*args, **kwargs)
 
         def call(state: TrainState, *batch: Any) -> Any:
+            unused("engine.module", state)
             values = self.state.params.where.structure.unflatten(self._open())
             groups = [groups_of([values[s.name] for s in b.spots]) for b in self.blocks]
             self.seam = Blocks([b.path for b in self.blocks], groups)
@@ -203,8 +205,8 @@ class ShardedParameters:
 
         def once(own: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             before = [s.now() for s in block.spots]  # of a block that runs again, in the backward: closed parameters
-            bind(block.spots, own)
             try:
+                bind(block.spots, own)
                 return forward(*args, **kwargs)
             finally:
                 for s, x in zip(block.spots, before, strict=True):
@@ -240,7 +242,9 @@ class ShardedParameters:
         """Opened for a window, of this state or of an older one."""
         return getattr(leaf, "home", None) is self.owner
 
-    def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[[Tensor, bool, Key, Grid | None], Collected]:
+    def pull(
+        self, loss: Tensor, retain: bool, over: float, others: list[tuple[Tensor, Tensor]]
+    ) -> Callable[[Tensor, bool, Key, Grid | None], Collected]:
         """Gradients as this rank's part: units are scattered as their gradients are born."""
         tape, rest = self.tape, self.rest
         if tape is None:
@@ -253,7 +257,7 @@ class ShardedParameters:
             ):  # uses counted too high, a unit is only scattered later
                 leaves = list(wanted.values())
                 found = differentiate(
-                    loss, leaves, cotangent, retain, over, (tape.port,), self.owner, tape.arrivals.amid
+                    loss, leaves, cotangent, retain, over, (tape.port,), self.owner, others, tape.arrivals.amid
                 )
             grads: list[Any] = [None] * len(tape.whole.structure.leaves)
             for i, g in zip(wanted, found, strict=True):

@@ -15,7 +15,7 @@ from funczero.deepspeed.engine import ranks
 from funczero.deepspeed.engine.facts import Facts
 from funczero.deepspeed.engine.held import filled_in
 from funczero.deepspeed.engine.leaf import read_leaf
-from funczero.deepspeed.engine.loop import Found
+from funczero.deepspeed.engine.standing import Found
 from funczero.deepspeed.engine.values import module_state
 from funczero.deepspeed.engine.zero_init import close
 
@@ -87,6 +87,7 @@ class Weights(Facts):
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Tensor]:
         """The module's state_dict, whole, in the compute dtype. A collective."""
+        self.check_whole("engine.module_state_dict")
         out = {} if destination is None else destination
         whole = module_state(self.train_step, self._state, self.module)
         frozen = self.frozen_names() if exclude_frozen_parameters else []
@@ -107,6 +108,7 @@ class Weights(Facts):
         Raises:
           KeyError: names differ, unless strict is False.
         """
+        self.check_whole("engine.load_module_state_dict")
         named, buffers = self._holder.named, dict(self.module.named_buffers())
         odd = sorted((named.keys() | {n for n in buffers if n in state_dict}) ^ state_dict.keys())
         if strict and odd:
@@ -114,6 +116,12 @@ class Weights(Facts):
                 f"load_module_state_dict: {odd[0]!r} is only in "
                 f"{'the state_dict' if odd[0] in state_dict else 'the module'}; "
                 "write strict=False to pass over such names"
+            )
+        other = next((n for n, x in buffers.items() if n in state_dict and state_dict[n].shape != x.shape), None)
+        if other is not None:
+            raise ValueError(
+                f"load_module_state_dict: buffer {other!r} has shape {tuple(buffers[other].shape)}, but the value has "
+                f"{tuple(state_dict[other].shape)}; give one of the same shape"
             )
         self.write_parameters({n: state_dict[n] for n in named.keys() & state_dict.keys()})
         for n in buffers.keys() & state_dict.keys():

@@ -74,12 +74,14 @@ class WholeParameters:
         """A parameter of the module."""
         return any(leaf is p for p in self.params)
 
-    def pull(self, loss: Tensor, retain: bool, over: float) -> Callable[[Tensor], Any]:
+    def pull(
+        self, loss: Tensor, retain: bool, over: float, others: list[tuple[Tensor, Tensor]]
+    ) -> Callable[[Tensor], Any]:
         """Gradients of the whole parameters."""
 
         def vjp(cotangent: Tensor) -> Any:
             wanted = [p for p in self.params if p.requires_grad]
-            grads = differentiate(loss, wanted, cotangent, retain, over)
+            grads = differentiate(loss, wanted, cotangent, retain, over, others=others)
             found = dict(zip(map(id, wanted), grads, strict=True))
             return {n: found.get(id(p)) for n, p in self.named.items()}
 

@@ -136,7 +136,16 @@ class EngineOptimizer(torch.optim.Optimizer):
         return {"state": {}, "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The groups' numbers."""
+        """The groups' numbers.
+
+        Raises:
+          ValueError: there are more groups, or fewer; nothing is written then.
+        """
+        saved, own = len(state_dict["param_groups"]), len(self.param_groups)
+        if saved != own:
+            raise ValueError(
+                f"optimizer.load_state_dict: it has {saved} groups, and there are {own} here; build them alike"
+            )
         for g, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
             g.update({k: v for k, v in theirs.items() if k != "params"})
 
