@@ -187,6 +187,9 @@ def _notes(batch: Any, uncounted: Mapping[str, int], captured: bool) -> tuple[st
         out.append("activations and the peak are those of the loss as it is written; what fz.compile keeps may be more")
     if batch is None:
         out.append("without a batch: no activations and no FLOPs, every unit is read once, and nothing of fz.frozen is")
+    if any("mkldnn_rnn_layer" in name for name in uncounted):
+        why = "an LSTM's kernel keeps values for its backward whose bytes torch says only where it runs"
+        out.append(f"{why}: activations and the peak are without them, and a run's are larger")
     if uncounted:
         named = ", ".join(f"{name} ({n} times)" for name, n in list(uncounted.items())[:4])
         out.append(f"torch's counter knows no FLOPs of {named}, which count as none")

@@ -225,12 +225,34 @@ def _attention(times: int) -> Any:
     return count
 
 
+def _grouped(args: Any) -> int:
+    """A product of matrices whose rows, columns or sums lie in groups, as routed experts run it."""
+    a, b = args[:2]
+    in_groups = a.dim() > b.dim()  # of whose matrices the columns of b are dealt
+    return int(2 * prod(a.shape[in_groups:]) * b.shape[-1])
+
+
+def _vector(n: int) -> Any:
+    """A product with a vector: twice the elements of argument n."""
+    return lambda args: 2 * args[n].numel()
+
+
 _aten = torch.ops.aten
 OWN = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention(2),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention(5),
+    _aten._grouped_mm: _grouped,
+    _aten.mv: _vector(0),
+    _aten.addmv: _vector(1),
+    _aten.dot: _vector(0),
+    _aten.vdot: _vector(0),
 }
-UNKNOWN = {_aten.cdist, _aten._cdist_forward, _aten._cdist_backward, _aten.mkldnn_rnn_layer}  # multiply, nobody counts
+# they multiply, and nobody counts
+UNKNOWN = {_aten.cdist, _aten._cdist_forward, _aten._cdist_backward, _aten._trilinear}
+UNKNOWN |= {_aten.mkldnn_rnn_layer, _aten.mkldnn_rnn_layer_backward}
+UNKNOWN |= {_aten._fft_r2c, _aten._fft_c2c, _aten._fft_c2r}
+UNKNOWN |= {_aten.linalg_qr, _aten._linalg_eigh, _aten._linalg_svd, _aten._linalg_solve_ex, _aten.linalg_inv_ex}
+UNKNOWN |= {_aten.linalg_cholesky_ex, _aten.linalg_lu_factor_ex, _aten.linalg_solve_triangular}
 
 
 def phase_of(frame: Any) -> str:

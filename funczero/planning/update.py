@@ -78,11 +78,11 @@ def _groups(state: TrainState, g: Grad) -> bool:
 
 
 def _made(g: Grad, trace: Trace, state: TrainState, batch: Any, device: torch.device, source: Source) -> int:
-    """An update by g, which the trace sees; bytes of the views that it reads, 0 where they are the masters."""
+    """An update by g, which the trace sees; bytes of the views that it reads, where they are not the masters."""
     whole = torch.empty(g.layout.stride, device=META) if batch is None else shapes_of(batch, "leaf of the batch")
     mine = order.deal(whole, g.layout, g.env.mesh.index)
     with hollow(trace.saw, device, g.env.mesh):
-        held = emptied(state, device)
+        held = _closed(emptied(state, device), g)
         for name, part in parts_of(held).items():
             trace.live.hold(part, name)
         leaves, build = rows.opened(mine, g.layout.cut)
@@ -90,13 +90,14 @@ def _made(g: Grad, trace: Trace, state: TrainState, batch: Any, device: torch.de
         trace.live.hold(rows.tensors(here), "batch")
         views = held.views if held.views is not None else held.params.to(g.env.policy.compute)
         pairs = zip(views.buffers, held.params.buffers, strict=True)
-        apart = held.views is not None or any(a is not b for a, b in pairs)
-        trace.live.hold(views, "views" if apart else "masters")
+        apart = [a for a, b in pairs if a is not b]
+        trace.live.hold(apart, "views")
+        trace.live.hold(held.params, "masters")  # which views may be
         out = _applied(g, views, {**held.chain, "params": held.params}, here, source.name == "pullback")
         if held.views is not None:  # new views in their dtype, as the step keeps them
             out.params.to(views.buffers[0].dtype)
         trace.ended()
-    return sum(b.nbytes for b in views.buffers) if apart else 0
+    return sum(x.nbytes for x in apart)
 
 
 def known(step: Step, params: Any, who: str = "plan") -> Any:
@@ -144,6 +145,18 @@ def _begun(g: Grad, step: Step, params: Any) -> TrainState:
     except NotImplementedError as error:
         why = f"an optimizer looks at values when it starts, and a plan has none ({str(error).splitlines()[0]})"
         raise ValueError(f"plan: {why}; plan the chain with fz.adamw in its place") from error
+
+
+def _closed(state: TrainState, g: Grad) -> TrainState:
+    """A state as updates leave it: views that came over axes of one rank alone, in the masters' dtype, are these,
+    but for frozen leaves."""
+    masters, views = state.params, state.views
+    if views is None or views.where.memory or views.buffers[0].dtype != masters.buffers[0].dtype:
+        return state
+    crossed = masters.where.axes[len(views.where.axes) :]
+    if any(g.env.mesh.axes[axis].size > 1 for axis in crossed):
+        return state
+    return state._replace(views=Slots(masters.buffers, views.where).with_frozen(views))
 
 
 def parts_of(state: TrainState) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def _add_on_host(bins: list[int], y: Tensor, coarse: Tensor, n: int) -> None:
         order = (level - k) * WIDTH + LOW
         grid = math.ldexp(1.5, order + 52)
         torch.add(y, grid, out=coarse).sub_(grid)
-        units = int(math.ldexp(coarse.sum().item(), -order))
+        # fmod changes nothing that is a sum, which CHUNK keeps below 2**53; a plan says any number here
+        units = int(math.fmod(math.ldexp(coarse.sum().item(), -order), 2.0**53))
         if len(bins) > 1 + BINS:
             bins[1 + BINS + level - k] += units >> WIDTH
             units &= (1 << WIDTH) - 1
