@@ -38,13 +38,15 @@ Found (quiet, two cores; medians: wall of DDP's within a round, CPU time of DDP'
     engine 3      2.01  1.97    57   6.4   1.03  1.04   204    6.8          1.07  1.05   565    9.8         5.36, 5.71
     captured 1    1.57  1.56   111   9.6   0.99  1.01   247   20.2                                          4.00
     captured 3    1.64  1.53   112  10.3   1.01  1.02   219   11.9                                          5.36
-    Ratios of small move by 0.04 from run to run; of an earlier day: stages 0, 1, 3 1.04, 1.01, 1.04, and by CPU time
-    alone (five rounds in turn, nothing else in the processes) stage 1 0.97 and stage 3 1.02 of DDP.
+    Stage 0 sums during its backward since. --contenders=ddp,stage0,stage1,stage3 --rounds=4, later that day, stages 0,
+    1, 3: small 1.02, 1.01, 1.02 (CPU time 1.03, 1.02, 1.03; spread 2 %), blocks 1.32, 1.30, 1.75 (1.23, 1.25 in another
+    run); medium, stage 0: 1.01, 1.02 of the CPU time, 645 MiB where DDP has 692. Ratios of small move by 0.04 from run
+    to run.
     --ranks=4 --policies=fp32 --rounds=3 (two cores, so ranks take turns), stages 0, 1, 3: tiny 1.51, 1.58, 1.60
     (FSDP2 3.56); small 1.06, 1.03, 1.06 (FSDP2 1.20); 16-bit sums are not used, so 6.00, 6.00, 8.04 bytes.
     --ranks=2 --policies=bf16 --rounds=3: tiny 1.44, 1.39, 1.45 with 3.0, 2.0, 2.0 bytes; small by CPU time 1.01, 1.00,
     1.00 with 3.00, 2.00, 2.68 bytes (a step takes 10 s: this processor has no bfloat16).
-    --sizes=blocks (64 of width 64; aims 1.15, 1.15, 1.5), wall: two ranks 1.38, 1.29, 1.69; four 1.42, 1.33, 1.55. Of a
+    --sizes=blocks (64 of width 64; aims 1.15, 1.15, 1.5) on four ranks: 1.42, 1.33, 1.55, before that change. Of a
     block of 0.65 ms that DDP does not have, 0.2 are its leaves in autograd's graph (a Python function of twelve
     outputs), 0.2 the copy into the message, 0.1 the arrival of its gradients; at stage 3 the gathers take 0.5 more, and
     what a backward asks for again 0.6.
