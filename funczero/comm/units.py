@@ -209,12 +209,15 @@ def _joined(
     into: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Units' buffers out of all ranks' rows along an axis; what that does not cut comes from `owns`."""
-    out = list(into or ())
-    for u, own in zip(units, owns, strict=True) if into is None else ():
-        make = torch.zeros if where.gaps[u] else torch.empty
-        out.append(make(where.lengths[u], dtype=own.dtype, device=own.device))
+    out = list(into) if into is not None else [_made(where, u, own) for u, own in zip(units, owns, strict=True)]
     _copy(off_the_wire(where, u, axis, x, w, own) for u, x, w, own in zip(units, out, wires, owns, strict=True))
     return out
+
+
+def _made(where: Where, unit: int, like: Tensor) -> Tensor:
+    """A unit's buffer, whose padding is zero."""
+    make = torch.zeros if where.gaps[unit] else torch.empty
+    return make(where.lengths[unit], dtype=like.dtype, device=like.device)
 
 
 def _without_gaps(where: Where, unit: int, buffer: Tensor) -> Tensor:

@@ -27,13 +27,28 @@ def told(error: BaseException, where: Callable[[], str]) -> None:
 
 
 @contextmanager
-def asking(where: Callable[[], str]) -> Iterator[None]:
-    """Inside, who asks for memory and finds none is told."""
+def asking(where: Callable[[], str], holds: Callable[[], str] | None = None) -> Iterator[None]:
+    """Inside, who asks for memory and finds none is told.
+
+    Args:
+      holds: says what this rank holds, at the edge of a call that knows it.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         told(error, where)
+        if holds is not None:
+            held(error, holds)
         raise
+
+
+def amid(after: str = "") -> str:
+    """Where a backward asks for memory.
+
+    Args:
+      after: how far it has come.
+    """
+    return f"in the backward{after}: gradients, and what a forward kept"
 
 
 def held(error: BaseException, what: Callable[[], str]) -> None:

@@ -20,6 +20,7 @@ from funczero.comm.exact import Grid, Tally
 from funczero.comm.memory import Held
 from funczero.comm.units import Travelling, scatter_units
 from funczero.comm.wire import Key
+from funczero.core.exhausted import amid
 from funczero.core.types import Env
 from funczero.layout.slots import Slots
 from funczero.layout.where import Where
@@ -129,8 +130,7 @@ class Arrivals:
     def amid(self) -> str:
         """Where a backward is, as far as gradients of units have told."""
         name = self.whole.structure.units[self.latest].name if self.latest >= 0 else ""
-        after = f", after the gradients of unit {name!r}" if name else ""
-        return f"in the backward{after}: gradients, and what a forward kept"
+        return amid(f", after the gradients of unit {name!r}" if name else "")
 
     def use(self, group: Group) -> None:
         """One more use of units in this forward: a gradient is complete after the last one."""

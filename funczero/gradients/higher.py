@@ -14,7 +14,7 @@ from torch import Tensor
 from funczero.comm import collectives, differentiable
 from funczero.comm.adjoint import vary
 from funczero.core import tree
-from funczero.core.exhausted import asking
+from funczero.core.exhausted import amid, asking
 from funczero.core.spans import span
 from funczero.core.straight import HOLE
 from funczero.core.types import Apply, ChainError, Env, Seed, State, Sum
@@ -145,7 +145,7 @@ def _packed(grads: dict[int, Tensor], views: Slots) -> Slots:
 @contextmanager
 def _backward() -> Iterator[None]:
     try:
-        with span("backward"), asking(lambda: "in the backward: gradients, and what a forward kept"):
+        with span("backward"), asking(amid):
             yield
     except (RuntimeError, NotImplementedError) as error:
         if "sparse" in str(error).lower():

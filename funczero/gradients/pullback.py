@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.exhausted import asking
+from funczero.core.exhausted import amid, asking
 from funczero.core.spans import span
 from funczero.core.types import ChainError, Env, Grad, Seed, State
 from funczero.gradients.call import Outcome
@@ -41,7 +41,7 @@ def pullback(
         pull, loss, weight = micro
         loss, weight = (torch.as_tensor(x, device=tape.port.device).detach() for x in (loss, weight))
         structure = tape.whole.structure
-        with span("backward"), asking(lambda: "in the backward: gradients, and what a forward kept"):
+        with span("backward"), asking(amid):
             flat = structure.treedef.flatten_up_to(pull(seed.cotangent.to(loss.dtype)))
         grads: list[Any] = [None] * len(structure.leaves)
         for place, g in zip(structure.places, flat, strict=True):

@@ -28,15 +28,11 @@ def recorded(name: str, fn: Callable[..., Any], running: Callable[[], Grad]) -> 
     def call(state: Any, *batch: Any) -> Any:
         whole = isinstance(state, TrainState) and isinstance(state.params, Slots)
         ledger = running().env.mesh.ledger if whole else None
-        with span(name):
-            try:
-                if ledger is None or ledger.ranks == 1:
-                    return fn(state, *batch)
-                return _entered(ledger, name, fn, state, *batch)
-            except (RuntimeError, MemoryError) as error:
-                exhausted.told(error, lambda: "beside the transforms: what a step reads and says of itself")
-                exhausted.held(error, lambda: holding(name, state))
-                raise
+        where = lambda: "beside the transforms: what a step reads and says of itself"
+        with span(name), exhausted.asking(where, lambda: holding(name, state)):
+            if ledger is None or ledger.ranks == 1:
+                return fn(state, *batch)
+            return _entered(ledger, name, fn, state, *batch)
 
     return call
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funczero.core import tree
-from funczero.core.exhausted import asking
+from funczero.core.exhausted import amid, asking
 from funczero.core.spans import span
 
 OLD = (
@@ -24,19 +24,19 @@ def differentiate(
     cotangent: Tensor,
     retain: bool,
     over: float,
+    others: list[tuple[Tensor, Tensor]],
     ports: tuple[Tensor, ...] = (),
     owner: Any = None,
-    others: list[tuple[Tensor, Tensor]] | None = None,
-    amid: Callable[[], str] = lambda: "in the backward: gradients, and what a forward kept",
+    where: Callable[[], str] = amid,
 ) -> list[Tensor | None]:
     """Gradients at `wanted`.
 
     Args:
       loss, cotangent: 0-d.
+      others: is given the leaves of no engine with what (loss / over).backward() would add to their .grad.
       ports: leaves that stand for closed units; the gradients of those go their own way.
       owner: the `home` of leaves that were made for one window.
-      others: is given the leaves of no engine with what (loss / over).backward() would add to their .grad.
-      amid: where the backward is, for an error of memory.
+      where: the backward is, for an error of memory.
 
     Raises:
       RuntimeError: the loss is of an older window, or depends on no parameter that is trained.
@@ -48,10 +48,10 @@ def differentiate(
         why = "this loss depends on no parameter of this engine that is trained"
         raise RuntimeError(f"engine.backward: {why}; compute it from what engine(batch) returns")
     beside = [x for x in leaves if id(x) not in known and not hasattr(x, "home")]
-    with span("backward"), asking(amid):
+    with span("backward"), asking(where):
         found = torch.autograd.grad(loss, [*wanted, *ports, *beside], cotangent, retain_graph=retain, allow_unused=True)
     for x, g in zip(beside, found[len(known) :], strict=True):
-        if g is not None and others is not None:
+        if g is not None:
             others.append((x, (g / (cotangent * over).to(g.dtype)).detach()))
     return list(found[: len(wanted)])
 

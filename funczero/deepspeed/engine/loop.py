@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funczero.core import exhausted, tree
+from funczero.core import tree
+from funczero.core.exhausted import asking
 from funczero.core.types import Metrics, TrainState
 from funczero.deepspeed.config.optimizers import GroupRates
 from funczero.deepspeed.config.resolved import Config
@@ -161,15 +162,9 @@ class Loop(Standing):
         if self._breakdown.on:
             self._breakdown.stepped(last, self.global_samples, self.global_steps)
 
-    @contextlib.contextmanager
-    def _asking(self, call: str) -> Iterator[None]:
+    def _asking(self, call: str) -> contextlib.AbstractContextManager[None]:
         """Who asks for memory inside a call and finds none is told."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            exhausted.told(error, lambda: f"in {call}, beside what its step computes")
-            exhausted.held(error, lambda: holding(call, self._state))
-            raise
+        return asking(lambda: f"in {call}, beside what its step computes", lambda: holding(call, self._state))
 
     def _sizes(self) -> Sizes:
         """What the flops profiler is told of this engine."""

@@ -257,7 +257,7 @@ class ShardedParameters:
             ):  # uses counted too high, a unit is only scattered later
                 leaves = list(wanted.values())
                 found = differentiate(
-                    loss, leaves, cotangent, retain, over, (tape.port,), self.owner, others, tape.arrivals.amid
+                    loss, leaves, cotangent, retain, over, others, (tape.port,), self.owner, tape.arrivals.amid
                 )
             grads: list[Any] = [None] * len(tape.whole.structure.leaves)
             for i, g in zip(wanted, found, strict=True):

@@ -81,7 +81,7 @@ class WholeParameters:
 
         def vjp(cotangent: Tensor) -> Any:
             wanted = [p for p in self.params if p.requires_grad]
-            grads = differentiate(loss, wanted, cotangent, retain, over, others=others)
+            grads = differentiate(loss, wanted, cotangent, retain, over, others)
             found = dict(zip(map(id, wanted), grads, strict=True))
             return {n: found.get(id(p)) for n, p in self.named.items()}
 
